@@ -1,0 +1,48 @@
+"""What several tests share: the recorded figures and weights rebuilt by name (see tests/golden/README.md)."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parent.parent
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def load_golden(name: str) -> tuple[dict[str, np.ndarray], dict]:
+    """Returns the arrays and the decoded `meta` of tests/golden/{name}.npz."""
+    with np.load(GOLDEN / f"{name}.npz") as data:
+        arrays = {key: data[key] for key in data.files}
+    return arrays, json.loads(bytes(arrays.pop("meta")).decode())
+
+
+def golden_tensor(name: str, shape: tuple[int, ...], seed: int, gain: float = 1.0) -> torch.Tensor:
+    """The recorded runs' weight called `name`, float32."""
+    rng = np.random.RandomState((zlib.crc32(name.encode()) ^ (seed * 2654435761)) % 2**32)
+    x = rng.standard_normal(tuple(shape))
+    if len(shape) >= 2:
+        x = gain * x / np.sqrt(np.prod(shape[1:]))
+    elif "norm" in name and name.endswith("weight"):
+        x = 1 + 0.1 * x
+    else:
+        x = 0.1 * x
+    return torch.from_numpy(np.asarray(x, dtype=np.float32))
+
+
+def golden_state(shapes: dict[str, list[int]], seed: int, gain: float = 1.0, keep: tuple[str, ...] = ()) -> dict:
+    """A state dict for the recorded `shapes`, without the names that contain one of `keep`."""
+    return {
+        name: golden_tensor(name, tuple(shape), seed, gain)
+        for name, shape in shapes.items()
+        if not any(part in name for part in keep)
+    }
+
+
+def assert_close(actual, expected, **tolerance) -> None:
+    """Compares with the recorded runs' tolerance."""
+    torch.testing.assert_close(
+        torch.as_tensor(actual), torch.as_tensor(expected), check_dtype=False, **{**TOLERANCE, **tolerance}
+    )
