@@ -1,7 +1,7 @@
 """Writing files so that nothing is lost: to a temporary name in the same folder, flushed to the disk, then renamed.
 
-    with atomic_write("report.json") as f:
-        f.write(b"{}")
+with atomic_write("report.json") as f:
+    f.write(b"{}")
 """
 
 import json

@@ -1,0 +1,158 @@
+"""The decode loop: from a condition to an image's tokens, over the steps of the model's layout.
+
+    codes = generate(model, labels, 256, cfg_scale=2.0, top_k=2000)      # (B, 256), raster order
+
+Caches are allocated once per model and used again by later calls. A token depends on its own row and its own noise;
+`noise` makes a call reproducible (utils/rng.py draws it from a seed and an image's number).
+"""
+
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from autoregressive.models.gpt import Rows, Transformer
+from autoregressive.models.kv_cache import StaticCache
+from autoregressive.models.sampling import SamplingConfig, choose, guide
+
+_caches: WeakKeyDictionary[Transformer, StaticCache] = WeakKeyDictionary()
+
+
+def cache_for(model: Transformer, batch: int, device: torch.device, dtype: torch.dtype) -> StaticCache:
+    """The model's cache, made anew only where the last one is too small or of another kind."""
+    cache = _caches.get(model)
+    if cache is None or not cache.fits(batch, device, dtype):
+        _caches.pop(model, None)  # free the old one before the new one is allocated
+        args, rows = model.args, model.layout.rows
+        cache = StaticCache(args.n_layer, batch, args.n_kv_head, rows, args.dim // args.n_head, device, dtype)
+        _caches[model] = cache
+    return cache
+
+
+def decode_rows(model: Transformer, tokens: Tensor, special: int, rows: Rows, mask: Tensor | None) -> Tensor:
+    """One decode step: tokens (R, s), then `special` special tokens, to logits (R, s + special, V)."""
+    return model.head(model.decode(model.embed(tokens, special), rows, mask, causal=False))
+
+
+compiled_decode_rows = torch.compile(decode_rows, dynamic=False, mode="reduce-overhead")
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer,
+    cond: Tensor,
+    max_new_tokens: int | None = None,
+    emb_masks: Tensor | None = None,
+    cfg_scale: float = 1.0,
+    cfg_interval: float = -1,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    sample_logits: bool = True,
+    *,
+    noise: Tensor | None = None,
+    compile: bool = False,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Draws an image's tokens for each condition.
+
+    cond: int64 (B,) labels, or (B, T, caption_dim) caption features. emb_masks: (B, T), which caption rows are real.
+    max_new_tokens: all of an image's N tokens (the default); in raster order also fewer.
+    cfg_scale … sample_logits: see SamplingConfig.
+    noise: float32 (B, N) in [0, 1), one number per token of the layout's order; drawn from torch's global
+    generator where not given.
+    compile: run the steps through torch.compile, with static shapes; pays off on a GPU.
+    on_step: called after each step with the number of tokens done.
+
+    Returns: int64 (B, max_new_tokens) in raster order.
+    Raises ValueError for settings out of range (SamplingConfig), a label that the model does not have, or a
+    max_new_tokens that the layout cannot stop at.
+    """
+    config = SamplingConfig(cfg_scale, cfg_interval, temperature, top_k, top_p, sample_logits)
+    layout, device = model.layout, model.tok_embeddings.weight.device
+    total = layout.tokens if max_new_tokens is None else max_new_tokens
+    if total != layout.tokens and (layout.group_size > 1 or not 0 < total < layout.tokens):
+        raise ValueError(f"max_new_tokens is {total}; the model's images have {layout.tokens} tokens")
+    check_labels(model, cond)
+    cond = cond.to(device)
+    batch = len(cond)
+    if noise is None:
+        noise = torch.rand(batch, layout.tokens, device=device)
+    noise = noise.to(device)
+
+    was_training = model.training
+    model.eval()
+    try:
+        steps = [step for step in layout.steps if step.outputs.start < total]
+        guided_steps = [i for i, step in enumerate(steps) if config.guides(step.number)]
+        last_guided = guided_steps[-1] if guided_steps else -1
+        if config.guided:
+            cond = torch.cat([cond, model.cls_embedding.null(cond)])
+            emb_masks = None if emb_masks is None else torch.cat([emb_masks, emb_masks])
+        dtype = model.tok_embeddings.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        cache = cache_for(model, len(cond), device, dtype)
+        seen = torch.ones(len(cond), layout.rows, dtype=torch.bool, device=device)
+        if emb_masks is not None:
+            seen[:, : layout.prefix] = emb_masks.to(device, torch.bool)
+
+        logits = prefill(model, cond, cache, emb_masks)  # (R, 1, V)
+        tokens = torch.zeros(batch, layout.tokens, dtype=torch.long, device=device)
+        tokens[:, :1] = pick(logits, batch, config, config.guided, noise[:, :1])
+        if on_step:
+            on_step(1)
+        for i, step in enumerate(steps):
+            copies = 2 if i <= last_guided else 1  # no later step is guided: the unconditional rows are done
+            inputs = tokens[:, step.inputs].repeat(copies, 1)
+            positions = torch.arange(step.rows.start, step.rows.stop, device=device)
+            if compile:  # static shapes: attend over the whole cache, behind a mask
+                mask = (seen & (torch.arange(layout.rows, device=device) < step.rows.stop))[: len(inputs), None, None]
+                rows = Rows(cache, positions, layout.rows)
+                logits = compiled_decode_rows(model, inputs, step.special, rows, mask)
+            else:
+                mask = None if emb_masks is None else seen[: len(inputs), None, None, : step.rows.stop]
+                logits = decode_rows(model, inputs, step.special, Rows(cache, positions, step.rows.stop), mask)
+            guided = config.guides(step.number)
+            tokens[:, step.outputs] = pick(logits, batch, config, guided, noise[:, step.outputs])
+            if on_step:
+                on_step(step.outputs.stop)
+    finally:
+        model.train(was_training)
+    if total < layout.tokens:
+        return tokens[:, :total]
+    return tokens[:, layout.raster.to(device)]
+
+
+def prefill(model: Transformer, cond: Tensor, cache: StaticCache, emb_masks: Tensor | None) -> Tensor:
+    """Runs the condition rows into the cache. Returns the logits of the first token, float32 (R, 1, V)."""
+    h = model.cls_embedding(cond).to(model.tok_embeddings.weight.dtype)
+    rows = h.shape[1]
+    mask = None if emb_masks is None else model.attention_mask(rows, emb_masks, h.device)
+    positions = torch.arange(rows, device=h.device)
+    return model.head(model.decode(h, Rows(cache, positions, rows), mask, causal=mask is None)[:, -1:])
+
+
+def pick(logits: Tensor, batch: int, config: SamplingConfig, guided: bool, noise: Tensor) -> Tensor:
+    """Mixes the conditional rows (the first `batch`) with the unconditional ones where guided, and draws. (R, s, V) -> (B, s)."""
+    conditional = logits[:batch]
+    if guided:
+        conditional = guide(conditional, logits[batch : 2 * batch], config.cfg_scale)
+    return choose(conditional, config, noise)
+
+
+def check_labels(model: Transformer, cond: Tensor) -> None:
+    """Raises ValueError for a condition of the wrong kind, or for a label outside 0 … num_classes - 1."""
+    args = model.args
+    if args.model_type == "c2i":
+        if cond.dim() != 1 or cond.is_floating_point():
+            raise ValueError(f"labels are whole numbers of shape (B,), got {cond.dtype} of shape {tuple(cond.shape)}")
+        outside = cond[(cond < 0) | (cond >= args.num_classes)]
+        if len(outside):
+            raise ValueError(
+                f"label {int(outside[0])} is out of range: the model has classes 0 to {args.num_classes - 1}"
+            )
+    elif tuple(cond.shape[1:]) != (args.cls_token_num, args.caption_dim):
+        expected = f"(B, {args.cls_token_num}, {args.caption_dim})"
+        raise ValueError(f"caption features have shape {expected}, got {tuple(cond.shape)}")

@@ -1,0 +1,318 @@
+"""The Llama-architecture transformer over image tokens, and the table of its sizes.
+
+    model = GPT_models["GPT-B"](block_size=256)              # 16x16 tokens
+    logits = model(tokens[:, : -model.layout.group_size], labels)        # (B, N, vocab_size)
+
+Nothing here knows of sampling, files or training. The model reads tokens in the order of its `layout`
+(models/layout.py): `tokens = codes[:, model.layout.order]`.
+LlamaGen (arXiv 2406.06525, section 2.2); Llama (2302.13971); special tokens and groups: PAR (2412.15119).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import isqrt
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from autoregressive.models.conditioning import CaptionEmbedder, LabelEmbedder
+from autoregressive.models.kv_cache import StaticCache
+from autoregressive.models.layout import TokenLayout
+from autoregressive.models.rope import apply_rope, rope_table_2d
+from autoregressive.models.sizes import GPT_SIZES
+
+
+@dataclass
+class ModelArgs:
+    """Everything that fixes a model's shapes and its regularisation."""
+
+    dim: int = 4096
+    n_layer: int = 32
+    n_head: int = 32
+    n_kv_head: int | None = None
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+
+    token_dropout_p: float = 0.1
+    attn_dropout_p: float = 0.0
+    resid_dropout_p: float = 0.1
+    ffn_dropout_p: float = 0.1
+    drop_path_rate: float = 0.0
+
+    num_classes: int = 1000
+    caption_dim: int = 2048
+    class_dropout_prob: float = 0.1
+    model_type: str = "c2i"
+
+    vocab_size: int = 16384
+    cls_token_num: int = 1
+    block_size: int = 256
+    spe_token_num: int = 0
+    ar_token_num: int = 1
+
+    def __post_init__(self) -> None:
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.model_type not in ("c2i", "t2i"):
+            raise ValueError(f"model_type must be c2i or t2i, got {self.model_type!r}")
+        if self.dim % self.n_head or self.n_head % self.n_kv_head:
+            raise ValueError(
+                f"{self.n_head} heads must divide dim {self.dim} and be divided by {self.n_kv_head} kv heads"
+            )
+        if isqrt(self.block_size) ** 2 != self.block_size:
+            raise ValueError(f"block_size is the number of tokens of a square grid, got {self.block_size}")
+        if self.model_type == "c2i" and self.cls_token_num != 1:
+            raise ValueError(f"a class takes one condition token, got --cls-token-num {self.cls_token_num}")
+        if self.ar_token_num == 1 and self.spe_token_num:
+            self.ar_token_num = self.spe_token_num + 1
+        if self.spe_token_num == 0:
+            self.spe_token_num = self.ar_token_num - 1
+        if self.spe_token_num != self.ar_token_num - 1:
+            raise ValueError(
+                f"{self.ar_token_num} tokens at a time take {self.ar_token_num - 1} special tokens, "
+                f"got --ar-token-num {self.ar_token_num} --spe-token-num {self.spe_token_num}"
+            )
+
+    @property
+    def ffn_dim(self) -> int:
+        """Hidden width of the feed-forward layer."""
+        hidden = int(2 * (4 * self.dim) / 3)
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        return -(-hidden // self.multiple_of) * self.multiple_of
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of a decode step stand: `positions` (s,) in the sequence, the cache, and how many rows to attend to."""
+
+    cache: StaticCache
+    positions: Tensor
+    length: int
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation (arXiv 1910.07467), computed in float32 and cast back before the weight."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): a sample's residual branch is left out with probability p."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.p == 0 or not self.training:
+            return x
+        keep = x.new_empty(len(x), *[1] * (x.dim() - 1)).bernoulli_(1 - self.p)
+        return x * keep / (1 - self.p)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.ffn_dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.ffn_dim, bias=False)
+        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=False)
+        self.dropout = nn.Dropout(args.ffn_dropout_p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Attention(nn.Module):
+    """Attention with one fused projection (q, then k, then v) and 2D RoPE."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = args.n_head, args.n_kv_head, args.dim // args.n_head
+        self.wqkv = nn.Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * self.head_dim, bias=False)
+        self.wo = nn.Linear(args.dim, args.dim, bias=False)
+        self.attn_dropout_p = args.attn_dropout_p
+        self.resid_dropout = nn.Dropout(args.resid_dropout_p)
+
+    def forward(
+        self, x: Tensor, rope: Tensor, mask: Tensor | None, causal: bool, layer: int, rows: Rows | None
+    ) -> Tensor:
+        qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # (B, S, H + 2 KV, D)
+        q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
+        q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, rope), apply_rope(k, rope), v))  # (B, H, S, D)
+        if rows is not None:
+            k, v = rows.cache.update(layer, rows.positions, k, v, rows.length)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=causal,
+            dropout_p=self.attn_dropout_p if self.training else 0.0,
+            enable_gqa=self.n_kv_head != self.n_head,
+        )
+        return self.resid_dropout(self.wo(out.transpose(1, 2).flatten(2)))
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, args: ModelArgs, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.drop_path = DropPath(args.drop_path_rate * layer / max(args.n_layer - 1, 1))
+
+    def forward(
+        self, x: Tensor, rope: Tensor, mask: Tensor | None = None, causal: bool = True, rows: Rows | None = None
+    ) -> Tensor:
+        x = x + self.drop_path(self.attention(self.attention_norm(x), rope, mask, causal, self.layer, rows))
+        return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
+
+
+class SpecialTokens(nn.Module):
+    """The learned inputs that stand beside the last single token in the first parallel group (PAR, section 3)."""
+
+    def __init__(self, tokens: int, dim: int):
+        super().__init__()
+        self.special_embeddings = nn.Embedding(tokens, dim)
+
+    def forward(self) -> Tensor:
+        return self.special_embeddings.weight
+
+
+class Transformer(nn.Module):
+    """A GPT over image tokens, conditioned on a class or a caption.
+
+    `layout` says in which order tokens are read and which of them one step predicts.
+    """
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = self.config = args
+        self.layout = TokenLayout(isqrt(args.block_size), args.ar_token_num, args.cls_token_num)
+        if args.model_type == "c2i":
+            self.cls_embedding = LabelEmbedder(args.num_classes, args.dim, args.class_dropout_prob)
+        else:
+            self.cls_embedding = CaptionEmbedder(
+                args.caption_dim, args.dim, args.cls_token_num, args.class_dropout_prob
+            )
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.spe_tok_embeddings = SpecialTokens(args.spe_token_num, args.dim) if args.spe_token_num else None
+        self.tok_dropout = nn.Dropout(args.token_dropout_p)
+        self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layer))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self._rope: dict[torch.device, Tensor] = {}
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """N(0, initializer_range) for every linear and embedding weight; zeros for the output layer."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.args.initializer_range)
+        nn.init.zeros_(self.output.weight)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable numbers in the model."""
+        return sum(p.numel() for p in self.parameters())
+
+    def rope(self, device: torch.device) -> Tensor:
+        """The rotary table of every row, float32 (rows, head_dim/2, 2).
+
+        Kept beside the parameters, not among them: it must stay float32 when the weights are cast, and is in no file.
+        """
+        if device not in self._rope:
+            head_dim = self.args.dim // self.args.n_head
+            table = rope_table_2d(self.layout.grid_size, head_dim, self.args.rope_base)
+            self._rope[device] = self.layout.rope_rows(table).to(device)
+        return self._rope[device]
+
+    def embed(self, tokens: Tensor, special: int = 0, at: int | None = None) -> Tensor:
+        """Token embeddings with the first `special` special ones put in at column `at` (the end). (B, S) -> (B, S + special, dim)."""
+        h = self.tok_embeddings(tokens)
+        if not special:
+            return h
+        inserted = self.spe_tok_embeddings()[:special].expand(len(h), -1, -1)
+        at = h.shape[1] if at is None else at
+        return torch.cat([h[:, :at], inserted.to(h.dtype), h[:, at:]], dim=1)
+
+    def attention_mask(self, rows: int, prefix_mask: Tensor | None, device: torch.device) -> Tensor | None:
+        """Which of the first `rows` rows sees which; None where that is plainly causal.
+
+        prefix_mask: (B, T), nonzero where the condition row is real. Padded rows are seen by none but themselves.
+        Returns bool, (rows, rows) or (B, 1, rows, rows).
+        """
+        mask = self.layout.mask(rows, device)
+        if prefix_mask is None:
+            return mask
+        if mask is None:
+            mask = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
+        seen = F.pad(prefix_mask.to(device, torch.bool), (0, rows - self.layout.prefix), value=True)  # (B, rows)
+        return (mask & seen[:, None, None, :]) | torch.eye(rows, dtype=torch.bool, device=device)
+
+    def forward(
+        self,
+        idx: Tensor,
+        cond_idx: Tensor,
+        *,
+        drop: Tensor | None = None,
+        prefix_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The logits of every next token, for training and scoring.
+
+        idx: int64 (B, L), tokens in the layout's order, without the last group (L = N - group_size), or fewer.
+        cond_idx: int64 (B,) labels, or (B, T, caption_dim) caption features.
+        drop: bool (B,), whose condition is dropped (drawn by the model in training where not given).
+        prefix_mask: (B, T), which condition rows are real.
+        Returns: float32 (B, L + group_size, vocab_size); output i predicts token i of the layout's order.
+        """
+        layout = self.layout
+        tokens = self.embed(idx, layout.special, at=layout.group_size)
+        h = torch.cat([self.cls_embedding(cond_idx, drop).to(tokens.dtype), tokens], dim=1)  # (B, T + L + M, dim)
+        h = self.tok_dropout(h)
+        rows = h.shape[1]
+        mask = self.attention_mask(rows, prefix_mask, h.device)
+        rope = self.rope(h.device)[:rows]
+        for layer in self.layers:
+            h = layer(h, rope, mask, causal=mask is None)
+        return self.head(h[:, layout.prefix - 1 :])
+
+    def decode(self, h: Tensor, rows: Rows, mask: Tensor | None, causal: bool) -> Tensor:
+        """Runs new rows h (B, s, dim) over the cache and returns their last hidden states (B, s, dim), before the head."""
+        rope = self.rope(h.device)[rows.positions]
+        for layer in self.layers:
+            h = layer(h, rope, mask, causal, rows)
+        return h
+
+    def head(self, h: Tensor) -> Tensor:
+        """Final norm and output projection. (…, dim) -> float32 logits (…, vocab_size)."""
+        return self.output(self.norm(h)).float()
+
+
+def build_gpt(name: str, **overrides) -> Transformer:
+    """A model of a size in the table, with any field of ModelArgs overridden."""
+    n_layer, n_head, dim = GPT_SIZES[name]
+    return Transformer(ModelArgs(**{"n_layer": n_layer, "n_head": n_head, "dim": dim, **overrides}))
+
+
+GPT_models: dict[str, Callable[..., Transformer]] = {name: partial(build_gpt, name) for name in GPT_SIZES}

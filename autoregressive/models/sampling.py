@@ -1,0 +1,88 @@
+"""From logits to a token: guidance, temperature, top-k, top-p, and the draw.
+
+    config = SamplingConfig(cfg_scale=2.0, top_k=2000)
+    logits = guide(conditional, unconditional, config.cfg_scale)
+    tokens = choose(logits, config, noise)                   # noise: one number in [0, 1) a row
+
+The draw reads one uniform number per token off the cumulative distribution, so that a token depends on its own
+number and its own row alone, whatever else is in the batch.
+Top-p: arXiv 1904.09751. Guidance: 2207.12598.
+"""
+
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are chosen.
+
+    cfg_scale: guidance scale; 1 or less is none. cfg_interval: the last guided decode step, -1 for all.
+    temperature: 0 or more. top_k: 0 keeps all. top_p: in (0, 1], 1 keeps all. sample_logits: False takes the argmax.
+    Raises ValueError for a value outside these.
+    """
+
+    cfg_scale: float = 1.0
+    cfg_interval: float = -1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    sample_logits: bool = True
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"--temperature must be 0 or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p must be above 0 and at most 1 (1 keeps every token), got {self.top_p}")
+        if self.top_k < 0 or int(self.top_k) != self.top_k:
+            raise ValueError(f"--top-k must be a whole number, 0 (keep every token) or more, got {self.top_k}")
+        if not (isfinite(self.cfg_scale) and self.cfg_scale >= 0):
+            raise ValueError(f"--cfg-scale must be 0 or more (1: no guidance), got {self.cfg_scale}")
+
+    @property
+    def guided(self) -> bool:
+        """Whether unconditional rows are needed at all."""
+        return self.cfg_scale > 1
+
+    def guides(self, step: int) -> bool:
+        """Whether the decode step of this number is guided (see TokenLayout.steps)."""
+        return self.guided and (self.cfg_interval < 0 or step <= self.cfg_interval)
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """unconditional + (conditional - unconditional) * scale."""
+    return unconditional + (conditional - unconditional) * scale
+
+
+def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Sets what top-k, then top-p, leave out to -inf. (…, V) -> (…, V).
+
+    Top-p keeps the smallest set of most likely tokens whose mass reaches p, the one that crosses it included.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        smallest_kept = torch.topk(logits, top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
+    if top_p < 1:
+        ordered, places = logits.sort(dim=-1, descending=True, stable=True)
+        reached = ordered.softmax(dim=-1).cumsum(dim=-1)[..., :-1] > top_p  # the mass before each token but the first
+        left_out = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, places[..., 1:], reached)
+        logits = logits.masked_fill(left_out, float("-inf"))
+    return logits
+
+
+def draw(probabilities: Tensor, noise: Tensor) -> Tensor:
+    """The token at which the cumulative distribution passes `noise`. (…, V), (…) in [0, 1) -> int64 (…)."""
+    cumulative = probabilities.cumsum(dim=-1)
+    target = noise.unsqueeze(-1).to(cumulative.dtype) * cumulative[..., -1:]
+    return (cumulative <= target).sum(dim=-1).clamp_(max=probabilities.shape[-1] - 1)
+
+
+def choose(logits: Tensor, config: SamplingConfig, noise: Tensor) -> Tensor:
+    """Picks a token a row. logits: (…, V) float32; noise: (…) uniform in [0, 1). Returns int64 (…)."""
+    if not config.sample_logits:
+        return logits.argmax(dim=-1)
+    logits = filter_logits(logits / max(config.temperature, 1e-5), config.top_k, config.top_p)
+    return draw(logits.softmax(dim=-1), noise)

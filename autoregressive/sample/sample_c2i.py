@@ -1,0 +1,73 @@
+"""Draws a few images of chosen classes into one grid.
+
+python3 autoregressive/sample/sample_c2i.py --gpt-ckpt c2i_L_384.pt --vq-ckpt vq_ds16_c2i.pt --gpt-model GPT-L
+"""
+
+import argparse
+
+from autoregressive.models.sizes import GPT_SIZES
+from tokenizer.tokenizer_image.sizes import VQ_SIZES
+from utils.cli import (
+    add_gpt_flags,
+    add_image_size_flags,
+    add_run_flags,
+    add_sampling_flags,
+    add_tokenizer_flags,
+    flag_parser,
+    run_script,
+)
+
+# golden retriever, otter, red panda, geyser, macaw, valley, balloon, Arctic fox
+IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]
+
+
+def main(args: argparse.Namespace) -> None:
+    import numpy as np
+
+    from autoregressive.sample.common import build_pipeline, sampling_settings
+    from utils.distributed import pick_device
+    from utils.images import make_grid, save_png
+
+    if args.gpt_type != "c2i":
+        raise ValueError("sample_c2i.py draws from class-conditional models; for captions there is sample_t2i.py")
+    settings = sampling_settings(args)
+    labels = args.labels
+    if labels is None:
+        labels = IMAGENET_CLASSES if args.num_classes >= 1000 else [i % args.num_classes for i in range(8)]
+    pipeline, _, _ = build_pipeline(args, pick_device(args.device), args.batch_size)
+    images = pipeline(labels, seed=args.seed, **settings)
+    save_png(make_grid(np.stack([np.asarray(image) for image in images]), columns=args.columns), args.output)
+    print(f"wrote {args.output}: {len(images)} images of {pipeline.image_size}x{pipeline.image_size}")
+
+
+def flags() -> argparse.ArgumentParser:
+    """The script's flags."""
+    parser = flag_parser(__doc__)
+    add_gpt_flags(parser, GPT_SIZES)
+    parser.add_argument(
+        "--gpt-ckpt", default=None, help="GPT weights: a file, a run's folder, or a released file's name"
+    )
+    parser.add_argument(
+        "--from-fsdp", action="store_true", help="the file is a bare state dict (recognised without the flag too)"
+    )
+    parser.add_argument(
+        "--use-ema", action="store_true", help="sample from the averaged weights where the files have them"
+    )
+    add_tokenizer_flags(parser, VQ_SIZES)
+    add_image_size_flags(parser, 384)
+    add_sampling_flags(parser, cfg_scale=4.0, top_k=2000)
+    add_run_flags(parser)
+    parser.add_argument("--seed", type=int, default=0, help="image i is a function of the seed and i")
+    parser.add_argument(
+        "--labels", type=int, nargs="+", default=None, help="the classes to draw (default: eight of them)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=None, help="images at once (default: 32 on an accelerator, 8 on a CPU)"
+    )
+    parser.add_argument("--columns", type=int, default=4, help="images in a row of the grid")
+    parser.add_argument("--output", default="sample_c2i.png", help="the picture to write")
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, flags())

@@ -1,0 +1,170 @@
+"""Draws many images for FID: PNG files and one `.npz`, on any number of processes.
+
+    torchrun --nproc_per_node=8 autoregressive/sample/sample_c2i_ddp.py --gpt-ckpt c2i_B_256.pt --vq-ckpt vq_ds16_c2i.pt \\
+        --image-size 256 --cfg-scale 2.0
+
+Image i depends on the seed and i alone. The same command again draws what is missing, so that an interrupted run goes
+on where it stopped, on as many processes as there are then.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from autoregressive.models.sizes import GPT_SIZES
+from tokenizer.tokenizer_image.sizes import VQ_SIZES
+from utils.cli import (
+    add_gpt_flags,
+    add_image_size_flags,
+    add_run_flags,
+    add_sampling_flags,
+    add_switch,
+    add_tokenizer_flags,
+    flag_parser,
+    positive_int,
+    run_script,
+)
+
+# Flags that change neither an image nor which images there are.
+IMMATERIAL = {
+    "sample_dir",
+    "num_fid_samples",
+    "compile",
+    "device",
+    "per_proc_batch_size",
+    "npz",
+    "from_fsdp",
+    "gpt_ckpt",
+    "vq_ckpt",
+}
+
+
+def main(args: argparse.Namespace) -> None:
+    import numpy as np
+    from tqdm import tqdm
+
+    from autoregressive.sample.common import build_pipeline, sampling_settings
+    from utils.distributed import start
+    from utils.images import is_whole_png, save_png, write_image_npz
+
+    if args.gpt_type != "c2i":
+        raise ValueError(
+            "sample_c2i_ddp.py draws from class-conditional models; for captions there is sample_t2i_ddp.py"
+        )
+    settings = sampling_settings(args)
+    dist = start(args.device)
+    with dist.main_first():
+        pipeline, gpt_path, vq_path = build_pipeline(args, dist.device, args.per_proc_batch_size)
+    folder = Path(args.sample_dir) / folder_name(args, gpt_path, vq_path)
+    if dist.is_main:
+        claim_folder(folder, args, gpt_path, vq_path)
+    dist.barrier()
+
+    def png(index: int) -> Path:
+        return folder / f"{index:06d}.png"
+
+    count = args.num_fid_samples
+    labels = [image_class(args, i) for i in range(count)]
+    missing = dist.broadcast([i for i in range(count) if not is_whole_png(png(i))] if dist.is_main else None)
+    if dist.is_main:
+        print(f"{folder}: {count - len(missing)} of {count} images are there, {len(missing)} to draw")
+    shares = [missing[i : i + args.per_proc_batch_size] for i in range(0, len(missing), args.per_proc_batch_size)]
+    mine = [index for share in shares[dist.rank :: dist.world_size] for index in share]
+    with tqdm(total=len(mine), unit="img", disable=not dist.is_main) as bar:
+        batches = pipeline.batches(
+            [labels[i] for i in mine], seed=args.global_seed, indices=mine, size=args.image_size_eval, **settings
+        )
+        for indices, images in batches:
+            for index, image in zip(indices, images, strict=True):
+                save_png(image, png(index))
+            bar.update(len(indices))
+    dist.barrier()
+    if dist.is_main and args.npz:
+        target = folder.with_name(folder.name + ".npz")
+        shape = (count, args.image_size_eval, args.image_size_eval, 3)
+        write_image_npz(target, read_images(map(png, range(count))), shape, np.asarray(labels))
+        print(f"wrote {target}: {count} images")
+    dist.barrier()
+    dist.close()
+
+
+def image_class(args: argparse.Namespace, index: int) -> int:
+    """The class of image `index`: drawn from the seed, or with --balanced each in turn."""
+    from utils.rng import image_label
+
+    return index % args.num_classes if args.balanced else image_label(args.global_seed, index, args.num_classes)
+
+
+def folder_name(args: argparse.Namespace, gpt_path: Path, vq_path: Path) -> str:
+    """The published name of a sample folder."""
+    checkpoint = gpt_path.parent.name if args.from_fsdp else gpt_path.stem
+    return (
+        f"{args.gpt_model}-{checkpoint}-size-{args.image_size}-size-{args.image_size_eval}-{args.vq_model}-"
+        f"topk-{args.top_k}-topp-{args.top_p}-temperature-{args.temperature}-cfg-{args.cfg_scale}-seed-{args.global_seed}"
+    )
+
+
+def claim_folder(folder: Path, args: argparse.Namespace, gpt_path: Path, vq_path: Path) -> None:
+    """Records what the folder's images are drawn with. Raises ValueError where it holds images drawn with other settings."""
+    from utils.files import write_json
+
+    settings = {key: value for key, value in vars(args).items() if key not in IMMATERIAL}
+    for name, path in (("gpt_ckpt", gpt_path), ("vq_ckpt", vq_path)):
+        settings[name] = {
+            "file": str(path.resolve()),
+            "bytes": path.stat().st_size,
+            "modified": path.stat().st_mtime_ns,
+        }
+    record = folder / "settings.json"
+    if record.exists():
+        before = json.loads(record.read_text())
+        changed = [key for key in settings if before.get(key) != settings[key]]
+        if changed:
+            described = "; ".join(f"{key}: {before.get(key)}, now {settings[key]}" for key in changed)
+            raise ValueError(
+                f"{folder} holds images drawn with other settings ({described}); remove it, or choose another --sample-dir"
+            )
+    else:
+        write_json(record, settings)
+
+
+def read_images(paths) -> Iterator:
+    """The PNG files' pixels, one at a time, uint8 (H, W, 3). Raises ValueError that names a file it cannot read."""
+    import numpy as np
+    from PIL import Image
+
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                yield np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{path} is not readable ({error}); remove it and run the same command again") from error
+
+
+def flags() -> argparse.ArgumentParser:
+    """The script's flags."""
+    parser = flag_parser(__doc__)
+    add_gpt_flags(parser, GPT_SIZES)
+    parser.add_argument(
+        "--gpt-ckpt", default=None, help="GPT weights: a file, a run's folder, or a released file's name"
+    )
+    parser.add_argument("--from-fsdp", action="store_true", help="name the sample folder after the checkpoint's folder")
+    parser.add_argument(
+        "--use-ema", action="store_true", help="sample from the averaged weights where the files have them"
+    )
+    add_tokenizer_flags(parser, VQ_SIZES)
+    add_image_size_flags(parser, 384, evaluation=256)
+    add_sampling_flags(parser, cfg_scale=1.5, top_k=0)
+    add_run_flags(parser, compile=True)
+    parser.add_argument("--sample-dir", default="samples", help="where the folder of images and the .npz go")
+    parser.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images at once on each process")
+    parser.add_argument("--num-fid-samples", type=positive_int, default=50000, help="images to draw")
+    parser.add_argument("--global-seed", type=int, default=0, help="image i is a function of the seed and i")
+    parser.add_argument("--balanced", action="store_true", help="classes in turn instead of at random")
+    add_switch(parser, "--npz", True, "gather the images into one .npz")
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, flags())

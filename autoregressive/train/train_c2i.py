@@ -1,0 +1,143 @@
+"""Trains a class-conditional GPT on image codes (raster or parallel layout).
+
+    torchrun --nproc_per_node=8 autoregressive/train/train_c2i.py --code-path codes --gpt-model GPT-B --image-size 256
+    python3 autoregressive/train/train_c2i.py --code-path codes --resume          # one process, going on where it stopped
+
+Codes come from extract_codes_c2i.py. Recipe: LlamaGen (arXiv 2406.06525, section 3.1); layout: PAR (2412.15119).
+"""
+
+import argparse
+
+from autoregressive.models.sizes import GPT_SIZES
+from utils.cli import (
+    add_gpt_flags,
+    add_image_size_flags,
+    add_training_flags,
+    flag_parser,
+    grid_size,
+    layout_numbers,
+    run_script,
+)
+
+
+def main(args: argparse.Namespace) -> None:
+    import torch
+
+    from autoregressive.models.gpt import GPT_models
+    from autoregressive.train.loss import dropped_conditions, next_token_loss
+    from dataset.build import build_dataset
+    from dataset.codes import open_codes
+    from utils.checkpoint import read_checkpoint
+    from utils.distributed import start
+    from utils.parallel import parallelize
+    from utils.rng import item_seed
+    from utils.runs import find_checkpoint
+    from utils.trainer import Micro, Phase, Trainer, adamw
+
+    grid = grid_size(args.image_size, args.downsample_size)
+    ar_token_num, spe_token_num = layout_numbers(args)
+    if args.gpt_type != "c2i":
+        raise ValueError("train_c2i.py trains class-conditional models; for captions there is train_t2i.py")
+    dist = start(args.device)
+    dataset = build_dataset(args)
+    check_codes(dataset, args, grid**2)
+
+    torch.manual_seed(args.global_seed)
+    dropout = 0.0 if args.drop_path_rate > 0 else args.dropout_p  # stochastic depth replaces them
+    model = GPT_models[args.gpt_model](
+        vocab_size=args.vocab_size,
+        block_size=grid**2,
+        num_classes=args.num_classes,
+        cls_token_num=args.cls_token_num,
+        model_type=args.gpt_type,
+        resid_dropout_p=dropout,
+        ffn_dropout_p=dropout,
+        token_dropout_p=args.token_dropout_p,
+        drop_path_rate=args.drop_path_rate,
+        spe_token_num=spe_token_num or 0,
+        ar_token_num=ar_token_num or 1,
+    ).to(dist.device)
+    initial = read_checkpoint(find_checkpoint(args.gpt_ckpt)) if args.gpt_ckpt else None
+    wrapped = parallelize(model, dist, compile=not args.no_compile)
+    drop_probability = model.args.class_dropout_prob
+
+    def loss(batch: list[torch.Tensor], place: Micro) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        codes, labels = batch
+        seed = item_seed(args.global_seed, place.step)
+        drop = dropped_conditions(seed, place.global_batch, place.positions, drop_probability)
+        value = next_token_loss(wrapped, model.layout, codes, labels, drop=drop.to(codes.device))
+        return value, {"loss": value}
+
+    validate = None
+    if args.val_code_path:
+        held_out = open_codes(args.val_code_path, args.image_size, random_view=False)
+        check_codes(held_out, args, grid**2)
+
+        def validate(evaluated: torch.nn.Module) -> dict[str, float]:
+            return {"val_loss": mean_loss(evaluated, held_out, args.global_batch_size, dist)}
+
+    trainer = Trainer(
+        args,
+        dist,
+        run_name=args.gpt_model,
+        models={"model": model},
+        phases=[Phase("optimizer", wrapped, adamw(model, args), loss)],
+        dataset=dataset,
+        initial=initial,
+        validate=validate,
+    )
+    trainer.fit()
+    dist.close()
+
+
+def check_codes(dataset, args: argparse.Namespace, tokens: int) -> None:
+    """Raises ValueError where the codes do not fit the model that the flags describe."""
+    codes, _ = dataset[0]
+    if len(codes) != tokens:
+        raise ValueError(
+            f"{args.code_path} holds {len(codes)} codes an image, but --image-size {args.image_size} with "
+            f"--downsample-size {args.downsample_size} means {tokens}"
+        )
+    classes, vocabulary = getattr(dataset, "num_classes", None), getattr(dataset, "codebook_size", None)
+    if classes and classes > args.num_classes:
+        raise ValueError(f"{args.code_path} has {classes} classes; pass --num-classes {classes}")
+    if vocabulary and vocabulary > args.vocab_size:
+        raise ValueError(f"{args.code_path} was made with {vocabulary} codes; pass --vocab-size {vocabulary}")
+
+
+def mean_loss(model, dataset, batch_size: int, dist) -> float:
+    """The loss over a whole data set of codes, each process reading a share (nats per token)."""
+    import torch
+
+    from autoregressive.train.loss import next_token_loss
+
+    total = torch.zeros(2, dtype=torch.float64)
+    shares = torch.arange(dist.rank, len(dataset), dist.world_size).split(batch_size)
+    for indices in shares:
+        items = [dataset[int(i)] for i in indices]
+        codes = torch.stack([codes for codes, _ in items]).to(dist.device)
+        labels = torch.tensor([label for _, label in items], device=dist.device)
+        value = next_token_loss(model, model.layout, codes, labels)
+        total += torch.tensor([float(value) * len(items), len(items)], dtype=torch.float64)
+    total = dist.sum(total)
+    return float(total[0] / total[1])
+
+
+def flags() -> argparse.ArgumentParser:
+    """The script's flags."""
+    parser = flag_parser(__doc__)
+    parser.add_argument("--code-path", required=True, help="folder of codes, packed or in the published layout")
+    parser.add_argument("--val-code-path", default=None, help="codes of held-out images: their loss is reported too")
+    parser.add_argument("--dataset", default="imagenet_code", help="kind of data")
+    parser.add_argument(
+        "--gpt-ckpt", default=None, help="start from this file: weights, and where it has them optimizer and step"
+    )
+    parser.add_argument("--no-compile", action="store_true", help="do not torch.compile the model (it is only on CUDA)")
+    add_gpt_flags(parser, GPT_SIZES, training=True)
+    add_image_size_flags(parser, 256)
+    add_training_flags(parser, epochs=300, batch=256, results_dir="results", num_workers=24)
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, flags())

@@ -1,0 +1,258 @@
+"""Images as training items: reading, reproducible augmentation, and what happens where a file cannot be read.
+
+    images = class_folders("imagenet/train")                                    # dataset/folders.py
+    data = ImageDataset(images, partial(random_view, image_size=256), seed=0)
+    data.set_epoch(3)
+    pixels, label = data[0]                                                     # (3, 256, 256) in [-1, 1], int
+
+Every random choice of an item is a function of (seed, epoch, index): workers, ranks and restarts do not change it.
+"""
+
+import bisect
+import logging
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, default_collate
+
+from dataset.augmentation import UnusableImage
+from utils.rng import item_seed
+
+logger = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
+TRIES = 20
+
+
+class PathList(Sequence[str]):
+    """Paths below one folder, kept as one buffer of bytes.
+
+    A list of a million strings would be copied into every worker process by its reference counts alone.
+    """
+
+    def __init__(self, folder: str | os.PathLike, relative: Iterable[str]):
+        self.folder = os.fspath(folder)
+        encoded = [os.fsencode(path) for path in relative]
+        self._ends = np.fromiter(accumulate(map(len, encoded)), np.int64, len(encoded))
+        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        return os.path.join(self.folder, self._relative(index))
+
+    def relative(self) -> list[str]:
+        """The paths as they were given."""
+        return [self._relative(index) for index in range(len(self))]
+
+    def _relative(self, index: int) -> str:
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
+
+
+class _Joined(Sequence[str]):
+    def __init__(self, *parts: Sequence[str]):
+        self.parts = parts
+        self.ends = list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> str:
+        part = bisect.bisect_right(self.ends, index)
+        return self.parts[part][index - (self.ends[part - 1] if part else 0)]
+
+
+@dataclass
+class ImageList:
+    """Where the images are, and their labels: int64 (n,), or None where all are 0."""
+
+    paths: Sequence[str]
+    labels: np.ndarray | None = None
+    classes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def label(self, index: int) -> int:
+        return 0 if self.labels is None else int(self.labels[index])
+
+    def __add__(self, other: "ImageList") -> "ImageList":
+        """These images, then the other ones; those of a list without labels get label 0. Keeps these classes."""
+        labels = None
+        if self.labels is not None or other.labels is not None:
+            labels = np.concatenate(
+                [np.zeros(len(part), np.int64) if part.labels is None else part.labels for part in (self, other)]
+            )
+        return ImageList(_Joined(self.paths, other.paths), labels, self.classes)
+
+
+class ImageDataset(Dataset):
+    """Items (transform(image), label int) of an ImageList; `transform` takes an RGB PIL image.
+
+    A file that cannot be read is logged once, counted in `skipped` (over all workers), and
+    - `unreadable="replace"` (training): another image drawn from (seed, epoch, index) takes its place;
+    - `unreadable="omit"` (extraction): items are (transform(image), label, index), and None for such a file;
+      `collate_present` makes batches of them.
+    RuntimeError with the paths where 20 images in a row cannot be read.
+    """
+
+    def __init__(
+        self,
+        images: ImageList,
+        transform: Callable[[Image.Image], Any],
+        seed: int = 0,
+        unreadable: Literal["replace", "omit"] = "replace",
+    ):
+        if unreadable not in ("replace", "omit"):
+            raise ValueError(f"unreadable must be 'replace' or 'omit', got {unreadable!r}")
+        self.images = images
+        self.transform = transform
+        self.seed = seed
+        self.unreadable = unreadable
+        # Shared memory: persistent workers see a new epoch, and the main process sees what workers skipped. A byte per
+        # image instead of a counter: no lock, and an image met twice counts once.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._skipped = torch.zeros(len(images), dtype=torch.uint8).share_memory_()
+        self._failed_in_a_row: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in the order of their labels; empty where the images have no classes."""
+        return self.images.classes
+
+    @property
+    def skipped(self) -> int:
+        """How many images were found unreadable so far, in this process and its workers."""
+        return int(self._skipped.count_nonzero())
+
+    @property
+    def skipped_indices(self) -> list[int]:
+        """The indices of the images found unreadable so far, ascending."""
+        return self._skipped.nonzero().flatten().tolist()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the next pass draw other crops and flips; reaches running workers too."""
+        self._epoch[0] = epoch
+
+    def __getitem__(self, index: int) -> tuple | None:
+        index = range(len(self))[index]
+        if self.unreadable == "omit":
+            return self._item_or_none(index)
+        tried: dict[int, str] = {}
+        place = index
+        for attempt in range(1, min(TRIES, len(self)) + 1):
+            try:
+                return self._read(place, index)
+            except _Unreadable as error:
+                tried[place] = str(error)
+            place = item_seed(self.seed, self._current_epoch(), index, attempt) % len(self)
+            while place in tried and len(tried) < len(self):
+                place = (place + 1) % len(self)
+        raise RuntimeError(_nothing_readable(list(tried.values())))
+
+    def _item_or_none(self, index: int) -> tuple | None:
+        try:
+            item = self._read(index, index)
+        except _Unreadable as error:
+            self._failed_in_a_row.append(str(error))
+            # One bad file is an accident; a run of them is a disk that went away, and must not pass for an empty one.
+            if len(self._failed_in_a_row) >= TRIES:
+                raise RuntimeError(_nothing_readable(self._failed_in_a_row)) from None
+            return None
+        self._failed_in_a_row.clear()
+        return (*item, index)
+
+    def _read(self, place: int, index: int) -> tuple[Any, int]:
+        """The image at `place`, augmented with the draws of `index`."""
+        path = f"image {place}"
+        try:
+            path = self.images.paths[place]
+            image = load_rgb(path)
+        except Exception as error:
+            # For damaged files Pillow's decoders raise OSError, SyntaxError, struct.error, TypeError and more.
+            raise self._skip(place, path, error) from error
+        try:
+            with drawing_from(item_seed(self.seed, self._current_epoch(), index)):
+                return self.transform(image), self.images.label(place)
+        except UnusableImage as error:
+            raise self._skip(place, path, error) from error
+
+    def _skip(self, place: int, path: str, error: Exception) -> "_Unreadable":
+        reason = f"{type(error).__name__}: {error}"
+        if not self._skipped[place]:
+            self._skipped[place] = 1
+            logger.warning("skipped unreadable image %s (%s); %d so far", path, reason, self.skipped)
+        return _Unreadable(f"{path} ({reason})")
+
+    def _current_epoch(self) -> int:
+        return int(self._epoch[0])
+
+
+class _Unreadable(Exception):
+    pass
+
+
+def _nothing_readable(failures: list[str]) -> str:
+    listed = "\n  ".join(failures)
+    return f"none of {len(failures)} images in a row could be read; is the disk there, are the files whole?\n  {listed}"
+
+
+def collate_present(items: Sequence[tuple | None]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Batches the items of an `unreadable="omit"` data set without its Nones.
+
+    Returns pixels (n, ...) — (n, views, 3, H, W) where the transform gives a list of views —, labels (n,) and data set
+    indices (n,), both int64; None where no item is left.
+    """
+    present = [item for item in items if item is not None]
+    if not present:
+        return None
+    stacked = [(torch.stack(pixels) if isinstance(pixels, list) else pixels, *rest) for pixels, *rest in present]
+    return tuple(default_collate(stacked))
+
+
+def load_rgb(path: str | os.PathLike) -> Image.Image:
+    """Reads an image file of any mode as RGB. EXIF rotation is not applied and transparency is dropped.
+
+    Raises OSError, DecompressionBombError and what else Pillow's decoders raise for missing, damaged or huge files.
+    """
+    with Image.open(path) as image:
+        image.load()
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in mode RGB; 16-bit grey is scaled to 8 bits, where Pillow would clip it to white."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray((wide >> 8).astype(np.uint8))
+    with warnings.catch_warnings():
+        # Dropping the transparency of a palette image is what is meant.
+        warnings.filterwarnings("ignore", message="Palette images with Transparency")
+        return image.convert("RGB")
+
+
+@contextmanager
+def drawing_from(seed: int) -> Iterator[None]:
+    """Draws from Python's `random` and torch's CPU generator start at `seed` inside, and go on as before after it."""
+    python_state, torch_state = random.getstate(), torch.get_rng_state()
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        torch.set_rng_state(torch_state)

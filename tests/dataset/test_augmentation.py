@@ -1,0 +1,111 @@
+"""Crops against the recorded ones, views against a second implementation."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset.augmentation import (
+    FLIP_VIEWS,
+    TEN_CROP_VIEWS,
+    UnusableImage,
+    center_crop_arr,
+    flip_views,
+    random_crop_arr,
+    random_view,
+    ten_crop_views,
+    to_tensor,
+)
+from tests.helpers import load_golden
+
+CROPS, META = load_golden("crops")
+CASES = [(int(name.split("/")[0]), int(name.split("center")[1])) for name in CROPS if "center" in name]
+
+
+@pytest.fixture
+def image() -> Image.Image:
+    return Image.fromarray(np.random.RandomState(0).randint(0, 256, (70, 90, 3), np.uint8))
+
+
+@pytest.mark.parametrize("case, size", CASES)
+def test_crops_are_the_recorded_ones(case, size):
+    image = Image.fromarray(CROPS[f"{case}/input"])
+    center = center_crop_arr(image, size)
+    random.seed(META["seed"] + case)
+    drawn = random_crop_arr(image, size)
+    assert isinstance(center, Image.Image) and isinstance(drawn, Image.Image)
+    np.testing.assert_array_equal(np.asarray(center), CROPS[f"{case}/center{size}"])
+    np.testing.assert_array_equal(np.asarray(drawn), CROPS[f"{case}/random{size}"])
+
+
+def test_random_crop_draws_short_side_then_y_then_x():
+    # 64 of 64 pixels, both fractions 1: the only freedom is the place along the long side.
+    image = Image.fromarray(np.random.RandomState(1).randint(0, 256, (64, 200, 3), np.uint8))
+    random.seed(5)
+    drawn = np.asarray(random_crop_arr(image, 64, 1.0, 1.0))
+    random.seed(5)
+    random.randrange(64, 65), random.randrange(1)
+    left = random.randrange(200 - 64 + 1)
+    np.testing.assert_array_equal(drawn, np.asarray(image)[:, left : left + 64])
+
+
+@pytest.mark.parametrize("fractions", [(0, 1), (0.9, 0.8), (0.5, 1.5)])
+def test_crop_fractions_are_checked(image, fractions):
+    with pytest.raises(ValueError, match="fractions"):
+        random_crop_arr(image, 32, *fractions)
+
+
+def test_extreme_strip_is_refused_before_it_is_blown_up():
+    with pytest.raises(UnusableImage, match="1x30000"):
+        center_crop_arr(Image.new("RGB", (1, 30000)), 256)
+
+
+def test_to_tensor_spans_minus_one_to_one(image):
+    pixels = np.asarray(image)
+    tensor = to_tensor(image)
+    assert tensor.dtype == torch.float32 and tensor.is_contiguous()
+    torch.testing.assert_close(tensor, torch.from_numpy((pixels / 127.5 - 1).transpose(2, 0, 1)).float())
+    assert to_tensor(Image.new("RGB", (1, 1), (0, 255, 0))).flatten().tolist() == [-1, 1, -1]
+
+
+@pytest.mark.parametrize("size, crop_range", [(32, 1.1), (32, 1.05), (48, 1.25), (40, 1.0)])
+def test_ten_crops(image, size, crop_range):
+    views = ten_crop_views(image, size, crop_range)
+    large = int(size * crop_range)
+    pixels = np.asarray(center_crop_arr(image, large))
+    end, middle = large - size, round((large - size) / 2)
+    five = [(0, 0), (0, end), (end, 0), (end, end), (middle, middle)]
+    crops = [pixels[y : y + size, x : x + size] for y, x in five]
+    # torchvision crops the mirrored image: its top left is the top right's mirror image.
+    mirrored = pixels[:, ::-1]
+    crops += [mirrored[y : y + size, x : x + size] for y, x in five]
+    assert len(views) == len(TEN_CROP_VIEWS) == 10
+    for view, crop in zip(views, crops):
+        assert view.shape == (3, size, size)
+        torch.testing.assert_close(view, to_tensor(Image.fromarray(crop)), rtol=0, atol=0)
+
+
+def test_ten_crops_need_a_range_of_at_least_one(image):
+    with pytest.raises(ValueError, match=r"at least 1, got 0\.9"):
+        ten_crop_views(image, 32, 0.9)
+
+
+def test_flip_views(image):
+    center, flipped = flip_views(image, 32)
+    assert len(FLIP_VIEWS) == 2
+    torch.testing.assert_close(center, to_tensor(center_crop_arr(image, 32)), rtol=0, atol=0)
+    torch.testing.assert_close(flipped.flip(-1), center, rtol=0, atol=0)
+
+
+def test_random_view_mirrors_about_half(image):
+    mirrored = 0
+    for seed in range(60):
+        random.seed(seed)
+        plain = to_tensor(random_crop_arr(image, 32))
+        random.seed(seed)
+        view = random_view(image, 32)
+        assert torch.equal(view, plain) or torch.equal(view, plain.flip(-1))
+        mirrored += not torch.equal(view, plain)
+    assert 15 < mirrored < 45

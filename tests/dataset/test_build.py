@@ -1,0 +1,90 @@
+"""build_dataset: every name, and what is said where one is wrong or a path is missing."""
+
+import json
+from argparse import Namespace
+from functools import partial
+
+import pytest
+import torch
+from PIL import Image
+
+from dataset.augmentation import flip_views, random_view
+from dataset.build import build_dataset
+from dataset.codes import PackedCodes, PublishedCodes, write_published
+from dataset.images import ImageDataset, collate_present
+from tests.dataset.test_codes import write
+
+
+@pytest.fixture
+def images(tmp_path):
+    for name in ["ant/1.png", "bee/1.png", "bee/2.png", "flat/1.png"]:
+        file = tmp_path / ("flat" if name.startswith("flat") else "classes") / name.removeprefix("flat/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (0, 0, 255)).save(file)
+    (tmp_path / "classes" / "image_paths.json").write_text(json.dumps(["bee/2.png", "ant/1.png"]))
+    (tmp_path / "classes" / "a.jsonl").write_text(json.dumps({"image_path": "bee/1.png", "text": ["a bee"]}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name, folder, labels",
+    [
+        ("imagenet", "classes", [0, 1, 1]),
+        ("pexels", "classes", [0, 1, 1]),
+        ("coco", "flat", [0]),
+        ("openimage", "classes", [0, 0]),
+        ("t2i_image", "classes", [0]),
+    ],
+)
+def test_images(images, name, folder, labels):
+    data = build_dataset(Namespace(dataset=name, data_path=str(images / folder), image_size=16))
+    assert isinstance(data, ImageDataset)
+    assert [label for _, label in data] == labels
+    pixels = data[0][0]
+    assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.float32
+    assert pixels[:, 0, 0].tolist() == [-1, -1, 1]
+
+
+def test_faces_are_mixed_in(images):
+    args = Namespace(dataset="imagenet", data_path=images / "classes", data_face_path=images / "flat", image_size=16)
+    data = build_dataset(args)
+    assert len(data) == 4 and data[3][1] == 0
+    args.data_face_path = images / "nowhere"
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        build_dataset(args)
+
+
+def test_transform_seed_and_omission(images):
+    args = Namespace(dataset="imagenet", data_path=images / "classes", global_seed=7)
+    assert build_dataset(args)[0][0].shape == (3, 256, 256)
+    data = build_dataset(args, transform=partial(random_view, image_size=8))
+    assert data.seed == 7 and data[0][0].shape == (3, 8, 8)
+    views = build_dataset(args, transform=partial(flip_views, image_size=8), unreadable="omit")
+    pixels, labels, indices = collate_present([views[i] for i in range(3)])
+    assert pixels.shape == (3, 2, 3, 8, 8) and labels.tolist() == [0, 1, 1] and indices.tolist() == [0, 1, 2]
+
+
+def test_codes(tmp_path):
+    args = Namespace(dataset="imagenet_code", code_path=tmp_path / "packed", image_size=64, global_seed=5)
+    write(args.code_path)
+    data = build_dataset(args)
+    assert isinstance(data, PackedCodes) and data.seed == 5 and data[0][0].shape == (16,)
+    args = Namespace(dataset="imagenet_code", code_path=tmp_path / "flip", image_size=64, downsample_size=16)
+    write_published(args.code_path, 64, 0, torch.zeros(2, 16), 1)
+    assert isinstance(build_dataset(args), PublishedCodes)
+    args.downsample_size = 8
+    with pytest.raises(ValueError, match="--downsample-size 8 needs 64"):
+        build_dataset(args)
+
+
+@pytest.mark.parametrize("name", ["cifar", "t2i", "t2i_code", None])
+def test_unknown_names(name):
+    listed = "imagenet, pexels, coco, openimage, t2i_image, imagenet_code"
+    with pytest.raises(ValueError, match=f"unknown --dataset {name!r}; choose one of {listed}"):
+        build_dataset(Namespace(dataset=name))
+
+
+@pytest.mark.parametrize("name, flag", [("imagenet", "--data-path"), ("imagenet_code", "--code-path")])
+def test_missing_paths(name, flag):
+    with pytest.raises(ValueError, match=f"--dataset {name} needs {flag}"):
+        build_dataset(Namespace(dataset=name, image_size=64))

@@ -1,0 +1,446 @@
+"""Codes on disk: packed shards written, killed, resumed, damaged; the published layout; which views are drawn."""
+
+import json
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from dataset.augmentation import FLIP_VIEWS, TEN_CROP_VIEWS
+from dataset.codes import CodeSettings, CodeWriter, PackedCodes, PublishedCodes, open_codes, write_published
+from dataset.shards import ShardFolder
+from tests.helpers import ROOT
+
+SETTINGS = CodeSettings(
+    dataset="imagenet",
+    image_size=64,
+    tokens=16,
+    views=FLIP_VIEWS,
+    codebook_size=16384,
+    num_images=25,
+    classes=["ant", "bee", "cat"],
+    vq_model="VQ-16",
+    shard_size=4,
+)
+
+
+def codes_of(settings, index, shift=0):
+    """(views, tokens), each value telling the image, the view and the token."""
+    views, tokens = len(settings.views), settings.tokens
+    return np.arange(views * tokens).reshape(views, tokens) + index * 400 + shift
+
+
+def write(folder, settings=SETTINGS, shards=None, skipped=(), shift=0):
+    writer = CodeWriter(folder, settings)
+    for shard in writer.missing_shards() if shards is None else shards:
+        images = settings.images_of(shard)
+        indices = [i for i in images if i not in skipped]
+        codes = [codes_of(settings, i, shift) for i in indices]
+        codes = np.asarray(codes).reshape(-1, len(settings.views), settings.tokens)
+        labels = np.asarray(indices, np.int64) % 3
+        writer.write_shard(shard, codes, labels, np.asarray(indices, np.int64), [i for i in images if i in skipped])
+    return writer
+
+
+def publish(folder, count=25, views=2, image_size=64, shift=0):
+    settings = replace(SETTINGS, views=[str(v) for v in range(views)])
+    for i in range(count):
+        write_published(folder, image_size, i, codes_of(settings, i, shift), i % 3)
+
+
+def drawn_view(codes, index, shift=0):
+    return int(codes[0] - index * 400 - shift) // SETTINGS.tokens
+
+
+# Packed
+
+
+def test_round_trip(tmp_path):
+    write(tmp_path)
+    data = PackedCodes(tmp_path, seed=1)
+    assert len(data) == 25 and data.tokens == 16 and data.settings == SETTINGS
+    assert data.settings.num_classes == 3
+    for i in range(25):
+        codes, label = data[i]
+        assert codes.dtype == torch.int64 and codes.shape == (16,) and label == i % 3 and isinstance(label, int)
+        view = drawn_view(codes, i)
+        np.testing.assert_array_equal(codes, codes_of(SETTINGS, i)[view])
+    assert {drawn_view(data[i][0], i) for i in range(25)} == {0, 1}
+    assert np.load(tmp_path / "shard-000000.npy").dtype == np.uint16
+    data.verify()
+
+
+def test_batches_are_the_items(tmp_path):
+    write(tmp_path)
+    data = PackedCodes(tmp_path)
+    order = np.random.RandomState(0).permutation(25).tolist() + [3, 3]
+    for (codes, label), i in zip(data.__getitems__(order), order):
+        assert torch.equal(codes, data[i][0]) and label == data[i][1]
+    assert torch.equal(data[-1][0], data[24][0])
+    for outside in ([25], [-1], [0, 30]):
+        with pytest.raises(IndexError):
+            data.__getitems__(outside)
+    with pytest.raises(IndexError):
+        data[25]
+
+
+def test_views_are_a_function_of_seed_epoch_and_index(tmp_path):
+    write(tmp_path)
+    data = PackedCodes(tmp_path, seed=1)
+
+    def read(workers, data=data, **options):
+        out = []
+        loader = DataLoader(data, batch_size=4, num_workers=workers, persistent_workers=workers > 0, **options)
+        for epoch in (0, 1):
+            data.set_epoch(epoch)
+            out.append(torch.cat([codes for codes, _ in loader]))
+        return out
+
+    expected = read(0)
+    assert not torch.equal(*expected)
+    for other in (read(2), read(1, multiprocessing_context="spawn")):
+        assert all(torch.equal(a, b) for a, b in zip(expected, other))
+    assert not torch.equal(read(0, PackedCodes(tmp_path, seed=2))[0], expected[0])
+
+
+def test_pickles_without_the_maps(tmp_path):
+    write(tmp_path)
+    data = PackedCodes(tmp_path)
+    before = len(pickle.dumps(data))
+    assert torch.equal(data[0][0], pickle.loads(pickle.dumps(data))[0][0])
+    data.__getitems__(range(25))
+    assert len(pickle.dumps(data)) == before < 5000
+
+
+def test_few_files_stay_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("dataset.shards._OPEN_MAPS", 2)
+    write(tmp_path)
+    data = PackedCodes(tmp_path, random_view=False)
+    order = [0, 24, 8, 1, 12, 20, 0]
+    assert [drawn_view(codes, i) for (codes, _), i in zip(data.__getitems__(order), order)] == [0] * 7
+    assert len(data.sources[0]._maps) == 2
+
+
+def test_without_random_views_the_centre_is_read(tmp_path):
+    settings = replace(SETTINGS, views=TEN_CROP_VIEWS)
+    write(tmp_path, settings)
+    data = PackedCodes(tmp_path, random_view=False)
+    assert {drawn_view(data[i][0], i) for i in range(25)} == {TEN_CROP_VIEWS.index("center")}
+
+
+def test_large_codebooks_get_four_bytes(tmp_path):
+    settings = replace(SETTINGS, codebook_size=70000)
+    write(tmp_path, settings, shift=60000 - 24 * 400)
+    assert np.load(tmp_path / "shard-000006.npy").dtype == np.uint32
+    assert PackedCodes(tmp_path)[24][0].max() >= 60000
+    assert replace(SETTINGS, codebook_size=65536).dtype == np.uint16
+
+
+def test_skipped_images_close_the_gap(tmp_path):
+    write(tmp_path, skipped=[4, 5, 6, 7, 9, 24])  # all of shards 1 and 6
+    data = PackedCodes(tmp_path, random_view=False)
+    present = [i for i in range(25) if i not in (4, 5, 6, 7, 9, 24)]
+    assert data.sources[0].numbers.tolist() == present
+    assert [int(codes[0]) // 400 for codes, _ in data] == present
+    assert [label for _, label in data] == [i % 3 for i in present]
+    data.verify()
+
+
+def test_only_skipped_images(tmp_path):
+    write(tmp_path, skipped=range(25))
+    with pytest.raises(ValueError, match="all 25 images were skipped"):
+        PackedCodes(tmp_path)
+
+
+def test_ranks_share_the_shards(tmp_path):
+    writer = CodeWriter(tmp_path, SETTINGS)
+    for world in (1, 2, 3, 16):
+        shares = [writer.missing_shards(rank, world) for rank in range(world)]
+        assert sorted(sum(shares, [])) == list(range(7))
+    write(tmp_path, shards=[0, 3])
+    assert writer.missing_shards(0, 2) == [2, 4, 6] and writer.missing_shards(1, 2) == [1, 5]
+
+
+def test_order_and_tensors_do_not_matter(tmp_path):
+    writer = CodeWriter(tmp_path, replace(SETTINGS, num_images=4))
+    codes = torch.from_numpy(np.stack([codes_of(SETTINGS, i) for i in (2, 0, 3)]))
+    writer.write_shard(0, codes, torch.tensor([2, 0, 0]), torch.tensor([2, 0, 3]), skipped=[1])
+    data = PackedCodes(tmp_path, random_view=False)
+    assert [(int(codes[0]) // 400, label) for codes, label in data] == [(0, 0), (2, 2), (3, 0)]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"codes": np.zeros((4, 2, 15), int)}, r"expected codes \(4, 2, 16\).*got \(4, 2, 15\)"),
+        ({"labels": np.zeros(3, int)}, "labels"),
+        ({"indices": np.asarray([4, 5, 6, 8])}, "images 4 to 7, each once"),
+        ({"indices": np.asarray([4, 5, 6, 6])}, "images 4 to 7, each once"),
+        ({"skipped": [7]}, "4 indices and 1 skipped"),
+        ({"codes": np.full((4, 2, 16), 16384)}, "from 16384 to 16384, outside a codebook of 16384"),
+        ({"codes": np.full((4, 2, 16), -1)}, "outside a codebook"),
+    ],
+)
+def test_shards_are_checked_when_written(tmp_path, change, message):
+    shard = {"codes": np.zeros((4, 2, 16), int), "labels": np.zeros(4, int), "indices": np.arange(4, 8), **change}
+    with pytest.raises(ValueError, match=message):
+        CodeWriter(tmp_path, SETTINGS).write_shard(1, **shard)
+    assert not list(tmp_path.glob("shard*"))
+
+
+def test_other_settings_are_refused(tmp_path):
+    write(tmp_path, shards=[0])
+    with pytest.raises(
+        ValueError, match=r"(?s)another folder.*image_size: 64 there, 128 now.*tokens: 16 there, 64 now"
+    ):
+        CodeWriter(tmp_path, replace(SETTINGS, image_size=128, tokens=64))
+    with pytest.raises(ValueError, match="tokenizer: None there, 'abc' now") as error:
+        CodeWriter(tmp_path, replace(SETTINGS, tokenizer="abc"))
+    assert "image_size" not in str(error.value)
+    CodeWriter(tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize("change", [{"shard_size": 0}, {"num_images": 0}, {"views": []}])
+def test_settings_are_checked(change):
+    with pytest.raises(ValueError):
+        replace(SETTINGS, **change)
+
+
+def test_index_is_checked(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"index\.json is missing"):
+        ShardFolder(tmp_path)
+    write(tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    for content, message in [
+        ("{", "index.json is damaged"),
+        (json.dumps({**index, "format": 9}), "format"),
+        (json.dumps({k: v for k, v in index.items() if k != "tokens"}), "lacks or has unknown settings: tokens"),
+    ]:
+        (tmp_path / "index.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            ShardFolder(tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+from tests.dataset.test_codes import write
+import dataset.shards as shards
+
+after, real = int(sys.argv[2]), shards.atomic_write
+def dying(path):
+    global after
+    after -= 1
+    if after < 0:
+        (path.parent / f".{path.name}.left.tmp").write_bytes(b"half a shard")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(path)
+shards.atomic_write = dying
+write(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("files", [6, 8])
+def test_killed_runs_leave_whole_shards_and_resume(tmp_path, files):
+    # Three arrays a shard: killed before the first file of the third shard, and between its files.
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(files)], cwd=ROOT, capture_output=True)
+    assert done.returncode == -9
+    with pytest.raises(ValueError, match=r"2 of 7 shards") as error:
+        PackedCodes(tmp_path)
+    command = str(error.value).splitlines()[-1]
+    for part in ("extract_codes_c2i.sh", f"--code-path {tmp_path}", "--image-size 64", "--vq-model VQ-16"):
+        assert part in command
+    writer = CodeWriter(tmp_path, SETTINGS)
+    assert writer.missing_shards() == [2, 3, 4, 5, 6]
+    kept = (tmp_path / "shard-000000.npy").stat().st_mtime_ns
+    for rank in range(3):  # another number of ranks than before
+        write(tmp_path, shards=writer.missing_shards(rank, 3))
+    assert (tmp_path / "shard-000000.npy").stat().st_mtime_ns == kept
+    assert not list(tmp_path.glob(".*.tmp"))
+    data = PackedCodes(tmp_path, random_view=False)
+    data.verify()
+    assert [int(codes[0]) // 400 for codes, _ in data] == list(range(25))
+
+
+def test_damaged_shards(tmp_path):
+    write(tmp_path)
+    file = tmp_path / "shard-000003.npy"
+    whole = file.read_bytes()
+    for size in (0, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=rf"shard-000003\.npy is damaged \({size} bytes"):
+            PackedCodes(tmp_path)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"shard-000003\.npy is damaged \(missing"):
+        PackedCodes(tmp_path)
+    assert CodeWriter(tmp_path, SETTINGS).missing_shards() == [3]  # so running again mends it
+    write(tmp_path)
+    flipped = bytearray(whole)
+    flipped[-3] ^= 1
+    file.write_bytes(flipped)
+    with pytest.raises(ValueError, match=r"(?s)shard-000003\.npy \(checksum.*Remove shard-000003\.json"):
+        PackedCodes(tmp_path).verify()
+    file.write_bytes(b"x" * len(whole))
+    data = PackedCodes(tmp_path)
+    with pytest.raises(ValueError, match=r"shard-000003\.npy is damaged \(not an array"):
+        data[13]
+    (tmp_path / "shard-000003.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"shard-000003\.json is damaged"):
+        PackedCodes(tmp_path)
+
+
+# Published
+
+
+def test_published_layout_is_the_recorded_one(tmp_path):
+    write_published(tmp_path, 64, 7, torch.arange(32).reshape(2, 16), torch.tensor(5))
+    codes, label = (np.load(tmp_path / f"imagenet64_{kind}" / "7.npy") for kind in ("codes", "labels"))
+    assert codes.dtype == label.dtype == np.int64
+    assert codes.shape == (1, 2, 16) and label.tolist() == [5]
+    with pytest.raises(ValueError, match=r"\(views, tokens\)"):
+        write_published(tmp_path, 64, 8, np.zeros((1, 2, 16)), 0)
+
+
+def test_published_items(tmp_path):
+    publish(tmp_path / "flip")
+    data = PublishedCodes(tmp_path / "flip", 64)
+    views = []
+    for i in range(25):  # in numeric order, not 0, 1, 10, 11
+        codes, label = data[i]
+        views.append(drawn_view(codes, i))
+        assert codes.dtype == torch.int64 and label == i % 3
+        np.testing.assert_array_equal(codes, codes_of(SETTINGS, i)[views[-1]])
+    assert set(views) == {0, 1}
+    batch = torch.cat([codes for codes, _ in DataLoader(data, batch_size=4, num_workers=2)])
+    assert [drawn_view(codes, i) for i, codes in enumerate(batch)] == views
+
+
+def test_published_without_flip_in_the_path(tmp_path, caplog):
+    folder = tmp_path / "plain"
+    assert "flip" not in str(folder)
+    publish(folder)
+    data = PublishedCodes(folder, 64)
+    assert {drawn_view(data[i][0], i) for i in range(25)} == {0}
+    assert "2 views" in caplog.text and "'flip'" in caplog.text
+    data = PublishedCodes(folder, 64, random_view=True)
+    assert {drawn_view(data[i][0], i) for i in range(25)} == {0, 1}
+
+
+def test_published_codes_and_labels_must_match(tmp_path):
+    publish(tmp_path)
+    (tmp_path / "imagenet64_labels" / "3.npy").unlink()
+    with pytest.raises(ValueError, match=r"25 samples.*24 in .*1 are missing in .*imagenet64_labels.*3\.npy"):
+        PublishedCodes(tmp_path, 64)
+    (tmp_path / "imagenet64_codes" / "3.npy").unlink()
+    (tmp_path / "imagenet64_codes" / "4.npy").unlink()
+    with pytest.raises(ValueError, match=r"missing in .*imagenet64_codes.*4\.npy"):
+        PublishedCodes(tmp_path, 64)
+    (tmp_path / "imagenet64_labels" / "4.npy").unlink()
+    data = PublishedCodes(tmp_path, 64)  # numbers may have gaps
+    assert len(data) == 23 and int(data[3][0][0]) == 5 * 400
+
+
+def test_published_files_are_checked(tmp_path):
+    publish(tmp_path, count=3)
+    file = tmp_path / "imagenet64_codes" / "1.npy"
+    data = PublishedCodes(tmp_path, 64)
+    for array, message in [(np.zeros((1, 2, 9), int), "has shape"), (np.zeros((2, 16), int), "expected integers")]:
+        np.save(file, array)
+        with pytest.raises(ValueError, match=rf"1\.npy.*{message}"):
+            data[1]
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"1\.npy is damaged"):
+        data[1]
+    with pytest.raises(FileNotFoundError, match="imagenet128_codes does not exist"):
+        PublishedCodes(tmp_path, 128)
+
+
+# ten_crop and ten_crop_105
+
+
+@pytest.mark.parametrize("layout", ["packed", "published"])
+@pytest.mark.parametrize("name", ["flip_ten_crop", "ten_crop/flip_ten_crop", "flip_ten_crop/codes"])
+def test_ten_crop_draws_from_its_sibling_too(tmp_path, layout, name):
+    sibling = {
+        "flip_ten_crop": "flip_ten_crop_105",
+        "ten_crop/flip_ten_crop": "ten_crop/flip_ten_crop_105",
+        "flip_ten_crop/codes": "flip_ten_crop_105/codes",
+    }[name]
+    settings = replace(SETTINGS, views=TEN_CROP_VIEWS, num_images=100)
+    for folder, shift in ((name, 0), (sibling, 160)):
+        if layout == "packed":
+            write(tmp_path / folder, replace(settings, codebook_size=65536, crop_range=1.05), shift=shift)
+        else:
+            publish(tmp_path / folder, 100, views=10, shift=shift)
+    data = open_codes(tmp_path / name, 64)
+    drawn = Counter()
+    for epoch in range(4):
+        data.set_epoch(epoch)
+        for i, (codes, label) in enumerate(data):
+            drawn[drawn_view(codes, i)] += 1  # 0 to 9 here, 10 to 19 in the sibling
+            assert label == i % 3
+    assert set(drawn) == set(range(20))
+    assert 150 < sum(drawn[view] for view in range(10)) < 250
+    assert str(tmp_path / sibling) in data.describe()
+    alone = open_codes(tmp_path / sibling, 64)
+    assert len(alone.sources) == 1
+    assert len(open_codes(tmp_path / name, 64, random_view=False).sources) == 1
+
+
+def test_ten_crop_without_flip_draws_the_folder_only(tmp_path):
+    publish(tmp_path / "ten_crop", views=10)
+    publish(tmp_path / "ten_crop_105", views=10, shift=160)
+    data = PublishedCodes(tmp_path / "ten_crop", 64)
+    assert {drawn_view(data[i][0], i) for i in range(25)} == {4, 14}
+
+
+@pytest.mark.parametrize("layout", ["packed", "published"])
+def test_siblings_must_hold_the_same_images(tmp_path, layout):
+    for folder, count in (("flip_ten_crop", 25), ("flip_ten_crop_105", 24)):
+        if layout == "packed":
+            write(tmp_path / folder, replace(SETTINGS, num_images=count))
+        else:
+            publish(tmp_path / folder, count)
+    with pytest.raises(ValueError, match="25 samples.*24 .*hold other images"):
+        open_codes(tmp_path / "flip_ten_crop", 64)
+
+
+# Which layout, which size
+
+
+def test_open_codes_recognises_the_layout(tmp_path):
+    write(tmp_path / "a")
+    publish(tmp_path / "b_flip")
+    assert isinstance(open_codes(tmp_path / "a", 64), PackedCodes)
+    assert isinstance(open_codes(tmp_path / "b_flip", 64), PublishedCodes)
+
+
+def test_open_codes_says_what_it_found(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--code-path"):
+        open_codes(tmp_path / "nowhere", 64)
+    with pytest.raises(ValueError, match=r"neither index\.json.*imagenet64_codes/.*In it: nothing"):
+        open_codes(tmp_path, 64)
+    (tmp_path / "holiday").mkdir()
+    with pytest.raises(ValueError, match="In it: holiday"):
+        open_codes(tmp_path, 64)
+    publish(tmp_path, 1)
+    with pytest.raises(ValueError, match="--image-size 64, not 256"):
+        open_codes(tmp_path, 256)
+
+
+def test_open_codes_compares_the_tokens_per_image(tmp_path):
+    write(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"16 tokens per image, which fits --image-size 64; --image-size 256 .* 256"):
+        open_codes(tmp_path / "a", 256)
+    with pytest.raises(ValueError, match=r"16 tokens .*--image-size 32; --image-size 64 with --downsample-size 8.* 64"):
+        open_codes(tmp_path / "a", 64, downsample_size=8)
+    write(tmp_path / "b", replace(SETTINGS, tokens=15))
+    with pytest.raises(ValueError, match="15 tokens per image; --image-size 64"):
+        open_codes(tmp_path / "b", 64)
+    with pytest.raises(ValueError, match="--image-size 64, not 32"):
+        open_codes(tmp_path / "a", 32, downsample_size=8)

@@ -1,0 +1,124 @@
+"""tools/convert_codes.py: both ways, stopped and resumed, and what it refuses."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dataset.augmentation import FLIP_VIEWS, TEN_CROP_VIEWS
+from dataset.codes import PackedCodes, PublishedCodes, write_published
+from dataset.shards import ShardFolder
+from tests.dataset.test_codes import SETTINGS, codes_of, publish, write
+from tests.helpers import ROOT
+from tools.convert_codes import main, packed_to_published, published_to_packed
+
+
+def files(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("views", [1, 2, 10])
+def test_there_and_back(tmp_path, views):
+    publish(tmp_path / "flip", 11, views=views)
+    published_to_packed(tmp_path / "flip", tmp_path / "packed", 64, shard_size=4, num_classes=3)
+    packed = PackedCodes(tmp_path / "packed", seed=2)
+    packed.verify()
+    expected = {1: ["view_0"], 2: list(FLIP_VIEWS), 10: list(TEN_CROP_VIEWS)}[views]
+    assert packed.settings.views == expected and packed.settings.num_classes == 3
+    published = PublishedCodes(tmp_path / "flip", 64, seed=2)
+    for (codes, label), (other, other_label) in zip(packed, published, strict=True):
+        np.testing.assert_array_equal(codes, other)
+        assert label == other_label
+    packed_to_published(tmp_path / "packed", tmp_path / "back", 64)
+    assert files(tmp_path / "back") == files(tmp_path / "flip")
+
+
+def test_gaps_are_kept(tmp_path):
+    write(tmp_path / "packed", skipped=[0, 4, 5, 6, 7])
+    packed_to_published(tmp_path / "packed", tmp_path / "flip", 64)
+    published_to_packed(tmp_path / "flip", tmp_path / "again", 64, shard_size=4)
+    first, second = ShardFolder(tmp_path / "packed"), ShardFolder(tmp_path / "again")
+    np.testing.assert_array_equal(first.numbers, second.numbers)
+    for one, other in zip(first.shards(), second.shards(), strict=True):
+        for a, b in zip(one, other):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_resuming_to_packed(tmp_path):
+    publish(tmp_path / "flip", 11)
+    published_to_packed(tmp_path / "flip", tmp_path / "packed", 64, shard_size=4)
+    whole = files(tmp_path / "packed")
+    (tmp_path / "packed" / "shard-000001.json").unlink()
+    kept = (tmp_path / "packed" / "shard-000000.npy").stat().st_mtime_ns
+    with pytest.raises(ValueError, match=r"2 of 3(.|\n)*tools/convert_codes\.py --from"):
+        PackedCodes(tmp_path / "packed")
+    published_to_packed(tmp_path / "flip", tmp_path / "packed", 64, shard_size=4)
+    assert files(tmp_path / "packed") == whole
+    assert (tmp_path / "packed" / "shard-000000.npy").stat().st_mtime_ns == kept
+
+
+def test_resuming_to_published(tmp_path):
+    write(tmp_path / "packed")
+    packed_to_published(tmp_path / "packed", tmp_path / "flip", 64)
+    whole = files(tmp_path / "flip")
+    (tmp_path / "flip" / "imagenet64_labels" / "3.npy").unlink()
+    (tmp_path / "flip" / "imagenet64_codes" / "9.npy").unlink()
+    kept = (tmp_path / "flip" / "imagenet64_codes" / "0.npy").stat().st_mtime_ns
+    packed_to_published(tmp_path / "packed", tmp_path / "flip", 64)
+    assert files(tmp_path / "flip") == whole
+    assert (tmp_path / "flip" / "imagenet64_codes" / "0.npy").stat().st_mtime_ns == kept
+
+
+def test_other_sources_are_refused(tmp_path):
+    publish(tmp_path / "flip", 11)
+    publish(tmp_path / "other_flip", 11, shift=1)
+    published_to_packed(tmp_path / "flip", tmp_path / "packed", 64, shard_size=4)
+    with pytest.raises(ValueError, match="shard 0 .*is not of the codes in .*other_flip"):
+        published_to_packed(tmp_path / "other_flip", tmp_path / "packed", 64, shard_size=4)
+    with pytest.raises(ValueError, match="codebook_size: 16384 there, 8192 now"):
+        published_to_packed(tmp_path / "flip", tmp_path / "packed", 64, codebook_size=8192, shard_size=4)
+    with pytest.raises(ValueError, match="outside a codebook of 100"):
+        published_to_packed(tmp_path / "flip", tmp_path / "small", 64, codebook_size=100)
+    with pytest.raises(ValueError, match=r"0\.npy differs"):
+        packed_to_published(tmp_path / "packed", tmp_path / "other_flip", 64)
+    write_published(tmp_path / "flip", 64, 11, codes_of(SETTINGS, 11), 0)
+    with pytest.raises(ValueError, match=r"1 samples that .* has not \(11\.npy\)"):
+        packed_to_published(tmp_path / "packed", tmp_path / "flip", 64)
+    with pytest.raises(ValueError, match="--image-size 64, not 128"):
+        packed_to_published(tmp_path / "packed", tmp_path / "new", 128)
+
+
+def test_damaged_sources_are_refused(tmp_path):
+    write(tmp_path / "packed", replace(SETTINGS, num_images=4))
+    file = tmp_path / "packed" / "shard-000000.npy"
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(ValueError, match="checksum differs"):
+        packed_to_published(tmp_path / "packed", tmp_path / "flip", 64)
+    assert not (tmp_path / "flip").exists()
+
+
+def test_command_line_goes_either_way(tmp_path):
+    publish(tmp_path / "flip", 5)
+    names = [("flip", "packed"), ("packed", "back")]
+    for source, target in names:
+        main(["--from", str(tmp_path / source), "--to", str(tmp_path / target), "--image-size", "64"])
+    assert files(tmp_path / "back") == files(tmp_path / "flip")
+
+
+def test_command_line_errors_are_one_line(tmp_path):
+    publish(tmp_path / "flip", 1)
+    (tmp_path / "empty").mkdir()
+    for source, target, size, message in [
+        ("nowhere", "x", 64, "does not exist"),
+        ("empty", "x", 64, "holds no codes"),
+        ("flip", "flip", 64, "the same folder"),
+        ("flip", "x", 128, "--image-size 64, not 128"),
+    ]:
+        arguments = ["--from", str(tmp_path / source), "--to", str(tmp_path / target), "--image-size", str(size)]
+        with pytest.raises(SystemExit, match=message):
+            main(arguments)
+    command = [sys.executable, "tools/convert_codes.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "not 128" in done.stderr

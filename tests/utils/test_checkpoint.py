@@ -1,0 +1,614 @@
+"""Every published layout at a small size, files that are not what they seem, and flags that do not fit."""
+
+import argparse
+import errno
+import os
+import pickle
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from tests.helpers import golden_state, load_golden
+from tests.utils.test_files import largest_file
+from utils import checkpoint as ckpt
+from utils.checkpoint import load_into, prune_checkpoints, read_checkpoint, save_checkpoint, save_safetensors
+from utils.recognition import check_gpt_flags, count_parameters, describe_gpt, format_count
+
+SIZES = {
+    "GPT-B": (12, 12, 768),
+    "GPT-L": (24, 16, 1024),
+    "GPT-XL": (36, 20, 1280),
+    "GPT-XXL": (48, 24, 1536),
+    "GPT-XXXL": (48, 40, 2560),
+    "GPT-1B": (22, 32, 2048),
+    "GPT-3B": (24, 32, 3200),
+    "GPT-7B": (32, 32, 4096),
+}
+COUNTS = ["111M", "343M", "775M", "1.4B", "3.9B", "1.2B", "3.1B", "6.6B"]
+
+
+def golden(name: str) -> dict[str, torch.Tensor]:
+    meta = load_golden(name)[1]
+    return golden_state(meta["state_dict"], meta["config"]["seed"])
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    return golden("c2i")
+
+
+def meta_gpt(
+    n_layer: int, n_head: int, dim: int, special: int = 0, text: bool = False, n_kv_head: int | None = None
+) -> dict[str, torch.Tensor]:
+    """A full-size GPT's names and shapes without memory, from the golden's names."""
+    hidden = -(-int(8 * dim / 3) // 256) * 256
+    rows = dim + 2 * (n_kv_head or n_head) * (dim // n_head)
+    shapes = {
+        "tok_embeddings.weight": (16384, dim),
+        "norm.weight": (dim,),
+        "output.weight": (16384, dim),
+    }
+    if text:
+        shapes |= {
+            "cls_embedding.uncond_embedding": (120, 2048),
+            "cls_embedding.cap_proj.fc1.weight": (dim, 2048),
+            "cls_embedding.cap_proj.fc2.weight": (dim, dim),
+        }
+    else:
+        shapes["cls_embedding.embedding_table.weight"] = (1001, dim)
+    if special:
+        shapes["spe_tok_embeddings.special_embeddings.weight"] = (special, dim)
+    for i in range(n_layer):
+        shapes |= {
+            f"layers.{i}.attention.wqkv.weight": (rows, dim),
+            f"layers.{i}.attention.wo.weight": (dim, dim),
+            f"layers.{i}.feed_forward.w1.weight": (hidden, dim),
+            f"layers.{i}.feed_forward.w3.weight": (hidden, dim),
+            f"layers.{i}.feed_forward.w2.weight": (dim, hidden),
+            f"layers.{i}.attention_norm.weight": (dim,),
+            f"layers.{i}.ffn_norm.weight": (dim,),
+        }
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+class Tree(torch.nn.Module):
+    """A module with the given state-dict names."""
+
+    def __init__(self, state: dict[str, torch.Tensor]):
+        super().__init__()
+        for name, tensor in state.items():
+            *folders, leaf = name.split(".")
+            module: torch.nn.Module = self
+            for folder in folders:
+                if folder not in module._modules:
+                    module.add_module(folder, torch.nn.Module())
+                module = module._modules[folder]
+            module.register_parameter(leaf, torch.nn.Parameter(torch.zeros_like(tensor), requires_grad=False))
+
+
+def assert_same(actual: dict, expected: dict) -> None:
+    assert list(actual) == list(expected)
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+def prefixed(state: dict, prefix: str) -> dict:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+# Layouts
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
+def test_ddp(tmp_path, state, suffix, zipped):
+    path = tmp_path / ("a" + suffix)
+    ema = {name: tensor + 1 for name, tensor in state.items()}
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))], fused=False).state_dict()
+    args = argparse.Namespace(gpt_model="GPT-B", image_size=384, lr=1e-4, ema=True, note=None)
+    content = {"model": state, "optimizer": optimizer, "steps": 50, "args": args, "ema": ema, "discriminator": {"d": 1}}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    got = read_checkpoint(path)
+    assert (got.path, got.format, got.steps, got.args) == (path, "ddp", 50, vars(args))
+    assert got.extra == {"discriminator": {"d": 1}}
+    assert got.optimizer["param_groups"] == optimizer["param_groups"]
+    assert_same(got.model, state)
+    assert_same(got.ema, ema)
+    assert_same(read_checkpoint(path, prefer_ema=True, mmap=False).model, ema)
+
+
+@pytest.mark.parametrize(
+    ("content", "layout", "steps"),
+    [
+        (lambda s: {"model": prefixed(s, "module."), "optimizer": {}, "steps": 1, "args": None}, "ddp", 1),
+        (lambda s: {"model": prefixed(s, "_orig_mod."), "steps": 2}, "ddp", 2),
+        (lambda s: {"model": prefixed(s, "module._orig_mod."), "steps": 2}, "ddp", 2),
+        (lambda s: {"model": prefixed(s, "_orig_mod.module."), "steps": 2}, "ddp", 2),
+        (lambda s: {"module": s, "global_steps": 3}, "deepspeed", 3),
+        (lambda s: {"state_dict": prefixed(s, "model."), "global_step": 4, "epoch": 1}, "lightning", 4),
+        (lambda s: {"state_dict": s}, "lightning", None),
+        (lambda s: s, "fsdp", None),
+        (lambda s: {n.replace("layers.1.", "layers.1._fsdp_wrapped_module."): t for n, t in s.items()}, "fsdp", None),
+        (lambda s: {n.replace("layers.1.", "layers.1._orig_mod."): t for n, t in s.items()}, "fsdp", None),
+        (lambda s: {**s, "freqs_cis": torch.zeros(2)}, "fsdp", None),
+        (lambda s: {"model": {**prefixed(s, "module."), "module.freqs_cis": torch.zeros(2)}}, "tokenizer", None),
+        (lambda s: {"model": s}, "tokenizer", None),
+        (lambda s: {"ema": s}, "tokenizer", None),
+        (lambda s: {"model": s, "ema": None}, "tokenizer", None),
+    ],
+)
+def test_layouts_and_prefixes(tmp_path, state, content, layout, steps):
+    torch.save(content(state), tmp_path / "a.pt")
+    got = read_checkpoint(tmp_path / "a.pt")
+    assert (got.format, got.steps) == (layout, steps)
+    assert_same(got.model, state)
+
+
+def test_a_lightning_file_with_more_than_the_model_keeps_its_names(tmp_path):
+    state = {"model.a": torch.zeros(1), "loss.b": torch.zeros(1)}
+    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
+    assert_same(read_checkpoint(tmp_path / "a.ckpt").model, state)
+
+
+def test_folders(tmp_path, state):
+    folder = tmp_path / "0005000"
+    folder.mkdir()
+    (folder / "optimizer.00000-of-00002.pth").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"0005000 is a folder without .* it holds: optimizer\.00000"):
+        read_checkpoint(folder)
+    torch.save(state, folder / "consolidated.pth")
+    got = read_checkpoint(folder)
+    assert (got.format, got.path) == ("fsdp", folder / "consolidated.pth")
+    assert_same(got.model, state)
+    pushed = tmp_path / "pushed"
+    save_safetensors(pushed / "model.safetensors", state)
+    assert_same(dict(sorted(read_checkpoint(pushed).model.items())), dict(sorted(state.items())))
+    with pytest.raises(FileNotFoundError, match="it holds: nothing"):
+        empty = tmp_path / "empty"
+        empty.mkdir()
+        read_checkpoint(empty)
+
+
+def test_safetensors_keep_flags_and_steps(tmp_path, state):
+    torch.save({"model": prefixed(state, "module."), "steps": 1}, tmp_path / "a.pt")
+    read = read_checkpoint(tmp_path / "a.pt").model
+    flags = argparse.Namespace(image_size=384, path=Path("x"))
+    save_safetensors(tmp_path / "a.safetensors", read, {"args": flags, "steps": 7, "note": "n"})
+    got = read_checkpoint(tmp_path / "a.safetensors")
+    assert (got.format, got.steps) == ("safetensors", 7)
+    assert got.args == {"image_size": 384, "path": "x"}
+    assert got.extra == {"format": "pt", "note": "n"}
+    assert set(got.model) == set(state)
+    assert all(torch.equal(got.model[name], state[name]) for name in state)
+
+
+def test_safetensors_by_another_name(tmp_path, state):
+    safetensors.torch.save_file(state, tmp_path / "pytorch_model.bin")
+    assert read_checkpoint(tmp_path / "pytorch_model.bin").format == "safetensors"
+
+
+def test_a_pickle_called_safetensors_is_refused(tmp_path, state):
+    torch.save({"model": state}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
+        read_checkpoint(tmp_path / "a.safetensors")
+
+
+# Files that are not what they seem
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path):
+    (tmp_path / "c2i_L_384.pt").write_bytes(b"x")
+    (tmp_path / "notes.txt").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*c2i_L_386\.pt; that folder has c2i_L_384\.pt$"):
+        read_checkpoint(tmp_path / "c2i_L_386.pt")
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere$"):
+        read_checkpoint(tmp_path / "nowhere" / "a.pt")
+    (tmp_path / "link.pt").symlink_to(tmp_path / "gone.pt")
+    with pytest.raises(FileNotFoundError, match=r"link\.pt is a link to .*gone\.pt, which does not exist"):
+        read_checkpoint(tmp_path / "link.pt")
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+@pytest.mark.parametrize("kept", [1, 3, 9, 40, 0.3, 0.6, 0.99, -1])
+def test_truncated_files(tmp_path, state, kind, kept):
+    path = tmp_path / "whole"
+    if kind == "safetensors":
+        save_safetensors(path, state)
+    else:
+        torch.save({"model": state, "steps": 1}, path, _use_new_zipfile_serialization=kind == "zip")
+    whole = path.read_bytes()
+    cut = whole[: kept if isinstance(kept, int) else int(kept * len(whole))]
+    path.write_bytes(cut)
+    expected = rf"whole is damaged or not a checkpoint \({len(cut):,} bytes\): .*Download or copy it again"
+    with pytest.raises(ValueError, match=expected):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", r"is empty \(0 bytes\)"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1371234567\n",
+            r"Git LFS pointer \(13\d bytes\), not the weights of 1,371,234,567 bytes: run `git lfs pull`",
+        ),
+        (b"<!DOCTYPE html><html><head>", "is a web page"),
+        (b"\n  <HTML>", "is a web page"),
+        (b'{"error": "Repository not found"}', "damaged or not a checkpoint"),
+        (b"PK\x03\x04 but not a zip", "damaged or not a checkpoint"),
+        (bytes(range(256)) * 9, "damaged or not a checkpoint"),
+        (pickle.dumps({"a": 1}, protocol=2), "damaged or not a checkpoint"),
+    ],
+)
+def test_files_that_are_no_weights(tmp_path, content, expected):
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=expected) as caught:
+        read_checkpoint(tmp_path / "a.pt")
+    assert "a.pt" in str(caught.value)
+
+
+def test_another_zip(tmp_path):
+    np.savez(tmp_path / "a.npz", a=np.zeros(3))
+    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
+        read_checkpoint(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({}, "holds no weights: .* and found nothing"),
+        ({"model": {}, "steps": 3}, r"found model \(dict\), steps \(int\)"),
+        ({"model": {"a": torch.zeros(1), "b": 1}}, r"found model \(dict\)"),
+        ([torch.zeros(1)], "its content is a list"),
+        (torch.zeros(1), "its content is a Tensor"),
+        ({"module.a": torch.zeros(1), "module._orig_mod.a": torch.zeros(1)}, "have the same name"),
+    ],
+)
+def test_files_without_weights(tmp_path, content, expected):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=expected):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+def test_safetensors_without_tensors_or_with_odd_metadata(tmp_path):
+    save_safetensors(tmp_path / "a.safetensors", {})
+    with pytest.raises(ValueError, match="holds no tensors"):
+        read_checkpoint(tmp_path / "a.safetensors")
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "b.safetensors", {"args": "{oops"})
+    with pytest.raises(ValueError, match=r"b\.safetensors: its metadata"):
+        read_checkpoint(tmp_path / "b.safetensors")
+
+
+class Harmful:
+    """Creates a file when it is unpickled by a reader that runs what it is told to."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("how", ["zip", "legacy", "raw2", "raw4", "raw5"])
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, how):
+    path, trace = tmp_path / "a.pt", tmp_path / "trace"
+    content = {"model": {"a": torch.zeros(1)}, "x": Harmful(trace)}
+    if how.startswith("raw"):
+        path.write_bytes(pickle.dumps({"x": Harmful(trace)}, protocol=int(how[3:])))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
+    with pytest.raises(ValueError, match=r"refused: .*a\.pt asks to run \w+\.mkdir while loading; nothing was run"):
+        read_checkpoint(path)
+    assert not trace.exists()
+    # The file is as harmful as it claims to be.
+    if how == "zip":
+        torch.load(path, weights_only=False)
+        assert trace.is_dir()
+
+
+def test_a_stand_in_is_no_way_around_the_refusal(tmp_path):
+    torch.save({"model": {"a": torch.zeros(1)}, "args": argparse.Namespace(out=Path("x"))}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"refused: .* asks to run pathlib\.PosixPath"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_device_that_is_not_there_is_not_a_damaged_file(tmp_path, state):
+    torch.save(state, tmp_path / "a.pt")
+    assert read_checkpoint(tmp_path / "a.pt", map_location="meta").model["norm.weight"].is_meta
+    with pytest.raises(RuntimeError, match="nonsense"):
+        read_checkpoint(tmp_path / "a.pt", map_location="nonsense")
+
+
+# Into a model
+
+
+def test_load_into(state):
+    model = Tree(state)
+    parameter = model.get_parameter("norm.weight")
+    load_into(model, state, "a.pt")
+    assert model.get_parameter("norm.weight") is parameter
+    assert_same(dict(model.state_dict()), state)
+
+
+def test_load_into_a_model_without_memory(state):
+    with torch.device("meta"):
+        model = Tree({name: tensor.to("meta") for name, tensor in state.items()})
+    load_into(model, state, "a.pt")
+    assert_same(dict(model.state_dict()), state)
+    assert model.get_parameter("norm.weight").data_ptr() == state["norm.weight"].data_ptr()
+    assert not model.get_parameter("norm.weight").requires_grad
+
+
+def test_weights_that_do_not_fit_are_listed_and_nothing_is_loaded(state):
+    model = Tree(state)
+    wrong = {name: tensor for name, tensor in state.items() if name != "norm.weight"}
+    wrong |= {"extra.weight": torch.zeros(1), "output.weight": torch.zeros(95, 64)}
+    with pytest.raises(ValueError) as caught:
+        load_into(model, wrong, "runs/a.pt")
+    assert str(caught.value).splitlines() == [
+        "runs/a.pt does not fit the model:",
+        "  missing (1): norm.weight",
+        "  unexpected (1): extra.weight",
+        "  other shape (1): output.weight (95, 64) (model: (96, 64))",
+    ]
+    assert not model.get_parameter("tok_embeddings.weight").any()
+
+
+def test_long_lists_are_cut_short(state):
+    with pytest.raises(ValueError, match=r"missing \(25\): .*, \.\.\. \(25 in all\)$") as caught:
+        load_into(Tree(state), {}, "a.pt")
+    assert str(caught.value).count("weight") == 20
+
+
+# What a GPT file holds
+
+
+@pytest.mark.parametrize(("name", "count"), list(zip(SIZES, COUNTS)))
+def test_all_sizes_are_recognised(name, count):
+    n_layer, n_head, dim = SIZES[name]
+    found = describe_gpt(meta_gpt(n_layer, n_head, dim), SIZES)
+    assert (found.gpt_model, found.n_layer, found.n_head, found.n_kv_head, found.dim) == (
+        name,
+        n_layer,
+        n_head,
+        n_head,
+        dim,
+    )
+    assert (found.gpt_type, found.num_classes, found.cls_token_num, found.caption_dim) == ("c2i", 1000, 1, None)
+    assert (found.vocab_size, found.spe_token_num, found.ar_token_num) == (16384, 0, 1)
+    assert format_count(found.parameters) == count
+    assert str(found) == f"{name} ({n_layer} layers, dim {dim}, {count}), class-conditional, 1000 classes, 16384 codes"
+
+
+def test_text_special_tokens_and_grouped_heads():
+    found = describe_gpt(meta_gpt(*SIZES["GPT-XL"], text=True), SIZES)
+    assert (found.gpt_type, found.num_classes, found.cls_token_num, found.caption_dim) == ("t2i", None, 120, 2048)
+    assert "text-conditional, 120 text tokens of 2048" in str(found)
+    found = describe_gpt(meta_gpt(*SIZES["GPT-3B"], special=15), SIZES)
+    assert (found.spe_token_num, found.ar_token_num) == (15, 16)
+    found = describe_gpt(meta_gpt(*SIZES["GPT-B"], n_kv_head=4), SIZES)
+    assert (found.n_kv_head, found.ffn_hidden) == (4, 2048)
+
+
+def test_the_recorded_models():
+    found = describe_gpt(golden("c2i"), SIZES)
+    assert (found.gpt_model, found.n_layer, found.dim, found.n_head) == (None, 3, 64, None)
+    assert (found.vocab_size, found.num_classes, found.ffn_hidden) == (96, 10, 256)
+    assert str(found).startswith("a GPT of no named size (3 layers, dim 64, ")
+    found = describe_gpt(golden("par4"), {"small": (3, 4, 64)})
+    assert (found.gpt_model, found.spe_token_num, found.ar_token_num) == ("small", 3, 4)
+    found = describe_gpt(golden("t2i"), SIZES)
+    assert (found.gpt_type, found.cls_token_num, found.caption_dim) == ("t2i", 8, 24)
+    assert found.parameters == count_parameters(golden("t2i"))
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        (lambda: golden("vq16"), r"looks like a VQ image tokenizer with 64 codes of 8 \(give it as --vq-ckpt\)"),
+        (lambda: {"main.0.weight": torch.zeros(1)}, "looks like a discriminator"),
+        (lambda: {"blocks.0.weight": torch.zeros(1), "final_linear.0.weight": torch.zeros(1)}, "a discriminator"),
+        (lambda: {"shared.weight": torch.zeros(1), "encoder.block.0.a": torch.zeros(1)}, "a T5 text encoder"),
+        (lambda: {"foo": torch.zeros(1), "bar": torch.zeros(1)}, r"its first weights are foo, bar; a GPT has tok_emb"),
+        (
+            lambda: {k: v for k, v in golden("c2i").items() if "cls_embedding" not in k},
+            r"looks like a part of one; a GPT has cls_embedding\.embedding_table\.weight or",
+        ),
+    ],
+)
+def test_other_models_are_no_gpt(other, expected):
+    with pytest.raises(ValueError, match=expected) as caught:
+        describe_gpt(other(), SIZES, "runs/a.pt")
+    assert str(caught.value).startswith("runs/a.pt is not a GPT checkpoint")
+
+
+# Flags
+
+FITTING = {
+    "gpt_model": "GPT-L",
+    "gpt_type": "c2i",
+    "image_size": 384,
+    "downsample_size": 16,
+    "codebook_size": 16384,
+    "num_classes": 1000,
+    "cls_token_num": 1,
+    "spe_token_num": 0,
+    "ar_token_num": 1,
+}
+LARGE = describe_gpt(meta_gpt(*SIZES["GPT-L"]), SIZES)
+PARALLEL = describe_gpt(meta_gpt(*SIZES["GPT-XL"], special=3), SIZES)
+TEXT = describe_gpt(meta_gpt(*SIZES["GPT-XL"], text=True), SIZES)
+
+
+def disagreement(description, path, args_in_file=None, **flags) -> str:
+    with pytest.raises(ValueError) as caught:
+        check_gpt_flags(description, path, args_in_file, sizes=SIZES, **flags)
+    return str(caught.value)
+
+
+def test_flags_that_fit_pass_in_silence():
+    parallel = FITTING | {"gpt_model": "GPT-XL", "spe_token_num": 3, "ar_token_num": 4}
+    text = FITTING | {"gpt_model": "GPT-XL", "gpt_type": "t2i", "cls_token_num": 120, "image_size": 512}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_gpt_flags(LARGE, "c2i_L_384.pt", sizes=SIZES)
+        check_gpt_flags(LARGE, "c2i_L_384.pt", {"image_size": 384, "downsample_size": 16}, sizes=SIZES, **FITTING)
+        check_gpt_flags(LARGE, "runs/0050000.pt", sizes=SIZES, **FITTING | {"image_size": 256})
+        check_gpt_flags(PARALLEL, "PAR-XL-4x.pt", None, sizes=SIZES, **parallel)
+        check_gpt_flags(TEXT, "t2i_XL_stage2_512.pt", None, sizes=SIZES, **text)
+
+
+def test_every_disagreement_is_listed_with_the_flags_that_fit():
+    given = FITTING | {"gpt_model": "GPT-B", "image_size": 256}
+    assert disagreement(PARALLEL, "weights/PAR-XL-4x.pt", **given) == (
+        "weights/PAR-XL-4x.pt holds GPT-XL (36 layers, dim 1280, 775M), class-conditional, 1000 classes, 16384 codes, "
+        "3 special tokens; it does not fit the flags: --gpt-model GPT-B (file: GPT-XL), --ar-token-num 1 (file: 4), "
+        "--spe-token-num 0 (file: 3). Use: --gpt-model GPT-XL --ar-token-num 4 --spe-token-num 3 --image-size 384"
+    )
+
+
+@pytest.mark.parametrize(
+    ("description", "flags", "problem", "advice"),
+    [
+        (LARGE, {"gpt_model": "GPT-B"}, "--gpt-model GPT-B (file: GPT-L)", "--gpt-model GPT-L --image-size 384"),
+        (
+            LARGE,
+            {"gpt_type": "t2i", "cls_token_num": 120},
+            "--gpt-type t2i (file: c2i), --cls-token-num 120 (file: 1)",
+            "--gpt-model GPT-L --gpt-type c2i --cls-token-num 1 --image-size 384",
+        ),
+        (LARGE, {"num_classes": 10}, "--num-classes 10 (file: 1000)", "--gpt-model GPT-L --num-classes 1000"),
+        (LARGE, {"codebook_size": 8192}, "--codebook-size 8192 (file: 16384)", "--codebook-size 16384"),
+        (LARGE, {"codebook_size": None, "vocab_size": 8}, "--vocab-size 8 (file: 16384)", "--vocab-size 16384"),
+        (LARGE, {"spe_token_num": 3, "ar_token_num": 4}, "--ar-token-num 4 (file: 1)", "--spe-token-num 0"),
+        (
+            TEXT,
+            {"gpt_model": "GPT-XL"},
+            "--gpt-type c2i (file: t2i), --cls-token-num 1 (file: 120)",
+            "--gpt-model GPT-XL --gpt-type t2i --cls-token-num 120 --image-size 384",
+        ),
+    ],
+)
+def test_each_flag(description, flags, problem, advice):
+    message = disagreement(description, "c2i_L_384.pt", **FITTING | flags)
+    assert problem in message
+    assert advice in message.split("Use: ")[1]
+
+
+def test_the_image_size_recorded_in_the_file_counts():
+    recorded = {"image_size": 256, "downsample_size": 8}
+    message = disagreement(LARGE, "c2i_L_384.pt", recorded, **FITTING)
+    assert "--image-size 384 (file: 256), --downsample-size 16 (file: 8)" in message
+    assert message.endswith("Use: --gpt-model GPT-L --image-size 256 --downsample-size 8")
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("c2i_L_256.pt", 256), ("t2i_XL_stage2_512.pt", 512), ("PAR-3B-16x.pt", 384)]
+)
+def test_the_image_size_in_a_name_warns(name, size):
+    given = 384 if size != 384 else 256
+    with pytest.warns(UserWarning, match=rf"by its name {name} was trained at {size}x{size}.* --image-size {size}"):
+        check_gpt_flags(LARGE, name, sizes=SIZES, image_size=given)
+
+
+def test_a_size_of_no_name():
+    small = describe_gpt(golden("c2i"), SIZES)
+    message = disagreement(small, "a.pt", gpt_model="GPT-B")
+    assert "a GPT of no named size (3 layers, dim 64" in message
+    assert "--gpt-model GPT-B (file: none of GPT-B, GPT-L" in message
+
+
+# Writing
+
+
+def test_what_is_written_is_read(tmp_path, state):
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = torch.optim.AdamW([weight])
+    weight.sum().backward()
+    optimizer.step()
+    path = tmp_path / "checkpoints" / "0000001.pt"
+    content = {
+        "model": state,
+        "ema": state,
+        "optimizer": optimizer.state_dict(),
+        "steps": 1,
+        "args": {"image_size": 256, "out": Path("x"), "betas": (0.9, 0.95)},
+        "generators": {"cpu": torch.get_rng_state(), "draws": [1, (2.0, "3")]},
+    }
+    save_checkpoint(path, content)
+    published = torch.load(path, weights_only=False)
+    assert published["args"] == argparse.Namespace(image_size=256, out="x", betas=(0.9, 0.95))
+    got = read_checkpoint(path)
+    assert (got.format, got.steps, got.args) == ("ddp", 1, vars(published["args"]))
+    assert got.extra["generators"]["draws"] == [1, (2.0, "3")]
+    assert_same(got.model, state)
+    assert_same(got.ema, state)
+    optimizer.load_state_dict(got.optimizer)
+    assert content["args"]["out"] == Path("x")
+
+
+@pytest.mark.parametrize("value", [np.float64(1), np.zeros(2), Path("x"), Harmful(Path("x")), object])
+def test_what_could_not_be_read_is_not_written(tmp_path, value):
+    with pytest.raises(TypeError, match=r"checkpoint\['optimizer'\]\['groups'\]\[0\] is a .*could not be read back"):
+        save_checkpoint(tmp_path / "a.pt", {"model": {}, "optimizer": {"groups": [value]}})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("save", [save_checkpoint, save_safetensors])
+@pytest.mark.parametrize("limit", [0, 200, 10_000, 200_000])
+def test_a_full_disk_keeps_the_last_good_file(tmp_path, save, limit):
+    path = tmp_path / "0000001.pt"
+    save(path, {"a": torch.ones(1)})
+    with largest_file(limit), pytest.raises(OSError, match=r"could not write .*0000001\.pt .*before is untouched"):
+        save(path, {"a": torch.zeros(100_000), "b": torch.zeros(100_000)})
+    assert os.listdir(tmp_path) == ["0000001.pt"]
+    assert read_checkpoint(path).model["a"].tolist() == [1]
+
+
+def test_no_space_left(tmp_path, monkeypatch):
+    def full(content, file):
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ckpt.torch, "save", full)
+    with pytest.raises(OSError, match=r"could not write .*a\.pt \(No space left on device\)") as caught:
+        save_checkpoint(tmp_path / "a.pt", {"model": {}})
+    assert caught.value.errno == errno.ENOSPC
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("save", [save_checkpoint, save_safetensors])
+def test_a_folder_that_cannot_be_written(tmp_path, save):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match=r"could not write .*file/a\.pt"):
+        save(tmp_path / "file" / "a.pt", {"a": torch.ones(1)})
+
+
+def test_an_open_file_survives_its_replacement(tmp_path):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, {"model": {"a": torch.arange(1000)}})
+    read = read_checkpoint(path).model["a"]
+    save_checkpoint(path, {"model": {"a": torch.zeros(1)}})
+    assert torch.equal(read, torch.arange(1000))
+
+
+def test_pruning_keeps_the_newest(tmp_path):
+    steps = [5000, 10000, 9999999, 10000000, 15000]
+    for step in steps:
+        (tmp_path / f"{step:07d}.pt").write_bytes(b"")
+    others = ["best.pt", "12.pt", "0000001.pth", ".0020000.pt.x.tmp"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"")
+    for keep in (0, -1):
+        with pytest.raises(ValueError, match=f"keep is {keep}"):
+            prune_checkpoints(tmp_path, keep)
+    assert prune_checkpoints(tmp_path, 9) == []
+    assert [path.name for path in prune_checkpoints(tmp_path, 2)] == ["0005000.pt", "0010000.pt", "0015000.pt"]
+    prune_checkpoints(tmp_path, 1)
+    assert sorted(os.listdir(tmp_path)) == sorted(["10000000.pt", *others])
+    assert prune_checkpoints(tmp_path / "nowhere", 1) == []

@@ -1,0 +1,188 @@
+"""LPIPS, the perceptual distance of the tokenizer's reconstruction loss (arXiv 1801.03924), on VGG16.
+
+    distance = LPIPS()(images, reconstructions)  # (B, 3, H, W) in [-1, 1], twice -> (B, 1, 1, 1)
+
+Needs two files and downloads neither: the VGG16 features (`vgg16-397923af.pth` of torchvision) and the weights of their
+channels (`vgg.pth`, version 0.1, part of the `lpips` package).
+"""
+
+import pickle
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+VGG_FILE = "vgg16-397923af.pth"
+LIN_FILE = "vgg.pth"
+PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained_models"
+
+CHANNELS = (64, 128, 256, 512, 512)
+CONVS_PER_SLICE = (2, 2, 3, 3, 3)
+
+
+def find_vgg_weights(vgg_path: str | Path | None = None) -> Path:
+    """The file with torchvision's VGG16: `vgg_path` if given, else from pretrained_models/ or the torch hub's folder.
+
+    Raises FileNotFoundError that lists the places looked at.
+    """
+    hub = Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
+    places = [Path(vgg_path)] if vgg_path is not None else [PRETRAINED / VGG_FILE, hub]
+    return _first(places, f"the VGG16 features of the perceptual loss ({VGG_FILE}, torchvision's ImageNet weights)")
+
+
+def find_lin_weights(lpips_path: str | Path | None = None) -> Path:
+    """The file with LPIPS' channel weights: `lpips_path` if given, else from pretrained_models/ or the lpips package.
+
+    Raises FileNotFoundError that lists the places looked at.
+    """
+    if lpips_path is not None:
+        places = [Path(lpips_path)]
+    else:
+        places = [PRETRAINED / LIN_FILE]
+        try:
+            # The package is located, not imported: this file has its name wherever the folder is on the import path.
+            package = metadata.distribution("lpips")
+            places.append(Path(str(package.locate_file("lpips/weights/v0.1/vgg.pth"))))
+        except metadata.PackageNotFoundError:
+            pass
+    return _first(places, f"the channel weights of LPIPS ({LIN_FILE} of version 0.1; `pip install lpips` brings it)")
+
+
+def _first(places: list[Path], what: str) -> Path:
+    for place in places:
+        if place.is_file():
+            return place
+    looked = ", ".join(str(place) for place in places)
+    raise FileNotFoundError(
+        f"{what} not found; looked at {looked}. Put the file there, or train without it: --perceptual-weight 0"
+    )
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is not a PyTorch weights file, or it is damaged: {error}") from error
+
+
+def _load(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Loads all parameters of `module` from `weights`, in which other entries may stand too."""
+    try:
+        module.load_state_dict({name: weights[name] for name in module.state_dict()})
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} does not hold the expected weights: {error}") from error
+
+
+class ScalingLayer(nn.Module):
+    """Images in [-1, 1] to the mean and deviation of VGG's training images."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.shift) / self.scale
+
+
+class VGG16Features(nn.Module):
+    """VGG16 (arXiv 1409.1556) in five slices that end at relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3.
+
+    The layers keep torchvision's numbers, so slice3.10 is its features.10.
+    """
+
+    def __init__(self):
+        super().__init__()
+        channels, number = 3, 0
+        for i, (width, convs) in enumerate(zip(CHANNELS, CONVS_PER_SLICE)):
+            layers = nn.Sequential()
+            if i > 0:
+                layers.add_module(str(number), nn.MaxPool2d(2, 2))
+                number += 1
+            for _ in range(convs):
+                layers.add_module(str(number), nn.Conv2d(channels, width, 3, padding=1))
+                layers.add_module(str(number + 1), nn.ReLU(inplace=True))
+                channels, number = width, number + 2
+            self.add_module(f"slice{i + 1}", layers)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = []
+        for layers in self.children():
+            x = layers(x)
+            features.append(x)
+        return features
+
+
+class LinLayer(nn.Module):
+    """One weight per channel, and the dropout it was trained with (off here; it sets the name of the weight)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.model = nn.Sequential(nn.Dropout(), nn.Conv2d(channels, 1, 1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+class LPIPS(nn.Module):
+    """Perceptual distance. Frozen, and always in eval mode; gradients flow to the images.
+
+    `vgg_path` and `lpips_path` name the two weight files (see `find_vgg_weights`, `find_lin_weights`); with
+    `pretrained=False` the weights are random and no file is read.
+    Raises FileNotFoundError if a file is missing, ValueError if it holds something else.
+    """
+
+    def __init__(
+        self,
+        pretrained: bool = True,
+        vgg_path: str | Path | None = None,
+        lpips_path: str | Path | None = None,
+    ):
+        super().__init__()
+        self.scaling_layer = ScalingLayer()
+        self.net = VGG16Features()
+        for i, channels in enumerate(CHANNELS):
+            self.add_module(f"lin{i}", LinLayer(channels))
+        if pretrained:
+            self.load_pretrained(find_vgg_weights(vgg_path), find_lin_weights(lpips_path))
+        self.requires_grad_(False)
+        self.eval()
+
+    def load_pretrained(self, vgg_path: Path, lpips_path: Path) -> None:
+        """Reads both files. Raises ValueError that names the file if it is not what it should be."""
+        features = {
+            f"slice{i}.{name.removeprefix('features.')}": weight
+            for name, weight in _read(vgg_path).items()
+            if name.startswith("features.")
+            for i in range(1, len(CHANNELS) + 1)
+        }
+        _load(self.net, features, vgg_path)
+        lins = _read(lpips_path)
+        for i in range(len(CHANNELS)):
+            lin = {
+                name.removeprefix(f"lin{i}."): weight for name, weight in lins.items() if name.startswith(f"lin{i}.")
+            }
+            _load(self.get_submodule(f"lin{i}"), lin, lpips_path)
+
+    def train(self, mode: bool = True) -> "LPIPS":
+        """Stays in eval mode: the dropout before the channel weights must not run inside a training loss."""
+        return super().train(False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distance of two batches of images (B, 3, H, W) in [-1, 1], H and W at least 16 -> (B, 1, 1, 1) float32."""
+        distance = x.new_zeros((x.shape[0], 1, 1, 1), dtype=torch.float32)
+        features = zip(self.net(self.scaling_layer(x)), self.net(self.scaling_layer(y)))
+        for i, (fx, fy) in enumerate(features):
+            difference = (_unit(fx) - _unit(fy)).square()  # (B, C, h, w)
+            weighted = self.get_submodule(f"lin{i}")(difference)
+            distance = distance + weighted.float().mean(dim=(2, 3), keepdim=True)
+        return distance
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Each position's channels scaled to length one, in float32: half precision has no 1e-10."""
+    features = features.float()
+    # vector_norm has a zero gradient where all channels are zero; the square root of a sum of squares has none.
+    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)

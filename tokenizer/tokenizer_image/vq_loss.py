@@ -1,0 +1,224 @@
+"""The losses that train the tokenizer: reconstruction, perceptual, adversarial and codebook.
+
+    loss = VQLoss(disc_start=20000, disc_weight=0.5)
+    recons, codebook_losses = tokenizer(images)
+    generator_loss, logs = loss.generator_loss(codebook_losses, images, recons, step)
+    discriminator_loss, logs = loss.discriminator_loss(images, recons, step)
+
+VQGAN (arXiv 2012.09841, section 3.1) with the weights of LlamaGen (arXiv 2406.06525, section 3.1).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tokenizer.tokenizer_image.discriminators import PatchGANDiscriminator, StyleGANDiscriminator
+from tokenizer.tokenizer_image.lpips import LPIPS
+
+
+def hinge_d_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Mean of max(0, 1 - real) and max(0, 1 + fake), halved."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def vanilla_d_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Binary cross-entropy of the logits, real as 1 and fake as 0, halved (GAN, arXiv 1406.2661)."""
+    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+
+
+def hinge_gen_loss(fake: Tensor) -> Tensor:
+    """Minus the mean logit of the reconstructions."""
+    return -fake.mean()
+
+
+def non_saturating_gen_loss(fake: Tensor) -> Tensor:
+    """Binary cross-entropy of the reconstructions' logits against "real" (arXiv 1406.2661, section 3)."""
+    return F.softplus(-fake).mean()
+
+
+DISC_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss, "non-saturating": vanilla_d_loss}
+GEN_LOSSES = {"hinge": hinge_gen_loss, "non-saturating": non_saturating_gen_loss}
+RECONSTRUCTION_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
+DISC_TYPES = ("patchgan", "stylegan")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+class VQLoss(nn.Module):
+    """Both sides of the adversarial training of a tokenizer; holds the discriminator and the frozen LPIPS network.
+
+    `self.discriminator` may be replaced by a wrapped or compiled one. DistributedDataParallel needs
+    broadcast_buffers=False there: the discriminator loss runs it twice before one backward pass, and a broadcast in
+    between overwrites the BatchNorm statistics of the first.
+
+    disc_weight scales both adversarial losses, which are 0 before step `disc_start`. With `disc_adaptive_weight` the
+    generator's is also scaled by the ratio of gradient norms at the decoder's last layer (VQGAN, equation 7).
+    codebook_weight scales vq + commit + entropy. With perceptual_weight 0 no LPIPS is built and no file is needed;
+    `lpips` is a network to use in place of a new one.
+    image_size matters to the stylegan discriminator only, disc_dim and disc_num_layers to patchgan only.
+    Raises ValueError for an unknown choice, FileNotFoundError if the weights of LPIPS are missing.
+    """
+
+    def __init__(
+        self,
+        disc_start: int,
+        disc_loss: str = "hinge",
+        disc_dim: int = 64,
+        disc_type: str = "patchgan",
+        image_size: int = 256,
+        disc_num_layers: int = 3,
+        disc_in_channels: int = 3,
+        disc_weight: float = 1.0,
+        disc_adaptive_weight: bool = False,
+        gen_adv_loss: str = "hinge",
+        reconstruction_loss: str = "l2",
+        reconstruction_weight: float = 1.0,
+        codebook_weight: float = 1.0,
+        perceptual_weight: float = 1.0,
+        lpips: nn.Module | None = None,
+    ):
+        super().__init__()
+        _check_choice("disc_loss", disc_loss, tuple(DISC_LOSSES))
+        _check_choice("disc_type", disc_type, DISC_TYPES)
+        _check_choice("gen_adv_loss", gen_adv_loss, tuple(GEN_LOSSES))
+        _check_choice("reconstruction_loss", reconstruction_loss, tuple(RECONSTRUCTION_LOSSES))
+
+        if disc_type == "patchgan":
+            self.discriminator = PatchGANDiscriminator(disc_in_channels, ndf=disc_dim, n_layers=disc_num_layers)
+        else:
+            self.discriminator = StyleGANDiscriminator(image_size, input_nc=disc_in_channels)
+        self.disc_start = disc_start
+        self.disc_weight = disc_weight
+        self.disc_adaptive_weight = disc_adaptive_weight
+        self.disc_criterion = DISC_LOSSES[disc_loss]
+        self.gen_criterion = GEN_LOSSES[gen_adv_loss]
+
+        self.reconstruction_criterion = RECONSTRUCTION_LOSSES[reconstruction_loss]
+        self.reconstruction_weight = reconstruction_weight
+        self.codebook_weight = codebook_weight
+        self.perceptual_weight = perceptual_weight
+        self.perceptual_loss = None
+        if perceptual_weight != 0:
+            self.perceptual_loss = lpips if lpips is not None else LPIPS()
+
+    def discriminator_active(self, step: int) -> bool:
+        """Whether the discriminator takes part at this step: from `disc_start` on, and only with a disc_weight."""
+        return step >= self.disc_start and self.disc_weight != 0
+
+    def generator_loss(
+        self,
+        codebook_losses: Sequence[Tensor | float],
+        images: Tensor,
+        recons: Tensor,
+        step: int,
+        last_layer: nn.Parameter | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The tokenizer's loss. Leaves no gradient on the discriminator.
+
+        codebook_losses: (vq, commit, entropy[, usage]) of the tokenizer in training mode; images, recons: (B, 3, H, W)
+        in [-1, 1]; last_layer: `tokenizer.last_layer`, for the adaptive weight.
+        Returns a float32 scalar, and detached float32 scalars for the log.
+        Raises ValueError if the adaptive weight is on and last_layer is missing.
+        """
+        images, recons = images.float(), recons.float()
+        vq, commit, entropy = codebook_losses[:3]
+        zero = recons.new_zeros(())
+        reconstruction = self.reconstruction_criterion(recons, images)
+        perceptual = zero if self.perceptual_loss is None else self.perceptual_loss(images, recons).float().mean()
+        image_loss = self.reconstruction_weight * reconstruction + self.perceptual_weight * perceptual
+
+        adversarial, weight = zero, zero
+        if self.discriminator_active(step):
+            # The bare module: no gradient of the discriminator is wanted here, so there is none to synchronise.
+            module = self.discriminator
+            module = module.module if isinstance(module, DistributedDataParallel) else module
+            with _frozen(module):
+                adversarial = self.gen_criterion(module(recons).float())
+            weight = zero + self.disc_weight
+            if self.disc_adaptive_weight:
+                weight = weight * self._adaptive_weight(image_loss, adversarial, last_layer)
+
+        loss = image_loss + weight * adversarial + self.codebook_weight * (vq + commit + entropy)
+        logs = {
+            "generator_loss": loss,
+            "reconstruction_loss": reconstruction,
+            "perceptual_loss": perceptual,
+            "adversarial_loss": adversarial,
+            "adversarial_weight": weight,
+            "vq_loss": vq,
+            "commit_loss": commit,
+            "entropy_loss": entropy,
+        }
+        if len(codebook_losses) > 3 and codebook_losses[3] is not None:
+            logs["codebook_usage"] = codebook_losses[3]
+        return loss, _detached(logs, recons.device)
+
+    def discriminator_loss(self, images: Tensor, recons: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's loss; no gradient reaches the tokenizer.
+
+        images, recons: (B, 3, H, W) in [-1, 1]. Returns a float32 scalar, and detached float32 scalars for the log.
+        Before `disc_start` the discriminator is not run: the loss is a 0 whose backward pass reaches nothing, and the
+        optimizer step can be left out (see `discriminator_active`).
+        """
+        if self.discriminator_active(step):
+            # Real and fake pass separately: BatchNorm normalises each with its own statistics.
+            real = self.discriminator(images.detach().float()).float()
+            fake = self.discriminator(recons.detach().float()).float()
+            loss = self.disc_weight * self.disc_criterion(real, fake)
+        else:
+            loss = torch.zeros((), device=images.device, requires_grad=True)
+            real = fake = loss
+        logs = {"discriminator_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        return loss, _detached(logs, images.device)
+
+    def forward(
+        self,
+        codebook_losses: Sequence[Tensor | float] | None,
+        images: Tensor,
+        recons: Tensor,
+        optimizer_idx: int,
+        step: int,
+        last_layer: nn.Parameter | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`generator_loss` where optimizer_idx is 0, `discriminator_loss` where it is 1. ValueError for another."""
+        if optimizer_idx == 0:
+            return self.generator_loss(codebook_losses, images, recons, step, last_layer)
+        if optimizer_idx == 1:
+            return self.discriminator_loss(images, recons, step)
+        raise ValueError(f"optimizer_idx is {optimizer_idx}; it must be 0 (generator) or 1 (discriminator)")
+
+    @staticmethod
+    def _adaptive_weight(image_loss: Tensor, adversarial: Tensor, last_layer: nn.Parameter | None) -> Tensor:
+        if last_layer is None:
+            raise ValueError(
+                "disc_adaptive_weight needs the decoder's last layer: pass last_layer=tokenizer.last_layer"
+            )
+        norms = [
+            torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
+            for loss in (image_loss, adversarial)
+        ]
+        return (norms[0] / (norms[1] + 1e-4)).clamp(0.0, 1e4).detach()
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Lets gradients through `module` to its input, but leaves none on its parameters."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+def _detached(values: dict[str, Tensor | float], device: torch.device) -> dict[str, Tensor]:
+    return {name: torch.as_tensor(value, device=device).detach().float() for name, value in values.items()}

@@ -1,0 +1,153 @@
+"""Converts extracted codes between packed shards and the published layout of one small file per image.
+
+    python tools/convert_codes.py --from imagenet_code_c2i_flip --to imagenet_code_c2i_flip_packed --image-size 256
+
+The layout of `--from` is recognised and `--to` gets the other one. A stopped conversion goes on where it was; what is
+already in `--to` is compared with the source, and refused where it differs.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dataset.codes import CodeSettings, CodeWriter, write_published
+from dataset.published import PublishedFolder, published_folders, published_numbers, published_sizes
+from dataset.shards import INDEX_FILE, ShardFolder
+
+
+def published_to_packed(
+    source: str | Path,
+    target: str | Path,
+    image_size: int,
+    codebook_size: int = 16384,
+    num_classes: int | None = None,
+    vq_model: str | None = None,
+    shard_size: int = 4096,
+) -> None:
+    """Writes packed shards of the codes in the published layout; numbers without a file count as skipped.
+
+    Raises FileNotFoundError and ValueError as PublishedFolder and CodeWriter do, and ValueError where a shard that is
+    already there is not of this source.
+    """
+    published = PublishedFolder(source, image_size)
+    settings = CodeSettings(
+        dataset="imagenet",
+        image_size=image_size,
+        tokens=published.tokens,
+        views=published.view_names,
+        codebook_size=codebook_size,
+        num_images=int(published.numbers[-1]) + 1,
+        num_classes=num_classes,
+        vq_model=vq_model,
+        shard_size=shard_size,
+        made_by="tools/convert_codes.py",
+    )
+    writer = CodeWriter(target, settings)
+    missing = set(writer.missing_shards())
+    with tqdm(total=len(published), unit="image") as progress:
+        for shard in range(settings.num_shards):
+            images = settings.images_of(shard)
+            first, last = np.searchsorted(published.numbers, [images.start, images.stop])
+            positions = np.arange(first, last)
+            if shard in missing:
+                codes = np.zeros((len(positions), len(settings.views), settings.tokens), np.int64)
+                for row, position in enumerate(positions):
+                    codes[row] = published.all_views(position)
+                    progress.update()
+                indices = published.numbers[positions]
+                skipped = np.setdiff1d(images, indices).tolist()
+                writer.write_shard(shard, codes, published.labels(positions), indices, skipped)
+            else:
+                _compare_shard(writer, shard, published, positions)
+                progress.update(len(positions))
+
+
+def packed_to_published(source: str | Path, target: str | Path, image_size: int) -> None:
+    """Writes the published layout of packed shards; the files are numbered by data set index.
+
+    Raises FileNotFoundError and ValueError as ShardFolder and its `verify` do, and ValueError where the codes are of
+    another image size or the target holds other samples.
+    """
+    packed = ShardFolder(source)
+    if packed.settings.image_size != image_size:
+        raise ValueError(f"{source} holds codes of --image-size {packed.settings.image_size}, not {image_size}")
+    packed.verify()
+    folders = published_folders(target, image_size)
+    present = [published_numbers(folder) if folder.is_dir() else np.empty(0, np.int64) for folder in folders]
+    for folder, numbers in zip(folders, present):
+        foreign = np.setdiff1d(numbers, packed.numbers)
+        if len(foreign):
+            raise ValueError(
+                f"{folder} holds {len(foreign)} samples that {source} has not ({foreign[0]}.npy): use another folder"
+            )
+    whole = set(np.intersect1d(*present).tolist())
+    with tqdm(total=len(packed), unit="image") as progress:
+        for shard_codes, labels, indices in packed.shards():
+            for codes, label, i in zip(shard_codes, labels.tolist(), indices.tolist()):
+                if i in whole:
+                    _compare_sample(folders, i, codes, label)
+                else:
+                    write_published(target, image_size, i, codes, label)
+                progress.update()
+
+
+def _compare_shard(writer: CodeWriter, shard: int, published: PublishedFolder, positions: np.ndarray) -> None:
+    """Compares the numbers and the first sample: reading all the small files again would be a second conversion."""
+    codes, labels, indices = writer.read_shard(shard)
+    same = np.array_equal(indices, published.numbers[positions])
+    if same and len(positions):
+        same = np.array_equal(codes[0], published.all_views(positions[0]))
+        same = same and labels[0] == published.labels(positions[:1])[0]
+    if not same:
+        raise ValueError(
+            f"shard {shard} in {writer.folder} is not of the codes in {published.folder}: use another folder"
+        )
+
+
+def _compare_sample(folders: tuple[Path, Path], i: int, codes: np.ndarray, label: int) -> None:
+    for folder, expected in zip(folders, (codes[None], np.asarray([label]))):
+        if not np.array_equal(np.load(folder / f"{i}.npy"), expected):
+            raise ValueError(f"{folder / f'{i}.npy'} differs from the packed codes: use another folder, or remove it")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="source", type=str, required=True, help="folder of codes in either layout")
+    parser.add_argument("--to", dest="target", type=str, required=True, help="folder that gets the other layout")
+    parser.add_argument("--image-size", type=int, required=True, help="pixels, as given at extraction")
+    parser.add_argument("--codebook-size", type=int, default=16384, help="to packed: rows of the codebook")
+    parser.add_argument("--num-classes", type=int, default=None, help="to packed: noted in the index")
+    parser.add_argument("--vq-model", type=str, default=None, help="to packed: noted in the index")
+    parser.add_argument("--shard-size", type=int, default=4096, help="to packed: images per shard")
+    args = parser.parse_args(argv)
+    try:
+        convert(args)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Converts in the direction that `args.source` asks for. Raises ValueError where it holds no codes."""
+    source, target = Path(args.source), Path(args.target)
+    if not source.is_dir():
+        raise FileNotFoundError(f"the code folder {source} does not exist: check --from")
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"--from and --to are the same folder {source}: give another one to write to")
+    if (source / INDEX_FILE).exists():
+        packed_to_published(source, target, args.image_size)
+    elif sizes := published_sizes(source):
+        if args.image_size not in sizes:
+            there = ", ".join(map(str, sizes))
+            raise ValueError(f"{source} holds codes of --image-size {there}, not {args.image_size}")
+        published_to_packed(
+            source, target, args.image_size, args.codebook_size, args.num_classes, args.vq_model, args.shard_size
+        )
+    else:
+        raise ValueError(f"{source} holds no codes: neither {INDEX_FILE} nor imagenet{args.image_size}_codes/")
+    print(f"{target} holds the codes of {source}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Lists the images below a folder in its `image_paths.json`, which `--dataset openimage` reads.
+
+python tools/openimage_json.py --data-path open_images/train
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+from dataset.folders import IMAGE_PATHS_FILE, nested_folder
+from utils.files import write_json
+
+
+def natural_key(path: str) -> tuple[list[str | int], str]:
+    """Sorts numbers in a path by value: img2.jpg before img10.jpg."""
+    # Splitting at groups of digits leaves text at even places and numbers at odd ones: never compared to each other.
+    parts = re.split(r"([0-9]+)", path)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], path
+
+
+def list_images(data_path: str | Path) -> list[str]:
+    """Relative paths of the images at any depth below a folder, in natural order, with '/'.
+
+    Raises FileNotFoundError where the folder is missing, ValueError where it holds no images.
+    """
+    return sorted(nested_folder(data_path).paths.relative(), key=natural_key)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-path", type=str, required=True, help="folder with images at any depth")
+    args = parser.parse_args(argv)
+    try:
+        paths = list_images(args.data_path)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+    file = Path(args.data_path) / IMAGE_PATHS_FILE
+    write_json(file, paths)
+    print(f"{len(paths)} images listed in {file}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""Checkpoint files: reads every published format, writes ours.
+
+    checkpoint = read_checkpoint("pretrained_models/c2i_L_384.pt")
+    load_into(model, checkpoint.model, checkpoint.path)
+
+Nothing in a file is ever run: pickles are read with `weights_only=True`, which builds tensors and plain values only.
+"""
+
+import argparse
+import difflib
+import json
+import pickle
+import pickletools
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from utils.files import atomic_write
+
+State = dict[str, torch.Tensor]
+_LISTED = 20
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_PLAIN = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}
+
+
+@dataclass
+class Checkpoint:
+    """One file's content, whatever its layout.
+
+    `model` and `ema` are state dicts with the wrappers' prefixes and a stray `freqs_cis` removed. `args` are the flags
+    of the run that wrote the file, `steps` its optimizer steps; both None where the file does not say. `format` is the
+    layout: 'ddp', 'deepspeed', 'lightning', 'fsdp' (a bare state dict), 'tokenizer' ({"model"[, "ema"]}) or
+    'safetensors'. `extra` has the file's other entries as they are.
+    """
+
+    path: Path
+    model: State
+    ema: State | None
+    optimizer: dict | None
+    args: dict[str, Any] | None
+    steps: int | None
+    format: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def read_checkpoint(
+    path: str | Path, map_location: str | torch.device = "cpu", prefer_ema: bool = False, mmap: bool = True
+) -> Checkpoint:
+    """Reads a .pt, .pth, .bin, .ckpt or .safetensors file, or a folder with `consolidated.pth` or `model.safetensors`.
+
+    With `prefer_ema` the averaged weights become `model` where the file has them. With `mmap` the tensors are read from
+    the disk when first used, so that looking at a file's shapes costs nothing.
+
+    Raises FileNotFoundError (no such file; names those that look similar) and ValueError (damaged, a web page or a Git
+    LFS pointer instead of weights, no weights inside, or a pickle that asks to run code).
+    """
+    path = _locate(Path(path))
+    torch.empty(0, device=map_location)  # an absent device is not to be mistaken for a damaged file
+    start = _first_bytes(path)
+    if start[8:9] == b"{":
+        checkpoint = _read_safetensors(path, map_location)
+    else:
+        checkpoint = _sort_out(path, _read_pickle(path, map_location, mmap and start[:2] == b"PK"))
+    if prefer_ema and checkpoint.ema is not None:
+        checkpoint.model = checkpoint.ema
+    return checkpoint
+
+
+def _locate(path: Path) -> Path:
+    if path.is_dir():
+        for name in ("consolidated.pth", "model.safetensors"):
+            if (path / name).is_file():
+                return path / name
+        inside = _listing(sorted(p.name for p in path.iterdir())) or "nothing"
+        raise FileNotFoundError(f"{path} is a folder without consolidated.pth or model.safetensors; it holds: {inside}")
+    if path.exists():
+        return path
+    if path.is_symlink():
+        raise FileNotFoundError(f"{path} is a link to {path.readlink()}, which does not exist")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no checkpoint at {path}: there is no folder {path.parent}")
+    similar = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=5)
+    hint = f"; that folder has {', '.join(similar)}" if similar else ""
+    raise FileNotFoundError(f"no checkpoint at {path}{hint}")
+
+
+def _first_bytes(path: Path) -> bytes:
+    """The head of the file, once it is clear that it is neither empty nor a text that stands in for weights."""
+    with path.open("rb") as f:
+        start = f.read(1024)
+    text = start.lstrip().lower()
+    if not start:
+        raise ValueError(f"{path} is empty (0 bytes): download or copy it again")
+    if text.startswith(b"version https://git-lfs"):
+        size = re.search(rb"size (\d+)", start)
+        real = f" of {int(size[1]):,} bytes" if size else ""
+        raise ValueError(
+            f"{path} is a Git LFS pointer ({path.stat().st_size} bytes), not the weights{real}: "
+            "run `git lfs pull` in the repository it came from, or download the file itself"
+        )
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError(
+            f"{path} is a web page ({path.stat().st_size} bytes), not weights: download it again from the file's own "
+            "address (on the Hugging Face hub: /resolve/ instead of /blob/)"
+        )
+    return start
+
+
+def _damaged(path: Path, reason: object) -> ValueError:
+    reason = (str(reason).strip().splitlines() or [type(reason).__name__])[0][:200]
+    return ValueError(
+        f"{path} is damaged or not a checkpoint ({path.stat().st_size:,} bytes): {reason}. Download or copy it again."
+    )
+
+
+def _read_pickle(path: Path, map_location: str | torch.device, mmap: bool) -> Any:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # arbitrary bytes make the reader fail in arbitrary ways
+        wanted = re.search(r"(?:GLOBAL|unsupported class|unrecognized function) (\S+)", str(error))
+        names = [wanted[1]] if wanted else _globals_in_raw_pickle(path)
+        if isinstance(error, pickle.UnpicklingError) and names:
+            raise ValueError(
+                f"refused: {path} asks to run {', '.join(names)} while loading; nothing was run. Only tensors, plain "
+                "values and argparse.Namespace are read. If you trust the file, have it saved again as a plain state "
+                "dict or as safetensors"
+            ) from error
+        if isinstance(error, pickle.UnpicklingError):
+            raise _damaged(path, "its pickle is not one that torch.save writes") from error
+        raise _damaged(path, str(error) or type(error).__name__) from error
+
+
+def _globals_in_raw_pickle(path: Path) -> list[str]:
+    """What a bare pickle (not a zip from torch.save) would import, read from its opcodes without executing them."""
+    names: list[str] = []
+    strings: list[str] = []
+    try:
+        with path.open("rb") as f:
+            for opcode, value, _ in pickletools.genops(f):
+                if opcode.name in ("GLOBAL", "INST"):
+                    names.append(value.replace(" ", "."))
+                elif opcode.name == "STACK_GLOBAL":
+                    names.append(".".join(strings[-2:]))
+                elif isinstance(value, str):
+                    strings.append(value)
+    except Exception:  # what was found before the pickle stops making sense is what there is to report
+        pass
+    return list(dict.fromkeys(names))[:_LISTED]
+
+
+def _read_safetensors(path: Path, map_location: str | torch.device) -> Checkpoint:
+    try:
+        with safetensors.safe_open(path, framework="pt", device=str(map_location)) as f:
+            state = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (a handle, not a dict)
+            metadata = dict(f.metadata() or {})
+    except safetensors.SafetensorError as error:
+        raise _damaged(path, error) from error
+    if not state:
+        raise ValueError(f"{path} holds no tensors")
+    try:
+        args = json.loads(metadata.pop("args", "null"))
+        steps = json.loads(metadata.pop("steps", "null"))
+    except ValueError as error:
+        raise ValueError(f"{path}: its metadata 'args' and 'steps' should be JSON ({error})") from error
+    return Checkpoint(path, _clean(state, path), None, None, args, steps, "safetensors", metadata)
+
+
+def _sort_out(path: Path, content: Any) -> Checkpoint:
+    """Tells the published layouts apart by their top-level keys."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds no tensors by name: its content is a {type(content).__name__}")
+    if _is_state(content):
+        return Checkpoint(path, _clean(content, path), None, None, None, None, "fsdp")
+    entries = {str(key): value for key, value in content.items()}
+    source = next((key for key in ("model", "module", "state_dict", "ema") if _is_state(entries.get(key))), None)
+    if source is None:
+        raise ValueError(
+            f"{path} holds no weights: expected a state dict, or one under 'model', 'module', 'state_dict' or 'ema', "
+            f"and found {_listing([f'{key} ({type(value).__name__})' for key, value in entries.items()]) or 'nothing'}"
+        )
+    layouts = {"module": "deepspeed", "state_dict": "lightning"}
+    trained = {"optimizer", "args", "steps"} & entries.keys()
+    layout = layouts.get(source, "ddp" if trained else "tokenizer")
+    averaged = entries.pop("ema", None)
+    ema = _clean(averaged, path) if _is_state(averaged) else None
+    model = ema if source == "ema" else _clean(entries.pop(source), path, lightning=layout == "lightning")
+    args = entries.pop("args", None)
+    steps = next((entries.pop(key) for key in ("steps", "global_step", "global_steps") if key in entries), None)
+    return Checkpoint(
+        path,
+        model,
+        ema,
+        entries.pop("optimizer", None),
+        vars(args) if isinstance(args, argparse.Namespace) else args,
+        None if steps is None else int(steps),
+        layout,
+        entries,
+    )
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(v, torch.Tensor) for v in value.values())
+
+
+def _clean(state: Mapping[str, torch.Tensor], path: Path, lightning: bool = False) -> State:
+    """The names as the bare model has them: without the components that DDP, FSDP, compile and Lightning put in."""
+    names = {key: ".".join(part for part in key.split(".") if part not in _WRAPPERS) for key in state}
+    for prefix in ("module.", "model.") if lightning else ("module.",):
+        while all(name.startswith(prefix) for name in names.values()):
+            names = {key: name.removeprefix(prefix) for key, name in names.items()}
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"{path}: some of its weights have the same name once wrappers' prefixes are removed")
+    return {names[key]: tensor for key, tensor in state.items() if names[key] != "freqs_cis"}
+
+
+def _listing(items: list[str], separator: str = ", ") -> str:
+    more = f"{separator}... ({len(items)} in all)" if len(items) > _LISTED else ""
+    return separator.join(items[:_LISTED]) + more
+
+
+def load_into(
+    model: torch.nn.Module, state: Mapping[str, torch.Tensor], path: str | Path, assign: bool = False
+) -> None:
+    """Loads `state` (read from `path`) into `model`; every name and shape has to match.
+
+    The weights are copied into the model's own tensors, or with `assign` become the model's tensors, dtype included.
+    A model on the meta device has no memory to copy into: for it `assign` is implied.
+    Raises ValueError that lists the missing and unexpected names and the shapes that differ.
+    """
+    own = model.state_dict()
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    shapes = [
+        f"{name} {tuple(tensor.shape)} (model: {tuple(own[name].shape)})"
+        for name, tensor in state.items()
+        if name in own and tensor.shape != own[name].shape
+    ]
+    problems = [
+        f"{title} ({len(found)}): {_listing(found)}"
+        for title, found in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes))
+        if found
+    ]
+    if problems:
+        raise ValueError(f"{path} does not fit the model:\n  " + "\n  ".join(problems))
+    model.load_state_dict(state, strict=True, assign=assign or any(tensor.is_meta for tensor in own.values()))
+
+
+def save_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Writes `content` with torch.save, atomically, in the published layout: `args` becomes an argparse.Namespace.
+
+    `content` is {"model", "optimizer", "steps", "args"[, "ema", ...]}, or any tree of tensors and plain values.
+    Raises TypeError for a value that `read_checkpoint` would refuse, OSError that names the file where it cannot be
+    written; what stood at `path` before then stays.
+    """
+    content = dict(content)
+    if content.get("args") is not None:
+        args = content["args"]
+        args = vars(args) if isinstance(args, argparse.Namespace) else args
+        content["args"] = argparse.Namespace(**{k: str(v) if isinstance(v, Path) else v for k, v in args.items()})
+    _require_readable(content, "")
+    with atomic_write(path) as f:
+        try:
+            torch.save(content, f)
+        except RuntimeError as error:
+            # torch reports a full disk as a RuntimeError about positions, with the real cause behind it.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def _require_readable(value: Any, where: str) -> None:
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, torch.Tensor) or type(value) in _PLAIN:
+        return
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            _require_readable(key, f"{where}[{key!r}] (the key)")
+            _require_readable(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple, set):
+        for index, item in enumerate(value):
+            _require_readable(item, f"{where}[{index}]")
+    else:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise TypeError(f"checkpoint{where} is a {kind}, which could not be read back safely: store a plain value")
+
+
+def save_safetensors(
+    path: str | Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a state dict as safetensors, atomically. Takes the weights' size in memory once more.
+
+    `metadata` goes into the header: strings as they are, anything else as JSON; `args` (a dict or a Namespace) and
+    `steps` come back from `read_checkpoint`. Raises OSError as `save_checkpoint` does.
+    """
+    header = {"format": "pt"}
+    for key, value in (metadata or {}).items():
+        value = vars(value) if isinstance(value, argparse.Namespace) else value
+        header[key] = value if isinstance(value, str) else json.dumps(value, default=str)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    with atomic_write(path) as f:
+        f.write(safetensors.torch.save(tensors, header))
+
+
+def prune_checkpoints(folder: str | Path, keep: int) -> list[Path]:
+    """Removes all but the `keep` newest `{step:07d}.pt` of `folder`, and returns what it removed.
+
+    Raises ValueError for `keep` below 1: the newest checkpoint is never removed.
+    """
+    if keep < 1:
+        raise ValueError(f"keep is {keep}: at least the newest checkpoint has to stay")
+    found = [path for path in Path(folder).glob("*.pt") if re.fullmatch(r"\d{7,}", path.stem)]
+    removed = sorted(found, key=lambda path: int(path.stem))[:-keep]
+    for path in removed:
+        path.unlink(missing_ok=True)
+    return removed

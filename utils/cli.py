@@ -1,0 +1,203 @@
+"""Flags that several scripts share, declared once, and the last word of a script that a user's mistake ends.
+
+parser = flag_parser(__doc__)
+add_gpt_flags(parser, GPT_SIZES); add_tokenizer_flags(parser, VQ_SIZES)
+add_sampling_flags(parser, cfg_scale=4.0, top_k=2000)
+run_script(main, parser)
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+
+def flag_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help shows every default."""
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    return argparse.ArgumentParser(description=description, formatter_class=Formatter, allow_abbrev=False)
+
+
+def add_switch(parser, name: str, default: bool, help: str) -> None:
+    """A switch with its --no-… form."""
+    parser.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=help)
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number above zero."""
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {value}")
+    return value
+
+
+def add_gpt_flags(
+    parser, sizes: Iterable[str], *, training: bool = False, gpt_type: str = "c2i", gpt_model: str = "GPT-B"
+) -> None:
+    """--gpt-model (one of `sizes`), --gpt-type and what fixes the sequence."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--gpt-model", choices=list(sizes), default=gpt_model, help="size of the transformer")
+    group.add_argument(
+        "--gpt-type", choices=["c2i", "t2i"], default=gpt_type, help="conditioned on a class or a caption"
+    )
+    tokens = 1 if gpt_type == "c2i" else 120
+    group.add_argument("--cls-token-num", type=int, default=tokens, help="condition tokens before the image's")
+    group.add_argument("--num-classes", type=positive_int, default=1000, help="classes the model knows")
+    group.add_argument(
+        "--ar-token-num", type=int, default=None, help="tokens a step predicts, a square number (PAR; 1: raster)"
+    )
+    group.add_argument(
+        "--spe-token-num", type=int, default=None, help="special tokens of PAR, one less than --ar-token-num"
+    )
+    if training:
+        group.add_argument("--vocab-size", type=positive_int, default=16384, help="codes in the tokenizer's codebook")
+        group.add_argument("--dropout-p", type=float, default=0.1, help="residual and feed-forward dropout")
+        group.add_argument("--token-dropout-p", type=float, default=0.1, help="dropout after the embedding")
+        group.add_argument("--drop-path-rate", type=float, default=0.0, help="stochastic depth of the last layer")
+
+
+def layout_numbers(args: argparse.Namespace) -> tuple[int | None, int | None]:
+    """(--ar-token-num, --spe-token-num) where giving one implies the other; (None, None) where neither is given."""
+    ar, special = args.ar_token_num, args.spe_token_num
+    if ar is None and special is None:
+        return None, None
+    ar = special + 1 if ar is None else ar
+    special = ar - 1 if special is None else special
+    if ar < 1 or special != ar - 1:
+        raise ValueError(
+            f"--ar-token-num {ar} goes with --spe-token-num {ar - 1}, got --spe-token-num {special}; "
+            "give one of the two and the other follows"
+        )
+    return ar, special
+
+
+def grid_size(image_size: int, downsample_size: int) -> int:
+    """Tokens a side. Raises ValueError where the tokenizer does not divide the image."""
+    if image_size % downsample_size:
+        below = image_size // downsample_size * downsample_size
+        sizes = f"{below} or {below + downsample_size}" if below else f"{downsample_size}"
+        raise ValueError(
+            f"--image-size {image_size} is not a multiple of --downsample-size {downsample_size}; try {sizes}"
+        )
+    return image_size // downsample_size
+
+
+def add_tokenizer_flags(parser, names: Iterable[str], *, required: bool = False) -> None:
+    """--vq-model (one of `names`), --vq-ckpt and the shape of the codebook."""
+    group = parser.add_argument_group("tokenizer")
+    group.add_argument("--vq-model", choices=list(names), default="VQ-16", help="image tokenizer")
+    group.add_argument(
+        "--vq-ckpt",
+        default=None,
+        required=required,
+        help="tokenizer weights: a file, a run's folder, or a released file's name",
+    )
+    group.add_argument("--codebook-size", type=positive_int, default=16384, help="codes in the codebook")
+    group.add_argument("--codebook-embed-dim", type=positive_int, default=8, help="numbers a code has")
+
+
+def add_image_size_flags(parser, size: int, *, downsample: bool = True, evaluation: int | None = None) -> None:
+    """--image-size and, where asked for, --downsample-size and --image-size-eval."""
+    parser.add_argument(
+        "--image-size", type=positive_int, default=size, help="pixels a side; the tokenizer must divide it"
+    )
+    if downsample:
+        parser.add_argument("--downsample-size", type=positive_int, default=16, help="pixels a side of a token")
+    if evaluation:
+        parser.add_argument(
+            "--image-size-eval", type=positive_int, default=evaluation, help="pixels a side of the saved images"
+        )
+
+
+def add_sampling_flags(parser, *, cfg_scale: float, top_k: int, interval: bool = True) -> None:
+    """Guidance, temperature, top-k, top-p, greedy."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--cfg-scale", type=float, default=cfg_scale, help="guidance scale, 1 for none")
+    if interval:
+        group.add_argument("--cfg-interval", type=float, default=-1, help="last guided decode step, -1 for all")
+    group.add_argument("--temperature", type=float, default=1.0, help="divides the logits")
+    group.add_argument("--top-k", type=int, default=top_k, help="keep the k most likely tokens, 0 for all")
+    group.add_argument("--top-p", type=float, default=1.0, help="keep the most likely tokens of this mass, 1 for all")
+    group.add_argument("--greedy", action="store_true", help="take the most likely token instead of drawing")
+
+
+def add_run_flags(parser, *, compile: bool = False, precision: bool = True) -> None:
+    """--device, --precision, --compile."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
+    if precision:
+        group.add_argument(
+            "--precision", choices=["none", "fp16", "bf16"], default="bf16", help="of the transformer's weights"
+        )
+    add_switch(group, "--compile", compile, "torch.compile the decode step (on CUDA; elsewhere the plain step is used)")
+
+
+def add_training_flags(
+    parser,
+    *,
+    epochs: int,
+    batch: int,
+    results_dir: str,
+    num_workers: int,
+) -> None:
+    """Everything utils/trainer.py reads."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the data")
+    group.add_argument("--max-steps", type=positive_int, default=None, help="stop after this many steps, if sooner")
+    group.add_argument("--lr", type=float, default=1e-4, help="learning rate")
+    group.add_argument("--lr-schedule", choices=["constant", "cosine"], default="constant", help="after the warm-up")
+    group.add_argument("--warmup-steps", type=int, default=0, help="steps of linear warm-up")
+    group.add_argument("--weight-decay", type=float, default=0.05, help="of tensors with two or more dimensions")
+    group.add_argument("--beta1", type=float, default=0.9, help="Adam's first moment")
+    group.add_argument("--beta2", type=float, default=0.95, help="Adam's second moment")
+    group.add_argument("--max-grad-norm", type=float, default=1.0, help="gradient clipping, 0 for none")
+    group.add_argument(
+        "--global-batch-size", type=positive_int, default=batch, help="samples a step, over all processes"
+    )
+    group.add_argument(
+        "--gradient-accumulation-steps",
+        type=positive_int,
+        default=1,
+        help="parts a process's share of a batch is split into",
+    )
+    group.add_argument(
+        "--mixed-precision", choices=["none", "fp16", "bf16"], default="bf16", help="autocast of the forward pass"
+    )
+    group.add_argument("--ema", action="store_true", help="keep an exponential moving average of the weights")
+    group.add_argument("--ema-decay", type=float, default=0.9999, help="of that average")
+    group.add_argument("--global-seed", type=int, default=0, help="fixes every random choice")
+    group.add_argument(
+        "--num-workers", type=int, default=num_workers, help="loader processes (at most the processor's cores)"
+    )
+
+    group = parser.add_argument_group("files")
+    group.add_argument("--results-dir", default=results_dir, help="runs go to numbered folders in here")
+    group.add_argument("--cloud-save-path", default=None, help="a second place for the checkpoints")
+    group.add_argument("--no-local-save", action="store_true", help="checkpoints go to --cloud-save-path only")
+    group.add_argument(
+        "--resume", action="store_true", help="go on with the newest run in --results-dir, if there is one"
+    )
+    group.add_argument("--log-every", type=positive_int, default=100, help="steps between log lines")
+    group.add_argument("--ckpt-every", type=positive_int, default=5000, help="steps between checkpoints")
+    group.add_argument("--keep-last", type=int, default=0, help="checkpoints to keep, 0 for all")
+    group.add_argument("--wandb-project", default=None, help="also log to this Weights & Biases project")
+    group.add_argument("--no-wandb", action="store_true", help="never log to Weights & Biases")
+    group.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
+
+
+def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
+    """Parses, runs, and ends a user's mistake with one clear line and exit code 1 (TRACEBACK=1 shows where it arose)."""
+    args = parser.parse_args()
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, FileNotFoundError, ConnectionError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,62 @@
+"""Which samples make up which batch: a function of (seed, epoch, batch number), whatever the number of processes.
+
+    order = BatchOrder(len(dataset), global_batch=256, micro_batch=32, rank=0, world_size=8, seed=0)
+    order.start_at(epoch=3, batch=17)
+    loader = DataLoader(dataset, batch_sampler=order)
+
+A run that stopped goes on at the very next batch, on any number of processes, with the samples it would have seen.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from utils.rng import item_seed
+
+
+class BatchOrder(Sampler[list[int]]):
+    """Yields this process's share of every global batch, in micro-batches. Samples that fill no whole batch wait for
+    another epoch's order.
+
+    Raises ValueError where the batch cannot be split, or is larger than the data set.
+    """
+
+    def __init__(self, size: int, global_batch: int, micro_batches: int, rank: int, world_size: int, seed: int):
+        parts = world_size * micro_batches
+        if global_batch % parts:
+            raise ValueError(
+                f"--global-batch-size {global_batch} cannot be split over {world_size} processes with "
+                f"--gradient-accumulation-steps {micro_batches}; {parts} must divide it"
+            )
+        if size < global_batch:
+            raise ValueError(f"the data set has {size} samples, fewer than --global-batch-size {global_batch}")
+        self.size, self.global_batch, self.micro_batches = size, global_batch, micro_batches
+        self.rank, self.share, self.seed = rank, global_batch // world_size, seed
+        self.epoch = self.batch = 0
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Global batches, and so optimizer steps, in an epoch."""
+        return self.size // self.global_batch
+
+    def start_at(self, epoch: int, batch: int = 0) -> None:
+        """Where the next iteration begins."""
+        self.epoch, self.batch = epoch, batch
+
+    def positions(self, micro_batch: int) -> slice:
+        """The places in the global batch that this process's micro-batch of that number takes."""
+        start = self.rank * self.share + micro_batch * (self.share // self.micro_batches)
+        return slice(start, start + self.share // self.micro_batches)
+
+    def __len__(self) -> int:
+        return (self.batches_per_epoch - self.batch) * self.micro_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(item_seed(self.seed, self.epoch))
+        order = torch.randperm(self.size, generator=generator).numpy().astype(np.int64)
+        for batch in range(self.batch, self.batches_per_epoch):
+            indices = order[batch * self.global_batch : (batch + 1) * self.global_batch]
+            for micro_batch in range(self.micro_batches):
+                yield indices[self.positions(micro_batch)].tolist()

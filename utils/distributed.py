@@ -1,0 +1,112 @@
+"""Processes and devices: the same code under torchrun with many processes and under plain python3 with one.
+
+dist = start()                       # device, rank, world size; the process group where torchrun set one up
+mean = dist.mean(loss)
+dist.close()
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """This process's place among the others, and the device it works on."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of `value` over the processes."""
+        if self.world_size == 1:
+            return value
+        value = value.clone()
+        torch_dist.all_reduce(value)
+        return value / self.world_size
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of `value` over the processes."""
+        if self.world_size == 1:
+            return value
+        value = value.clone()
+        torch_dist.all_reduce(value)
+        return value
+
+    def gather(self, value):
+        """Every process's picklable `value`, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        torch_dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value):
+        """The first process's picklable `value`."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        torch_dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Waits for every process."""
+        if self.world_size > 1:
+            torch_dist.barrier()
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Lets the first process of each machine go through the block before the others (a download, a file made once)."""
+        if self.local_rank:
+            self.barrier()
+        yield
+        if not self.local_rank:
+            self.barrier()
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        if self.world_size > 1 and torch_dist.is_initialized():
+            torch_dist.destroy_process_group()
+
+
+def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
+    """The device called `name`, or the best there is: cuda, then mps, then cpu.
+
+    Raises ValueError where a device is named that this machine does not have.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: no CUDA device is available here; leave the flag out or use --device cpu")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    return device
+
+
+def start(device: str | None = None) -> Distributed:
+    """Joins the process group torchrun describes in the environment, or stands alone without one."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    chosen = pick_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world > 1 and not torch_dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        torch_dist.init_process_group(backend, timeout=timedelta(hours=2))
+    return Distributed(chosen, rank, world, local_rank, local_world)

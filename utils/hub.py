@@ -1,0 +1,223 @@
+"""Released weights by name: where they lie on this disk, or else where they are downloaded from.
+
+    path = resolve("c2i_L_384.pt")
+    path = resolve("pytttttt/LlamaGen-NPP/c2i_B_256.pt")
+
+Files live in pretrained_models/, see the README there.
+"""
+
+import difflib
+import errno
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+WEIGHTS = "pretrained_models"
+_ROOT = Path(__file__).resolve().parent.parent
+
+_LLAMAGEN = "FoundationVision/LlamaGen"
+_TEXT = "peizesun/llamagen_t2i"
+_PAR = "Epiphqny/PAR"
+_NPP = "pytttttt/LlamaGen-NPP"
+
+
+@dataclass(frozen=True)
+class Release:
+    """A published file, or with an empty `filename` a whole repository, which becomes a folder.
+
+    `flags` are the script flags that fit it, `home` its place inside pretrained_models/.
+    """
+
+    repo_id: str
+    filename: str
+    what: str
+    home: str
+    flags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The unmistakable name: repository and file."""
+        return f"{self.repo_id}/{self.filename}".rstrip("/")
+
+    @property
+    def address(self) -> str:
+        """Where a browser finds it."""
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        return f"{endpoint}/{self.repo_id}/" + (f"resolve/main/{self.filename}" if self.filename else "tree/main")
+
+
+def _gpt(repo_id: str, filename: str, gpt_model: str, image_size: int, folder: str = "", **flags: str) -> Release:
+    what = f"{gpt_model}, {'text' if repo_id == _TEXT else 'class'}-conditional, {image_size}x{image_size}"
+    named = {"--" + flag.replace("_", "-"): value for flag, value in flags.items()}
+    all_flags = {"--gpt-model": gpt_model, **named, "--image-size": str(image_size)}
+    return Release(repo_id, filename, what, folder + filename, all_flags)
+
+
+def _par(name: str, gpt_model: str, group: int) -> Release:
+    flags = {"ar_token_num": str(group), "spe_token_num": str(group - 1)}
+    return _gpt(_PAR, f"PAR-{name}-{group}x.pt", gpt_model, 384, **flags)
+
+
+def _tokenizer(repo_id: str, filename: str, vq_model: str, **flags: str) -> Release:
+    return Release(repo_id, filename, f"{vq_model} tokenizer", filename, {"--vq-model": vq_model, **flags})
+
+
+RELEASED: dict[str, Release] = {
+    release.name: release
+    for release in (
+        _tokenizer(_LLAMAGEN, "vq_ds16_c2i.pt", "VQ-16"),
+        _tokenizer(_LLAMAGEN, "vq_ds8_c2i.pt", "VQ-8", **{"--downsample-size": "8"}),
+        _gpt(_LLAMAGEN, "c2i_B_256.pt", "GPT-B", 256),
+        _gpt(_LLAMAGEN, "c2i_L_256.pt", "GPT-L", 256),
+        _gpt(_LLAMAGEN, "c2i_B_384.pt", "GPT-B", 384),
+        _gpt(_LLAMAGEN, "c2i_L_384.pt", "GPT-L", 384),
+        _gpt(_LLAMAGEN, "c2i_XL_384.pt", "GPT-XL", 384),
+        _gpt(_LLAMAGEN, "c2i_XXL_384.pt", "GPT-XXL", 384, from_fsdp=""),
+        _gpt(_LLAMAGEN, "c2i_3B_384.pt", "GPT-3B", 384, from_fsdp=""),
+        _tokenizer(_TEXT, "vq_ds16_t2i.pt", "VQ-16"),
+        _gpt(_TEXT, "t2i_XL_stage1_256.pt", "GPT-XL", 256, gpt_type="t2i", cls_token_num="120"),
+        _gpt(_TEXT, "t2i_XL_stage2_512.pt", "GPT-XL", 512, gpt_type="t2i", cls_token_num="120"),
+        _par("XL", "GPT-XL", 4),
+        _par("XXL", "GPT-XXL", 4),
+        _par("3B", "GPT-3B", 4),
+        _par("3B", "GPT-3B", 16),
+        # The first two share LlamaGen's file names, so all four stay in a folder of their own.
+        _gpt(_NPP, "c2i_B_256.pt", "GPT-B", 256, folder="LlamaGen-NPP/"),
+        _gpt(_NPP, "c2i_L_256.pt", "GPT-L", 256, folder="LlamaGen-NPP/"),
+        _gpt(_NPP, "c2i_XL_256.pt", "GPT-XL", 256, folder="LlamaGen-NPP/"),
+        _gpt(_NPP, "c2i_XXL_256.pt", "GPT-XXL", 256, folder="LlamaGen-NPP/"),
+        Release("google/flan-t5-xl", "", "T5 text encoder of the text-conditional models", "t5-ckpt/flan-t5-xl"),
+    )
+}
+"""Qualified name ('repository/file') → release. Where a file name occurs twice, the bare name means the first."""
+
+# The T5 repository also has the weights in three other formats, 34 GB more.
+_FOLDER_FILES = ["*.json", "*.model", "*.safetensors", "*.txt"]
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def is_released(name: str | Path) -> bool:
+    """True for a released file's name, bare or with its repository or pretrained_models/ before it."""
+    return _find(_inside(Path(name))) is not None
+
+
+def resolve(name_or_path: str | Path, repo_id: str | None = None) -> Path:
+    """The file or folder on this disk for a path or for a released name, downloaded where it is not here yet.
+
+    In this order: an existing path; the same name in pretrained_models/ of the current folder or of this project; the
+    hub's own cache; the hub, where the name is a released one. `repo_id` ('owner/name') says which hub repository the
+    file is of and need not be one of those that RELEASED knows. Of several processes that ask at once one downloads.
+
+    Raises FileNotFoundError (no such file and no such release, or offline), ConnectionError (the download failed),
+    OSError (the disk is full or the folder not writable), ValueError (an empty name, a malformed `repo_id`).
+    """
+    if not str(name_or_path):
+        raise ValueError("an empty name stands for no weights: give a path or one of the names in " + WEIGHTS)
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return path
+    inside = _inside(path)
+    if repo_id is None:
+        release = _find(inside)
+    elif repo_id.count("/") == 1 and inside is not None:
+        release = _find(f"{repo_id}/{inside}") or Release(repo_id, inside, "", f"{repo_id.split('/')[1]}/{inside}")
+    else:
+        raise ValueError(f"repo_id {repo_id!r} with {name_or_path}: expected 'owner/name' and a file name in it")
+
+    # A file name that two repositories use never falls back on the other's file.
+    homes = [inside] if release is None else _homes(release)
+    for folder in _folders():
+        for home in filter(None, homes):
+            if (folder / home).exists():
+                return folder / home
+    if release is None:
+        raise FileNotFoundError(_unknown(name_or_path, path))
+    return _cached(release) or _download(release)
+
+
+def _inside(path: Path) -> str | None:
+    """The part of the path after pretrained_models/, or a plain name; None for a path that leads elsewhere."""
+    for folder in _folders():
+        if path.is_absolute() and path.is_relative_to(folder):
+            return path.relative_to(folder).as_posix()
+    if path.is_absolute() or ".." in path.parts:
+        return None
+    return path.relative_to(WEIGHTS).as_posix() if path.is_relative_to(WEIGHTS) else path.as_posix()
+
+
+def _find(name: str | None) -> Release | None:
+    if not name:
+        return None
+    if name in RELEASED:
+        return RELEASED[name]
+    return next((r for r in RELEASED.values() if name in (r.filename, *_homes(r))), None)
+
+
+def _homes(release: Release) -> list[str]:
+    """Where it may lie in pretrained_models/: a folder named after the repository, its own place, the top if free."""
+    homes = [f"{release.repo_id.split('/')[1]}/{release.filename}".rstrip("/"), release.home]
+    first = next((r for r in RELEASED.values() if r.filename == release.filename), None)
+    if release.filename and first == release:
+        homes.append(release.filename)
+    return homes
+
+
+def _folders() -> list[Path]:
+    return [Path.cwd() / WEIGHTS, _ROOT / WEIGHTS]
+
+
+def _unknown(name: str | Path, path: Path) -> str:
+    names = list(dict.fromkeys(r.filename or r.repo_id for r in RELEASED.values()))
+    close = [path.name] if path.name in names else difflib.get_close_matches(path.name, names, n=3)
+    known = f"did you mean the released {' or '.join(close)}" if close else f"released are {', '.join(names)}"
+    return f"no file {name}, neither as a path nor in {WEIGHTS}/; {known}"
+
+
+def _cached(release: Release) -> Path | None:
+    """The file in the hub's own cache, where another program has already fetched it."""
+    import huggingface_hub
+
+    found = release.filename and huggingface_hub.try_to_load_from_cache(release.repo_id, release.filename)
+    return Path(found) if isinstance(found, str) and found else None
+
+
+def _download(release: Release) -> Path:
+    import huggingface_hub
+    from filelock import FileLock
+    from huggingface_hub import constants, errors
+
+    folder = next((folder for folder in _folders() if folder.is_dir()), _folders()[0])
+    target = folder / release.home
+    by_hand = f"Fetch it from {release.address} and put it at {target}"
+    if constants.HF_HUB_OFFLINE:
+        raise FileNotFoundError(f"{release.name} is not on this disk and HF_HUB_OFFLINE is set. {by_hand}")
+    staging = folder / ".incoming" / release.name.replace("/", "--")
+    try:
+        staging.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{staging}.lock"):
+            if target.exists():
+                return target
+            # Not straight to its place: a name in pretrained_models/ has to mean a complete file or folder.
+            if release.filename:
+                got = huggingface_hub.hf_hub_download(release.repo_id, release.filename, local_dir=staging)
+            else:
+                got = huggingface_hub.snapshot_download(
+                    release.repo_id, local_dir=staging, allow_patterns=_FOLDER_FILES
+                )
+                shutil.rmtree(staging / ".cache", ignore_errors=True)
+            os.replace(got, target)
+            shutil.rmtree(staging, ignore_errors=True)
+    except errors.LocalEntryNotFoundError as error:
+        raise ConnectionError(f"could not reach the hub for {release.name} ({error.__cause__}). {by_hand}") from error
+    except (errors.EntryNotFoundError, errors.RepositoryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"the hub has no {release.name}, or does not show it without a login ({release.address})"
+        ) from error
+    except Exception as error:  # which network errors there are depends on the HTTP library below the hub's
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            raise OSError(error.errno, f"could not write {target} ({error.strerror})") from error
+        raise ConnectionError(f"the download of {release.name} failed ({error}). {by_hand}") from error
+    return target

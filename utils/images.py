@@ -1,0 +1,75 @@
+"""From model outputs to pictures: bytes, PNG files, grids, and the `.npz` of many images that evaluators read.
+
+arrays = to_uint8(decoded)                    # (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)
+save_png(make_grid(arrays, columns=4), "grid.png")
+"""
+
+import io
+import math
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from utils.files import atomic_write
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """clamp(127.5 x + 128, 0, 255), truncated. (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)."""
+    values = (127.5 * images.float() + 128.0).clamp(0, 255)
+    return values.permute(0, 2, 3, 1).byte().cpu().numpy()
+
+
+def make_grid(images: np.ndarray, columns: int | None = None, padding: int = 2, background: int = 0) -> np.ndarray:
+    """Lays images out in rows of `columns` (as square as may be by default). (n, H, W, 3) -> (H', W', 3), uint8."""
+    count, height, width, channels = images.shape
+    columns = columns or max(1, math.ceil(math.sqrt(count)))
+    rows = math.ceil(count / columns)
+    shape = (rows * (height + padding) + padding, columns * (width + padding) + padding, channels)
+    grid = np.full(shape, background, np.uint8)
+    for i, image in enumerate(images):
+        y, x = (i // columns) * (height + padding) + padding, (i % columns) * (width + padding) + padding
+        grid[y : y + height, x : x + width] = image
+    return grid
+
+
+def save_png(image: np.ndarray | Image.Image, path: str | Path) -> None:
+    """Writes a PNG, atomically. image: uint8 (H, W, 3) or a PIL image."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    with atomic_write(path) as f:
+        f.write(buffer.getvalue())
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether the file ends as a complete PNG does."""
+    try:
+        with open(path, "rb") as f:
+            f.seek(-12, io.SEEK_END)
+            return f.read() == b"\x00\x00\x00\x00IEND\xaeB`\x82"
+    except OSError:
+        return False
+
+
+def write_image_npz(path: str | Path, images: Iterable[np.ndarray], shape: tuple[int, ...], labels: np.ndarray) -> None:
+    """Writes `arr_0` uint8 of `shape` (n, H, W, 3) and `arr_1` int64 labels (n,), one image in memory at a time.
+
+    Raises ValueError where an image has another shape or there are too few.
+    """
+    with atomic_write(path) as f, zipfile.ZipFile(f, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
+            np.lib.format.write_array_header_1_0(member, header)
+            count = 0
+            for count, image in enumerate(images, start=1):
+                if image.shape != shape[1:] or image.dtype != np.uint8:
+                    raise ValueError(f"image {count - 1} is {image.dtype} {image.shape}, expected uint8 {shape[1:]}")
+                member.write(image.tobytes())
+            if count != shape[0]:
+                raise ValueError(f"{path}: {count} images for {shape[0]} places")
+        with archive.open("arr_1.npy", "w") as member:
+            np.lib.format.write_array(member, np.asarray(labels, np.int64))

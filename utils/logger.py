@@ -1,0 +1,94 @@
+"""What a run tells: lines on the terminal and in log.txt, scalars and pictures for tensorboard, and metrics.jsonl.
+
+log = RunLogger(folder, main=dist.is_main)
+log.info("…"); log.scalars(step, {"loss": 2.3}); log.image(step, "reconstructions", grid)
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+def console_logger(name: str = "run", main: bool = True) -> logging.Logger:
+    """A logger that prints times and messages; on processes other than the first it prints warnings only."""
+    logger = logging.getLogger(name)
+    logger.propagate = False
+    logger.setLevel(logging.INFO if main else logging.WARNING)
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+    return logger
+
+
+class RunLogger:
+    """Writes to a run's folder from the first process; says nothing on the others."""
+
+    def __init__(
+        self, folder: Path | None, main: bool = True, wandb_project: str | None = None, config: dict | None = None
+    ):
+        self.logger = console_logger(main=main)
+        self.metrics = self.board = self.wandb = self.file = None
+        if folder is None or not main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = logging.FileHandler(folder / "log.txt")
+        self.file.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self.logger.addHandler(self.file)
+        self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - open as long as the run
+        self.board = _tensorboard_writer(folder / "tensorboard")
+        if wandb_project:
+            self.wandb = _start_wandb(wandb_project, folder, config)
+
+    def info(self, message: str) -> None:
+        self.logger.info(message)
+
+    def warning(self, message: str) -> None:
+        self.logger.warning(message)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Records numbers of a step."""
+        if self.metrics is None:
+            return
+        self.metrics.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Records a picture of a step. image: uint8 (H, W, 3)."""
+        if self.board is not None:
+            self.board.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        if self.metrics is not None:
+            self.metrics.close()
+            self.board.close()
+            self.logger.removeHandler(self.file)
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _tensorboard_writer(folder: Path):
+    # tensorboard reads files through TensorFlow where that is installed, which takes seconds to import and gains nothing here
+    if "tensorflow" not in sys.modules:
+        sys.modules.setdefault("tensorboard.compat.notf", type(sys)("tensorboard.compat.notf"))
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder))
+
+
+def _start_wandb(project: str, folder: Path, config: dict | None):
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            f"--wandb-project {project} needs the wandb package: pip install wandb, or pass --no-wandb"
+        ) from error
+    return wandb.init(project=project, dir=str(folder), name=folder.name, config=config)

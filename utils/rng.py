@@ -1,0 +1,44 @@
+"""Seeds that are a function of where a draw happens: a run may stop, resume or change its workers and draws the same.
+
+random.seed(item_seed(global_seed, epoch, index))
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_MASK = 2**64 - 1
+
+
+def item_seed(*ints: int) -> int:
+    """Hashes integers to a seed in [0, 2**63): SplitMix64 folded over their count and values.
+
+    Order and count matter, neighbours give unrelated seeds, and the result is the same on every machine.
+    """
+    state = len(ints)
+    for value in ints:
+        state = _mix(state ^ _mix(value & _MASK))
+    return state >> 1
+
+
+def _mix(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def image_noise(seed: int, indices: Sequence[int], tokens: int) -> Tensor:
+    """The numbers that draw the tokens of images `indices` of a run: float32 (len(indices), tokens) in [0, 1).
+
+    Row i is a function of (seed, indices[i]) alone, whatever the batch, the process or the device.
+    """
+    rows = [np.random.Generator(np.random.Philox(key=item_seed(seed, i))).random(tokens, np.float32) for i in indices]
+    return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, tokens)
+
+
+def image_label(seed: int, index: int, num_classes: int) -> int:
+    """The class of image `index` of a run where classes are drawn at random."""
+    return item_seed(seed, index, 1) % num_classes

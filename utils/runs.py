@@ -1,0 +1,103 @@
+"""Run folders: `{results_dir}/{index:03d}-{name}/` with log.txt and checkpoints/, and how to find them again.
+
+run, resumed = open_run(args, "GPT-B"); run.checkpoints(); find_checkpoint("results")
+"""
+
+import json
+import re
+import time
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.files import write_json
+from utils.hub import resolve
+
+_STEP = re.compile(r"(\d{7,})\.pt$")
+_RUN = re.compile(r"(\d{3,})-(.+)$")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, and where its checkpoints go: the first of `stores` is the one read back."""
+
+    folder: Path
+    stores: tuple[Path, ...]
+
+    def checkpoints(self) -> list[Path]:
+        """Its checkpoint files, newest first."""
+        return [path for store in self.stores for path in checkpoints_in(store)]
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """`{step:07d}.pt` files of a folder, newest first."""
+    if not folder.is_dir():
+        return []
+    files = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)]
+    return sorted(files, key=lambda path: int(path.stem), reverse=True)
+
+
+def runs_in(results_dir: str | Path, name: str | None = None) -> list[Run]:
+    """The runs in a results folder (those called `name`, where given), newest first."""
+    folder = Path(results_dir)
+    found = []
+    for child in folder.iterdir() if folder.is_dir() else ():
+        match = _RUN.fullmatch(child.name)
+        if match and child.is_dir() and (name is None or match[2] == name):
+            found.append((int(match[1]), child))
+    runs = []
+    for _, child in sorted(found, reverse=True):
+        record = child / "run.json"
+        stores = json.loads(record.read_text())["stores"] if record.exists() else [str(child / "checkpoints")]
+        runs.append(Run(child, tuple(Path(store) for store in stores)))
+    return runs
+
+
+def open_run(args: Namespace, name: str) -> tuple[Run, bool]:
+    """The run to write to: the newest one of this name with --resume where there is one, else a new one.
+
+    Returns the run and whether it is an old one. Raises ValueError where --no-local-save leaves no place to save to.
+    """
+    if args.no_local_save and not args.cloud_save_path:
+        raise ValueError("--no-local-save leaves no place for the checkpoints: give --cloud-save-path too")
+    runs = runs_in(args.results_dir, name)
+    if args.resume and runs:
+        return runs[0], True
+    numbers = [int(_RUN.fullmatch(run.folder.name)[1]) for run in runs_in(args.results_dir)]
+    folder = Path(args.results_dir) / f"{max(numbers, default=-1) + 1:03d}-{name}"
+    stores = [] if args.no_local_save else [folder / "checkpoints"]
+    if args.cloud_save_path:
+        stamp = time.strftime("%Y-%m-%d-%H-%M-%S")
+        stores.append(Path(args.cloud_save_path) / stamp / folder.name / "checkpoints")
+    write_json(folder / "run.json", {"stores": [str(store.absolute()) for store in stores], "args": vars(args)})
+    return Run(folder, tuple(stores)), False
+
+
+def find_checkpoint(name: str | Path, repo_id: str | None = None) -> Path:
+    """The checkpoint a flag names: a file, a folder of one, a run or results folder (its newest), or a released file.
+
+    Raises FileNotFoundError that says what was looked for.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        newest = newest_checkpoint(folder)
+        if newest is not None:
+            return newest
+        if runs_in(folder):
+            raise FileNotFoundError(f"no run in {folder} has a checkpoint yet")
+    return resolve(name, repo_id)
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint of a checkpoints folder, a run, or the newest run of a results folder; None for none."""
+    folder = Path(folder)
+    direct = checkpoints_in(folder) or checkpoints_in(folder / "checkpoints")
+    if direct:
+        return direct[0]
+    for run in runs_in(folder.parent):
+        if run.folder == folder and run.checkpoints():
+            return run.checkpoints()[0]
+    for run in runs_in(folder):
+        if run.checkpoints():
+            return run.checkpoints()[0]
+    return None
