@@ -192,10 +192,12 @@ def open_codes(
 
 
 def ten_crop_sibling(folder: str | Path) -> Path | None:
-    """The existing folder with 'ten_crop_105' where this one has 'ten_crop', in its own name or all along its path."""
-    path = Path(folder)
-    pattern = re.compile("ten_crop(?!_105)")
-    for candidate in (path.with_name(pattern.sub("ten_crop_105", path.name)), pattern.sub("ten_crop_105", str(path))):
-        if Path(candidate) != path and Path(candidate).is_dir():
-            return Path(candidate)
+    """The existing folder with 'ten_crop_105' where this one has 'ten_crop': in one part of its path, or in all."""
+    parts = Path(folder).parts
+    renamed = [re.sub("ten_crop(?!_105)", "ten_crop_105", part) for part in parts]
+    changed = [place for place, part in enumerate(parts) if renamed[place] != part]
+    one_each = [(*parts[:place], renamed[place], *parts[place + 1 :]) for place in reversed(changed)]
+    for candidate in [*one_each, renamed] if changed else []:
+        if Path(*candidate).is_dir():
+            return Path(*candidate)
     return None

@@ -97,14 +97,17 @@ class CodeSettings:
 
     def finish_command(self, folder: str | Path) -> str:
         """The command line that completes a folder of these codes."""
+        common = f"--image-size {self.image_size} --codebook-size {self.codebook_size}"
+        if self.vq_model:
+            common += f" --vq-model {self.vq_model}"
         if self.made_by != EXTRACTION:
-            return f"python {self.made_by} --from THE_SOURCE --to {folder} --image-size {self.image_size}"
+            classes = f" --num-classes {self.num_classes}" if self.num_classes else ""
+            common += f" --shard-size {self.shard_size}"
+            return f"python {self.made_by} --from THE_SOURCE --to {folder} {common}{classes}"
         crops = f" --ten-crop --crop-range {self.crop_range}" if len(self.views) == len(TEN_CROP_VIEWS) else ""
-        vq = f" --vq-model {self.vq_model}" if self.vq_model else ""
         return (
-            f"bash scripts/autoregressive/extract_codes_c2i.sh --data-path THE_IMAGES --vq-ckpt THE_TOKENIZER "
-            f"--code-path {folder} --dataset {self.dataset} --image-size {self.image_size} "
-            f"--codebook-size {self.codebook_size}{vq}{crops}"
+            "bash scripts/autoregressive/extract_codes_c2i.sh --data-path THE_IMAGES --vq-ckpt THE_TOKENIZER "
+            f"--code-path {folder} --dataset {self.dataset} {common}{crops}"
         )
 
 
@@ -151,7 +154,8 @@ class CodeWriter:
         """Writes one shard: codes (n, views, tokens), labels (n,), data set indices (n,) in any order, tensors too.
 
         `skipped` are the indices of the images that could not be read. Raises ValueError where the shapes are others,
-        a code is outside the codebook, or indices and skipped are not exactly the images of this shard.
+        a code is outside the codebook or a label outside the classes, or indices and skipped are not exactly the images
+        of this shard.
         """
         settings = self.settings
         codes, labels, indices = np.asarray(codes), np.asarray(labels), np.asarray(indices, dtype=np.int64)
@@ -171,6 +175,12 @@ class CodeWriter:
             raise ValueError(
                 f"shard {shard} of {self.folder} has codes from {codes.min()} to {codes.max()}, outside a codebook of "
                 f"{settings.codebook_size}: check --codebook-size"
+            )
+        classes = settings.num_classes
+        if classes is not None and labels.size and not 0 <= labels.min() <= labels.max() < classes:
+            raise ValueError(
+                f"shard {shard} of {self.folder} has labels from {labels.min()} to {labels.max()}, outside {classes} "
+                "classes: check --num-classes"
             )
         order = np.argsort(indices)
         arrays = {

@@ -73,3 +73,9 @@ def write_image_npz(path: str | Path, images: Iterable[np.ndarray], shape: tuple
                 raise ValueError(f"{path}: {count} images for {shape[0]} places")
         with archive.open("arr_1.npy", "w") as member:
             np.lib.format.write_array(member, np.asarray(labels, np.int64))
+
+
+def peak_signal_to_noise_ratio(a: np.ndarray, b: np.ndarray) -> float:
+    """PSNR in dB of two uint8 images (or batches, over all their pixels); infinite where they are equal."""
+    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))

@@ -52,13 +52,14 @@ class Phase:
     """One optimizer's part of a step.
 
     key: its optimizer's name in checkpoint files. module: what the loss calls (parallelized). loss: takes the batch on
-    the device and its `Micro`, returns the loss and scalars to log.
+    the device and its `Micro`, returns the loss and scalars to log. active: whether it takes part in a step at all.
     """
 
     key: str
     module: nn.Module
     optimizer: torch.optim.Optimizer
     loss: Callable[[Any, Micro], tuple[Tensor, dict[str, Tensor]]]
+    active: Callable[[int], bool] = lambda step: True
 
 
 def adamw(model: nn.Module, args: Namespace) -> torch.optim.AdamW:
@@ -188,6 +189,8 @@ class Trainer:
         device = self.dist.device
         batch = [_to_device(micro, device) for micro in batch]
         for phase in self.phases:
+            if not phase.active(self.step):
+                continue
             for group in phase.optimizer.param_groups:
                 group["lr"] = rate
             phase.optimizer.zero_grad(set_to_none=True)

@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
 
     validate = None
     if args.val_code_path:
-        held_out = open_codes(args.val_code_path, args.image_size, random_view=False)
+        held_out = open_codes(args.val_code_path, args.image_size, args.downsample_size, random_view=False)
         check_codes(held_out, args, grid**2)
 
         def validate(evaluated: torch.nn.Module) -> dict[str, float]:
@@ -98,7 +98,8 @@ def check_codes(dataset, args: argparse.Namespace, tokens: int) -> None:
             f"{args.code_path} holds {len(codes)} codes an image, but --image-size {args.image_size} with "
             f"--downsample-size {args.downsample_size} means {tokens}"
         )
-    classes, vocabulary = getattr(dataset, "num_classes", None), getattr(dataset, "codebook_size", None)
+    settings = getattr(dataset, "settings", None)  # the published layout records none
+    classes, vocabulary = (settings.num_classes, settings.codebook_size) if settings else (None, None)
     if classes and classes > args.num_classes:
         raise ValueError(f"{args.code_path} has {classes} classes; pass --num-classes {classes}")
     if vocabulary and vocabulary > args.vocab_size:

@@ -1,5 +1,6 @@
 """Codes on disk: packed shards written, killed, resumed, damaged; the published layout; which views are drawn."""
 
+import itertools
 import json
 import pickle
 import subprocess
@@ -79,7 +80,8 @@ def test_round_trip(tmp_path):
 def test_batches_are_the_items(tmp_path):
     write(tmp_path)
     data = PackedCodes(tmp_path)
-    order = np.random.RandomState(0).permutation(25).tolist() + [3, 3]
+    order = np.random.RandomState(0).permutation(25).tolist()
+    order += [3, 3]
     for (codes, label), i in zip(data.__getitems__(order), order):
         assert torch.equal(codes, data[i][0]) and label == data[i][1]
     assert torch.equal(data[-1][0], data[24][0])
@@ -162,7 +164,7 @@ def test_ranks_share_the_shards(tmp_path):
     writer = CodeWriter(tmp_path, SETTINGS)
     for world in (1, 2, 3, 16):
         shares = [writer.missing_shards(rank, world) for rank in range(world)]
-        assert sorted(sum(shares, [])) == list(range(7))
+        assert sorted(itertools.chain(*shares)) == list(range(7))
     write(tmp_path, shards=[0, 3])
     assert writer.missing_shards(0, 2) == [2, 4, 6] and writer.missing_shards(1, 2) == [1, 5]
 
@@ -185,6 +187,7 @@ def test_order_and_tensors_do_not_matter(tmp_path):
         ({"skipped": [7]}, "4 indices and 1 skipped"),
         ({"codes": np.full((4, 2, 16), 16384)}, "from 16384 to 16384, outside a codebook of 16384"),
         ({"codes": np.full((4, 2, 16), -1)}, "outside a codebook"),
+        ({"labels": np.arange(4)}, "labels from 0 to 3, outside 3 classes"),
     ],
 )
 def test_shards_are_checked_when_written(tmp_path, change, message):
@@ -320,9 +323,8 @@ def test_published_items(tmp_path):
     assert [drawn_view(codes, i) for i, codes in enumerate(batch)] == views
 
 
-def test_published_without_flip_in_the_path(tmp_path, caplog):
+def test_published_name_without_random_views(tmp_path, caplog):
     folder = tmp_path / "plain"
-    assert "flip" not in str(folder)
     publish(folder)
     data = PublishedCodes(folder, 64)
     assert {drawn_view(data[i][0], i) for i in range(25)} == {0}
@@ -392,7 +394,7 @@ def test_ten_crop_draws_from_its_sibling_too(tmp_path, layout, name):
     assert len(open_codes(tmp_path / name, 64, random_view=False).sources) == 1
 
 
-def test_ten_crop_without_flip_draws_the_folder_only(tmp_path):
+def test_sibling_names_without_random_views(tmp_path):
     publish(tmp_path / "ten_crop", views=10)
     publish(tmp_path / "ten_crop_105", views=10, shift=160)
     data = PublishedCodes(tmp_path / "ten_crop", 64)
@@ -406,7 +408,7 @@ def test_siblings_must_hold_the_same_images(tmp_path, layout):
             write(tmp_path / folder, replace(SETTINGS, num_images=count))
         else:
             publish(tmp_path / folder, count)
-    with pytest.raises(ValueError, match="25 samples.*24 .*hold other images"):
+    with pytest.raises(ValueError, match=r"25 samples.*24 .*hold other images"):
         open_codes(tmp_path / "flip_ten_crop", 64)
 
 

@@ -94,7 +94,7 @@ def test_class_folders_mixed_with_loose_images(tmp_path):
 def test_empty_class_folder(tmp_path):
     save(tmp_path / "ant" / "1.png")
     (tmp_path / "bee").mkdir()
-    with pytest.raises(ValueError, match="class folder .*bee has no images"):
+    with pytest.raises(ValueError, match=r"class folder .*bee has no images"):
         class_folders(tmp_path)
 
 

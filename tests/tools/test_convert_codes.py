@@ -52,7 +52,7 @@ def test_resuming_to_packed(tmp_path):
     whole = files(tmp_path / "packed")
     (tmp_path / "packed" / "shard-000001.json").unlink()
     kept = (tmp_path / "packed" / "shard-000000.npy").stat().st_mtime_ns
-    with pytest.raises(ValueError, match=r"2 of 3(.|\n)*tools/convert_codes\.py --from"):
+    with pytest.raises(ValueError, match=r"2 of 3(.|\n)*tools/convert_codes\.py --from(.|\n)*--shard-size 4"):
         PackedCodes(tmp_path / "packed")
     published_to_packed(tmp_path / "flip", tmp_path / "packed", 64, shard_size=4)
     assert files(tmp_path / "packed") == whole
@@ -75,7 +75,7 @@ def test_other_sources_are_refused(tmp_path):
     publish(tmp_path / "flip", 11)
     publish(tmp_path / "other_flip", 11, shift=1)
     published_to_packed(tmp_path / "flip", tmp_path / "packed", 64, shard_size=4)
-    with pytest.raises(ValueError, match="shard 0 .*is not of the codes in .*other_flip"):
+    with pytest.raises(ValueError, match=r"shard 0 .*is not of the codes in .*other_flip"):
         published_to_packed(tmp_path / "other_flip", tmp_path / "packed", 64, shard_size=4)
     with pytest.raises(ValueError, match="codebook_size: 16384 there, 8192 now"):
         published_to_packed(tmp_path / "flip", tmp_path / "packed", 64, codebook_size=8192, shard_size=4)

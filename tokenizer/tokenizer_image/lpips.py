@@ -67,14 +67,6 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         raise ValueError(f"{path} is not a PyTorch weights file, or it is damaged: {error}") from error
 
 
-def _load(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Loads all parameters of `module` from `weights`, in which other entries may stand too."""
-    try:
-        module.load_state_dict({name: weights[name] for name in module.state_dict()})
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{path} does not hold the expected weights: {error}") from error
-
-
 class ScalingLayer(nn.Module):
     """Images in [-1, 1] to the mean and deviation of VGG's training images."""
 
@@ -152,19 +144,16 @@ class LPIPS(nn.Module):
 
     def load_pretrained(self, vgg_path: Path, lpips_path: Path) -> None:
         """Reads both files. Raises ValueError that names the file if it is not what it should be."""
-        features = {
-            f"slice{i}.{name.removeprefix('features.')}": weight
-            for name, weight in _read(vgg_path).items()
-            if name.startswith("features.")
-            for i in range(1, len(CHANNELS) + 1)
-        }
-        _load(self.net, features, vgg_path)
-        lins = _read(lpips_path)
-        for i in range(len(CHANNELS)):
-            lin = {
-                name.removeprefix(f"lin{i}."): weight for name, weight in lins.items() if name.startswith(f"lin{i}.")
-            }
-            _load(self.get_submodule(f"lin{i}"), lin, lpips_path)
+        own = list(self.state_dict())
+        # net.slice3.10.weight is features.10.weight in torchvision's file; the channel weights have our names.
+        vgg_names = {name: "features." + name.split(".", 2)[2] for name in own if name.startswith("net.")}
+        lin_names = {name: name for name in own if name.startswith("lin")}
+        for path, names in ((vgg_path, vgg_names), (lpips_path, lin_names)):
+            weights = _read(path)
+            try:
+                self.load_state_dict({name: weights[theirs] for name, theirs in names.items()}, strict=False)
+            except (KeyError, IndexError, RuntimeError, TypeError) as error:
+                raise ValueError(f"{path} does not hold the weights that LPIPS expects: {error}") from error
 
     def train(self, mode: bool = True) -> "LPIPS":
         """Stays in eval mode: the dropout before the channel weights must not run inside a training loss."""

@@ -113,6 +113,7 @@ class VectorQuantizer(nn.Module):
                 losses = (vq, commit, entropy, self._update_usage(indices))
 
             quant = latents + (quant - latents).detach()  # straight-through gradient
+        # Left in channels-last strides, as in the recorded runs: their CPU decoder rounds accordingly.
         return quant.permute(0, 3, 1, 2).to(z.dtype), losses, (None, None, indices)
 
     @torch.no_grad()

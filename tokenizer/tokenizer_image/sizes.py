@@ -5,5 +5,5 @@
 VQ_SIZES: dict[str, dict] = {
     "VQ-16": {"encoder_ch_mult": (1, 1, 2, 2, 4), "decoder_ch_mult": (1, 1, 2, 2, 4)},
     "VQ-8": {"encoder_ch_mult": (1, 2, 2, 4), "decoder_ch_mult": (1, 2, 2, 4)},
-    "VQ-4": {"encoder_ch_mult": (1, 2, 2), "decoder_ch_mult": (1, 2, 2), "ch": 32, "z_channels": 64},
+    "VQ-4": {"encoder_ch_mult": (1, 1, 2), "decoder_ch_mult": (1, 1, 2), "ch": 32, "z_channels": 64},
 }

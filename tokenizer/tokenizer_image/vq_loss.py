@@ -54,9 +54,7 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 class VQLoss(nn.Module):
     """Both sides of the adversarial training of a tokenizer; holds the discriminator and the frozen LPIPS network.
 
-    `self.discriminator` may be replaced by a wrapped or compiled one. DistributedDataParallel needs
-    broadcast_buffers=False there: the discriminator loss runs it twice before one backward pass, and a broadcast in
-    between overwrites the BatchNorm statistics of the first.
+    `self.discriminator` may be replaced by a compiled one or one in DistributedDataParallel.
 
     disc_weight scales both adversarial losses, which are 0 before step `disc_start`. With `disc_adaptive_weight` the
     generator's is also scaled by the ratio of gradient norms at the decoder's last layer (VQGAN, equation 7).

@@ -5,18 +5,19 @@
     images = tokenizer.decode_code(indices, shape=quant.shape)
 
 VQGAN (arXiv 2012.09841) with the sizes of LlamaGen (arXiv 2406.06525, section 3.1). Fully convolutional: any height and
-width that the downsampling divides. The model runs in the memory format of its weights, so
-`tokenizer.to(memory_format=torch.channels_last)` is all that takes.
+width that the downsampling divides. `tokenizer.to(memory_format=torch.channels_last)` runs it in channels-last.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.tokenizer_image.quantizer import CodebookLosses, VectorQuantizer
+from tokenizer.tokenizer_image.sizes import VQ_SIZES
 
 NORM_GROUPS = 32
 
@@ -49,8 +50,8 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 def swish(x: Tensor) -> Tensor:
     """x * sigmoid(x)."""
-    # The fused kernel saves a tensor per call. On the CPU the two operations meet the recorded figures to the last bit;
-    # the difference is a rounding, but CPU group norm in channels-last amplifies it to the size of the tolerance.
+    # The fused kernel saves a tensor per call. On the CPU the two operations meet the recorded figures to the last bit:
+    # the difference is a rounding, but group norm in channels-last amplifies it there to the size of the tolerance.
     return x * torch.sigmoid(x) if x.device.type == "cpu" else F.silu(x)
 
 
@@ -299,23 +300,12 @@ class VQModel(nn.Module):
         return self.decode(quant), losses
 
 
-def VQ_16(**kwargs) -> VQModel:
-    """16x16 pixels per token, 72M parameters (LlamaGen's vq_ds16)."""
-    return VQModel(VQModelArgs(**{"encoder_ch_mult": [1, 1, 2, 2, 4], "decoder_ch_mult": [1, 1, 2, 2, 4], **kwargs}))
+def build_tokenizer(name: str, **overrides) -> VQModel:
+    """A tokenizer of the table of sizes, with any field of VQModelArgs overridden."""
+    return VQModel(VQModelArgs(**{**VQ_SIZES[name], **overrides}))
 
 
-def VQ_8(**kwargs) -> VQModel:
-    """8x8 pixels per token, 70M parameters (LlamaGen's vq_ds8)."""
-    return VQModel(VQModelArgs(**{"encoder_ch_mult": [1, 2, 2, 4], "decoder_ch_mult": [1, 2, 2, 4], **kwargs}))
-
-
-def VQ_4(**kwargs) -> VQModel:
-    """4x4 pixels per token and narrow, for pictures of 32x32 pixels. Not a published size."""
-    defaults = {"encoder_ch_mult": [1, 2, 2], "decoder_ch_mult": [1, 2, 2], "ch": 32, "z_channels": 64}
-    return VQModel(VQModelArgs(**{**defaults, **kwargs}))
-
-
-VQ_models = {"VQ-16": VQ_16, "VQ-8": VQ_8, "VQ-4": VQ_4}
+VQ_models: dict[str, Callable[..., VQModel]] = {name: partial(build_tokenizer, name) for name in VQ_SIZES}
 
 
 def vq_model_name(args: VQModelArgs) -> str | None:

@@ -1,0 +1,234 @@
+"""The tokenizer against the recorded runs, and what the recordings do not show: sizes, inference from weights, errors."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.helpers import assert_close, golden_state, load_golden
+from tokenizer.tokenizer_image import vq_model
+from tokenizer.tokenizer_image.vq_model import (
+    ModelArgs,
+    VQ_models,
+    VQModel,
+    VQModelArgs,
+    vq_args_from_state_dict,
+    vq_model_name,
+)
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """The recorded runs' number of threads: how group norm rounds depends on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=["vq16", "vq8"])
+def recorded(request) -> tuple[VQModel, dict[str, np.ndarray], dict]:
+    arrays, meta = load_golden(request.param)
+    config = meta["config"]
+    names = ("codebook_size", "codebook_embed_dim", "z_channels", "ch", "entropy_loss_ratio")
+    model = VQ_models[config["vq_model"]](**{name: config[name] for name in names})
+    weights = golden_state(meta["state_dict"], config["seed"], keep=("codebook_used",))
+    assert model.load_state_dict(weights, strict=False).missing_keys == ["quantize.codebook_used"]
+    return model, {name: torch.as_tensor(array) for name, array in arrays.items()}, meta
+
+
+def small_vq4(**kwargs) -> VQModel:
+    torch.manual_seed(0)
+    return VQ_models["VQ-4"](**{"codebook_size": 32, "z_channels": 32, **kwargs})
+
+
+def test_state_dict_names_and_shapes(recorded):
+    model, _, meta = recorded
+    assert {name: list(value.shape) for name, value in model.state_dict().items()} == meta["state_dict"]
+    assert model.quantize.codebook_used.dtype == torch.int64
+
+
+@torch.no_grad()
+def test_encode(recorded):
+    model, arrays, _ = recorded
+    model.eval()
+    quant, losses, (perplexity, encodings, indices) = model.encode(arrays["image"])
+    assert torch.equal(indices, arrays["encode/indices"])
+    assert_close(F.normalize(model.quant_conv(model.encoder(arrays["image"])), dim=1), arrays["encode/latent"])
+    assert_close(quant, arrays["encode/quant"])
+    assert losses == (None, None, None, None) and perplexity is None and encodings is None
+
+
+@torch.no_grad()
+def test_decode_code(recorded):
+    model, arrays, _ = recorded
+    model.eval()
+    shape = arrays["encode/quant"].shape
+    assert_close(model.decode_code(arrays["encode/indices"], shape), arrays["decode_code/image"])
+    batch, channels, height, width = shape
+    codes = arrays["codes"]
+    expected = arrays["codes/image"]
+    assert_close(model.decode_code(codes, shape), expected)
+    assert_close(model.decode_code(codes.view(batch, -1), list(shape)), expected)
+    assert_close(model.decode_code(codes.view(batch, height, width)), expected)
+    assert_close(model.decode_code(codes, (batch, height, width, channels), channel_first=False), expected)
+
+
+def test_training_losses_and_gradients(recorded):
+    model, arrays, _ = recorded
+    model.train()
+    model.zero_grad()
+    model.quantize.codebook_used.zero_()
+    recon, (vq, commit, entropy, usage) = model(arrays["image"])
+    assert_close(recon, arrays["train/recon"])
+    assert_close(vq, arrays["train/vq_loss"])
+    assert_close(commit, arrays["train/commit_loss"])
+    assert_close(entropy, arrays["train/entropy_loss"])
+    assert_close(usage, arrays["train/usage"])
+
+    (F.mse_loss(recon, arrays["image"]) + vq + commit + entropy).backward()
+    gradients = [name for name in arrays if name.startswith("train/grad/")]
+    assert gradients
+    for name in gradients:
+        assert_close(model.get_parameter(name.removeprefix("train/grad/")).grad, arrays[name])
+
+
+@pytest.mark.parametrize(("name", "millions", "downsample"), [("VQ-16", 72, 16), ("VQ-8", 70, 8)])
+def test_full_size(name, millions, downsample):
+    with torch.device("meta"):
+        model = VQ_models[name](codebook_size=16384, codebook_embed_dim=8)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
+    assert model.downsample == downsample
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (8, 8)])
+@torch.no_grad()
+def test_attention_is_softmax_over_positions(shape):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 32, *shape)
+    tokens = [x.flatten(2).transpose(1, 2) for x in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*tokens).transpose(1, 2).reshape(2, 32, *shape)
+    assert_close(vq_model.attention(q, k, v), expected)
+
+
+@torch.no_grad()
+def test_swish():
+    x = torch.randn(100)
+    assert_close(vq_model.swish(x), F.silu(x))
+
+
+@torch.no_grad()
+def test_wide_and_tall_images():
+    model = small_vq4().eval()
+    images = torch.rand(2, 3, 16, 40) * 2 - 1
+    quant, _, (_, _, indices) = model.encode(images)
+    assert quant.shape == (2, 8, 4, 10) and indices.shape == (80,)
+    assert_close(model.decode_code(indices, quant.shape), model.decode(quant))
+    assert model(images.transpose(2, 3))[0].shape == (2, 3, 40, 16)
+
+
+@torch.no_grad()
+def test_images_of_a_batch_are_independent():
+    model = small_vq4().eval()
+    images = torch.rand(3, 3, 16, 24) * 2 - 1
+    _, _, (_, _, together) = model.encode(images)
+    alone = [model.encode(image[None])[2][2] for image in images]
+    assert torch.equal(together, torch.cat(alone))
+
+
+@torch.no_grad()
+def test_channels_last_gives_the_same_numbers():
+    model = small_vq4().eval()
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    quant, _, (_, _, indices) = model.encode(images)
+    expected = model.decode_code(indices, quant.shape)
+    model = model.to(memory_format=torch.channels_last)
+    _, _, (_, _, again) = model.encode(images.contiguous(memory_format=torch.channels_last))
+    images = model.decode_code(again, quant.shape)
+    assert torch.equal(indices, again)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert_close(images, expected, atol=1e-4)
+
+
+@torch.no_grad()
+def test_half_precision_weights():
+    model = small_vq4().eval().bfloat16()
+    quant, _, (_, _, indices) = model.encode(torch.zeros(1, 3, 8, 8, dtype=torch.bfloat16))
+    assert quant.dtype == torch.bfloat16
+    assert model.decode_code(indices, quant.shape).dtype == torch.bfloat16
+
+
+def test_trains_under_autocast():
+    model = small_vq4(entropy_loss_ratio=0.1).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        recon, losses = model(torch.rand(2, 3, 16, 16) * 2 - 1)
+    assert all(loss.dtype == torch.float32 for loss in losses)
+    (recon.float().square().mean() + sum(losses[:3])).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_last_layer_is_the_decoders_output():
+    model = small_vq4()
+    assert model.last_layer is model.decoder.conv_out.weight
+
+
+def test_first_level_of_the_small_tokenizer():
+    model = VQ_models["VQ-4"]()
+    assert (model.downsample, model.config.ch, model.config.z_channels) == (4, 32, 64)
+    assert VQ_models["VQ-4"](ch=64, z_channels=16).config.ch == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("VQ-16", {}),
+        ("VQ-16", {"ch": 96, "z_channels": 48, "codebook_size": 24, "codebook_embed_dim": 5}),
+        ("VQ-8", {}),
+        ("VQ-8", {"ch": 32, "z_channels": 7, "codebook_size": 100, "codebook_show_usage": False}),
+        ("VQ-4", {}),
+        ("VQ-4", {"ch": 32, "encoder_ch_mult": [2, 1, 3], "decoder_ch_mult": [1, 5, 2], "codebook_embed_dim": 3}),
+    ],
+)
+def test_shape_is_read_off_the_weights(name, kwargs):
+    with torch.device("meta"):
+        model = VQ_models[name](**kwargs)
+        args = vq_args_from_state_dict(model.state_dict())
+        again = VQModel(args)
+    assert args == model.config
+    assert vq_model_name(args) == name
+    assert {n: v.shape for n, v in again.state_dict().items()} == {n: v.shape for n, v in model.state_dict().items()}
+
+
+def test_no_name_for_other_downsamplings():
+    assert vq_model_name(VQModelArgs(encoder_ch_mult=[1, 2], decoder_ch_mult=[1, 2])) is None
+    assert ModelArgs is VQModelArgs
+
+
+def test_weights_of_something_else():
+    with torch.device("meta"):
+        state = VQ_models["VQ-4"]().state_dict()
+    with pytest.raises(ValueError, match=r"encoder\.conv_in\.weight"):
+        vq_args_from_state_dict({"tok_embeddings.weight": torch.zeros(4, 4)})
+    with pytest.raises(ValueError, match=r"decoder\.conv_blocks\.0"):
+        vq_args_from_state_dict({n: v for n, v in state.items() if not n.startswith("decoder.conv_blocks")})
+    name = "encoder.conv_blocks.1.res.0.conv1.weight"
+    with pytest.raises(ValueError, match="48 channels"):
+        vq_args_from_state_dict({**state, name: torch.empty(48, 32, 3, 3)})
+
+
+def test_size_errors():
+    model = small_vq4()
+    with pytest.raises(ValueError, match=r"30 high and 32 wide.*multiples of 4"):
+        model.encode(torch.zeros(1, 3, 30, 32))
+    with pytest.raises(ValueError, match="33 wide"):
+        model(torch.zeros(1, 3, 32, 33))
+    with pytest.raises(ValueError, match="pass shape"):
+        model.decode_code(torch.zeros(1, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="4 codes"):
+        model.decode_code(torch.zeros(1, 4, dtype=torch.long), (1, 8, 3, 3))
+    with pytest.raises(ValueError, match="multiples of 32"):
+        VQModel(VQModelArgs(ch=48))
+    with pytest.raises(ValueError, match="numbers of levels"):
+        VQModel(replace(model.config, encoder_ch_mult=[1, 2]))

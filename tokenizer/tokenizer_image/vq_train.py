@@ -1,0 +1,173 @@
+"""Trains an image tokenizer: a VQGAN with a discriminator and a perceptual loss.
+
+    torchrun --nproc_per_node=8 tokenizer/tokenizer_image/vq_train.py --data-path imagenet/train --image-size 256
+    python3 tokenizer/tokenizer_image/vq_train.py --data-path my_photos --dataset coco --finetune --vq-ckpt vq_ds16_c2i.pt
+
+Recipe: LlamaGen (arXiv 2406.06525, section 3.1); VQGAN (2012.09841).
+"""
+
+import argparse
+
+from tokenizer.tokenizer_image.sizes import VQ_SIZES
+from utils.cli import add_image_size_flags, add_switch, add_tokenizer_flags, add_training_flags, flag_parser, run_script
+
+
+def main(args: argparse.Namespace) -> None:
+    from functools import partial
+
+    import torch
+
+    from dataset.augmentation import center_view, random_view
+    from dataset.build import build_dataset
+    from tokenizer.tokenizer_image.vq_loss import VQLoss
+    from tokenizer.tokenizer_image.vq_model import VQ_models
+    from utils.checkpoint import read_checkpoint
+    from utils.distributed import start
+    from utils.parallel import parallelize
+    from utils.runs import find_checkpoint
+    from utils.trainer import Phase, Trainer
+
+    dist = start(args.device)
+    torch.manual_seed(args.global_seed)
+    tokenizer = VQ_models[args.vq_model](
+        codebook_size=args.codebook_size,
+        codebook_embed_dim=args.codebook_embed_dim,
+        codebook_l2_norm=args.codebook_l2_norm,
+        commit_loss_beta=args.commit_loss_beta,
+        entropy_loss_ratio=args.entropy_loss_ratio,
+        dropout_p=args.dropout_p,
+    ).to(dist.device)
+    if args.image_size % tokenizer.downsample:
+        raise ValueError(
+            f"--image-size {args.image_size} is not a multiple of {tokenizer.downsample}, the pixels a side of a {args.vq_model} token"
+        )
+    losses = VQLoss(
+        disc_start=args.disc_start,
+        disc_loss=args.disc_loss,
+        disc_type=args.disc_type,
+        image_size=args.image_size,
+        disc_weight=args.disc_weight,
+        gen_adv_loss=args.gen_loss,
+        reconstruction_loss=args.reconstruction_loss,
+        reconstruction_weight=args.reconstruction_weight,
+        codebook_weight=args.codebook_weight,
+        perceptual_weight=args.perceptual_weight,
+    ).to(dist.device)
+    dataset = build_dataset(args, transform=partial(random_view, image_size=args.image_size))
+    initial = None
+    if args.vq_ckpt:
+        initial = read_checkpoint(find_checkpoint(args.vq_ckpt), mmap=False)
+        if args.finetune:  # other data, the same weights: the optimizers and the step begin anew
+            initial.optimizer, initial.extra = None, {}
+    discriminator = losses.discriminator
+    generator = parallelize(tokenizer, dist, compile=args.compile)
+    losses.discriminator = parallelize(discriminator, dist)
+
+    reconstructions: dict[int, torch.Tensor] = {}
+
+    def generator_loss(batch, place):
+        images, _ = batch
+        recons, codebook_losses = generator(images)
+        reconstructions[place.number] = recons.detach()
+        return losses.generator_loss(codebook_losses, images, recons, place.step)
+
+    def discriminator_loss(batch, place):
+        return losses.discriminator_loss(batch[0], reconstructions.pop(place.number), place.step)
+
+    def adam(module: torch.nn.Module) -> torch.optim.Adam:
+        return torch.optim.Adam(module.parameters(), lr=args.lr, betas=(args.beta1, args.beta2))
+
+    shown = torch.stack(
+        [
+            center_view_of(dataset, i, partial(center_view, image_size=args.image_size))
+            for i in range(min(8, len(dataset)))
+        ]
+    )
+
+    def sample(model: torch.nn.Module) -> dict:
+        return {"reconstructions": comparison(model, shown.to(dist.device))}
+
+    trainer = Trainer(
+        args,
+        dist,
+        run_name=args.vq_model,
+        models={"model": tokenizer, "discriminator": discriminator},
+        phases=[
+            Phase("optimizer", generator, adam(tokenizer), generator_loss),
+            Phase(
+                "optimizer_disc",
+                losses.discriminator,
+                adam(discriminator),
+                discriminator_loss,
+                losses.discriminator_active,
+            ),
+        ],
+        dataset=dataset,
+        initial=initial,
+        sample=sample,
+    )
+    trainer.fit()
+    dist.close()
+
+
+def center_view_of(dataset, index: int, transform):
+    """An image of the data set without augmentation, (3, H, W)."""
+    import copy
+
+    plain = copy.copy(dataset)
+    plain.transform = transform
+    return plain[index][0]
+
+
+def comparison(model, images):
+    """Images above their reconstructions, uint8 (H, W, 3). images: (n, 3, H, W) in [-1, 1]."""
+    import torch
+
+    from utils.images import make_grid, to_uint8
+
+    recons = model(images)[0]
+    return make_grid(to_uint8(torch.cat([images, recons])), columns=len(images))
+
+
+def flags() -> argparse.ArgumentParser:
+    """The script's flags."""
+    parser = flag_parser(__doc__)
+    parser.add_argument("--data-path", required=True, help="folder of images, or of the lists that name them")
+    parser.add_argument(
+        "--data-face-path", default=None, help="a second folder of images, trained on together with the first"
+    )
+    parser.add_argument(
+        "--dataset", default="imagenet", help="kind of data: imagenet, pexels, coco, openimage, t2i_image"
+    )
+    add_image_size_flags(parser, 256, downsample=False)
+    add_tokenizer_flags(parser, VQ_SIZES)
+    parser.add_argument(
+        "--finetune", action="store_true", help="take only the weights of --vq-ckpt, and begin at step 0"
+    )
+    group = parser.add_argument_group("loss")
+    add_switch(group, "--codebook-l2-norm", True, "look codes up among normalised vectors")
+    group.add_argument("--codebook-weight", type=float, default=1.0, help="of the codebook's losses")
+    group.add_argument("--entropy-loss-ratio", type=float, default=0.0, help="of the entropy loss")
+    group.add_argument("--commit-loss-beta", type=float, default=0.25, help="of the commitment loss")
+    group.add_argument("--reconstruction-weight", type=float, default=1.0, help="of the pixels' loss")
+    group.add_argument("--reconstruction-loss", choices=["l1", "l2"], default="l2", help="of the pixels")
+    group.add_argument("--perceptual-weight", type=float, default=1.0, help="of LPIPS; 0 needs no VGG16 weights")
+    group.add_argument(
+        "--disc-weight", type=float, default=0.5, help="of the adversarial losses; 0 for no discriminator"
+    )
+    group.add_argument("--disc-start", type=int, default=20000, help="first step with the discriminator")
+    group.add_argument("--disc-type", choices=["patchgan", "stylegan"], default="patchgan", help="discriminator")
+    group.add_argument(
+        "--disc-loss", choices=["hinge", "vanilla", "non-saturating"], default="hinge", help="discriminator's loss"
+    )
+    group.add_argument(
+        "--gen-loss", choices=["hinge", "non-saturating"], default="hinge", help="generator's adversarial loss"
+    )
+    parser.add_argument("--dropout-p", type=float, default=0.0, help="dropout in the tokenizer's residual blocks")
+    add_switch(parser, "--compile", False, "torch.compile the tokenizer (on CUDA)")
+    add_training_flags(parser, epochs=40, batch=128, results_dir="results_tokenizer_image", num_workers=16)
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, flags())
