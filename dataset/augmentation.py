@@ -66,10 +66,10 @@ def center_view(pil_image: Image.Image, image_size: int) -> torch.Tensor:
     return to_tensor(center_crop_arr(pil_image, image_size))
 
 
-def random_view(pil_image: Image.Image, image_size: int) -> torch.Tensor:
-    """A random crop, mirrored half of the time, as a tensor (3, image_size, image_size): tokenizer training."""
+def random_view(pil_image: Image.Image, image_size: int, flip: bool = True) -> torch.Tensor:
+    """A random crop, with `flip` mirrored half of the time, as a tensor (3, image_size, image_size): tokenizer training."""
     image = random_crop_arr(pil_image, image_size)
-    if random.random() < 0.5:
+    if flip and random.random() < 0.5:
         image = ImageOps.mirror(image)
     return to_tensor(image)
 
@@ -90,6 +90,23 @@ def ten_crop_views(pil_image: Image.Image, image_size: int, crop_range: float) -
         raise ValueError(f"the crop range must be at least 1, got {crop_range}")
     crops = TenCrop(image_size)(center_crop_arr(pil_image, int(image_size * crop_range)))
     return [to_tensor(crop) for crop in crops]
+
+
+def code_view_names(ten_crop: bool, flip: bool = True) -> tuple[str, ...]:
+    """The names of what `code_views` gives, in its order."""
+    names = TEN_CROP_VIEWS if ten_crop else FLIP_VIEWS
+    return names if flip else names[: len(names) // 2]
+
+
+def code_views(
+    pil_image: Image.Image, image_size: int, ten_crop: bool, crop_range: float, flip: bool = True
+) -> list[torch.Tensor]:
+    """The views whose codes are stored: ten crops, or the centre crop and its mirror image; unflipped ones alone without `flip`.
+
+    Images in which left and right matter (digits, text, scans) must not be mirrored.
+    """
+    views = ten_crop_views(pil_image, image_size, crop_range) if ten_crop else flip_views(pil_image, image_size)
+    return views if flip else views[: len(views) // 2]
 
 
 def _scale_short_side(image: Image.Image, size: int) -> Image.Image:

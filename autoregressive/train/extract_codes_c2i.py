@@ -20,7 +20,7 @@ def main(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from autoregressive.pipeline import load_tokenizer
-    from dataset.augmentation import flip_views, ten_crop_views
+    from dataset.augmentation import code_views
     from dataset.build import build_dataset
     from dataset.codes import CodeWriter, write_published
     from dataset.images import collate_present
@@ -45,8 +45,10 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--image-size {args.image_size} is not a multiple of {tokenizer.downsample}, the pixels a side of a token"
         )
-    views = partial(ten_crop_views, crop_range=args.crop_range) if args.ten_crop else flip_views
-    dataset = build_dataset(args, transform=partial(views, image_size=args.image_size), unreadable="omit")
+    views = partial(
+        code_views, image_size=args.image_size, ten_crop=args.ten_crop, crop_range=args.crop_range, flip=args.flip
+    )
+    dataset = build_dataset(args, transform=views, unreadable="omit")
     writer_settings = code_settings(args, dataset, tokenizer, vq_path)
 
     def encode(indices: range) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -118,7 +120,7 @@ def code_settings(args: argparse.Namespace, dataset, tokenizer, vq_path):
     """What the shards' index records of the codes."""
     import hashlib
 
-    from dataset.augmentation import FLIP_VIEWS, TEN_CROP_VIEWS
+    from dataset.augmentation import code_view_names
     from dataset.codes import CodeSettings
 
     digest = hashlib.sha256(tokenizer.quantize.embedding.weight.cpu().numpy().tobytes())
@@ -127,7 +129,7 @@ def code_settings(args: argparse.Namespace, dataset, tokenizer, vq_path):
         dataset=args.dataset,
         image_size=args.image_size,
         tokens=(args.image_size // tokenizer.downsample) ** 2,
-        views=TEN_CROP_VIEWS if args.ten_crop else FLIP_VIEWS,
+        views=code_view_names(args.ten_crop, args.flip),
         codebook_size=args.codebook_size,
         num_images=len(dataset),
         classes=dataset.classes or None,

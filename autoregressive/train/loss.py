@@ -7,8 +7,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from autoregressive.models.gpt import Transformer
 from autoregressive.models.layout import TokenLayout
+from utils.distributed import Distributed
 
 
 def next_token_loss(
@@ -40,3 +43,17 @@ def dropped_conditions(seed: int, global_batch: int, positions: slice, probabili
     """Which samples of a step lose their condition, bool (positions,): the same however the batch is split."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(global_batch, generator=generator)[positions] < probability
+
+
+@torch.no_grad()
+def mean_loss(model: Transformer, dataset: Dataset, batch_size: int, dist: Distributed) -> float:
+    """The loss over a whole data set of (codes, label), each process reading a share (nats per token)."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for indices in torch.arange(dist.rank, len(dataset), dist.world_size).split(batch_size):
+        items = [dataset[i] for i in indices.tolist()]
+        codes = torch.stack([codes for codes, _ in items]).to(dist.device)
+        labels = torch.tensor([label for _, label in items], device=dist.device)
+        value = next_token_loss(model, model.layout, codes, labels)
+        total += torch.tensor([float(value) * len(items), len(items)], dtype=torch.float64)
+    total = dist.sum(total.to(dist.device) if dist.device.type == "cuda" else total)
+    return float(total[0] / total[1])

@@ -24,7 +24,7 @@ def main(args: argparse.Namespace) -> None:
     import torch
 
     from autoregressive.models.gpt import GPT_models
-    from autoregressive.train.loss import dropped_conditions, next_token_loss
+    from autoregressive.train.loss import dropped_conditions, mean_loss, next_token_loss
     from dataset.build import build_dataset
     from dataset.codes import open_codes
     from utils.checkpoint import read_checkpoint
@@ -104,24 +104,6 @@ def check_codes(dataset, args: argparse.Namespace, tokens: int) -> None:
         raise ValueError(f"{args.code_path} has {classes} classes; pass --num-classes {classes}")
     if vocabulary and vocabulary > args.vocab_size:
         raise ValueError(f"{args.code_path} was made with {vocabulary} codes; pass --vocab-size {vocabulary}")
-
-
-def mean_loss(model, dataset, batch_size: int, dist) -> float:
-    """The loss over a whole data set of codes, each process reading a share (nats per token)."""
-    import torch
-
-    from autoregressive.train.loss import next_token_loss
-
-    total = torch.zeros(2, dtype=torch.float64)
-    shares = torch.arange(dist.rank, len(dataset), dist.world_size).split(batch_size)
-    for indices in shares:
-        items = [dataset[int(i)] for i in indices]
-        codes = torch.stack([codes for codes, _ in items]).to(dist.device)
-        labels = torch.tensor([label for _, label in items], device=dist.device)
-        value = next_token_loss(model, model.layout, codes, labels)
-        total += torch.tensor([float(value) * len(items), len(items)], dtype=torch.float64)
-    total = dist.sum(total)
-    return float(total[0] / total[1])
 
 
 def flags() -> argparse.ArgumentParser:

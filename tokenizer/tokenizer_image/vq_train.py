@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
         codebook_weight=args.codebook_weight,
         perceptual_weight=args.perceptual_weight,
     ).to(dist.device)
-    dataset = build_dataset(args, transform=partial(random_view, image_size=args.image_size))
+    dataset = build_dataset(args, transform=partial(random_view, image_size=args.image_size, flip=args.flip))
     initial = None
     if args.vq_ckpt:
         initial = read_checkpoint(find_checkpoint(args.vq_ckpt), mmap=False)
@@ -140,6 +140,7 @@ def flags() -> argparse.ArgumentParser:
         "--dataset", default="imagenet", help="kind of data: imagenet, pexels, coco, openimage, t2i_image"
     )
     add_image_size_flags(parser, 256, downsample=False)
+    add_switch(parser, "--flip", True, "mirror half of the images")
     add_tokenizer_flags(parser, VQ_SIZES)
     parser.add_argument(
         "--finetune", action="store_true", help="take only the weights of --vq-ckpt, and begin at step 0"

@@ -1,0 +1,15 @@
+# Sourced by the wrappers: `launch SCRIPT "$@"` is torchrun over nnodes x nproc_per_node processes, all read from the
+# environment (nnodes, nproc_per_node, node_rank, master_addr, master_port). The default is one node and every GPU of it,
+# or one process where there is none.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [ -z "${VIRTUAL_ENV:-}" ] && [ -d "$root/.venv/bin" ]; then PATH="$root/.venv/bin:$PATH"; fi
+
+launch() {
+    local script=$1 gpus
+    shift
+    gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU || true)
+    torchrun --nnodes="${nnodes:-1}" --nproc_per_node="${nproc_per_node:-$((gpus > 0 ? gpus : 1))}" \
+        --node_rank="${node_rank:-0}" --master_addr="${master_addr:-127.0.0.1}" --master_port="${master_port:-12345}" \
+        "$root/$script" "$@"
+}
