@@ -104,7 +104,8 @@ class CodeSettings:
             classes = f" --num-classes {self.num_classes}" if self.num_classes else ""
             common += f" --shard-size {self.shard_size}"
             return f"python {self.made_by} --from THE_SOURCE --to {folder} {common}{classes}"
-        crops = f" --ten-crop --crop-range {self.crop_range}" if len(self.views) == len(TEN_CROP_VIEWS) else ""
+        crops = f" --ten-crop --crop-range {self.crop_range}" if TEN_CROP_VIEWS[0] in self.views else ""
+        crops += "" if any(view.endswith("_flip") for view in self.views) else " --no-flip"
         return (
             "bash scripts/autoregressive/extract_codes_c2i.sh --data-path THE_IMAGES --vq-ckpt THE_TOKENIZER "
             f"--code-path {folder} --dataset {self.dataset} {common}{crops}"

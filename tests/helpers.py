@@ -1,6 +1,7 @@
 """What several tests share: the recorded figures and weights rebuilt by name (see tests/golden/README.md)."""
 
 import json
+import socket
 import zlib
 from pathlib import Path
 
@@ -46,3 +47,10 @@ def assert_close(actual, expected, **tolerance) -> None:
     torch.testing.assert_close(
         torch.as_tensor(actual), torch.as_tensor(expected), check_dtype=False, **{**TOLERANCE, **tolerance}
     )
+
+
+def free_port() -> int:
+    """A port that nothing listens on, for torchrun."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

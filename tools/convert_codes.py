@@ -15,6 +15,7 @@ from tqdm import tqdm
 from dataset.codes import CodeSettings, CodeWriter, write_published
 from dataset.published import PublishedFolder, published_folders, published_numbers, published_sizes
 from dataset.shards import INDEX_FILE, ShardFolder
+from utils.cli import flag_parser, positive_int, run_script
 
 
 def published_to_packed(
@@ -112,23 +113,7 @@ def _compare_sample(folders: tuple[Path, Path], i: int, codes: np.ndarray, label
             raise ValueError(f"{folder / f'{i}.npy'} differs from the packed codes: use another folder, or remove it")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="source", type=str, required=True, help="folder of codes in either layout")
-    parser.add_argument("--to", dest="target", type=str, required=True, help="folder that gets the other layout")
-    parser.add_argument("--image-size", type=int, required=True, help="pixels, as given at extraction")
-    parser.add_argument("--codebook-size", type=int, default=16384, help="to packed: rows of the codebook")
-    parser.add_argument("--num-classes", type=int, default=None, help="to packed: noted in the index")
-    parser.add_argument("--vq-model", type=str, default=None, help="to packed: noted in the index")
-    parser.add_argument("--shard-size", type=int, default=4096, help="to packed: images per shard")
-    args = parser.parse_args(argv)
-    try:
-        convert(args)
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from None
-
-
-def convert(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> None:
     """Converts in the direction that `args.source` asks for. Raises ValueError where it holds no codes."""
     source, target = Path(args.source), Path(args.target)
     if not source.is_dir():
@@ -149,5 +134,18 @@ def convert(args: argparse.Namespace) -> None:
     print(f"{target} holds the codes of {source}")
 
 
+def flags() -> argparse.ArgumentParser:
+    """The script's flags."""
+    parser = flag_parser(__doc__)
+    parser.add_argument("--from", dest="source", required=True, help="folder of codes in either layout")
+    parser.add_argument("--to", dest="target", required=True, help="folder that gets the other layout")
+    parser.add_argument("--image-size", type=positive_int, required=True, help="pixels, as given at extraction")
+    parser.add_argument("--codebook-size", type=positive_int, default=16384, help="to packed: rows of the codebook")
+    parser.add_argument("--num-classes", type=positive_int, default=None, help="to packed: noted in the index")
+    parser.add_argument("--vq-model", default=None, help="to packed: noted in the index")
+    parser.add_argument("--shard-size", type=positive_int, default=4096, help="to packed: images per shard")
+    return parser
+
+
 if __name__ == "__main__":
-    main()
+    run_script(main, flags())

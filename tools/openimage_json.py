@@ -1,6 +1,8 @@
 """Lists the images below a folder in its `image_paths.json`, which `--dataset openimage` reads.
 
-python tools/openimage_json.py --data-path open_images/train
+    python3 tools/openimage_json.py --data-path open_images/train
+
+The list is in natural order: img2.jpg before img10.jpg.
 """
 
 import argparse
@@ -8,6 +10,7 @@ import re
 from pathlib import Path
 
 from dataset.folders import IMAGE_PATHS_FILE, nested_folder
+from utils.cli import flag_parser, run_script
 from utils.files import write_json
 
 
@@ -26,18 +29,20 @@ def list_images(data_path: str | Path) -> list[str]:
     return sorted(nested_folder(data_path).paths.relative(), key=natural_key)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-path", type=str, required=True, help="folder with images at any depth")
-    args = parser.parse_args(argv)
-    try:
-        paths = list_images(args.data_path)
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from None
+def main(args: argparse.Namespace) -> None:
+    """Writes the list into the folder. Raises as `list_images` does."""
+    paths = list_images(args.data_path)
     file = Path(args.data_path) / IMAGE_PATHS_FILE
     write_json(file, paths)
     print(f"{len(paths)} images listed in {file}")
 
 
+def flags() -> argparse.ArgumentParser:
+    """The script's flags."""
+    parser = flag_parser(__doc__)
+    parser.add_argument("--data-path", required=True, help="folder with images at any depth")
+    return parser
+
+
 if __name__ == "__main__":
-    main()
+    run_script(main, flags())

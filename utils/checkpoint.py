@@ -12,6 +12,7 @@ import json
 import pickle
 import pickletools
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ def read_checkpoint(
     """Reads a .pt, .pth, .bin, .ckpt or .safetensors file, or a folder with `consolidated.pth` or `model.safetensors`.
 
     With `prefer_ema` the averaged weights become `model` where the file has them. With `mmap` the tensors are read from
-    the disk when first used, so that looking at a file's shapes costs nothing.
+    the disk when first used, so that looking at a file's shapes costs nothing; without, their checksums are compared.
 
     Raises FileNotFoundError (no such file; names those that look similar) and ValueError (damaged, a web page or a Git
     LFS pointer instead of weights, no weights inside, or a pickle that asks to run code).
@@ -67,7 +68,10 @@ def read_checkpoint(
     if start[8:9] == b"{":
         checkpoint = _read_safetensors(path, map_location)
     else:
-        checkpoint = _sort_out(path, _read_pickle(path, map_location, mmap and start[:2] == b"PK"))
+        zipped = start[:2] == b"PK"
+        if zipped and not mmap:
+            _compare_checksums(path)
+        checkpoint = _sort_out(path, _read_pickle(path, map_location, mmap and zipped))
     if prefer_ema and checkpoint.ema is not None:
         checkpoint.model = checkpoint.ema
     return checkpoint
@@ -118,6 +122,17 @@ def _damaged(path: Path, reason: object) -> ValueError:
     return ValueError(
         f"{path} is damaged or not a checkpoint ({path.stat().st_size:,} bytes): {reason}. Download or copy it again."
     )
+
+
+def _compare_checksums(path: Path) -> None:
+    """Raises ValueError where a file of torch.save is not as it was written: torch itself does not look."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except zipfile.BadZipFile as error:
+        raise _damaged(path, error) from error
+    if wrong:
+        raise _damaged(path, f"the checksum of {wrong} differs")
 
 
 def _read_pickle(path: Path, map_location: str | torch.device, mmap: bool) -> Any:

@@ -7,6 +7,8 @@ log.info("…"); log.scalars(step, {"loss": 2.3}); log.image(step, "reconstructi
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +33,15 @@ class RunLogger:
         self, folder: Path | None, main: bool = True, wandb_project: str | None = None, config: dict | None = None
     ):
         self.logger = console_logger(main=main)
+        self.loggers = [self.logger, console_logger("dataset", main)]  # which images could not be read is told there
         self.metrics = self.board = self.wandb = self.file = None
         if folder is None or not main:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = logging.FileHandler(folder / "log.txt")
+        self.file = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
         self.file.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
-        self.logger.addHandler(self.file)
+        for logger in self.loggers:
+            logger.addHandler(self.file)
         self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - open as long as the run
         self.board = _tensorboard_writer(folder / "tensorboard")
         if wandb_project:
@@ -53,26 +57,39 @@ class RunLogger:
         """Records numbers of a step."""
         if self.metrics is None:
             return
-        self.metrics.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        with self._outliving_a_full_disk():
+            self.metrics.write(json.dumps({"step": step, **values}) + "\n")
+        with self._outliving_a_full_disk():
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(values, step=step)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Records a picture of a step. image: uint8 (H, W, 3)."""
         if self.board is not None:
-            self.board.add_image(name, image, step, dataformats="HWC")
+            with self._outliving_a_full_disk():
+                self.board.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flushes and closes the files."""
         if self.metrics is not None:
-            self.metrics.close()
-            self.board.close()
-            self.logger.removeHandler(self.file)
+            for file in (self.metrics, self.board):
+                with self._outliving_a_full_disk():
+                    file.close()
+            for logger in self.loggers:
+                logger.removeHandler(self.file)
             self.file.close()
         if self.wandb:
             self.wandb.finish()
+
+    @contextmanager
+    def _outliving_a_full_disk(self) -> Iterator[None]:
+        """A figure that cannot be recorded is no reason to stop a training run."""
+        try:
+            yield
+        except OSError as error:
+            self.warning(f"could not write to the run's records ({error}); training goes on")
 
 
 def _tensorboard_writer(folder: Path):

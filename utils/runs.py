@@ -26,7 +26,8 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Its checkpoint files, newest first."""
-        return [path for store in self.stores for path in checkpoints_in(store)]
+        found = [path for store in self.stores for path in checkpoints_in(store)]
+        return sorted(found, key=lambda path: int(path.stem), reverse=True)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -48,8 +49,8 @@ def runs_in(results_dir: str | Path, name: str | None = None) -> list[Run]:
     runs = []
     for _, child in sorted(found, reverse=True):
         record = child / "run.json"
-        stores = json.loads(record.read_text())["stores"] if record.exists() else [str(child / "checkpoints")]
-        runs.append(Run(child, tuple(Path(store) for store in stores)))
+        stores = json.loads(record.read_text())["stores"] if record.exists() else ["checkpoints"]
+        runs.append(Run(child, tuple(child / store for store in stores)))
     return runs
 
 
@@ -62,15 +63,31 @@ def open_run(args: Namespace, name: str) -> tuple[Run, bool]:
         raise ValueError("--no-local-save leaves no place for the checkpoints: give --cloud-save-path too")
     runs = runs_in(args.results_dir, name)
     if args.resume and runs:
+        for store in runs[0].stores:
+            for leftover in store.glob(".*.pt.*.tmp"):  # of a save that was killed
+                leftover.unlink(missing_ok=True)
         return runs[0], True
-    numbers = [int(_RUN.fullmatch(run.folder.name)[1]) for run in runs_in(args.results_dir)]
-    folder = Path(args.results_dir) / f"{max(numbers, default=-1) + 1:03d}-{name}"
-    stores = [] if args.no_local_save else [folder / "checkpoints"]
+    folder = _new_folder(Path(args.results_dir), name)
+    stores = [] if args.no_local_save else ["checkpoints"]  # inside the folder, which may be moved
     if args.cloud_save_path:
-        stamp = time.strftime("%Y-%m-%d-%H-%M-%S")
-        stores.append(Path(args.cloud_save_path) / stamp / folder.name / "checkpoints")
-    write_json(folder / "run.json", {"stores": [str(store.absolute()) for store in stores], "args": vars(args)})
-    return Run(folder, tuple(stores)), False
+        cloud = Path(args.cloud_save_path).absolute() / time.strftime("%Y-%m-%d-%H-%M-%S")
+        stores.append(str(cloud / folder.name / "checkpoints"))
+    write_json(folder / "run.json", {"stores": stores, "args": vars(args)})
+    return Run(folder, tuple(folder / store for store in stores)), False
+
+
+def _new_folder(results: Path, name: str) -> Path:
+    """Makes the folder with the next free number, also where another run does so at the same time."""
+    results.mkdir(parents=True, exist_ok=True)
+    number = max((int(_RUN.fullmatch(run.folder.name)[1]) for run in runs_in(results)), default=-1) + 1
+    while True:
+        folder = results / f"{number:03d}-{name}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
 
 
 def find_checkpoint(name: str | Path, repo_id: str | None = None) -> Path:
@@ -91,13 +108,9 @@ def find_checkpoint(name: str | Path, repo_id: str | None = None) -> Path:
 def newest_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint of a checkpoints folder, a run, or the newest run of a results folder; None for none."""
     folder = Path(folder)
-    direct = checkpoints_in(folder) or checkpoints_in(folder / "checkpoints")
-    if direct:
-        return direct[0]
-    for run in runs_in(folder.parent):
-        if run.folder == folder and run.checkpoints():
-            return run.checkpoints()[0]
-    for run in runs_in(folder):
-        if run.checkpoints():
-            return run.checkpoints()[0]
+    itself = [run for run in runs_in(folder.parent) if run.folder == folder]
+    runs = [run.checkpoints() for run in itself or runs_in(folder)]
+    for found in (checkpoints_in(folder), *runs, checkpoints_in(folder / "checkpoints")):
+        if found:
+            return found[0]
     return None

@@ -13,7 +13,7 @@ epoch and the batch: a run that was stopped and resumed takes the very steps it 
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import islice
 from math import cos, isfinite, pi
@@ -117,21 +117,26 @@ class Trainer:
         )
         self.autocast_dtype = AUTOCAST[args.mixed_precision]
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=args.mixed_precision == "fp16")
-        self.total_steps = min(args.epochs * self.order.batches_per_epoch, args.max_steps or float("inf"))
         self.step = self.saved_step = 0
         self.samples_seen = 0
 
         self.run, resumed = dist.broadcast(open_run(args, run_name) if dist.is_main else None)
         project = None if args.no_wandb else args.wandb_project
         self.log = RunLogger(self.run.folder, dist.is_main, project, vars(args))
-        if resumed:
-            self._resume()
-        elif initial is not None:
+        if not (resumed and self._resume()) and initial is not None:
             self._restore(initial)
             self.log.info(f"starting from {initial.path}" + (f", step {self.step}" if self.step else ""))
+        ahead = args.epochs * self.order.batches_per_epoch - self.samples_seen // args.global_batch_size
+        self.total_steps = min(self.step + max(ahead, 0), args.max_steps or float("inf"))
 
     def fit(self) -> Path | None:
         """Trains to the end and returns the last checkpoint's path (None on processes other than the first)."""
+        with closing(self.log):
+            self._fit()
+        checkpoints = self.run.checkpoints()
+        return checkpoints[0] if self.dist.is_main and checkpoints else None
+
+    def _fit(self) -> None:
         parameters = sum(p.numel() for p in self.models["model"].parameters())
         self.log.info(
             f"{self.run.folder}: {parameters:,} parameters, {len(self.dataset):,} samples, "
@@ -148,18 +153,13 @@ class Trainer:
             if self.step % self.args.log_every == 0 or self.step == self.total_steps:
                 self._log_window()
             if self.step % self.args.ckpt_every == 0 and self.step < self.total_steps:
-                self._evaluate()
-                self._save(final=False)
+                self._evaluate_and_save(final=False)
         if self.saved_step < self.step:
-            self._evaluate()
-            self._save(final=True)
-        skipped = getattr(self.dataset, "skipped", 0)
+            self._evaluate_and_save(final=True)
+        skipped = set().union(*self.dist.gather(getattr(self.dataset, "skipped_indices", [])))
         if skipped:
-            self.log.warning(f"{skipped} unreadable files were skipped")
+            self.log.warning(f"{len(skipped)} unreadable files were skipped")
         self.log.info("done")
-        self.log.close()
-        checkpoints = self.run.checkpoints()
-        return checkpoints[0] if self.dist.is_main and checkpoints else None
 
     def _batches(self) -> Iterator[list[Any]]:
         """This process's micro-batches of each remaining step."""
@@ -203,7 +203,8 @@ class Trainer:
                         loss, logs = phase.loss(micro, place)
                     self.scaler.scale(loss / len(batch)).backward()
                 for name, value in logs.items():
-                    self.sums[name] = self.sums.get(name, 0) + value.detach().float() / len(batch)
+                    total, count = self.sums.get(name, (0, 0))
+                    self.sums[name] = total + value.detach().float(), count + 1
             self.scaler.unscale_(phase.optimizer)
             if self.args.max_grad_norm:
                 parameters = [p for group in phase.optimizer.param_groups for p in group["params"]]
@@ -217,30 +218,41 @@ class Trainer:
         self.window += 1
 
     def _start_window(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, tuple[Tensor, int]] = {}
         self.window, self.window_start = 0, time.perf_counter()
 
     def _log_window(self) -> None:
         if not self.window:
             return
-        names = sorted(self.sums)
-        means = self.dist.mean(torch.stack([self.sums[name] for name in names]) / self.window).tolist()
-        values = dict(zip(names, means, strict=True))
+        values = self._window_means()
         rate = self.window / (time.perf_counter() - self.window_start)
         shown = ", ".join(f"{name}: {value:.4f}" for name, value in values.items())
         self.log.info(f"(step={self.step:07d}) {shown}, steps/sec: {rate:.2f}")
         lr = self.phases[0].optimizer.param_groups[0]["lr"]
         self.log.scalars(self.step, {**values, "lr": lr, "steps_per_second": rate})
-        if not all(map(isfinite, means)):
+        self._require_finite(values)
+        self._start_window()
+
+    def _window_means(self) -> dict[str, float]:
+        """The means of what the losses told since the last log line, each over the steps it took part in."""
+        names = sorted(self.sums)
+        means = [total / count for total, count in map(self.sums.get, names)]
+        return dict(zip(names, self.dist.mean(torch.stack(means)).tolist(), strict=True)) if names else {}
+
+    def _require_finite(self, values: dict[str, float]) -> None:
+        if not all(map(isfinite, values.values())):
+            shown = ", ".join(f"{name}: {value:.4f}" for name, value in values.items())
             last = self.run.checkpoints()[:1]
             raise ValueError(
                 f"the loss is no longer finite ({shown}) before step {self.step}; "
                 f"the last checkpoint is {last[0] if last else 'none'}. Try a lower --lr, or --mixed-precision none"
             )
-        self._start_window()
 
     @torch.no_grad()
-    def _evaluate(self) -> None:
+    def _evaluate_and_save(self, final: bool) -> None:
+        """Pictures, figures and a checkpoint of this step; none of a model that a loss has spoilt."""
+        norms = torch.stack(torch._foreach_norm(list(self.models["model"].parameters())))
+        self._require_finite({**self._window_means(), "norm_of_weights": float(self.dist.mean(norms.norm()))})
         model = self.ema.module if self.ema else self.models["model"]
         training = model.training
         model.eval()
@@ -252,9 +264,11 @@ class Trainer:
             for name, image in self.sample(model).items():
                 self.log.image(self.step, name, image)
         model.train(training)
+        self._save(final)
 
     def _save(self, final: bool) -> None:
         if self.dist.is_main:
+            failure = None
             state: dict[str, Any] = {name: model.state_dict() for name, model in self.models.items()}
             if self.ema:
                 state["ema"] = self.ema.module.state_dict()
@@ -266,21 +280,26 @@ class Trainer:
                 try:
                     save_checkpoint(path, state)
                 except OSError as error:
-                    if final:
-                        raise
-                    self.log.warning(
-                        f"{error}; training goes on, the next try is at step {self.step + self.args.ckpt_every}"
-                    )
+                    failure = error
+                    again = min(self.step + self.args.ckpt_every, self.total_steps)
+                    then = "" if final else f"; training goes on, the next try is at step {again}"
+                    self.log.warning(f"{error}{then}")
                 else:
                     self.log.info(f"saved {path}")
-                    if self.args.keep_last:
+                    if self.args.keep_last > 0:
                         prune_checkpoints(store, self.args.keep_last)
+            if final and failure:
+                raise failure
         self.saved_step = self.step
         self.dist.barrier()
 
-    def _resume(self) -> None:
-        """Goes on from the run's newest readable checkpoint."""
-        for path in self.run.checkpoints():
+    def _resume(self) -> bool:
+        """Goes on from the run's newest readable checkpoint; False where the run was stopped before its first.
+
+        Raises ValueError where it has checkpoints and none can be read.
+        """
+        found = self.run.checkpoints()
+        for path in found:
             try:
                 checkpoint = read_checkpoint(path, mmap=False)
             except ValueError as error:
@@ -288,8 +307,11 @@ class Trainer:
                 continue
             self._restore(checkpoint)
             self.log.info(f"resuming {self.run.folder} at step {self.step} from {path}")
-            return
-        self.log.info(f"{self.run.folder} has no checkpoint yet: starting at step 0")
+            return True
+        if found:
+            raise ValueError(f"no checkpoint of {self.run.folder} can be read; to start anew, leave out --resume")
+        self.log.info(f"{self.run.folder} has no checkpoint yet: starting at its beginning")
+        return False
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Takes over everything the file has: weights, and where present optimizer, EMA, step and place in the data."""

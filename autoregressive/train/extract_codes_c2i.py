@@ -9,7 +9,7 @@ The same command again goes on with the shards that are missing, on any number o
 import argparse
 
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
-from utils.cli import add_image_size_flags, add_tokenizer_flags, flag_parser, positive_int, run_script
+from utils.cli import add_image_size_flags, add_switch, add_tokenizer_flags, flag_parser, positive_int, run_script
 
 
 def main(args: argparse.Namespace) -> None:
@@ -24,6 +24,7 @@ def main(args: argparse.Namespace) -> None:
     from dataset.build import build_dataset
     from dataset.codes import CodeWriter, write_published
     from dataset.images import collate_present
+    from dataset.shards import ShardFolder
     from utils.distributed import start
     from utils.loading import loader_workers
     from utils.logger import console_logger
@@ -102,6 +103,8 @@ def main(args: argparse.Namespace) -> None:
                 writer.write_shard(shard, codes, labels, numbers, skipped)
     skipped = sum(dist.gather(dataset.skipped))
     if dist.is_main:
+        if not args.published_layout:  # some shards may be an earlier run's
+            skipped = len(dataset) - len(ShardFolder(args.code_path))
         log.info(f"{args.code_path}: codes of {len(dataset) - skipped} images, {skipped} unreadable ones skipped")
     dist.close()
 
@@ -153,6 +156,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", default="imagenet", help="kind of image folder")
     add_image_size_flags(parser, 256, downsample=False)
     parser.add_argument("--ten-crop", action="store_true", help="ten views an image instead of two")
+    add_switch(parser, "--flip", True, "mirror images too; not where left and right matter (digits, text, scans)")
     parser.add_argument(
         "--crop-range", type=float, default=1.1, help="ten crops are cut from a centre crop this much larger"
     )

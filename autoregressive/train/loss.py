@@ -49,8 +49,9 @@ def dropped_conditions(seed: int, global_batch: int, positions: slice, probabili
 def mean_loss(model: Transformer, dataset: Dataset, batch_size: int, dist: Distributed) -> float:
     """The loss over a whole data set of (codes, label), each process reading a share (nats per token)."""
     total = torch.zeros(2, dtype=torch.float64)
-    for indices in torch.arange(dist.rank, len(dataset), dist.world_size).split(batch_size):
-        items = [dataset[i] for i in indices.tolist()]
+    share = range(dist.rank, len(dataset), dist.world_size)  # of one process it may be empty
+    for start in range(0, len(share), batch_size):
+        items = [dataset[i] for i in share[start : start + batch_size]]
         codes = torch.stack([codes for codes, _ in items]).to(dist.device)
         labels = torch.tensor([label for _, label in items], device=dist.device)
         value = next_token_loss(model, model.layout, codes, labels)

@@ -7,6 +7,7 @@ Codes come from extract_codes_c2i.py. Recipe: LlamaGen (arXiv 2406.06525, sectio
 """
 
 import argparse
+from collections.abc import Sequence
 
 from autoregressive.models.sizes import GPT_SIZES
 from utils.cli import (
@@ -29,6 +30,7 @@ def main(args: argparse.Namespace) -> None:
     from dataset.codes import open_codes
     from utils.checkpoint import read_checkpoint
     from utils.distributed import start
+    from utils.logger import console_logger
     from utils.parallel import parallelize
     from utils.rng import item_seed
     from utils.runs import find_checkpoint
@@ -39,8 +41,8 @@ def main(args: argparse.Namespace) -> None:
     if args.gpt_type != "c2i":
         raise ValueError("train_c2i.py trains class-conditional models; for captions there is train_t2i.py")
     dist = start(args.device)
-    dataset = build_dataset(args)
-    check_codes(dataset, args, grid**2)
+    console_logger("dataset", dist.is_main)
+    dataset = CheckedCodes(build_dataset(args), args.code_path, args.num_classes, args.vocab_size)
 
     torch.manual_seed(args.global_seed)
     dropout = 0.0 if args.drop_path_rate > 0 else args.dropout_p  # stochastic depth replaces them
@@ -70,11 +72,12 @@ def main(args: argparse.Namespace) -> None:
 
     validate = None
     if args.val_code_path:
-        held_out = open_codes(args.val_code_path, args.image_size, args.downsample_size, random_view=False)
-        check_codes(held_out, args, grid**2)
+        codes = open_codes(args.val_code_path, args.image_size, args.downsample_size, random_view=False)
+        held_out = CheckedCodes(codes, args.val_code_path, args.num_classes, args.vocab_size)
+        at_once = args.global_batch_size // (dist.world_size * args.gradient_accumulation_steps)
 
         def validate(evaluated: torch.nn.Module) -> dict[str, float]:
-            return {"val_loss": mean_loss(evaluated, held_out, args.global_batch_size, dist)}
+            return {"val_loss": mean_loss(evaluated, held_out, max(at_once, 1), dist)}
 
     trainer = Trainer(
         args,
@@ -90,20 +93,44 @@ def main(args: argparse.Namespace) -> None:
     dist.close()
 
 
-def check_codes(dataset, args: argparse.Namespace, tokens: int) -> None:
-    """Raises ValueError where the codes do not fit the model that the flags describe."""
-    codes, _ = dataset[0]
-    if len(codes) != tokens:
-        raise ValueError(
-            f"{args.code_path} holds {len(codes)} codes an image, but --image-size {args.image_size} with "
-            f"--downsample-size {args.downsample_size} means {tokens}"
-        )
-    settings = getattr(dataset, "settings", None)  # the published layout records none
-    classes, vocabulary = (settings.num_classes, settings.codebook_size) if settings else (None, None)
-    if classes and classes > args.num_classes:
-        raise ValueError(f"{args.code_path} has {classes} classes; pass --num-classes {classes}")
-    if vocabulary and vocabulary > args.vocab_size:
-        raise ValueError(f"{args.code_path} was made with {vocabulary} codes; pass --vocab-size {vocabulary}")
+class CheckedCodes:
+    """A data set of codes that the model has rows for; ValueError where it records others, or where one turns up.
+
+    The published layout records nothing, and a label too large by one would pass for "no class".
+    """
+
+    def __init__(self, data, path: str, num_classes: int, vocab_size: int):
+        self.data, self.path, self.num_classes, self.vocab_size = data, path, num_classes, vocab_size
+        settings = getattr(data, "settings", None)
+        if settings and (settings.num_classes or 0) > num_classes:
+            raise ValueError(f"{path} has {settings.num_classes} classes; pass --num-classes {settings.num_classes}")
+        if settings and settings.codebook_size > vocab_size:
+            raise ValueError(
+                f"{path} was made with {settings.codebook_size} codes; pass --vocab-size {settings.codebook_size}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.data.set_epoch(epoch)
+
+    def __getitem__(self, index: int) -> tuple:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple]:
+        items = self.data.__getitems__(indices)
+        for index, (codes, label) in zip(indices, items, strict=True):
+            if not 0 <= label < self.num_classes:
+                raise ValueError(
+                    f"sample {index} of {self.path} has label {label}, not below --num-classes {self.num_classes}"
+                )
+            if not 0 <= int(codes.min()) <= int(codes.max()) < self.vocab_size:
+                raise ValueError(
+                    f"sample {index} of {self.path} has codes from {codes.min()} to {codes.max()}, "
+                    f"not below --vocab-size {self.vocab_size}"
+                )
+        return items
 
 
 def flags() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ from dataset.codes import PackedCodes, PublishedCodes, write_published
 from dataset.shards import ShardFolder
 from tests.dataset.test_codes import SETTINGS, codes_of, publish, write
 from tests.helpers import ROOT
-from tools.convert_codes import main, packed_to_published, published_to_packed
+from tools.convert_codes import flags, main, packed_to_published, published_to_packed
 
 
 def files(folder):
@@ -103,7 +103,9 @@ def test_command_line_goes_either_way(tmp_path):
     publish(tmp_path / "flip", 5)
     names = [("flip", "packed"), ("packed", "back")]
     for source, target in names:
-        main(["--from", str(tmp_path / source), "--to", str(tmp_path / target), "--image-size", "64"])
+        main(
+            flags().parse_args(["--from", str(tmp_path / source), "--to", str(tmp_path / target), "--image-size", "64"])
+        )
     assert files(tmp_path / "back") == files(tmp_path / "flip")
 
 
@@ -117,8 +119,8 @@ def test_command_line_errors_are_one_line(tmp_path):
         ("flip", "x", 128, "--image-size 64, not 128"),
     ]:
         arguments = ["--from", str(tmp_path / source), "--to", str(tmp_path / target), "--image-size", str(size)]
-        with pytest.raises(SystemExit, match=message):
-            main(arguments)
+        with pytest.raises((ValueError, OSError), match=message):
+            main(flags().parse_args(arguments))
     command = [sys.executable, "tools/convert_codes.py", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "not 128" in done.stderr

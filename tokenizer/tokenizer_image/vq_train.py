@@ -11,6 +11,9 @@ import argparse
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import add_image_size_flags, add_switch, add_tokenizer_flags, add_training_flags, flag_parser, run_script
 
+# What three halvings and two 4x4 convolutions without padding to spare leave a pixel of.
+PATCHGAN_MINIMUM = 24
+
 
 def main(args: argparse.Namespace) -> None:
     from functools import partial
@@ -23,11 +26,15 @@ def main(args: argparse.Namespace) -> None:
     from tokenizer.tokenizer_image.vq_model import VQ_models
     from utils.checkpoint import read_checkpoint
     from utils.distributed import start
+    from utils.logger import console_logger
     from utils.parallel import parallelize
     from utils.runs import find_checkpoint
     from utils.trainer import Phase, Trainer
 
+    if args.finetune and not args.vq_ckpt:
+        raise ValueError("--finetune needs --vq-ckpt, the weights to begin with")
     dist = start(args.device)
+    console_logger("dataset", dist.is_main)
     torch.manual_seed(args.global_seed)
     tokenizer = VQ_models[args.vq_model](
         codebook_size=args.codebook_size,
@@ -40,6 +47,16 @@ def main(args: argparse.Namespace) -> None:
     if args.image_size % tokenizer.downsample:
         raise ValueError(
             f"--image-size {args.image_size} is not a multiple of {tokenizer.downsample}, the pixels a side of a {args.vq_model} token"
+        )
+    if args.disc_weight and args.disc_type == "patchgan" and args.image_size < PATCHGAN_MINIMUM:
+        raise ValueError(
+            f"--disc-type patchgan needs images of {PATCHGAN_MINIMUM} pixels a side, got --image-size {args.image_size}; "
+            "use a larger one, --disc-type stylegan, or --disc-weight 0"
+        )
+    if args.disc_type == "patchgan" and args.disc_weight and args.image_size < 24:
+        raise ValueError(
+            f"--disc-type patchgan takes images of 24 pixels a side or more, not --image-size {args.image_size}; "
+            "use --disc-type stylegan, or --disc-weight 0 for no discriminator"
         )
     losses = VQLoss(
         disc_start=args.disc_start,

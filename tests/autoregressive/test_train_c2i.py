@@ -1,0 +1,441 @@
+"""Training a GPT: the loss by hand, runs that learn, split, die and go on, and what a user gets wrong."""
+
+import math
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from autoregressive.models.gpt import ModelArgs, Transformer
+from autoregressive.train import train_c2i
+from autoregressive.train.loss import dropped_conditions, mean_loss, next_token_loss
+from dataset.codes import open_codes, write_published
+from tests.training import (
+    check_published_flags,
+    command,
+    environment,
+    load,
+    make_codes,
+    metrics,
+    repetitive_codes,
+    run_folder,
+    run_here,
+    run_script,
+    same,
+)
+from utils.checkpoint import read_checkpoint
+from utils.distributed import Distributed
+
+SCRIPT = "autoregressive.train.train_c2i"
+CPU = Distributed(torch.device("cpu"))
+VOCAB, CLASSES, TOKENS, COUNT = 64, 10, 64, 48
+MODEL = ["--gpt-model", "GPT-XS", "--vocab-size", VOCAB, "--num-classes", CLASSES, "--image-size", 32]
+MODEL += ["--downsample-size", 4]
+PLAIN = ["--global-batch-size", 16, "--num-workers", 0, "--mixed-precision", "none", "--log-every", 1, "--lr", 2e-3]
+EXACT = ["--dropout-p", 0, "--token-dropout-p", 0]
+PAR = ["--ar-token-num", 4, "--spe-token-num", 3]
+
+
+def labels(count=COUNT):
+    return np.arange(count) % CLASSES
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory):
+    """Packed codes with two views an image."""
+    folder = tmp_path_factory.mktemp("codes") / "packed"
+    array = repetitive_codes(COUNT, 2, TOKENS, VOCAB)
+    return make_codes(folder, array, labels(), image_size=32, vocab=VOCAB, classes=CLASSES)
+
+
+def train(codes, results, *more):
+    """Trains in this process; returns the results folder."""
+    run_here(train_c2i, "--code-path", codes, "--results-dir", results, *MODEL, *PLAIN, *more)
+    return results
+
+
+def last(results, number=0):
+    return max((run_folder(results, number) / "checkpoints").glob("*.pt"))
+
+
+# The loss
+
+
+def tiny(**more):
+    torch.manual_seed(0)
+    args = {"dim": 32, "n_layer": 2, "n_head": 2, "vocab_size": 11, "block_size": 16, "num_classes": 5, **more}
+    model = Transformer(ModelArgs(**args)).eval()
+    torch.nn.init.normal_(model.output.weight, std=0.5)
+    return model
+
+
+def sample(count=3):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(11, (count, 16), generator=generator), torch.randint(5, (count,), generator=generator)
+
+
+def losses_by_hand(model, codes, labels):
+    """Each token's loss from a forward pass that has seen no later group, (B, N) in the layout's order."""
+    group, order = model.layout.group_size, model.layout.order
+    tokens = codes[:, order]
+    out = torch.zeros(tokens.shape)
+    for b in range(len(codes)):
+        for i in range(tokens.shape[1]):
+            first = i // group * group
+            seen = tokens[b : b + 1, : max(first, group if group > 1 else 0)]
+            logits = model(seen, labels[b : b + 1])[0, i].double()
+            out[b, i] = torch.logsumexp(logits, 0) - logits[tokens[b, i]]
+    return out
+
+
+@pytest.mark.parametrize("groups", [{}, {"ar_token_num": 4, "spe_token_num": 3}], ids=["raster", "PAR"])
+def test_the_loss_by_hand(groups):
+    model = tiny(**groups)
+    codes, classes = sample()
+    with torch.no_grad():
+        expected = losses_by_hand(model, codes, classes)
+        assert next_token_loss(model, model.layout, codes, classes) == pytest.approx(float(expected.mean()), rel=1e-5)
+        valid = torch.tensor([1, 0, 1])
+        loss = next_token_loss(model, model.layout, codes, classes, valid=valid)
+        assert loss == pytest.approx(float(expected[[0, 2]].mean()), rel=1e-5)
+        assert next_token_loss(model, model.layout, codes, classes, valid=torch.zeros(3)) == 0
+        drop = torch.tensor([False, True, False])
+        loss = next_token_loss(model, model.layout, codes, classes, drop=drop)
+        expected[1] = losses_by_hand(model, codes[1:2], torch.tensor([5]))
+        assert loss == pytest.approx(float(expected.mean()), rel=1e-5)
+
+
+def test_the_parallel_order_is_that_of_the_paper():
+    """Groups of four take one token of each quarter of the image."""
+    model = tiny(ar_token_num=4, spe_token_num=3)
+    codes, classes = sample(1)
+    seen = []
+    model.forward = lambda tokens, *_, **__: seen.append(tokens) or torch.zeros(1, 16, 11)
+    next_token_loss(model, model.layout, codes, classes)
+    image = codes.view(4, 4)
+    groups = [image[[y, y, y + 2, y + 2], [x, x + 2, x, x + 2]] for y in (0, 1) for x in (0, 1)]
+    assert torch.equal(seen[0][0], torch.cat(groups[:-1]))
+
+
+@pytest.mark.parametrize("world, micro", [(1, 1), (1, 4), (2, 1), (2, 3), (4, 2)])
+def test_dropped_conditions_do_not_depend_on_the_split(world, micro):
+    whole = dropped_conditions(7, 48, slice(0, 48), 0.3)
+    size = 48 // world // micro
+    parts = [dropped_conditions(7, 48, slice(i * size, (i + 1) * size), 0.3) for i in range(world * micro)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_conditions_are_dropped_with_their_probability():
+    draws = torch.cat([dropped_conditions(seed, 256, slice(0, 256), 0.1) for seed in range(100)])
+    assert draws.dtype == torch.bool
+    assert float(draws.float().mean()) == pytest.approx(0.1, abs=0.01)
+    assert not torch.equal(draws[:256], draws[256:512])
+    assert not dropped_conditions(0, 256, slice(0, 256), 0.0).any()
+
+
+def test_the_mean_loss_of_a_data_set_by_any_number_of_processes():
+    codes, classes = sample(5)
+    data = [(codes[i], int(classes[i])) for i in range(5)]
+    model = tiny()
+    with torch.no_grad():
+        expected = float(losses_by_hand(model, codes, classes).mean())
+    for batch in (1, 3, 5, 99):
+        assert mean_loss(model, data, batch, CPU) == pytest.approx(expected, rel=1e-5)
+    totals = []
+
+    class Recording(Distributed):
+        def sum(self, value):
+            totals.append(value)
+            return value
+
+    for rank in range(7):  # more processes than samples
+        mean_loss(model, data, 2, Recording(torch.device("cpu"), rank, 7))
+    total = torch.stack(totals).sum(0)
+    assert total[1] == 5 and float(total[0] / total[1]) == pytest.approx(expected, rel=1e-5)
+
+
+# Runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [[], PAR], ids=["raster", "PAR"])
+def test_it_learns(codes, tmp_path, layout):
+    """As a user starts it, with the recipe's precision and dropout, to well under the loss of guessing."""
+    output = run_script(
+        *(SCRIPT, "--code-path", codes, "--results-dir", tmp_path / "results", *MODEL, *layout, "--ema"),
+        *("--global-batch-size", 16, "--num-workers", 2, "--lr", 4e-3, "--warmup-steps", 5, "--max-steps", 90),
+        *("--log-every", 10, "--val-code-path", codes, "--ema-decay", 0.9, "--no-compile"),
+    )
+    loss = metrics(tmp_path / "results", "loss")
+    assert list(loss) == [*range(10, 100, 10)]
+    assert 0.9 * math.log(VOCAB) < loss[10] < math.log(VOCAB) + 0.3
+    assert loss[90] < 0.35 * math.log(VOCAB)
+    assert metrics(tmp_path / "results", "val_loss")[90] < loss[90]
+    assert f"codes: {codes} (2 views), 48 samples of 64 tokens, a random view of each" in output
+    saved = load(last(tmp_path / "results"))
+    assert saved.keys() == {"model", "ema", "optimizer", "steps", "args", "trainer"} and saved["steps"] == 90
+    assert "Traceback" not in output and "Warning" not in output
+
+
+def test_the_first_loss_is_that_of_guessing(codes, tmp_path):
+    train(codes, tmp_path, "--max-steps", 1)
+    assert metrics(tmp_path, "loss")[1] == pytest.approx(math.log(VOCAB), rel=1e-6)
+
+
+def test_published_and_packed_codes_give_the_same_losses(codes, tmp_path):
+    for i, (views, label) in enumerate(zip(repetitive_codes(COUNT, 2, TOKENS, VOCAB), labels(), strict=True)):
+        write_published(tmp_path / "flip", 32, i, views, label)
+    for name, folder in (("packed", codes), ("published", tmp_path / "flip")):
+        train(folder, tmp_path / name, "--epochs", 2)
+    losses = [metrics(tmp_path / name, "loss") for name in ("packed", "published")]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+@pytest.fixture(scope="module")
+def one_process(codes, tmp_path_factory):
+    """Three epochs in one process, without accumulation: the losses of every layout."""
+    folder = tmp_path_factory.mktemp("one")
+    return {
+        name: metrics(train(codes, folder / name, *EXACT, "--epochs", 3, *layout), "loss")
+        for name, layout in (("raster", []), ("PAR", PAR))
+    }
+
+
+def test_accumulation_gives_the_same_losses(codes, tmp_path, one_process):
+    train(codes, tmp_path, *EXACT, "--epochs", 3, "--gradient-accumulation-steps", 4)
+    assert metrics(tmp_path, "loss") == pytest.approx(one_process["raster"], abs=1e-5)
+    assert len(one_process["raster"]) == 9 and len(set(one_process["raster"].values())) == 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, layout, parts", [("raster", [], 2), ("PAR", PAR, 1)])
+def test_two_processes_give_the_losses_of_one(codes, tmp_path, one_process, name, layout, parts):
+    run_script(
+        *(SCRIPT, "--code-path", codes, "--results-dir", tmp_path, *MODEL, *PLAIN, *EXACT, "--epochs", 3, *layout),
+        *("--gradient-accumulation-steps", parts, "--val-code-path", codes),
+        processes=2,
+    )
+    two = metrics(tmp_path, "loss")
+    assert two == pytest.approx(one_process[name], abs=1e-5) and len(two) == 9
+    assert len(list((run_folder(tmp_path) / "checkpoints").iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == 1
+    held_out = open_codes(codes, 32, 4, random_view=False)
+    model = model_of(last(tmp_path), layout)
+    assert metrics(tmp_path, "val_loss")[9] == pytest.approx(mean_loss(model, held_out, 8, CPU), abs=1e-5)
+
+
+def model_of(path, layout=()):
+    from autoregressive.pipeline import load_gpt
+
+    return load_gpt(path, gpt_model="GPT-XS", image_size=32, downsample_size=4)
+
+
+def test_par_trains_another_model(one_process):
+    raster, par = one_process["raster"], one_process["PAR"]
+    assert par[1] == pytest.approx(math.log(VOCAB), rel=1e-6) and par[9] < par[1] - 0.3
+    assert abs(par[9] - raster[9]) > 1e-3
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_gives_the_same_bits(codes, tmp_path):
+    flags = ["--epochs", 12, "--ckpt-every", 5, "--ema", "--keep-last", 3, "--num-workers", 2]
+    killed = tmp_path / "killed"
+    words = ["--code-path", codes, "--results-dir", killed, *MODEL, *PLAIN, *flags]
+    process = subprocess.Popen(
+        command(SCRIPT, *words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(killed.glob("*/checkpoints/0000010.pt")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    left = {path.name for path in (run_folder(killed) / "checkpoints").iterdir() if path.suffix == ".pt"}
+    assert "0000010.pt" in left and "0000036.pt" not in left
+    train(codes, killed, *flags, "--resume")
+    train(codes, tmp_path / "whole", *flags)
+    one, other = load(last(killed)), load(last(tmp_path / "whole"))
+    assert one.pop("args") and other.pop("args")
+    assert one["steps"] == 36 and same(one, other)
+    assert metrics(killed, "loss") == metrics(tmp_path / "whole", "loss")
+    assert [path.name for path in killed.iterdir()] == ["000-GPT-XS"]
+
+
+def test_starting_from_weights_and_from_a_whole_training_state(codes, tmp_path):
+    train(codes, tmp_path / "first", "--epochs", 1, "--ema", "--ema-decay", 0.5)
+    file = last(tmp_path / "first")
+    before = file.read_bytes()
+
+    train(codes, tmp_path / "whole", "--epochs", 2, "--ema", "--ema-decay", 0.5, "--gpt-ckpt", file)
+    assert list(metrics(tmp_path / "whole", "loss")) == [4, 5, 6]
+    train(codes, tmp_path / "first", "--epochs", 2, "--ema", "--ema-decay", 0.5, "--resume")
+    continued, resumed = load(last(tmp_path / "whole")), load(last(tmp_path / "first"))
+    for key in ("model", "ema", "optimizer", "steps"):
+        assert same(continued[key], resumed[key]), key
+    assert file.read_bytes() == before
+
+    weights = tmp_path / "weights.pt"
+    torch.save({"model": load(file)["model"]}, weights)
+    train(codes, tmp_path / "new", "--epochs", 1, "--gpt-ckpt", weights, *EXACT, "--lr", 0)
+    assert list(metrics(tmp_path / "new", "loss")) == [1, 2, 3]
+    assert same(load(last(tmp_path / "new"))["model"], load(weights)["model"])
+    assert load(last(tmp_path / "new"))["steps"] == 3
+
+
+def test_a_run_is_named_by_its_folder(codes, tmp_path):
+    """--gpt-ckpt takes a results folder too."""
+    train(codes, tmp_path / "first", "--max-steps", 1)
+    train(codes, tmp_path / "second", "--max-steps", 2, "--gpt-ckpt", tmp_path / "first")
+    assert list(metrics(tmp_path / "second", "loss")) == [2]
+
+
+def test_the_saved_model_is_the_one_that_samples(codes, tmp_path):
+    train(codes, tmp_path, "--max-steps", 4, *PAR)
+    path = last(tmp_path)
+    model = model_of(path)
+    assert model.args.ar_token_num == 4 and model.args.vocab_size == VOCAB and model.args.num_classes == CLASSES
+    assert read_checkpoint(path).args["downsample_size"] == 4
+
+
+def test_drop_path_replaces_the_dropouts(codes, tmp_path):
+    """Stochastic depth: the residual and feed-forward dropout are off, so --dropout-p does not matter."""
+    for p in (0.0, 0.5):
+        train(
+            codes,
+            tmp_path / str(p),
+            "--max-steps",
+            2,
+            "--drop-path-rate",
+            0.3,
+            "--dropout-p",
+            p,
+            "--token-dropout-p",
+            0,
+        )
+    assert same(load(last(tmp_path / "0.0"))["model"], load(last(tmp_path / "0.5"))["model"])
+    train(codes, tmp_path / "none", "--max-steps", 2, *EXACT)
+    assert not same(load(last(tmp_path / "none"))["model"], load(last(tmp_path / "0.0"))["model"])
+
+
+# What a user gets wrong
+
+
+@pytest.fixture
+def published(tmp_path):
+    """Codes in the published layout, which records neither classes nor codebook: `write(label, largest code)`."""
+
+    def write(label, code):
+        array = repetitive_codes(4, 1, TOKENS, VOCAB)
+        array[2, 0, 5] = code
+        for i in range(4):
+            write_published(tmp_path / "published", 32, i, array[i], label if i == 2 else 0)
+        return tmp_path / "published"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--num-classes", 9], r"packed has 10 classes; pass --num-classes 10"),
+        (["--vocab-size", 63], r"packed was made with 64 codes; pass --vocab-size 64"),
+        (["--image-size", 64], r"have 64 tokens per image, which fits --image-size 32"),
+        (["--image-size", 33], r"--image-size 33 is not a multiple of --downsample-size 4; try 32 or 36"),
+        (["--image-size", 16, "--downsample-size", 2], r"packed holds codes of --image-size 32, not 16"),
+        (["--global-batch-size", 15, "--gradient-accumulation-steps", 2], r"--global-batch-size 15 cannot be split"),
+        (["--global-batch-size", 64], r"48 samples, fewer than --global-batch-size 64"),
+        (["--gpt-type", "t2i"], r"train_t2i\.py"),
+        (["--ar-token-num", 4, "--spe-token-num", 2], r"--ar-token-num 4 goes with --spe-token-num 3"),
+        (["--ar-token-num", 9], r"cannot be cut into 3x3 regions"),
+        (["--cls-token-num", 2], r"--cls-token-num 2"),
+        (["--dataset", "imagenette"], r"unknown --dataset 'imagenette'"),
+        (["--no-local-save"], r"--cloud-save-path"),
+        (["--device", "cuda:9"], r"--device cuda:9: no CUDA device"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_flags_that_do_not_fit(codes, tmp_path, more, message):
+    if "--device" in more and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ValueError, match=message):
+        train(codes, tmp_path / "results", *more)
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "label, code, message",
+    [
+        (CLASSES, 0, r"sample 2 of \S*published has label 10, not below --num-classes 10"),
+        (-1, 0, r"sample 2 of \S*published has label -1"),
+        (0, VOCAB, r"sample 2 of \S*published has codes from \d+ to 64, not below --vocab-size 64"),
+        (0, -1, r"sample 2 of \S*published has codes from -1 to"),
+    ],
+)
+def test_labels_and_codes_beyond_the_model(published, tmp_path, label, code, message, workers):
+    """A label of --num-classes would train the row that means "no class"."""
+    flags = ["--global-batch-size", 4, "--num-workers", workers, "--max-steps", 1]
+    with pytest.raises(ValueError, match=message):
+        train(published(label, code), tmp_path / "results", *flags)
+    train(published(CLASSES - 1, VOCAB - 1), tmp_path / "good", *flags)
+
+
+def test_held_out_codes_are_checked_under_their_own_name(codes, published, tmp_path):
+    with pytest.raises(ValueError, match=r"published has label 10"):
+        train(codes, tmp_path / "results", "--val-code-path", published(CLASSES, 0), "--max-steps", 1)
+
+
+def test_missing_and_incomplete_codes(codes, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist: check --code-path"):
+        train(tmp_path / "nowhere", tmp_path / "results")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds no codes.*In it: nothing"):
+        train(tmp_path / "empty", tmp_path / "results")
+    array = repetitive_codes(COUNT, 2, TOKENS, VOCAB)
+    folder = make_codes(tmp_path / "cut", array, labels(), image_size=32, vocab=VOCAB, classes=CLASSES)
+    (folder / "shard-000001.json").unlink()
+    with pytest.raises(ValueError, match=r"is incomplete: 2 of 3 shards"):
+        train(folder, tmp_path / "results")
+
+
+def test_weights_that_do_not_fit(codes, tmp_path):
+    train(codes, tmp_path / "first", "--max-steps", 1)
+    with pytest.raises(ValueError, match=r"does not fit the model(.|\n)*spe_tok_embeddings"):
+        train(codes, tmp_path / "second", "--gpt-ckpt", tmp_path / "first", *PAR)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train(codes, tmp_path / "third", "--gpt-ckpt", tmp_path / "nowhere" / "0000001.pt")
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_in_one_line(tmp_path):
+    output = run_script(SCRIPT, "--code-path", tmp_path / "nowhere", *MODEL, fails=True)
+    assert output.startswith("error: the code folder") and output.count("\n") == 1
+
+
+# Flags
+
+FLAGS = """
+`--code-path` str = required; `--cloud-save-path` str = required; `--no-local-save` switch = –;
+`--gpt-model` str ∈ [GPT-B, GPT-L, GPT-XL, GPT-XXL, GPT-XXXL, GPT-1B, GPT-3B, GPT-7B] = GPT-B;
+`--gpt-ckpt` str = None; `--gpt-type` str ∈ [c2i, t2i] = c2i; `--vocab-size` int = 16384; `--ema` switch = –;
+`--cls-token-num` int = 1; `--dropout-p` float = 0.1; `--token-dropout-p` float = 0.1; `--drop-path-rate` float = 0.0;
+`--no-compile` switch = –; `--results-dir` str = results; `--dataset` str = imagenet_code;
+`--image-size` int ∈ [256, 384, 448, 512] = 256; `--downsample-size` int ∈ [8, 16] = 16; `--num-classes` int = 1000;
+`--epochs` int = 300; `--lr` float = 0.0001; `--weight-decay` float = 0.05; `--beta1` float = 0.9;
+`--beta2` float = 0.95; `--max-grad-norm` float = 1.0; `--global-batch-size` int = 256; `--global-seed` int = 0;
+`--num-workers` int = 24; `--log-every` int = 100; `--ckpt-every` int = 5000;
+`--gradient-accumulation-steps` int = 1; `--mixed-precision` str ∈ [none, fp16, bf16] = bf16;
+`--ar-token-num` int = 4; `--spe-token-num` int = 3; `--no-wandb` switch = –; `--wandb-project` str = None
+"""
+
+
+def test_published_flags():
+    check_published_flags(train_c2i, FLAGS, ("--cloud-save-path", "--ar-token-num", "--spe-token-num"))
+    args = train_c2i.flags().parse_args(["--code-path", "codes"])
+    assert (args.cloud_save_path, args.ar_token_num, args.spe_token_num) == (None, None, None)

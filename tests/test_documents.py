@@ -1,0 +1,195 @@
+"""The command lines of README.md and GETTING_STARTED.md run: verbatim, but for paths and sizes."""
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.helpers import ROOT, free_port
+
+DOCUMENTS = ("README.md", "GETTING_STARTED.md")
+RELEASED_FILE = re.compile(r"(?:\./pretrained_models/)?[\w/.-]*\b(?:vq|c2i|PAR)[_-][\w-]+\.pt")
+
+# What a command's flags become: small models and data that the test makes. Flags a script does not have are left out.
+SMALL = {
+    "--gpt-model": "GPT-XS",
+    "--vq-model": "VQ-4",
+    "--codebook-size": "64",
+    "--vocab-size": "64",
+    "--num-classes": "2",
+    "--image-size": "32",
+    "--image-size-eval": "32",
+    "--downsample-size": "4",
+    "--num-fid-samples": "3",
+    "--per-proc-batch-size": "2",
+    "--global-batch-size": "4",
+    "--epochs": "1",
+    "--num-workers": "0",
+    "--perceptual-weight": "0",
+    "--mixed-precision": "none",
+    "--batch-size": "4",
+    "--device": "cpu",
+}
+
+
+def commands(document: str) -> list[list[str]]:
+    """The command lines of a document's bash blocks, as words."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if line.strip()]
+
+
+def script_and_flags(words: list[str]) -> tuple[str, list[str]]:
+    """The Python script a command runs and its flags; a wrapper's own flags come first."""
+    program, script, *flags = words
+    if program == "python3":
+        return script, flags
+    assert program == "bash", words
+    launch = re.search(r"^launch (.*) \"\$@\"$", (ROOT / script).read_text(), re.MULTILINE)
+    python, *own = shlex.split(launch[1])
+    return python, own + flags
+
+
+ALL = [(document, words) for document in DOCUMENTS for words in commands(document)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A folder with images, codes, and small models under the names of released ones."""
+    from autoregressive.models.gpt import GPT_models
+    from tokenizer.tokenizer_image.vq_model import VQ_models
+    from utils.checkpoint import save_checkpoint
+
+    folder = tmp_path_factory.mktemp("documents")
+    rng = np.random.default_rng(0)
+    for name in ("images", "faces"):
+        for label in ("ant", "bee"):
+            for i in range(4):
+                (folder / name / label).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(rng.integers(0, 255, (36, 40, 3), np.uint8)).save(folder / name / label / f"{i}.png")
+    torch.manual_seed(0)
+    save_checkpoint(folder / "vq.pt", {"model": VQ_models["VQ-4"](codebook_size=64).state_dict()})
+    args = {"image_size": 32, "downsample_size": 4}
+    for n in (1, 4, 16):
+        model = GPT_models["GPT-XS"](vocab_size=64, num_classes=2, block_size=64, ar_token_num=n)
+        torch.nn.init.normal_(model.output.weight, std=0.1)
+        state = model.state_dict()
+        save_checkpoint(folder / f"gpt{n}.pt", {"model": state, "ema": state, "steps": 1, "args": args})
+        save_checkpoint(folder / f"fsdp{n}" / "consolidated.pth", state)
+    return folder
+
+
+def own_paths(words: list[str], files: Path, work: Path) -> list[str]:
+    """The command's words with paths of the test's own in the place of the document's."""
+    group = words[words.index("--ar-token-num") + 1] if "--ar-token-num" in words else "1"
+    kind = "fsdp" if "--from-fsdp" in words else "gpt"
+    gpt = files / f"{kind}{group}" / "consolidated.pth" if kind == "fsdp" else files / f"gpt{group}.pt"
+    result, flag = [], ""
+    for word in words:
+        if flag == "--gpt-ckpt" and RELEASED_FILE.fullmatch(word):
+            word = str(gpt)
+        elif flag == "--vq-ckpt" and RELEASED_FILE.fullmatch(word):
+            word = str(files / "vq.pt")
+        elif flag in ("--data-path", "--data-face-path"):
+            word = str(files / ("faces" if flag == "--data-face-path" else "images"))
+        elif flag in ("--code-path", "--from", "--to", "--cloud-save-path"):
+            word = str(work / Path(word).name)
+        elif flag == "--image-path":
+            word = str(ROOT / word)
+        result.append(word)
+        flag = word
+    return result
+
+
+def codes_at(folder: Path, files: Path, published: bool) -> None:
+    """Codes as a command would find them."""
+    if folder.exists():
+        return
+    main, parser = load("autoregressive/train/extract_codes_c2i.py")
+    flags = ["--data-path", str(files / "images"), "--code-path", str(folder), "--vq-ckpt", str(files / "vq.pt")]
+    main(parser.parse_args(flags + small(parser) + ["--published-layout"] * published))
+
+
+def load(script: str):
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    return module.main, module.flags()
+
+
+def small(parser, keep: tuple[str, ...] = ()) -> list[str]:
+    known = {option for action in parser._actions for option in action.option_strings}
+    return [word for flag, value in SMALL.items() if flag in known and flag not in keep for word in (flag, value)]
+
+
+def test_the_documents_have_commands():
+    scripts = {script_and_flags(words)[0] for _, words in ALL}
+    assert {Path(script).name for script in scripts} >= {
+        "vq_train.py", "vq_demo.py", "extract_codes_c2i.py", "train_c2i.py", "sample_c2i.py", "sample_c2i_ddp.py"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("document", "words"), ALL, ids=[f"{d}-{i}" for i, (d, _) in enumerate(ALL)])
+def test_a_documented_command_parses_as_written(document, words):
+    script, flags = script_and_flags(words)
+    load(script)[1].parse_args(flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_documented_commands_run(document, files, tmp_path, monkeypatch):
+    """In the order of the document, in one folder, so that later commands find what earlier ones made."""
+    monkeypatch.chdir(tmp_path)
+    for words in commands(document):
+        script, flags = script_and_flags(words)
+        main, parser = load(script)
+        flags = own_paths(flags, files, tmp_path)
+        if "convert_codes" in script:
+            codes_at(Path(flags[flags.index("--from") + 1]), files, published=True)
+        elif "train_c2i" in script:
+            codes_at(Path(flags[flags.index("--code-path") + 1]), files, published=False)
+        keep = ("--num-classes",) if script.startswith("tools/") else ()
+        before = set(tmp_path.rglob("*"))
+        main(parser.parse_args(flags + small(parser, keep)))
+        made = set(tmp_path.rglob("*")) - before
+        if "--output" in flags or "sample_c2i.py" in script:
+            assert (tmp_path / "sample_c2i.png").exists() or made
+        else:
+            assert made, words
+
+
+def test_the_python_example_runs(files, tmp_path, monkeypatch):
+    """The README's snippet, with small models under the released names in pretrained_models/."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "pretrained_models"
+    folder.mkdir()
+    (folder / "c2i_L_384.pt").write_bytes((files / "gpt1.pt").read_bytes())
+    (folder / "vq_ds16_c2i.pt").write_bytes((files / "vq.pt").read_bytes())
+    source = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    source = source.replace("[207, 360]", "[0, 1]")
+    exec(compile(source, "README.md", "exec"), {})
+    assert Image.open(tmp_path / "golden_retriever.png").size == (32, 32)
+
+
+@pytest.mark.parametrize("wrapper", sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "scripts").rglob("*.sh")))
+def test_shell_scripts_are_well_formed(wrapper):
+    subprocess.run(["bash", "-n", str(ROOT / wrapper)], check=True)
+
+
+@pytest.mark.slow
+def test_a_wrapper_starts_processes_from_any_folder(files, tmp_path):
+    """Through bash, torchrun and two processes, as users start it."""
+    parser = load("autoregressive/sample/sample_c2i_ddp.py")[1]
+    flags = ["--gpt-ckpt", str(files / "gpt1.pt"), "--vq-ckpt", str(files / "vq.pt"), *small(parser)]
+    script = str(ROOT / "scripts/autoregressive/sample_c2i.sh")
+    environment = {**os.environ, "nproc_per_node": "2", "master_port": str(free_port()), "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = str(Path(sys.executable).parent) + os.pathsep + environment["PATH"]
+    subprocess.run(["bash", script, *flags], cwd=tmp_path, env=environment, check=True, timeout=120)
+    assert len(list(tmp_path.glob("samples/*/*.png"))) == 3
+    assert len(list(tmp_path.glob("samples/*.npz"))) == 1

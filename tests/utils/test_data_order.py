@@ -1,0 +1,78 @@
+"""Every sample once an epoch, the same batches however they are split, and any batch to start from."""
+
+from itertools import chain
+
+import pytest
+
+from utils.data_order import BatchOrder
+
+
+def take(size, batch, micro=1, world=1, seed=0, epoch=0, start=0):
+    """The global batches of an epoch: for each the samples in the order of their places, put together from all ranks."""
+    orders = [BatchOrder(size, batch, micro, rank, world, seed) for rank in range(world)]
+    for order in orders:
+        order.start_at(epoch, start)
+    parts = [list(order) for order in orders]
+    assert [len(part) for part in parts] == [len(order) for order in orders]
+    batches = []
+    for number in range(len(parts[0]) // micro):
+        samples = [None] * batch
+        for order, part in zip(orders, parts, strict=True):
+            for m in range(micro):
+                samples[order.positions(m)] = part[number * micro + m]
+        assert len(samples) == batch and None not in samples
+        batches.append(samples)
+    return batches
+
+
+def test_an_epoch_is_a_permutation():
+    batches = take(24, 8)
+    assert [len(batch) for batch in batches] == [8, 8, 8]
+    assert sorted(chain(*batches)) == list(range(24))
+    assert list(chain(*batches)) != list(range(24))
+
+
+def test_what_fills_no_batch_waits_for_another_epoch():
+    left = [set(range(27)) - set(chain(*take(27, 8, epoch=epoch))) for epoch in range(6)]
+    assert all(len(samples) == 3 for samples in left)
+    assert len(set(map(frozenset, left))) > 1
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_splitting_changes_no_batch(world, micro):
+    assert take(50, 16, micro, world, seed=3, epoch=2) == take(50, 16, seed=3, epoch=2)
+
+
+def test_ranks_and_parts_are_disjoint():
+    orders = [BatchOrder(32, 16, 2, rank, 4, 0) for rank in range(4)]
+    places = [place for order in orders for m in range(2) for place in range(16)[order.positions(m)]]
+    assert sorted(places) == list(range(16))
+
+
+def test_epochs_and_seeds_differ():
+    orders = [take(40, 8, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
+    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
+
+
+@pytest.mark.parametrize("start", [0, 1, 4, 5])
+def test_starting_in_the_middle_goes_on_exactly(start):
+    whole = take(40, 8, micro=2, epoch=1)
+    assert take(40, 8, micro=2, epoch=1, start=start) == whole[start:]
+
+
+def test_iterating_again_gives_the_same():
+    order = BatchOrder(40, 8, 2, 0, 1, 0)
+    assert list(order) == list(order)
+
+
+@pytest.mark.parametrize("batch, micro, world", [(10, 1, 4), (8, 3, 1), (8, 4, 4)])
+def test_a_batch_that_cannot_be_split(batch, micro, world):
+    with pytest.raises(ValueError, match=rf"--global-batch-size {batch} .*--gradient-accumulation-steps {micro}"):
+        BatchOrder(100, batch, micro, 0, world, 0)
+
+
+def test_a_batch_larger_than_the_data():
+    with pytest.raises(ValueError, match="7 samples, fewer than --global-batch-size 8"):
+        BatchOrder(7, 8, 1, 0, 1, 0)
+    assert len(BatchOrder(8, 8, 1, 0, 1, 0)) == 1

@@ -1,0 +1,142 @@
+"""Run folders: their numbers, where checkpoints go, which run is resumed, and which file a name means."""
+
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from utils.cli import add_training_flags, flag_parser
+from utils.runs import checkpoints_in, find_checkpoint, newest_checkpoint, open_run, runs_in
+
+
+def arguments(tmp_path, *more):
+    parser = flag_parser(None)
+    add_training_flags(parser, epochs=1, batch=4, results_dir="results", num_workers=0)
+    return parser.parse_args(["--results-dir", str(tmp_path / "results"), *map(str, more)])
+
+
+def put(store: Path, *steps: int) -> None:
+    store.mkdir(parents=True, exist_ok=True)
+    for step in steps:
+        (store / f"{step:07d}.pt").write_bytes(b"x")
+
+
+def steps_of(paths):
+    return [int(path.stem) for path in paths]
+
+
+def test_folders_are_numbered(tmp_path):
+    names = [open_run(arguments(tmp_path), name)[0].folder.name for name in ("GPT-B", "GPT-L", "GPT-B")]
+    assert names == ["000-GPT-B", "001-GPT-L", "002-GPT-B"]
+    (tmp_path / "results" / "041-GPT-B").mkdir()
+    (tmp_path / "results" / "notes").mkdir()
+    (tmp_path / "results" / "099-GPT-B").write_text("a file")
+    assert open_run(arguments(tmp_path), "GPT-B")[0].folder.name == "042-GPT-B"
+
+
+def test_runs_started_at_once_get_folders_of_their_own(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(lambda _: open_run(arguments(tmp_path), "GPT-B")[0].folder, range(24)))
+    assert len(set(runs)) == 24
+
+
+def test_the_run_records_its_flags(tmp_path):
+    run, resumed = open_run(arguments(tmp_path, "--lr", 3e-4), "GPT-B")
+    assert not resumed
+    assert json.loads((run.folder / "run.json").read_text())["args"]["lr"] == 3e-4
+
+
+def test_stores(tmp_path):
+    run, _ = open_run(arguments(tmp_path), "GPT-B")
+    assert run.stores == (tmp_path / "results/000-GPT-B/checkpoints",)
+    run, _ = open_run(arguments(tmp_path, "--cloud-save-path", tmp_path / "cloud"), "GPT-B")
+    local, cloud = run.stores
+    assert local == tmp_path / "results/001-GPT-B/checkpoints"
+    assert re.fullmatch(r"\d{4}(-\d\d){5}/001-GPT-B/checkpoints", str(cloud.relative_to(tmp_path / "cloud")))
+    run, _ = open_run(arguments(tmp_path, "--cloud-save-path", tmp_path / "cloud", "--no-local-save"), "GPT-B")
+    assert len(run.stores) == 1 and run.stores[0].is_relative_to(tmp_path / "cloud")
+
+
+def test_no_place_to_save(tmp_path):
+    with pytest.raises(ValueError, match=r"--no-local-save .*--cloud-save-path"):
+        open_run(arguments(tmp_path, "--no-local-save"), "GPT-B")
+    assert not (tmp_path / "results").exists()
+
+
+def test_resume_takes_the_newest_run_of_that_name(tmp_path):
+    cloud = ["--cloud-save-path", tmp_path / "cloud", "--no-local-save"]
+    runs = [
+        open_run(arguments(tmp_path, *more), name)[0] for name, more in (("GPT-B", []), ("GPT-B", cloud), ("GPT-L", []))
+    ]
+    run, resumed = open_run(arguments(tmp_path, "--resume"), "GPT-B")
+    assert resumed and run == runs[1] and run.folder.name == "001-GPT-B"
+    run, resumed = open_run(arguments(tmp_path, "--resume"), "GPT-XL")
+    assert not resumed and run.folder.name == "003-GPT-XL"
+
+
+def test_resume_takes_away_what_a_killed_save_left(tmp_path):
+    run, _ = open_run(arguments(tmp_path), "GPT-B")
+    put(run.stores[0], 10)
+    left, other = run.stores[0] / ".0000020.pt.abc.tmp", run.stores[0] / "notes.tmp"
+    left.write_bytes(b"half")
+    other.write_bytes(b"mine")
+    open_run(arguments(tmp_path, "--resume"), "GPT-B")
+    assert not left.exists() and other.exists() and steps_of(run.checkpoints()) == [10]
+
+
+def test_newest_first_over_both_stores(tmp_path):
+    """Where one disk was full for a while, the newest checkpoint is the other one's."""
+    run, _ = open_run(arguments(tmp_path, "--cloud-save-path", tmp_path / "cloud"), "GPT-B")
+    put(run.stores[0], 10, 30)
+    put(run.stores[1], 10, 30, 9, 40)
+    assert steps_of(run.checkpoints()) == [40, 30, 30, 10, 10, 9]
+    assert [path.parent == run.stores[0] for path in run.checkpoints()] == [False, True, False, True, False, False]
+    assert newest_checkpoint(run.folder) == run.stores[1] / "0000040.pt"
+
+
+def test_a_folder_that_was_moved_keeps_its_checkpoints(tmp_path):
+    run, _ = open_run(arguments(tmp_path), "GPT-B")
+    put(run.stores[0], 10)
+    (tmp_path / "results").rename(tmp_path / "elsewhere")
+    args = arguments(tmp_path, "--resume", "--results-dir", tmp_path / "elsewhere")
+    moved, resumed = open_run(args, "GPT-B")
+    assert resumed and moved.stores == (tmp_path / "elsewhere/000-GPT-B/checkpoints",)
+    assert steps_of(moved.checkpoints()) == [10]
+
+
+def test_published_run_folders_are_found(tmp_path):
+    put(tmp_path / "results/007-GPT-B/checkpoints", 5000)
+    (run,) = runs_in(tmp_path / "results")
+    assert steps_of(run.checkpoints()) == [5000]
+
+
+def test_only_checkpoints_count(tmp_path):
+    put(tmp_path, 2, 12345678, 10)
+    for name in (".0000099.pt.x.tmp", "best.pt", "0000099.pth", "99.pt"):
+        (tmp_path / name).write_bytes(b"")
+    assert steps_of(checkpoints_in(tmp_path)) == [12345678, 10, 2]
+    assert checkpoints_in(tmp_path / "nowhere") == []
+
+
+def test_what_a_name_means(tmp_path, monkeypatch):
+    results = tmp_path / "results"
+    put(results / "000-GPT-B/checkpoints", 10, 20)
+    put(results / "001-GPT-B/checkpoints", 5)
+    (results / "002-GPT-B/checkpoints").mkdir(parents=True)
+    newest, first = results / "001-GPT-B/checkpoints/0000005.pt", results / "000-GPT-B/checkpoints/0000020.pt"
+    assert find_checkpoint(results) == newest
+    assert find_checkpoint(results / "000-GPT-B") == first
+    assert find_checkpoint(results / "000-GPT-B" / "checkpoints") == first
+    assert find_checkpoint(str(first.with_name("0000010.pt"))) == first.with_name("0000010.pt")
+    monkeypatch.chdir(results)
+    assert find_checkpoint("000-GPT-B").resolve() == first
+    monkeypatch.chdir(results / "000-GPT-B")
+    assert find_checkpoint(".").resolve() == first
+
+
+def test_no_checkpoint_yet(tmp_path):
+    open_run(arguments(tmp_path), "GPT-B")
+    with pytest.raises(FileNotFoundError, match=r"no run in .*results has a checkpoint yet"):
+        find_checkpoint(tmp_path / "results")

@@ -1,0 +1,733 @@
+"""The training loop on a tiny model: numbers by hand, stopped and resumed runs, full disks, what it writes down."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import resource
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import TensorDataset
+
+from tests.training import load, metrics, quiet_loggers, run_folder, same
+from utils.checkpoint import read_checkpoint
+from utils.cli import add_training_flags, flag_parser
+from utils.distributed import Distributed
+from utils.rng import item_seed
+from utils.trainer import Micro, Phase, Trainer, adamw, learning_rate
+
+CPU = Distributed(torch.device("cpu"))
+
+
+class Stopped(Exception):
+    """What a killed process is here."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with quiet_loggers():
+        yield
+
+
+def arguments(folder, *more):
+    parser = flag_parser(None)
+    add_training_flags(parser, epochs=2, batch=8, results_dir=str(folder / "results"), num_workers=0)
+    plain = ["--mixed-precision", "none", "--log-every", 1, "--lr", 0.01]
+    return parser.parse_args([str(word) for word in [*plain, *more]])
+
+
+def data(size=40):
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(size, 4, generator=generator), torch.randn(size, 3, generator=generator))
+
+
+def network(dropout=0.0):
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(dropout), nn.Tanh(), nn.Linear(8, 3))
+
+
+def squares(model, batch):
+    x, y = batch
+    return F.mse_loss(model(x), y)
+
+
+def build(folder, *more, model=None, dropout=0.0, optimizer=adamw, at=None, dataset=None, dist=CPU, **kwargs):
+    """A trainer with one phase. at: called with the Micro before each loss, to stop the run or fill the disk."""
+    args = arguments(folder, *more)
+    model = model or network(dropout)
+
+    def loss(batch, place: Micro):
+        if at:
+            at(place)
+        value = squares(model, batch)
+        return value, {"loss": value}
+
+    phases = kwargs.pop("phases", None) or [Phase("optimizer", model, optimizer(model, args), loss)]
+    return Trainer(
+        args,
+        dist,
+        run_name="tiny",
+        models={"model": model, **kwargs.pop("models", {})},
+        phases=phases,
+        dataset=dataset or data(),
+        **kwargs,
+    )
+
+
+def stop_at(step, number=0):
+    def at(place):
+        if (place.step, place.number) == (step, number):
+            raise Stopped
+
+    return at
+
+
+def store(folder, number=0):
+    return run_folder(folder / "results", number) / "checkpoints"
+
+
+def log_of(folder, number=0):
+    return (run_folder(folder / "results", number) / "log.txt").read_text()
+
+
+def final(folder, number=0):
+    return load(max(store(folder, number).glob("*.pt")))
+
+
+# Numbers by hand
+
+
+def test_a_run_by_hand(tmp_path):
+    """Plain gradient descent on the very batches of the data order, with the learning rate's warm-up."""
+
+    def descent(model, args):
+        return torch.optim.SGD(model.parameters(), lr=123.0)
+
+    model = nn.Linear(4, 3)
+    trainer = build(tmp_path, "--warmup-steps", 4, "--max-grad-norm", 0, "--epochs", 2, model=model, optimizer=descent)
+    weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
+    x, y = data().tensors
+    trainer.fit()
+    order, losses = trainer.order, []
+    for step in range(10):
+        order.start_at(*divmod(step, 5))
+        batch = next(iter(order))
+        error = x[batch] @ weight.T + bias - y[batch]  # (8, 3)
+        losses.append(float(error.square().mean()))
+        rate = 0.01 * min((step + 1) / 4, 1)
+        weight -= rate * 2 * error.T @ x[batch] / 24
+        bias -= rate * 2 * error.sum(0) / 24
+    torch.testing.assert_close(model.weight.detach(), weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.bias.detach(), bias, rtol=1e-5, atol=1e-6)
+    assert list(metrics(tmp_path / "results", "loss")) == list(range(1, 11))
+    assert list(metrics(tmp_path / "results", "loss").values()) == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_accumulation_changes_nothing(tmp_path, parts):
+    models = [nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, split in zip(models, (1, parts), strict=True):
+        build(tmp_path / str(split), "--gradient-accumulation-steps", split, "--ema", model=model).fit()
+    one, many = final(tmp_path / "1"), final(tmp_path / str(parts))
+    for key in ("model", "ema"):
+        for name in one[key]:
+            torch.testing.assert_close(many[key][name], one[key][name], rtol=0, atol=1e-6)
+    losses = [metrics(tmp_path / str(split) / "results", "loss") for split in (1, parts)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 10
+
+
+def test_clipping_by_hand(tmp_path):
+    """The norm is over all gradients together, after accumulation; a smaller one is left alone."""
+    model = nn.Linear(4, 3)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    order = build(tmp_path / "order", model=model).order
+    x, y = (tensor[next(iter(order))] for tensor in data().tensors)
+    error = x @ start["weight"].T + start["bias"] - y
+    by_hand = float(torch.cat([2 * error.T @ x / 24, 2 * error.sum(0)[:, None] / 24], dim=1).norm())
+    assert by_hand > 0.5
+    for limit, expected in ((0.5, 0.5), (1e6, None), (0, None)):
+        model.load_state_dict(start)
+        seen = []
+
+        class Watched(torch.optim.SGD):
+            def step(self, closure=None, seen=seen):
+                gradients = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+                seen.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
+
+        folder = tmp_path / str(limit)
+        build(
+            folder,
+            *("--max-grad-norm", limit, "--max-steps", 1, "--gradient-accumulation-steps", 2),
+            model=model,
+            optimizer=lambda m, args: Watched(m.parameters(), lr=args.lr),
+        ).fit()
+        assert seen == pytest.approx([expected or by_hand], rel=1e-5)
+
+
+def test_learning_rates_by_hand():
+    args = SimpleNamespace(lr=0.8, warmup_steps=4, lr_schedule="constant")
+    assert [learning_rate(args, step, 100) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    args = SimpleNamespace(lr=0.8, warmup_steps=0, lr_schedule="constant")
+    assert learning_rate(args, 0, 100) == 0.8
+    args = SimpleNamespace(lr=0.8, warmup_steps=2, lr_schedule="cosine")
+    half = 0.8 * (1 + math.cos(math.pi / 4)) / 2
+    assert [learning_rate(args, step, 10) for step in (0, 1, 2, 4, 6, 10, 11)] == pytest.approx(
+        [0.4, 0.8, 0.8, half, 0.4, 0, 0]
+    )
+    assert learning_rate(SimpleNamespace(lr=1.0, warmup_steps=5, lr_schedule="cosine"), 5, 5) == 1
+
+
+def test_the_rate_reaches_every_group_and_the_log(tmp_path):
+    trainer = build(tmp_path, "--warmup-steps", 3, "--lr-schedule", "cosine", "--lr", 0.3, "--max-steps", 5)
+    rates = []
+    trainer.phases[0].optimizer.register_step_pre_hook(
+        lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups])
+    )
+    trainer.fit()
+    expected = [0.1, 0.2, 0.3, 0.3, 0.15]
+    assert [rate for rate, _ in rates] == pytest.approx(expected)
+    assert all(len(set(groups)) == 1 for groups in rates)
+    assert list(metrics(tmp_path / "results", "lr").values()) == pytest.approx(expected)
+
+
+def test_decay_is_for_matrices_only(tmp_path):
+    """With a gradient of zero AdamW moves a parameter by its decay alone."""
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Linear(4, 3), nn.Embedding(5, 2))
+    model[2].bias.requires_grad_(False)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(2.0)
+    optimizer = adamw(model, arguments(tmp_path, "--lr", 0.5, "--weight-decay", 0.1, "--beta1", 0.8, "--beta2", 0.9))
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.8, 0.9)] * 2
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    optimizer.step()
+    for name, p in model.named_parameters():
+        expected = 2.0 * (1 - 0.5 * 0.1) if p.dim() >= 2 else 2.0
+        assert torch.allclose(p, torch.full_like(p, expected)), name
+    assert not any(p is model[2].bias for group in optimizer.param_groups for p in group["params"])
+
+
+def test_the_average_follows_every_step(tmp_path):
+    model = network()
+    trainer = build(tmp_path, "--ema", "--ema-decay", 0.8, model=model)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    step = trainer._train_step
+
+    def watched(batch):
+        step(batch)
+        for name, p in model.named_parameters():
+            expected[name] = 0.8 * expected[name] + 0.2 * p.detach()
+
+    trainer._train_step = watched
+    trainer.fit()
+    saved = final(tmp_path)
+    for name, p in expected.items():
+        torch.testing.assert_close(saved["ema"][name], p, rtol=1e-5, atol=1e-6)
+    assert torch.equal(saved["ema"]["1.running_mean"], saved["model"]["1.running_mean"])
+
+
+def test_dropout_is_a_function_of_seed_rank_and_step(tmp_path):
+    draws = {}
+    for rank in (0, 1):
+        for seed in (0, 1):
+            drawn = draws[rank, seed] = []
+            dist = replace(CPU, rank=rank)  # another process's seed, without another process
+            trainer = build(tmp_path / f"{rank}{seed}", "--global-seed", seed, "--max-steps", 3)
+            trainer.dist = dist
+            trainer.phases[0].loss = lambda batch, place, drawn=drawn: (
+                drawn.append(float(torch.rand(()))) or squares(trainer.models["model"], batch),  # noqa: B023
+                {},
+            )
+            with contextlib.suppress(AttributeError):
+                trainer.fit()
+    for (rank, seed), drawn in draws.items():
+        expected = [float(torch.rand((), generator=generator)) for generator in seeded(seed, rank)]
+        assert drawn == expected
+    assert len({tuple(d) for d in draws.values()}) == 4
+
+
+def seeded(seed, rank):
+    return [torch.Generator().manual_seed(item_seed(seed, rank, step)) for step in range(3)]
+
+
+# Stopping and resuming
+
+
+@pytest.mark.parametrize("precision", ["none", "bf16", "fp16"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_resuming_is_bit_identical(tmp_path, parts, precision):
+    """Stopped in the middle of the second epoch, two steps after its last checkpoint, with dropout on."""
+    flags = ["--epochs", 3, "--ema", "--ema-decay", 0.9, "--ckpt-every", 4, "--warmup-steps", 7, "--lr-schedule"]
+    flags += ["cosine", "--gradient-accumulation-steps", parts, "--mixed-precision", precision]
+    build(tmp_path / "whole", *flags, dropout=0.5).fit()
+    with pytest.raises(Stopped):
+        build(tmp_path / "parts", *flags, dropout=0.5, at=stop_at(10, parts - 1)).fit()
+    assert sorted(os.listdir(store(tmp_path / "parts"))) == ["0000004.pt", "0000008.pt"]
+    torch.manual_seed(99)  # whatever state the generator has in the new process
+    build(tmp_path / "parts", *flags, "--resume", dropout=0.5).fit()
+    whole, parts_ = final(tmp_path / "whole"), final(tmp_path / "parts")
+    assert whole.pop("args") and parts_.pop("args")
+    assert whole["steps"] == 15 and whole["trainer"]["samples_seen"] == 120
+    assert same(whole, parts_)
+    losses = [metrics(tmp_path / name / "results", "loss") for name in ("whole", "parts")]
+    assert losses[0] == losses[1] and len(losses[0]) == 15
+    assert "resuming" in log_of(tmp_path / "parts") and "step 8" in log_of(tmp_path / "parts")
+
+
+@pytest.mark.parametrize("flag", ["--global-seed", "--lr"])
+def test_another_run_is_another_run(tmp_path, flag):
+    """What would make the test above pass for the wrong reason."""
+    for value in (1, 2):
+        build(tmp_path / str(value), flag, value, dropout=0.5).fit()
+    assert not same(final(tmp_path / "1")["model"], final(tmp_path / "2")["model"])
+
+
+def test_resuming_at_the_end_of_an_epoch(tmp_path):
+    flags = ["--epochs", 2, "--ckpt-every", 5]
+    build(tmp_path / "whole", *flags).fit()
+    with pytest.raises(Stopped):
+        build(tmp_path / "parts", *flags, at=stop_at(5)).fit()
+    build(tmp_path / "parts", *flags, "--resume").fit()
+    assert same(final(tmp_path / "whole")["model"], final(tmp_path / "parts")["model"])
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_newest_checkpoint_is_reported_and_passed_over(tmp_path, damage):
+    flags = ["--ckpt-every", 3, "--epochs", 2]
+    build(tmp_path / "whole", *flags).fit()
+    with pytest.raises(Stopped):
+        build(tmp_path / "parts", *flags, at=stop_at(8)).fit()
+    newest = store(tmp_path / "parts") / "0000006.pt"
+    content = bytearray(newest.read_bytes())
+    if damage == "flipped":
+        weights = load(newest)["model"]["0.weight"].numpy().tobytes()
+        content[content.find(weights) + 5] ^= 0xFF
+    newest.write_bytes({"cut": content[: len(content) // 2], "flipped": content, "empty": b""}[damage])
+    build(tmp_path / "parts", *flags, "--resume").fit()
+    text = log_of(tmp_path / "parts")
+    assert re.search(r"0000006\.pt is (damaged|empty).* Trying the checkpoint before it", text)
+    assert "at step 3 from" in text
+    assert same(final(tmp_path / "whole")["model"], final(tmp_path / "parts")["model"])
+
+
+def test_no_checkpoint_can_be_read(tmp_path):
+    build(tmp_path, "--max-steps", 2).fit()
+    (store(tmp_path) / "0000002.pt").write_bytes(b"PK not really")
+    with pytest.raises(ValueError, match=r"no checkpoint of .*000-tiny can be read"):
+        build(tmp_path, "--max-steps", 2, "--resume")
+
+
+def test_resuming_before_the_first_checkpoint(tmp_path):
+    with pytest.raises(Stopped):
+        build(tmp_path, at=stop_at(3)).fit()
+    build(tmp_path, "--resume").fit()
+    assert "no checkpoint yet" in log_of(tmp_path)
+    build(tmp_path / "whole").fit()
+    assert same(final(tmp_path)["model"], final(tmp_path / "whole")["model"])
+
+
+def test_resuming_without_a_run_starts_one(tmp_path):
+    build(tmp_path, "--resume", "--max-steps", 1).fit()
+    assert final(tmp_path)["steps"] == 1
+
+
+def test_a_finished_run_does_nothing(tmp_path):
+    build(tmp_path).fit()
+    file = store(tmp_path) / "0000010.pt"
+    before, lines = file.stat().st_mtime_ns, len(metrics(tmp_path / "results"))
+    assert build(tmp_path, "--resume", at=stop_at(10)).fit() == file
+    assert file.stat().st_mtime_ns == before and len(metrics(tmp_path / "results")) == lines
+    assert "nothing left to do: step 10 of 10" in log_of(tmp_path)
+    build(tmp_path, "--resume", "--epochs", 3).fit()
+    assert final(tmp_path)["steps"] == 15
+
+
+def test_resuming_with_another_batch_size_still_ends_with_the_epochs(tmp_path):
+    build(tmp_path, "--epochs", 1).fit()  # 5 steps of 8
+    build(tmp_path, "--epochs", 2, "--resume", "--global-batch-size", 20).fit()  # and 2 of 20
+    assert final(tmp_path)["steps"] == 7 and final(tmp_path)["trainer"]["samples_seen"] == 80
+
+
+def test_max_steps_ends_early(tmp_path):
+    last = build(tmp_path, "--max-steps", 7, "--ckpt-every", 7).fit()
+    assert last == store(tmp_path) / "0000007.pt" and os.listdir(store(tmp_path)) == ["0000007.pt"]
+
+
+def test_starting_from_weights_and_from_a_whole_state(tmp_path):
+    build(tmp_path / "first", "--max-steps", 3, "--ema", "--ema-decay", 0.5).fit()
+    whole = read_checkpoint(store(tmp_path / "first") / "0000003.pt")
+    trainer = build(tmp_path / "second", "--ema", model=network(0.1), initial=whole)
+    assert trainer.step == 3 and trainer.samples_seen == 24
+    assert same(dict(trainer.models["model"].state_dict()), whole.model)
+    assert same(dict(trainer.ema.module.state_dict()), whole.ema)
+    assert trainer.phases[0].optimizer.state_dict()["state"][0]["step"] == 3
+    assert "starting from" in log_of(tmp_path / "second") and ", step 3" in log_of(tmp_path / "second")
+    trainer.fit()
+    assert final(tmp_path / "second")["steps"] == 10
+
+    weights = read_checkpoint(store(tmp_path / "first") / "0000003.pt")
+    weights.optimizer, weights.extra, weights.ema = None, {}, None
+    trainer = build(tmp_path / "third", "--ema", initial=weights)
+    assert trainer.step == 0 and trainer.samples_seen == 0
+    assert same(dict(trainer.models["model"].state_dict()), whole.model)
+    assert same(dict(trainer.ema.module.state_dict()), whole.model)
+    assert not trainer.phases[0].optimizer.state_dict()["state"]
+
+
+def test_the_weights_to_start_from_count_also_after_an_early_stop(tmp_path):
+    build(tmp_path / "first", "--max-steps", 3).fit()
+    weights = read_checkpoint(store(tmp_path / "first") / "0000003.pt")
+    weights.optimizer = None
+    with pytest.raises(Stopped):
+        build(tmp_path / "second", initial=weights, at=stop_at(2)).fit()
+    trainer = build(tmp_path / "second", "--resume", initial=weights)
+    assert same(dict(trainer.models["model"].state_dict()), weights.model)
+
+
+def test_a_checkpoint_of_another_model(tmp_path):
+    build(tmp_path, "--max-steps", 1).fit()
+    with pytest.raises(ValueError, match=r"0000001\.pt does not fit the model"):
+        build(tmp_path, "--resume", model=nn.Linear(4, 3))
+
+
+# Files
+
+
+def test_what_a_checkpoint_holds(tmp_path):
+    build(tmp_path, "--ema", "--max-steps", 2).fit()
+    saved = final(tmp_path)
+    assert saved.keys() == {"model", "ema", "optimizer", "steps", "args", "trainer"}
+    assert saved["args"].global_batch_size == 8 and saved["steps"] == 2
+    read = read_checkpoint(store(tmp_path) / "0000002.pt")
+    assert read.format == "ddp" and read.steps == 2 and read.args["ema"] is True
+
+
+def test_both_stores_are_written(tmp_path):
+    build(tmp_path, "--cloud-save-path", tmp_path / "cloud", "--ckpt-every", 4, "--keep-last", 2).fit()
+    (cloud,) = (tmp_path / "cloud").glob("*/000-tiny/checkpoints")
+    for folder in (store(tmp_path), cloud):
+        assert sorted(os.listdir(folder)) == ["0000008.pt", "0000010.pt"]
+    assert (store(tmp_path) / "0000010.pt").read_bytes() == (cloud / "0000010.pt").read_bytes()
+
+
+def test_the_second_store_alone(tmp_path):
+    flags = ["--cloud-save-path", tmp_path / "cloud", "--no-local-save", "--ckpt-every", 4]
+    with pytest.raises(Stopped):
+        build(tmp_path, *flags, at=stop_at(6)).fit()
+    assert not store(tmp_path).exists()
+    last = build(tmp_path, *flags, "--resume").fit()
+    assert last.name == "0000010.pt" and last.is_relative_to(tmp_path / "cloud")
+    assert "at step 4 from" in log_of(tmp_path)
+    assert len(list((tmp_path / "cloud").iterdir())) == 1
+
+
+def test_no_store_at_all(tmp_path):
+    with pytest.raises(ValueError, match="--cloud-save-path"):
+        build(tmp_path, "--no-local-save")
+
+
+def test_keep_last(tmp_path):
+    for keep, left in ((0, [2, 4, 6, 8, 10]), (3, [6, 8, 10]), (1, [10])):
+        build(tmp_path / str(keep), "--ckpt-every", 2, "--keep-last", keep).fit()
+        assert sorted(int(name[:7]) for name in os.listdir(store(tmp_path / str(keep)))) == left
+
+
+class Disk:
+    """Full from the loss of one step to that of another: no file grows beyond what a checkpoint needs."""
+
+    def __init__(self, full, free=None):
+        self.full, self.free = full, free
+        self.soft, self.hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def __call__(self, place):
+        if place.step == self.full:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, self.hard))
+        if place.step == self.free:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.soft, self.hard))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.soft, self.hard))
+
+
+def test_a_full_disk_in_the_middle_is_lived_through(tmp_path):
+    flags = ["--ckpt-every", 3, "--keep-last", 1, "--log-every", 5]
+    meanwhile = []
+    with Disk(full=5, free=8) as disk:
+
+        def at(place):
+            disk(place)
+            if place.step == 7:
+                meanwhile.extend(os.listdir(store(tmp_path)))
+
+        build(tmp_path, *flags, at=at).fit()
+    assert meanwhile == ["0000003.pt"], "the last good checkpoint stays where the next cannot be written"
+    assert os.listdir(store(tmp_path)) == ["0000010.pt"]
+    text = log_of(tmp_path)
+    assert re.search(r"could not write \S*0000006\.pt \(.*\); training goes on, the next try is at step 9", text)
+    build(tmp_path / "whole", *flags).fit()
+    assert same(final(tmp_path)["model"], final(tmp_path / "whole")["model"])
+
+
+def test_a_full_disk_at_the_end_is_an_error(tmp_path):
+    with Disk(full=7) as disk:
+        trainer = build(tmp_path, "--ckpt-every", 6, "--log-every", 5, at=disk)
+        with pytest.raises(OSError, match=r"could not write \S*0000010\.pt"):
+            trainer.fit()
+    assert os.listdir(store(tmp_path)) == ["0000006.pt"]
+    build(tmp_path, "--resume").fit()
+    assert final(tmp_path)["steps"] == 10
+
+
+def test_one_full_store_does_not_keep_the_other_from_the_last_checkpoint(tmp_path):
+    trainer = build(tmp_path, "--cloud-save-path", tmp_path / "cloud", "--max-steps", 2)
+    store(tmp_path).symlink_to("/dev/null")  # a place where nothing can be written
+    with pytest.raises(OSError, match=r"results\S*0000002\.pt"):
+        trainer.fit()
+    assert [path.name for path in (tmp_path / "cloud").rglob("*.pt")] == ["0000002.pt"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_records_that_cannot_be_written_do_not_end_the_run(tmp_path):
+    trainer = build(tmp_path)
+    trainer.log.metrics.close()
+    trainer.log.metrics = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    board = trainer.log.board.file_writer.event_writer._general_file_writer
+    board.write = board.flush = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    trainer.fit()
+    assert final(tmp_path)["steps"] == 10
+    assert "could not write to the run's records" in log_of(tmp_path)
+
+
+# What is no longer a number
+
+
+def poison(model, step):
+    def at(place):
+        if place.step == step:
+            with torch.no_grad():
+                model[0].weight[0, 0] = float("nan")
+
+    return at
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    model = network()
+    trainer = build(tmp_path, "--ckpt-every", 3, model=model, at=poison(model, 4))
+    with pytest.raises(ValueError, match=r"no longer finite \(loss: nan\) before step 5; .*0000003\.pt.*--lr"):
+        trainer.fit()
+    assert os.listdir(store(tmp_path)) == ["0000003.pt"]
+    assert math.isnan(metrics(tmp_path / "results", "loss")[5])
+
+
+def test_a_spoilt_model_never_replaces_a_good_checkpoint(tmp_path):
+    """Between two log lines the loss is not looked at; before saving it is."""
+    model = network()
+    flags = ["--ckpt-every", 2, "--log-every", 100, "--keep-last", 1]
+    with pytest.raises(ValueError, match=r"no longer finite.*before step 6; the last checkpoint is \S*0000004\.pt"):
+        build(tmp_path, *flags, model=model, at=poison(model, 4)).fit()
+    assert torch.isfinite(final(tmp_path)["model"]["0.weight"]).all()
+
+
+@pytest.mark.parametrize("steps", [4, 5], ids=["in the middle", "at the end"])
+def test_weights_spoilt_by_a_step_whose_loss_was_finite(tmp_path, steps):
+    model = network()
+    trainer = build(tmp_path, "--ckpt-every", 4, "--log-every", 100, "--max-steps", steps + 1, model=model)
+    trainer.phases[0].optimizer.register_step_post_hook(
+        lambda *_: model[0].weight.data.fill_(float("inf")) if trainer.step == steps - 1 else None
+    )
+    with pytest.raises(ValueError, match=rf"no longer finite .*before step {4 if steps == 4 else 6}"):
+        trainer.fit()
+
+
+# Logs
+
+
+def test_the_records_of_a_run(tmp_path):
+    picture = np.arange(5 * 6 * 3, dtype=np.uint8).reshape(5, 6, 3)
+    build(
+        tmp_path,
+        *("--log-every", 3, "--ckpt-every", 4),
+        sample=lambda model: {"grid": picture},
+        validate=lambda model: {"val_loss": 0.5},
+    ).fit()
+    folder = run_folder(tmp_path / "results")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], "val_loss" in line) for line in lines] == [
+        *((3, False), (4, True), (6, False), (8, True), (9, False), (10, False), (10, True))
+    ]
+    assert set(lines[0]) == {"step", "loss", "lr", "steps_per_second"} and lines[0]["steps_per_second"] > 0
+
+    text = (folder / "log.txt").read_text()
+    assert "83 parameters, 40 samples, 5 steps an epoch, 10 steps, 1 process(es) on cpu" in text
+    assert re.findall(r"\(step=(\d{7})\) loss: \d\.\d{4}, steps/sec: [\d.]+", text) == [
+        *("0000003", "0000006", "0000009", "0000010")
+    ]
+    assert text.count("val_loss: 0.5000") == 3 and text.count("saved ") == 3 and text.rstrip().endswith("done")
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"loss", "lr", "steps_per_second", "val_loss"}
+    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("loss")] == [
+        (line["step"], line["loss"]) for line in lines if "loss" in line
+    ]
+    images = events.Images("grid")
+    assert [(e.step, e.width, e.height) for e in images] == [(4, 6, 5), (8, 6, 5), (10, 6, 5)]
+
+
+def test_a_line_is_the_mean_since_the_one_before(tmp_path):
+    for every in (1, 4):
+        build(tmp_path / str(every), "--log-every", every).fit()
+    each = metrics(tmp_path / "1" / "results", "loss")
+    assert metrics(tmp_path / "4" / "results", "loss") == pytest.approx(
+        {
+            4: np.mean([each[s] for s in (1, 2, 3, 4)]),
+            8: np.mean([each[s] for s in (5, 6, 7, 8)]),
+            10: (each[9] + each[10]) / 2,
+        }
+    )
+
+
+def test_validation_sees_the_averaged_model_and_disturbs_nothing(tmp_path):
+    seen = []
+
+    def validate(model):
+        assert not model.training and not torch.is_grad_enabled()
+        torch.manual_seed(123)
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return {"val_loss": 1.0}
+
+    flags = ["--ckpt-every", 4, "--ema", "--ema-decay", 0.9]
+    build(tmp_path / "with", *flags, dropout=0.5, validate=validate).fit()
+    build(tmp_path / "without", *flags, dropout=0.5).fit()
+    with_, without = final(tmp_path / "with"), final(tmp_path / "without")
+    assert same(with_["model"], without["model"]) and same(with_["optimizer"], without["optimizer"])
+    assert len(seen) == 3
+    for state, name in zip(seen, ("0000004", "0000008", "0000010"), strict=True):
+        assert same(state, load(store(tmp_path / "with") / f"{name}.pt")["ema"])
+    model = network()
+    build(tmp_path / "plain", "--max-steps", 1, model=model, validate=lambda m: {"own": float(m is model)}).fit()
+    assert metrics(tmp_path / "plain" / "results", "own") == {1: 1.0} and model.training
+
+
+def test_unreadable_files_are_counted_at_the_end(tmp_path):
+    class Holes(TensorDataset):
+        skipped_indices = [3, 5, 8]
+
+    build(tmp_path, "--max-steps", 1, dataset=Holes(*data().tensors)).fit()
+    assert "3 unreadable files were skipped" in log_of(tmp_path)
+
+
+def test_the_log_is_closed_whatever_happens(tmp_path):
+    trainer = build(tmp_path, at=stop_at(2))
+    with pytest.raises(Stopped):
+        trainer.fit()
+    events = EventAccumulator(str(run_folder(tmp_path / "results") / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2]
+    assert trainer.log.file not in trainer.log.logger.handlers
+
+
+# Several phases
+
+
+def two_phases(folder, *more, start=4, at=None):
+    """A generator, and a judge that takes part from a step on; the judge reads what the generator made."""
+    args = arguments(folder, *more)
+    torch.manual_seed(3)
+    maker, judge = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)), nn.Linear(3, 1)
+    made, calls = {}, []
+
+    def make(batch, place):
+        calls.append(("make", place.step, place.number))
+        made[place.number] = maker(batch[0])
+        loss = F.mse_loss(made[place.number], batch[1])
+        return loss, {"make": loss}
+
+    def rate(batch, place):
+        calls.append(("rate", place.step, place.number))
+        if at:
+            at(place)
+        loss = judge(made.pop(place.number).detach()).square().mean()
+        return loss, {"rate": loss}
+
+    phases = [
+        Phase("optimizer", maker, adamw(maker, args), make),
+        Phase("optimizer_judge", judge, adamw(judge, args), rate, active=lambda step: step >= start),
+    ]
+    return build(folder, *more, model=maker, models={"judge": judge}, phases=phases), calls
+
+
+def test_phases_take_turns_on_the_same_batch(tmp_path):
+    trainer, calls = two_phases(tmp_path, "--gradient-accumulation-steps", 2, "--max-steps", 6)
+    judge = {name: tensor.clone() for name, tensor in trainer.models["judge"].state_dict().items()}
+    trainer.fit()
+    expected = [
+        (name, step, number)
+        for step in range(6)
+        for name in (("make", "rate") if step >= 4 else ("make",))
+        for number in (0, 1)
+    ]
+    assert calls == expected
+    assert not same(dict(trainer.models["judge"].state_dict()), judge)
+    assert set(metrics(tmp_path / "results", "rate")) == {5, 6}
+    assert final(tmp_path)["optimizer_judge"]["state"][0]["step"] == 2
+
+
+def test_an_inactive_phase_is_not_touched(tmp_path):
+    trainer, calls = two_phases(tmp_path, "--max-steps", 3)
+    judge = {name: tensor.clone() for name, tensor in trainer.models["judge"].state_dict().items()}
+    trainer.fit()
+    assert same(dict(trainer.models["judge"].state_dict()), judge)
+    assert final(tmp_path)["optimizer_judge"]["state"] == {} and {name for name, *_ in calls} == {"make"}
+
+
+def test_a_phase_is_averaged_over_its_own_steps(tmp_path):
+    """Steps without a phase do not count as zeros."""
+    trainer, _ = two_phases(tmp_path / "1", "--max-steps", 6)
+    trainer.fit()
+    trainer, _ = two_phases(tmp_path / "6", "--max-steps", 6, "--log-every", 6)
+    trainer.fit()
+    each = metrics(tmp_path / "1" / "results", "rate")
+    assert metrics(tmp_path / "6" / "results", "rate")[6] == pytest.approx((each[5] + each[6]) / 2)
+
+
+@pytest.mark.parametrize("precision", ["none", "fp16"])
+@pytest.mark.parametrize("stop", [3, 7], ids=["before the second phase", "after it began"])
+def test_two_phases_resume_bit_identically(tmp_path, precision, stop):
+    flags = ["--mixed-precision", precision, "--ckpt-every", 2]
+    two_phases(tmp_path / "whole", *flags)[0].fit()
+    trainer, _ = two_phases(tmp_path / "parts", *flags)
+    loss = trainer.phases[0].loss
+    trainer.phases[0].loss = lambda batch, place: stop_at(stop)(place) or loss(batch, place)
+    with pytest.raises(Stopped):
+        trainer.fit()
+    two_phases(tmp_path / "parts", *flags, "--resume")[0].fit()
+    whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
+    for key in ("model", "judge", "optimizer", "optimizer_judge", "trainer"):
+        assert same(whole[key], parts[key]), key
+
+
+def test_half_precision_scales_and_skips(tmp_path):
+    """A gradient beyond float16 costs a step and half of the scale, not the weights."""
+    model = network()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = build(tmp_path, "--mixed-precision", "fp16", "--max-steps", 1, model=model)
+    assert trainer.scaler.is_enabled()
+    trainer.phases[0].loss = lambda batch, place: (squares(model, batch) * 1e34, {})
+    trainer.fit()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert trainer.scaler.get_scale() == 2.0**15
+    assert final(tmp_path)["trainer"]["scaler"]["scale"] == 2.0**15
