@@ -4,7 +4,7 @@
     images = pipeline([207, 360], cfg_scale=4.0, top_k=2000, seed=0)          # PIL images
 
 Image i of a run is a function of (seed, i): its noise is its own, and micro-batches are padded so that every row is
-computed by the same kernels whatever the batch.
+computed by the same kernels whatever the batch (on one kind of machine; on a CPU, with one number of threads).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,8 +31,10 @@ from utils.runs import find_checkpoint
 
 PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# Matrix products of fewer rows than this may go through other kernels, which round differently.
+# How a CPU rounds depends on the number of rows of a matrix product (few take other kernels) and on the number of
+# images of a convolution. These numbers are the same for every image, whatever the batch.
 ROW_MULTIPLE = 8
+IMAGES_AT_ONCE = 2
 
 
 def load_gpt(
@@ -126,7 +128,7 @@ class ImagePipeline:
     """A GPT and the tokenizer whose codes it speaks.
 
     batch_size: images computed at once (32 on an accelerator, 8 on a CPU).
-    Raises ValueError where the two do not fit together.
+    Raises ValueError where the two do not fit together, or for a batch size below 1.
     """
 
     def __init__(self, gpt: Transformer, tokenizer: VQModel, *, batch_size: int | None = None, compile: bool = False):
@@ -135,6 +137,8 @@ class ImagePipeline:
                 f"the GPT has {gpt.args.vocab_size} codes and the tokenizer {tokenizer.config.codebook_size}: "
                 "they were not trained together"
             )
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it is at least 1")
         self.gpt, self.tokenizer = gpt, tokenizer
         self.device = gpt.tok_embeddings.weight.device
         self.batch_size = batch_size or (8 if self.device.type == "cpu" else 32)
@@ -160,10 +164,12 @@ class ImagePipeline:
         `gpt` left out, the GPT's file itself. gpt, vq: file names, paths, or run folders (their newest checkpoint).
         `vq` defaults to the released tokenizer of the GPT's kind.
         dtype: of the GPT's weights (bfloat16 on an accelerator, float32 on a CPU).
+        Raises FileNotFoundError, ConnectionError, and ValueError where the two models do not fit together.
         """
-        folder = Path(name).expanduser()
+        folder, repo_id = Path(name).expanduser(), str(name)
         if gpt is None:
-            gpt, folder = folder, folder.parent
+            gpt, repo_id = folder.absolute() if folder.exists() else folder, None
+            folder = folder.absolute().parent
         elif not folder.is_dir() and str(name).count("/") != 1:
             raise FileNotFoundError(f"{name} is neither a folder nor a hub repository (owner/name)")
 
@@ -172,17 +178,19 @@ class ImagePipeline:
                 return find_checkpoint(folder / file)
             if Path(file).exists() or folder.is_dir():
                 return find_checkpoint(file)
-            return find_checkpoint(file, repo_id=str(name))
+            return find_checkpoint(file, repo_id=repo_id)
 
         device = pick_device(str(device) if device else None)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        model = load_gpt(find(gpt), image_size=image_size, device=device, dtype=dtype, use_ema=use_ema)
-        if vq is None:
-            vq = "vq_ds16_c2i.pt" if model.args.model_type == "c2i" else "vq_ds16_t2i.pt"
-            tokenizer_path = find(vq) if (folder / vq).exists() else find_checkpoint(vq)
-        else:
-            tokenizer_path = find(vq)
-        tokenizer = load_tokenizer(tokenizer_path, device=device, use_ema=use_ema)
+        tokenizer = None if vq is None else load_tokenizer(find(vq), device=device, use_ema=use_ema)
+        downsample = 16 if tokenizer is None else tokenizer.downsample
+        model = load_gpt(
+            find(gpt), image_size=image_size, downsample_size=downsample, device=device, dtype=dtype, use_ema=use_ema
+        )
+        if tokenizer is None:
+            released = "vq_ds16_c2i.pt" if model.args.model_type == "c2i" else "vq_ds16_t2i.pt"
+            path = find(released) if (folder / released).exists() else find_checkpoint(released)
+            tokenizer = load_tokenizer(path, device=device, use_ema=use_ema)
         return cls(model, tokenizer, batch_size=batch_size, compile=compile)
 
     @property
@@ -224,12 +232,14 @@ class ImagePipeline:
         **sampling,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """As calling the pipeline, but one micro-batch at a time: the images' numbers, and uint8 (n, size, size, 3)."""
-        labels = torch.as_tensor(labels, dtype=torch.long)
+        labels = torch.as_tensor(labels)
+        if not (labels.numel() and labels.is_floating_point()):  # torch takes an empty list for floats
+            labels = labels.long()
+        check_labels(self.gpt, labels)
         indices = list(range(len(labels))) if indices is None else list(indices)
         if len(indices) != len(labels):
             raise ValueError(f"{len(labels)} labels for {len(indices)} image numbers")
         SamplingConfig(**sampling)
-        check_labels(self.gpt, labels)
         total = len(labels) * self.gpt.layout.tokens
         with tqdm(total=total, unit="tok", disable=not progress, desc=f"{len(labels)} images") as bar:
             for start in range(0, len(labels), self.batch_size):
@@ -268,15 +278,17 @@ class ImagePipeline:
     @torch.inference_mode()
     def decode(self, codes: Tensor, size: int | None = None) -> np.ndarray:
         """Codes (B, N) in raster order to uint8 (B, size, size, 3), by bicubic resizing where size is another one."""
-        count, tokens = codes.shape
-        side = isqrt(tokens)
-        if count == 1:  # a convolution of one image takes another kernel than that of many
-            codes = codes.expand(2, -1)
-        shape = (len(codes), self.tokenizer.config.codebook_embed_dim, side, side)
-        images = self.tokenizer.decode_code(codes.to(self.device), shape)[:count]
-        if size is not None and size != images.shape[-1]:
-            images = torch.nn.functional.interpolate(images, size=(size, size), mode="bicubic")
-        return to_uint8(images)
+        side = isqrt(codes.shape[1])
+        at_once = IMAGES_AT_ONCE if self.device.type == "cpu" else self.batch_size
+        shape = (at_once, self.tokenizer.config.codebook_embed_dim, side, side)
+        arrays = []
+        for part in codes.to(self.device).split(at_once):
+            filled = torch.cat([part, part[-1:].expand(at_once - len(part), -1)])
+            images = self.tokenizer.decode_code(filled, shape)
+            if size is not None and size != images.shape[-1]:
+                images = torch.nn.functional.interpolate(images, size=(size, size), mode="bicubic")
+            arrays.append(to_uint8(images)[: len(part)])
+        return np.concatenate(arrays)
 
     def _padding(self, count: int) -> int:
         """Rows to add: to a whole micro-batch on an accelerator, whose kernels depend on every size; else to a multiple."""

@@ -54,3 +54,10 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def randomize(model: torch.nn.Module, seed: int = 0, gain: float = 1.0) -> torch.nn.Module:
+    """Gives every weight, the output layer's too, its rebuilt value, so that tokens and pictures vary. In eval mode."""
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    model.load_state_dict(golden_state(shapes, seed, gain, keep=("codebook_used",)), strict=False)
+    return model.eval()

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from PIL import Image
 
 from dataset.augmentation import FLIP_VIEWS, TEN_CROP_VIEWS
 from dataset.shards import CodeSettings, CodeWriter
-from tests.helpers import ROOT
+from tests.helpers import ROOT, free_port
 
 
 def command(module: str, *args: object, processes: int = 1) -> list[str]:
@@ -63,13 +62,6 @@ def quiet_loggers() -> Iterator[None]:
         for logger, (propagate, level, handlers) in zip(loggers, before, strict=True):
             logger.propagate, logger.handlers = propagate, handlers
             logger.setLevel(level)
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def run_folder(results: Path, number: int = 0) -> Path:

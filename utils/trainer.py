@@ -164,18 +164,19 @@ class Trainer:
     def _batches(self) -> Iterator[list[Any]]:
         """This process's micro-batches of each remaining step."""
         workers = loader_workers(self.args.num_workers, self.dist)
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=self.order,
+            num_workers=workers,
+            pin_memory=self.dist.device.type == "cuda",
+            prefetch_factor=4 if workers else None,
+            persistent_workers=workers > 0,
+        )
         while self.step < self.total_steps:
             epoch, batch = divmod(self.samples_seen // self.args.global_batch_size, self.order.batches_per_epoch)
             self.order.start_at(epoch, batch)
             if hasattr(self.dataset, "set_epoch"):
                 self.dataset.set_epoch(epoch)
-            loader = DataLoader(
-                self.dataset,
-                batch_sampler=self.order,
-                num_workers=workers,
-                pin_memory=self.dist.device.type == "cuda",
-                prefetch_factor=4 if workers else None,
-            )
             micros = iter(loader)
             while self.step < self.total_steps:
                 group = list(islice(micros, self.args.gradient_accumulation_steps))

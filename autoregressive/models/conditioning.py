@@ -33,12 +33,12 @@ class LabelEmbedder(nn.Module):
 
     def null(self, labels: Tensor) -> Tensor:
         """The "no class" condition for as many samples as `labels` has."""
-        return torch.full_like(labels, self.num_classes)
+        return torch.full_like(labels, self.num_classes, dtype=torch.long)
 
     def forward(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
-        """labels: int64 (B,). drop: bool (B,), the samples to embed as "no class". Returns (B, 1, dim)."""
+        """labels: whole numbers (B,). drop: bool (B,), the samples to embed as "no class". Returns (B, 1, dim)."""
         dropped = choose_dropped(drop, len(labels), self.dropout_prob, self.training, labels.device)
-        return self.embedding_table(torch.where(dropped, self.num_classes, labels)).unsqueeze(1)
+        return self.embedding_table(torch.where(dropped, self.num_classes, labels.long())).unsqueeze(1)
 
 
 class CaptionProjection(nn.Module):

@@ -6,11 +6,13 @@ Caches are allocated once per model and used again by later calls. A token depen
 `noise` makes a call reproducible (utils/rng.py draws it from a seed and an image's number).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoregressive.models.gpt import Rows, Transformer
 from autoregressive.models.kv_cache import StaticCache
@@ -28,6 +30,23 @@ def cache_for(model: Transformer, batch: int, device: torch.device, dtype: torch
         cache = StaticCache(args.n_layer, batch, args.n_kv_head, rows, args.dim // args.n_head, device, dtype)
         _caches[model] = cache
     return cache
+
+
+@contextmanager
+def sampling_mode(model: Transformer, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Puts the model in eval mode for the block, and has a row's result depend on that row alone.
+
+    The CPU's fused attention does not: in float32 it rounds according to where a thread's scratch memory lies, which
+    differs from one place in the batch to the next.
+    """
+    fused = device.type != "cpu" or dtype != torch.float32
+    was_training = model.training
+    model.eval()
+    try:
+        with nullcontext() if fused else sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        model.train(was_training)
 
 
 def decode_rows(model: Transformer, tokens: Tensor, special: int, rows: Rows, mask: Tensor | None) -> Tensor:
@@ -81,18 +100,16 @@ def generate(
         noise = torch.rand(batch, layout.tokens, device=device)
     noise = noise.to(device)
 
-    was_training = model.training
-    model.eval()
-    try:
+    dtype = model.tok_embeddings.weight.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    with sampling_mode(model, device, dtype):
         steps = [step for step in layout.steps if step.outputs.start < total]
         guided_steps = [i for i, step in enumerate(steps) if config.guides(step.number)]
         last_guided = guided_steps[-1] if guided_steps else -1
         if config.guided:
             cond = torch.cat([cond, model.cls_embedding.null(cond)])
             emb_masks = None if emb_masks is None else torch.cat([emb_masks, emb_masks])
-        dtype = model.tok_embeddings.weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
         cache = cache_for(model, len(cond), device, dtype)
         seen = torch.ones(len(cond), layout.rows, dtype=torch.bool, device=device)
         if emb_masks is not None:
@@ -118,8 +135,6 @@ def generate(
             tokens[:, step.outputs] = pick(logits, batch, config, guided, noise[:, step.outputs])
             if on_step:
                 on_step(step.outputs.stop)
-    finally:
-        model.train(was_training)
     if total < layout.tokens:
         return tokens[:, :total]
     return tokens[:, layout.raster.to(device)]
@@ -148,7 +163,8 @@ def check_labels(model: Transformer, cond: Tensor) -> None:
     if args.model_type == "c2i":
         if cond.dim() != 1 or cond.is_floating_point():
             raise ValueError(f"labels are whole numbers of shape (B,), got {cond.dtype} of shape {tuple(cond.shape)}")
-        outside = cond[(cond < 0) | (cond >= args.num_classes)]
+        labels = cond.long()  # a narrow type may not reach the number of classes
+        outside = labels[(labels < 0) | (labels >= args.num_classes)]
         if len(outside):
             raise ValueError(
                 f"label {int(outside[0])} is out of range: the model has classes 0 to {args.num_classes - 1}"

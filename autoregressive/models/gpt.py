@@ -221,7 +221,9 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layer))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
-        self._rope: dict[torch.device, Tensor] = {}
+        with torch.inference_mode(False), torch.device("cpu"):  # kept, for training too, whoever builds or asks first
+            table = rope_table_2d(self.layout.grid_size, args.dim // args.n_head, args.rope_base)
+            self._rope = {table.device: self.layout.rope_rows(table)}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -242,9 +244,8 @@ class Transformer(nn.Module):
         Kept beside the parameters, not among them: it must stay float32 when the weights are cast, and is in no file.
         """
         if device not in self._rope:
-            head_dim = self.args.dim // self.args.n_head
-            table = rope_table_2d(self.layout.grid_size, head_dim, self.args.rope_base)
-            self._rope[device] = self.layout.rope_rows(table).to(device)
+            with torch.inference_mode(False):
+                self._rope[device] = self._rope[torch.device("cpu")].to(device)
         return self._rope[device]
 
     def embed(self, tokens: Tensor, special: int = 0, at: int | None = None) -> Tensor:
@@ -280,14 +281,17 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """The logits of every next token, for training and scoring.
 
-        idx: int64 (B, L), tokens in the layout's order, without the last group (L = N - group_size), or fewer.
+        idx: int64 (B, L), tokens in the layout's order, without the last group (L = N - group_size), or fewer whole groups,
+        or some of the first ones.
         cond_idx: int64 (B,) labels, or (B, T, caption_dim) caption features.
         drop: bool (B,), whose condition is dropped (drawn by the model in training where not given).
         prefix_mask: (B, T), which condition rows are real.
-        Returns: float32 (B, L + group_size, vocab_size); output i predicts token i of the layout's order.
+        Returns: float32 (B, L + group_size, vocab_size); output i predicts token i of the layout's order. Before the first
+        group is whole, (B, L + 1, vocab_size).
         """
         layout = self.layout
-        tokens = self.embed(idx, layout.special, at=layout.group_size)
+        special = layout.special if idx.shape[1] >= layout.group_size else 0
+        tokens = self.embed(idx, special, at=layout.group_size)
         h = torch.cat([self.cls_embedding(cond_idx, drop).to(tokens.dtype), tokens], dim=1)  # (B, T + L + M, dim)
         h = self.tok_dropout(h)
         rows = h.shape[1]

@@ -70,13 +70,16 @@ class TokenLayout:
         return self.prefix + self.tokens + self.special
 
     @cached_property
+    @torch.inference_mode(False)  # kept for training too, whoever asks first
     def order(self) -> Tensor:
         """The raster index of the token at each sequence position, int64 (N,)."""
         side = isqrt(self.group_size)
-        raster = torch.arange(self.tokens).view(side, self.grid_size // side, side, self.grid_size // side)
+        region = self.grid_size // side
+        raster = torch.arange(self.tokens, device="cpu").view(side, region, side, region)
         return raster.permute(1, 3, 0, 2).reshape(-1)  # offset in the region, then region
 
     @cached_property
+    @torch.inference_mode(False)
     def raster(self) -> Tensor:
         """The sequence position of the token at each raster index, int64 (N,): the inverse of `order`."""
         return torch.argsort(self.order)

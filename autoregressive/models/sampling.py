@@ -10,7 +10,7 @@ Top-p: arXiv 1904.09751. Guidance: 2207.12598.
 """
 
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, isnan
 
 import torch
 from torch import Tensor
@@ -37,10 +37,12 @@ class SamplingConfig:
             raise ValueError(f"--temperature must be 0 or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p must be above 0 and at most 1 (1 keeps every token), got {self.top_p}")
-        if self.top_k < 0 or int(self.top_k) != self.top_k:
+        if not (self.top_k >= 0 and isfinite(self.top_k) and int(self.top_k) == self.top_k):
             raise ValueError(f"--top-k must be a whole number, 0 (keep every token) or more, got {self.top_k}")
         if not (isfinite(self.cfg_scale) and self.cfg_scale >= 0):
             raise ValueError(f"--cfg-scale must be 0 or more (1: no guidance), got {self.cfg_scale}")
+        if isnan(self.cfg_interval):
+            raise ValueError("--cfg-interval must be a decode step, or -1 to guide all of them, got nan")
 
     @property
     def guided(self) -> bool:
@@ -75,14 +77,15 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 
 def draw(probabilities: Tensor, noise: Tensor) -> Tensor:
     """The token at which the cumulative distribution passes `noise`. (…, V), (…) in [0, 1) -> int64 (…)."""
-    cumulative = probabilities.cumsum(dim=-1)
-    target = noise.unsqueeze(-1).to(cumulative.dtype) * cumulative[..., -1:]
-    return (cumulative <= target).sum(dim=-1).clamp_(max=probabilities.shape[-1] - 1)
+    # Summed in parallel, the distribution may rise by a rounding at a token that has no mass: such tokens are passed over.
+    cumulative = probabilities.cumsum(dim=-1).masked_fill(probabilities == 0, 0)
+    target = noise.unsqueeze(-1).to(cumulative.dtype) * cumulative.amax(dim=-1, keepdim=True)
+    return (cumulative > target).int().argmax(dim=-1)
 
 
 def choose(logits: Tensor, config: SamplingConfig, noise: Tensor) -> Tensor:
     """Picks a token a row. logits: (…, V) float32; noise: (…) uniform in [0, 1). Returns int64 (…)."""
     if not config.sample_logits:
         return logits.argmax(dim=-1)
-    logits = filter_logits(logits / max(config.temperature, 1e-5), config.top_k, config.top_p)
+    logits = filter_logits(logits / max(config.temperature, 1e-5), int(config.top_k), config.top_p)
     return draw(logits.softmax(dim=-1), noise)

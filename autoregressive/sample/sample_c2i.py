@@ -14,6 +14,7 @@ from utils.cli import (
     add_sampling_flags,
     add_tokenizer_flags,
     flag_parser,
+    positive_int,
     run_script,
 )
 
@@ -62,9 +63,12 @@ def flags() -> argparse.ArgumentParser:
         "--labels", type=int, nargs="+", default=None, help="the classes to draw (default: eight of them)"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=None, help="images at once (default: 32 on an accelerator, 8 on a CPU)"
+        "--batch-size",
+        type=positive_int,
+        default=None,
+        help="images at once (default: 32 on an accelerator, 8 on a CPU)",
     )
-    parser.add_argument("--columns", type=int, default=4, help="images in a row of the grid")
+    parser.add_argument("--columns", type=positive_int, default=4, help="images in a row of the grid")
     parser.add_argument("--output", default="sample_c2i.png", help="the picture to write")
     return parser
 

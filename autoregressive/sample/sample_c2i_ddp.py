@@ -98,7 +98,8 @@ def image_class(args: argparse.Namespace, index: int) -> int:
 
 def folder_name(args: argparse.Namespace, gpt_path: Path, vq_path: Path) -> str:
     """The published name of a sample folder."""
-    checkpoint = gpt_path.parent.name if args.from_fsdp else gpt_path.stem
+    folder = gpt_path if gpt_path.is_dir() else gpt_path.parent
+    checkpoint = folder.absolute().name if args.from_fsdp else gpt_path.stem
     return (
         f"{args.gpt_model}-{checkpoint}-size-{args.image_size}-size-{args.image_size_eval}-{args.vq_model}-"
         f"topk-{args.top_k}-topp-{args.top_p}-temperature-{args.temperature}-cfg-{args.cfg_scale}-seed-{args.global_seed}"

@@ -30,6 +30,8 @@ def main(args: argparse.Namespace) -> None:
     from utils.logger import console_logger
     from utils.runs import find_checkpoint
 
+    if args.ten_crop and args.crop_range < 1:
+        raise ValueError(f"--crop-range must be at least 1, got {args.crop_range}")
     dist = start(args.device)
     log = console_logger("dataset", dist.is_main)
     with dist.main_first():

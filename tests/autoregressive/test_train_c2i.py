@@ -21,6 +21,7 @@ from tests.training import (
     load,
     make_codes,
     metrics,
+    quiet_loggers,
     repetitive_codes,
     run_folder,
     run_here,
@@ -32,12 +33,18 @@ from utils.distributed import Distributed
 
 SCRIPT = "autoregressive.train.train_c2i"
 CPU = Distributed(torch.device("cpu"))
-VOCAB, CLASSES, TOKENS, COUNT = 64, 10, 64, 48
-MODEL = ["--gpt-model", "GPT-XS", "--vocab-size", VOCAB, "--num-classes", CLASSES, "--image-size", 32]
+VOCAB, CLASSES, TOKENS, COUNT = 64, 10, 16, 48
+MODEL = ["--gpt-model", "GPT-XS", "--vocab-size", VOCAB, "--num-classes", CLASSES, "--image-size", 16]
 MODEL += ["--downsample-size", 4]
 PLAIN = ["--global-batch-size", 16, "--num-workers", 0, "--mixed-precision", "none", "--log-every", 1, "--lr", 2e-3]
 EXACT = ["--dropout-p", 0, "--token-dropout-p", 0]
 PAR = ["--ar-token-num", 4, "--spe-token-num", 3]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with quiet_loggers():
+        yield
 
 
 def labels(count=COUNT):
@@ -49,7 +56,7 @@ def codes(tmp_path_factory):
     """Packed codes with two views an image."""
     folder = tmp_path_factory.mktemp("codes") / "packed"
     array = repetitive_codes(COUNT, 2, TOKENS, VOCAB)
-    return make_codes(folder, array, labels(), image_size=32, vocab=VOCAB, classes=CLASSES)
+    return make_codes(folder, array, labels(), image_size=16, vocab=VOCAB, classes=CLASSES)
 
 
 def train(codes, results, *more):
@@ -162,23 +169,28 @@ def test_the_mean_loss_of_a_data_set_by_any_number_of_processes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [[], PAR], ids=["raster", "PAR"])
-def test_it_learns(codes, tmp_path, layout):
+def test_it_learns(codes, tmp_path):
     """As a user starts it, with the recipe's precision and dropout, to well under the loss of guessing."""
     output = run_script(
-        *(SCRIPT, "--code-path", codes, "--results-dir", tmp_path / "results", *MODEL, *layout, "--ema"),
-        *("--global-batch-size", 16, "--num-workers", 2, "--lr", 4e-3, "--warmup-steps", 5, "--max-steps", 90),
-        *("--log-every", 10, "--val-code-path", codes, "--ema-decay", 0.9, "--no-compile"),
+        *(SCRIPT, "--code-path", codes, "--results-dir", tmp_path / "results", *MODEL, "--ema", "--ema-decay", 0.9),
+        *("--global-batch-size", 16, "--num-workers", 2, "--lr", 4e-3, "--warmup-steps", 5, "--max-steps", 80),
+        *("--log-every", 10, "--val-code-path", codes, "--no-compile"),
     )
     loss = metrics(tmp_path / "results", "loss")
-    assert list(loss) == [*range(10, 100, 10)]
+    assert list(loss) == [*range(10, 90, 10)]
     assert 0.9 * math.log(VOCAB) < loss[10] < math.log(VOCAB) + 0.3
-    assert loss[90] < 0.35 * math.log(VOCAB)
-    assert metrics(tmp_path / "results", "val_loss")[90] < loss[90]
-    assert f"codes: {codes} (2 views), 48 samples of 64 tokens, a random view of each" in output
+    assert loss[80] < 0.4 * math.log(VOCAB)
+    assert metrics(tmp_path / "results", "val_loss")[80] < loss[80]
+    assert f"codes: {codes} (2 views), 48 samples of 16 tokens, a random view of each" in output
     saved = load(last(tmp_path / "results"))
-    assert saved.keys() == {"model", "ema", "optimizer", "steps", "args", "trainer"} and saved["steps"] == 90
+    assert saved.keys() == {"model", "ema", "optimizer", "steps", "args", "trainer"} and saved["steps"] == 80
     assert "Traceback" not in output and "Warning" not in output
+
+
+@pytest.mark.slow
+def test_par_learns(codes, tmp_path):
+    train(codes, tmp_path, *PAR, *EXACT, "--max-steps", 50, "--lr", 4e-3, "--warmup-steps", 5)
+    assert metrics(tmp_path, "loss")[50] < 0.8 * math.log(VOCAB)
 
 
 def test_the_first_loss_is_that_of_guessing(codes, tmp_path):
@@ -188,7 +200,7 @@ def test_the_first_loss_is_that_of_guessing(codes, tmp_path):
 
 def test_published_and_packed_codes_give_the_same_losses(codes, tmp_path):
     for i, (views, label) in enumerate(zip(repetitive_codes(COUNT, 2, TOKENS, VOCAB), labels(), strict=True)):
-        write_published(tmp_path / "flip", 32, i, views, label)
+        write_published(tmp_path / "flip", 16, i, views, label)
     for name, folder in (("packed", codes), ("published", tmp_path / "flip")):
         train(folder, tmp_path / name, "--epochs", 2)
     losses = [metrics(tmp_path / name, "loss") for name in ("packed", "published")]
@@ -212,18 +224,22 @@ def test_accumulation_gives_the_same_losses(codes, tmp_path, one_process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, layout, parts", [("raster", [], 2), ("PAR", PAR, 1)])
-def test_two_processes_give_the_losses_of_one(codes, tmp_path, one_process, name, layout, parts):
+@pytest.mark.parametrize("name, layout, parts, alone", [("raster", [], 2, 0), ("PAR", PAR, 1, 4)])
+def test_two_processes_give_the_losses_of_one(codes, tmp_path, one_process, name, layout, parts, alone):
+    """From the beginning with accumulation, and after four steps alone: a run goes on with any number of processes."""
+    flags = [*EXACT, "--epochs", 3, *layout, "--val-code-path", codes, "--ckpt-every", 4]
+    if alone:
+        train(codes, tmp_path, *flags, "--max-steps", alone)
     run_script(
-        *(SCRIPT, "--code-path", codes, "--results-dir", tmp_path, *MODEL, *PLAIN, *EXACT, "--epochs", 3, *layout),
-        *("--gradient-accumulation-steps", parts, "--val-code-path", codes),
+        *(SCRIPT, "--code-path", codes, "--results-dir", tmp_path, *MODEL, *PLAIN, *flags, "--resume"),
+        *("--gradient-accumulation-steps", parts),
         processes=2,
     )
     two = metrics(tmp_path, "loss")
     assert two == pytest.approx(one_process[name], abs=1e-5) and len(two) == 9
-    assert len(list((run_folder(tmp_path) / "checkpoints").iterdir())) == 1
-    assert len(list(tmp_path.iterdir())) == 1
-    held_out = open_codes(codes, 32, 4, random_view=False)
+    assert sorted(os.listdir(run_folder(tmp_path) / "checkpoints")) == ["0000004.pt", "0000008.pt", "0000009.pt"]
+    assert os.listdir(tmp_path) == ["000-GPT-XS"]
+    held_out = open_codes(codes, 16, 4, random_view=False)
     model = model_of(last(tmp_path), layout)
     assert metrics(tmp_path, "val_loss")[9] == pytest.approx(mean_loss(model, held_out, 8, CPU), abs=1e-5)
 
@@ -231,12 +247,12 @@ def test_two_processes_give_the_losses_of_one(codes, tmp_path, one_process, name
 def model_of(path, layout=()):
     from autoregressive.pipeline import load_gpt
 
-    return load_gpt(path, gpt_model="GPT-XS", image_size=32, downsample_size=4)
+    return load_gpt(path, gpt_model="GPT-XS", image_size=16, downsample_size=4)
 
 
 def test_par_trains_another_model(one_process):
     raster, par = one_process["raster"], one_process["PAR"]
-    assert par[1] == pytest.approx(math.log(VOCAB), rel=1e-6) and par[9] < par[1] - 0.3
+    assert par[1] == pytest.approx(math.log(VOCAB), rel=1e-6) and par[9] < par[1] - 0.1
     assert abs(par[9] - raster[9]) > 1e-3
 
 
@@ -334,7 +350,7 @@ def published(tmp_path):
         array = repetitive_codes(4, 1, TOKENS, VOCAB)
         array[2, 0, 5] = code
         for i in range(4):
-            write_published(tmp_path / "published", 32, i, array[i], label if i == 2 else 0)
+            write_published(tmp_path / "published", 16, i, array[i], label if i == 2 else 0)
         return tmp_path / "published"
 
     return write
@@ -345,9 +361,9 @@ def published(tmp_path):
     [
         (["--num-classes", 9], r"packed has 10 classes; pass --num-classes 10"),
         (["--vocab-size", 63], r"packed was made with 64 codes; pass --vocab-size 64"),
-        (["--image-size", 64], r"have 64 tokens per image, which fits --image-size 32"),
+        (["--image-size", 64], r"have 16 tokens per image, which fits --image-size 16"),
         (["--image-size", 33], r"--image-size 33 is not a multiple of --downsample-size 4; try 32 or 36"),
-        (["--image-size", 16, "--downsample-size", 2], r"packed holds codes of --image-size 32, not 16"),
+        (["--image-size", 8, "--downsample-size", 2], r"packed holds codes of --image-size 16, not 8"),
         (["--global-batch-size", 15, "--gradient-accumulation-steps", 2], r"--global-batch-size 15 cannot be split"),
         (["--global-batch-size", 64], r"48 samples, fewer than --global-batch-size 64"),
         (["--gpt-type", "t2i"], r"train_t2i\.py"),
@@ -368,7 +384,6 @@ def test_flags_that_do_not_fit(codes, tmp_path, more, message):
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
     "label, code, message",
     [
@@ -378,12 +393,25 @@ def test_flags_that_do_not_fit(codes, tmp_path, more, message):
         (0, -1, r"sample 2 of \S*published has codes from -1 to"),
     ],
 )
-def test_labels_and_codes_beyond_the_model(published, tmp_path, label, code, message, workers):
+def test_labels_and_codes_beyond_the_model(published, label, code, message):
     """A label of --num-classes would train the row that means "no class"."""
-    flags = ["--global-batch-size", 4, "--num-workers", workers, "--max-steps", 1]
+    folder = published(label, code)
+    data = train_c2i.CheckedCodes(open_codes(folder, 16, 4), folder, CLASSES, VOCAB)
+    assert len(data) == 4 and data[1][1] == 0
     with pytest.raises(ValueError, match=message):
-        train(published(label, code), tmp_path / "results", *flags)
-    train(published(CLASSES - 1, VOCAB - 1), tmp_path / "good", *flags)
+        data[2]
+    with pytest.raises(ValueError, match=message):
+        data.__getitems__([0, 3, 2])
+    folder = published(CLASSES - 1, VOCAB - 1)
+    data = train_c2i.CheckedCodes(open_codes(folder, 16, 4), folder, CLASSES, VOCAB)
+    assert [label for _, label in data.__getitems__(range(4))] == [0, 0, CLASSES - 1, 0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_meets_a_label_beyond_the_model(published, tmp_path, workers):
+    flags = ["--global-batch-size", 4, "--num-workers", workers, "--max-steps", 1]
+    with pytest.raises(ValueError, match=r"sample 2 of \S*published has label 10, not below --num-classes 10"):
+        train(published(CLASSES, 0), tmp_path / "results", *flags)
 
 
 def test_held_out_codes_are_checked_under_their_own_name(codes, published, tmp_path):
@@ -398,7 +426,7 @@ def test_missing_and_incomplete_codes(codes, tmp_path):
     with pytest.raises(ValueError, match=r"holds no codes.*In it: nothing"):
         train(tmp_path / "empty", tmp_path / "results")
     array = repetitive_codes(COUNT, 2, TOKENS, VOCAB)
-    folder = make_codes(tmp_path / "cut", array, labels(), image_size=32, vocab=VOCAB, classes=CLASSES)
+    folder = make_codes(tmp_path / "cut", array, labels(), image_size=16, vocab=VOCAB, classes=CLASSES)
     (folder / "shard-000001.json").unlink()
     with pytest.raises(ValueError, match=r"is incomplete: 2 of 3 shards"):
         train(folder, tmp_path / "results")

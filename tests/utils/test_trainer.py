@@ -1,11 +1,11 @@
 """The training loop on a tiny model: numbers by hand, stopped and resumed runs, full disks, what it writes down."""
 
-import contextlib
 import json
 import math
 import os
 import re
 import resource
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,6 +21,7 @@ from tests.training import load, metrics, quiet_loggers, run_folder, same
 from utils.checkpoint import read_checkpoint
 from utils.cli import add_training_flags, flag_parser
 from utils.distributed import Distributed
+from utils.loading import loader_workers
 from utils.rng import item_seed
 from utils.trainer import Micro, Phase, Trainer, adamw, learning_rate
 
@@ -145,7 +146,8 @@ def test_accumulation_changes_nothing(tmp_path, parts):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 10
 
 
-def test_clipping_by_hand(tmp_path):
+@pytest.mark.parametrize("precision", ["none", "fp16"])
+def test_clipping_by_hand(tmp_path, precision):
     """The norm is over all gradients together, after accumulation; a smaller one is left alone."""
     model = nn.Linear(4, 3)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -166,11 +168,20 @@ def test_clipping_by_hand(tmp_path):
         folder = tmp_path / str(limit)
         build(
             folder,
-            *("--max-grad-norm", limit, "--max-steps", 1, "--gradient-accumulation-steps", 2),
+            *(
+                "--max-grad-norm",
+                limit,
+                "--max-steps",
+                1,
+                "--gradient-accumulation-steps",
+                2,
+                "--mixed-precision",
+                precision,
+            ),
             model=model,
             optimizer=lambda m, args: Watched(m.parameters(), lr=args.lr),
         ).fit()
-        assert seen == pytest.approx([expected or by_hand], rel=1e-5)
+        assert seen == pytest.approx([expected or by_hand], rel=1e-5 if precision == "none" else 1e-2)
 
 
 def test_learning_rates_by_hand():
@@ -248,8 +259,7 @@ def test_dropout_is_a_function_of_seed_rank_and_step(tmp_path):
                 drawn.append(float(torch.rand(()))) or squares(trainer.models["model"], batch),  # noqa: B023
                 {},
             )
-            with contextlib.suppress(AttributeError):
-                trainer.fit()
+            trainer.fit()
     for (rank, seed), drawn in draws.items():
         expected = [float(torch.rand((), generator=generator)) for generator in seeded(seed, rank)]
         assert drawn == expected
@@ -258,6 +268,49 @@ def test_dropout_is_a_function_of_seed_rank_and_step(tmp_path):
 
 def seeded(seed, rank):
     return [torch.Generator().manual_seed(item_seed(seed, rank, step)) for step in range(3)]
+
+
+@pytest.mark.parametrize(
+    "precision, dtype", [("none", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_the_precision_of_the_forward_pass(tmp_path, precision, dtype):
+    model = network()
+    seen = set()
+    model[4].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    build(tmp_path, "--mixed-precision", precision, "--max-steps", 2, model=model).fit()
+    assert seen == {dtype}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_data_set_is_told_the_epoch(tmp_path, workers):
+    """Before its first batch is read, also by loader processes that live on, and after resuming."""
+
+    class Told(TensorDataset):
+        epoch = torch.full((1,), -1).share_memory_()
+
+        def set_epoch(self, epoch):
+            self.epoch[0] = epoch
+
+        def __getitem__(self, index):
+            return (*super().__getitem__(index), int(self.epoch))
+
+    seen = {}
+
+    def watch(folder, *more):
+        trainer = build(folder, "--num-workers", workers, *more, dataset=Told(*data().tensors))
+        loss = trainer.phases[0].loss
+
+        def watched(batch, place):
+            seen[place.step] = batch[2].tolist()
+            return loss(batch[:2], place)
+
+        trainer.phases[0].loss = watched
+        trainer.fit()
+
+    watch(tmp_path, "--epochs", 2, "--max-steps", 7)
+    watch(tmp_path, "--epochs", 3, "--resume")
+    assert seen == {step: [step // 5] * 8 for step in range(15)}
 
 
 # Stopping and resuming
@@ -638,6 +691,42 @@ def test_the_log_is_closed_whatever_happens(tmp_path):
     events.Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2]
     assert trainer.log.file not in trainer.log.logger.handlers
+
+
+def test_loader_processes_share_the_processors(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    asked = {
+        (asked, world): loader_workers(asked, replace(CPU, local_world_size=world))
+        for asked in (0, 3, 24)
+        for world in (1, 8, 16)
+    }
+    assert asked == {
+        **{(0, world): 0 for world in (1, 8, 16)},
+        **{(3, 1): 3, (3, 8): 1, (3, 16): 0},
+        **{(24, 1): 12, (24, 8): 1, (24, 16): 0},
+    }
+
+
+def test_weights_and_biases(tmp_path, monkeypatch):
+    calls = []
+    client = SimpleNamespace(
+        init=lambda **kwargs: (
+            calls.append(("init", kwargs["project"], kwargs["name"], kwargs["config"]["lr"])) or client
+        ),
+        log=lambda values, step: calls.append(("log", step, sorted(values))),
+        finish=lambda: calls.append(("finish",)),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", client)
+    build(tmp_path / "on", "--wandb-project", "mine", "--max-steps", 2).fit()
+    logged = ["loss", "lr", "steps_per_second"]
+    assert calls == [("init", "mine", "000-tiny", 0.01), ("log", 1, logged), ("log", 2, logged), ("finish",)]
+    calls.clear()
+    build(tmp_path / "off", "--wandb-project", "mine", "--no-wandb", "--max-steps", 1).fit()
+    build(tmp_path / "none", "--max-steps", 1).fit()
+    assert calls == []
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="--wandb-project mine needs the wandb package: pip install wandb"):
+        build(tmp_path / "missing", "--wandb-project", "mine")
 
 
 # Several phases

@@ -9,7 +9,15 @@ Recipe: LlamaGen (arXiv 2406.06525, section 3.1); VQGAN (2012.09841).
 import argparse
 
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
-from utils.cli import add_image_size_flags, add_switch, add_tokenizer_flags, add_training_flags, flag_parser, run_script
+from utils.cli import (
+    add_image_size_flags,
+    add_switch,
+    add_tokenizer_flags,
+    add_training_flags,
+    flag_parser,
+    positive_int,
+    run_script,
+)
 
 # What three halvings and two 4x4 convolutions without padding to spare leave a pixel of.
 PATCHGAN_MINIMUM = 24
@@ -36,7 +44,9 @@ def main(args: argparse.Namespace) -> None:
     dist = start(args.device)
     console_logger("dataset", dist.is_main)
     torch.manual_seed(args.global_seed)
+    width = {} if args.vq_width is None else {"ch": args.vq_width}
     tokenizer = VQ_models[args.vq_model](
+        **width,
         codebook_size=args.codebook_size,
         codebook_embed_dim=args.codebook_embed_dim,
         codebook_l2_norm=args.codebook_l2_norm,
@@ -52,11 +62,6 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--disc-type patchgan needs images of {PATCHGAN_MINIMUM} pixels a side, got --image-size {args.image_size}; "
             "use a larger one, --disc-type stylegan, or --disc-weight 0"
-        )
-    if args.disc_type == "patchgan" and args.disc_weight and args.image_size < 24:
-        raise ValueError(
-            f"--disc-type patchgan takes images of 24 pixels a side or more, not --image-size {args.image_size}; "
-            "use --disc-type stylegan, or --disc-weight 0 for no discriminator"
         )
     losses = VQLoss(
         disc_start=args.disc_start,
@@ -158,6 +163,7 @@ def flags() -> argparse.ArgumentParser:
     )
     add_image_size_flags(parser, 256, downsample=False)
     add_switch(parser, "--flip", True, "mirror half of the images")
+    parser.add_argument("--vq-width", type=positive_int, default=None, help="base channels (default: the model's own)")
     add_tokenizer_flags(parser, VQ_SIZES)
     parser.add_argument(
         "--finetune", action="store_true", help="take only the weights of --vq-ckpt, and begin at step 0"

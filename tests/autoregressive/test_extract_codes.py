@@ -1,0 +1,339 @@
+"""Extraction: the codes of every view of every image, once, whatever happens on the way."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from autoregressive.pipeline import load_tokenizer
+from autoregressive.train import extract_codes_c2i
+from dataset.augmentation import FLIP_VIEWS, TEN_CROP_VIEWS, code_views
+from dataset.codes import PublishedCodes, open_codes
+from dataset.folders import class_folders
+from dataset.images import load_rgb
+from dataset.shards import CodeWriter, ShardFolder
+from tests.training import (
+    check_published_flags,
+    command,
+    environment,
+    flag_defaults,
+    make_images,
+    quiet_loggers,
+    run_here,
+    run_script,
+)
+from tokenizer.tokenizer_image.vq_model import VQ_models
+
+SCRIPT = "autoregressive.train.extract_codes_c2i"
+SETTINGS = ["--vq-model", "VQ-4", "--codebook-size", 64, "--image-size", 16, "--num-workers", 0]
+COUNT, TOKENS = 18, 16
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with quiet_loggers():
+        yield
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Three class folders of six images."""
+    return make_images(tmp_path_factory.mktemp("images") / "train", classes=3, per_class=6, size=24)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A file of random weights and, as "ema", others."""
+    torch.manual_seed(0)
+    state, averaged = (VQ_models["VQ-4"](codebook_size=64).state_dict() for _ in range(2))
+    path = tmp_path_factory.mktemp("tokenizer") / "vq.pt"
+    torch.save({"model": state, "ema": averaged}, path)
+    return path
+
+
+def extract(images, codes, tokenizer, *more):
+    """Extracts in this process; returns the folder of codes."""
+    words = ["--data-path", images, "--code-path", codes, "--vq-ckpt", tokenizer]
+    run_here(extract_codes_c2i, *words, *SETTINGS, "--shard-size", 5, "--batch-size", 4, *more)
+    return codes
+
+
+def directly(images, tokenizer, use_ema=False, **views):
+    """The codes of each view, encoded one at a time: (images, views, tokens), and the labels."""
+    model = load_tokenizer(tokenizer, use_ema=use_ema)
+    listed = class_folders(images)
+    transform = partial(code_views, image_size=16, **{"ten_crop": False, "crop_range": 1.1, **views})
+    codes = []
+    with torch.inference_mode():
+        for path in listed.paths:
+            pixels = transform(load_rgb(path))
+            codes.append(torch.stack([model.encode(view[None])[2][2] for view in pixels]))
+    return torch.stack(codes).numpy(), listed.labels
+
+
+def read(folder):
+    """Codes (n, views, tokens), labels (n,) and data set indices (n,) of a folder of shards."""
+    return tuple(np.concatenate(arrays) for arrays in zip(*ShardFolder(folder).shards(), strict=True))
+
+
+def digests(folder):
+    """Every file of a folder with the hash of its content."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def extracted(images, tokenizer, tmp_path_factory):
+    return extract(images, tmp_path_factory.mktemp("codes") / "flip", tokenizer)
+
+
+# What comes out
+
+
+def test_two_views_of_every_image(extracted, images, tokenizer):
+    codes, labels, indices = read(extracted)
+    expected, classes = directly(images, tokenizer)
+    assert codes.shape == (COUNT, 2, TOKENS) and len(np.unique(codes)) > 8
+    assert np.array_equal(codes, expected)
+    assert labels.tolist() == classes.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    assert indices.tolist() == list(range(COUNT))
+    assert not np.array_equal(codes[:, 0], codes[:, 1])
+
+
+def test_what_the_index_records(extracted, tokenizer):
+    settings = ShardFolder(extracted).settings
+    assert (settings.image_size, settings.tokens, settings.codebook_size) == (16, TOKENS, 64)
+    assert settings.views == list(FLIP_VIEWS) and settings.classes == ["class0", "class1", "class2"]
+    assert settings.num_images == COUNT and settings.vq_model == "VQ-4" and settings.shard_size == 5
+    assert len(list(extracted.glob("shard-*.json"))) == 4
+
+
+def test_ten_crops(images, tokenizer, tmp_path):
+    folder = extract(images, tmp_path / "ten", tokenizer, "--ten-crop", "--crop-range", 1.25)
+    codes, _, _ = read(folder)
+    assert codes.shape == (COUNT, 10, TOKENS)
+    assert np.array_equal(codes, directly(images, tokenizer, ten_crop=True, crop_range=1.25)[0])
+    assert ShardFolder(folder).settings.views == list(TEN_CROP_VIEWS)
+    assert ShardFolder(folder).settings.crop_range == 1.25
+
+
+def test_without_mirror_images(images, tokenizer, extracted, tmp_path):
+    codes, _, _ = read(extract(images, tmp_path / "one", tokenizer, "--no-flip"))
+    assert np.array_equal(codes, read(extracted)[0][:, :1])
+
+
+def test_the_averaged_weights(images, tokenizer, extracted, tmp_path):
+    codes, _, _ = read(extract(images, tmp_path / "ema", tokenizer, "--use-ema"))
+    assert np.array_equal(codes, directly(images, tokenizer, use_ema=True)[0])
+    assert not np.array_equal(codes, read(extracted)[0])
+
+
+def test_batches_and_workers_change_nothing(images, tokenizer, extracted, tmp_path):
+    folder = extract(images, tmp_path / "codes", tokenizer, "--batch-size", 3, "--num-workers", 2)
+    assert digests(folder) == digests(extracted)
+
+
+def test_the_published_layout(images, tokenizer, extracted, tmp_path):
+    folder = extract(images, tmp_path / "flip", tokenizer, "--published-layout")
+    codes, labels, _ = read(extracted)
+    assert sorted(os.listdir(folder)) == ["imagenet16_codes", "imagenet16_labels"]
+    for i in range(COUNT):
+        array, label = (np.load(folder / f"imagenet16_{kind}" / f"{i}.npy") for kind in ("codes", "labels"))
+        assert array.dtype == label.dtype == np.int64 and array.shape == (1, 2, TOKENS) and label.shape == (1,)
+        assert np.array_equal(array[0], codes[i]) and label[0] == labels[i]
+    data = open_codes(folder, 16, 4)
+    assert isinstance(data, PublishedCodes) and len(data) == COUNT
+
+
+@pytest.mark.parametrize("layout", [[], ["--published-layout"]], ids=["packed", "published"])
+def test_debug_writes_nothing(images, tokenizer, tmp_path, capsys, layout):
+    extract(images, tmp_path / "codes", tokenizer, "--debug", *layout)
+    assert os.listdir(tmp_path) == []
+    printed = capsys.readouterr().out
+    assert "nothing written; codes (4, 2, 16)" in printed and "labels [0, 0, 0, 0]" in printed
+
+
+# What happens on the way
+
+
+def test_again_does_nothing(images, tokenizer, tmp_path, extracted, capsys):
+    folder = shutil.copytree(extracted, tmp_path / "codes")
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    extract(images, folder, tokenizer)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
+    assert "codes of 18 images, 0 unreadable ones skipped" in capsys.readouterr().out
+
+
+def test_missing_and_damaged_shards_are_written_again(images, tokenizer, tmp_path, extracted):
+    folder = shutil.copytree(extracted, tmp_path / "codes")
+    (folder / "shard-000001.json").unlink()
+    (folder / "shard-000003.npy").write_bytes(b"short")
+    untouched = (folder / "shard-000000.npy").stat().st_mtime_ns
+    extract(images, folder, tokenizer)
+    assert digests(folder) == digests(extracted)
+    assert (folder / "shard-000000.npy").stat().st_mtime_ns == untouched
+
+
+@pytest.fixture
+def damaged(images, tmp_path):
+    """The images with two that cannot be read, in the second and the last shard."""
+    folder = shutil.copytree(images, tmp_path / "damaged")
+    (folder / "class1" / "2.png").write_bytes(b"not a picture")
+    (folder / "class2" / "5.png").write_bytes((folder / "class2" / "5.png").read_bytes()[:100])
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_images_are_left_out_and_counted(damaged, tokenizer, extracted, tmp_path, capsys, workers):
+    folder = extract(damaged, tmp_path / "codes", tokenizer, "--num-workers", workers)
+    codes, labels, indices = read(folder)
+    kept = [i for i in range(COUNT) if i not in (8, 17)]
+    whole_codes, whole_labels, _ = read(extracted)
+    assert indices.tolist() == kept
+    assert np.array_equal(codes, whole_codes[kept]) and np.array_equal(labels, whole_labels[kept])
+    printed = capsys.readouterr().out
+    if workers == 0:  # what another process prints is not captured here
+        assert "class1/2.png" in printed and "class2/5.png" in printed
+    assert "codes of 16 images, 2 unreadable ones skipped" in printed
+    assert [json.loads((folder / f"shard-00000{k}.json").read_text())["skipped"] for k in range(4)] == [
+        [],
+        [8],
+        [],
+        [17],
+    ]
+    assert len(open_codes(folder, 16, 4)) == 16
+
+
+def test_what_an_earlier_run_left_out_is_counted_too(damaged, tokenizer, tmp_path, capsys):
+    folder = extract(damaged, tmp_path / "codes", tokenizer)
+    (folder / "shard-000000.json").unlink()
+    capsys.readouterr()
+    extract(damaged, folder, tokenizer)
+    assert "codes of 16 images, 2 unreadable ones skipped" in capsys.readouterr().out
+
+
+def test_damaged_images_have_no_published_files(damaged, tokenizer, tmp_path):
+    folder = extract(damaged, tmp_path / "codes", tokenizer, "--published-layout")
+    assert len(open_codes(folder, 16, 4)) == 16
+    assert not (folder / "imagenet16_codes" / "8.npy").exists()
+
+
+def test_killed_between_two_shards(images, tokenizer, extracted, tmp_path, monkeypatch):
+    """As fast as a test can be about it; the next one really kills."""
+    write, written = CodeWriter.write_shard, []
+
+    def twice(self, shard, *rest):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(shard)
+        write(self, shard, *rest)
+
+    monkeypatch.setattr(CodeWriter, "write_shard", twice)
+    with pytest.raises(KeyboardInterrupt):
+        extract(images, tmp_path / "codes", tokenizer)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="2 of 4 shards"):
+        open_codes(tmp_path / "codes", 16, 4)
+    extract(images, tmp_path / "codes", tokenizer)
+    assert digests(tmp_path / "codes") == digests(extracted)
+
+
+@pytest.mark.slow
+def test_killed_and_run_again_by_two_processes(tokenizer, tmp_path):
+    """Killed in the middle, gone on with two processes, the files are those of one process that was left alone."""
+    images = make_images(tmp_path / "images", classes=4, per_class=100, size=24, seed=3)
+    words = ["--data-path", images, "--vq-ckpt", tokenizer, *SETTINGS, "--batch-size", 8, "--shard-size", 16]
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(SCRIPT, *words, "--code-path", killed),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(killed.glob("shard-*.json"))) < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    there = len(list(killed.glob("shard-*.json")))
+    assert 3 <= there < 25
+    output = run_script(SCRIPT, *words, "--code-path", killed, processes=2)
+    assert "codes of 400 images, 0 unreadable ones skipped" in output and "Traceback" not in output
+    run_here(extract_codes_c2i, *words, "--code-path", tmp_path / "whole")
+    assert digests(killed) == digests(tmp_path / "whole")
+    assert len(digests(killed)) == 25 * 4 + 1
+
+
+# What a user gets wrong
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--image-size", 20], r"image_size: 16 there, 20 now"),
+        (["--ten-crop"], r"views: .* there"),
+        (["--use-ema"], r"tokenizer: "),
+        (["--shard-size", 7], r"shard_size: 5 there, 7 now"),
+        (["--dataset", "pexels"], r"dataset: 'imagenet' there, 'pexels' now"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_other_settings_into_the_same_folder(images, tokenizer, extracted, more, message):
+    before = digests(extracted)
+    with pytest.raises(ValueError, match=rf"holds codes of other settings(.|\n)*{message}"):
+        extract(images, extracted, tokenizer, *more)
+    assert digests(extracted) == before
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--image-size", 18], r"--image-size 18 is not a multiple of 4, the pixels a side of a token"),
+        (["--codebook-size", 128], r"does not fit the flags --codebook-size 128; it holds --codebook-size 64"),
+        (["--vq-model", "VQ-16"], r"does not fit the flags --vq-model VQ-16; it holds --vq-model VQ-4"),
+        (["--dataset", "coco"], r"it has sub-folders"),
+        (["--dataset", "imagenette"], r"unknown --dataset"),
+        (["--ten-crop", "--crop-range", 0.9], r"--crop-range must be at least 1, got 0\.9"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_flags_that_do_not_fit(images, tokenizer, tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        extract(images, tmp_path / "codes", tokenizer, *more)
+    assert not (tmp_path / "codes").exists()
+
+
+def test_missing_files(images, tokenizer, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist"):
+        extract(tmp_path / "nowhere", tmp_path / "codes", tokenizer)
+    with pytest.raises(FileNotFoundError, match=r"nowhere"):
+        extract(images, tmp_path / "codes", tmp_path / "nowhere" / "vq.pt")
+
+
+# Flags
+
+FLAGS = """
+`--data-path` str = required; `--code-path` str = required; `--vq-model` str ∈ [VQ-8, VQ-16] = VQ-16;
+`--vq-ckpt` str = required; `--codebook-size` int = 16384; `--codebook-embed-dim` int = 8;
+`--dataset` str = imagenet; `--image-size` int ∈ [256, 384, 448, 512] = 256; `--ten-crop` switch = –;
+`--crop-range` float = 1.1; `--global-seed` int = 0; `--num-workers` int = 24; `--debug` switch = –
+"""
+
+
+def test_published_flags():
+    check_published_flags(extract_codes_c2i, FLAGS)
+    assert flag_defaults(extract_codes_c2i)["--published-layout"] is False

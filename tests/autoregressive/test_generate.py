@@ -1,0 +1,321 @@
+"""The decode loop against one without a cache, and what it promises about caches, steps, conditions and errors."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+
+from autoregressive.models import generate as generation
+from autoregressive.models.generate import generate
+from autoregressive.models.gpt import ModelArgs, Transformer
+from autoregressive.models.sampling import SamplingConfig, choose
+from tests.helpers import randomize
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = {"dim": 32, "n_layer": 3, "n_head": 4, "multiple_of": 32, "vocab_size": 24, "num_classes": 5, "block_size": 16}
+TEXT = {"model_type": "t2i", "cls_token_num": 6, "caption_dim": 12}
+LABELS = torch.tensor([3, 0, 4, 1])
+
+
+def tiny(**more) -> Transformer:
+    return randomize(Transformer(ModelArgs(**{**TINY, **more})), seed=4, gain=1.3)
+
+
+def noise_for(count: int, tokens: int = 16) -> torch.Tensor:
+    return torch.rand(count, tokens, generator=torch.Generator().manual_seed(7))
+
+
+def captions(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = torch.tensor([[0] * (6 - length) + [1] * length for length in lengths])
+    features = torch.randn(len(lengths), 6, 12, generator=torch.Generator().manual_seed(3))
+    return features * mask[..., None], mask
+
+
+@torch.no_grad()
+def without_cache(model, cond, noise, emb_masks=None, cfg_scale=1.0, cfg_interval=-1, **settings) -> torch.Tensor:
+    """Runs the whole model over all known tokens at every step, conditional and unconditional rows apart."""
+    n, total = model.args.ar_token_num, model.args.block_size
+    config = SamplingConfig(**settings)
+    known = torch.zeros(len(cond), 0, dtype=torch.long)
+    while known.shape[1] < total:
+        done = known.shape[1]
+        width = 1 if done < n else n
+        if done == 0:
+            guided = True
+        elif done < n:
+            guided = cfg_interval < 0 or done - 1 <= cfg_interval
+        else:
+            guided = cfg_interval < 0 or done - n <= cfg_interval
+        logits = model(known, cond, prefix_mask=emb_masks)[:, done : done + width]
+        if guided and cfg_scale > 1:
+            nothing = torch.ones(len(cond), dtype=torch.bool)
+            without = model(known, cond, prefix_mask=emb_masks, drop=nothing)[:, done : done + width]
+            logits = without + cfg_scale * (logits - without)
+        known = torch.cat([known, choose(logits, config, noise[:, done : done + width])], dim=1)
+    raster = torch.empty_like(known)
+    raster[:, model.layout.order] = known
+    return raster
+
+
+KINDS = {
+    "raster": {},
+    "PAR-4": {"ar_token_num": 4},
+    "PAR-16": {"ar_token_num": 16, "block_size": 64},
+    "few key heads": {"n_kv_head": 2, "ar_token_num": 4},
+}
+SETTINGS = {
+    "plain": {},
+    "guided": {"cfg_scale": 3.0},
+    "interval 0": {"cfg_scale": 3.0, "cfg_interval": 0},
+    "interval 2": {"cfg_scale": 3.0, "cfg_interval": 2},
+    "interval 5": {"cfg_scale": 3.0, "cfg_interval": 5},
+    "interval 99": {"cfg_scale": 3.0, "cfg_interval": 99},
+    "greedy": {"cfg_scale": 2.0, "sample_logits": False},
+    "filters": {"cfg_scale": 1.5, "temperature": 0.8, "top_k": 9, "top_p": 0.9},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("more", KINDS.values(), ids=KINDS)
+def test_the_cache_changes_nothing(more, settings):
+    model = tiny(**more)
+    noise = noise_for(4, model.layout.tokens)
+    codes = generate(model, LABELS, noise=noise, **settings)
+    assert codes.dtype == torch.int64
+    assert torch.equal(codes, without_cache(model, LABELS, noise, **settings))
+    assert len(codes.unique()) > 4 and (codes[0] != codes[1]).any()
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("n", [1, 4])
+def test_captions_of_different_lengths(n, settings):
+    model = tiny(**TEXT, ar_token_num=n)
+    features, mask = captions(6, 2, 1, 4)
+    codes = generate(model, features, emb_masks=mask, noise=noise_for(4), **settings)
+    assert torch.equal(codes, without_cache(model, features, noise_for(4), mask, **settings))
+    if settings == {}:
+        assert not torch.equal(codes, generate(model, features, noise=noise_for(4)))
+    for row in range(4):
+        part = slice(row, row + 1)
+        alone = generate(model, features[part], emb_masks=mask[part], noise=noise_for(4)[part], **settings)
+        assert torch.equal(alone[0], codes[row])
+
+
+def test_settings_change_the_tokens():
+    """Otherwise the comparisons above say nothing."""
+    drawn = {name: generate(tiny(), LABELS, noise=noise_for(4), **settings) for name, settings in SETTINGS.items()}
+    different = [name for name in drawn if not torch.equal(drawn[name], drawn["plain"])]
+    assert different == [name for name in SETTINGS if name != "plain"]
+    assert torch.equal(drawn["guided"], drawn["interval 99"])
+    assert not torch.equal(drawn["interval 0"], drawn["interval 2"])
+    assert not torch.equal(drawn["interval 2"], drawn["interval 5"])
+
+
+def test_a_batch_without_masks_equals_one_of_whole_captions():
+    model = tiny(**TEXT)
+    features, mask = captions(6, 6)
+    drawn = generate(model, features, emb_masks=mask, noise=noise_for(2), cfg_scale=2.0)
+    assert torch.equal(drawn, generate(model, features, noise=noise_for(2), cfg_scale=2.0))
+
+
+# Caches
+
+
+def test_caches_are_reused():
+    model = tiny()
+    fresh = [generate(copy.deepcopy(model), LABELS[:count], noise=noise_for(4)[:count]) for count in (4, 2)]
+    first = generate(model, LABELS, noise=noise_for(4))
+    cache = generation._caches[model]
+    storage = [tensor.data_ptr() for tensor in cache.keys + cache.values]
+    smaller = generate(model, LABELS[:2], noise=noise_for(4)[:2])
+    again = generate(model, LABELS, noise=noise_for(4))
+    assert torch.equal(first, fresh[0]) and torch.equal(again, fresh[0])
+    assert torch.equal(smaller, fresh[1]) and torch.equal(smaller, first[:2])
+    assert generation._caches[model] is cache
+    assert [tensor.data_ptr() for tensor in cache.keys + cache.values] == storage
+    assert cache.rows == model.layout.rows and len(storage) == 2 * model.args.n_layer
+
+    guided = generate(model, LABELS, noise=noise_for(4), cfg_scale=2.0)
+    assert len(generation._caches[model].keys[0]) == 8, "a larger batch needs a larger cache"
+    assert torch.equal(guided, without_cache(model, LABELS, noise_for(4), cfg_scale=2.0))
+
+
+def test_what_an_earlier_image_left_in_the_cache_is_not_seen():
+    model = tiny(ar_token_num=4)
+    expected = generate(model, LABELS, noise=noise_for(4), cfg_scale=2.0)
+    cache = generation._caches[model]
+    with torch.inference_mode():
+        for tensor in cache.keys + cache.values:
+            tensor.fill_(1e4)
+    assert torch.equal(generate(model, LABELS, noise=noise_for(4), cfg_scale=2.0), expected)
+
+
+def test_a_cache_follows_the_weights():
+    model = tiny()
+    generate(model, LABELS, noise=noise_for(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        generate(model, LABELS, noise=noise_for(4))
+        assert generation._caches[model].keys[0].dtype == torch.bfloat16
+    generate(model.to(torch.bfloat16), LABELS, noise=noise_for(4))
+    assert generation._caches[model].keys[0].dtype == torch.bfloat16
+    generate(model.float(), LABELS, noise=noise_for(4))
+    assert generation._caches[model].keys[0].dtype == torch.float32
+
+
+def test_a_model_takes_its_cache_with_it():
+    model = tiny()
+    generate(model, LABELS)
+    keys = weakref.ref(generation._caches[model].keys[0])
+    del model
+    gc.collect()
+    assert keys() is None
+
+
+# Numbers of tokens, steps
+
+
+def test_fewer_tokens_are_the_first_ones():
+    model = tiny()
+    every = generate(model, LABELS, noise=noise_for(4), cfg_scale=2.0)
+    assert torch.equal(generate(model, LABELS, 16, noise=noise_for(4), cfg_scale=2.0), every)
+    for count in (1, 2, 9, 15):
+        steps = []
+        fewer = generate(model, LABELS, count, noise=noise_for(4), cfg_scale=2.0, on_step=steps.append)
+        assert torch.equal(fewer, every[:, :count]) and steps == [*range(1, count + 1)]
+
+
+@pytest.mark.parametrize("n, count", [(1, 0), (1, -1), (1, 17), (4, 0), (4, 4), (4, 8), (4, 15), (4, 17)])
+def test_numbers_of_tokens_the_layout_cannot_stop_at(n, count):
+    with pytest.raises(ValueError, match=rf"max_new_tokens is {count}.*16 tokens"):
+        generate(tiny(ar_token_num=n), LABELS, count)
+
+
+@pytest.mark.parametrize("n, expected", [(1, [*range(1, 17)]), (4, [1, 2, 3, 4, 8, 12, 16]), (16, [*range(1, 17)])])
+def test_steps_are_reported(n, expected):
+    steps = []
+    generate(tiny(ar_token_num=n), LABELS, on_step=steps.append)
+    assert steps == expected
+
+
+def test_unconditional_rows_stop_with_the_last_guided_step(monkeypatch):
+    model, rows = tiny(ar_token_num=4), []
+    pick = generation.pick
+    monkeypatch.setattr(generation, "pick", lambda logits, *args: rows.append(len(logits)) or pick(logits, *args))
+    for interval, expected in ((-1, [8] * 7), (1, [8] * 5 + [4] * 2), (0, [8] * 5 + [4] * 2), (4, [8] * 6 + [4])):
+        rows.clear()
+        generate(model, LABELS, cfg_scale=2.0, cfg_interval=interval)
+        assert rows == expected, interval
+    rows.clear()
+    generate(model, LABELS)
+    assert rows == [4] * 7
+
+
+# Modes
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_training_flag_is_restored(training):
+    model = tiny().train(training)
+    drawn = generate(model, LABELS, noise=noise_for(4))
+    assert torch.equal(drawn, generate(tiny(), LABELS, noise=noise_for(4))), "dropouts are off meanwhile"
+    assert all(module.training == training for module in model.modules())
+
+    def interrupt(tokens):
+        assert not model.training
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, LABELS, on_step=interrupt)
+    assert all(module.training == training for module in model.modules())
+
+
+def test_noise_is_drawn_from_the_global_generator():
+    torch.manual_seed(1)
+    first = generate(tiny(), LABELS)
+    assert not torch.equal(first, generate(tiny(), LABELS))
+    torch.manual_seed(1)
+    assert torch.equal(first, generate(tiny(), LABELS))
+
+
+def test_bf16_weights():
+    model = tiny().to(torch.bfloat16)
+    codes = generate(model, LABELS, noise=noise_for(4), cfg_scale=2.0)
+    assert torch.equal(codes, generate(model, LABELS, noise=noise_for(4), cfg_scale=2.0))
+    assert float((codes == generate(tiny(), LABELS, noise=noise_for(4), cfg_scale=2.0)).float().mean()) > 0.5
+
+
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_row_gives_the_same_bits_at_any_place(n, dtype, threads, monkeypatch):
+    """In batches of whole multiples of eight, as the pipeline makes them: logits to the last bit."""
+    model = tiny(ar_token_num=n, n_layer=2, dim=128).to(dtype)
+    labels, noise = torch.arange(24) % 5, noise_for(24)
+    logits = []
+    pick = generation.pick
+    monkeypatch.setattr(generation, "pick", lambda x, *args: logits.append(x[: args[0]]) or pick(x, *args))
+
+    def run(rows):
+        logits.clear()
+        generate(model, labels[rows], noise=noise[rows], cfg_scale=3.0, cfg_interval=9)
+        return torch.cat(logits, dim=1)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = run(torch.arange(24))
+        for rows in (torch.arange(8), torch.arange(8, 24), torch.arange(15, 7, -1)):
+            assert torch.equal(run(rows), together[rows])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 4])
+def test_compiled_steps_give_the_same_tokens(n):
+    """And no step falls back on plain code because there were too many shapes of it."""
+    torch._dynamo.reset()
+    model = tiny(ar_token_num=n, n_layer=1)
+    settings = {"noise": noise_for(4), "cfg_scale": 3.0, "cfg_interval": 4}
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        drawn = [generate(model, LABELS, compile=True, **settings) for _ in range(2)]
+    for codes in drawn:
+        assert torch.equal(codes, generate(model, LABELS, **settings))
+
+
+@pytest.mark.slow
+def test_compiled_steps_with_captions():
+    torch._dynamo.reset()
+    model = tiny(**TEXT, n_layer=1)
+    features, mask = captions(6, 2, 1, 4)
+    settings = {"emb_masks": mask, "noise": noise_for(4), "cfg_scale": 3.0}
+    assert torch.equal(generate(model, features, compile=True, **settings), generate(model, features, **settings))
+
+
+# Errors
+
+
+@pytest.mark.parametrize("label", [-1, 5, 1000])
+def test_labels_out_of_range(label):
+    with pytest.raises(ValueError, match=f"label {label} is out of range: the model has classes 0 to 4"):
+        generate(tiny(), torch.tensor([0, label, 2]))
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0.0, 1.0]), torch.tensor([[1], [2]]), torch.tensor(3)])
+def test_labels_of_the_wrong_kind(labels):
+    with pytest.raises(ValueError, match="labels are whole numbers of shape"):
+        generate(tiny(), labels)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 12), (2, 6, 13), (6, 12), (2,)])
+def test_captions_of_the_wrong_shape(shape):
+    with pytest.raises(ValueError, match=r"shape \(B, 6, 12\), got"):
+        generate(tiny(**TEXT), torch.zeros(shape))
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match="--top-p"):
+        generate(tiny(), LABELS, top_p=0.0)

@@ -1,0 +1,126 @@
+"""The token layout against a second version of it, written out row by row from the description of PAR."""
+
+from math import isqrt
+
+import pytest
+import torch
+
+from autoregressive.models.layout import DecodeStep, TokenLayout
+
+LAYOUTS = [(4, 1), (5, 1), (2, 4), (4, 4), (6, 4), (3, 9), (6, 9), (4, 16), (8, 16)]
+PREFIXES = [1, 120]
+
+
+def order_written_out(grid: int, n: int) -> list[int]:
+    """All n tokens at offset (0, 0) of each region, then at (0, 1), ..."""
+    regions = isqrt(n)
+    side = grid // regions
+    return [
+        (region_y * side + y) * grid + region_x * side + x
+        for y in range(side)
+        for x in range(side)
+        for region_y in range(regions)
+        for region_x in range(regions)
+    ]
+
+
+def rows_written_out(grid: int, n: int, prefix: int) -> list[int | None]:
+    """For each row the sequence position of its image token, None for condition rows and special tokens."""
+    sequence = list(range(grid**2))
+    return [None] * prefix + sequence[:n] + [None] * (n - 1) + sequence[n:]
+
+
+@pytest.mark.parametrize("grid, n", LAYOUTS)
+def test_order(grid, n):
+    layout = TokenLayout(grid, n)
+    assert layout.order.tolist() == order_written_out(grid, n)
+    codes = torch.arange(100, 100 + grid**2)
+    assert torch.equal(codes[layout.order][layout.raster], codes)
+    assert torch.equal(codes[layout.raster][layout.order], codes)
+
+
+def test_order_of_a_small_grid_by_hand():
+    assert TokenLayout(4, 4).order.tolist() == [0, 2, 8, 10, 1, 3, 9, 11, 4, 6, 12, 14, 5, 7, 13, 15]
+
+
+@pytest.mark.parametrize("grid", [1, 2, 7, 24])
+def test_raster_is_the_identity(grid):
+    layout = TokenLayout(grid)
+    assert layout.order.tolist() == layout.raster.tolist() == list(range(grid**2))
+    assert (layout.special, layout.rows, layout.mask(layout.rows)) == (0, 1 + grid**2, None)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("grid, n", LAYOUTS)
+def test_rope_rows(grid, n, prefix):
+    layout = TokenLayout(grid, n, prefix)
+    table = torch.arange(1, 1 + grid**2 * 6).view(grid**2, 3, 2)
+    order = order_written_out(grid, n)
+    zeros = torch.zeros(3, 2, dtype=torch.long)
+    expected = [zeros if at is None else table[order[at]] for at in rows_written_out(grid, n, prefix)]
+    assert layout.rows == len(expected) == prefix + grid**2 + n - 1
+    assert torch.equal(layout.rope_rows(table), torch.stack(expected))
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("grid, n", LAYOUTS)
+def test_mask(grid, n, prefix):
+    """Counted from the last condition row: rows n + i·n to n + (i+1)·n - 1 see every column below n + (i+1)·n."""
+    layout = TokenLayout(grid, n, prefix)
+    expected = torch.zeros(layout.rows, layout.rows, dtype=torch.bool)
+    for row in range(layout.rows):
+        expected[row, : row + 1] = True
+        i = (row - (prefix - 1) - n) // n
+        if i >= 0:
+            expected[row, : prefix - 1 + n + (i + 1) * n] = True
+    for rows in {1, prefix, prefix + n - 1, prefix + n, prefix + 2 * n - 1, layout.rows - n, layout.rows}:
+        mask = layout.mask(rows)
+        assert (mask is None) == (n == 1)
+        mask = torch.ones(rows, rows, dtype=torch.bool).tril() if mask is None else mask
+        assert torch.equal(mask, expected[:rows, :rows]), rows
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("grid, n", LAYOUTS)
+def test_steps(grid, n, prefix):
+    """Each step computes the next rows, from tokens that are known by then, and predicts the next tokens."""
+    steps = TokenLayout(grid, n, prefix).steps
+    content = rows_written_out(grid, n, prefix)
+    row, known = prefix, 1  # what the prefill leaves
+    for i, step in enumerate(steps):
+        single = i < n - 1
+        assert step.number == (i if single else (i - (n - 1)) * n)
+        assert step.rows.start == row and len(step.rows) == (1 if single else n)
+        fed = [*range(step.inputs.start, step.inputs.stop)] + [None] * step.special
+        assert fed == content[step.rows.start : step.rows.stop]
+        assert max(at for at in fed if at is not None) < known
+        assert (step.outputs.start, step.outputs.stop) == (known, known + (1 if single else n))
+        row, known = step.rows.stop, step.outputs.stop
+    assert known == grid**2
+    assert len(steps) == n - 1 + (grid**2 - n) // n
+
+
+def test_steps_by_hand():
+    assert TokenLayout(2).steps == tuple(
+        DecodeStep(range(1 + t, 2 + t), slice(t, t + 1), 0, slice(t + 1, t + 2), t) for t in range(3)
+    )
+    assert TokenLayout(4, 4).steps == (
+        DecodeStep(range(1, 2), slice(0, 1), 0, slice(1, 2), 0),
+        DecodeStep(range(2, 3), slice(1, 2), 0, slice(2, 3), 1),
+        DecodeStep(range(3, 4), slice(2, 3), 0, slice(3, 4), 2),
+        DecodeStep(range(4, 8), slice(3, 4), 3, slice(4, 8), 0),
+        DecodeStep(range(8, 12), slice(4, 8), 0, slice(8, 12), 4),
+        DecodeStep(range(12, 16), slice(8, 12), 0, slice(12, 16), 8),
+    )
+
+
+@pytest.mark.parametrize("n", [-4, -1, 0, 2, 3, 5, 8, 15])
+def test_groups_that_are_no_square(n):
+    with pytest.raises(ValueError, match=rf"--ar-token-num must be a square number.*got {n}$"):
+        TokenLayout(16, n)
+
+
+@pytest.mark.parametrize("grid, n, side", [(6, 16, 4), (5, 4, 2), (1, 4, 2), (0, 1, 1), (-4, 4, 2)])
+def test_grids_that_groups_do_not_fit(grid, n, side):
+    with pytest.raises(ValueError, match=f"{grid}x{grid} tokens cannot be cut into {side}x{side} regions"):
+        TokenLayout(grid, n)

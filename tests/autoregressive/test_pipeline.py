@@ -1,0 +1,355 @@
+"""The pipeline: image i is a function of (seed, i) whatever the batch, files by every kind of name, and what a user gets wrong."""
+
+import shutil
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from autoregressive.models.gpt import GPT_models
+from autoregressive.pipeline import ImagePipeline, load_gpt, load_tokenizer
+from tests.helpers import randomize
+from tokenizer.tokenizer_image.vq_model import VQ_models
+from utils.checkpoint import save_checkpoint, save_safetensors
+from utils.images import to_uint8
+from utils.rng import image_noise
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Recording(ImagePipeline):
+    """A pipeline that keeps the codes it decodes."""
+
+    def decode(self, codes, size=None):
+        self.codes = codes.clone()
+        return super().decode(codes, size)
+
+
+def labels_of(numbers) -> list[int]:
+    return [number * 7 % 10 for number in numbers]
+
+
+def draw(pipeline: Recording, numbers, **settings) -> dict[int, tuple[torch.Tensor, np.ndarray]]:
+    """Each image's codes and pixels by its number."""
+    drawn = {}
+    for part, images in pipeline.batches(labels_of(numbers), indices=numbers, **settings):
+        assert len(part) == len(images) == len(pipeline.codes)
+        drawn |= {number: (codes, image) for number, codes, image in zip(part, pipeline.codes, images, strict=True)}
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def models(small_files):
+    """GPTs by (is it PAR, dtype), and the tokenizer."""
+    gpts = {
+        (par, dtype): load_gpt(small_files.par if par else small_files.gpt, dtype=dtype)
+        for par in (False, True)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    return gpts, load_tokenizer(small_files.vq)
+
+
+@pytest.fixture(scope="module")
+def pipeline(models):
+    return Recording(models[0][True, torch.float32], models[1])  # PAR: a third of the steps
+
+
+# Image i is a function of (seed, i)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cfg_scale": 3.0, "cfg_interval": 20}], ids=["plain", "guided"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "par", [pytest.param(False, marks=pytest.mark.slow, id="raster"), pytest.param(True, id="PAR")]
+)
+def test_an_image_does_not_depend_on_its_batch(models, par, dtype, settings):
+    gpts, tokenizer = models
+    numbers = list(range(17))
+    expected = draw(Recording(gpts[par, dtype], tokenizer, batch_size=16), numbers, seed=5, **settings)
+    assert len({codes.numpy().tobytes() for codes, _ in expected.values()}) == 17
+    assert all(len(codes.unique()) > 10 for codes, _ in expected.values())
+    for batch, chosen in (
+        (1, [16, 0, 7]),
+        (2, [3, 4, 15]),
+        (3, [9, 2, 8, 1, 16]),
+        (5, numbers[6::-1]),
+        (8, numbers[3:14]),
+        (16, [12, 4, 12]),
+    ):
+        drawn = draw(Recording(gpts[par, dtype], tokenizer, batch_size=batch), chosen, seed=5, **settings)
+        assert list(drawn) == list(dict.fromkeys(chosen))
+        for number, (codes, image) in drawn.items():
+            assert torch.equal(codes, expected[number][0]), (batch, number)
+            assert np.array_equal(image, expected[number][1]), (batch, number)
+
+
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_pixels_do_not_depend_on_the_batch(pipeline, threads):
+    codes = torch.randint(64, (19, 64), generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for size, counts in ((None, (1, 3, 16)), (20, (1, 5))):
+            together = pipeline.decode(codes, size)
+            for count in counts:
+                for part in torch.arange(18, -1, -1).split(count)[:2]:
+                    assert np.array_equal(pipeline.decode(codes[part], size), together[part.numpy()]), (size, count)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_seed_number_and_label_each_matter(pipeline):
+    def codes(label, seed, number):
+        list(pipeline.batches([label], seed=seed, indices=[number]))
+        return pipeline.codes[0].tolist()
+
+    first = codes(3, 0, 0)
+    assert codes(3, 0, 0) == first
+    assert first != codes(3, 1, 0) and first != codes(3, 0, 1) and first != codes(4, 0, 0)
+
+
+def test_noise_is_a_function_of_seed_and_number():
+    together = image_noise(3, range(5), 9)
+    assert together.shape == (5, 9) and together.dtype == torch.float32
+    assert together.min() >= 0 and together.max() < 1 and len(together.unique()) == 45
+    assert torch.equal(image_noise(3, [4, 0], 9), together[[4, 0]])
+    assert torch.equal(image_noise(3, [2], 5)[0], together[2, :5]), "more tokens leave the first ones as they are"
+    assert not torch.equal(image_noise(4, range(5), 9), together)
+    assert image_noise(3, [], 9).shape == (0, 9)
+
+
+# Calls
+
+
+def test_pil_images(pipeline):
+    images = pipeline([1, 2, 3], seed=4, progress=False)
+    assert [(image.size, image.mode) for image in images] == [((32, 32), "RGB")] * 3
+    assert pipeline.image_size == 32
+    expected = draw(pipeline, [0], seed=4)
+    assert np.array_equal(np.asarray(pipeline([0], seed=4, progress=False)[0]), expected[0][1])
+    assert pipeline([], progress=False) == []
+    as_array = pipeline(np.array([1, 2, 3]), seed=4, progress=False)
+    as_tensor = pipeline(torch.tensor([1, 2, 3], dtype=torch.uint8), seed=4, progress=False)
+    for other in (as_array, as_tensor):
+        assert [image.tobytes() for image in other] == [image.tobytes() for image in images]
+
+
+@pytest.mark.parametrize("size", [8, 20, 32, 48])
+def test_other_sizes_are_resized_bicubically(pipeline, size):
+    images = pipeline([1, 2], size=size, progress=False)
+    with torch.inference_mode():
+        decoded = pipeline.tokenizer.decode_code(pipeline.codes, (2, 8, 8, 8))
+        resized = decoded if size == 32 else F.interpolate(decoded, size=(size, size), mode="bicubic")
+    assert [image.size for image in images] == [(size, size)] * 2
+    assert np.array_equal(np.stack(images), to_uint8(resized))
+
+
+def test_decoded_codes_are_in_raster_order(pipeline):
+    codes = torch.randint(64, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = to_uint8(pipeline.tokenizer.decode_code(codes.view(2, 8, 8)))
+    assert np.array_equal(pipeline.decode(codes), expected)
+
+
+def test_progress_counts_tokens(pipeline, capsys):
+    pipeline([1] * 9, progress=True)
+    assert "9 images: 100%" in (shown := capsys.readouterr().err) and "576/576" in shown
+    pipeline([1] * 3, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+# Files
+
+
+def test_a_folder_and_names(small_files):
+    pipeline = ImagePipeline.from_pretrained(small_files.folder, gpt="gpt.pt", vq="vq.pt", batch_size=3)
+    assert pipeline.image_size == 32 and pipeline.batch_size == 3 and not pipeline.gpt.training
+    assert pipeline.gpt.tok_embeddings.weight.dtype == torch.float32
+    assert not any(p.requires_grad for p in [*pipeline.gpt.parameters(), *pipeline.tokenizer.parameters()])
+    par = ImagePipeline.from_pretrained(str(small_files.folder), gpt="par4.pt", vq="vq.pt", dtype=torch.bfloat16)
+    assert par.gpt.args.ar_token_num == 4 and par.gpt.tok_embeddings.weight.dtype == torch.bfloat16
+    assert par.tokenizer.quantize.embedding.weight.dtype == torch.float32
+
+
+def test_paths(small_files, tmp_path, monkeypatch):
+    def check(*args, **more):
+        pipeline = ImagePipeline.from_pretrained(*args, **more)
+        assert torch.equal(pipeline.gpt.state_dict()["output.weight"], expected)
+        assert pipeline.image_size == 32
+
+    expected = load_gpt(small_files.gpt).state_dict()["output.weight"]
+    check(small_files.gpt, vq=small_files.vq)
+    check(str(small_files.gpt), vq="vq.pt")  # beside the GPT
+    check(tmp_path, gpt=small_files.gpt, vq=small_files.vq)
+    check(small_files.bare, vq=small_files.vq, image_size=32)
+    check(small_files.bare.parent, vq=small_files.vq, image_size=32)
+    check(small_files.folder, gpt=small_files.bare.parent.name, vq="vq.pt", image_size=32)
+    monkeypatch.chdir(small_files.folder)
+    check("gpt.pt", vq="vq.pt")
+    check(".", gpt="gpt.pt", vq="vq.pt")
+
+
+def test_run_folders(small_files, tmp_path):
+    """The newest checkpoint of a run, of its checkpoints folder, or of the newest run."""
+    checkpoints = tmp_path / "results" / "003-GPT-XS" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    shutil.copy(small_files.gpt, checkpoints / "0000100.pt")
+    shutil.copy(small_files.par, checkpoints / "0000020.pt")
+    for name, gpt in (
+        (tmp_path, "results"),
+        (tmp_path / "results", "003-GPT-XS"),
+        (tmp_path / "results" / "003-GPT-XS", "checkpoints"),
+        (checkpoints, "0000100.pt"),
+        (tmp_path / "results", None),
+        (checkpoints.parent, None),
+    ):
+        assert ImagePipeline.from_pretrained(name, gpt, small_files.vq).gpt.args.ar_token_num == 1
+    shutil.copy(small_files.par, checkpoints / "0000101.pt")
+    assert ImagePipeline.from_pretrained(tmp_path / "results", vq=small_files.vq).gpt.args.ar_token_num == 4
+
+
+def test_released_names(small_files, tmp_path, monkeypatch):
+    """A released file that is on the disk already, by its qualified name and by repository and name."""
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "pretrained_models" / "LlamaGen-NPP"
+    home.mkdir(parents=True)
+    shutil.copy(small_files.gpt, home / "c2i_L_256.pt")
+    for arguments in (("pytttttt/LlamaGen-NPP/c2i_L_256.pt", None), ("pytttttt/LlamaGen-NPP", "c2i_L_256.pt")):
+        pipeline = ImagePipeline.from_pretrained(*arguments, vq=small_files.vq)
+        assert pipeline.image_size == 32, "what the file records counts, not its name"
+
+
+def test_the_released_tokenizer_is_the_default(small_files, tmp_path):
+    shutil.copy(small_files.gpt, tmp_path)
+    tokenizer = VQ_models["VQ-16"](codebook_size=64, ch=32, z_channels=32)
+    save_checkpoint(tmp_path / "vq_ds16_c2i.pt", {"model": tokenizer.state_dict()})
+    with pytest.raises(ValueError, match=r"--downsample-size 16 \(file: 4\)"):
+        ImagePipeline.from_pretrained(tmp_path, gpt="gpt.pt")
+    with pytest.raises(ValueError, match=r"--downsample-size 16 \(file: 4\)"):
+        ImagePipeline.from_pretrained(tmp_path, gpt="gpt.pt", vq="vq_ds16_c2i.pt")
+    content = torch.load(small_files.gpt, weights_only=False)
+    content["args"] = Namespace(image_size=128, downsample_size=16)
+    torch.save(content, tmp_path / "gpt.pt")
+    pipeline = ImagePipeline.from_pretrained(tmp_path, gpt="gpt.pt")
+    assert pipeline.image_size == 128 and pipeline.gpt.layout.grid_size == 8
+
+
+def test_averaged_weights(small_files, tmp_path):
+    content = torch.load(small_files.gpt, weights_only=False)
+    averaged = {name: value + 1 for name, value in content["model"].items()}
+    torch.save({**content, "ema": averaged}, tmp_path / "gpt.pt")
+    vq = torch.load(small_files.vq)["model"]
+    torch.save({"model": vq, "ema": {name: value + 1 for name, value in vq.items()}}, tmp_path / "vq.pt")
+    for use_ema, shift in ((False, 0), (True, 1)):
+        pipeline = ImagePipeline.from_pretrained(tmp_path, gpt="gpt.pt", vq="vq.pt", use_ema=use_ema)
+        assert torch.equal(pipeline.gpt.norm.weight, content["model"]["norm.weight"] + shift)
+        assert torch.equal(pipeline.tokenizer.decoder.conv_out.bias, vq["decoder.conv_out.bias"] + shift)
+
+
+def test_safetensors(small_files, tmp_path):
+    state = torch.load(small_files.bare)
+    save_safetensors(tmp_path / "model.safetensors", state, {"args": {"image_size": 32, "downsample_size": 4}})
+    model = load_gpt(tmp_path / "model.safetensors")
+    tokens, labels = torch.randint(64, (2, 63)), torch.tensor([1, 2])
+    assert torch.equal(model(tokens, labels), load_gpt(small_files.gpt)(tokens, labels))
+
+
+def test_the_model_is_that_of_the_weights(small_files, tmp_path):
+    """Odd widths and key heads are read off the file."""
+    odd = randomize(
+        GPT_models["GPT-XS"](
+            vocab_size=40, block_size=16, num_classes=3, n_kv_head=2, multiple_of=8, ffn_dim_multiplier=0.7
+        )
+    )
+    torch.save(odd.state_dict(), tmp_path / "odd.pt")
+    model = load_gpt(tmp_path / "odd.pt", image_size=64)
+    tokens, labels = torch.randint(40, (2, 15)), torch.tensor([1, 2])
+    assert torch.equal(model(tokens, labels), odd(tokens, labels))
+    assert (model.args.n_kv_head, model.args.ffn_dim, model.args.num_classes) == (2, odd.args.ffn_dim, 3)
+
+
+# What a user gets wrong
+
+
+@pytest.mark.parametrize("name", ["nowhere", "a/b/c", "/a/b"])
+def test_folders_that_are_not_there(name, small_files):
+    with pytest.raises(FileNotFoundError, match=f"{name} is neither a folder nor a hub repository"):
+        ImagePipeline.from_pretrained(name, gpt="gpt.pt", vq=small_files.vq)
+
+
+def test_unknown_names(small_files, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"no file missing\.pt"):
+        ImagePipeline.from_pretrained(small_files.folder, gpt="missing.pt", vq="vq.pt")
+    with pytest.raises(FileNotFoundError, match=r"no file missing\.pt"):
+        ImagePipeline.from_pretrained(small_files.folder, gpt="gpt.pt", vq="missing.pt")
+    with pytest.raises(FileNotFoundError, match=r"missing\.pt"):
+        ImagePipeline.from_pretrained(small_files.folder / "missing.pt", vq=small_files.vq)
+    with pytest.raises(FileNotFoundError, match=r"did you mean the released c2i_L_384\.pt"):
+        ImagePipeline.from_pretrained("c2i_L_383.pt", vq=small_files.vq)
+    with pytest.raises(FileNotFoundError, match="somebody/something"):
+        ImagePipeline.from_pretrained("somebody/something", gpt="gpt.pt", vq=small_files.vq)
+    with pytest.raises(FileNotFoundError, match="somebody/something"):
+        ImagePipeline.from_pretrained("somebody/something", vq=small_files.vq)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty"):
+        ImagePipeline.from_pretrained(tmp_path / "empty", vq=small_files.vq)
+
+
+def test_files_of_the_wrong_kind(small_files):
+    with pytest.raises(ValueError, match=r"vq\.pt is not a GPT checkpoint: it looks like a VQ image tokenizer"):
+        ImagePipeline.from_pretrained(small_files.folder, gpt="vq.pt", vq="vq.pt")
+    with pytest.raises(ValueError, match=r"gpt\.pt holds not the weights of an image tokenizer"):
+        ImagePipeline.from_pretrained(small_files.folder, gpt="gpt.pt", vq="gpt.pt")
+
+
+def test_image_sizes(small_files):
+    with pytest.raises(ValueError, match="does not say for which image size it was trained: give --image-size"):
+        ImagePipeline.from_pretrained(small_files.bare, vq=small_files.vq)
+    with pytest.raises(ValueError, match="--image-size 34 is not a multiple of --downsample-size 4"):
+        ImagePipeline.from_pretrained(small_files.bare, vq=small_files.vq, image_size=34)
+    with pytest.raises(ValueError, match=r"--image-size 64 \(file: 32\)"):
+        ImagePipeline.from_pretrained(small_files.gpt, vq=small_files.vq, image_size=64)
+
+
+def test_models_that_were_not_trained_together(models):
+    gpts, _ = models
+    gpt = gpts[False, torch.float32]
+    with pytest.raises(ValueError, match="the GPT has 64 codes and the tokenizer 32"):
+        ImagePipeline(gpt, VQ_models["VQ-4"](codebook_size=32))
+    ImagePipeline(gpt, VQ_models["VQ-4"](codebook_size=65))
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batch_sizes_below_one(models, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size is {batch_size}"):
+        ImagePipeline(models[0][True, torch.float32], models[1], batch_size=batch_size)
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ([1, 10], "label 10 is out of range: the model has classes 0 to 9"),
+        ([-1], "label -1 is out of range"),
+        ([1.5], "labels are whole numbers"),
+        ([[1, 2]], "labels are whole numbers"),
+        (3, "labels are whole numbers"),
+    ],
+)
+def test_labels(pipeline, labels, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(labels)
+
+
+def test_settings(pipeline):
+    with pytest.raises(ValueError, match="2 labels for 3 image numbers"):
+        pipeline([1, 2], indices=[1, 2, 3])
+    with pytest.raises(ValueError, match="--top-p"):
+        pipeline([1, 2], top_p=2.0)
+    with pytest.raises(TypeError, match="top_q"):
+        pipeline([1, 2], top_q=0.5)
+    assert isinstance(pipeline([1], top_k=3, progress=False)[0], Image.Image)

@@ -1,0 +1,42 @@
+"""Small checkpoints in the published formats, made once and shared by the tests that read files."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from autoregressive.models.gpt import GPT_models
+from tests.helpers import randomize
+from tokenizer.tokenizer_image.vq_model import VQ_models
+
+
+@dataclass(frozen=True)
+class SmallFiles:
+    """Files of GPT-XS and VQ-4 with random weights: 32x32 pixels, 8x8 tokens, 64 codes, 10 classes."""
+
+    folder: Path
+    vq: Path  # {"model"}
+    gpt: Path  # DDP, with args
+    par: Path  # DDP, four tokens at a time
+    bare: Path  # a bare state dict, consolidated.pth in a folder of its own
+
+
+@pytest.fixture(scope="session")
+def small_files(tmp_path_factory) -> SmallFiles:
+    """Read-only: a test that changes a file copies it first."""
+    folder = tmp_path_factory.mktemp("small")
+    files = SmallFiles(
+        folder, folder / "vq.pt", folder / "gpt.pt", folder / "par4.pt", folder / "0005000" / "consolidated.pth"
+    )
+    args = {"gpt_model": "GPT-XS", "gpt_type": "c2i", "image_size": 32, "downsample_size": 4, "num_classes": 10}
+    shape = {"vocab_size": 64, "block_size": 64, "num_classes": 10}
+    gpt = randomize(GPT_models["GPT-XS"](**shape), seed=1).state_dict()
+    par = randomize(GPT_models["GPT-XS"](**shape, ar_token_num=4), seed=2).state_dict()
+    for path, model in ((files.gpt, gpt), (files.par, par)):
+        torch.save({"model": model, "optimizer": {}, "steps": 7, "args": Namespace(**args)}, path)
+    files.bare.parent.mkdir()
+    torch.save(gpt, files.bare)
+    torch.save({"model": randomize(VQ_models["VQ-4"](codebook_size=64), seed=3).state_dict()}, files.vq)
+    return files

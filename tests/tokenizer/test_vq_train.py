@@ -1,0 +1,450 @@
+"""Training the tokenizer: discriminators, resuming, damaged images, VGG16; and the demo that uses what comes out."""
+
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from autoregressive.pipeline import load_tokenizer
+from dataset.augmentation import center_view
+from dataset.folders import class_folders
+from dataset.images import load_rgb
+from tests.training import (
+    check_published_flags,
+    load,
+    make_images,
+    metrics,
+    quiet_loggers,
+    run_folder,
+    run_here,
+    run_script,
+    same,
+)
+from tokenizer.tokenizer_image import lpips, vq_demo, vq_train
+from utils.images import make_grid, to_uint8
+
+SCRIPT = "tokenizer.tokenizer_image.vq_train"
+MODEL = ["--vq-model", "VQ-4", "--codebook-size", 32]
+PLAIN = [
+    "--image-size",
+    32,
+    "--global-batch-size",
+    4,
+    "--num-workers",
+    0,
+    "--mixed-precision",
+    "none",
+    "--log-every",
+    1,
+]
+PLAIN += ["--perceptual-weight", 0, "--lr", 1e-3]
+NO_DISC = ["--disc-weight", 0]
+KEYS = {"model", "ema", "optimizer", "discriminator", "optimizer_disc", "steps", "args", "trainer"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with quiet_loggers():
+        yield
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two class folders of six images."""
+    return make_images(tmp_path_factory.mktemp("images") / "train", classes=2, per_class=6)
+
+
+def train(images, results, *more):
+    """Trains in this process; returns the last checkpoint's path."""
+    run_here(vq_train, "--data-path", images, "--results-dir", results, *MODEL, *PLAIN, *more)
+    return last(results)
+
+
+def last(results, number=0):
+    return max((run_folder(results, number) / "checkpoints").glob("*.pt"))
+
+
+def log_of(results):
+    return (run_folder(results) / "log.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+    """A short run with everything: EMA, a discriminator from the third step on, a checkpoint every second step."""
+    results = tmp_path_factory.mktemp("trained")
+    flags = ["--ema", "--ema-decay", 0.5, "--disc-start", 2, "--max-steps", 5, "--ckpt-every", 2, "--dropout-p", 0.1]
+    return results, train(images, results, *flags), flags
+
+
+# Runs
+
+
+def test_what_a_checkpoint_holds(trained):
+    _, path, _ = trained
+    saved = load(path)
+    assert saved.keys() == KEYS and saved["steps"] == 5 and saved["args"].codebook_size == 32
+    for use_ema, key in ((False, "model"), (True, "ema")):
+        tokenizer = load_tokenizer(path, vq_model="VQ-4", codebook_size=32, codebook_embed_dim=8, use_ema=use_ema)
+        assert same(dict(tokenizer.state_dict()), dict(saved[key]))
+    assert not torch.equal(saved["model"]["decoder.conv_out.weight"], saved["ema"]["decoder.conv_out.weight"])
+
+
+def test_the_discriminator_begins_at_its_step(trained):
+    results, path, _ = trained
+    assert set(metrics(results, "discriminator_loss")) == set(metrics(results, "logits_real")) == {3, 4, 5}
+    adversarial = metrics(results, "adversarial_loss")
+    assert [adversarial[step] for step in (1, 2)] == [0, 0] and all(adversarial[step] for step in (3, 4, 5))
+    before, after = load(path.with_name("0000002.pt")), load(path)
+    assert before["optimizer_disc"]["state"] == {} and after["optimizer_disc"]["state"][0]["step"] == 3
+    torch.manual_seed(0)
+    assert not torch.equal(before["discriminator"]["main.0.weight"], after["discriminator"]["main.0.weight"])
+
+
+def test_the_sum_of_the_losses(trained):
+    for line in metrics(trained[0]):
+        parts = line["reconstruction_loss"] + line["adversarial_weight"] * line["adversarial_loss"]
+        parts += line["vq_loss"] + line["commit_loss"] + line["entropy_loss"]
+        assert line["generator_loss"] == pytest.approx(parts, rel=1e-5)
+        assert line["adversarial_weight"] == (0.5 if line["step"] > 2 else 0) and line["perceptual_loss"] == 0
+        assert 1 / 32 <= line["codebook_usage"] <= 1
+
+
+def test_resuming_is_bit_identical(trained, images, tmp_path):
+    """Stopped in the second epoch, once the discriminator is at work."""
+    _, path, flags = trained
+    train(images, tmp_path, *flags, "--max-steps", 4)
+    train(images, tmp_path, *flags, "--resume")
+    whole, parts = load(path), load(last(tmp_path))
+    for key in KEYS - {"args"}:
+        assert same(whole[key], parts[key]), key
+    assert metrics(tmp_path, "generator_loss") == metrics(trained[0], "generator_loss")
+
+
+@pytest.mark.parametrize("disc_loss", ["hinge", "vanilla", "non-saturating"])
+@pytest.mark.parametrize("gen_loss", ["hinge", "non-saturating"])
+def test_adversarial_losses(images, tmp_path, disc_loss, gen_loss):
+    """At the first step the logits are small: the losses are nearly linear in them."""
+    flags = ["--disc-loss", disc_loss, "--gen-loss", gen_loss, "--disc-start", 0, "--max-steps", 1]
+    train(images, tmp_path, *flags, "--image-size", 24)
+    (line,) = metrics(tmp_path)
+    real, fake = line["logits_real"], line["logits_fake"]
+    judged = {"hinge": 1 + (fake - real) / 2}.get(disc_loss, np.log(2) + (fake - real) / 4)
+    fooled = {"hinge": -fake}.get(gen_loss, np.log(2) - fake / 2)
+    assert line["discriminator_loss"] == pytest.approx(0.5 * judged, abs=0.03)
+    assert line["adversarial_loss"] == pytest.approx(fooled, abs=0.06)
+
+
+def test_every_weight_reaches_its_loss(images, tmp_path):
+    flags = ["--commit-loss-beta", 0.7, "--reconstruction-weight", 2, "--codebook-weight", 3, "--disc-weight", 0.3]
+    flags += ["--entropy-loss-ratio", 0.1, "--beta1", 0.8, "--beta2", 0.9, "--disc-start", 0, "--max-steps", 1]
+    path = train(images, tmp_path, *flags)
+    (line,) = metrics(tmp_path)
+    codebook = line["vq_loss"] + line["commit_loss"] + line["entropy_loss"]
+    parts = 2 * line["reconstruction_loss"] + 0.3 * line["adversarial_loss"] + 3 * codebook
+    assert line["generator_loss"] == pytest.approx(parts, rel=1e-5)
+    assert line["commit_loss"] == pytest.approx(0.7 * line["vq_loss"], rel=1e-5)
+    assert line["entropy_loss"] != 0
+    for optimizer in ("optimizer", "optimizer_disc"):
+        (group,) = load(path)[optimizer]["param_groups"]
+        assert tuple(group["betas"]) == (0.8, 0.9) and group["lr"] == 1e-3
+
+
+def test_choices_that_change_the_first_loss(images, tmp_path):
+    def first(name, *more):
+        path = train(images, tmp_path / name, *NO_DISC, "--max-steps", 1, "--lr", 0, "--image-size", 16, *more)
+        return metrics(tmp_path / name, "reconstruction_loss")[1], load(path)["model"]["quantize.embedding.weight"]
+
+    plain, codebook = first("plain")
+    assert torch.allclose(codebook.norm(dim=1), torch.ones(32))
+    again, _ = first("again")
+    assert again == plain
+    absolute, _ = first("l1", "--reconstruction-loss", "l1")
+    assert absolute > plain * 1.05
+    unflipped, _ = first("no-flip", "--no-flip")
+    assert unflipped != plain
+    dropped, _ = first("dropout", "--dropout-p", 0.5)
+    assert dropped != plain
+    _, free = first("no-l2", "--no-codebook-l2-norm")
+    assert float(free.abs().max()) <= 1 / 32
+
+
+@pytest.mark.slow
+def test_stylegan_in_the_recipe_s_precision(images, tmp_path):
+    flags = ["--disc-type", "stylegan", "--image-size", 16, "--disc-start", 1, "--max-steps", 2]
+    path = train(images, tmp_path, *flags, "--mixed-precision", "bf16")
+    assert set(metrics(tmp_path, "discriminator_loss")) == {2}
+    assert "blocks.2.conv_res.weight" in load(path)["discriminator"]
+    assert load(path)["model"]["decoder.conv_out.weight"].dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_it_learns(images, tmp_path):
+    train(images, tmp_path, *NO_DISC, "--max-steps", 25, "--image-size", 16)
+    loss = metrics(tmp_path, "reconstruction_loss")
+    assert np.mean([loss[s] for s in range(20, 26)]) < 0.8 * np.mean([loss[s] for s in range(1, 5)])
+    assert "discriminator_loss" not in metrics(tmp_path)[-1]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(images, tmp_path):
+    """With the stylegan discriminator, which has no batch statistics, and accumulation.
+
+    Adam's first steps are near to signs, so that roundings grow tenfold a step; what is not averaged is off by far more.
+    """
+    flags = ["--disc-type", "stylegan", "--image-size", 8, "--disc-start", 1, "--max-steps", 3]
+    one = tmp_path / "one"
+    train(images, one, *flags)
+    run_script(
+        *(SCRIPT, "--data-path", images, "--results-dir", tmp_path / "two", *MODEL, *PLAIN, *flags),
+        *("--gradient-accumulation-steps", 2),
+        processes=2,
+    )
+    for name in ("reconstruction_loss", "vq_loss", "adversarial_loss", "discriminator_loss", "logits_fake"):
+        single, double = metrics(one, name), metrics(tmp_path / "two", name)
+        assert double == pytest.approx(single, rel=1e-3, abs=5e-4), name
+        assert list(single) == ([2, 3] if name in ("discriminator_loss", "logits_fake") else [1, 2, 3])
+    assert len(list((tmp_path / "two").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_with_batch_statistics_and_a_damaged_image(tmp_path):
+    folder = make_images(tmp_path / "train", classes=1, per_class=8)
+    (folder / "class0" / "3.png").write_bytes(b"not a picture")
+    output = run_script(
+        *(SCRIPT, "--data-path", folder, "--results-dir", tmp_path / "results", *MODEL, *PLAIN, "--disc-start", 1),
+        *("--epochs", 2, "--ema", "--num-workers", 1),
+        processes=2,
+    )
+    assert load(last(tmp_path / "results")).keys() == KEYS
+    assert set(metrics(tmp_path / "results", "discriminator_loss")) == {2, 3, 4}
+    assert "class0/3.png" in output and "1 unreadable files were skipped" in output
+
+
+# Weights to start from
+
+
+def test_finetuning_takes_the_weights_and_begins_anew(trained, images, tmp_path):
+    flags = ["--finetune", "--vq-ckpt", trained[1], "--lr", 0, "--max-steps", 2, *NO_DISC]
+    path = train(images, tmp_path, *flags)
+    first, second = load(trained[1]), load(path)
+    assert list(metrics(tmp_path, "generator_loss")) == [1, 2] and second["steps"] == 2
+    parameters = [name for name in first["model"] if name != "quantize.codebook_used"]
+    assert all(torch.equal(first["model"][name], second["model"][name]) for name in parameters)
+    assert second["optimizer"]["state"][0]["step"] == 2
+
+
+def test_without_finetune_the_training_goes_on(trained, images, tmp_path):
+    _, whole, flags = trained
+    middle = whole.with_name("0000004.pt")
+    path = train(images, tmp_path, *flags, "--vq-ckpt", middle)
+    assert list(metrics(tmp_path, "generator_loss")) == [5]
+    for key in ("model", "ema", "optimizer", "discriminator", "optimizer_disc", "steps"):
+        assert same(load(path)[key], load(whole)[key]), key
+
+
+def test_weights_alone(trained, images, tmp_path):
+    """What the released files are: {"model": ...}."""
+    torch.save({"model": load(trained[1])["model"]}, tmp_path / "vq.pt")
+    path = train(images, tmp_path / "results", "--vq-ckpt", tmp_path / "vq.pt", "--max-steps", 1, "--lr", 0, "--ema")
+    name = "encoder.conv_in.weight"
+    assert torch.equal(load(path)["model"][name], load(trained[1])["model"][name])
+    assert torch.equal(load(path)["ema"][name], load(trained[1])["model"][name])
+    with pytest.raises(ValueError, match=r"vq\.pt does not fit the model(.|\n)*quantize\.embedding\.weight"):
+        train(images, tmp_path / "other", "--vq-ckpt", tmp_path / "vq.pt", "--codebook-size", 64)
+
+
+# Data
+
+
+def test_a_second_folder_of_images(images, tmp_path):
+    faces = make_images(tmp_path / "faces", classes=1, per_class=5, seed=1)
+    train(images, tmp_path / "results", *NO_DISC, "--data-face-path", faces, "--max-steps", 1)
+    assert " 17 samples, 4 steps an epoch" in log_of(tmp_path / "results")
+
+
+def test_a_flat_folder_and_a_list(images, tmp_path):
+    train(images / "class1", tmp_path / "coco", *NO_DISC, "--dataset", "coco", "--max-steps", 1)
+    assert " 6 samples, 1 steps an epoch" in log_of(tmp_path / "coco")
+    folder = make_images(tmp_path / "open", classes=1, per_class=5)
+    (folder / "image_paths.json").write_text(json.dumps([f"class0/{i}.png" for i in range(4)]))
+    train(folder, tmp_path / "results", *NO_DISC, "--dataset", "openimage", "--max-steps", 1)
+    assert " 4 samples, 1 steps an epoch" in log_of(tmp_path / "results")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_named_skipped_and_counted(tmp_path, workers):
+    folder = make_images(tmp_path / "train", classes=2, per_class=12)
+    whole = (folder / "class1" / "9.png").read_bytes()
+    (folder / "class1" / "9.png").write_bytes(whole[: len(whole) // 2])
+    train(folder, tmp_path / "results", *NO_DISC, "--epochs", 2, "--num-workers", workers, "--image-size", 16)
+    text = log_of(tmp_path / "results")
+    assert re.search(r"skipped unreadable image \S*class1/9\.png \(.+\)", text)
+    assert text.count("skipped unreadable image") == 1
+    assert "1 unreadable files were skipped" in text
+    assert list(metrics(tmp_path / "results", "generator_loss")) == list(range(1, 13))
+
+
+@pytest.mark.slow
+def test_workers_change_nothing(images, tmp_path):
+    for workers in (0, 2):
+        train(images, tmp_path / str(workers), *NO_DISC, "--epochs", 2, "--num-workers", workers, "--image-size", 16)
+    assert metrics(tmp_path / "0", "generator_loss") == metrics(tmp_path / "2", "generator_loss")
+
+
+def test_pictures_for_tensorboard(trained, images):
+    """The first eight images, each above its reconstruction by the averaged model."""
+    results, path, _ = trained
+    events = EventAccumulator(str(run_folder(results) / "tensorboard"))
+    events.Reload()
+    assert {"generator_loss", "discriminator_loss", "lr"} <= set(events.Tags()["scalars"])
+    shown = events.Images("reconstructions")
+    assert [event.step for event in shown] == [2, 4, 5]
+    picture = np.asarray(Image.open(io.BytesIO(shown[-1].encoded_image_string)))
+    paths = class_folders(images).paths
+    pixels = torch.stack([center_view(load_rgb(paths[i]), 32) for i in range(8)])
+    with torch.inference_mode():
+        recons = load_tokenizer(path, use_ema=True)(pixels)[0]
+    expected = make_grid(to_uint8(torch.cat([pixels, recons])), columns=8)
+    assert picture.shape == expected.shape == (2 * 34 + 2, 8 * 34 + 2, 3)
+    assert np.array_equal(picture[:36], expected[:36])
+    assert np.abs(picture[36:].astype(int) - expected[36:].astype(int)).max() <= 1
+
+
+# The perceptual loss
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Nothing but what the test puts where torchvision downloads to."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(lpips, "PRETRAINED", tmp_path / "pretrained_models")
+    return tmp_path / "torch" / "hub" / "checkpoints" / "vgg16-397923af.pth"
+
+
+def test_without_vgg16(images, tmp_path, hub):
+    with pytest.raises(FileNotFoundError, match=r"vgg16-397923af\.pth.*not found.*--perceptual-weight 0"):
+        train(images, tmp_path / "results", "--perceptual-weight", 1)
+    assert not (tmp_path / "results").exists()
+
+
+def test_with_vgg16(images, tmp_path, hub):
+    """Weights of torchvision's names and shapes, random ones."""
+    torch.manual_seed(0)
+    weights = {
+        re.sub(r"slice\d", "features", name): tensor for name, tensor in lpips.VGG16Features().state_dict().items()
+    }
+    assert {"features.0.weight", "features.28.bias"} <= weights.keys()
+    hub.parent.mkdir(parents=True)
+    torch.save({**weights, "classifier.6.bias": torch.zeros(1000)}, hub)
+    train(images, tmp_path / "results", *NO_DISC, "--perceptual-weight", 1, "--max-steps", 1)
+    (line,) = metrics(tmp_path / "results")
+    assert line["perceptual_loss"] > 0
+    parts = sum(line[f"{name}_loss"] for name in ("reconstruction", "perceptual", "vq", "commit", "entropy"))
+    assert line["generator_loss"] == pytest.approx(parts, rel=1e-5)
+    saved = load(last(tmp_path / "results"))
+    assert not any(
+        "lpips" in name or "perceptual" in name for name in [*saved, *saved["model"], *saved["discriminator"]]
+    )
+
+
+# What a user gets wrong
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--image-size", 34], r"--image-size 34 is not a multiple of 4, the pixels a side of a VQ-4 token"),
+        (["--image-size", 16], r"--disc-type patchgan needs images of 24 pixels a side, got --image-size 16"),
+        (["--image-size", 48, "--disc-type", "stylegan"], r"StyleGAN discriminator takes an image size of"),
+        (["--global-batch-size", 16], r"12 samples, fewer than --global-batch-size 16"),
+        (["--dataset", "imagenette"], r"unknown --dataset 'imagenette'"),
+        (["--dataset", "coco"], r"it has sub-folders"),
+        (["--finetune"], r"--finetune needs --vq-ckpt"),
+        (["--no-local-save"], r"--cloud-save-path"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_flags_that_do_not_fit(images, tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        train(images, tmp_path / "results", *more)
+    assert not (tmp_path / "results").exists()
+
+
+def test_missing_files(images, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        train(tmp_path / "nowhere", tmp_path / "results")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train(images, tmp_path / "results", "--vq-ckpt", tmp_path / "nowhere" / "0000001.pt")
+
+
+# The demo
+
+
+def demo(*more):
+    run_here(vq_demo, *MODEL, "--image-size", 32, *more)
+
+
+def test_the_demo_writes_the_reconstruction(trained, images, tmp_path, capsys):
+    photo = tmp_path / "a photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(photo)
+    demo("--image-path", photo, "--vq-ckpt", trained[1], "--output-dir", tmp_path / "out" / "deep")
+    written = tmp_path / "out" / "deep" / "a photo_tokenizer_image.png"
+    with torch.inference_mode():
+        recon = load_tokenizer(trained[1])(center_view(load_rgb(photo), 32)[None])[0]
+    picture = np.asarray(Image.open(written)).astype(int)
+    assert np.abs(picture - to_uint8(recon)[0].astype(int)).max() <= 1
+    printed = capsys.readouterr().out
+    assert f"wrote {written}: 32x32 from 64 codes" in printed and "PSNR" in printed
+    demo("--image-path", photo, "--vq-ckpt", trained[0], "--output-dir", tmp_path, "--suffix", "mine", "--use-ema")
+    assert not np.array_equal(np.asarray(Image.open(tmp_path / "a photo_mine.png")), picture)
+
+
+def test_mistakes_with_the_demo(trained, images, tmp_path):
+    photo = images / "class0" / "0.png"
+    with pytest.raises(ValueError, match="--vq-ckpt is needed"):
+        demo("--image-path", photo)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png: there is no such file"):
+        demo("--image-path", tmp_path / "nowhere.png", "--vq-ckpt", trained[1])
+    (tmp_path / "broken.png").write_bytes(photo.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"broken\.png is not a readable image"):
+        demo("--image-path", tmp_path / "broken.png", "--vq-ckpt", trained[1])
+    with pytest.raises(ValueError, match="multiples of 4"):
+        demo("--image-path", photo, "--vq-ckpt", trained[1], "--image-size", 30)
+    with pytest.raises(ValueError, match="--codebook-size 16"):
+        demo("--image-path", photo, "--vq-ckpt", trained[1], "--codebook-size", 16)
+
+
+# Flags
+
+TRAIN_FLAGS = """
+`--data-path` str = required; `--data-face-path` str = None; `--cloud-save-path` str = required;
+`--no-local-save` switch = –; `--vq-model` str ∈ [VQ-8, VQ-16] = VQ-16; `--vq-ckpt` str = None;
+`--finetune` switch = –; `--ema` switch = –; `--codebook-size` int = 16384; `--codebook-embed-dim` int = 8;
+`--codebook-l2-norm` switch = on; `--codebook-weight` float = 1.0; `--entropy-loss-ratio` float = 0.0;
+`--commit-loss-beta` float = 0.25; `--reconstruction-weight` float = 1.0;
+`--reconstruction-loss` str ∈ [l1, l2] = l2; `--perceptual-weight` float = 1.0; `--disc-weight` float = 0.5;
+`--disc-start` int = 20000; `--disc-type` str ∈ [patchgan, stylegan] = patchgan;
+`--disc-loss` str ∈ [hinge, vanilla, non-saturating] = hinge; `--gen-loss` str ∈ [hinge, non-saturating] = hinge;
+`--compile` switch = off; `--dropout-p` float = 0.0; `--results-dir` str = results_tokenizer_image;
+`--dataset` str = imagenet; `--image-size` int ∈ [256, 512] = 256; `--epochs` int = 40; `--lr` float = 0.0001;
+`--weight-decay` float = 0.05; `--beta1` float = 0.9; `--beta2` float = 0.95; `--max-grad-norm` float = 1.0;
+`--global-batch-size` int = 128; `--global-seed` int = 0; `--num-workers` int = 16; `--log-every` int = 100;
+`--ckpt-every` int = 5000; `--gradient-accumulation-steps` int = 1;
+`--mixed-precision` str ∈ [none, fp16, bf16] = bf16
+"""
+DEMO_FLAGS = """
+`--image-path` str = assets/example.jpg; `--output-dir` str = output_vq_demo; `--suffix` str = tokenizer_image;
+`--vq-model` str ∈ [VQ-8, VQ-16] = VQ-16; `--vq-ckpt` str = None; `--codebook-size` int = 16384;
+`--codebook-embed-dim` int = 8; `--image-size` int ∈ [256, 384, 448, 512, 1024] = 512; `--seed` int = 0
+"""
+
+
+def test_published_flags():
+    check_published_flags(vq_train, TRAIN_FLAGS, ("--cloud-save-path",))
+    assert vq_train.flags().parse_args(["--data-path", "x"]).cloud_save_path is None
+    check_published_flags(vq_demo, DEMO_FLAGS)
