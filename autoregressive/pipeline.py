@@ -183,7 +183,7 @@ class ImagePipeline:
         device = pick_device(str(device) if device else None)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         tokenizer = None if vq is None else load_tokenizer(find(vq), device=device, use_ema=use_ema)
-        downsample = 16 if tokenizer is None else tokenizer.downsample
+        downsample = None if tokenizer is None else tokenizer.downsample
         model = load_gpt(
             find(gpt), image_size=image_size, downsample_size=downsample, device=device, dtype=dtype, use_ema=use_ema
         )

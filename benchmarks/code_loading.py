@@ -1,6 +1,6 @@
 """How fast training reads codes: packed shards against the published layout of one file an image, in one run.
 
-    python3 benchmarks/code_loading.py --samples 4096
+python3 benchmarks/code_loading.py --samples 4096
 """
 
 import argparse
@@ -41,7 +41,9 @@ def main(args: argparse.Namespace) -> None:
                     dataset.__getitems__(batch)
                 runs.append(time.perf_counter() - start)
             seconds[name] = sorted(runs)[len(runs) // 2]
-            print(f"{name}: {args.samples / seconds[name]:,.0f} samples/s (median of {args.runs} passes, warm page cache)")
+            print(
+                f"{name}: {args.samples / seconds[name]:,.0f} samples/s (median of {args.runs} passes, warm page cache)"
+            )
         print(f"ratio: {seconds['published'] / seconds['packed']:.1f}")
 
 

@@ -24,31 +24,33 @@ stage() {
     printf '%s\t%s\n' "$name" "$((SECONDS - start))" >>"$out/seconds.tsv"
 }
 
-tokenizer=(--vq-model VQ-4 --codebook-size 512 --vq-ckpt "$out/tokenizer")
-gpt=(--gpt-model GPT-XS --num-classes 10 --image-size 32 --downsample-size 4)
+tokenizer=(--vq-model VQ-8-XS --codebook-size 256 --vq-ckpt "$out/tokenizer")
+gpt=(--gpt-model GPT-XS --num-classes 10 --image-size 32 --downsample-size 8)
 
 stage digits python3 tools/make_digits.py --output "$out/digits"
 
+# Digits must not be mirrored: --no-flip, here and for the codes.
 stage tokenizer python3 tokenizer/tokenizer_image/vq_train.py \
-    --data-path "$out/digits/train" --vq-model VQ-4 --codebook-size 512 --image-size 32 \
-    --perceptual-weight 0 --disc-weight 0 --lr 1e-3 --lr-schedule cosine --warmup-steps 20 \
-    --global-batch-size 32 --max-steps 300 --mixed-precision none --num-workers 0 \
-    --log-every 10 --ckpt-every 100 --results-dir "$out/tokenizer" --resume
+    --data-path "$out/digits/train" --vq-model VQ-8-XS --codebook-size 256 --image-size 32 --no-flip \
+    --perceptual-weight 0 --disc-weight 0 --lr 2e-3 --lr-schedule cosine --warmup-steps 20 \
+    --global-batch-size 32 --max-steps 250 --mixed-precision none --num-workers 0 \
+    --log-every 10 --ckpt-every 50 --keep-last 2 --results-dir "$out/tokenizer" --resume
 
 for split in train held_out; do
     stage codes python3 autoregressive/train/extract_codes_c2i.py \
         --data-path "$out/digits/$split" --code-path "$out/codes_$split" "${tokenizer[@]}" \
-        --image-size 32 --no-flip --batch-size 64 --num-workers 0
+        --image-size 32 --no-flip --ten-crop --crop-range 1.1 --batch-size 16 --num-workers 0
 done
 
 stage gpt python3 autoregressive/train/train_c2i.py \
-    --code-path "$out/codes_train" --val-code-path "$out/codes_held_out" "${gpt[@]}" --vocab-size 512 \
-    --lr 2e-3 --lr-schedule cosine --warmup-steps 20 --global-batch-size 64 --epochs 100 --max-steps 260 \
-    --num-workers 0 --log-every 10 --ckpt-every 100 --results-dir "$out/gpt" --resume
+    --code-path "$out/codes_train" --val-code-path "$out/codes_held_out" "${gpt[@]}" --vocab-size 256 \
+    --lr 2e-3 --lr-schedule cosine --warmup-steps 20 --global-batch-size 32 --max-steps 2000 \
+    --mixed-precision none --num-workers 0 \
+    --log-every 20 --ckpt-every 400 --keep-last 2 --results-dir "$out/gpt" --resume
 
 stage samples python3 autoregressive/sample/sample_c2i_ddp.py \
     "${gpt[@]}" --gpt-ckpt "$out/gpt" "${tokenizer[@]}" --image-size-eval 32 --precision none \
-    --cfg-scale 2.0 --num-fid-samples 500 --balanced --sample-dir "$out/samples"
+    --cfg-scale 2.0 --temperature 0.8 --num-fid-samples 500 --balanced --sample-dir "$out/samples"
 
 stage curves python3 tools/draw_training.py --runs "$out/tokenizer" "$out/gpt" --output "$out/training.png"
 

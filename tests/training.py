@@ -35,7 +35,7 @@ def environment(**more: str) -> dict[str, str]:
 def run_script(module: str, *args: object, processes: int = 1, fails: bool = False, **env: str) -> str:
     """Runs a script to its end and returns what it printed; it has to succeed, or with `fails` to end with code 1."""
     done = subprocess.run(
-        command(module, *args, processes=processes), env=environment(**env), capture_output=True, text=True, timeout=300
+        command(module, *args, processes=processes), env=environment(**env), capture_output=True, text=True, timeout=600
     )
     output = done.stdout + done.stderr
     assert (done.returncode == 1) if fails else (done.returncode == 0), output

@@ -14,10 +14,12 @@ from typing import IO, Any
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: str | Path, durable: bool = True) -> Iterator[IO[bytes]]:
     """Opens a binary file that takes the name `path` only once it is complete.
 
     Missing parent folders are made. Where anything fails, the partial file is removed and what stood at `path` stays.
+    Without `durable` the disk is not waited for: for thousands of small files that can be made again, which a power cut
+    may leave empty.
     Raises OSError that names the file: the folder is not writable, or the disk is full.
     """
     path = Path(path)
@@ -28,11 +30,13 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
         with os.fdopen(handle, "wb") as f:
             yield f
             f.flush()
-            os.fsync(f.fileno())
+            if durable:
+                os.fsync(f.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None
-        _sync_folder(path.parent)
+        if durable:
+            _sync_folder(path.parent)
     except OSError as error:
         kept = "; the file that was there before is untouched" if path.exists() else ""
         raise OSError(error.errno, f"could not write {path} ({error.strerror or error}){kept}") from error

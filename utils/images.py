@@ -37,11 +37,11 @@ def make_grid(images: np.ndarray, columns: int | None = None, padding: int = 2, 
 
 
 def save_png(image: np.ndarray | Image.Image, path: str | Path) -> None:
-    """Writes a PNG, atomically. image: uint8 (H, W, 3) or a PIL image."""
+    """Writes a PNG, atomically (`is_whole_png` tells one that a power cut left short). image: uint8 (H, W, 3) or PIL."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
-    with atomic_write(path) as f:
+    with atomic_write(path, durable=False) as f:
         f.write(buffer.getvalue())
 
 

@@ -221,7 +221,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layer))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
-        with torch.inference_mode(False), torch.device("cpu"):  # kept, for training too, whoever builds or asks first
+        with torch.device("cpu"):  # also where the weights are built on the meta device
             table = rope_table_2d(self.layout.grid_size, args.dim // args.n_head, args.rope_base)
             self._rope = {table.device: self.layout.rope_rows(table)}
         self.reset_parameters()
@@ -244,7 +244,7 @@ class Transformer(nn.Module):
         Kept beside the parameters, not among them: it must stay float32 when the weights are cast, and is in no file.
         """
         if device not in self._rope:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False):  # kept for training too, whoever asks first
                 self._rope[device] = self._rope[torch.device("cpu")].to(device)
         return self._rope[device]
 

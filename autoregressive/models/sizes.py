@@ -2,7 +2,7 @@
 
 # name: (layers, heads, dim). GPT-XS, not a published one, is for 32x32 pictures and tests.
 GPT_SIZES: dict[str, tuple[int, int, int]] = {
-    "GPT-XS": (6, 4, 128),
+    "GPT-XS": (4, 4, 128),
     "GPT-B": (12, 12, 768),
     "GPT-L": (24, 16, 1024),
     "GPT-XL": (36, 20, 1280),

@@ -262,7 +262,7 @@ def test_killed_and_run_again_by_two_processes(tokenizer, tmp_path):
         stderr=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while len(list(killed.glob("shard-*.json"))) < 3:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.005)

@@ -17,7 +17,6 @@ from utils.checkpoint import save_checkpoint, save_safetensors
 from utils.images import to_uint8
 from utils.rng import image_noise
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -265,7 +265,7 @@ def test_killed_and_resumed_gives_the_same_bits(codes, tmp_path):
         command(SCRIPT, *words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not list(killed.glob("*/checkpoints/0000010.pt")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)

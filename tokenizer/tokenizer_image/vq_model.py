@@ -309,9 +309,11 @@ VQ_models: dict[str, Callable[..., VQModel]] = {name: partial(build_tokenizer, n
 
 
 def vq_model_name(args: VQModelArgs) -> str | None:
-    """The key of `VQ_models` with the downsampling of `args`, whatever its width; None where there is none."""
-    name = f"VQ-{2 ** (len(args.encoder_ch_mult) - 1)}"
-    return name if name in VQ_models else None
+    """The key of `VQ_models` with the levels of `args`, or else its downsampling, whatever the width; None for neither."""
+    mults = [list(args.encoder_ch_mult), list(args.decoder_ch_mult)]
+    same = [name for name, size in VQ_SIZES.items() if [size["encoder_ch_mult"], size["decoder_ch_mult"]] == mults]
+    similar = [name for name, size in VQ_SIZES.items() if len(size["encoder_ch_mult"]) == len(mults[0])]
+    return next(iter(same + similar), None)
 
 
 def vq_args_from_state_dict(state: Mapping[str, Tensor]) -> VQModelArgs:
