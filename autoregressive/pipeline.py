@@ -4,10 +4,11 @@
     images = pipeline([207, 360], cfg_scale=4.0, top_k=2000, seed=0)          # PIL images
 
 Image i of a run is a function of (seed, i): its noise is its own, and micro-batches are padded so that every row is
-computed by the same kernels whatever the batch (on one kind of machine; on a CPU, with one number of threads).
+computed by the same kernels whatever the batch or, on a CPU, the number of threads.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from math import isqrt
 from pathlib import Path
 
@@ -21,7 +22,12 @@ from autoregressive.models.generate import check_labels, generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.sampling import SamplingConfig
 from autoregressive.models.sizes import GPT_SIZES
-from tokenizer.tokenizer_image.vq_model import VQModel, vq_args_from_state_dict, vq_model_name
+from tokenizer.tokenizer_image.vq_model import (
+    VQModel,
+    independent_of_threads,
+    vq_args_from_state_dict,
+    vq_model_name,
+)
 from utils.checkpoint import Checkpoint, load_into, read_checkpoint
 from utils.distributed import pick_device
 from utils.images import to_uint8
@@ -284,7 +290,8 @@ class ImagePipeline:
         arrays = []
         for part in codes.to(self.device).split(at_once):
             filled = torch.cat([part, part[-1:].expand(at_once - len(part), -1)])
-            images = self.tokenizer.decode_code(filled, shape)
+            with independent_of_threads(self.tokenizer) if self.device.type == "cpu" else nullcontext():
+                images = self.tokenizer.decode_code(filled, shape)
             if size is not None and size != images.shape[-1]:
                 images = torch.nn.functional.interpolate(images, size=(size, size), mode="bicubic")
             arrays.append(to_uint8(images)[: len(part)])

@@ -104,7 +104,7 @@ class ImageDataset(Dataset):
     - `unreadable="replace"` (training): another image drawn from (seed, epoch, index) takes its place;
     - `unreadable="omit"` (extraction): items are (transform(image), label, index), and None for such a file;
       `collate_present` makes batches of them.
-    RuntimeError with the paths where 20 images in a row cannot be read.
+    ValueError with the paths where 20 images in a row cannot be read.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class ImageDataset(Dataset):
             place = item_seed(self.seed, self._current_epoch(), index, attempt) % len(self)
             while place in tried and len(tried) < len(self):
                 place = (place + 1) % len(self)
-        raise RuntimeError(_nothing_readable(list(tried.values())))
+        raise ValueError(_nothing_readable(list(tried.values())))
 
     def _item_or_none(self, index: int) -> tuple | None:
         try:
@@ -171,7 +171,7 @@ class ImageDataset(Dataset):
             self._failed_in_a_row.append(str(error))
             # One bad file is an accident; a run of them is a disk that went away, and must not pass for an empty one.
             if len(self._failed_in_a_row) >= TRIES:
-                raise RuntimeError(_nothing_readable(self._failed_in_a_row)) from None
+                raise ValueError(_nothing_readable(self._failed_in_a_row)) from None
             return None
         self._failed_in_a_row.clear()
         return (*item, index)

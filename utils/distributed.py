@@ -90,7 +90,10 @@ def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name} is not a device: give cuda, mps or cpu") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: no CUDA device is available here; leave the flag out or use --device cpu")
     if device.type == "cuda" and device.index is None:

@@ -61,7 +61,7 @@ def write_image_npz(path: str | Path, images: Iterable[np.ndarray], shape: tuple
     Raises ValueError where an image has another shape or there are too few.
     """
     with atomic_write(path) as f, zipfile.ZipFile(f, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
             np.lib.format.write_array_header_1_0(member, header)
             count = 0
@@ -71,7 +71,7 @@ def write_image_npz(path: str | Path, images: Iterable[np.ndarray], shape: tuple
                 member.write(image.tobytes())
             if count != shape[0]:
                 raise ValueError(f"{path}: {count} images for {shape[0]} places")
-        with archive.open("arr_1.npy", "w") as member:
+        with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
             np.lib.format.write_array(member, np.asarray(labels, np.int64))
 
 

@@ -247,12 +247,16 @@ def test_bf16_weights():
     assert float((codes == generate(tiny(), LABELS, noise=noise_for(4), cfg_scale=2.0)).float().mean()) > 0.5
 
 
-@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n", [1, 4])
+FLOAT, HALF = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "n, dtype, threads",
+    [(1, FLOAT, 1), (4, FLOAT, 1), (1, HALF, 1), (4, HALF, 1), pytest.param(1, FLOAT, 2, marks=pytest.mark.slow)],
+)
 def test_a_row_gives_the_same_bits_at_any_place(n, dtype, threads, monkeypatch):
     """In batches of whole multiples of eight, as the pipeline makes them: logits to the last bit."""
-    model = tiny(ar_token_num=n, n_layer=2, dim=128).to(dtype)
+    model = tiny(ar_token_num=n, n_layer=1, dim=128).to(dtype)
     labels, noise = torch.arange(24) % 5, noise_for(24)
     logits = []
     pick = generation.pick
@@ -267,7 +271,7 @@ def test_a_row_gives_the_same_bits_at_any_place(n, dtype, threads, monkeypatch):
     torch.set_num_threads(threads)
     try:
         together = run(torch.arange(24))
-        for rows in (torch.arange(8), torch.arange(8, 24), torch.arange(15, 7, -1)):
+        for rows in (torch.arange(16), torch.arange(23, 15, -1)):
             assert torch.equal(run(rows), together[rows])
     finally:
         torch.set_num_threads(before)

@@ -101,6 +101,16 @@ def test_pixels_do_not_depend_on_the_batch(pipeline, threads):
         torch.set_num_threads(before)
 
 
+def test_pixels_do_not_depend_on_the_number_of_threads(pipeline):
+    drawn = []
+    for threads in (1, 2):  # the fixture puts the number back
+        torch.set_num_threads(threads)
+        drawn.append(draw(pipeline, range(3)))
+    for number, (codes, image) in drawn[0].items():
+        assert torch.equal(codes, drawn[1][number][0])
+        assert np.array_equal(image, drawn[1][number][1])
+
+
 def test_seed_number_and_label_each_matter(pipeline):
     def codes(label, seed, number):
         list(pipeline.batches([label], seed=seed, indices=[number]))

@@ -324,10 +324,10 @@ def test_a_folder_of_unreadable_images_stops_the_run(tmp_path):
         (tmp_path / f"{i:02d}.jpg").write_bytes(b"x")
     images = flat_folder(tmp_path)
     data = ImageDataset(images, partial(center_view, image_size=SIZE))
-    with pytest.raises(RuntimeError, match=r"none of 20 images(.|\n)*05\.jpg \(UnidentifiedImageError"):
+    with pytest.raises(ValueError, match=r"none of 20 images(.|\n)*05\.jpg \(UnidentifiedImageError"):
         data[5]
     omitting = ImageDataset(images, partial(center_view, image_size=SIZE), unreadable="omit")
-    with pytest.raises(RuntimeError, match=r"none of 20 images(.|\n)*19\.jpg"):
+    with pytest.raises(ValueError, match=r"none of 20 images(.|\n)*19\.jpg"):
         list(omitting)
 
 

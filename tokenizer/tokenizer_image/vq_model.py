@@ -8,7 +8,8 @@ VQGAN (arXiv 2012.09841) with the sizes of LlamaGen (arXiv 2406.06525, section 3
 width that the downsampling divides. `tokenizer.to(memory_format=torch.channels_last)` runs it in channels-last.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -68,6 +69,36 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return h.reshape(shape)
 
 
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution; with `as_product` computed as the matrix product that it is (see `independent_of_threads`)."""
+
+    as_product = False
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.as_product:
+            return super().forward(x)
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+@contextmanager
+def independent_of_threads(model: nn.Module) -> Iterator[None]:
+    """For the block, a CPU's result is the same for any number of threads.
+
+    Its kernel for 1x1 convolutions rounds by how many there are, and so a process of several would draw other pixels than one alone.
+    """
+    convolutions = [module for module in model.modules() if isinstance(module, PointwiseConv)]
+    for module in convolutions:
+        module.as_product = True
+    try:
+        yield
+    finally:
+        for module in convolutions:
+            module.as_product = False
+
+
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions, each after GroupNorm and swish, around a shortcut: (B, Cin, H, W) -> (B, Cout, H, W)."""
 
@@ -78,7 +109,7 @@ class ResnetBlock(nn.Module):
         self.norm2 = _norm(out_channels)
         self.dropout = nn.Dropout(dropout_p)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.nin_shortcut = PointwiseConv(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(swish(self.norm1(x)))
@@ -92,10 +123,10 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm = _norm(channels)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q = PointwiseConv(channels, channels)
+        self.k = PointwiseConv(channels, channels)
+        self.v = PointwiseConv(channels, channels)
+        self.proj_out = PointwiseConv(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -244,8 +275,8 @@ class VQModel(nn.Module):
             config.codebook_l2_norm,
             config.codebook_show_usage,
         )
-        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, config.z_channels, 1)
+        self.quant_conv = PointwiseConv(config.z_channels, config.codebook_embed_dim)
+        self.post_quant_conv = PointwiseConv(config.codebook_embed_dim, config.z_channels)
 
     @property
     def downsample(self) -> int:
