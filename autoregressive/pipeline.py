@@ -22,13 +22,9 @@ from autoregressive.models.generate import check_labels, generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.sampling import SamplingConfig
 from autoregressive.models.sizes import GPT_SIZES
-from tokenizer.tokenizer_image.vq_model import (
-    VQModel,
-    independent_of_threads,
-    vq_args_from_state_dict,
-    vq_model_name,
-)
-from utils.checkpoint import Checkpoint, load_into, read_checkpoint
+from tokenizer.tokenizer_image.load import load_tokenizer
+from tokenizer.tokenizer_image.vq_model import VQModel, independent_of_threads
+from utils.checkpoint import load_into, read_checkpoint
 from utils.distributed import pick_device
 from utils.images import to_uint8
 from utils.recognition import check_gpt_flags, describe_gpt, image_size_in_name
@@ -96,40 +92,6 @@ def load_gpt(
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-def load_tokenizer(
-    path: str | Path,
-    *,
-    vq_model: str | None = None,
-    codebook_size: int | None = None,
-    codebook_embed_dim: int | None = None,
-    device: torch.device | str = "cpu",
-    use_ema: bool = False,
-) -> VQModel:
-    """Builds the tokenizer that a checkpoint's weights describe, in eval mode and float32.
-
-    Raises ValueError where the weights disagree with the flags given, or are not a tokenizer's; FileNotFoundError.
-    """
-    checkpoint: Checkpoint = read_checkpoint(path, prefer_ema=use_ema)
-    try:
-        args = vq_args_from_state_dict(checkpoint.model)
-    except ValueError as error:
-        raise ValueError(f"{path} holds {error}") from error
-    name = vq_model_name(args)
-    held = {"--vq-model": name, "--codebook-size": args.codebook_size, "--codebook-embed-dim": args.codebook_embed_dim}
-    given = {"--vq-model": vq_model, "--codebook-size": codebook_size, "--codebook-embed-dim": codebook_embed_dim}
-    wrong = [flag for flag in held if given[flag] is not None and given[flag] != held[flag]]
-    if wrong:
-        raise ValueError(
-            f"{path} does not fit the flags {', '.join(f'{flag} {given[flag]}' for flag in wrong)}; "
-            f"it holds {', '.join(f'{flag} {held[flag]}' for flag in wrong)}"
-        )
-    args.codebook_l2_norm = (checkpoint.args or {}).get("codebook_l2_norm", True)
-    with torch.device("meta"):
-        model = VQModel(args)
-    load_into(model, checkpoint.model, path, assign=True)
-    return model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
-
-
 class ImagePipeline:
     """A GPT and the tokenizer whose codes it speaks.
 
@@ -188,15 +150,22 @@ class ImagePipeline:
 
         device = pick_device(str(device) if device else None)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        tokenizer = None if vq is None else load_tokenizer(find(vq), device=device, use_ema=use_ema)
-        downsample = None if tokenizer is None else tokenizer.downsample
+        gpt_path = find(gpt)
+        if vq is None:
+            found = describe_gpt(read_checkpoint(gpt_path).model, GPT_SIZES, gpt_path)
+            vq = "vq_ds16_c2i.pt" if found.gpt_type == "c2i" else "vq_ds16_t2i.pt"
+            vq_path = find(vq) if (folder / vq).exists() else find_checkpoint(vq)
+        else:
+            vq_path = find(vq)
+        tokenizer = load_tokenizer(vq_path, device=device, use_ema=use_ema)
         model = load_gpt(
-            find(gpt), image_size=image_size, downsample_size=downsample, device=device, dtype=dtype, use_ema=use_ema
+            gpt_path,
+            image_size=image_size,
+            downsample_size=tokenizer.downsample,
+            device=device,
+            dtype=dtype,
+            use_ema=use_ema,
         )
-        if tokenizer is None:
-            released = "vq_ds16_c2i.pt" if model.args.model_type == "c2i" else "vq_ds16_t2i.pt"
-            path = find(released) if (folder / released).exists() else find_checkpoint(released)
-            tokenizer = load_tokenizer(path, device=device, use_ema=use_ema)
         return cls(model, tokenizer, batch_size=batch_size, compile=compile)
 
     @property

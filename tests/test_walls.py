@@ -19,7 +19,8 @@ FORBIDDEN = {
     "autoregressive/pipeline.py": ("autoregressive.train", "autoregressive.sample", "autoregressive.serve", "dataset", "tools"),
     "autoregressive/train": ("autoregressive.sample", "autoregressive.serve", "tools"),
     "autoregressive/sample": ("autoregressive.train", "autoregressive.serve", "tools", "dataset"),
-    "tokenizer/tokenizer_image/vq_model.py": ("autoregressive", "dataset", "utils", "tools"),
+    "tokenizer": ("autoregressive", "language", "evaluations", "tools"),
+    "tokenizer/tokenizer_image/vq_model.py": ("dataset", "utils"),
 }  # fmt: skip
 
 

@@ -19,12 +19,13 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from sklearn.svm import SVC
 
-    from autoregressive.pipeline import load_gpt, load_tokenizer
+    from autoregressive.pipeline import load_gpt
     from autoregressive.train.loss import mean_loss
     from dataset.codes import PackedCodes
     from dataset.folders import class_folders
     from dataset.images import load_rgb
     from tokenizer.reconstruction import reconstruct
+    from tokenizer.tokenizer_image.load import load_tokenizer
     from utils.distributed import start
     from utils.files import write_json
     from utils.images import make_grid, peak_signal_to_noise_ratio, save_png

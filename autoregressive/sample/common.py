@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from autoregressive.models.generate import SamplingConfig
-from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt, load_tokenizer
+from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt
+from tokenizer.tokenizer_image.load import load_tokenizer
 from utils.cli import grid_size, layout_numbers
 from utils.runs import find_checkpoint
 

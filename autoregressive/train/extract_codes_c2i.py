@@ -19,12 +19,12 @@ def main(args: argparse.Namespace) -> None:
     from torch.utils.data import DataLoader, Subset
     from tqdm import tqdm
 
-    from autoregressive.pipeline import load_tokenizer
     from dataset.augmentation import code_views
     from dataset.build import build_dataset
     from dataset.codes import CodeWriter, write_published
     from dataset.images import collate_present
     from dataset.shards import ShardFolder
+    from tokenizer.tokenizer_image.load import load_tokenizer
     from utils.distributed import start
     from utils.loading import loader_workers
     from utils.logger import console_logger

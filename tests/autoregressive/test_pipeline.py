@@ -12,7 +12,7 @@ from PIL import Image
 from autoregressive.models.gpt import GPT_models
 from autoregressive.pipeline import ImagePipeline, load_gpt, load_tokenizer
 from tests.helpers import randomize
-from tokenizer.tokenizer_image.vq_model import VQ_models
+from tokenizer.tokenizer_image.vq_model import VQ_models, independent_of_threads
 from utils.checkpoint import save_checkpoint, save_safetensors
 from utils.images import to_uint8
 from utils.rng import image_noise
@@ -150,7 +150,7 @@ def test_pil_images(pipeline):
 @pytest.mark.parametrize("size", [8, 20, 32, 48])
 def test_other_sizes_are_resized_bicubically(pipeline, size):
     images = pipeline([1, 2], size=size, progress=False)
-    with torch.inference_mode():
+    with torch.inference_mode(), independent_of_threads(pipeline.tokenizer):
         decoded = pipeline.tokenizer.decode_code(pipeline.codes, (2, 8, 8, 8))
         resized = decoded if size == 32 else F.interpolate(decoded, size=(size, size), mode="bicubic")
     assert [image.size for image in images] == [(size, size)] * 2
@@ -159,7 +159,7 @@ def test_other_sizes_are_resized_bicubically(pipeline, size):
 
 def test_decoded_codes_are_in_raster_order(pipeline):
     codes = torch.randint(64, (2, 64), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
+    with torch.inference_mode(), independent_of_threads(pipeline.tokenizer):
         expected = to_uint8(pipeline.tokenizer.decode_code(codes.view(2, 8, 8)))
     assert np.array_equal(pipeline.decode(codes), expected)
 

@@ -14,9 +14,9 @@ def main(args: argparse.Namespace) -> None:
 
     import torch
 
-    from autoregressive.pipeline import load_tokenizer
     from dataset.augmentation import center_view
     from dataset.images import load_rgb
+    from tokenizer.tokenizer_image.load import load_tokenizer
     from utils.distributed import pick_device
     from utils.images import peak_signal_to_noise_ratio, save_png, to_uint8
     from utils.runs import find_checkpoint
