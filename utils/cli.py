@@ -11,6 +11,9 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 
+# A parser, or a group of one.
+Flags = argparse._ActionsContainer
+
 
 def flag_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser whose help shows every default."""
@@ -21,7 +24,7 @@ def flag_parser(description: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=Formatter, allow_abbrev=False)
 
 
-def add_switch(parser, name: str, default: bool, help: str) -> None:
+def add_switch(parser: Flags, name: str, default: bool, help: str) -> None:
     """A switch with its --no-… form."""
     parser.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=help)
 
@@ -35,7 +38,7 @@ def positive_int(text: str) -> int:
 
 
 def add_gpt_flags(
-    parser, sizes: Iterable[str], *, training: bool = False, gpt_type: str = "c2i", gpt_model: str = "GPT-B"
+    parser: Flags, sizes: Iterable[str], *, training: bool = False, gpt_type: str = "c2i", gpt_model: str = "GPT-B"
 ) -> None:
     """--gpt-model (one of `sizes`), --gpt-type and what fixes the sequence."""
     group = parser.add_argument_group("model")
@@ -85,7 +88,7 @@ def grid_size(image_size: int, downsample_size: int) -> int:
     return image_size // downsample_size
 
 
-def add_tokenizer_flags(parser, names: Iterable[str], *, required: bool = False) -> None:
+def add_tokenizer_flags(parser: Flags, names: Iterable[str], *, required: bool = False) -> None:
     """--vq-model (one of `names`), --vq-ckpt and the shape of the codebook."""
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--vq-model", choices=list(names), default="VQ-16", help="image tokenizer")
@@ -99,7 +102,7 @@ def add_tokenizer_flags(parser, names: Iterable[str], *, required: bool = False)
     group.add_argument("--codebook-embed-dim", type=positive_int, default=8, help="numbers a code has")
 
 
-def add_image_size_flags(parser, size: int, *, downsample: bool = True, evaluation: int | None = None) -> None:
+def add_image_size_flags(parser: Flags, size: int, *, downsample: bool = True, evaluation: int | None = None) -> None:
     """--image-size and, where asked for, --downsample-size and --image-size-eval."""
     parser.add_argument(
         "--image-size", type=positive_int, default=size, help="pixels a side; the tokenizer must divide it"
@@ -112,7 +115,7 @@ def add_image_size_flags(parser, size: int, *, downsample: bool = True, evaluati
         )
 
 
-def add_sampling_flags(parser, *, cfg_scale: float, top_k: int, interval: bool = True) -> None:
+def add_sampling_flags(parser: Flags, *, cfg_scale: float, top_k: int, interval: bool = True) -> None:
     """Guidance, temperature, top-k, top-p, greedy."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--cfg-scale", type=float, default=cfg_scale, help="guidance scale, 1 for none")
@@ -124,7 +127,7 @@ def add_sampling_flags(parser, *, cfg_scale: float, top_k: int, interval: bool =
     group.add_argument("--greedy", action="store_true", help="take the most likely token instead of drawing")
 
 
-def add_run_flags(parser, *, compile: bool = False, precision: bool = True) -> None:
+def add_run_flags(parser: Flags, *, compile: bool = False, precision: bool = True) -> None:
     """--device, --precision, --compile."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
@@ -136,7 +139,7 @@ def add_run_flags(parser, *, compile: bool = False, precision: bool = True) -> N
 
 
 def add_training_flags(
-    parser,
+    parser: Flags,
     *,
     epochs: int,
     batch: int,

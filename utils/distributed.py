@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Distributed:
         torch_dist.all_reduce(value)
         return value
 
-    def gather(self, value):
+    def gather(self, value: T) -> list[T]:
         """Every process's picklable `value`, in rank order."""
         if self.world_size == 1:
             return [value]
@@ -55,7 +58,7 @@ class Distributed:
         torch_dist.all_gather_object(values, value)
         return values
 
-    def broadcast(self, value):
+    def broadcast(self, value: T) -> T:
         """The first process's picklable `value`."""
         if self.world_size == 1:
             return value

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def choose_dropped(drop: Tensor | None, batch: int, probability: float, training: bool, device) -> Tensor:
+def choose_dropped(drop: Tensor | None, batch: int, probability: float, training: bool, device: torch.device) -> Tensor:
     """Which samples lose their condition: `drop` (bool (B,)) where given, else drawn in training, else none."""
     if drop is not None:
         return drop.to(device=device, dtype=torch.bool)

@@ -11,7 +11,9 @@ from torch import Tensor
 class StaticCache:
     """One (B, H, S, D) pair of tensors a layer. S is the whole sequence; rows past the filled part hold old values."""
 
-    def __init__(self, layers: int, batch: int, heads: int, rows: int, head_dim: int, device, dtype: torch.dtype):
+    def __init__(
+        self, layers: int, batch: int, heads: int, rows: int, head_dim: int, device: torch.device, dtype: torch.dtype
+    ):
         shape = (batch, heads, rows, head_dim)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]

@@ -1,6 +1,6 @@
 """What the class-conditional sampling scripts share: from their flags to a pipeline.
 
-pipeline, paths = build_pipeline(args, device)
+pipeline, gpt_path, vq_path = build_pipeline(args, device)
 """
 
 import argparse

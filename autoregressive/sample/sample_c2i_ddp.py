@@ -9,7 +9,7 @@ on where it stopped, on as many processes as there are then.
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from autoregressive.models.sizes import GPT_SIZES
@@ -130,7 +130,7 @@ def claim_folder(folder: Path, args: argparse.Namespace, gpt_path: Path, vq_path
         write_json(record, settings)
 
 
-def read_images(paths) -> Iterator:
+def read_images(paths: Iterable[Path]) -> Iterator:
     """The PNG files' pixels, one at a time, uint8 (H, W, 3). Raises ValueError that names a file it cannot read."""
     import numpy as np
     from PIL import Image

@@ -7,9 +7,17 @@ The same command again goes on with the shards that are missing, on any number o
 """
 
 import argparse
+from typing import TYPE_CHECKING
 
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import add_image_size_flags, add_switch, add_tokenizer_flags, flag_parser, positive_int, run_script
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dataset.codes import CodeSettings
+    from dataset.images import ImageDataset
+    from tokenizer.tokenizer_image.vq_model import VQModel
 
 
 def main(args: argparse.Namespace) -> None:
@@ -52,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
         code_views, image_size=args.image_size, ten_crop=args.ten_crop, crop_range=args.crop_range, flip=args.flip
     )
     dataset = build_dataset(args, transform=views, unreadable="omit")
-    writer_settings = code_settings(args, dataset, tokenizer, vq_path)
+    writer_settings = code_settings(args, dataset, tokenizer)
 
     def encode(indices: range) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         loader = DataLoader(
@@ -111,7 +119,7 @@ def main(args: argparse.Namespace) -> None:
     dist.close()
 
 
-def encode_views(tokenizer, pixels):
+def encode_views(tokenizer: "VQModel", pixels: "Tensor") -> "Tensor":
     """Codes of every view of every image. (n, views, 3, H, W) in [-1, 1] -> int64 (n, views, N), raster order."""
     import torch
 
@@ -121,7 +129,7 @@ def encode_views(tokenizer, pixels):
         return indices.view(len(pixels), pixels.shape[1], -1)
 
 
-def code_settings(args: argparse.Namespace, dataset, tokenizer, vq_path):
+def code_settings(args: argparse.Namespace, dataset: "ImageDataset", tokenizer: "VQModel") -> "CodeSettings":
     """What the shards' index records of the codes."""
     import hashlib
 

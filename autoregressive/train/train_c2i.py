@@ -8,6 +8,7 @@ Codes come from extract_codes_c2i.py. Recipe: LlamaGen (arXiv 2406.06525, sectio
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from autoregressive.models.sizes import GPT_SIZES
 from utils.cli import (
@@ -19,6 +20,9 @@ from utils.cli import (
     layout_numbers,
     run_script,
 )
+
+if TYPE_CHECKING:
+    from dataset.codes import CodeDataset
 
 
 def main(args: argparse.Namespace) -> None:
@@ -99,7 +103,7 @@ class CheckedCodes:
     The published layout records nothing, and a label too large by one would pass for "no class".
     """
 
-    def __init__(self, data, path: str, num_classes: int, vocab_size: int):
+    def __init__(self, data: "CodeDataset", path: str, num_classes: int, vocab_size: int):
         self.data, self.path, self.num_classes, self.vocab_size = data, path, num_classes, vocab_size
         settings = getattr(data, "settings", None)
         if settings and (settings.num_classes or 0) > num_classes:

@@ -7,6 +7,7 @@ Recipe: LlamaGen (arXiv 2406.06525, section 3.1); VQGAN (2012.09841).
 """
 
 import argparse
+from typing import TYPE_CHECKING
 
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
@@ -21,6 +22,15 @@ from utils.cli import (
 
 # What three halvings and two 4x4 convolutions without padding to spare leave a pixel of.
 PATCHGAN_MINIMUM = 24
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from torch import Tensor
+
+    from dataset.images import ImageDataset
+    from tokenizer.tokenizer_image.vq_model import VQModel
 
 
 def main(args: argparse.Namespace) -> None:
@@ -37,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
     from utils.logger import console_logger
     from utils.parallel import parallelize
     from utils.runs import find_checkpoint
-    from utils.trainer import Phase, Trainer
+    from utils.trainer import Micro, Phase, Trainer
 
     if args.finetune and not args.vq_ckpt:
         raise ValueError("--finetune needs --vq-ckpt, the weights to begin with")
@@ -87,13 +97,13 @@ def main(args: argparse.Namespace) -> None:
 
     reconstructions: dict[int, torch.Tensor] = {}
 
-    def generator_loss(batch, place):
+    def generator_loss(batch: list[torch.Tensor], place: Micro) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         images, _ = batch
         recons, codebook_losses = generator(images)
         reconstructions[place.number] = recons.detach()
         return losses.generator_loss(codebook_losses, images, recons, place.step)
 
-    def discriminator_loss(batch, place):
+    def discriminator_loss(batch: list[torch.Tensor], place: Micro) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return losses.discriminator_loss(batch[0], reconstructions.pop(place.number), place.step)
 
     def adam(module: torch.nn.Module) -> torch.optim.Adam:
@@ -132,7 +142,7 @@ def main(args: argparse.Namespace) -> None:
     dist.close()
 
 
-def center_view_of(dataset, index: int, transform):
+def center_view_of(dataset: "ImageDataset", index: int, transform: "Callable") -> "Tensor":
     """An image of the data set without augmentation, (3, H, W)."""
     import copy
 
@@ -141,7 +151,7 @@ def center_view_of(dataset, index: int, transform):
     return plain[index][0]
 
 
-def comparison(model, images):
+def comparison(model: "VQModel", images: "Tensor") -> "np.ndarray":
     """Images above their reconstructions, uint8 (H, W, 3). images: (n, 3, H, W) in [-1, 1]."""
     import torch
 
