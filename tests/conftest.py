@@ -40,3 +40,12 @@ def small_files(tmp_path_factory) -> SmallFiles:
     torch.save(gpt, files.bare)
     torch.save({"model": randomize(VQ_models["VQ-4"](codebook_size=64), seed=3).state_dict()}, files.vq)
     return files
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu run where there is an accelerator."""
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no accelerator here"))
