@@ -62,6 +62,16 @@ def add_gpt_flags(
         group.add_argument("--drop-path-rate", type=float, default=0.0, help="stochastic depth of the last layer")
 
 
+def add_gpt_file_flags(parser: Flags) -> None:
+    """--gpt-ckpt, --from-fsdp and --use-ema of the scripts that sample."""
+    help = "GPT weights: a file, a run's folder, or a released file's name"
+    parser.add_argument("--gpt-ckpt", default=None, help=help)
+    help = "a bare state dict (recognised without the flag too); sample folders are named after its folder"
+    parser.add_argument("--from-fsdp", action="store_true", help=help)
+    help = "sample from the averaged weights where the files have them"
+    parser.add_argument("--use-ema", action="store_true", help=help)
+
+
 def layout_numbers(args: argparse.Namespace) -> tuple[int | None, int | None]:
     """(--ar-token-num, --spe-token-num) where giving one implies the other; (None, None) where neither is given."""
     ar, special = args.ar_token_num, args.spe_token_num

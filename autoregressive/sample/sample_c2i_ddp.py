@@ -15,6 +15,7 @@ from pathlib import Path
 from autoregressive.models.sizes import GPT_SIZES
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
+    add_gpt_file_flags,
     add_gpt_flags,
     add_image_size_flags,
     add_run_flags,
@@ -147,13 +148,7 @@ def flags() -> argparse.ArgumentParser:
     """The script's flags."""
     parser = flag_parser(__doc__)
     add_gpt_flags(parser, GPT_SIZES)
-    parser.add_argument(
-        "--gpt-ckpt", default=None, help="GPT weights: a file, a run's folder, or a released file's name"
-    )
-    parser.add_argument("--from-fsdp", action="store_true", help="name the sample folder after the checkpoint's folder")
-    parser.add_argument(
-        "--use-ema", action="store_true", help="sample from the averaged weights where the files have them"
-    )
+    add_gpt_file_flags(parser)
     add_tokenizer_flags(parser, VQ_SIZES)
     add_image_size_flags(parser, 384, evaluation=256)
     add_sampling_flags(parser, cfg_scale=1.5, top_k=0)
