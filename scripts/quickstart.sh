@@ -43,7 +43,8 @@ for split in train held_out; do
 done
 
 stage gpt python3 autoregressive/train/train_c2i.py \
-    --code-path "$out/codes_train" --val-code-path "$out/codes_held_out" "${gpt[@]}" --vocab-size 256 \
+    --code-path "$out/codes_train" --val-code-path "$out/codes_held_out" --vq-ckpt "$out/tokenizer" \
+    "${gpt[@]}" --vocab-size 256 \
     --lr 2e-3 --lr-schedule cosine --warmup-steps 20 --global-batch-size 32 --max-steps 2000 \
     --mixed-precision none --num-workers 0 \
     --log-every 20 --ckpt-every 400 --keep-last 2 --results-dir "$out/gpt" --resume

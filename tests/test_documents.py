@@ -31,7 +31,9 @@ SMALL = {
     "--num-fid-samples": "3",
     "--per-proc-batch-size": "2",
     "--global-batch-size": "4",
-    "--epochs": "1",
+    "--epochs": "2",
+    "--shard-size": "1",
+    "--gpus": "2",
     "--num-workers": "0",
     "--perceptual-weight": "0",
     "--mixed-precision": "none",
@@ -48,7 +50,9 @@ def commands(document: str) -> list[list[str]]:
 
 
 def script_and_flags(words: list[str]) -> tuple[str, list[str]]:
-    """The Python script a command runs and its flags; a wrapper's own flags come first."""
+    """The Python script a command runs and its flags; a wrapper's own flags come first, variables are left out."""
+    while re.fullmatch(r"\w+=\S*", words[0]):
+        words = words[1:]
     program, script, *flags = words
     if program == "python3":
         return script, flags

@@ -12,9 +12,10 @@ import json
 import pickle
 import pickletools
 import re
+import shutil
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 from utils.files import atomic_write
 
 State = dict[str, torch.Tensor]
+CONSOLIDATED_FILE, AVERAGED_FILE, RECORD_FILE = "consolidated.pth", "consolidated_ema.pth", "training.json"
 _LISTED = 20
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _PLAIN = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}
@@ -72,16 +74,38 @@ def read_checkpoint(
         if zipped and not mmap:
             _compare_checksums(path)
         checkpoint = _sort_out(path, _read_pickle(path, map_location, mmap and zipped))
+        if checkpoint.format == "fsdp":
+            _add_companions(checkpoint, map_location, mmap)
     if prefer_ema and checkpoint.ema is not None:
         checkpoint.model = checkpoint.ema
     return checkpoint
 
 
+def _add_companions(checkpoint: Checkpoint, map_location: str | torch.device, mmap: bool) -> None:
+    """What this project writes beside a consolidated.pth: the averaged weights, the run's flags and its step."""
+    averaged, record = (checkpoint.path.with_name(name) for name in (AVERAGED_FILE, RECORD_FILE))
+    if checkpoint.path.name != CONSOLIDATED_FILE:
+        return
+    if averaged.is_file():
+        checkpoint.ema = read_checkpoint(averaged, map_location, mmap=mmap).model
+    if record.is_file():
+        try:
+            values = json.loads(record.read_bytes())
+            checkpoint.args, checkpoint.steps = dict(values["args"]), int(values["steps"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise _damaged(record, error) from error
+
+
 def _locate(path: Path) -> Path:
     if path.is_dir():
-        for name in ("consolidated.pth", "model.safetensors"):
+        for name in (CONSOLIDATED_FILE, "model.safetensors"):
             if (path / name).is_file():
                 return path / name
+        if (path / ".metadata").is_file():
+            raise FileNotFoundError(
+                f"{path} holds shards without {CONSOLIDATED_FILE}; write it with "
+                f"`python3 tools/export_checkpoint.py --checkpoint {path} --format consolidated`"
+            )
         inside = _listing(sorted(p.name for p in path.iterdir())) or "nothing"
         raise FileNotFoundError(f"{path} is a folder without consolidated.pth or model.safetensors; it holds: {inside}")
     if path.exists():
@@ -253,21 +277,26 @@ def load_into(
     Raises ValueError that lists the missing and unexpected names and the shapes that differ.
     """
     own = model.state_dict()
-    missing = [name for name in own if name not in state]
-    unexpected = [name for name in state if name not in own]
-    shapes = [
-        f"{name} {tuple(tensor.shape)} (model: {tuple(own[name].shape)})"
-        for name, tensor in state.items()
-        if name in own and tensor.shape != own[name].shape
+    require_fit(own, {name: tensor.shape for name, tensor in state.items()}, path)
+    model.load_state_dict(state, strict=True, assign=assign or any(tensor.is_meta for tensor in own.values()))
+
+
+def require_fit(own: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]], path: str | Path) -> None:
+    """Raises ValueError where the names and shapes found at `path` are not those of `own`; it lists what differs."""
+    missing = [name for name in own if name not in shapes]
+    unexpected = [name for name in shapes if name not in own]
+    other = [
+        f"{name} {tuple(shape)} (model: {tuple(own[name].shape)})"
+        for name, shape in shapes.items()
+        if name in own and tuple(shape) != tuple(own[name].shape)
     ]
     problems = [
         f"{title} ({len(found)}): {_listing(found)}"
-        for title, found in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes))
+        for title, found in (("missing", missing), ("unexpected", unexpected), ("other shape", other))
         if found
     ]
     if problems:
         raise ValueError(f"{path} does not fit the model:\n  " + "\n  ".join(problems))
-    model.load_state_dict(state, strict=True, assign=assign or any(tensor.is_meta for tensor in own.values()))
 
 
 def save_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
@@ -328,14 +357,19 @@ def save_safetensors(
 
 
 def prune_checkpoints(folder: str | Path, keep: int) -> list[Path]:
-    """Removes all but the `keep` newest `{step:07d}.pt` of `folder`, and returns what it removed.
+    """Removes all but the `keep` newest of `folder`, files `{step:07d}.pt` and folders `{step:07d}`; returns the removed.
 
     Raises ValueError for `keep` below 1: the newest checkpoint is never removed.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}: at least the newest checkpoint has to stay")
-    found = [path for path in Path(folder).glob("*.pt") if re.fullmatch(r"\d{7,}", path.stem)]
+    found = [path for path in Path(folder).glob("*") if re.fullmatch(r"\d{7,}(\.pt)?", path.name)]
     removed = sorted(found, key=lambda path: int(path.stem))[:-keep]
     for path in removed:
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            # Under another name first: a folder half removed must not look like a checkpoint.
+            path = path.rename(path.with_name(f".{path.name}.removed.tmp"))
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     return removed

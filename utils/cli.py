@@ -9,7 +9,10 @@ run_script(main, parser)
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
+
+from utils.errors import AgreedError
 
 # A parser, or a group of one.
 Flags = argparse._ActionsContainer
@@ -155,6 +158,7 @@ def add_training_flags(
     batch: int,
     results_dir: str,
     num_workers: int,
+    wandb_project: str | None = None,
 ) -> None:
     """Everything utils/trainer.py reads."""
     group = parser.add_argument_group("training")
@@ -177,7 +181,10 @@ def add_training_flags(
         help="parts a process's share of a batch is split into",
     )
     group.add_argument(
-        "--mixed-precision", choices=["none", "fp16", "bf16"], default="bf16", help="autocast of the forward pass"
+        "--mixed-precision",
+        choices=["none", "fp32", "tf32", "fp16", "bf16"],
+        default="bf16",
+        help="of the forward and backward pass (none is fp32); weights are kept in float32",
     )
     group.add_argument("--ema", action="store_true", help="keep an exponential moving average of the weights")
     group.add_argument("--ema-decay", type=float, default=0.9999, help="of that average")
@@ -196,9 +203,47 @@ def add_training_flags(
     group.add_argument("--log-every", type=positive_int, default=100, help="steps between log lines")
     group.add_argument("--ckpt-every", type=positive_int, default=5000, help="steps between checkpoints")
     group.add_argument("--keep-last", type=int, default=0, help="checkpoints to keep, 0 for all")
-    group.add_argument("--wandb-project", default=None, help="also log to this Weights & Biases project")
+    group.add_argument(
+        "--sample-every",
+        type=positive_int,
+        default=None,
+        help="steps between grids of pictures (default: those of checkpoints)",
+    )
+    group.add_argument("--wandb-project", default=wandb_project, help="also log to this Weights & Biases project")
     group.add_argument("--no-wandb", action="store_true", help="never log to Weights & Biases")
     group.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
+
+
+def add_parallel_flags(parser: Flags, default: str) -> None:
+    """--data-parallel and what utils/parallel.py does with it."""
+    group = parser.add_argument_group("processes")
+    group.add_argument(
+        "--data-parallel",
+        choices=["ddp", "fsdp", "sdp", "hsdp"],
+        default=default,
+        help="ddp: each process holds everything; fsdp: weights, gradients and optimizer in shards; sdp: weights gathered "
+        "during a step; hsdp: shards within a group of processes, copies across groups",
+    )
+    group.add_argument(
+        "--shard-size", type=positive_int, default=None, help="processes of an hsdp group (default: a machine's)"
+    )
+    group.add_argument(
+        "--grad-precision",
+        choices=["fp32", "fp16", "bf16"],
+        default=None,
+        help="in which gradients are summed over processes (default: fp32 with ddp, else that of --mixed-precision)",
+    )
+    group.add_argument(
+        "--sync-every-micro-batch",
+        action="store_true",
+        help="sum gradients after each accumulation step: with shards less memory, more traffic",
+    )
+    group.add_argument(
+        "--activation-checkpointing", action="store_true", help="recompute each block: less memory, a third more work"
+    )
+    group.add_argument(
+        "--timeout-minutes", type=float, default=30, help="how long a process waits for the others before it gives up"
+    )
 
 
 def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
@@ -212,5 +257,8 @@ def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.Argu
     except (ValueError, FileNotFoundError, ConnectionError, OSError) as error:
         if os.environ.get("TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, AgreedError) and os.environ.get("RANK", "0") != "0":
+            time.sleep(1)  # torchrun ends the others with the first to leave: the one that tells goes first
+        else:
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)

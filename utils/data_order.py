@@ -50,12 +50,21 @@ class BatchOrder(Sampler[list[int]]):
         start = self.rank * self.share + micro_batch * (self.share // self.micro_batches)
         return slice(start, start + self.share // self.micro_batches)
 
+    def samples(self, epoch: int, batch: int, rank: int, part: int | None = None) -> list[int]:
+        """The samples of a process's part of a batch, or of its whole share; for telling a user which they were."""
+        share = self._order(epoch)[batch * self.global_batch :][rank * self.share : (rank + 1) * self.share]
+        size = self.share // self.micro_batches
+        return (share if part is None else share[part * size : (part + 1) * size]).tolist()
+
+    def _order(self, epoch: int) -> np.ndarray:
+        generator = torch.Generator().manual_seed(item_seed(self.seed, epoch))
+        return torch.randperm(self.size, generator=generator).numpy().astype(np.int64)
+
     def __len__(self) -> int:
         return (self.batches_per_epoch - self.batch) * self.micro_batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(item_seed(self.seed, self.epoch))
-        order = torch.randperm(self.size, generator=generator).numpy().astype(np.int64)
+        order = self._order(self.epoch)
         for batch in range(self.batch, self.batches_per_epoch):
             indices = order[batch * self.global_batch : (batch + 1) * self.global_batch]
             for micro_batch in range(self.micro_batches):

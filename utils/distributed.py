@@ -71,6 +71,10 @@ class Distributed:
         if self.world_size > 1:
             torch_dist.barrier()
 
+    def gather_ok(self, error: Exception | None) -> str | None:
+        """What failed on the first process where something did, so that all of them decide alike; None for nothing."""
+        return next((text for text in self.gather(None if error is None else str(error)) if text is not None), None)
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Lets the first process of each machine go through the block before the others (a download, a file made once)."""
@@ -82,7 +86,7 @@ class Distributed:
 
     def close(self) -> None:
         """Leaves the process group."""
-        if self.world_size > 1 and torch_dist.is_initialized():
+        if torch_dist.is_initialized():
             torch_dist.destroy_process_group()
 
 
@@ -104,15 +108,20 @@ def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
     return device
 
 
-def start(device: str | None = None) -> Distributed:
-    """Joins the process group torchrun describes in the environment, or stands alone without one."""
+def start(device: str | None = None, group: bool = False, timeout_minutes: float = 30) -> Distributed:
+    """Joins the process group torchrun describes in the environment, or stands alone without one.
+
+    group: make a process group for a single process too, which sharding needs. timeout_minutes: how long a process waits
+    for the others before it gives up.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     chosen = pick_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if world > 1 and not torch_dist.is_initialized():
+    if (world > 1 or group) and not torch_dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        torch_dist.init_process_group(backend, timeout=timedelta(hours=2))
+        alone = {} if world > 1 else {"store": torch_dist.HashStore(), "rank": 0, "world_size": 1}
+        torch_dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **alone)
     return Distributed(chosen, rank, world, local_rank, local_world)

@@ -1,25 +1,61 @@
-"""An exponential moving average of a model's weights.
+"""An exponential moving average of a model's weights, sharded as the weights are.
 
-ema = EMA(model, decay=0.9999); ema.update(model); ema.module(x)
+ema = EMA(model, decay=0.9999); ema.update()
+with ema.applied():
+    model(x)                    # with the averaged weights
 """
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, which shares its memory; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class EMA:
-    """`module` holds the averaged parameters and the latest buffers."""
+    """`averages` has a tensor for every parameter of `model`, by name; buffers are those of the model."""
 
     def __init__(self, model: nn.Module, decay: float = 0.9999):
-        self.decay = decay
-        self.module = copy.deepcopy(model).requires_grad_(False).eval()
+        self.model, self.decay = model, decay
+        self.averages = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        return [local(t) for t in self.averages.values()], [local(p.detach()) for p in self.model.parameters()]
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """average = decay * average + (1 - decay) * model, for every parameter."""
-        averages, current = list(self.module.parameters()), [p.detach() for p in model.parameters()]
-        torch._foreach_lerp_(averages, current, 1 - self.decay)
-        for average, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
-            average.copy_(buffer)
+    def update(self) -> None:
+        """average = decay * average + (1 - decay) * weight, for every parameter."""
+        averages, weights = self._pairs()
+        torch._foreach_lerp_(averages, weights, 1 - self.decay)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Makes the averages the model's present weights."""
+        torch._foreach_copy_(*self._pairs())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages under the names, and in the order, of the model's state dict, with its buffers."""
+        return {name: self.averages.get(name, tensor) for name, tensor in self.model.state_dict().items()}
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Puts the averages into the model for a while, and its own weights back afterwards."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for average, weight in zip(*self._pairs(), strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)

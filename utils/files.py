@@ -36,7 +36,7 @@ def atomic_write(path: str | Path, durable: bool = True) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
         temporary = None
         if durable:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     except OSError as error:
         kept = "; the file that was there before is untouched" if path.exists() else ""
         raise OSError(error.errno, f"could not write {path} ({error.strerror or error}){kept}") from error
@@ -57,7 +57,7 @@ def _umask() -> int:
     return mask
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes the rename itself durable; file systems that cannot sync a folder are let be."""
     try:
         handle = os.open(folder, os.O_RDONLY)

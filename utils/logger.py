@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+
+from utils.files import atomic_write
 
 
 def console_logger(name: str = "run", main: bool = True) -> logging.Logger:
@@ -35,6 +38,7 @@ class RunLogger:
         self.logger = console_logger(main=main)
         self.loggers = [self.logger, console_logger("dataset", main)]  # which images could not be read is told there
         self.metrics = self.board = self.wandb = self.file = None
+        self.folder = folder
         if folder is None or not main:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +49,18 @@ class RunLogger:
         self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - open as long as the run
         self.board = _tensorboard_writer(folder / "tensorboard")
         if wandb_project:
-            self.wandb = _start_wandb(wandb_project, folder, config)
+            self._start_wandb(wandb_project, config)
+
+    def _start_wandb(self, project: str, config: dict | None) -> None:
+        """Weights & Biases is a second place for the figures: where it is not at hand, the run goes on without."""
+        try:
+            import wandb
+
+            self.wandb = wandb.init(project=project, dir=str(self.folder), name=self.folder.name, config=config)
+            self.wandb_image = wandb.Image
+        except Exception as error:
+            reason = "pip install wandb" if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+            self.info(f"not logging to the wandb project {project} ({reason}); --no-wandb leaves it out")
 
     def info(self, message: str) -> None:
         self.logger.info(message)
@@ -66,10 +81,15 @@ class RunLogger:
             self.wandb.log(values, step=step)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Records a picture of a step. image: uint8 (H, W, 3)."""
-        if self.board is not None:
-            with self._outliving_a_full_disk():
-                self.board.add_image(name, image, step, dataformats="HWC")
+        """Records a picture of a step, in tensorboard and as `{name}/{step:07d}.png`. image: uint8 (H, W, 3)."""
+        if self.board is None:
+            return
+        with self._outliving_a_full_disk():
+            self.board.add_image(name, image, step, dataformats="HWC")
+        with self._outliving_a_full_disk(), atomic_write(self.folder / name / f"{step:07d}.png") as f:
+            Image.fromarray(image).save(f, "PNG")
+        if self.wandb:
+            self.wandb.log({name: self.wandb_image(image)}, step=step)
 
     def close(self) -> None:
         """Flushes and closes the files."""
@@ -99,13 +119,3 @@ def _tensorboard_writer(folder: Path):
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder))
-
-
-def _start_wandb(project: str, folder: Path, config: dict | None):
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError(
-            f"--wandb-project {project} needs the wandb package: pip install wandb, or pass --no-wandb"
-        ) from error
-    return wandb.init(project=project, dir=str(folder), name=folder.name, config=config)

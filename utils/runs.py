@@ -5,6 +5,7 @@ run, resumed = open_run(args, "GPT-B"); run.checkpoints(); find_checkpoint("resu
 
 import json
 import re
+import shutil
 import time
 from argparse import Namespace
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from utils.files import write_json
 from utils.hub import resolve
 
-_STEP = re.compile(r"(\d{7,})\.pt$")
+_STEP = re.compile(r"(\d{7,})(\.pt)?")
 _RUN = re.compile(r"(\d{3,})-(.+)$")
 
 
@@ -25,17 +26,28 @@ class Run:
     stores: tuple[Path, ...]
 
     def checkpoints(self) -> list[Path]:
-        """Its checkpoint files, newest first."""
+        """Its checkpoints, newest first: files `{step:07d}.pt`, and folders `{step:07d}` of sharded runs."""
         found = [path for store in self.stores for path in checkpoints_in(store)]
         return sorted(found, key=lambda path: int(path.stem), reverse=True)
 
+    def changed_flags(self, args: Namespace) -> list[str]:
+        """What `args` has otherwise than the run began with, as "--lr 0.0001 (was 0.0002)"."""
+        record = self.folder / "run.json"
+        began = json.loads(record.read_text())["args"] if record.exists() else {}
+        now = vars(args)
+        return [
+            f"--{name.replace('_', '-')} {now[name]} (was {began[name]})"
+            for name in began
+            if name in now and now[name] != began[name] and name != "resume"
+        ]
+
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """`{step:07d}.pt` files of a folder, newest first."""
+    """Files `{step:07d}.pt` and folders `{step:07d}` of a folder, newest first."""
     if not folder.is_dir():
         return []
-    files = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)]
-    return sorted(files, key=lambda path: int(path.stem), reverse=True)
+    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and (path.suffix or path.is_dir())]
+    return sorted(found, key=lambda path: int(path.stem), reverse=True)
 
 
 def runs_in(results_dir: str | Path, name: str | None = None) -> list[Run]:
@@ -54,9 +66,10 @@ def runs_in(results_dir: str | Path, name: str | None = None) -> list[Run]:
     return runs
 
 
-def open_run(args: Namespace, name: str) -> tuple[Run, bool]:
+def open_run(args: Namespace, name: str, sharded: bool = False) -> tuple[Run, bool]:
     """The run to write to: the newest one of this name with --resume where there is one, else a new one.
 
+    sharded: its checkpoints are folders, which the published scripts put at `{cloud_save_path}/{time}-{name}/{step:07d}`.
     Returns the run and whether it is an old one. Raises ValueError where --no-local-save leaves no place to save to.
     """
     if args.no_local_save and not args.cloud_save_path:
@@ -64,14 +77,17 @@ def open_run(args: Namespace, name: str) -> tuple[Run, bool]:
     runs = runs_in(args.results_dir, name)
     if args.resume and runs:
         for store in runs[0].stores:
-            for leftover in store.glob(".*.pt.*.tmp"):  # of a save that was killed
-                leftover.unlink(missing_ok=True)
+            for leftover in store.glob(".*.tmp"):  # of a save that was killed
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
         return runs[0], True
     folder = _new_folder(Path(args.results_dir), name)
     stores = [] if args.no_local_save else ["checkpoints"]  # inside the folder, which may be moved
     if args.cloud_save_path:
-        cloud = Path(args.cloud_save_path).absolute() / time.strftime("%Y-%m-%d-%H-%M-%S")
-        stores.append(str(cloud / folder.name / "checkpoints"))
+        cloud, now = Path(args.cloud_save_path).absolute(), time.strftime("%Y-%m-%d-%H-%M-%S")
+        stores.append(str(cloud / f"{now}-{name}" if sharded else cloud / now / folder.name / "checkpoints"))
     write_json(folder / "run.json", {"stores": stores, "args": vars(args)})
     return Run(folder, tuple(folder / store for store in stores)), False
 

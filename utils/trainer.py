@@ -1,6 +1,6 @@
-"""The one training loop: data order, mixed precision, accumulation, clipping, EMA, logs, checkpoints, resume.
+"""The one training loop: data order, precision, accumulation, clipping, EMA, logs, checkpoints, resume.
 
-    trainer = Trainer(args, dist, run_name="GPT-B", models={"model": model}, phases=[phase], dataset=dataset)
+    trainer = Trainer(args, dist, run_name="GPT-B", models={"model": model}, phases=[phase], dataset=dataset, plan=plan)
     trainer.fit()
 
 A script builds a model, a data set and a loss, and hands them over. A job with one optimizer has one `Phase`; the
@@ -10,13 +10,15 @@ Every random number is a function of the seed, the process and the step, and the
 epoch and the batch: a run that was stopped and resumed takes the very steps it would have taken.
 """
 
-import time
+import re
+import signal
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from math import cos, isfinite, pi
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +26,38 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from utils.checkpoint import Checkpoint, load_into, prune_checkpoints, read_checkpoint, save_checkpoint
+from utils.checkpoint import Checkpoint
 from utils.data_order import BatchOrder
 from utils.distributed import Distributed
-from utils.ema import EMA
+from utils.ema import EMA, local
+from utils.errors import AgreedError
+from utils.finite import FiniteWatch, NotFinite
+from utils.flops import peak_flops
 from utils.loading import loader_workers
 from utils.logger import RunLogger
+from utils.meter import Meter, format_window
+from utils.optim import learning_rate
+from utils.parallel import Parallel, parameters_of
 from utils.rng import item_seed
 from utils.runs import open_run
+from utils.stopping import Agreement, StopSignals
+from utils.training_state import Saver, ShardedCheckpoint, TrainingState
 
-AUTOCAST = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+_SHOWN_SAMPLES = 64
+_LOST_PROCESS = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|socket timeout|timed out|remote process|nccl", re.I
+)
 
 
 @dataclass(frozen=True)
 class Micro:
-    """Where a micro-batch stands: the optimizer step, its number in the step, and its places in the global batch."""
+    """Where a part of a batch stands: the optimizer step and epoch, its number in the step, its places in the batch."""
 
     step: int
+    epoch: int
     number: int
     positions: slice
     global_batch: int
@@ -53,6 +69,7 @@ class Phase:
 
     key: its optimizer's name in checkpoint files. module: what the loss calls (parallelized). loss: takes the batch on
     the device and its `Micro`, returns the loss and scalars to log. active: whether it takes part in a step at all.
+    model: which of the trainer's models it moves.
     """
 
     key: str
@@ -60,35 +77,19 @@ class Phase:
     optimizer: torch.optim.Optimizer
     loss: Callable[[Any, Micro], tuple[Tensor, dict[str, Tensor]]]
     active: Callable[[int], bool] = lambda step: True
-
-
-def adamw(model: nn.Module, args: Namespace) -> torch.optim.AdamW:
-    """AdamW that decays tensors with two or more dimensions only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    fused = all(p.device.type in ("cuda", "cpu") for p in parameters)
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=fused)
-
-
-def learning_rate(args: Namespace, step: int, total: int) -> float:
-    """The rate at a step (from 0): linear warm-up over --warmup-steps, then constant, or a cosine that ends at 0."""
-    if step < args.warmup_steps:
-        return args.lr * (step + 1) / args.warmup_steps
-    if args.lr_schedule == "cosine":
-        done = (step - args.warmup_steps) / max(total - args.warmup_steps, 1)
-        return args.lr * 0.5 * (1 + cos(pi * min(done, 1)))
-    return args.lr
+    model: str = "model"
 
 
 class Trainer:
     """Runs the phases over the data set until the epochs or --max-steps are done.
 
     models: what is saved, by its name in checkpoint files; "model" is the one that EMA follows.
-    sample: called at --ckpt-every with the step, on the first process: returns pictures by name, uint8 (H, W, 3).
+    dataset: may have set_epoch(epoch), and sample_numbers(indices), by which its samples are told to users.
+    plan: how the modules of the phases were parallelized. initial: what a new run starts from.
     validate: called at --ckpt-every on every process with the model: returns figures by name.
+    sample: called at --sample-every on the first process with the model: returns pictures by name, uint8 (H, W, 3).
+    rate: the learning rate by batches done and batches an epoch, in the place of --lr-schedule.
+    tokens, flops: of a sample, for the log; model FLOPs by epoch.
     """
 
     def __init__(
@@ -100,13 +101,17 @@ class Trainer:
         models: dict[str, nn.Module],
         phases: list[Phase],
         dataset: Dataset,
-        initial: Checkpoint | None = None,
+        plan: Parallel | None = None,
+        initial: Checkpoint | ShardedCheckpoint | None = None,
         validate: Callable[[nn.Module], dict[str, float]] | None = None,
         sample: Callable[[nn.Module], dict[str, Any]] | None = None,
+        rate: Callable[[int, int], float] | None = None,
+        tokens: int | None = None,
+        flops: Callable[[int], float] | None = None,
     ):
         self.args, self.dist, self.models, self.phases, self.dataset = args, dist, models, phases, dataset
-        self.validate, self.sample = validate, sample
-        self.ema = EMA(models["model"], args.ema_decay) if args.ema else None
+        self.plan = plan or Parallel(dist, precision=args.mixed_precision)
+        self.validate, self.sample, self.rate, self.flops = validate, sample, rate, flops
         self.order = BatchOrder(
             len(dataset),
             args.global_batch_size,
@@ -115,51 +120,101 @@ class Trainer:
             dist.world_size,
             args.global_seed,
         )
-        self.autocast_dtype = AUTOCAST[args.mixed_precision]
+        self.ema = EMA(models["model"], args.ema_decay) if args.ema else None
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=args.mixed_precision == "fp16")
-        self.step = self.saved_step = 0
-        self.samples_seen = 0
+        optimizers = {phase.key: (models[phase.model], phase.optimizer) for phase in phases}
+        self.state = TrainingState(models, optimizers, self.ema, self.scaler)
+        self.meter = Meter(dist, args.global_batch_size, tokens, peak_flops(dist.device, args.mixed_precision))
+        self.watch = FiniteWatch()
+        self.agreement = Agreement(dist)
 
-        self.run, resumed = dist.broadcast(open_run(args, run_name) if dist.is_main else None)
+        self.run, resumed = dist.broadcast(open_run(args, run_name, self.plan.sharded) if dist.is_main else None)
         project = None if args.no_wandb else args.wandb_project
         self.log = RunLogger(self.run.folder, dist.is_main, project, vars(args))
+        self.saver = Saver(self.state, self.run, args, dist, self.log)
         if not (resumed and self._resume()) and initial is not None:
-            self._restore(initial)
-            self.log.info(f"starting from {initial.path}" + (f", step {self.step}" if self.step else ""))
-        ahead = args.epochs * self.order.batches_per_epoch - self.samples_seen // args.global_batch_size
+            whole = self.state.take(initial, args.global_batch_size)
+            self.log.info(f"starting from {initial.path}" + (f", step {self.step}" if whole else ", its weights alone"))
+        self.saver.saved_step = self.step
+        ahead = args.epochs * self.order.batches_per_epoch - self._batches_done
         self.total_steps = min(self.step + max(ahead, 0), args.max_steps or float("inf"))
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.step
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples gone through, over all processes."""
+        return self.state.samples_seen
+
+    @property
+    def _batches_done(self) -> int:
+        return self.samples_seen // self.args.global_batch_size
+
     def fit(self) -> Path | None:
-        """Trains to the end and returns the last checkpoint's path (None on processes other than the first)."""
-        with closing(self.log):
-            self._fit()
+        """Trains to the end, or until a signal asks it to stop, and returns the last checkpoint's path (None on processes
+        other than the first).
+
+        Raises AgreedError where a loss is not finite, ConnectionError where another process is gone, OSError where the
+        last checkpoint cannot be written, KeyboardInterrupt after Ctrl-C, once the state is saved.
+        """
+        with closing(self.log), StopSignals() as signals:
+            try:
+                self._fit(signals)
+            except RuntimeError as error:
+                if self.dist.world_size == 1 or not _LOST_PROCESS.search(str(error)):
+                    raise
+                reason = str(error).strip().splitlines()[0][:200]
+                self.saver.wait()
+                raise ConnectionError(
+                    f"process {self.dist.rank} lost the others at step {self.step} ({reason}): one of them has ended, "
+                    f"see what it said itself. {self._last_checkpoint()} --resume goes on from there"
+                ) from error
+            finally:
+                self.saver.finish()
+            if signals.asked == signal.SIGINT:
+                raise KeyboardInterrupt
         checkpoints = self.run.checkpoints()
         return checkpoints[0] if self.dist.is_main and checkpoints else None
 
-    def _fit(self) -> None:
+    def _fit(self, signals: StopSignals) -> None:
         parameters = sum(p.numel() for p in self.models["model"].parameters())
         self.log.info(
             f"{self.run.folder}: {parameters:,} parameters, {len(self.dataset):,} samples, "
             f"{self.order.batches_per_epoch} steps an epoch, {self.total_steps} steps, {self.dist.world_size} process(es) "
-            f"on {self.dist.device}"
+            f"on {self.dist.device} ({self.plan.strategy}, {self.args.mixed_precision})"
         )
         if self.step >= self.total_steps:
             self.log.info(f"nothing left to do: step {self.step} of {self.total_steps}")
         for model in self.models.values():
             model.train()
-        self._start_window()
-        for batch in self._batches():
-            self._train_step(batch)
-            if self.step % self.args.log_every == 0 or self.step == self.total_steps:
-                self._log_window()
-            if self.step % self.args.ckpt_every == 0 and self.step < self.total_steps:
-                self._evaluate_and_save(final=False)
-        if self.saved_step < self.step:
+        self.sums: dict[str, tuple[Tensor, int]] = {}
+        self.meter.start_window()
+        with self._progress() as bar, logging_redirect_tqdm(self.log.loggers) if not bar.disable else nullcontext():
+            for batch in self._batches():
+                self._train_step(batch)
+                bar.update()
+                if self._agree_to_stop(signals):
+                    return
+                if self.step % self.args.log_every == 0 or self.step == self.total_steps:
+                    bar.set_postfix_str(self._log_window())
+                if self.step < self.total_steps:
+                    self._evaluate_and_save()
+                self.saver.poll()
+        if self.saver.saved_step < self.step:
             self._evaluate_and_save(final=True)
         skipped = set().union(*self.dist.gather(getattr(self.dataset, "skipped_indices", [])))
         if skipped:
             self.log.warning(f"{len(skipped)} unreadable files were skipped")
+        self.agreement.close()
         self.log.info("done")
+
+    def _progress(self) -> tqdm:
+        """A bar on a terminal, nothing in a file."""
+        shown = self.dist.is_main and sys.stderr.isatty()
+        return tqdm(total=self.total_steps, initial=self.step, unit="step", disable=not shown, dynamic_ncols=True)
 
     def _batches(self) -> Iterator[list[Any]]:
         """This process's micro-batches of each remaining step."""
@@ -173,22 +228,26 @@ class Trainer:
             persistent_workers=workers > 0,
         )
         while self.step < self.total_steps:
-            epoch, batch = divmod(self.samples_seen // self.args.global_batch_size, self.order.batches_per_epoch)
+            epoch, batch = divmod(self._batches_done, self.order.batches_per_epoch)
             self.order.start_at(epoch, batch)
             if hasattr(self.dataset, "set_epoch"):
                 self.dataset.set_epoch(epoch)
-            micros = iter(loader)
+            with self.meter.waiting():
+                micros = iter(loader)
             while self.step < self.total_steps:
-                group = list(islice(micros, self.args.gradient_accumulation_steps))
+                with self.meter.waiting():
+                    group = list(islice(micros, self.args.gradient_accumulation_steps))
                 if not group:
                     break
                 yield group
 
     def _train_step(self, batch: list[Any]) -> None:
-        rate = learning_rate(self.args, self.step, self.total_steps)
+        rate = self._learning_rate()
         torch.manual_seed(item_seed(self.args.global_seed, self.dist.rank, self.step))
         device = self.dist.device
         batch = [_to_device(micro, device) for micro in batch]
+        epoch = self._batches_done // self.order.batches_per_epoch
+        watched = []
         for phase in self.phases:
             if not phase.active(self.step):
                 continue
@@ -196,141 +255,197 @@ class Trainer:
                 group["lr"] = rate
             phase.optimizer.zero_grad(set_to_none=True)
             for number, micro in enumerate(batch):
-                place = Micro(self.step, number, self.order.positions(number), self.args.global_batch_size)
-                with ExitStack() as stack:
-                    if number < len(batch) - 1 and hasattr(phase.module, "no_sync"):
-                        stack.enter_context(phase.module.no_sync())
-                    with torch.autocast(device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+                place = Micro(self.step, epoch, number, self.order.positions(number), self.args.global_batch_size)
+                dtype = self.plan.autocast_dtype
+                with self.plan.last_only(phase.module, last=number == len(batch) - 1):
+                    with self.meter.working(), torch.autocast(device.type, dtype, enabled=dtype is not None):
                         loss, logs = phase.loss(micro, place)
                     self.scaler.scale(loss / len(batch)).backward()
-                for name, value in logs.items():
-                    total, count = self.sums.get(name, (0, 0))
-                    self.sums[name] = total + value.detach().float(), count + 1
+                watched.append(("loss", number, loss.detach()))
+                self._add(logs)
             self.scaler.unscale_(phase.optimizer)
+            parameters = parameters_of([phase.optimizer])
+            norm = _gradient_norm(parameters)
             if self.args.max_grad_norm:
-                parameters = [p for group in phase.optimizer.param_groups for p in group["params"]]
-                torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
+            if not self.scaler.is_enabled():  # which itself skips steps that float16 cannot hold
+                watched.append(("gradient norm", None, norm))
+            suffix = phase.key.removeprefix("optimizer")
+            self._add({f"grad_norm{suffix}": norm}, of_all=True)
             self.scaler.step(phase.optimizer)
         self.scaler.update()
         if self.ema:
-            self.ema.update(self.models["model"])
-        self.step += 1
-        self.samples_seen += self.args.global_batch_size
-        self.window += 1
+            self.ema.update()
+        self.watch.add(self.step, watched)
+        self.state.step += 1
+        self.state.samples_seen += self.args.global_batch_size
+        self.meter.count_step(self.flops(epoch) if self.flops else None)
 
-    def _start_window(self) -> None:
-        self.sums: dict[str, tuple[Tensor, int]] = {}
-        self.window, self.window_start = 0, time.perf_counter()
+    def _learning_rate(self) -> float:
+        if self.rate:
+            return self.rate(self._batches_done, self.order.batches_per_epoch)
+        return learning_rate(self.args, self.step, self.total_steps)
 
-    def _log_window(self) -> None:
-        if not self.window:
-            return
+    def _add(self, logs: dict[str, Tensor], of_all: bool = False) -> None:
+        """Adds scalars to the window's sums. A GradScaler's skipped steps have no gradient norm to speak of."""
+        for name, value in logs.items():
+            total, count = self.sums.get(name, (0, 0))
+            value = value.detach().float()
+            if of_all and self.scaler.is_enabled():
+                value = torch.where(torch.isfinite(value), value, 0)
+            self.sums[name] = total + value, count + 1
+
+    def _agree_to_stop(self, signals: StopSignals) -> bool:
+        """Whether a process was asked to stop: then the state is saved. Raises AgreedError where a loss was not finite."""
+        stop, broken = self.agreement.exchange(signals.asked is not None, self.watch.first(wait=False) is not None)
+        if broken:
+            self._require_finite_losses()
+        if not stop or self.step >= self.total_steps:
+            return False
+        self._require_finite_losses()
+        self._require_finite_weights()
+        if self.saver.saved_step < self.step:
+            self._save(final=True)
+        self.saver.wait(final=True)
+        self.agreement.close()
+        asked = next((name for name in self.dist.gather(signals.asked and signals.asked.name) if name), "a signal")
+        self.log.info(f"stopped by {asked} after step {self.step} of {self.total_steps}; --resume goes on from there")
+        return True
+
+    def _log_window(self) -> str:
+        """Writes down the means and rates since the last time; returns them short, for the bar."""
+        if not self.meter.steps:
+            return ""
         values = self._window_means()
-        rate = self.window / (time.perf_counter() - self.window_start)
-        shown = ", ".join(f"{name}: {value:.4f}" for name, value in values.items())
-        self.log.info(f"(step={self.step:07d}) {shown}, steps/sec: {rate:.2f}")
+        rates = self.meter.close_window()
         lr = self.phases[0].optimizer.param_groups[0]["lr"]
-        self.log.scalars(self.step, {**values, "lr": lr, "steps_per_second": rate})
-        self._require_finite(values)
-        self._start_window()
+        shown = ", ".join(f"{name}: {value:.4f}" for name, value in values.items())
+        self.log.info(f"(step={self.step:07d}) {shown}, lr: {lr:.3g}, {format_window(rates)}")
+        self.log.scalars(self.step, {**values, "lr": lr, **rates})
+        if self.meter.slowest:
+            self.log.info(self.meter.slowest)
+        self._require_finite_losses()
+        self.sums = {}
+        return shown
 
     def _window_means(self) -> dict[str, float]:
         """The means of what the losses told since the last log line, each over the steps it took part in."""
-        names = sorted(self.sums)
+        names = sorted(self.sums, key=lambda name: ("norm" in name, name))
         means = [total / count for total, count in map(self.sums.get, names)]
         return dict(zip(names, self.dist.mean(torch.stack(means)).tolist(), strict=True)) if names else {}
 
-    def _require_finite(self, values: dict[str, float]) -> None:
-        if not all(map(isfinite, values.values())):
-            shown = ", ".join(f"{name}: {value:.4f}" for name, value in values.items())
-            last = self.run.checkpoints()[:1]
-            raise ValueError(
-                f"the loss is no longer finite ({shown}) before step {self.step}; "
-                f"the last checkpoint is {last[0] if last else 'none'}. Try a lower --lr, or --mixed-precision none"
-            )
+    def _last_checkpoint(self) -> str:
+        last = self.run.checkpoints()[:1]
+        return f"The last checkpoint is {last[0]}." if last else "There is no checkpoint yet."
+
+    def _require_finite_losses(self) -> None:
+        """Every process calls it; all raise the same AgreedError where one had a loss that is no number."""
+        found = self.dist.gather(self.watch.first(wait=True))
+        places = sorted((bad.step, bad.part is None, rank, bad) for rank, bad in enumerate(found) if bad)
+        if places:
+            _, _, rank, bad = places[0]
+            self.saver.wait()
+            raise AgreedError(self._describe(rank, bad))
+
+    def _describe(self, rank: int, bad: NotFinite) -> str:
+        behind = self.step - bad.step
+        epoch, batch = divmod(self._batches_done - behind, self.order.batches_per_epoch)
+        samples = self.order.samples(epoch, batch, rank, bad.part)
+        if hasattr(self.dataset, "sample_numbers"):  # as other tools count them
+            samples = self.dataset.sample_numbers(samples)
+        listed = ", ".join(map(str, samples[:_SHOWN_SAMPLES])) + (", …" if len(samples) > _SHOWN_SAMPLES else "")
+        parts = self.args.gradient_accumulation_steps
+        part = f", part {bad.part + 1} of {parts} of its batch" if bad.part is not None and parts > 1 else ""
+        where = f" on process {rank}{part}" if bad.part is not None else ""
+        return (
+            f"the {bad.name} became {bad.value} at step {bad.step + 1}{where}; it is no longer finite, and nothing of it "
+            f"was saved. Samples there: {listed}. {self._last_checkpoint()} Try a lower --lr, or --mixed-precision none"
+        )
 
     @torch.no_grad()
-    def _evaluate_and_save(self, final: bool) -> None:
-        """Pictures, figures and a checkpoint of this step; none of a model that a loss has spoilt."""
-        norms = torch.stack(torch._foreach_norm(list(self.models["model"].parameters())))
-        self._require_finite({**self._window_means(), "norm_of_weights": float(self.dist.mean(norms.norm()))})
-        model = self.ema.module if self.ema else self.models["model"]
-        training = model.training
-        model.eval()
-        if self.validate:
-            values = self.validate(model)
-            self.log.info(f"(step={self.step:07d}) " + ", ".join(f"{k}: {v:.4f}" for k, v in values.items()))
-            self.log.scalars(self.step, values)
-        if self.sample and self.dist.is_main:
-            for name, image in self.sample(model).items():
-                self.log.image(self.step, name, image)
-        model.train(training)
-        self._save(final)
+    def _evaluate_and_save(self, final: bool = False) -> None:
+        """What is due at this step: pictures, figures and a checkpoint; none of a model that a loss has spoilt."""
+        checkpoint = final or self.step % self.args.ckpt_every == 0
+        every = self.args.sample_every or self.args.ckpt_every
+        pictures = self.sample is not None and (final or self.step % every == 0)
+        if not (checkpoint or pictures):
+            return
+        with self.meter.paused_for():
+            self._require_finite_losses()
+            self._require_finite_weights()
+            if pictures or self.validate:
+                self._evaluate(figures=checkpoint, pictures=pictures)
+            if checkpoint:
+                self._save(final)
+
+    @torch.no_grad()
+    def _require_finite_weights(self) -> None:
+        weights = [local(p) for p in self.models["model"].parameters()]
+        norm = torch.stack(torch._foreach_norm([p for p in weights if p.numel()])).norm()
+        if not isfinite(float(self.dist.mean(norm))):
+            raise AgreedError(
+                f"the weights are no longer finite after step {self.step}, and were not saved. "
+                f"{self._last_checkpoint()} Try a lower --lr, or --mixed-precision none"
+            )
+
+    def _evaluate(self, figures: bool, pictures: bool) -> None:
+        model = self.models["model"]
+        with ExitStack() as stack:
+            stack.enter_context(self.ema.applied() if self.ema else nullcontext())
+            stack.enter_context(self.plan.gathered(self.phases[0].module))
+            model.eval()
+            if self.validate and figures:
+                values = self.validate(model)
+                self.log.info(f"(step={self.step:07d}) " + ", ".join(f"{k}: {v:.4f}" for k, v in values.items()))
+                self.log.scalars(self.step, values)
+            if pictures and self.dist.is_main:
+                for name, image in self.sample(model).items():
+                    self.log.image(self.step, name, image)
+            model.train()
 
     def _save(self, final: bool) -> None:
-        if self.dist.is_main:
-            failure = None
-            state: dict[str, Any] = {name: model.state_dict() for name, model in self.models.items()}
-            if self.ema:
-                state["ema"] = self.ema.module.state_dict()
-            state |= {phase.key: phase.optimizer.state_dict() for phase in self.phases}
-            state |= {"steps": self.step, "args": self.args}
-            state["trainer"] = {"samples_seen": self.samples_seen, "scaler": self.scaler.state_dict()}
-            for store in self.run.stores:
-                path = store / f"{self.step:07d}.pt"
-                try:
-                    save_checkpoint(path, state)
-                except OSError as error:
-                    failure = error
-                    again = min(self.step + self.args.ckpt_every, self.total_steps)
-                    then = "" if final else f"; training goes on, the next try is at step {again}"
-                    self.log.warning(f"{error}{then}")
-                else:
-                    self.log.info(f"saved {path}")
-                    if self.args.keep_last > 0:
-                        prune_checkpoints(store, self.args.keep_last)
-            if final and failure:
-                raise failure
-        self.saved_step = self.step
-        self.dist.barrier()
+        self.saver.save()
+        if final:
+            self.saver.wait(final=True)
 
     def _resume(self) -> bool:
         """Goes on from the run's newest readable checkpoint; False where the run was stopped before its first.
 
         Raises ValueError where it has checkpoints and none can be read.
         """
-        found = self.run.checkpoints()
+        found = self.dist.broadcast(self.run.checkpoints())
         for path in found:
+            saved = failure = None
             try:
-                checkpoint = read_checkpoint(path, mmap=False)
-            except ValueError as error:
-                self.log.warning(f"{error} Trying the checkpoint before it.")
+                saved = self.state.read(path, self.dist)
+            except (ValueError, OSError) as error:
+                failure = error
+            failure = self.dist.gather_ok(failure)
+            if failure:
+                self.log.warning(f"{failure} Trying the checkpoint before it.")
                 continue
-            self._restore(checkpoint)
+            try:
+                self.state.take(saved, self.args.global_batch_size)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}\n--resume goes on with the newest {self.run.folder.name.split('-', 1)[1]} of "
+                    f"{self.run.folder.parent}: give another model a --results-dir of its own"
+                ) from error
             self.log.info(f"resuming {self.run.folder} at step {self.step} from {path}")
+            changed = self.run.changed_flags(self.args)
+            if changed:
+                self.log.info(f"with other flags than it began with: {', '.join(changed)}")
             return True
         if found:
             raise ValueError(f"no checkpoint of {self.run.folder} can be read; to start anew, leave out --resume")
         self.log.info(f"{self.run.folder} has no checkpoint yet: starting at its beginning")
         return False
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        """Takes over everything the file has: weights, and where present optimizer, EMA, step and place in the data."""
-        states = {**checkpoint.extra, "model": checkpoint.model, "optimizer": checkpoint.optimizer}
-        for name, model in self.models.items():
-            if states.get(name) is not None:
-                load_into(model, states[name], checkpoint.path)
-        if self.ema:
-            load_into(self.ema.module, checkpoint.ema or checkpoint.model, checkpoint.path)
-        if any(states.get(phase.key) is None for phase in self.phases):
-            return  # weights alone: a new run that starts from them
-        for phase in self.phases:
-            phase.optimizer.load_state_dict(states[phase.key])
-        self.step = self.saved_step = checkpoint.steps or 0
-        trainer = states.get("trainer") or {}
-        self.samples_seen = trainer.get("samples_seen", self.step * self.args.global_batch_size)
-        if trainer.get("scaler"):
-            self.scaler.load_state_dict(trainer["scaler"])
+
+def _gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """The norm of all gradients together, of all shards."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

@@ -32,6 +32,11 @@ def cache_for(model: Transformer, batch: int, device: torch.device, dtype: torch
     return cache
 
 
+def release_cache(model: Transformer) -> None:
+    """Gives the memory of the model's cache back."""
+    _caches.pop(model, None)
+
+
 @contextmanager
 def sampling_mode(model: Transformer, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Puts the model in eval mode for the block, and has a row's result depend on that row alone.

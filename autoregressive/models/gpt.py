@@ -1,11 +1,12 @@
 """The Llama-architecture transformer over image tokens, and the table of its sizes.
 
     model = GPT_models["GPT-B"](block_size=256)              # 16x16 tokens
-    logits = model(tokens[:, : -model.layout.group_size], labels)        # (B, N, vocab_size)
+    logits = model(tokens[:, : -model.layout.step_tokens], labels)       # (B, N, vocab_size)
 
 Nothing here knows of sampling, files or training. The model reads tokens in the order of its `layout`
-(models/layout.py): `tokens = codes[:, model.layout.order]`.
-LlamaGen (arXiv 2406.06525, section 2.2); Llama (2302.13971); special tokens and groups: PAR (2412.15119).
+(models/layout.py): `tokens = codes[:, model.layout.order]`, or in that of another layout it is given.
+LlamaGen (arXiv 2406.06525, section 2.2); Llama (2302.13971); special tokens and groups: PAR (2412.15119); patches: NPP
+(2412.15321).
 """
 
 from collections.abc import Callable
@@ -199,10 +200,16 @@ class SpecialTokens(nn.Module):
         return self.special_embeddings.weight
 
 
+def draw_normal(tensor: Tensor, std: float) -> None:
+    """Fills the tensor with draws from N(0, std²)."""
+    tensor.normal_(0, std)
+
+
 class Transformer(nn.Module):
     """A GPT over image tokens, conditioned on a class or a caption.
 
-    `layout` says in which order tokens are read and which of them one step predicts.
+    `layout` says in which order tokens are read and which of them one step predicts. Decoding always goes by it;
+    training may read by another one.
     """
 
     def __init__(self, args: ModelArgs):
@@ -221,32 +228,44 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layer))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
-        with torch.device("cpu"):  # also where the weights are built on the meta device
-            table = rope_table_2d(self.layout.grid_size, args.dim // args.n_head, args.rope_base)
-            self._rope = {table.device: self.layout.rope_rows(table)}
+        self._rope: dict[tuple[TokenLayout, torch.device], Tensor] = {}
+        self.rope(torch.device("cpu"))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """N(0, initializer_range) for every linear and embedding weight; zeros for the output layer."""
+    @torch.no_grad()
+    def reset_parameters(self, normal: Callable[[Tensor, float], None] = draw_normal) -> None:
+        """Gives every parameter and buffer its initial value: a model moved off the meta device is complete after it.
+
+        N(0, initializer_range²) for linear and embedding weights, ones for norms, zeros for the output layer, and features
+        of about unit length for "no caption".
+        normal: fills a tensor with draws of a standard deviation; it makes every draw, in a fixed order.
+        """
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=self.args.initializer_range)
-        nn.init.zeros_(self.output.weight)
+            if module is self.output:
+                module.weight.zero_()
+            elif isinstance(module, nn.Linear | nn.Embedding):
+                normal(module.weight, self.args.initializer_range)
+            elif isinstance(module, RMSNorm):
+                module.weight.fill_(1)
+            elif isinstance(module, CaptionEmbedder):
+                normal(module.uncond_embedding, self.args.caption_dim**-0.5)
 
     @property
     def num_parameters(self) -> int:
         """Trainable numbers in the model."""
         return sum(p.numel() for p in self.parameters())
 
-    def rope(self, device: torch.device) -> Tensor:
-        """The rotary table of every row, float32 (rows, head_dim/2, 2).
+    def rope(self, device: torch.device, layout: TokenLayout | None = None) -> Tensor:
+        """The rotary table of every row of a layout (the model's own), float32 (rows, head_dim/2, 2).
 
         Kept beside the parameters, not among them: it must stay float32 when the weights are cast, and is in no file.
         """
-        if device not in self._rope:
+        layout = layout or self.layout
+        if (layout, device) not in self._rope:
             with torch.inference_mode(False):  # kept for training too, whoever asks first
-                self._rope[device] = self._rope[torch.device("cpu")].to(device)
-        return self._rope[device]
+                table = rope_table_2d(layout.rope_grid, self.args.dim // self.args.n_head, self.args.rope_base)
+                self._rope[layout, device] = layout.rope_rows(table).to(device)
+        return self._rope[layout, device]
 
     def embed(self, tokens: Tensor, special: int = 0, at: int | None = None) -> Tensor:
         """Token embeddings with the first `special` special ones put in at column `at` (the end). (B, S) -> (B, S + special, dim)."""
@@ -257,49 +276,69 @@ class Transformer(nn.Module):
         at = h.shape[1] if at is None else at
         return torch.cat([h[:, :at], inserted.to(h.dtype), h[:, at:]], dim=1)
 
-    def attention_mask(self, rows: int, prefix_mask: Tensor | None, device: torch.device) -> Tensor | None:
-        """Which of the first `rows` rows sees which; None where that is plainly causal.
+    def attention_mask(
+        self, rows: int, prefix_mask: Tensor | None, device: torch.device, layout: TokenLayout | None = None
+    ) -> Tensor | None:
+        """Which of the first `rows` rows of a layout (the model's own) sees which; None where that is plainly causal.
 
         prefix_mask: (B, T), nonzero where the condition row is real. Padded rows are seen by none but themselves.
         Returns bool, (rows, rows) or (B, 1, rows, rows).
         """
-        mask = self.layout.mask(rows, device)
+        layout = layout or self.layout
+        mask = layout.mask(rows, device)
         if prefix_mask is None:
             return mask
         if mask is None:
             mask = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
-        seen = F.pad(prefix_mask.to(device, torch.bool), (0, rows - self.layout.prefix), value=True)  # (B, rows)
+        seen = F.pad(prefix_mask.to(device, torch.bool), (0, rows - layout.prefix), value=True)  # (B, rows)
         return (mask & seen[:, None, None, :]) | torch.eye(rows, dtype=torch.bool, device=device)
+
+    def hidden(
+        self,
+        idx: Tensor,
+        cond_idx: Tensor,
+        *,
+        layout: TokenLayout | None = None,
+        drop: Tensor | None = None,
+        prefix_mask: Tensor | None = None,
+    ) -> Tensor:
+        """What `forward` projects to logits: the outputs after the final norm, (B, rows, dim). Arguments as there."""
+        layout = layout or self.layout
+        special = layout.special if idx.shape[1] >= layout.group_size else 0
+        tokens = self.embed(idx, special, at=layout.group_size)
+        if layout.patch_tokens > 1:
+            tokens = tokens.unflatten(1, (-1, layout.patch_tokens)).mean(2)  # (B, L / patch_tokens, dim)
+        h = torch.cat([self.cls_embedding(cond_idx, drop).to(tokens.dtype), tokens], dim=1)  # (B, T + L + M, dim)
+        h = self.tok_dropout(h)
+        rows = h.shape[1]
+        mask = self.attention_mask(rows, prefix_mask, h.device, layout)
+        rope = self.rope(h.device, layout)[:rows]
+        for layer in self.layers:
+            h = layer(h, rope, mask, causal=mask is None)
+        return self.norm(h[:, layout.prefix - 1 :])
 
     def forward(
         self,
         idx: Tensor,
         cond_idx: Tensor,
         *,
+        layout: TokenLayout | None = None,
         drop: Tensor | None = None,
         prefix_mask: Tensor | None = None,
     ) -> Tensor:
         """The logits of every next token, for training and scoring.
 
-        idx: int64 (B, L), tokens in the layout's order, without the last group (L = N - group_size), or fewer whole groups,
-        or some of the first ones.
+        idx: int64 (B, L), tokens in the layout's order, without the last group or patch (L = N - step_tokens), or fewer
+        whole groups or patches, or some of the first tokens.
         cond_idx: int64 (B,) labels, or (B, T, caption_dim) caption features.
+        layout: the order that the tokens are in, of the model's grid and prefix (its own where not given).
         drop: bool (B,), whose condition is dropped (drawn by the model in training where not given).
         prefix_mask: (B, T), which condition rows are real.
         Returns: float32 (B, L + group_size, vocab_size); output i predicts token i of the layout's order. Before the first
-        group is whole, (B, L + 1, vocab_size).
+        group is whole, (B, L + 1, vocab_size). With patches (B, L / patch_tokens + 1, vocab_size): output i predicts each
+        token of patch i (NPP, arXiv 2412.15321, section 3).
         """
-        layout = self.layout
-        special = layout.special if idx.shape[1] >= layout.group_size else 0
-        tokens = self.embed(idx, special, at=layout.group_size)
-        h = torch.cat([self.cls_embedding(cond_idx, drop).to(tokens.dtype), tokens], dim=1)  # (B, T + L + M, dim)
-        h = self.tok_dropout(h)
-        rows = h.shape[1]
-        mask = self.attention_mask(rows, prefix_mask, h.device)
-        rope = self.rope(h.device)[:rows]
-        for layer in self.layers:
-            h = layer(h, rope, mask, causal=mask is None)
-        return self.head(h[:, layout.prefix - 1 :])
+        return self.output(self.hidden(idx, cond_idx, layout=layout, drop=drop, prefix_mask=prefix_mask)).float()
 
     def decode(self, h: Tensor, rows: Rows, mask: Tensor | None, causal: bool) -> Tensor:
         """Runs new rows h (B, s, dim) over the cache and returns their last hidden states (B, s, dim), before the head."""

@@ -16,14 +16,14 @@ def rope_table_2d(grid_size: int, head_dim: int, base: float = 10000.0) -> Tenso
     The first head_dim/4 channel pairs turn with the row, the others with the column; frequency i of a half is
     base^(-2i / (head_dim/2)).
 
-    Returns: float32 (grid_size², head_dim/2, 2), last axis (cos, sin).
+    Returns: float32 (grid_size², head_dim/2, 2), last axis (cos, sin). On the CPU, so that every device gets the same.
     Raises ValueError where head_dim is not a multiple of 4.
     """
     if head_dim % 4:
         raise ValueError(f"2D RoPE needs a head dimension that 4 divides, got {head_dim}")
     half = head_dim // 2
-    frequencies = base ** (-torch.arange(0, half, 2, dtype=torch.float32)[: half // 2] / half)  # (D/4,)
-    angles = torch.arange(grid_size, dtype=torch.float32)[:, None] * frequencies  # (grid, D/4)
+    frequencies = base ** (-torch.arange(0, half, 2, dtype=torch.float32, device="cpu")[: half // 2] / half)  # (D/4,)
+    angles = torch.arange(grid_size, dtype=torch.float32, device="cpu")[:, None] * frequencies  # (grid, D/4)
     table = torch.stack([angles.cos(), angles.sin()], dim=-1)  # (grid, D/4, 2)
     rows = table[:, None].expand(-1, grid_size, -1, -1)
     columns = table[None].expand(grid_size, -1, -1, -1)

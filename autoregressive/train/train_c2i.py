@@ -1,19 +1,22 @@
-"""Trains a class-conditional GPT on image codes (raster or parallel layout).
+"""Trains a class-conditional GPT on image codes: raster, parallel layout, or next-patch prediction.
 
     torchrun --nproc_per_node=8 autoregressive/train/train_c2i.py --code-path codes --gpt-model GPT-B --image-size 256
     python3 autoregressive/train/train_c2i.py --code-path codes --resume          # one process, going on where it stopped
 
-Codes come from extract_codes_c2i.py. Recipe: LlamaGen (arXiv 2406.06525, section 3.1); layout: PAR (2412.15119).
+Codes come from extract_codes_c2i.py. Recipe: LlamaGen (arXiv 2406.06525, section 3.1); parallel layout: PAR
+(2412.15119); patches: NPP (2412.15321). train_c2i_fsdp.py is this script with the defaults of sharded training.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from autoregressive.models.sizes import GPT_SIZES
 from utils.cli import (
     add_gpt_flags,
     add_image_size_flags,
+    add_parallel_flags,
+    add_switch,
     add_training_flags,
     flag_parser,
     grid_size,
@@ -22,56 +25,90 @@ from utils.cli import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from autoregressive.models.gpt import Transformer
     from dataset.codes import CodeDataset
+    from utils.distributed import Distributed
 
 
 def main(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     import torch
 
     from autoregressive.models.gpt import GPT_models
-    from autoregressive.train.loss import dropped_conditions, mean_loss, next_token_loss
+    from autoregressive.train.flops import training_flops_per_image
+    from autoregressive.train.loss import TokenLoss, dropped_conditions, mean_loss
+    from autoregressive.train.next_patch import PatchSchedule
     from dataset.build import build_dataset
     from dataset.codes import open_codes
-    from utils.checkpoint import read_checkpoint
     from utils.distributed import start
     from utils.logger import console_logger
-    from utils.parallel import parallelize
+    from utils.optim import adamw
+    from utils.parallel import Parallel, materialize
     from utils.rng import item_seed
     from utils.runs import find_checkpoint
-    from utils.trainer import Micro, Phase, Trainer, adamw
+    from utils.trainer import Micro, Phase, Trainer
+    from utils.training_state import TrainingState
 
     grid = grid_size(args.image_size, args.downsample_size)
     ar_token_num, spe_token_num = layout_numbers(args)
     if args.gpt_type != "c2i":
         raise ValueError("train_c2i.py trains class-conditional models; for captions there is train_t2i.py")
-    dist = start(args.device)
+    patches = PatchSchedule(
+        epochs=args.epochs,
+        patch_level=args.patch_level,
+        epoch_rate=args.epoch_rate,
+        warmup_epochs=args.warmup_epochs,
+        decay_ratio=args.decay_ratio,
+        lr=args.lr,
+        end_lr=args.end_lr,
+    )
+    patches.check_grid(grid)
+    if args.scheduler:
+        if args.lr_schedule != "constant" or args.warmup_steps:
+            raise ValueError(
+                "--scheduler is a learning-rate schedule of its own: leave out --lr-schedule and --warmup-steps"
+            )
+        patches.check_scheduler()
+    dist = start(args.device, group=args.data_parallel != "ddp", timeout_minutes=args.timeout_minutes)
+    plan = Parallel.from_args(args, dist, compile=not args.no_compile)
     console_logger("dataset", dist.is_main)
     dataset = CheckedCodes(build_dataset(args), args.code_path, args.num_classes, args.vocab_size)
 
-    torch.manual_seed(args.global_seed)
     dropout = 0.0 if args.drop_path_rate > 0 else args.dropout_p  # stochastic depth replaces them
-    model = GPT_models[args.gpt_model](
-        vocab_size=args.vocab_size,
-        block_size=grid**2,
-        num_classes=args.num_classes,
-        cls_token_num=args.cls_token_num,
-        model_type=args.gpt_type,
-        resid_dropout_p=dropout,
-        ffn_dropout_p=dropout,
-        token_dropout_p=args.token_dropout_p,
-        drop_path_rate=args.drop_path_rate,
-        spe_token_num=spe_token_num or 0,
-        ar_token_num=ar_token_num or 1,
-    ).to(dist.device)
-    initial = read_checkpoint(find_checkpoint(args.gpt_ckpt)) if args.gpt_ckpt else None
-    wrapped = parallelize(model, dist, compile=not args.no_compile)
+    with torch.device("meta"):
+        model = GPT_models[args.gpt_model](
+            vocab_size=args.vocab_size,
+            block_size=grid**2,
+            num_classes=args.num_classes,
+            cls_token_num=args.cls_token_num,
+            model_type=args.gpt_type,
+            resid_dropout_p=dropout,
+            ffn_dropout_p=dropout,
+            token_dropout_p=args.token_dropout_p,
+            drop_path_rate=args.drop_path_rate,
+            spe_token_num=spe_token_num or 0,
+            ar_token_num=ar_token_num or 1,
+        )
+    sides = {patches.patch_side(epoch) for epoch in range(args.epochs)}
+    layouts = {side: replace(model.layout, patch_side=side) for side in sides}  # refuses patches with groups
+    if plan.sharded:  # no process ever holds the whole model
+        wrapped = plan.apply(TokenLoss(model), blocks=model.layers)
+        materialize(model, dist.device, args.global_seed)
+    else:
+        materialize(model, dist.device, args.global_seed)
+        wrapped = plan.apply(TokenLoss(model), blocks=model.layers)
+    start_from = args.gpt_resume or args.gpt_ckpt
+    initial = TrainingState.read(find_checkpoint(start_from), dist, whole=False) if start_from else None
     drop_probability = model.args.class_dropout_prob
 
     def loss(batch: list[torch.Tensor], place: Micro) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         codes, labels = batch
         seed = item_seed(args.global_seed, place.step)
         drop = dropped_conditions(seed, place.global_batch, place.positions, drop_probability)
-        value = next_token_loss(wrapped, model.layout, codes, labels, drop=drop.to(codes.device))
+        value = wrapped(codes, labels, drop=drop.to(codes.device), patch_side=patches.patch_side(place.epoch))
         return value, {"loss": value}
 
     validate = None
@@ -90,11 +127,50 @@ def main(args: argparse.Namespace) -> None:
         models={"model": model},
         phases=[Phase("optimizer", wrapped, adamw(model, args), loss)],
         dataset=dataset,
+        plan=plan,
         initial=initial,
         validate=validate,
+        sample=sample_grid(args, dist, grid) if args.vq_ckpt else None,
+        rate=patches.learning_rate if args.scheduler else None,
+        tokens=grid**2,
+        flops=lambda epoch: training_flops_per_image(model.args, layouts[patches.patch_side(epoch)]),
     )
     trainer.fit()
     dist.close()
+
+
+def sample_grid(args: argparse.Namespace, dist: "Distributed", grid: int) -> "Callable[[Transformer], dict]":
+    """A function that draws eight classes with a model in training. Raises ValueError for another tokenizer's file."""
+    import torch
+
+    from autoregressive.models.generate import generate, release_cache
+    from tokenizer.tokenizer_image.load import load_tokenizer
+    from utils.images import make_grid, to_uint8
+    from utils.rng import image_noise
+    from utils.runs import find_checkpoint
+
+    with dist.main_first():
+        path = find_checkpoint(args.vq_ckpt)
+    if dist.is_main:
+        tokenizer = load_tokenizer(path, device=dist.device)
+        codes, pixels = tokenizer.config.codebook_size, tokenizer.downsample
+        if (codes, pixels) != (args.vocab_size, args.downsample_size):
+            raise ValueError(
+                f"--vq-ckpt {path} has {codes} codes of {pixels}x{pixels} pixels, not --vocab-size {args.vocab_size} "
+                f"--downsample-size {args.downsample_size}"
+            )
+
+    def sample(model: "Transformer") -> dict[str, "np.ndarray"]:
+        labels = torch.arange(8, device=dist.device) * args.num_classes // 8
+        noise = image_noise(args.global_seed, range(8), grid**2).to(dist.device)
+        drawn = generate(model, labels, grid**2, cfg_scale=args.sample_cfg_scale, noise=noise)
+        release_cache(model)
+        width = tokenizer.config.codebook_embed_dim
+        with torch.inference_mode():
+            images = tokenizer.decode_code(drawn, (len(drawn), width, grid, grid))
+        return {"samples": make_grid(to_uint8(images), columns=4)}
+
+    return sample
 
 
 class CheckedCodes:
@@ -119,6 +195,10 @@ class CheckedCodes:
     def set_epoch(self, epoch: int) -> None:
         self.data.set_epoch(epoch)
 
+    def sample_numbers(self, indices: Sequence[int]) -> list[int]:
+        """The numbers that extraction gave these samples: unreadable images count too."""
+        return self.data.sources[0].numbers[list(indices)].tolist()
+
     def __getitem__(self, index: int) -> tuple:
         return self.__getitems__([index])[0]
 
@@ -137,19 +217,42 @@ class CheckedCodes:
         return items
 
 
-def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+def flags(sharded: bool = False) -> argparse.ArgumentParser:
+    """The script's flags. sharded: with the defaults of train_c2i_fsdp.py."""
     parser = flag_parser(__doc__)
     parser.add_argument("--code-path", required=True, help="folder of codes, packed or in the published layout")
     parser.add_argument("--val-code-path", default=None, help="codes of held-out images: their loss is reported too")
     parser.add_argument("--dataset", default="imagenet_code", help="kind of data")
+    start_help = "start from this file or run: weights, and where it has them optimizer and step"
+    parser.add_argument("--gpt-ckpt", default=None, help=start_help)
+    parser.add_argument("--gpt-resume", default=None, help=start_help + " (the same as --gpt-ckpt)")
     parser.add_argument(
-        "--gpt-ckpt", default=None, help="start from this file: weights, and where it has them optimizer and step"
+        "--no-compile", action="store_true", help="do not torch.compile each block (it is only on CUDA)"
     )
-    parser.add_argument("--no-compile", action="store_true", help="do not torch.compile the model (it is only on CUDA)")
+    parser.add_argument("--vq-ckpt", default=None, help="the codes' tokenizer: draws grids of samples with it")
+    parser.add_argument("--sample-cfg-scale", type=float, default=2.0, help="guidance scale of those samples")
     add_gpt_flags(parser, GPT_SIZES, training=True)
     add_image_size_flags(parser, 256)
-    add_training_flags(parser, epochs=300, batch=256, results_dir="results", num_workers=24)
+    add_training_flags(
+        parser,
+        epochs=300,
+        batch=256,
+        results_dir="results",
+        num_workers=24,
+        wandb_project="c2i_fsdp" if sharded else None,
+    )
+    add_parallel_flags(parser, "fsdp" if sharded else "ddp")
+    group = parser.add_argument_group("next-patch prediction")
+    group.add_argument(
+        "--patch-level", type=int, default=1, help="stages of coarser to finer patches, 1 for none (NPP's own: 2)"
+    )
+    group.add_argument(
+        "--epoch-rate", type=float, default=0.5, help="share of the epochs left at which a stage of patches ends"
+    )
+    add_switch(group, "--scheduler", False, "NPP's learning rate: warm-up, constant and decay in each stage")
+    group.add_argument("--warmup-epochs", type=int, default=1, help="of each stage, with --scheduler")
+    group.add_argument("--decay-ratio", type=float, default=0.2, help="last part of each stage, with --scheduler")
+    group.add_argument("--end-lr", type=float, default=1e-5, help="where a stage's decay ends, with --scheduler")
     return parser
 
 

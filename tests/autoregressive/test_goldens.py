@@ -1,14 +1,16 @@
 """The transformer against the published models' recorded figures: training step, RoPE table, greedy decoding."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from autoregressive.models import generate as generation
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.sampling import filter_logits
+from autoregressive.train.loss import TokenLoss
 from tests.helpers import assert_close, golden_state, load_golden
 
 MODELS = ["c2i", "t2i", "par4", "par16"]
@@ -34,15 +36,12 @@ def condition(arrays: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
 def test_training_step(name):
     model, arrays, _ = build(name)
     cond, prefix_mask = condition(arrays)
-    tokens = torch.from_numpy(arrays["codes"])[:, model.layout.order]
-    logits = model(tokens[:, : -model.layout.group_size], cond, prefix_mask=prefix_mask)
+    codes = torch.from_numpy(arrays["codes"])
+    tokens = codes[:, model.layout.order]
+    logits = model(tokens[:, : -model.layout.step_tokens], cond, prefix_mask=prefix_mask)
     assert_close(logits, arrays["train/logits"])
-    loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(len(tokens), -1)
-    if "valid" in arrays:
-        valid = torch.from_numpy(arrays["valid"]).float()[:, None].expand_as(loss)
-        loss = (loss * valid).sum() / valid.sum().clamp(min=1)
-    else:
-        loss = loss.mean()
+    valid = torch.from_numpy(arrays["valid"]) if "valid" in arrays else None
+    loss = TokenLoss(model)(codes, cond, prefix_mask=prefix_mask, valid=valid)
     assert_close(loss.double(), arrays["train/loss"])
     loss.backward()
     gradients = {
@@ -51,6 +50,19 @@ def test_training_step(name):
     assert len(gradients) >= 4
     for key, value in gradients.items():
         assert_close(model.get_parameter(key).grad, value)
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 8])
+def test_training_step_with_patches(side):
+    model, arrays, _ = build("npp")
+    codes, labels = torch.from_numpy(arrays["codes"]), torch.from_numpy(arrays["labels"])
+    layout = replace(model.layout, patch_side=side)
+    logits = model(codes[:, layout.order][:, : -layout.step_tokens], labels, layout=layout)
+    assert_close(logits, arrays[f"p{side}/logits"])
+    loss = TokenLoss(model)(codes, labels, patch_side=side)
+    assert_close(loss.double(), arrays[f"p{side}/loss"])
+    loss.backward()
+    assert_close(model.tok_embeddings.weight.grad, arrays[f"p{side}/grad/tok_embeddings.weight"])
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -120,6 +121,56 @@ def test_initial_weights():
     text = Transformer(ModelArgs(**TEXT, initializer_range=0.5))
     assert float(text.cls_embedding.cap_proj.fc1.weight.detach().std()) == pytest.approx(0.5, rel=0.1)
     assert text.cls_embedding.uncond_embedding.isfinite().all() and text.cls_embedding.uncond_embedding.any()
+
+
+FORMS = [{}, {"ar_token_num": 4}, {"model_type": "t2i", "cls_token_num": 6, "caption_dim": 64}]
+
+
+@pytest.mark.parametrize("more", FORMS, ids=["class", "PAR", "text"])
+def test_a_model_off_the_meta_device_is_initialised_whole(more):
+    """Every parameter and buffer, by draws in a fixed order through the function given."""
+    args = ModelArgs(**{**TINY, "dim": 64, "vocab_size": 300, "initializer_range": 0.07, **more})
+    with torch.device("meta"):
+        model = Transformer(args)
+    model = model.to_empty(device="cpu")
+    drawn = []
+
+    def normal(tensor: torch.Tensor, std: float) -> None:
+        drawn.append((tensor.shape, std))
+        tensor.normal_(0, std, generator=generator)
+
+    states = []
+    for _ in range(2):
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                value.fill_(float("nan"))
+        drawn.clear()
+        generator = torch.Generator().manual_seed(0)
+        random = torch.get_rng_state()
+        model.reset_parameters(normal)
+        assert torch.equal(torch.get_rng_state(), random)
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
+    built = Transformer(args).state_dict()
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]) and value.dtype == built[name].dtype
+        assert float(value.std()) == pytest.approx(float(built[name].std()), rel=0.2), name
+        if name == "output.weight":
+            assert not value.any()
+        elif "norm" in name:
+            assert (value == 1).all()
+        else:
+            std = 1 / 8 if name == "cls_embedding.uncond_embedding" else 0.07
+            assert float(value.std()) == pytest.approx(std, rel=0.2), name
+            assert (value.shape, std) in drawn
+    one_dimensional = sum("norm" in name for name in states[0])
+    assert len(drawn) == len(states[0]) - one_dimensional - 1
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_initial_weights_do_not_track_gradients():
+    model = tiny()
+    model.reset_parameters()
+    assert all(p.is_leaf and p.grad_fn is None for p in model.parameters())
 
 
 # Dropouts
@@ -323,6 +374,65 @@ def test_no_logits_depend_on_later_tokens():
             assert not differs[:first].any() and differs[first:].all(), (n, at)
 
 
+# Patches
+
+PATCHED = [(2, {}), (4, {}), (2, {k: v for k, v in TEXT.items() if k not in TINY})]
+
+
+@pytest.mark.parametrize("side, more", PATCHED)
+def test_patches_are_read_as_their_mean(side, more):
+    """A model on the coarser grid, given the mean embeddings, puts out the same."""
+    model = tiny(**more)
+    cond, masks = LABELS, {}
+    if more:
+        cond, mask = caption_rows(6, 1, 3)
+        masks = {"prefix_mask": mask}
+    coarse = Transformer(ModelArgs(**{**TINY, **more, "block_size": 16 // side**2})).eval()
+    coarse.load_state_dict(model.state_dict())
+    layout = replace(model.layout, patch_side=side)
+    read = tokens(3)[:, layout.order][:, : -(side**2)]
+    embedded = model.tok_embeddings(read).view(3, -1, side**2, 32).mean(2)
+    coarse.embed = lambda *_, **__: embedded
+    logits = model(read, cond, layout=layout, **masks)
+    assert logits.shape == (3, 16 // side**2, 24) and logits.dtype == torch.float32
+    assert torch.equal(logits, coarse(torch.zeros(3, 16 // side**2 - 1), cond, **masks))
+    shuffled = read.view(3, -1, side**2).flip(-1).flatten(1)
+    assert torch.allclose(model(shuffled, cond, layout=layout, **masks), logits, atol=1e-5)
+
+
+def test_a_layout_of_single_tokens_changes_nothing():
+    for model in (tiny(), tiny(ar_token_num=4)):
+        read = tokens(3, 12)
+        own = model(read, LABELS)
+        for layout in (model.layout, replace(model.layout)):
+            assert torch.equal(model(read, LABELS, layout=layout), own)
+
+
+def test_fewer_patches_give_the_first_logits():
+    model = tiny()
+    layout = replace(model.layout, patch_side=2)
+    every = model(tokens(3, 12), LABELS, layout=layout)
+    for patches in range(4):
+        fewer = model(tokens(3, 12)[:, : 4 * patches], LABELS, layout=layout)
+        assert torch.allclose(fewer, every[:, : patches + 1], atol=1e-5) and fewer.shape[1] == patches + 1
+
+
+@pytest.mark.parametrize("more", [{}, {"ar_token_num": 4}])
+def test_decoding_knows_no_patches(more):
+    model, untouched = tiny(**more), tiny(**more)
+    noise = torch.rand(3, 16, generator=torch.Generator().manual_seed(0))
+    if not more:
+        model(tokens(3, 12), LABELS, layout=replace(model.layout, patch_side=2))
+    assert torch.equal(generate(model, LABELS, noise=noise), generate(untouched, LABELS, noise=noise))
+
+
+def test_logits_are_the_projection_of_the_hidden_states():
+    for model in (tiny(), tiny(ar_token_num=4)):
+        hidden = model.hidden(tokens(3, 12), LABELS)
+        assert hidden.shape == (3, 16 if model.args.ar_token_num == 4 else 13, 32)
+        assert torch.equal(model.output(hidden), model(tokens(3, 12), LABELS))
+
+
 # What the arguments imply
 
 
@@ -429,12 +539,14 @@ def test_weights_on_another_device():
     assert isinstance(model.layers, nn.ModuleList) and model.config is model.args
 
 
-@pytest.mark.parametrize("n", [1, 4])
-def test_a_compiled_training_step_is_one_graph(n):
+@pytest.mark.parametrize("n, side", [(1, 1), (4, 1), (1, 2)])
+def test_a_compiled_training_step_is_one_graph(n, side):
     torch._dynamo.reset()
     model = tiny(ar_token_num=n)
+    layout = replace(model.layout, patch_side=side)
+    expected = model(tokens(3, 12), LABELS, layout=layout)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(2):
-            logits = compiled(tokens(3, 16 - n), LABELS)
-    assert torch.equal(logits, model(tokens(3, 16 - n), LABELS))
+            logits = compiled(tokens(3, 12), LABELS, layout=layout)
+    assert torch.equal(logits, expected)

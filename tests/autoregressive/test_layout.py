@@ -114,6 +114,50 @@ def test_steps_by_hand():
     )
 
 
+PATCHES = [(4, 2), (6, 2), (6, 3), (8, 4), (4, 4), (1, 1)]
+
+
+@pytest.mark.parametrize("grid, side", PATCHES)
+def test_patches(grid, side):
+    """The tokens of a block stand together, blocks and the tokens in them in raster order."""
+    layout = TokenLayout(grid, prefix=3, patch_side=side)
+    blocks = range(0, grid, side)
+    expected = [(y + dy) * grid + x + dx for y in blocks for x in blocks for dy in range(side) for dx in range(side)]
+    assert layout.order.tolist() == expected
+    codes = torch.arange(100, 100 + grid**2)
+    assert torch.equal(codes[layout.order][layout.raster], codes)
+    cells = (grid // side) ** 2
+    assert (layout.rope_grid**2, layout.patch_tokens, layout.step_tokens) == (cells, side**2, side**2)
+    assert layout.rows == 3 + cells and layout.mask(layout.rows) is None
+    table = torch.arange(1, 1 + cells * 6).view(cells, 3, 2)
+    assert torch.equal(layout.rope_rows(table), torch.cat([torch.zeros(3, 3, 2, dtype=torch.long), table]))
+
+
+def test_patches_by_hand():
+    assert TokenLayout(4, patch_side=2).order.tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+
+
+@pytest.mark.parametrize("n", [1, 4, 9])
+def test_tokens_of_a_step(n):
+    assert (TokenLayout(6, n).step_tokens, TokenLayout(6, n).patch_tokens) == (n, 1)
+
+
+@pytest.mark.parametrize("grid, side", [(6, 4), (5, 2), (4, 8), (4, 0), (4, -2)])
+def test_grids_that_patches_do_not_fit(grid, side):
+    with pytest.raises(ValueError, match=f"{grid}x{grid} tokens cannot be cut into patches of {side}x{side}"):
+        TokenLayout(grid, patch_side=side)
+
+
+def test_patches_and_groups_do_not_go_together():
+    with pytest.raises(ValueError, match="--ar-token-num 4 and patches of 2x2 tokens both redefine"):
+        TokenLayout(8, 4, patch_side=2)
+
+
+def test_patches_are_not_decoded():
+    with pytest.raises(AssertionError, match="decodes single tokens"):
+        _ = TokenLayout(8, patch_side=2).steps
+
+
 @pytest.mark.parametrize("n", [-4, -1, 0, 2, 3, 5, 8, 15])
 def test_groups_that_are_no_square(n):
     with pytest.raises(ValueError, match=rf"--ar-token-num must be a square number.*got {n}$"):

@@ -9,10 +9,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from autoregressive.models.gpt import ModelArgs, Transformer
-from autoregressive.train import train_c2i
-from autoregressive.train.loss import dropped_conditions, mean_loss, next_token_loss
+from autoregressive.train import train_c2i, train_c2i_fsdp
+from autoregressive.train.loss import TokenLoss, dropped_conditions, mean_loss
 from dataset.codes import open_codes, write_published
 from tests.training import (
     check_published_flags,
@@ -105,13 +106,14 @@ def test_the_loss_by_hand(groups):
     codes, classes = sample()
     with torch.no_grad():
         expected = losses_by_hand(model, codes, classes)
-        assert next_token_loss(model, model.layout, codes, classes) == pytest.approx(float(expected.mean()), rel=1e-5)
+        token_loss = TokenLoss(model)
+        assert token_loss(codes, classes) == pytest.approx(float(expected.mean()), rel=1e-5)
         valid = torch.tensor([1, 0, 1])
-        loss = next_token_loss(model, model.layout, codes, classes, valid=valid)
+        loss = token_loss(codes, classes, valid=valid)
         assert loss == pytest.approx(float(expected[[0, 2]].mean()), rel=1e-5)
-        assert next_token_loss(model, model.layout, codes, classes, valid=torch.zeros(3)) == 0
+        assert token_loss(codes, classes, valid=torch.zeros(3)) == 0
         drop = torch.tensor([False, True, False])
-        loss = next_token_loss(model, model.layout, codes, classes, drop=drop)
+        loss = token_loss(codes, classes, drop=drop)
         expected[1] = losses_by_hand(model, codes[1:2], torch.tensor([5]))
         assert loss == pytest.approx(float(expected.mean()), rel=1e-5)
 
@@ -121,8 +123,8 @@ def test_the_parallel_order_is_that_of_the_paper():
     model = tiny(ar_token_num=4, spe_token_num=3)
     codes, classes = sample(1)
     seen = []
-    model.forward = lambda tokens, *_, **__: seen.append(tokens) or torch.zeros(1, 16, 11)
-    next_token_loss(model, model.layout, codes, classes)
+    model.hidden = lambda tokens, *_, **__: seen.append(tokens) or torch.zeros(1, 16, 32)
+    TokenLoss(model)(codes, classes)
     image = codes.view(4, 4)
     groups = [image[[y, y, y + 2, y + 2], [x, x + 2, x, x + 2]] for y in (0, 1) for x in (0, 1)]
     assert torch.equal(seen[0][0], torch.cat(groups[:-1]))
@@ -337,6 +339,39 @@ def test_drop_path_replaces_the_dropouts(codes, tmp_path):
     assert same(load(last(tmp_path / "0.0"))["model"], load(last(tmp_path / "0.5"))["model"])
     train(codes, tmp_path / "none", "--max-steps", 2, *EXACT)
     assert not same(load(last(tmp_path / "none"))["model"], load(last(tmp_path / "0.0"))["model"])
+
+
+def test_patches_by_stages(codes, tmp_path):
+    """Half of the epochs in 2x2 patches: the model is a raster model, and the last stage trains all of it."""
+    flags = ["--patch-level", 2, "--epochs", 4, *EXACT]
+    train(codes, tmp_path / "patches", *flags)
+    losses = metrics(tmp_path / "patches", "loss")
+    assert losses[1] == pytest.approx(math.log(VOCAB), rel=1e-6) and losses[12] < losses[1] - 0.1
+    train(codes, tmp_path / "raster", *EXACT, "--epochs", 4)
+    raster = metrics(tmp_path / "raster", "loss")
+    assert all(abs(losses[step] - raster[step]) > 1e-4 for step in range(2, 7))
+    assert model_of(last(tmp_path / "patches")).args.ar_token_num == 1
+    lr = train(codes, tmp_path / "lr", *flags, "--scheduler", "--warmup-epochs", 1, "--decay-ratio", 0.5)
+    rates = [metrics(lr, "lr")[step] for step in range(1, 13)]
+    stage = [0, 1 / 3, 2 / 3, 1, 1 - (1 - 5e-3) / 3, 1 - 2 * (1 - 5e-3) / 3]
+    assert rates == pytest.approx([2e-3 * share for share in stage * 2])
+
+
+@pytest.mark.parametrize("script", [train_c2i, train_c2i_fsdp])
+def test_pictures_while_it_trains(codes, tmp_path, small_files, script):
+    flags = ["--code-path", codes, "--results-dir", tmp_path, *MODEL, *PLAIN, *EXACT, "--ema", "--no-wandb"]
+    run_here(script, *flags, "--max-steps", 5, "--sample-every", 2, "--vq-ckpt", small_files.vq)
+    pictures = sorted((run_folder(tmp_path) / "samples").iterdir())
+    assert [path.name for path in pictures] == ["0000002.png", "0000004.png", "0000005.png"]
+    assert Image.open(pictures[0]).size[0] >= 4 * 16
+    losses = metrics(tmp_path, "loss")
+    run_here(script, *flags[:3], tmp_path / "without", *flags[4:], "--max-steps", 5)
+    assert metrics(tmp_path / "without", "loss") == losses, "drawing pictures changes nothing"
+
+
+def test_pictures_with_another_tokenizer(codes, tmp_path, small_files):
+    with pytest.raises(ValueError, match=r"vq\.pt has 64 codes of 4x4 pixels, not --vocab-size 128"):
+        train(codes, tmp_path, "--vocab-size", 128, "--vq-ckpt", small_files.vq)
 
 
 # What a user gets wrong

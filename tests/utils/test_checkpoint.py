@@ -173,6 +173,78 @@ def test_folders(tmp_path, state):
         read_checkpoint(empty)
 
 
+def consolidated(folder: Path, state: dict, **files: str) -> Path:
+    """A sharded run's step folder as far as sampling is concerned: the weights, and files of text beside them."""
+    save_checkpoint(folder / "consolidated.pth", state)
+    for name, text in files.items():
+        (folder / name.replace("_json", ".json")).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["mapped", "compared"])
+def test_consolidated_weights_have_their_average_and_flags_beside_them(tmp_path, state, whole):
+    record = '{"steps": 7, "samples_seen": 56, "args": {"image_size": 384, "gpt_model": "GPT-B"}}'
+    folder = consolidated(tmp_path / "0000007", state, training_json=record)
+    ema = {name: tensor + 1 for name, tensor in state.items()}
+    save_checkpoint(folder / "consolidated_ema.pth", ema)
+    for path in (folder, folder / "consolidated.pth"):
+        got = read_checkpoint(path, mmap=not whole)
+        assert (got.path, got.format, got.steps) == (folder / "consolidated.pth", "fsdp", 7)
+        assert got.args == {"image_size": 384, "gpt_model": "GPT-B"}
+        assert_same(got.model, state)
+        assert_same(got.ema, ema)
+        assert_same(read_checkpoint(path, prefer_ema=True, mmap=not whole).model, ema)
+    alone = read_checkpoint(folder / "consolidated_ema.pth")
+    assert_same(alone.model, ema)
+    assert alone.ema is None and alone.args is None
+
+
+def test_published_consolidated_weights_have_nothing_beside_them(tmp_path, state):
+    got = read_checkpoint(consolidated(tmp_path / "0005000", state), prefer_ema=True)
+    assert (got.ema, got.args, got.steps) == (None, None, None)
+    assert_same(got.model, state)
+
+
+def test_a_bare_state_of_another_name_has_nothing_beside_it(tmp_path, state):
+    folder = consolidated(tmp_path / "a", state, training_json='{"steps": 7, "args": {}}')
+    (folder / "consolidated.pth").rename(folder / "copied.pth")
+    got = read_checkpoint(folder / "copied.pth")
+    assert (got.args, got.steps) == (None, None)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"steps": 7}', '{"steps": null, "args": {}}', '{"steps": 7, "args": 1}'])
+def test_a_damaged_record_beside_consolidated_weights_is_named(tmp_path, state, text):
+    folder = consolidated(tmp_path / "a", state, training_json=text)
+    with pytest.raises(ValueError, match=r"training\.json is damaged or not a checkpoint"):
+        read_checkpoint(folder)
+
+
+def test_a_damaged_average_beside_consolidated_weights_is_named(tmp_path, state):
+    folder = consolidated(tmp_path / "a", state)
+    (folder / "consolidated_ema.pth").write_bytes(b"PK half")
+    with pytest.raises(ValueError, match=r"consolidated_ema\.pth is damaged"):
+        read_checkpoint(folder)
+
+
+def test_shards_without_consolidated_weights_say_how_to_get_them(tmp_path):
+    folder = tmp_path / "0000007"
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"tools/export_checkpoint\.py --checkpoint \S*0000007 --format consol"):
+        read_checkpoint(folder)
+
+
+def test_one_flipped_byte_is_found_where_the_whole_file_is_compared(tmp_path):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, {"model": {"a": torch.full((1000,), 1.5)}})
+    content = bytearray(path.read_bytes())
+    content[content.find(torch.full((100,), 1.5).numpy().tobytes()) + 50] ^= 1
+    path.write_bytes(content)
+    assert read_checkpoint(path).model["a"].sum() != 1500, "reading as needed compares nothing"
+    with pytest.raises(ValueError, match=r"a\.pt is damaged .*: the checksum of \S+ differs"):
+        read_checkpoint(path, mmap=False)
+
+
 def test_safetensors_keep_flags_and_steps(tmp_path, state):
     torch.save({"model": prefixed(state, "module."), "steps": 1}, tmp_path / "a.pt")
     read = read_checkpoint(tmp_path / "a.pt").model
@@ -612,3 +684,33 @@ def test_pruning_keeps_the_newest(tmp_path):
     prune_checkpoints(tmp_path, 1)
     assert sorted(os.listdir(tmp_path)) == sorted(["10000000.pt", *others])
     assert prune_checkpoints(tmp_path / "nowhere", 1) == []
+
+
+def test_pruning_removes_folders_too(tmp_path):
+    """Sharded runs have folders; one that was moved between strategies has both."""
+    for name in ("0000005", "0000010", "12345678"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard").write_bytes(b"x")
+    for name in ("0000005.pt", "0000007.pt"):
+        (tmp_path / name).write_bytes(b"")
+    others = [".0000020.tmp", "123", "0000009.x", "samples"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    removed = prune_checkpoints(tmp_path, 2)
+    assert len(removed) == 3
+    assert sorted(os.listdir(tmp_path)) == sorted(["0000010", "12345678", *others])
+    assert (tmp_path / "12345678" / "shard").exists()
+
+
+def test_a_folder_half_removed_no_longer_counts(tmp_path, monkeypatch):
+    """The process is killed while it removes the first of a folder's files."""
+
+    def die(path, **kwargs):
+        raise KeyboardInterrupt
+
+    for step in (1, 2):
+        (tmp_path / f"{step:07d}").mkdir()
+    monkeypatch.setattr(ckpt.shutil, "rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoints(tmp_path, 1)
+    assert sorted(os.listdir(tmp_path)) == [".0000001.removed.tmp", "0000002"]

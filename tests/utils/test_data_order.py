@@ -76,3 +76,19 @@ def test_a_batch_larger_than_the_data():
     with pytest.raises(ValueError, match="7 samples, fewer than --global-batch-size 8"):
         BatchOrder(7, 8, 1, 0, 1, 0)
     assert len(BatchOrder(8, 8, 1, 0, 1, 0)) == 1
+
+
+@pytest.mark.parametrize("world, micro", [(1, 1), (2, 2), (4, 1)])
+def test_samples_that_are_told_are_those_of_the_order(world, micro):
+    orders = [BatchOrder(50, 16, micro, rank, world, seed=3) for rank in range(world)]
+    for epoch in (0, 2):
+        for order in orders:
+            order.start_at(epoch)
+        consumed = [list(order) for order in orders]
+        for batch in range(3):
+            for rank, parts in enumerate(consumed):
+                share = parts[batch * micro : (batch + 1) * micro]
+                for teller in orders:  # whichever process tells
+                    assert teller.samples(epoch, batch, rank) == list(chain(*share))
+                    assert [teller.samples(epoch, batch, rank, part) for part in range(micro)] == share
+        assert [(order.epoch, order.batch) for order in orders] == [(epoch, 0)] * world, "asking changes nothing"

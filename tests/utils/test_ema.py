@@ -1,56 +1,116 @@
-"""The average by hand, and that it is a model of its own."""
+"""The average by hand, under the model's names, and put into the model for a while."""
 
 import pytest
 import torch
 import torch.nn as nn
 
+from tests.training import same
 from utils.ema import EMA
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2, bias=False))
 
 
-def test_it_starts_as_the_model(model):
-    ema = EMA(model, decay=0.9)
-    assert all(torch.equal(a, b) for a, b in zip(ema.module.state_dict().values(), model.state_dict().values()))
-    assert not ema.module.training and model.training
-    assert not any(p.requires_grad for p in ema.module.parameters())
-    assert all(p.requires_grad for p in model.parameters())
+def move(model, by=1.0):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(by)
+
+
+def copies(state):
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def test_it_starts_as_the_model_and_shares_no_memory_with_it(model):
+    ema = EMA(model)
+    assert same(ema.state_dict(), dict(model.state_dict()))
+    weights = copies(model.state_dict())
+    for average in ema.averages.values():
+        assert not average.requires_grad
+        average.zero_()
+    assert same(dict(model.state_dict()), weights)
 
 
 def test_the_average_by_hand(model):
     ema = EMA(model, decay=0.9)
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
     for step in range(1, 4):
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(step)
-        ema.update(model)
+        move(model, step)
+        ema.update()
         expected = {name: 0.9 * expected[name] + 0.1 * p.detach() for name, p in model.named_parameters()}
-    for name, p in ema.module.named_parameters():
+    assert ema.averages.keys() == expected.keys()
+    for name, p in ema.averages.items():
         torch.testing.assert_close(p, expected[name], rtol=1e-6, atol=1e-6)
 
 
-def test_buffers_are_the_latest(model):
-    ema = EMA(model, decay=0.9)
-    model(torch.randn(8, 3) + 5)
-    assert not torch.equal(ema.module[1].running_mean, model[1].running_mean)
-    ema.update(model)
-    assert torch.equal(ema.module[1].running_mean, model[1].running_mean)
-    assert int(ema.module[1].num_batches_tracked) == 1
-
-
-def test_the_model_is_left_alone(model):
+def test_updating_leaves_the_model_alone(model):
     ema = EMA(model, decay=0.5)
-    with torch.no_grad():
-        model[0].weight.add_(1)
-    before = model[0].weight.detach().clone()
-    ema.update(model)
-    assert torch.equal(model[0].weight, before)
-    assert not torch.equal(ema.module[0].weight, before)
     model(torch.randn(4, 3)).sum().backward()
-    ema.update(model)
-    assert all(p.grad is None for p in ema.module.parameters())
+    move(model)
+    weights, gradients = copies(model.state_dict()), [p.grad.clone() for p in model.parameters()]
+    ema.update()
+    assert same(dict(model.state_dict()), weights)
+    assert same([p.grad for p in model.parameters()], gradients)
+    assert not torch.equal(ema.averages["0.weight"], weights["0.weight"])
+
+
+def test_the_state_has_the_model_s_order_and_its_latest_buffers(model):
+    ema = EMA(model, decay=0.9)
+    move(model)
+    model(torch.randn(8, 3) + 5)
+    state = ema.state_dict()
+    assert list(state) == list(model.state_dict())
+    assert torch.equal(state["1.running_mean"], model[1].running_mean) and model[1].running_mean.any()
+    assert int(state["1.num_batches_tracked"]) == 1
+    assert all(state[name] is average for name, average in ema.averages.items())
+    assert not torch.equal(state["1.weight"], model[1].weight)
+
+
+def test_restarting_takes_the_present_weights(model):
+    ema = EMA(model)
+    kept = dict(ema.averages)
+    move(model)
+    ema.restart()
+    assert same(ema.state_dict(), dict(model.state_dict()))
+    assert all(ema.averages[name] is average for name, average in kept.items())
+    move(model)
+    assert not torch.equal(ema.averages["0.weight"], model[0].weight), "it is a copy"
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "where the block raises"])
+def test_applied_puts_the_averages_in_and_the_weights_back(model, fails):
+    ema = EMA(model, decay=0.5)
+    move(model)
+    ema.update()
+    move(model)
+    weights, averages = copies(model.state_dict()), copies(ema.state_dict())
+    parameters = list(model.parameters())
+
+    def look():
+        with ema.applied():
+            assert same(dict(model.state_dict()), averages)
+            if fails:
+                raise KeyError("in the block")
+
+    if fails:
+        with pytest.raises(KeyError, match="in the block"):
+            look()
+    else:
+        look()
+    assert same(dict(model.state_dict()), weights) and same(ema.state_dict(), averages)
+    assert all(a is b for a, b in zip(parameters, model.parameters())), "an optimizer knows them"
+    assert not same(weights, averages)
+
+
+def test_gradients_flow_after_the_averages_were_in(model):
+    ema = EMA(model, decay=0.5)
+    loss = model(torch.ones(2, 3)).sum()
+    with ema.applied():
+        pass
+    move(model)
+    model.zero_grad()
+    model(torch.ones(2, 3)).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters()) and loss.requires_grad

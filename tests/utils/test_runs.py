@@ -23,6 +23,12 @@ def put(store: Path, *steps: int) -> None:
         (store / f"{step:07d}.pt").write_bytes(b"x")
 
 
+def put_folders(store: Path, *steps: int) -> None:
+    for step in steps:
+        (store / f"{step:07d}").mkdir(parents=True)
+        (store / f"{step:07d}" / "shard").write_bytes(b"x")
+
+
 def steps_of(paths):
     return [int(path.stem) for path in paths]
 
@@ -59,6 +65,18 @@ def test_stores(tmp_path):
     assert len(run.stores) == 1 and run.stores[0].is_relative_to(tmp_path / "cloud")
 
 
+def test_stores_of_sharded_runs(tmp_path):
+    """The second place is the published scripts': `{time}-{name}`, with the folders of the steps right in it."""
+    args = arguments(tmp_path, "--cloud-save-path", tmp_path / "cloud")
+    run, _ = open_run(args, "GPT-XXL", sharded=True)
+    local, cloud = run.stores
+    assert local == tmp_path / "results/000-GPT-XXL/checkpoints"
+    assert re.fullmatch(r"\d{4}(-\d\d){5}-GPT-XXL", str(cloud.relative_to(tmp_path / "cloud")))
+    put_folders(cloud, 5000)
+    again, resumed = open_run(arguments(tmp_path, "--resume"), "GPT-XXL", sharded=True)
+    assert resumed and again == run and again.checkpoints() == [cloud / "0005000"]
+
+
 def test_no_place_to_save(tmp_path):
     with pytest.raises(ValueError, match=r"--no-local-save .*--cloud-save-path"):
         open_run(arguments(tmp_path, "--no-local-save"), "GPT-B")
@@ -84,6 +102,42 @@ def test_resume_takes_away_what_a_killed_save_left(tmp_path):
     other.write_bytes(b"mine")
     open_run(arguments(tmp_path, "--resume"), "GPT-B")
     assert not left.exists() and other.exists() and steps_of(run.checkpoints()) == [10]
+
+
+def test_resume_takes_away_folders_of_killed_saves(tmp_path):
+    """In every store: half written ones, and those that were being removed."""
+    run, _ = open_run(arguments(tmp_path, "--cloud-save-path", tmp_path / "cloud"), "GPT-B", sharded=True)
+    left = [store / name for store in run.stores for name in (".0000020.tmp", ".0000005.removed.tmp")]
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / "__0_0.distcp").write_bytes(b"half")
+    for store in run.stores:
+        put_folders(store, 10)
+    (run.stores[0] / "notes.tmp").mkdir()
+    open_run(arguments(tmp_path), "GPT-B")  # another run leaves them alone
+    assert all(folder.exists() for folder in left)
+    (tmp_path / "results" / "001-GPT-B").rename(tmp_path / "elsewhere")
+    assert open_run(arguments(tmp_path, "--resume"), "GPT-B") == (run, True)
+    assert not any(folder.exists() for folder in left)
+    assert (run.stores[0] / "notes.tmp").exists()
+    assert run.checkpoints() == [store / "0000010" for store in run.stores]
+
+
+def test_folders_are_checkpoints(tmp_path):
+    """Of sharded runs; a run that changed its strategy has both. What is not whole does not count."""
+    run, _ = open_run(arguments(tmp_path), "GPT-B")
+    store = run.stores[0]
+    put_folders(store, 20, 5, 12345678)
+    put(store, 10)
+    for name in (".0000099.tmp", "99", "0000099.x", "samples"):
+        (store / name).mkdir()
+    (store / "0000077").write_bytes(b"a file without its suffix")
+    assert [path.name for path in run.checkpoints()] == ["12345678", "0000020", "0000010.pt", "0000005"]
+    for name in (tmp_path / "results", run.folder, store):
+        assert find_checkpoint(name) == store / "12345678"
+    for path in (store / "0000005", store / "0000010.pt"):
+        assert find_checkpoint(path) == path and find_checkpoint(str(path)) == path
+    assert newest_checkpoint(store / "0000005") is None, "it is one itself"
 
 
 def test_newest_first_over_both_stores(tmp_path):

@@ -1,11 +1,16 @@
 """The training loop on a tiny model: numbers by hand, stopped and resumed runs, full disks, what it writes down."""
 
 import json
+import logging
 import math
+import multiprocessing
 import os
 import re
 import resource
+import signal
 import sys
+import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,16 +19,21 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import TensorDataset
 
 from tests.training import load, metrics, quiet_loggers, run_folder, same
+from utils import training_state
 from utils.checkpoint import read_checkpoint
 from utils.cli import add_training_flags, flag_parser
+from utils.data_order import BatchOrder
 from utils.distributed import Distributed
+from utils.errors import AgreedError
 from utils.loading import loader_workers
+from utils.optim import adamw, learning_rate
 from utils.rng import item_seed
-from utils.trainer import Micro, Phase, Trainer, adamw, learning_rate
+from utils.trainer import Micro, Phase, Trainer
 
 CPU = Distributed(torch.device("cpu"))
 
@@ -148,7 +158,7 @@ def test_accumulation_changes_nothing(tmp_path, parts):
 
 @pytest.mark.parametrize("precision", ["none", "fp16"])
 def test_clipping_by_hand(tmp_path, precision):
-    """The norm is over all gradients together, after accumulation; a smaller one is left alone."""
+    """The norm is over all gradients together, after accumulation; a smaller one is left alone. The log has it unclipped."""
     model = nn.Linear(4, 3)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     order = build(tmp_path / "order", model=model).order
@@ -181,7 +191,9 @@ def test_clipping_by_hand(tmp_path, precision):
             model=model,
             optimizer=lambda m, args: Watched(m.parameters(), lr=args.lr),
         ).fit()
-        assert seen == pytest.approx([expected or by_hand], rel=1e-5 if precision == "none" else 1e-2)
+        close = 1e-5 if precision == "none" else 1e-2
+        assert seen == pytest.approx([expected or by_hand], rel=close)
+        assert metrics(folder / "results", "grad_norm") == {1: pytest.approx(by_hand, rel=close)}
 
 
 def test_learning_rates_by_hand():
@@ -280,6 +292,30 @@ def test_the_precision_of_the_forward_pass(tmp_path, precision, dtype):
     build(tmp_path, "--mixed-precision", precision, "--max-steps", 2, model=model).fit()
     assert seen == {dtype}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_rate_of_its_own_goes_by_batches_also_after_resuming_with_another_batch_size(tmp_path):
+    asked = []
+
+    def rate(done, an_epoch):
+        asked.append((done, an_epoch))
+        return 0.001 * (1 + done / an_epoch)
+
+    build(tmp_path, "--epochs", 1, "--warmup-steps", 3, rate=rate).fit()  # 5 steps of 8
+    build(tmp_path, "--epochs", 2, "--resume", "--global-batch-size", 20, rate=rate).fit()  # and 2 of 20
+    assert asked == [*((done, 5) for done in range(5)), (2, 2), (3, 2)]
+    rates = metrics(tmp_path / "results", "lr")
+    assert rates == pytest.approx({1: 0.001, 2: 0.0012, 3: 0.0014, 4: 0.0016, 5: 0.0018, 6: 0.002, 7: 0.0025})
+
+
+def test_a_loss_is_told_where_it_stands(tmp_path):
+    places = []
+    build(tmp_path, "--gradient-accumulation-steps", 2, at=places.append).fit()
+    assert [(place.step, place.epoch, place.number) for place in places] == [
+        (step, step // 5, number) for step in range(10) for number in (0, 1)
+    ]
+    assert {(place.number, place.positions.start, place.positions.stop) for place in places} == {(0, 0, 4), (1, 4, 8)}
+    assert {place.global_batch for place in places} == {8}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -422,7 +458,7 @@ def test_starting_from_weights_and_from_a_whole_state(tmp_path):
     trainer = build(tmp_path / "second", "--ema", model=network(0.1), initial=whole)
     assert trainer.step == 3 and trainer.samples_seen == 24
     assert same(dict(trainer.models["model"].state_dict()), whole.model)
-    assert same(dict(trainer.ema.module.state_dict()), whole.ema)
+    assert same(dict(trainer.ema.state_dict()), whole.ema)
     assert trainer.phases[0].optimizer.state_dict()["state"][0]["step"] == 3
     assert "starting from" in log_of(tmp_path / "second") and ", step 3" in log_of(tmp_path / "second")
     trainer.fit()
@@ -433,7 +469,7 @@ def test_starting_from_weights_and_from_a_whole_state(tmp_path):
     trainer = build(tmp_path / "third", "--ema", initial=weights)
     assert trainer.step == 0 and trainer.samples_seen == 0
     assert same(dict(trainer.models["model"].state_dict()), whole.model)
-    assert same(dict(trainer.ema.module.state_dict()), whole.model)
+    assert same(dict(trainer.ema.state_dict()), whole.model)
     assert not trainer.phases[0].optimizer.state_dict()["state"]
 
 
@@ -451,6 +487,94 @@ def test_a_checkpoint_of_another_model(tmp_path):
     build(tmp_path, "--max-steps", 1).fit()
     with pytest.raises(ValueError, match=r"0000001\.pt does not fit the model"):
         build(tmp_path, "--resume", model=nn.Linear(4, 3))
+
+
+# Asked to stop
+
+
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+
+
+def send(number, step=4, times=1):
+    """Signals this process in the middle of a step."""
+
+    def at(place):
+        if place.step == step:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+
+    return at
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_saves_and_the_resumed_run_ends_bit_identically(tmp_path, number):
+    flags = ["--ema", "--ema-decay", 0.9, "--warmup-steps", 7, "--ckpt-every", 3, "--log-every", 5]
+    build(tmp_path / "whole", *flags, dropout=0.5).fit()
+    before = [signal.getsignal(each) for each in SIGNALS]
+    trainer = build(tmp_path / "parts", *flags, dropout=0.5, at=send(number))
+    if number == signal.SIGINT:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit()
+    else:
+        assert trainer.fit() == store(tmp_path / "parts") / "0000005.pt"
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+    assert sorted(os.listdir(store(tmp_path / "parts"))) == ["0000003.pt", "0000005.pt"]
+    stopped = f"stopped by {number.name} after step 5 of 10; --resume goes on from there"
+    assert log_of(tmp_path / "parts").rstrip().endswith(stopped)
+    build(tmp_path / "parts", *flags, "--resume", dropout=0.5).fit()
+    whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
+    assert whole.pop("args") and parts.pop("args") and whole["steps"] == 10
+    assert same(whole, parts)
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    trainer = build(tmp_path, at=send(signal.SIGINT, times=2))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert trainer.step == 4 and not store(tmp_path).exists()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_at_the_last_step_is_the_end_of_the_run(tmp_path):
+    assert build(tmp_path, at=send(signal.SIGTERM, step=9)).fit().name == "0000010.pt"
+    assert "stopped by" not in log_of(tmp_path) and log_of(tmp_path).rstrip().endswith("done")
+
+
+def test_loader_processes_that_get_the_signal_too_let_the_run_save(tmp_path):
+    """A terminal's Ctrl-C reaches every process of its group, and torchrun signals a run's group."""
+
+    def at(place):
+        if place.step == 4:
+            (worker,) = multiprocessing.active_children()
+            os.kill(worker.pid, signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)  # in which the loader would tell of a worker's death
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, "--num-workers", 1, at=at).fit()
+    assert os.listdir(store(tmp_path)) == ["0000005.pt"]
+
+
+def test_a_lost_process_is_told_with_the_way_to_go_on(tmp_path):
+    def lost(place):
+        if place.step == 4:
+            trainer.dist = replace(CPU, world_size=2)  # as far as the error's handling goes
+            raise RuntimeError("[/build/gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:5023")
+
+    trainer = build(tmp_path, "--ckpt-every", 3, at=lost)
+    with pytest.raises(
+        ConnectionError, match=r"process 0 lost the others at step 4 \(.*closed by peer.*0000003\.pt.*--resume"
+    ):
+        trainer.fit()
+
+    def mistake(place):
+        other.dist = replace(CPU, world_size=2)
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    other = build(tmp_path / "other", at=mistake)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        other.fit()
 
 
 # Files
@@ -523,13 +647,15 @@ def test_a_full_disk_in_the_middle_is_lived_through(tmp_path):
         def at(place):
             disk(place)
             if place.step == 7:
+                trainer.saver.wait()
                 meanwhile.extend(os.listdir(store(tmp_path)))
 
-        build(tmp_path, *flags, at=at).fit()
+        trainer = build(tmp_path, *flags, at=at)
+        trainer.fit()
     assert meanwhile == ["0000003.pt"], "the last good checkpoint stays where the next cannot be written"
     assert os.listdir(store(tmp_path)) == ["0000010.pt"]
     text = log_of(tmp_path)
-    assert re.search(r"could not write \S*0000006\.pt \(.*\); training goes on, the next try is at step 9", text)
+    assert re.search(r"could not write \S*0000006\.pt \(.*\); training goes on, the next checkpoint tries again", text)
     build(tmp_path / "whole", *flags).fit()
     assert same(final(tmp_path)["model"], final(tmp_path / "whole")["model"])
 
@@ -552,6 +678,59 @@ def test_one_full_store_does_not_keep_the_other_from_the_last_checkpoint(tmp_pat
     assert [path.name for path in (tmp_path / "cloud").rglob("*.pt")] == ["0000002.pt"]
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """It has the weights of its step. Only one is in memory at a time: the next save waits for the one before."""
+    model, free, told, weights = network(), threading.Event(), [], {}
+    write = training_state.save_checkpoint
+
+    def slow(path, content):
+        told.append(f"begin {path.name}")
+        assert free.wait(20)
+        write(path, content)
+        told.append(f"end {path.name}")
+
+    def at(place):
+        weights[place.step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        if place.step == 3:
+            told.append("step 3")
+            threading.Timer(0.1, free.set).start()
+
+    monkeypatch.setattr(training_state, "save_checkpoint", slow)
+    trainer = build(tmp_path, "--ckpt-every", 2, "--max-steps", 6, "--log-every", 6, model=model, at=at)
+    copy = trainer.state.file_content
+    trainer.state.file_content = lambda args: told.append(f"copy {trainer.step}") or copy(args)
+    trainer.fit()
+    assert told[:6] == ["copy 2", "begin 0000002.pt", "step 3", "end 0000002.pt", "copy 4", "begin 0000004.pt"]
+    for step in (2, 4):
+        saved = load(store(tmp_path) / f"{step:07d}.pt")
+        assert saved["steps"] == step and same(saved["model"], weights[step])
+        assert saved["optimizer"]["state"][0]["step"] == step
+    assert not same(weights[2], weights[4])
+
+
+def test_a_checkpoint_that_fails_in_the_background_is_told(tmp_path, monkeypatch):
+    write = training_state.save_checkpoint
+
+    def failing(path, content):
+        if path.name == "0000002.pt":
+            raise OSError(5, f"could not write {path} (Input/output error)")
+        write(path, content)
+
+    monkeypatch.setattr(training_state, "save_checkpoint", failing)
+    build(tmp_path, "--ckpt-every", 2, "--max-steps", 4).fit()
+    (line,) = [line for line in log_of(tmp_path).splitlines() if "could not write" in line]
+    assert re.search(r"0000002\.pt \(Input/output error\); training goes on, the next checkpoint tries again$", line)
+    assert os.listdir(store(tmp_path)) == ["0000004.pt"]
+
+
+def test_a_mistake_in_what_is_saved_is_no_warning(tmp_path):
+    trainer = build(tmp_path, "--ckpt-every", 2)
+    copy = trainer.state.file_content
+    trainer.state.file_content = lambda args: {**copy(args), "extra": object()}
+    with pytest.raises(TypeError, match="could not be read back safely"):
+        trainer.fit()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_records_that_cannot_be_written_do_not_end_the_run(tmp_path):
     trainer = build(tmp_path)
@@ -567,45 +746,125 @@ def test_records_that_cannot_be_written_do_not_end_the_run(tmp_path):
 # What is no longer a number
 
 
-def poison(model, step):
+def poison(model, step, number=0):
     def at(place):
-        if place.step == step:
+        if (place.step, place.number) == (step, number):
             with torch.no_grad():
                 model[0].weight[0, 0] = float("nan")
 
     return at
 
 
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+def samples(batch, *, size=40, global_batch=8, parts=1, part=0):
+    """The samples of a part of a batch of the first epoch, as a message lists them."""
+    order = BatchOrder(size, global_batch, parts, 0, 1, 0)
+    return list(order)[batch * parts + part]
+
+
+def listed(message):
+    return [int(word) for word in re.search(r"Samples there: ([\d, ]+)", message)[1].rstrip(", ").split(", ")]
+
+
+@pytest.mark.parametrize("parts, part", [(1, 0), (2, 1)])
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path, parts, part):
+    """The step is that of the log's lines; the samples are those of the part of the batch."""
     model = network()
-    trainer = build(tmp_path, "--ckpt-every", 3, model=model, at=poison(model, 4))
-    with pytest.raises(ValueError, match=r"no longer finite \(loss: nan\) before step 5; .*0000003\.pt.*--lr"):
+    flags = ["--ckpt-every", 3, "--gradient-accumulation-steps", parts]
+    trainer = build(tmp_path, *flags, model=model, at=poison(model, 4, part))
+    with pytest.raises(AgreedError) as caught:
         trainer.fit()
-    assert os.listdir(store(tmp_path)) == ["0000003.pt"]
-    assert math.isnan(metrics(tmp_path / "results", "loss")[5])
+    message, kept = str(caught.value), store(tmp_path) / "0000003.pt"
+    where = "on process 0" + (f", part {part + 1} of {parts} of its batch" if parts > 1 else "")
+    assert message.startswith(f"the loss became nan at step 5 {where}; it is no longer finite, and nothing of it was ")
+    assert listed(message) == samples(4, parts=parts, part=part)
+    assert message.endswith(f". The last checkpoint is {kept}. Try a lower --lr, or --mixed-precision none")
+    assert os.listdir(store(tmp_path)) == [kept.name]
+    assert list(metrics(tmp_path / "results", "loss")) == [1, 2, 3, 4]
+
+
+def test_long_batches_are_listed_in_part(tmp_path):
+    model = network()
+    trainer = build(tmp_path, "--global-batch-size", 80, dataset=data(160), model=model, at=poison(model, 1))
+    with pytest.raises(
+        AgreedError, match=r"at step 2 .*Samples there: [\d, ]+, …\. There is no checkpoint yet"
+    ) as caught:
+        trainer.fit()
+    assert listed(str(caught.value)) == samples(1, size=160, global_batch=80)[:64]
 
 
 def test_a_spoilt_model_never_replaces_a_good_checkpoint(tmp_path):
-    """Between two log lines the loss is not looked at; before saving it is."""
     model = network()
     flags = ["--ckpt-every", 2, "--log-every", 100, "--keep-last", 1]
-    with pytest.raises(ValueError, match=r"no longer finite.*before step 6; the last checkpoint is \S*0000004\.pt"):
+    with pytest.raises(AgreedError, match=r"the loss became nan at step 5 .*The last checkpoint is \S*0000004\.pt\."):
         build(tmp_path, *flags, model=model, at=poison(model, 4)).fit()
     assert torch.isfinite(final(tmp_path)["model"]["0.weight"]).all()
 
 
-@pytest.mark.parametrize("steps", [4, 5], ids=["in the middle", "at the end"])
-def test_weights_spoilt_by_a_step_whose_loss_was_finite(tmp_path, steps):
-    model = network()
-    trainer = build(tmp_path, "--ckpt-every", 4, "--log-every", 100, "--max-steps", steps + 1, model=model)
+def spoil(trainer, model, step):
+    """Weights that are no numbers after a step whose loss and gradient were."""
     trainer.phases[0].optimizer.register_step_post_hook(
-        lambda *_: model[0].weight.data.fill_(float("inf")) if trainer.step == steps - 1 else None
+        lambda *_: model[0].weight.data.fill_(float("inf")) if trainer.step == step else None
     )
-    with pytest.raises(ValueError, match=rf"no longer finite .*before step {4 if steps == 4 else 6}"):
+
+
+def test_weights_spoilt_by_a_step_whose_loss_was_finite(tmp_path):
+    """Before a checkpoint they are looked at; in between the next loss tells."""
+    told = {
+        3: r"the weights are no longer finite after step 4, and were not saved\. There is no checkpoint yet\. .*--lr",
+        4: r"the loss became nan at step 6 on process 0; .*The last checkpoint is \S*0000004\.pt\.",
+    }
+    for step, message in told.items():
+        model, folder = network(), tmp_path / str(step)
+        trainer = build(folder, "--ckpt-every", 4, "--log-every", 100, "--max-steps", 6, model=model)
+        spoil(trainer, model, step)
+        with pytest.raises(AgreedError, match=message):
+            trainer.fit()
+
+
+def test_spoilt_weights_are_not_saved_at_a_signal_either(tmp_path):
+    model = network()
+    trainer = build(tmp_path, "--log-every", 100, model=model, at=send(signal.SIGTERM))
+    spoil(trainer, model, 4)
+    with pytest.raises(AgreedError, match="the weights are no longer finite after step 5"):
         trainer.fit()
+    assert not store(tmp_path).exists()
+
+
+def steep_at(step, model, loss):
+    """A loss that is finite and has an infinite gradient at a step."""
+
+    def steep(batch, place):
+        value, logs = loss(batch, place)
+        weight = model[0].weight[0, 0]
+        return value + ((weight - weight.detach()).sqrt() if place.step == step else 0), logs
+
+    return steep
+
+
+def test_an_infinite_gradient_of_a_finite_loss_ends_the_run(tmp_path):
+    model = network()
+    trainer = build(tmp_path, "--gradient-accumulation-steps", 2, model=model)
+    trainer.phases[0].loss = steep_at(3, model, trainer.phases[0].loss)
+    with pytest.raises(AgreedError, match="the gradient norm became inf at step 4; it is no longer finite") as caught:
+        trainer.fit()
+    assert listed(str(caught.value)) == samples(3)
+    assert not store(tmp_path).exists()
+
+
+def test_scaled_half_precision_lives_through_an_infinite_gradient(tmp_path):
+    model = network()
+    trainer = build(tmp_path, "--mixed-precision", "fp16", model=model)
+    trainer.phases[0].loss = steep_at(3, model, trainer.phases[0].loss)
+    trainer.fit()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    norms = metrics(tmp_path / "results", "grad_norm")
+    assert norms[4] == 0 and all(norms[step] > 0 for step in norms if step != 4)
 
 
 # Logs
+
+
+FIGURES = {"loss", "grad_norm", "lr", "steps_per_second", "images_per_second", "data_wait", "peak_memory_gib"}
 
 
 def test_the_records_of_a_run(tmp_path):
@@ -615,29 +874,78 @@ def test_the_records_of_a_run(tmp_path):
         *("--log-every", 3, "--ckpt-every", 4),
         sample=lambda model: {"grid": picture},
         validate=lambda model: {"val_loss": 0.5},
+        tokens=16,
+        flops=lambda epoch: 1e9,  # a CPU's peak is not known, and so no share of it is
     ).fit()
     folder = run_folder(tmp_path / "results")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], "val_loss" in line) for line in lines] == [
         *((3, False), (4, True), (6, False), (8, True), (9, False), (10, False), (10, True))
     ]
-    assert set(lines[0]) == {"step", "loss", "lr", "steps_per_second"} and lines[0]["steps_per_second"] > 0
+    assert set(lines[0]) == {"step", *FIGURES, "tokens_per_second"}
+    for line in lines:
+        if "loss" in line:
+            assert line["steps_per_second"] > 0 and line["grad_norm"] > 0 and 0 <= line["data_wait"] <= 1
+            assert line["images_per_second"] == pytest.approx(8 * line["steps_per_second"])
+            assert line["tokens_per_second"] == pytest.approx(16 * line["images_per_second"])
+            assert 0.01 < line["peak_memory_gib"] < 100
 
     text = (folder / "log.txt").read_text()
-    assert "83 parameters, 40 samples, 5 steps an epoch, 10 steps, 1 process(es) on cpu" in text
-    assert re.findall(r"\(step=(\d{7})\) loss: \d\.\d{4}, steps/sec: [\d.]+", text) == [
-        *("0000003", "0000006", "0000009", "0000010")
-    ]
+    assert "83 parameters, 40 samples, 5 steps an epoch, 10 steps, 1 process(es) on cpu (ddp, none)" in text
+    line = (
+        r"\(step=(\d{7})\) loss: \d\.\d{4}, grad_norm: \d\.\d{4}, lr: 0\.01, steps/sec: [\d.]+, images/sec: [\d,]+, "
+        r"tokens/sec: [\d,]+, data wait: \d+%, memory: \d+\.\d\d GiB\n"
+    )
+    assert re.findall(line, text) == ["0000003", "0000006", "0000009", "0000010"]
     assert text.count("val_loss: 0.5000") == 3 and text.count("saved ") == 3 and text.rstrip().endswith("done")
 
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {"loss", "lr", "steps_per_second", "val_loss"}
+    assert set(events.Tags()["scalars"]) == {*FIGURES, "tokens_per_second", "val_loss"}
     assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("loss")] == [
         (line["step"], line["loss"]) for line in lines if "loss" in line
     ]
     images = events.Images("grid")
     assert [(e.step, e.width, e.height) for e in images] == [(4, 6, 5), (8, 6, 5), (10, 6, 5)]
+    assert sorted(os.listdir(folder / "grid")) == ["0000004.png", "0000008.png", "0000010.png"]
+    assert np.array_equal(Image.open(folder / "grid" / "0000008.png"), picture)
+
+
+def test_pictures_at_steps_of_their_own(tmp_path):
+    """Drawn with the averaged weights of the step, in evaluation mode; figures and checkpoints keep to theirs."""
+    model, seen = network(0.5), {}
+
+    def sample(drawn_with):
+        assert not drawn_with.training and not torch.is_grad_enabled()
+        torch.manual_seed(5)  # training's draws are its own
+        seen[trainer.step] = drawn_with[0].weight.detach().clone()
+        return {"grid": np.full((2, 3, 3), trainer.step, np.uint8)}
+
+    flags = ["--sample-every", 3, "--ckpt-every", 4, "--ema", "--ema-decay", 0.5]
+    trainer = build(tmp_path, *flags, model=model, sample=sample, validate=lambda model: {"val_loss": 0.5})
+    trainer.fit()
+    folder = run_folder(tmp_path / "results")
+    assert sorted(os.listdir(folder / "grid")) == [f"{step:07d}.png" for step in (3, 6, 9, 10)]
+    assert all(np.asarray(Image.open(folder / "grid" / f"{step:07d}.png")).max() == step for step in (3, 6, 9, 10))
+    assert list(metrics(tmp_path / "results", "val_loss")) == [4, 8, 10]
+    assert sorted(os.listdir(store(tmp_path))) == [f"{step:07d}.pt" for step in (4, 8, 10)]
+    assert torch.equal(seen[10], final(tmp_path)["ema"]["0.weight"]) and model.training
+    build(tmp_path / "without", *flags, dropout=0.5).fit()
+    assert same(final(tmp_path)["model"], final(tmp_path / "without")["model"])
+
+
+def test_a_bar_is_for_terminals(tmp_path, monkeypatch, capsys):
+    build(tmp_path / "file").fit()
+    out, err = capsys.readouterr()
+    assert err == "" and out.count("(step=") == 10
+    with quiet_loggers():
+        for logger in ("run", "dataset"):
+            logging.getLogger(logger).handlers = []  # those above write to the output as it was then
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        build(tmp_path / "terminal").fit()
+    out, err = capsys.readouterr()
+    assert re.search(r"100%.* 10/10 \[.*loss: \d\.\d{4}, grad_norm: ", err) and out.count("(step=") == 10
+    assert log_of(tmp_path / "terminal").count("(step=") == 10
 
 
 def test_a_line_is_the_mean_since_the_one_before(tmp_path):
@@ -715,18 +1023,30 @@ def test_weights_and_biases(tmp_path, monkeypatch):
         ),
         log=lambda values, step: calls.append(("log", step, sorted(values))),
         finish=lambda: calls.append(("finish",)),
+        Image=lambda image: image.shape,
     )
     monkeypatch.setitem(sys.modules, "wandb", client)
-    build(tmp_path / "on", "--wandb-project", "mine", "--max-steps", 2).fit()
-    logged = ["loss", "lr", "steps_per_second"]
-    assert calls == [("init", "mine", "000-tiny", 0.01), ("log", 1, logged), ("log", 2, logged), ("finish",)]
+    pictures = {"sample": lambda model: {"grid": np.zeros((2, 3, 3), np.uint8)}}
+    build(tmp_path / "on", "--wandb-project", "mine", "--max-steps", 2, **pictures).fit()
+    logged = sorted(FIGURES)
+    steps = [("log", 1, logged), ("log", 2, logged), ("log", 2, ["grid"])]
+    assert calls == [("init", "mine", "000-tiny", 0.01), *steps, ("finish",)]
     calls.clear()
     build(tmp_path / "off", "--wandb-project", "mine", "--no-wandb", "--max-steps", 1).fit()
     build(tmp_path / "none", "--max-steps", 1).fit()
     assert calls == []
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="--wandb-project mine needs the wandb package: pip install wandb"):
-        build(tmp_path / "missing", "--wandb-project", "mine")
+
+
+def test_weights_and_biases_is_never_required(tmp_path, monkeypatch):
+    def refuse(**kwargs):
+        raise ConnectionError("no network")
+
+    reasons = {"missing": (None, r"pip install wandb"), "refused": (refuse, "ConnectionError: no network")}
+    for name, (init, reason) in reasons.items():
+        monkeypatch.setitem(sys.modules, "wandb", init and SimpleNamespace(init=init))
+        build(tmp_path / name, "--wandb-project", "mine", "--max-steps", 1).fit()
+        assert f"not logging to the wandb project mine ({reason}); --no-wandb leaves it out" in log_of(tmp_path / name)
+        assert list(metrics(tmp_path / name / "results", "loss")) == [1]
 
 
 # Several phases
@@ -754,7 +1074,7 @@ def two_phases(folder, *more, start=4, at=None):
 
     phases = [
         Phase("optimizer", maker, adamw(maker, args), make),
-        Phase("optimizer_judge", judge, adamw(judge, args), rate, active=lambda step: step >= start),
+        Phase("optimizer_judge", judge, adamw(judge, args), rate, active=lambda step: step >= start, model="judge"),
     ]
     return build(folder, *more, model=maker, models={"judge": judge}, phases=phases), calls
 

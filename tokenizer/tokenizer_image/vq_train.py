@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 
 def main(args: argparse.Namespace) -> None:
+    from dataclasses import replace
     from functools import partial
 
     import torch
@@ -45,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
     from utils.checkpoint import read_checkpoint
     from utils.distributed import start
     from utils.logger import console_logger
-    from utils.parallel import parallelize
+    from utils.parallel import Parallel
     from utils.runs import find_checkpoint
     from utils.trainer import Micro, Phase, Trainer
 
@@ -92,8 +93,9 @@ def main(args: argparse.Namespace) -> None:
         if args.finetune:  # other data, the same weights: the optimizers and the step begin anew
             initial.optimizer, initial.extra = None, {}
     discriminator = losses.discriminator
-    generator = parallelize(tokenizer, dist, compile=args.compile)
-    losses.discriminator = parallelize(discriminator, dist)
+    plan = Parallel(dist, precision=args.mixed_precision, compile=args.compile)
+    generator = plan.apply(tokenizer)
+    losses.discriminator = replace(plan, compile=False).apply(discriminator)
 
     reconstructions: dict[int, torch.Tensor] = {}
 
@@ -132,9 +134,11 @@ def main(args: argparse.Namespace) -> None:
                 adam(discriminator),
                 discriminator_loss,
                 losses.discriminator_active,
+                model="discriminator",
             ),
         ],
         dataset=dataset,
+        plan=plan,
         initial=initial,
         sample=sample,
     )

@@ -1,0 +1,116 @@
+"""Next-patch prediction: which patch size an epoch trains with, and the learning rate that starts anew with each.
+
+    schedule = PatchSchedule(epochs=300, patch_level=2, epoch_rate=0.5)
+    loss = token_loss(codes, labels, patch_side=schedule.patch_side(epoch))   # 2 for 150 epochs, then 1
+
+Early epochs read and predict the image in patches, on a sequence that is patch_side² times shorter; the last stage is
+plain raster training, and so is sampling. NPP (arXiv 2412.15321, section 3).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from math import isfinite
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Epochs `start` to `end` - 1, which train with patches of `patch_side` x `patch_side` tokens."""
+
+    start: int
+    end: int
+    patch_side: int
+
+
+@dataclass(frozen=True)
+class PatchSchedule:
+    """The stages of a run, from the coarsest patches to single tokens.
+
+    patch_level: how many stages there are; each halves the patch side, the last one's is 1.
+    epoch_rate: the share of a stage's end at which the one before it ends; the last one ends at `epochs`.
+    warmup_epochs, decay_ratio, lr, end_lr: the learning rate with --scheduler, see `learning_rate`.
+    Raises ValueError for values out of their range and where a stage would have no epoch.
+    """
+
+    epochs: int
+    patch_level: int = 1
+    epoch_rate: float = 0.5
+    warmup_epochs: float = 1
+    decay_ratio: float = 0.2
+    lr: float = 1e-4
+    end_lr: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.patch_level <= 4:
+            raise ValueError(
+                f"--patch-level goes from 1 (no patches) to 4 (patches of 8x8 first), got {self.patch_level}"
+            )
+        if not 0 < self.epoch_rate <= 1:
+            raise ValueError(f"--epoch-rate is a share of the epochs, above 0 and at most 1, got {self.epoch_rate}")
+        if not 0 <= self.warmup_epochs < float("inf"):
+            raise ValueError(f"--warmup-epochs must be 0 or more, got {self.warmup_epochs}")
+        if not 0 <= self.decay_ratio <= 1:
+            raise ValueError(f"--decay-ratio is a share of each stage, from 0 to 1, got {self.decay_ratio}")
+        if not (self.end_lr >= 0 and isfinite(self.end_lr)):
+            raise ValueError(f"--end-lr must be 0 or more, got {self.end_lr}")
+        for stage in self.stages:
+            if stage.start >= stage.end:
+                raise ValueError(
+                    f"patches of {stage.patch_side}x{stage.patch_side} tokens would get no epoch: with --epochs "
+                    f"{self.epochs} --patch-level {self.patch_level} --epoch-rate {self.epoch_rate} the stages end at "
+                    f"epochs {[stage.end for stage in self.stages]}; choose more --epochs, a lower --patch-level or "
+                    "another --epoch-rate"
+                )
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages in the order of training."""
+        left = range(self.patch_level - 1, -1, -1)  # stages after each
+        ends = [int(self.epochs * self.epoch_rate**later) for later in left]
+        return tuple(
+            Stage(start, end, 2**later) for (start, end), later in zip(pairwise([0, *ends]), left, strict=True)
+        )
+
+    def check_grid(self, grid: int) -> None:
+        """Raises ValueError where the first stage's patches do not divide a grid of grid x grid tokens (nor do later ones)."""
+        side = self.stages[0].patch_side
+        if grid % side:
+            raise ValueError(
+                f"--patch-level {self.patch_level} begins with patches of {side}x{side} tokens, which do not divide a grid "
+                f"of {grid}x{grid}; choose a lower --patch-level or another --image-size"
+            )
+
+    def check_scheduler(self) -> None:
+        """Raises ValueError for learning rates that make no sense with --scheduler."""
+        if self.end_lr > self.lr:
+            raise ValueError(f"--end-lr {self.end_lr} is above --lr {self.lr}: the rate cannot decay to it")
+        shortest = min(self.stages, key=lambda stage: stage.end - stage.start)
+        if self.warmup_epochs > shortest.end - shortest.start:
+            raise ValueError(
+                f"--warmup-epochs {self.warmup_epochs} is longer than the {shortest.end - shortest.start} epoch(s) with "
+                f"patches of {shortest.patch_side}x{shortest.patch_side} tokens, which would never reach --lr"
+            )
+
+    def stage(self, epoch: int) -> Stage:
+        """The stage of an epoch, from 0; past the end, the last one."""
+        return next((stage for stage in self.stages if epoch < stage.end), self.stages[-1])
+
+    def patch_side(self, epoch: int) -> int:
+        """Side of the patches that an epoch trains with."""
+        return self.stage(epoch).patch_side
+
+    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
+        """The rate at an optimizer step, from 0, of steps_per_epoch in each epoch.
+
+        Inside each stage: from 0 up to `lr` over warmup_epochs, constant, then down over the last decay_ratio of the
+        stage towards `end_lr`, which the step after its last would have.
+        """
+        stage = self.stage(step // steps_per_epoch)
+        done = step - stage.start * steps_per_epoch
+        steps = (stage.end - stage.start) * steps_per_epoch
+        warmup, decay = self.warmup_epochs * steps_per_epoch, self.decay_ratio * steps
+        if done < warmup:
+            return self.lr * (done / warmup)
+        if done <= steps - decay or not decay:
+            return self.lr
+        return self.end_lr + (self.lr - self.end_lr) * max(steps - done, 0) / decay

@@ -1,0 +1,25 @@
+"""Trains a class-conditional GPT whose weights, gradients and optimizer state are sharded over the processes (FSDP2).
+
+    torchrun --nproc_per_node=8 autoregressive/train/train_c2i_fsdp.py --code-path codes --gpt-model GPT-XXL --image-size 384
+
+It is train_c2i.py with other defaults: `--data-parallel fsdp` (or sdp, hsdp), bf16 weights in the forward and backward pass.
+A checkpoint is a folder with `consolidated.pth` for sampling (`--from-fsdp`); a run goes on with any number of processes.
+"""
+
+import argparse
+
+from autoregressive.train import train_c2i
+from utils.cli import run_script
+
+main = train_c2i.main
+
+
+def flags() -> argparse.ArgumentParser:
+    """The script's flags."""
+    parser = train_c2i.flags(sharded=True)
+    parser.description = __doc__
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, flags())

@@ -1,0 +1,235 @@
+"""How fast a training step is and what it holds: this project's against a plain one, in one run.
+
+    python3 benchmarks/training_step.py --gpt-model GPT-B --image-size 256 --batch-size 64
+
+Both train the same model on the same random codes, each in a process of its own, in turn step by step, so that another
+job on the machine slows both alike. The plain step is eager, holds all logits in float32, and its AdamW goes parameter by
+parameter (on CUDA by `foreach`). This project's takes the loss in chunks and a fused AdamW, and compiles each block on CUDA.
+"""
+
+import argparse
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from autoregressive.models.sizes import GPT_SIZES
+from utils.cli import add_image_size_flags, flag_parser, grid_size, positive_int, run_script
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+    import torch
+    from torch import Tensor
+
+    from autoregressive.models.gpt import Transformer
+    from utils.distributed import Distributed
+
+MIB = 2**20
+
+
+def main(args: argparse.Namespace) -> None:
+    import torch
+
+    from autoregressive.models.gpt import GPT_models
+    from autoregressive.train.flops import training_flops_per_image
+    from utils.distributed import start
+    from utils.flops import peak_flops
+
+    device = start(args.device).device
+    grid = grid_size(args.image_size, args.downsample_size)
+    seconds: dict[str, list[float]] = {"plain": [], "project": []}
+    with workers(list(seconds), args) as (ask, peak_memory):
+        for step in range(args.warmup + args.steps):
+            for name, taken in seconds.items():
+                once = ask(name)
+                if step >= args.warmup:
+                    taken.append(once)
+        memory = {name: peak_memory(name) for name in seconds}
+
+    with torch.device("meta"):
+        model = GPT_models[args.gpt_model](block_size=grid**2)
+    peak = peak_flops(device, args.mixed_precision)
+    tokens, flops = args.batch_size * grid**2, args.batch_size * training_flops_per_image(model.args)
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    print(
+        f"{args.gpt_model}, {grid}x{grid} tokens, batch {args.batch_size}, {args.mixed_precision}, {device.type}{threads}, "
+        f"median of {args.steps} steps"
+    )
+    print("| step | s | tokens/s | peak memory (MiB) | MFU |\n|---|---|---|---|---|")
+    for name, taken in seconds.items():
+        median = statistics.median(taken)
+        mfu = f"{flops / median / peak:.1%}" if peak else "–"
+        print(f"| {name} | {median:.3f} | {tokens / median:,.0f} | {memory[name] / MIB:,.0f} | {mfu} |")
+    faster = statistics.median(seconds["plain"]) / statistics.median(seconds["project"])
+    print(f"speed: {faster:.2f} times; memory: {memory['project'] / memory['plain']:.2f} times")
+
+
+@contextmanager
+def workers(
+    names: list[str], args: argparse.Namespace
+) -> Iterator[tuple[Callable[[str], float], Callable[[str], float]]]:
+    """Processes that hold a training step each; yields functions that take a step (seconds) and ask for peak memory (bytes)."""
+    from multiprocessing import get_context
+
+    context = get_context("spawn")
+    pipes, processes = {}, []
+    for name in names:
+        pipes[name], other = context.Pipe()
+        processes.append(context.Process(target=serve, args=(name, args, other), daemon=True))
+        processes[-1].start()
+        other.close()
+
+    def ask(name: str, question: str = "step") -> float:
+        pipes[name].send(question)
+        return pipes[name].recv()
+
+    try:
+        yield ask, lambda name: ask(name, "memory")
+    finally:
+        for pipe in pipes.values():
+            pipe.close()
+        for process in processes:
+            process.join()
+
+
+def serve(name: str, args: argparse.Namespace, pipe: "Connection") -> None:
+    """Answers until the pipe is closed: "step" with its seconds, "memory" with the peak in bytes."""
+    from importlib import import_module
+
+    import torch
+
+    from utils.distributed import start
+
+    for module in ("autoregressive.train.loss", "utils.optim", "utils.parallel"):
+        import_module(module)  # the memory of libraries is not what is measured
+
+    dist = start(args.device)
+    before = resident_peak()
+    step = (plain_step if name == "plain" else project_step)(random_model(args, dist), args, dist)
+    codes, labels = random_batch(args, dist)
+    while True:
+        try:
+            question = pipe.recv()
+        except EOFError:
+            return
+        if question == "step":
+            pipe.send(timed(lambda: step(codes, labels), dist.device))
+        elif dist.device.type == "cuda":
+            pipe.send(torch.cuda.max_memory_allocated(dist.device))
+        else:
+            pipe.send(resident_peak() - before)
+
+
+def resident_peak() -> int:
+    """The most memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def timed(step: Callable[[], None], device: "torch.device") -> float:
+    """Seconds that a step takes, to its end on the device."""
+    import torch
+
+    wait = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize if device.type == "mps" else None
+    if wait:
+        wait()
+    begin = time.perf_counter()
+    step()
+    if wait:
+        wait()
+    return time.perf_counter() - begin
+
+
+def random_model(args: argparse.Namespace, dist: "Distributed") -> "Transformer":
+    """A model in training, the output layer random too: with zeros there the first gradients would be."""
+    import torch
+
+    from autoregressive.models.gpt import GPT_models
+
+    torch.manual_seed(0)
+    grid = grid_size(args.image_size, args.downsample_size)
+    with dist.device:
+        model = GPT_models[args.gpt_model](block_size=grid**2)
+        torch.nn.init.normal_(model.output.weight, std=0.02)
+    return model
+
+
+def random_batch(args: argparse.Namespace, dist: "Distributed") -> "tuple[Tensor, Tensor]":
+    """Codes (B, N) and labels (B,)."""
+    import torch
+
+    grid = grid_size(args.image_size, args.downsample_size)
+    codes = torch.randint(16384, (args.batch_size, grid**2), device=dist.device)
+    return codes, torch.randint(1000, (args.batch_size,), device=dist.device)
+
+
+def project_step(
+    model: "Transformer", args: argparse.Namespace, dist: "Distributed"
+) -> "Callable[[Tensor, Tensor, int], None]":
+    """A step as the training scripts take it; the last argument is the patch side."""
+    import torch
+
+    from autoregressive.train.loss import TokenLoss
+    from utils.optim import adamw
+    from utils.parallel import Parallel
+
+    plan = Parallel(dist, precision=args.mixed_precision, compile=True)
+    token_loss = plan.apply(TokenLoss(model), blocks=model.layers)
+    optimizer = adamw(model, argparse.Namespace(lr=1e-4, weight_decay=0.05, beta1=0.9, beta2=0.95))
+
+    def step(codes: "Tensor", labels: "Tensor", patch_side: int = 1) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(dist.device.type, plan.autocast_dtype, enabled=plan.autocast_dtype is not None):
+            loss = token_loss(codes, labels, patch_side=patch_side)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def plain_step(
+    model: "Transformer", args: argparse.Namespace, dist: "Distributed"
+) -> "Callable[[Tensor, Tensor], None]":
+    """A step written down without any care."""
+    import torch
+    import torch.nn.functional as F
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
+    half = args.mixed_precision == "bf16"
+
+    def step(codes: "Tensor", labels: "Tensor") -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(dist.device.type, torch.bfloat16, enabled=half):
+            logits = model(codes[:, :-1], labels)
+            loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def flags() -> argparse.ArgumentParser:
+    """The script's flags."""
+    parser = flag_parser(__doc__)
+    add_step_flags(parser)
+    return parser
+
+
+def add_step_flags(parser: argparse.ArgumentParser) -> None:
+    """What is trained, where, and how often it is measured."""
+    parser.add_argument("--gpt-model", choices=list(GPT_SIZES), default="GPT-B", help="size of the transformer")
+    add_image_size_flags(parser, 256)
+    parser.add_argument("--batch-size", type=positive_int, default=64, help="images a step")
+    parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--mixed-precision", choices=["none", "bf16"], default="bf16", help="of the forward pass")
+    parser.add_argument("--steps", type=positive_int, default=10, help="steps that are timed")
+    parser.add_argument("--warmup", type=positive_int, default=2, help="steps before those")
+
+
+if __name__ == "__main__":
+    run_script(main, flags())

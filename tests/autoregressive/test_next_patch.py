@@ -1,0 +1,106 @@
+"""The schedule of next-patch prediction against recorded runs, by hand at its edges, and what a user gets wrong."""
+
+import json
+from itertools import pairwise
+
+import pytest
+
+from autoregressive.train.next_patch import PatchSchedule, Stage
+from tests.helpers import GOLDEN
+
+RUNS = json.loads((GOLDEN / "npp_schedules.json").read_text())
+FIELDS = ("epochs", "patch_level", "epoch_rate", "warmup_epochs", "decay_ratio", "lr", "end_lr")
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run['epochs']} epochs, level {run['patch_level']}")
+def test_recorded_runs(run):
+    schedule = PatchSchedule(**{name: run[name] for name in FIELDS})
+    assert [stage.end for stage in schedule.stages] == run["epoch_range"]
+    assert [schedule.patch_side(epoch) ** 2 for epoch in range(run["epochs"])] == run["patch_size_by_epoch"]
+    per_epoch = run["steps_per_epoch"]
+    rates = [schedule.learning_rate(step, per_epoch) for step in range(run["epochs"] * per_epoch)]
+    assert rates == pytest.approx(run["lr_by_step"], rel=1e-12, abs=0)
+
+
+def test_stages_by_hand():
+    schedule = PatchSchedule(epochs=20, patch_level=4, epoch_rate=0.5)
+    assert schedule.stages == (Stage(0, 2, 8), Stage(2, 5, 4), Stage(5, 10, 2), Stage(10, 20, 1))
+    assert [schedule.stage(epoch).patch_side for epoch in (0, 1, 2, 4, 5, 9, 10, 19)] == [8, 8, 4, 4, 2, 2, 1, 1]
+    assert schedule.stage(25) == Stage(10, 20, 1)  # a run that is told to go on
+    assert PatchSchedule(epochs=7).stages == (Stage(0, 7, 1),)
+    ends = [stage.end for stage in PatchSchedule(epochs=10, patch_level=3, epoch_rate=0.77).stages]
+    assert ends == [int(10 * 0.77 * 0.77), 7, 10]
+
+
+@pytest.mark.parametrize("epochs, level, rate", [(300, 4, 0.3), (17, 3, 0.6), (4, 2, 0.25), (8, 4, 0.5)])
+def test_stages_cover_every_epoch_once(epochs, level, rate):
+    schedule = PatchSchedule(epochs=epochs, patch_level=level, epoch_rate=rate)
+    assert schedule.stages[0].start == 0 and schedule.stages[-1].end == epochs
+    assert all(one.end == other.start for one, other in pairwise(schedule.stages))
+    assert [stage.patch_side for stage in schedule.stages] == [2**i for i in reversed(range(level))]
+
+
+def test_the_learning_rate_by_hand():
+    """Two stages of 10 epochs of 4 steps: 8 steps up, 24 constant, 8 down, twice."""
+    schedule = PatchSchedule(20, 2, 0.5, warmup_epochs=2, decay_ratio=0.2, lr=8.0, end_lr=4.0)
+    stage = [*range(8)] + [8.0] * 25 + [7.5, 7, 6.5, 6, 5.5, 5, 4.5]
+    assert [schedule.learning_rate(step, 4) for step in range(80)] == pytest.approx(stage * 2)
+    assert schedule.learning_rate(80, 4) == schedule.learning_rate(99, 4) == 4.0
+
+
+def test_the_learning_rate_without_warm_up_or_decay():
+    constant = PatchSchedule(3, warmup_epochs=0, decay_ratio=0, lr=0.5, end_lr=0.1)
+    assert {constant.learning_rate(step, 5) for step in range(20)} == {0.5}
+    all_decay = PatchSchedule(2, warmup_epochs=0, decay_ratio=1, lr=1.0, end_lr=0.0)
+    assert [all_decay.learning_rate(step, 5) for step in range(10)] == pytest.approx([1 - i / 10 for i in range(10)])
+    overlapping = PatchSchedule(2, warmup_epochs=1, decay_ratio=1, lr=1.0, end_lr=0.0)  # the warm-up comes first
+    expected = [i / 5 for i in range(5)] + [1 - i / 10 for i in range(5, 10)]
+    assert [overlapping.learning_rate(step, 5) for step in range(10)] == pytest.approx(expected)
+
+
+def test_a_decay_that_begins_inside_a_step():
+    """0.3 of 7 steps are 2.1: the line from `lr` at 4.9 to `end_lr` at 7."""
+    schedule = PatchSchedule(1, warmup_epochs=0, decay_ratio=0.3, lr=1.0, end_lr=0.0)
+    expected = [1] * 5 + [2 / 2.1, 1 / 2.1]
+    assert [schedule.learning_rate(step, 7) for step in range(7)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"patch_level": 0}, "--patch-level goes from 1.*got 0"),
+        ({"patch_level": 5}, "--patch-level goes from 1.*got 5"),
+        ({"epoch_rate": 0.0}, "--epoch-rate is a share.*got 0.0"),
+        ({"epoch_rate": 1.5}, "--epoch-rate is a share.*got 1.5"),
+        ({"epoch_rate": float("nan")}, "--epoch-rate"),
+        ({"warmup_epochs": -1}, "--warmup-epochs must be 0 or more, got -1"),
+        ({"decay_ratio": -0.1}, "--decay-ratio is a share.*got -0.1"),
+        ({"decay_ratio": 1.1}, "--decay-ratio is a share.*got 1.1"),
+        ({"end_lr": -1e-5}, "--end-lr must be 0 or more, got -1e-05"),
+        ({"epochs": 0}, r"patches of 1x1 tokens would get no epoch: with --epochs 0 --patch-level 1"),
+        ({"epochs": 7, "patch_level": 4}, r"patches of 8x8 tokens would get no epoch.*end at epochs \[0, 1, 3, 7\]"),
+        ({"patch_level": 2, "epoch_rate": 1.0}, r"patches of 1x1 tokens would get no epoch.*\[300, 300\]"),
+        ({"epochs": 4, "patch_level": 4, "epoch_rate": 0.8}, r"patches of 2x2 tokens .* \[2, 2, 3, 4\]|patches of 4x4"),
+    ],
+)
+def test_flags_that_do_not_fit(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        PatchSchedule(**{"epochs": 300, **wrong})
+
+
+def test_grids_that_do_not_fit():
+    for level, grid in ((1, 7), (2, 6), (3, 24), (4, 16), (4, 24)):
+        PatchSchedule(300, level).check_grid(grid)
+    with pytest.raises(ValueError, match=r"--patch-level 4 begins with patches of 8x8 tokens.*28x28"):
+        PatchSchedule(300, 4).check_grid(28)
+    with pytest.raises(ValueError, match=r"--patch-level 2 begins with patches of 2x2 tokens.*7x7"):
+        PatchSchedule(300, 2).check_grid(7)
+
+
+def test_learning_rates_that_do_not_fit():
+    """Only where they are used: the flags have defaults for long runs."""
+    PatchSchedule(300, 2).check_scheduler()
+    with pytest.raises(ValueError, match=r"--end-lr 0.01 is above --lr 0.001"):
+        PatchSchedule(300, lr=1e-3, end_lr=1e-2).check_scheduler()
+    with pytest.raises(ValueError, match=r"--warmup-epochs 3 is longer than the 2 epoch\(s\) with patches of 8x8"):
+        PatchSchedule(20, 4, warmup_epochs=3).check_scheduler()

@@ -1,0 +1,353 @@
+"""Training over processes: the losses of one, by every strategy; killed at any moment and resumed; moved to others."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from autoregressive.pipeline import load_gpt
+from autoregressive.train import train_c2i_fsdp
+from tests.helpers import ROOT, free_port
+from tests.training import (
+    check_published_flags,
+    command,
+    environment,
+    load,
+    make_codes,
+    metrics,
+    quiet_loggers,
+    repetitive_codes,
+    run_folder,
+    run_here,
+    run_script,
+    same,
+)
+from utils.checkpoint import read_checkpoint
+
+DDP, FSDP = "autoregressive.train.train_c2i", "autoregressive.train.train_c2i_fsdp"
+VOCAB, CLASSES, TOKENS, COUNT = 64, 10, 16, 96
+MODEL = ["--gpt-model", "GPT-XS", "--vocab-size", VOCAB, "--num-classes", CLASSES, "--image-size", 16]
+MODEL += ["--downsample-size", 4, "--mixed-precision", "fp32"]
+PLAIN = ["--global-batch-size", 16, "--num-workers", 0, "--log-every", 1, "--lr", 2e-3, "--ema", "--ema-decay", 0.9]
+EXACT = ["--dropout-p", 0, "--token-dropout-p", 0]
+TWENTY = [*EXACT, "--epochs", 9, "--max-steps", 20, "--gradient-accumulation-steps", 2, "--ckpt-every", 100]
+# A smaller rate: Adam makes large steps of the special tokens' first, tiny gradients, whose rounding would then show.
+PAR = ["--ar-token-num", 4, "--spe-token-num", 3, "--lr", 5e-4]
+NPP = ["--patch-level", 2, "--epoch-rate", 0.5, "--scheduler", "--epochs", 4]
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("codes") / "packed"
+    array = repetitive_codes(COUNT, 2, TOKENS, VOCAB)
+    return make_codes(folder, array, np.arange(COUNT) % CLASSES, image_size=16, vocab=VOCAB, classes=CLASSES)
+
+
+def life(codes, results, *more, module=FSDP, world=1, **when):
+    """One run of a script, as tests/processes.py reads it."""
+    args = ["--code-path", codes, "--results-dir", results, "--no-wandb", *MODEL, *PLAIN, *more]
+    return {"module": module, "args": list(map(str, args)), "world": world, **when}
+
+
+def live(tmp_path, *lives, timeout=280):
+    """Runs lives one after another; returns what they printed."""
+    plan = tmp_path / f"plan{random.getrandbits(32)}.json"
+    plan.write_text(json.dumps(lives))
+    words = [sys.executable, str(ROOT / "tests/processes.py"), str(plan)]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+def last(results):
+    """The newest checkpoint of a run: a file or a folder."""
+    return max((run_folder(results) / "checkpoints").glob("0*"), key=lambda path: int(path.stem))
+
+
+def weights(results):
+    """(model, ema) of a run's newest checkpoint."""
+    read = read_checkpoint(last(results))
+    return read.model, read.ema
+
+
+# The losses of one process
+
+
+@pytest.fixture(scope="module")
+def one(codes, tmp_path_factory):
+    """Runs of one process, to compare with."""
+    folder = tmp_path_factory.mktemp("one")
+    runs = {"raster": TWENTY, "PAR": [*TWENTY, *PAR], "NPP": [*TWENTY, *NPP]}
+    live(folder, *(life(codes, folder / name, *flags, module=DDP) for name, flags in runs.items()))
+    return folder
+
+
+def agree(folder, one):
+    """Losses to 1e-5, averaged weights to what a step may add to that."""
+    losses = metrics(one, "loss")
+    assert len(losses) == 20 and metrics(folder, "loss") == pytest.approx(losses, abs=1e-5)
+    assert metrics(folder, "grad_norm") == pytest.approx(metrics(one, "grad_norm"), rel=1e-4)
+    for mine, theirs in zip(weights(folder), weights(one), strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, tensor in mine.items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(codes, tmp_path, one):
+    """With accumulation, in float32, over 20 steps, by DDP and by every way of sharding."""
+    kinds = {
+        "ddp": ["--data-parallel", "ddp"],
+        "fsdp": ["--data-parallel", "fsdp", "--activation-checkpointing"],
+        "sdp": ["--data-parallel", "sdp", "--sync-every-micro-batch"],
+        "hsdp": ["--data-parallel", "hsdp", "--shard-size", 1],
+    }
+    live(tmp_path, *(life(codes, tmp_path / name, *TWENTY, *more, world=2) for name, more in kinds.items()))
+    for name in kinds:
+        agree(tmp_path / name, one / "raster")
+
+
+@pytest.mark.slow
+def test_four_processes_give_the_losses_of_one(codes, tmp_path, one):
+    kinds = {"fsdp": [], "hsdp": ["--data-parallel", "hsdp", "--shard-size", 2]}
+    live(tmp_path, *(life(codes, tmp_path / name, *TWENTY, *more, world=4) for name, more in kinds.items()))
+    for name in kinds:
+        agree(tmp_path / name, one / "raster")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, flags", [("PAR", PAR), ("NPP", NPP)])
+def test_par_and_npp_give_the_losses_of_one_process(codes, tmp_path, one, name, flags):
+    kinds = {kind: life(codes, tmp_path / kind, *TWENTY, *flags, "--data-parallel", kind, world=2) for kind in KINDS}
+    live(tmp_path, *kinds.values())
+    for kind in kinds:
+        agree(tmp_path / kind, one / name)
+    if name == "NPP":
+        losses = list(metrics(one / name, "loss").values())
+        lr = metrics(one / name, "lr")
+        assert losses[11] < losses[0] and len({lr[step] for step in range(1, 21)}) > 5
+
+
+KINDS = ("ddp", "fsdp")
+
+
+# Killed and resumed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_random_moments_and_resumed_gives_the_same_bits(codes, tmp_path, kind):
+    """Ten kills -9 over one run of two processes, with dropout on: some while a checkpoint is being written."""
+    flags = ["--epochs", 11, "--ckpt-every", 2, "--keep-last", 3, "--resume", "--data-parallel", kind]
+    rng, lives = random.Random(2), [life(codes, tmp_path / "whole", *flags, world=2)]
+    killed = tmp_path / "killed"
+    store = f"{killed}/*/checkpoints"
+    for kill in range(10):
+        step = 6 * (kill + 1)
+        moment = rng.choice(["written", "being written", "later"])
+        finished = f"{store}/{step:07d}" + ("" if kind == "fsdp" else ".pt")
+        unfinished = f"{store}/.{step:07d}.*"
+        when = {"kill_at": unfinished if moment == "being written" else finished}
+        if moment == "later":
+            when["kill_later"] = rng.uniform(0, 0.3)
+        lives.append(life(codes, killed, *flags, world=2, **when))
+    lives.append(life(codes, killed, *flags, world=2))
+    printed = live(tmp_path, *lives)
+    assert printed.count("life: killed") == 10 and printed.count("resuming") >= 10
+    whole, parts = last(tmp_path / "whole"), last(killed)
+    assert whole.name == parts.name and whole.stem == "0000066"
+    for one, other in zip(weights(tmp_path / "whole"), weights(killed), strict=True):
+        assert same(one, other)
+    if kind == "ddp":
+        one, other = load(whole), load(parts)
+        assert one.pop("args") and other.pop("args") and same(one, other)
+    else:
+        one, other = (json.loads((path / "training.json").read_text()) for path in (whole, parts))
+        assert one.pop("args") and other.pop("args") and one == other
+    assert not list((run_folder(killed) / "checkpoints").glob(".*")), "nothing unfinished is left"
+    assert metrics(killed, "loss") == metrics(tmp_path / "whole", "loss")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [DDP, FSDP])
+def test_sigterm_saves_and_exits_0(codes, tmp_path, module):
+    """Of two processes only one is told; both stop after the same step."""
+    flags = ["--epochs", 8, "--ckpt-every", 1000, "--resume"]
+    folder = tmp_path / "stopped"
+    told = {"kill_at": f"{folder}/*/metrics.jsonl", "kill_later": 0.5, "signal": "SIGTERM", "only": 1}
+    lives = [life(codes, folder, *flags, module=module, world=2, **told)]
+    live(tmp_path, *lives)
+    saved = read_checkpoint(last(folder))
+    text = (run_folder(folder) / "log.txt").read_text()
+    assert 0 < saved.steps < 48
+    assert f"stopped by SIGTERM after step {saved.steps} of 48; --resume goes on from there" in text
+    again = [life(codes, name, *flags, module=module, world=2) for name in (folder, tmp_path / "whole")]
+    live(tmp_path, *again)
+    assert all(same(a, b) for a, b in zip(weights(folder), weights(tmp_path / "whole"), strict=True))
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_takes_the_others_down(codes, tmp_path):
+    """Without torchrun, which would end them too: the one that is left says what happened."""
+    port, processes = free_port(), []
+    words = life(codes, tmp_path / "results", "--epochs", 900, "--timeout-minutes", 1)["args"]
+    for rank in range(2):
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = environment(**{key: str(value) for key, value in env.items()})
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command(FSDP, *words), env=env, **pipes))
+    try:
+        deadline = time.monotonic() + 100
+        while not list(tmp_path.glob("results/*/metrics.jsonl")) or len(metrics(tmp_path / "results")) < 3:
+            assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+            time.sleep(0.05)
+        processes[1].send_signal(signal.SIGKILL)
+        _, told = processes[0].communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[0].returncode == 1
+    assert re.search(r"error: process 0 lost the others at step \d+ \(.*\): one of them has ended", told), told
+    assert "Traceback" not in told and "--resume goes on" in told
+
+
+# Moved to other processes
+
+
+def read_samples(file):
+    """The sets of samples of each step: every process's parts in order, put together."""
+    parts: dict[int, list] = {}
+    for line in file.read_text().splitlines():
+        rank, indices = json.loads(line)
+        parts.setdefault(rank, []).append(indices)
+    steps = len(parts[0])
+    assert all(len(of_rank) == steps for of_rank in parts.values())
+    return [[i for rank in sorted(parts) for i in parts[rank][step]] for step in range(steps)]
+
+
+@pytest.mark.slow
+def test_from_two_processes_to_one_to_four(codes, tmp_path):
+    """The same samples in the same order, and losses within rounding; from folders to files and back."""
+    flags = [*EXACT, "--epochs", 3, "--ckpt-every", 100, "--resume"]
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    watched = {"watch": str(tmp_path / "whole.txt")}
+    lives = [life(codes, whole, *flags, module=DDP, **watched)]
+    for number, (module, world, steps) in enumerate([(FSDP, 2, 5), (DDP, 1, 10), (FSDP, 4, 18)]):
+        more = ["--max-steps", steps, *(["--ema"] if world else [])]
+        watched = {"watch": str(tmp_path / f"{number}.txt")}
+        lives.append(life(codes, moved, *flags, *more, module=module, world=world, **watched))
+    live(tmp_path, *lives)
+    assert metrics(moved, "loss") == pytest.approx(metrics(whole, "loss"), abs=1e-5)
+    expected = read_samples(tmp_path / "whole.txt")
+    read = [step for number in range(3) for step in read_samples(tmp_path / f"{number}.txt")]
+    assert read == expected and len(read) == 18
+    assert sorted(i for step in expected[:6] for i in step) == list(range(COUNT)), "an epoch is every sample once"
+    names = sorted(path.name for path in (run_folder(moved) / "checkpoints").iterdir())
+    assert names == ["0000005", "0000010.pt", "0000018"]
+    for mine, theirs in zip(weights(moved), weights(whole), strict=True):
+        for name, tensor in mine.items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+# Files
+
+
+@pytest.mark.slow
+def test_a_sharded_checkpoint_samples_and_starts_other_runs(codes, tmp_path, small_files):
+    """bf16, fp16 and the published folder: consolidated.pth with --from-fsdp, --gpt-resume of folder and file."""
+    first, cloud = tmp_path / "first", tmp_path / "cloud"
+    flags = ["--mixed-precision", "bf16", "--grad-precision", "fp32", "--max-steps", 3, "--cloud-save-path", cloud]
+    live(
+        tmp_path,
+        life(codes, first, *flags, "--no-local-save", world=2),
+        life(codes, tmp_path / "half", "--mixed-precision", "fp16", "--max-steps", 3, world=2),
+    )
+    (folder,) = cloud.glob("*-GPT-XS/0000003")
+    assert (folder / "resume_step.txt").read_text() == "3\n"
+    assert {"consolidated.pth", "consolidated_ema.pth", ".metadata", "training.json"} <= set(os.listdir(folder))
+    bare = load(folder / "consolidated.pth")
+    assert {tensor.dtype for tensor in bare.values()} == {torch.float32}
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "half")[0].values())
+    for path, ema in ((folder, False), (folder / "consolidated.pth", False), (folder, True)):
+        model = load_gpt(path, gpt_model="GPT-XS", image_size=16, downsample_size=4, use_ema=ema)
+        expected = load(folder / "consolidated_ema.pth") if ema else bare
+        assert same(dict(model.state_dict()), expected)
+
+    more = ["--max-steps", 4, "--lr", 0]
+    live(
+        tmp_path,
+        life(codes, tmp_path / "whole", *more, "--gpt-resume", folder, world=2),
+        life(codes, tmp_path / "weights", *more, "--gpt-resume", folder / "consolidated.pth"),
+        life(codes, tmp_path / "file", "--max-steps", 2, module=DDP),
+        life(codes, tmp_path / "sharded", *more, "--gpt-ckpt", tmp_path / "file", world=2),
+    )
+    steps = {name: list(metrics(tmp_path / name, "loss")) for name in ("whole", "weights", "sharded")}
+    assert steps == {"whole": [4], "weights": [1, 2, 3, 4], "sharded": [3, 4]}
+    for name in ("whole", "weights"):
+        assert same(weights(tmp_path / name)[0], bare)
+    assert same(weights(tmp_path / "sharded")[0], weights(tmp_path / "file")[0])
+
+
+def test_one_process_shards_too(codes, tmp_path):
+    """python3 without torchrun; the wandb project that is on by default needs no wandb."""
+    with quiet_loggers():
+        run_here(
+            train_c2i_fsdp,
+            *("--code-path", codes, "--results-dir", tmp_path / "fsdp", *MODEL, *PLAIN, *EXACT, "--max-steps", 2),
+        )
+    assert last(tmp_path / "fsdp").is_dir()
+    assert not torch.distributed.is_initialized()
+
+
+FLAGS = """
+`--code-path` str = required; `--cloud-save-path` str = required; `--no-local-save` switch = –;
+`--gpt-model` str ∈ [GPT-B, GPT-L, GPT-XL, GPT-XXL, GPT-XXXL, GPT-1B, GPT-3B, GPT-7B] = GPT-B; `--gpt-resume` str = None;
+`--gpt-type` str ∈ [c2i, t2i] = c2i; `--vocab-size` int = 16384; `--ema` switch = –; `--cls-token-num` int = 1;
+`--dropout-p` float = 0.1; `--token-dropout-p` float = 0.1; `--drop-path-rate` float = 0.0; `--results-dir` str = results;
+`--dataset` str = imagenet_code; `--image-size` int ∈ [256, 384, 448, 512] = 256; `--downsample-size` int ∈ [8, 16] = 16;
+`--num-classes` int = 1000; `--epochs` int = 300; `--lr` float = 0.0001; `--weight-decay` float = 0.05;
+`--beta1` float = 0.9; `--beta2` float = 0.95; `--max-grad-norm` float = 1.0; `--global-batch-size` int = 256;
+`--global-seed` int = 0; `--num-workers` int = 24; `--log-every` int = 100; `--ckpt-every` int = 5000;
+`--gradient-accumulation-steps` int = 1; `--mixed-precision` str ∈ [fp32, tf32, fp16, bf16] = bf16;
+`--data-parallel` str ∈ [sdp, fsdp, hsdp] = fsdp; `--grad-precision` str ∈ [fp32, fp16, bf16] = None;
+`--wandb-project` str = c2i_fsdp; `--no-wandb` switch = –; `--spe-token-num` int = 3; `--ar-token-num` int = 4;
+`--patch-level` int = 1; `--epoch-rate` float = 0.5; `--scheduler` switch = off; `--warmup-epochs` int = 1;
+`--decay-ratio` float = 0.2; `--end-lr` float = 1e-5
+"""
+
+
+def test_published_flags():
+    check_published_flags(train_c2i_fsdp, FLAGS, ("--cloud-save-path", "--ar-token-num", "--spe-token-num"))
+
+
+def test_the_script_itself_by_torchrun(codes, tmp_path):
+    output = run_script(FSDP, *life(codes, tmp_path / "run", "--max-steps", 2)["args"], processes=2)
+    assert "Traceback" not in output and "Warning" not in output and last(tmp_path / "run").name == "0000002"
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--data-parallel", "hsdp", "--shard-size", 3], r"groups of 3 do not divide 1 processes"),
+        ([*PAR, "--patch-level", 2], r"--ar-token-num 4 and patches of 2x2 .*both"),
+        (["--patch-level", 4, "--epochs", 64], r"patches of 8x8 tokens, which do not divide a grid of 4x4"),
+        (["--patch-level", 5], r"--patch-level goes from 1"),
+        (["--scheduler", "--lr-schedule", "cosine"], r"leave out --lr-schedule"),
+    ],
+)
+def test_what_a_user_gets_wrong(codes, tmp_path, more, message):
+    args = life(codes, tmp_path, *more)["args"]
+    try:
+        with quiet_loggers(), pytest.raises(ValueError, match=message):
+            train_c2i_fsdp.main(train_c2i_fsdp.flags().parse_args(args))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

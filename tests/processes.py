@@ -1,0 +1,131 @@
+"""Runs training scripts in processes forked from one that has imported everything, as fast as tests need them.
+
+    python tests/processes.py PLAN.json
+
+The plan is a list of lives, one after another: {"module", "args", "world", "kill_after" (seconds), "kill_at" (a glob; the
+processes are killed when it has a match), "kill_later" (seconds after that), "signal", "only" (the rank that gets it),
+"watch" (a file that gets the samples read)}. A life that is not to be killed has to end well. Each forked process
+joins its group through the environment, as under torchrun.
+"""
+
+import contextlib
+import glob
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 200.0
+
+
+def live(life: dict) -> None:
+    """One run, to its end or to its killing."""
+    from tests.helpers import free_port
+
+    world, port = life.get("world", 1), free_port()
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if not child:
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "LOCAL_WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            os._exit(run(life))
+        children.append(child)
+    killed = kill_when_due(life, children)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if not killed and any(codes):
+        sys.exit(f"{life}: exit codes {codes}")
+    print(f"life: {'killed' if killed else 'ended'}", flush=True)
+
+
+def run(life: dict) -> int:
+    """What a forked process does; its exit code."""
+    module = importlib.import_module(life["module"])
+    if "watch" in life:
+        watch_samples(life["watch"])
+    try:
+        module.main(module.flags().parse_args(list(map(str, life["args"]))))
+    except KeyboardInterrupt:
+        return 130
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
+
+
+class SeenCodes:
+    """A data set that writes down which samples are read of it."""
+
+    def __init__(self, data, file):
+        self.data, self.file = data, file
+
+    def __getattr__(self, name):
+        return getattr(self.data, name)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitems__(self, indices):
+        with open(self.file, "a") as f:
+            f.write(json.dumps([int(os.environ.get("RANK", 0)), list(map(int, indices))]) + "\n")
+        return self.data.__getitems__(indices)
+
+
+def watch_samples(file: str) -> None:
+    """Has the data set write down which samples are read of it, and by which process."""
+    import dataset.build
+
+    build = dataset.build.build_dataset
+    dataset.build.build_dataset = lambda args, **kwargs: SeenCodes(build(args, **kwargs), file)
+
+
+def kill_when_due(life: dict, children: list[int]) -> bool:
+    """Waits for the moment and kills, or for the end of a life that has none; whether it killed."""
+    start, number = time.monotonic(), getattr(signal, life.get("signal", "SIGKILL"))
+    if "kill_after" not in life and "kill_at" not in life:
+        return False
+    while time.monotonic() - start < LIMIT:
+        due = time.monotonic() - start > life["kill_after"] if "kill_after" in life else glob.glob(life["kill_at"])
+        if due:
+            time.sleep(life.get("kill_later", 0))
+            for child in children if "only" not in life else [children[life["only"]]]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, number)
+            return number == signal.SIGKILL
+        if any(os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) for child in children):
+            return False  # it ended before
+        time.sleep(0.0005)
+    raise TimeoutError(f"{life} was never due to be killed")
+
+
+def main() -> None:
+    sys.path.insert(0, str(ROOT))
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    import torch
+
+    import utils.trainer
+    import utils.training_state  # noqa: F401 - what takes long to import, once
+
+    torch.set_num_threads(1)
+    for name in {life["module"] for life in plan}:
+        importlib.import_module(name)
+    for life in plan:
+        live(life)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""FLOPs of a training sample by hand and as PyTorch counts them; peaks of accelerators by name."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from autoregressive.models.gpt import ModelArgs, Transformer
+from autoregressive.train.flops import training_flops_per_image
+from utils.flops import ACCELERATORS, find_accelerator, peak_flops
+
+ARGS = ModelArgs(dim=64, n_layer=3, n_head=4, multiple_of=32, vocab_size=100, num_classes=10, block_size=64)
+BLOCK = 64 * 192 + 64 * 64 + 3 * 64 * 192  # wqkv, wo, and three of hidden width 192
+
+
+def by_hand(rows: int, outputs: int, captions: int = 0) -> float:
+    products = 3 * BLOCK * rows + 100 * 64 * outputs + captions
+    return 6 * products + 12 * 3 * 64 * rows**2
+
+
+@pytest.mark.parametrize(
+    ("args", "rows", "captions"),
+    [
+        (ARGS, 64, 0),  # the class and all tokens but the last
+        (replace(ARGS, ar_token_num=4, spe_token_num=3), 1 + 60 + 3, 0),
+        (replace(ARGS, model_type="t2i", cls_token_num=120), 120 + 63, (2048 * 64 + 64 * 64) * 120),
+    ],
+)
+def test_a_sample_by_hand(args, rows, captions):
+    assert training_flops_per_image(args) == by_hand(rows, 64, captions)
+
+
+def test_patches_shorten_the_sequence():
+    layout = replace(Transformer(ARGS).layout, patch_side=2)
+    assert training_flops_per_image(ARGS, layout) == by_hand(16, 16)
+
+
+def test_gpt_b_has_the_size_of_the_paper():
+    args = ModelArgs(dim=768, n_layer=12, n_head=12)
+    numbers = 12 * (4 * 768**2 + 3 * 768 * 2048) + 16384 * 768
+    assert training_flops_per_image(args) == 256 * (6 * numbers + 12 * 12 * 768 * 256)
+
+
+@pytest.mark.parametrize("patch_side", [1, 2])
+def test_pytorch_counts_the_same(patch_side):
+    model = Transformer(ARGS)
+    layout = replace(model.layout, patch_side=patch_side)
+    tokens = torch.zeros(2, 64 - layout.step_tokens, dtype=torch.long)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(tokens, torch.zeros(2, dtype=torch.long), layout=layout).sum().backward()
+    scores_again = 2 * 3 * 64 * (64 // patch_side**2) ** 2  # which flash attention's backward pass computes
+    assert counter.get_total_flops() / 2 == training_flops_per_image(ARGS, layout) + scores_again
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "bf16"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100", 989e12),
+        ("NVIDIA H100 PCIe", "H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", "H100 NVL", 835e12),
+        ("NVIDIA H200", "H200", 989e12),
+        ("NVIDIA H20", "H20", 148e12),
+        ("NVIDIA A100-SXM4-80GB", "A100", 312e12),
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB", 312e12),
+        ("NVIDIA A10G", "A10G", 70e12),
+        ("NVIDIA L40S", "L40S", 362e12),
+        ("NVIDIA GH200 480GB", "GH200", 989e12),
+        ("NVIDIA B200", "B200", 2250e12),
+        ("NVIDIA GeForce RTX 3090 Ti", "RTX 3090 Ti", 80e12),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090", 165.2e12),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada", 364e12),
+        ("AMD Instinct MI300X", "MI300X", 1307e12),
+        ("Tesla V100-SXM2-32GB", "V100 32GB", None),
+        ("h100", "H100", 989e12),
+    ],
+)
+def test_devices_are_known_by_name(name, known, bf16):
+    found = find_accelerator(name)
+    assert found.name == known and found.peak_flops("bf16") == bf16
+
+
+@pytest.mark.parametrize(
+    "name", ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "Voodoo2", "", "NVIDIA A2"]
+)
+def test_unknown_devices_are_not_guessed(name):
+    assert find_accelerator(name) is None
+
+
+def test_every_accelerator_is_found_by_its_own_name():
+    for accelerator in ACCELERATORS:
+        assert find_accelerator(accelerator.name) is accelerator
+        assert accelerator.fp32 <= (accelerator.tf32 or accelerator.fp16) <= accelerator.fp16
+
+
+def test_precisions():
+    a100 = find_accelerator("A100")
+    peaks = [a100.peak_flops(precision) for precision in ("none", "fp32", "tf32", "fp16", "bf16")]
+    assert peaks == [19.5e12, 19.5e12, 156e12, 312e12, 312e12]
+    assert peak_flops(torch.device("cpu"), "bf16") is None
+    with pytest.raises(ValueError, match="'fp8' is not known"):
+        peak_flops(torch.device("cpu"), "fp8")
+
+
+def test_the_device_is_asked_for_its_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert peak_flops(torch.device("cuda", 0), "bf16") == 989e12
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H900")
+    assert peak_flops(torch.device("cuda", 0), "bf16") is None

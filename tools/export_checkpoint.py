@@ -1,0 +1,73 @@
+"""Writes the weights of a checkpoint of training in a form for sampling or for other programs.
+
+    python3 tools/export_checkpoint.py --checkpoint results/000-GPT-XXL --format safetensors
+
+Reads a sharded checkpoint's folder, a file in any published format, or a run's folder (its newest checkpoint), without
+the processes that wrote it. Formats: `pt` (the published layout with model, ema, steps and args), `consolidated` (a bare
+state dict, for --from-fsdp) and `safetensors`.
+"""
+
+import argparse
+from pathlib import Path
+
+from utils.cli import flag_parser, run_script
+
+SUFFIX = {"pt": ".pt", "consolidated": ".pth", "safetensors": ".safetensors"}
+
+
+def main(args: argparse.Namespace) -> None:
+    import torch
+
+    from utils.checkpoint import save_checkpoint, save_safetensors
+    from utils.distributed import Distributed
+    from utils.runs import find_checkpoint
+    from utils.training_state import ShardedCheckpoint, TrainingState, whole_weights
+
+    read = TrainingState.read(find_checkpoint(args.checkpoint), Distributed(torch.device("cpu")))
+    source = read.path
+    if isinstance(read, ShardedCheckpoint):
+        model, ema = whole_weights(source, "model"), whole_weights(source, "ema") or None
+        steps, flags = read.record["steps"], read.record["args"]
+    else:
+        model, ema, steps, flags = read.model, read.ema, read.steps, read.args
+    if args.use_ema:
+        if ema is None:
+            raise ValueError(f"{source} has no averaged weights; leave out --use-ema")
+        model, ema = ema, None
+    beside = _beside(source, args.format, args.use_ema)
+    target = Path(args.output) if args.output else beside
+    if args.output and target.is_dir():
+        target = target / beside.name
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"{target} is the checkpoint itself: give another --output")
+    if args.format == "pt":
+        averaged = {} if ema is None else {"ema": ema}
+        save_checkpoint(target, {"model": model, **averaged, "steps": steps, "args": flags})
+    elif args.format == "consolidated":
+        save_checkpoint(target, model)
+    else:
+        known = {"args": flags, "steps": steps}
+        save_safetensors(target, model, {key: value for key, value in known.items() if value is not None})
+    print(f"{target}: {sum(tensor.numel() for tensor in model.values()):,} numbers of {source}")
+
+
+def _beside(source: Path, format: str, averaged: bool) -> Path:
+    """Where an export goes by default: into a sharded checkpoint's folder, else beside it under its name."""
+    if source.is_dir() and format == "consolidated":
+        return source / f"consolidated{'_ema' if averaged else ''}.pth"
+    name = (source.name if source.is_dir() else source.stem) + ("-ema" if averaged else "")
+    return source.with_name(name + ("-export" if format == "pt" else "") + SUFFIX[format])
+
+
+def flags() -> argparse.ArgumentParser:
+    """The script's flags."""
+    parser = flag_parser(__doc__)
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint's file or folder, or a run's folder")
+    parser.add_argument("--format", choices=list(SUFFIX), required=True, help="what to write")
+    parser.add_argument("--output", default=None, help="file or folder to write to (default: beside the checkpoint)")
+    parser.add_argument("--use-ema", action="store_true", help="export the averaged weights as the model")
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, flags())

@@ -1,0 +1,106 @@
+"""What accelerators can do at most: dense peak FLOPs a second and memory, by name.
+
+    peak = peak_flops(torch.device("cuda"), "bf16")          # FLOPs a second; None where it is not known
+    utilisation = flops_per_sample * samples_per_second / peak
+
+Figures are the vendors' datasheets', without sparsity (many print twice the dense figure, "with sparsity") and with
+float32 accumulation. Memory is what the driver reports, rounded down.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+PRECISIONS = ("none", "fp32", "tf32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """An accelerator: dense peaks in TFLOPs a second (None: it has no such units) and memory in GiB."""
+
+    name: str
+    memory: float
+    bf16: float | None
+    fp16: float
+    tf32: float | None
+    fp32: float
+
+    def peak_flops(self, precision: str) -> float | None:
+        """FLOPs a second in a precision of --mixed-precision ("none" is float32). Raises ValueError for another word."""
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision {precision!r} is not known; choose from {', '.join(PRECISIONS)}")
+        tera = getattr(self, "fp32" if precision == "none" else precision)
+        return None if tera is None else tera * 1e12
+
+
+def _half(name: str, memory: float, half: float, tf32: float, fp32: float) -> Accelerator:
+    return Accelerator(name, memory, half, half, tf32, fp32)
+
+
+# The first whose words are all in a device's name is meant, so "H100 PCIe" stands before "H100".
+ACCELERATORS = (
+    Accelerator("V100S", 32, None, 130, None, 16.4),
+    Accelerator("V100 PCIe", 16, None, 112, None, 14),
+    Accelerator("V100 32GB", 32, None, 125, None, 15.7),
+    Accelerator("V100", 16, None, 125, None, 15.7),
+    Accelerator("T4", 14.5, None, 65, None, 8.1),
+    _half("A10", 22, 125, 62.5, 31.2),
+    _half("A10G", 22, 70, 35, 31.5),
+    _half("A30", 23.5, 165, 82, 10.3),
+    _half("A40", 44, 149.7, 74.8, 37.4),
+    _half("A100 40GB", 39, 312, 156, 19.5),
+    _half("A100", 79, 312, 156, 19.5),
+    _half("A800", 79, 312, 156, 19.5),
+    _half("L4", 22, 121, 60, 30.3),
+    _half("L20", 44, 119.5, 59.8, 59.8),
+    _half("L40", 44, 181, 90.5, 90.5),
+    _half("L40S", 44, 362, 183, 91.6),
+    _half("H20", 95, 148, 74, 44),
+    _half("H100 PCIe", 79, 756, 378, 51),
+    _half("H100 NVL", 93, 835, 417, 60),
+    _half("H100", 79, 989, 494, 67),
+    _half("H800 PCIe", 79, 756, 378, 51),
+    _half("H800", 79, 989, 494, 67),
+    _half("H200 NVL", 139, 835, 417, 60),
+    _half("H200", 139, 989, 494, 67),
+    _half("GH200", 95, 989, 494, 67),
+    _half("B200", 178, 2250, 1125, 75),
+    _half("GB200", 184, 2500, 1250, 80),
+    _half("RTX A6000", 47.5, 154.8, 77.4, 38.7),
+    _half("RTX 6000 Ada", 47.5, 364, 182, 91.1),
+    _half("RTX 3090 Ti", 23.5, 80, 40, 40),
+    _half("RTX 3090", 23.5, 71, 35.6, 35.6),
+    _half("RTX 4080", 15.5, 97.5, 48.7, 48.7),
+    _half("RTX 4090", 23.5, 165.2, 82.6, 82.6),
+    _half("RTX 5090", 31.5, 209.5, 104.8, 104.8),
+    _half("MI300X", 191, 1307, 653.7, 163.4),
+    _half("MI325X", 255, 1307, 653.7, 163.4),
+)
+# Parts and relatives of a card whose peak is not its own.
+_OTHERWISE = {"MIG", "LAPTOP", "Q", "D", "SUPER"}
+
+
+def find_accelerator(name: str) -> Accelerator | None:
+    """The accelerator a device's name speaks of ("NVIDIA H100 80GB HBM3", "h100 nvl"); None where it is not known."""
+    words = set(re.split(r"[^A-Z0-9]+", name.upper()))
+    if words & _OTHERWISE:
+        return None
+    return next((a for a in ACCELERATORS if set(a.name.upper().split()) <= words), None)
+
+
+def peak_flops(device: "torch.device", precision: str) -> float | None:
+    """Dense peak FLOPs a second of a device in a precision of --mixed-precision; None for a CPU or an unknown card.
+
+    Raises ValueError for an unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is not known; choose from {', '.join(PRECISIONS)}")
+    if device.type != "cuda":
+        return None
+    import torch
+
+    accelerator = find_accelerator(torch.cuda.get_device_name(device))
+    return accelerator and accelerator.peak_flops(precision)

@@ -1,0 +1,129 @@
+"""What a window of steps cost: rates, waiting for data, memory, and which process was slowest.
+
+meter = Meter(dist, samples=256, tokens=576, flops=1.9e12, peak=989e12)
+with meter.waiting(): batch = next(loader)
+with meter.working(): loss.backward()
+meter.count_step(); meter.close_window() -> {"steps_per_second": …}
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import median
+
+import torch
+
+from utils.distributed import Distributed
+
+# A process whose own work takes this much longer than the median is named.
+SLOW = 1.5
+
+
+class Meter:
+    """Adds up a window's times on every process; nothing here waits for an accelerator but the end of a window.
+
+    samples: a step's, over all processes. tokens: a sample's, None where samples have none. peak: FLOP/s of this
+    process's device in the precision of training, None where unknown. `flops` (a sample's, model FLOPs) may change.
+    """
+
+    def __init__(self, dist: Distributed, samples: int, tokens: int | None, peak: float | None):
+        self.dist, self.samples, self.tokens, self.peak = dist, samples, tokens, peak
+        self.slowest: str | None = None
+        self.start_window()
+
+    def start_window(self) -> None:
+        """Forgets what was counted."""
+        self.steps, self.flops, self.waited, self.paused, self.worked = 0, 0.0, 0.0, 0.0, 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.start = time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts as time in which there was no data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    @contextmanager
+    def paused_for(self) -> Iterator[None]:
+        """Does not count: evaluation, and what of a checkpoint is not written in the background."""
+        start = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - start
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Counts as this process's own work: the forward pass, which waits for no other's gradients."""
+        if self.dist.device.type == "cuda":
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+            yield
+            events[1].record()
+            self._events.append(events)
+        else:
+            start = time.perf_counter()
+            yield
+            self.worked += time.perf_counter() - start
+
+    def count_step(self, flops_per_sample: float | None) -> None:
+        """One more step, of so many model FLOPs a sample."""
+        self.steps += 1
+        self.flops += self.samples * (flops_per_sample or 0.0)
+
+    def close_window(self) -> dict[str, float]:
+        """The window's figures, the same on every process, and a new window.
+
+        steps, images and tokens a second; mfu (share of the devices' peak) where both are known; the longest wait for
+        data of any process as a share of the time; the largest peak memory of a process in GiB. `slowest` names a process
+        whose own work took much longer than the others'.
+        """
+        if self._events:
+            torch.cuda.synchronize(self.dist.device)
+            self.worked = sum(first.elapsed_time(last) for first, last in self._events) / 1000
+        seconds = max(time.perf_counter() - self.start - self.paused, 1e-9)
+        mine = (self.waited, self.worked + self.waited, _peak_memory(self.dist.device))
+        waited, own, memory = zip(*self.dist.gather(mine), strict=True)
+        images = self.steps * self.samples / seconds
+        values = {"steps_per_second": self.steps / seconds, "images_per_second": images}
+        if self.tokens:
+            values["tokens_per_second"] = images * self.tokens
+        if self.peak and self.flops:
+            values["mfu"] = self.flops / seconds / (self.peak * self.dist.world_size)
+        values["data_wait"] = min(max(waited) / seconds, 1.0)
+        values["peak_memory_gib"] = max(memory)
+        worst, typical = max(own), median(own)
+        self.slowest = None
+        if worst > SLOW * typical and worst - typical > 0.1 * seconds:
+            rank = own.index(worst)
+            cause = "waiting for its data" if waited[rank] > worst / 2 else "its forward passes"
+            self.slowest = (
+                f"process {rank} is slow: {worst / self.steps:.3f} s a step for itself ({cause}), "
+                f"the median is {typical / self.steps:.3f} s"
+            )
+        self.start_window()
+        return values
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB at most since the last call on CUDA, of the process since its start elsewhere."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak / 2**30
+
+
+def format_window(values: dict[str, float]) -> str:
+    """The figures of a window as a log line shows them."""
+    parts = [f"steps/sec: {values['steps_per_second']:.2f}", f"images/sec: {values['images_per_second']:,.0f}"]
+    if "tokens_per_second" in values:
+        parts.append(f"tokens/sec: {values['tokens_per_second']:,.0f}")
+    if "mfu" in values:
+        parts.append(f"mfu: {values['mfu']:.1%}")
+    parts.append(f"data wait: {values['data_wait']:.0%}")
+    parts.append(f"memory: {values['peak_memory_gib']:.2f} GiB")
+    return ", ".join(parts)

@@ -1,0 +1,87 @@
+"""How a run ends before its end: asked to by a signal, or because a loss is no longer a number.
+
+    with StopSignals() as signals:
+        ...
+        if signals.asked: save and leave
+
+The processes of a run have to stop at the same step. `Agreement` tells each of them, one step later, what any of them had
+to say; it costs a message of two numbers beside the step and never waits for an accelerator.
+"""
+
+import mmap
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import torch
+import torch.distributed as torch_dist
+
+from utils.distributed import Distributed
+
+# What schedulers send ahead of the end of a job, and Ctrl-C.
+_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
+
+
+class StopSignals:
+    """Takes note of the first signal instead of dying of it; a second Ctrl-C ends the process at once.
+
+    Terminals, torchrun and schedulers signal the workers of a loader too, which were forked with this handler. They work
+    on, since the loader makes their death an error of the run, and die of a signal once the run is over or gone.
+    """
+
+    def __init__(self) -> None:
+        self.asked: signal.Signals | None = None
+        self._interrupted = False
+        self._process = os.getpid()
+        self._over = mmap.mmap(-1, 1)  # memory that forked processes share
+        self._before: dict[signal.Signals, Callable | int | None] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over[0] = 1
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            if self._over[0] or os.getppid() != self._process:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+        self.asked = self.asked or signal.Signals(number)
+
+
+class Agreement:
+    """Exchanges two flags, `stop` and `broken`, among the processes without waiting for the slowest within a step."""
+
+    def __init__(self, dist: Distributed):
+        self.dist = dist
+        self._flags, self._work = torch.zeros(2), None
+
+    def exchange(self, stop: bool, broken: bool) -> tuple[bool, bool]:
+        """Every process calls it once a step; all get the same answer, from what each said at the call before."""
+        if self.dist.world_size == 1:
+            return stop, broken
+        if self._work is not None:
+            self._work.wait()
+        answer = bool(self._flags[0] > 0), bool(self._flags[1] > 0)
+        self._flags = torch.tensor([float(stop), float(broken)])
+        self._work = torch_dist.all_reduce(self._flags, async_op=True)
+        return answer
+
+    def close(self) -> None:
+        """Waits for the last message, after which no process has one under way."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None

@@ -1,0 +1,442 @@
+"""What a training run consists of, and how it goes to the disk and comes back, while training goes on.
+
+    state = TrainingState(models={"model": model}, optimizers={"optimizer": (model, adam)}, ema=ema, scaler=scaler)
+    saver = Saver(state, run, args, dist, log); saver.save(); saver.finish()
+    state.take(state.read(path, dist))
+
+A process that holds all of a model writes the published layout, one file `{step:07d}.pt`. A sharded one writes a folder
+`{step:07d}/` with torch.distributed.checkpoint, every process its shards, beside them `consolidated.pth` for sampling. Either
+is read back by either, on any number of processes. Both are written by a thread from a copy, under a temporary name
+that is changed when all is there, and hold checksums.
+"""
+
+import json
+import pickle
+import shutil
+import warnings
+import zlib
+from argparse import Namespace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor
+
+from utils.checkpoint import (
+    AVERAGED_FILE,
+    CONSOLIDATED_FILE,
+    RECORD_FILE,
+    Checkpoint,
+    prune_checkpoints,
+    read_checkpoint,
+    require_fit,
+    save_checkpoint,
+)
+from utils.distributed import Distributed
+from utils.ema import EMA
+from utils.files import atomic_write, sync_folder, write_json
+from utils.logger import RunLogger
+from utils.parallel import copy_rows, parameters_of
+from utils.runs import Run
+
+
+@dataclass
+class ShardedCheckpoint:
+    """A folder of shards whose files are as they were written. `record` is its training.json."""
+
+    path: Path
+    record: dict[str, Any]
+
+
+class TrainingState:
+    """Models, optimizers, average, loss scale, and the place in the run: `step`, `samples_seen`.
+
+    models: by their names in checkpoint files; "model" is the one that `ema` follows. optimizers: by name, each with the
+    model it moves.
+    """
+
+    def __init__(
+        self,
+        models: dict[str, nn.Module],
+        optimizers: dict[str, tuple[nn.Module, torch.optim.Optimizer]],
+        ema: EMA | None,
+        scaler: torch.amp.GradScaler,
+    ):
+        self.models, self.optimizers, self.ema, self.scaler = models, optimizers, ema, scaler
+        self.step = self.samples_seen = 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this process holds a part of the weights only."""
+        return any(isinstance(p, DTensor) for model in self.models.values() for p in model.parameters())
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """State dicts of the models, and the averages as "ema"; their tensors are the state's own."""
+        averaged = {"ema": self.ema.state_dict()} if self.ema else {}
+        return {name: dict(model.state_dict()) for name, model in self.models.items()} | averaged
+
+    def moments(self) -> dict[str, dict[str, dict[str, Tensor]]]:
+        """The optimizers' tensors by parameter name; what has not been made yet is made."""
+        return {
+            key: get_optimizer_state_dict(model, optimizer)["state"]
+            for key, (model, optimizer) in self.optimizers.items()
+        }
+
+    def file_content(self, args: Namespace) -> dict[str, Any]:
+        """The published layout, as a copy in the host's memory."""
+        optimizers = {key: optimizer.state_dict() for key, (_, optimizer) in self.optimizers.items()}
+        content = _copied({**self.weights(), **optimizers})
+        return content | {
+            "steps": self.step,
+            "args": args,
+            "trainer": {"samples_seen": self.samples_seen, "scaler": self.scaler.state_dict()},
+        }
+
+    def record(self, args: Namespace, dist: Distributed) -> dict[str, Any]:
+        """What is no tensor."""
+        flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        return {
+            "steps": self.step,
+            "samples_seen": self.samples_seen,
+            "scaler": self.scaler.state_dict(),
+            "processes": dist.world_size,
+            "args": flags,
+        }
+
+    @staticmethod
+    def read(path: Path, dist: Distributed, whole: bool = True) -> Checkpoint | ShardedCheckpoint:
+        """Opens a checkpoint and compares its checksums, of a folder each process some of the files.
+
+        Without `whole` a file is read when its tensors are first used, and not compared: published files are large, and
+        every process reads them. Raises ValueError that names the damaged file.
+        """
+        if not (path / ".metadata").is_file():
+            return read_checkpoint(path, mmap=not whole)
+        SafeReader(path).read_metadata()
+        record = read_record(path / RECORD_FILE)
+        sums = {}
+        for file in sorted(path.glob("*.crc32.json")):
+            sums |= read_record(file)
+        for name in sorted(sums)[dist.rank :: dist.world_size]:
+            file = path / name
+            if not file.is_file() or _crc32(file) != sums[name]:
+                raise ValueError(f"{file} is damaged ({'its checksum differs' if file.is_file() else 'missing'}).")
+        return ShardedCheckpoint(path, record)
+
+    def take(self, saved: Checkpoint | ShardedCheckpoint, global_batch: int) -> bool:
+        """Takes over everything the checkpoint has. False where it has weights alone: a new run that starts from them.
+
+        global_batch: samples a step, for published files that do not say. Raises ValueError where it does not fit the models.
+        """
+        if isinstance(saved, ShardedCheckpoint):
+            self._take_folder(saved)
+            return True
+        return self._take_file(saved, global_batch)
+
+    def _take_file(self, saved: Checkpoint, global_batch: int) -> bool:
+        states = {**saved.extra, "model": saved.model, "optimizer": saved.optimizer}
+        for name, model in self.models.items():
+            if states.get(name) is not None:
+                own = model.state_dict()
+                self._fill(own, own, states[name], saved.path)
+        if self.ema:
+            self._fill(self.ema.averages, self.ema.state_dict(), saved.ema or saved.model, saved.path)
+        if any(states.get(key) is None for key in self.optimizers):
+            return False
+        for key, (_, optimizer) in self.optimizers.items():
+            optimizer.load_state_dict(_spread(optimizer, states[key], saved.path))
+        trainer = states.get("trainer") or {}
+        self.step = saved.steps or 0
+        batch = (saved.args or {}).get("global_batch_size", global_batch)
+        self._place(trainer.get("samples_seen", self.step * batch), trainer.get("scaler"))
+        return True
+
+    def _place(self, samples_seen: int, scaler: dict | None) -> None:
+        self.samples_seen = samples_seen
+        if scaler:
+            self.scaler.load_state_dict(scaler)
+
+    @staticmethod
+    def _fill(targets: dict[str, Tensor], all_: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
+        """Copies what was found into `targets`, some of `all_`, which it has to fit."""
+        require_fit(all_, {name: tensor.shape for name, tensor in found.items()}, path)
+        for name, tensor in targets.items():
+            copy_rows(tensor, found[name])
+
+    def _take_folder(self, saved: ShardedCheckpoint) -> None:
+        entries = SafeReader(saved.path).read_metadata().state_dict_metadata
+        wanted: dict[str, Any] = self.weights() | self.moments()
+        averaged = any(name.startswith("ema.") for name in entries)
+        if not averaged:
+            wanted.pop("ema", None)
+        for name in self.models:
+            shapes = {key.removeprefix(f"{name}."): e.size for key, e in entries.items() if key.startswith(f"{name}.")}
+            require_fit(wanted[name], shapes, saved.path)
+        _load(wanted, saved.path, alone=not torch_dist.is_initialized())
+        for key, (model, optimizer) in self.optimizers.items():
+            whole = get_optimizer_state_dict(model, optimizer)
+            set_optimizer_state_dict(model, optimizer, {**whole, "state": wanted[key]})
+        if self.ema and not averaged:
+            self.ema.restart()
+        self.step = saved.record["steps"]
+        self._place(saved.record["samples_seen"], saved.record["scaler"])
+
+
+class Saver:
+    """Writes checkpoints in the background, at most one at a time.
+
+    A checkpoint that cannot be written is a warning, and an error where it is the run's last: OSError that names it.
+    """
+
+    def __init__(self, state: TrainingState, run: Run, args: Namespace, dist: Distributed, log: RunLogger):
+        self.state, self.run, self.args, self.dist, self.log = state, run, args, dist, log
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # Beside training's own group: its messages must not mix with those of the steps.
+        shared = state.sharded and dist.world_size > 1
+        self._group = torch_dist.new_group(backend="gloo") if shared else None
+        self._job: Future | None = None
+        self.saved_step = -1
+
+    def save(self) -> None:
+        """Copies the state and begins to write it; first waits for the one before. Every process calls it."""
+        self.wait()
+        self.saved_step = self.state.step
+        if self.state.sharded:
+            self._job = self._save_folder(f"{self.state.step:07d}")
+        elif self.dist.is_main:
+            content = self.state.file_content(self.args)
+            self._job = self._thread.submit(self._write_files, f"{self.state.step:07d}.pt", content)
+
+    def poll(self) -> None:
+        """Tells of a checkpoint that has been written meanwhile, or could not be."""
+        if self._job is not None and self._job.done():
+            self.wait()
+
+    def wait(self, final: bool = False) -> None:
+        """Waits until nothing is being written. With `final` raises OSError where it could not be written."""
+        job, self._job = self._job, None
+        if job is None:
+            return
+        failures = job.result()
+        for failure in failures:
+            self.log.warning(f"{failure}" + ("" if final else "; training goes on, the next checkpoint tries again"))
+        if final and failures:
+            raise failures[0]
+
+    def finish(self) -> None:
+        """Waits and lets the thread go, whatever became of its last job: for a run that an error ends."""
+        self._thread.shutdown(wait=True)
+
+    def _done(self, path: Path) -> None:
+        self.log.info(f"saved {path}")
+        if self.args.keep_last > 0:
+            prune_checkpoints(path.parent, self.args.keep_last)
+
+    def _write_files(self, name: str, content: dict[str, Any]) -> list[OSError]:
+        failures = []
+        for store in self.run.stores:
+            try:
+                save_checkpoint(store / name, content)
+            except OSError as error:
+                failures.append(error)
+            else:
+                self._done(store / name)
+        return failures
+
+    def _save_folder(self, name: str) -> Future:
+        """Every process writes its shards to a temporary folder; the first completes it and gives it its name."""
+        unfinished = self.run.stores[0] / f".{name}.tmp"
+        record = self.state.record(self.args, self.dist)
+        failure = None
+        if self.dist.is_main:
+            try:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir(parents=True)
+            except OSError as error:
+                failure = f"could not write {unfinished} ({error.strerror})"
+        failure = self.dist.broadcast(failure)
+        if failure:
+            return self._thread.submit(lambda: [OSError(failure)] if self.dist.is_main else [])
+        written = dcp.async_save(
+            self.state.weights() | self.state.moments(),
+            storage_writer=ChecksummedWriter(unfinished, self.dist.rank),
+            process_group=self._group,
+        )
+        return self._thread.submit(self._complete, written, unfinished, name, record)
+
+    def _complete(self, written: Future, unfinished: Path, name: str, record: dict[str, Any]) -> list[OSError]:
+        try:
+            written.result()  # all processes' shards: the first writes the table of contents when they are there
+            if self.dist.is_main:
+                write_json(unfinished / RECORD_FILE, record)
+                with atomic_write(unfinished / "resume_step.txt") as f:
+                    f.write(f"{record['steps']}\n".encode())
+                consolidate(unfinished)
+                for store in self.run.stores[1:]:
+                    _copy_folder(unfinished, store / name)
+                _rename_folder(unfinished, self.run.stores[0] / name)
+                for store in self.run.stores:
+                    self._done(store / name)
+        except (Exception, dcp.CheckpointException) as error:  # DCP wraps whatever befell any process
+            if self.dist.is_main:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                cause = getattr(error, "failures", None)
+                reason = str(next(iter(cause.values()))[0] if cause else error).strip().splitlines()[0]
+                return [OSError(f"could not write {self.run.stores[0] / name} ({reason})")]
+        return []
+
+
+def consolidate(folder: Path) -> None:
+    """Writes `consolidated.pth`, and `consolidated_ema.pth` where there is an average, from a folder's shards.
+
+    Takes the memory of the whole model once. Needs no other process.
+    """
+    for part, name in (("model", CONSOLIDATED_FILE), ("ema", AVERAGED_FILE)):
+        state = whole_weights(folder, part)
+        if state:
+            save_checkpoint(folder / name, state)
+
+
+def whole_weights(folder: Path, part: str) -> dict[str, Tensor]:
+    """The state dict "model" or "ema" put together from a folder's shards; empty where there is none."""
+    prefix = f"{part}."
+    state = {
+        key.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in SafeReader(folder).read_metadata().state_dict_metadata.items()
+        if key.startswith(prefix)
+    }
+    if state:
+        _load({part: state}, folder, alone=True)
+    return state
+
+
+def _load(tree: dict[str, Any], folder: Path, alone: bool) -> None:
+    """Fills a tree of tensors from a folder. alone: this process by itself, whatever the others do."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tree, storage_reader=SafeReader(folder), no_dist=alone)
+
+
+class ChecksummedWriter(dcp.FileSystemWriter):
+    """Writes this process's shards and, in `{rank}.crc32.json`, their checksums."""
+
+    def __init__(self, folder: Path, rank: int):
+        super().__init__(folder)
+        self.folder, self.rank = folder, rank
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future:
+        """As the library does, then reads the files once more: what is on the disk is what the sums vouch for."""
+        results = super().write_data(plan, planner).wait()
+        names = {result.storage_data.relative_path for result in results}
+        write_json(self.folder / f"{self.rank}.crc32.json", {name: _crc32(self.folder / name) for name in names})
+        done = torch.futures.Future()
+        done.set_result(results)
+        return done
+
+
+class SafeReader(dcp.FileSystemReader):
+    """Reads a folder of shards; its table of contents is a pickle, of which only the library's own classes are built."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
+        """Raises ValueError for a table that is damaged or asks to run anything else."""
+        file = Path(self.path) / ".metadata"
+        try:
+            with open(file, "rb") as f:
+                metadata = _TableReader(f).load()
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"refused: {file} {error}") from error
+        except (EOFError, AttributeError, ValueError, IndexError, KeyError, TypeError, ImportError) as error:
+            raise ValueError(f"{file} is damaged ({error})") from error
+        metadata.storage_meta = metadata.storage_meta or dcp.StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+_METADATA, _FILESYSTEM = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
+_TABLE_PARTS = {
+    _METADATA: "Metadata MetadataIndex StorageMeta TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata "
+    "TensorProperties _MEM_FORMAT_ENCODING",
+    _FILESYSTEM: "_StorageInfo _StoragePrefix",
+    "pathlib": "Path PosixPath WindowsPath",
+    "torch": "Size",
+    "torch.serialization": "_get_layout",
+    "collections": "OrderedDict",
+}
+
+
+class _TableReader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Only what a table is made of."""
+        known = name in _TABLE_PARTS.get(module, "").split()
+        if not known and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            raise pickle.UnpicklingError(f"asks for {module}.{name}, which no checkpoint needs; nothing was run")
+        return super().find_class(module, name)
+
+
+def _copied(value: Any) -> Any:
+    """A tree of tensors and plain values, its tensors copied to the host's memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_copied, value))
+    return value
+
+
+def _spread(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: Path) -> dict[str, Any]:
+    """An optimizer's state from a file, its tensors cut as the parameters are."""
+    parameters = parameters_of([optimizer])
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    if [len(group["params"]) for group in saved["param_groups"]] != sizes:
+        there = [len(group["params"]) for group in saved["param_groups"]]
+        raise ValueError(f"{path}: its optimizer has groups of {there} tensors, this model's has {sizes}")
+    state = {}
+    for number, parameter in zip(numbers, parameters, strict=True):
+        state[number] = dict(saved["state"].get(number, {}))
+        for key, value in state[number].items():
+            if isinstance(value, Tensor) and value.dim() and isinstance(parameter, DTensor):
+                state[number][key] = torch.empty_like(parameter, dtype=value.dtype)
+                copy_rows(state[number][key], value)
+    return {**saved, "state": {number: entry for number, entry in state.items() if entry}}
+
+
+def _rename_folder(unfinished: Path, path: Path) -> None:
+    """Gives a complete folder its name; one that a run left there before it was set back is replaced."""
+    sync_folder(unfinished)
+    if path.exists():
+        old = path.rename(path.with_name(f".{path.name}.removed.tmp"))
+        shutil.rmtree(old, ignore_errors=True)
+    unfinished.rename(path)
+    sync_folder(path.parent)
+
+
+def _copy_folder(source: Path, path: Path) -> None:
+    unfinished = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(source, unfinished)
+    _rename_folder(unfinished, path)
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """A small JSON file of a checkpoint's folder. Raises ValueError that names it."""
+    try:
+        return dict(json.loads(file.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged or missing ({error}).") from error
+
+
+def _crc32(file: Path) -> int:
+    value = 0
+    with open(file, "rb") as f:
+        while chunk := f.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value
