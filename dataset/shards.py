@@ -13,6 +13,7 @@ a shard without it does not exist, whatever was left behind when a run was kille
 
 import io
 import json
+import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -28,9 +29,23 @@ from utils.files import atomic_write, write_json
 INDEX_FILE = "index.json"
 FORMAT = 1
 EXTRACTION = "autoregressive/train/extract_codes_c2i.py"
-# Each map holds a file descriptor, of which a process commonly has 1024.
-_OPEN_MAPS = 256
+SHARD_SIZE = 4096  # images; ImageNet has 313 such shards
 _ARRAYS = {"codes": ".npy", "labels": ".labels.npy", "indices": ".indices.npy"}
+
+
+def _open_maps() -> int:
+    """How many shards a folder keeps mapped: each holds a file descriptor, of which a process commonly has 1024.
+
+    A third of them: two folders may be drawn from together, and other things are files too.
+    """
+    try:
+        limit = os.sysconf("SC_OPEN_MAX")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        limit = -1
+    return min(limit // 3, 4096) if limit > 0 else 256
+
+
+_OPEN_MAPS = _open_maps()
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,7 @@ class CodeSettings:
     vq_model: str | None = None
     tokenizer: str | None = None
     crop_range: float | None = None
-    shard_size: int = 4096
+    shard_size: int = SHARD_SIZE
     made_by: str = EXTRACTION
     extra: dict = field(default_factory=dict)
 
@@ -106,6 +121,9 @@ class CodeSettings:
             return f"python {self.made_by} --from THE_SOURCE --to {folder} {common}{classes}"
         crops = f" --ten-crop --crop-range {self.crop_range}" if TEN_CROP_VIEWS[0] in self.views else ""
         crops += "" if any(view.endswith("_flip") for view in self.views) else " --no-flip"
+        crops += f" --shard-size {self.shard_size}" if self.shard_size != SHARD_SIZE else ""
+        precision = self.extra.get("mixed_precision")
+        crops += f" --mixed-precision {precision}" if precision else ""
         return (
             "bash scripts/autoregressive/extract_codes_c2i.sh --data-path THE_IMAGES --vq-ckpt THE_TOKENIZER "
             f"--code-path {folder} --dataset {self.dataset} {common}{crops}"
@@ -229,6 +247,7 @@ class ShardFolder:
             [_load(self.folder, self.settings, k, sidecar, "labels") for k, sidecar in enumerate(sidecars)]
         )
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._offsets: dict[int, int] = {}  # of the codes in the files that were mapped before
         if not len(self):
             raise ValueError(f"{self.folder} has no codes: all {self.settings.num_images} images were skipped")
 
@@ -236,7 +255,7 @@ class ShardFolder:
         return int(self._ends[-1])
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_maps": OrderedDict()}
+        return {**self.__dict__, "_maps": OrderedDict(), "_offsets": {}}
 
     @property
     def tokens(self) -> int:
@@ -285,13 +304,22 @@ class ShardFolder:
             )
 
     def _map(self, shard: int) -> np.ndarray:
+        """The codes (n, views, tokens) of a shard; the least recently used maps are closed."""
         if shard in self._maps:
             self._maps.move_to_end(shard)
+            return self._maps[shard]
+        if shard in self._offsets:  # checked before: mapping alone takes a fraction of the time
+            file = self.folder / (_name(shard) + _ARRAYS["codes"])
+            samples = int(self._ends[shard] - (self._ends[shard - 1] if shard else 0))
+            shape = (samples, len(self.view_names), self.tokens)
+            codes = np.memmap(file, self.settings.dtype, "r", self._offsets[shard], shape)
         else:
-            sidecar = _checked_sidecar(self.folder, shard)
-            self._maps[shard] = _load(self.folder, self.settings, shard, sidecar, "codes")
-            if len(self._maps) > _OPEN_MAPS:
-                self._maps.popitem(last=False)
+            codes = _load(self.folder, self.settings, shard, _checked_sidecar(self.folder, shard), "codes")
+            self._offsets[shard] = codes.offset
+        # A plain array: indexing the subclass costs more than the bytes that are read.
+        self._maps[shard] = np.asarray(codes)
+        if len(self._maps) > _OPEN_MAPS:
+            self._maps.popitem(last=False)
         return self._maps[shard]
 
 

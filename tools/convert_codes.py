@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dataset.codes import CodeSettings, CodeWriter, write_published
 from dataset.published import PublishedFolder, published_folders, published_numbers, published_sizes
-from dataset.shards import INDEX_FILE, ShardFolder
+from dataset.shards import INDEX_FILE, SHARD_SIZE, ShardFolder
 from utils.cli import flag_parser, positive_int, run_script
 
 
@@ -25,7 +25,7 @@ def published_to_packed(
     codebook_size: int = 16384,
     num_classes: int | None = None,
     vq_model: str | None = None,
-    shard_size: int = 4096,
+    shard_size: int = SHARD_SIZE,
 ) -> None:
     """Writes packed shards of the codes in the published layout; numbers without a file count as skipped.
 
@@ -143,7 +143,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--codebook-size", type=positive_int, default=16384, help="to packed: rows of the codebook")
     parser.add_argument("--num-classes", type=positive_int, default=None, help="to packed: noted in the index")
     parser.add_argument("--vq-model", default=None, help="to packed: noted in the index")
-    parser.add_argument("--shard-size", type=positive_int, default=4096, help="to packed: images per shard")
+    parser.add_argument("--shard-size", type=positive_int, default=SHARD_SIZE, help="to packed: images per shard")
     return parser
 
 

@@ -7,6 +7,7 @@ The same command again goes on with the shards that are missing, on any number o
 """
 
 import argparse
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
@@ -14,23 +15,26 @@ from utils.cli import add_image_size_flags, add_switch, add_tokenizer_flags, fla
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from tqdm import tqdm
 
     from dataset.codes import CodeSettings
     from dataset.images import ImageDataset
     from tokenizer.tokenizer_image.vq_model import VQModel
 
+# Pixels that go through the encoder at once: 32 views of 256x256, some 6 GB of float32 activations at VQ-16's widths.
+ENCODED_PIXELS = 32 * 256 * 256
+
 
 def main(args: argparse.Namespace) -> None:
+    import time
     from functools import partial
 
     import torch
-    from torch.utils.data import DataLoader, Subset
     from tqdm import tqdm
 
     from dataset.augmentation import code_views
     from dataset.build import build_dataset
     from dataset.codes import CodeWriter, write_published
-    from dataset.images import collate_present
     from dataset.shards import ShardFolder
     from tokenizer.tokenizer_image.load import load_tokenizer
     from utils.distributed import start
@@ -60,84 +64,159 @@ def main(args: argparse.Namespace) -> None:
         code_views, image_size=args.image_size, ten_crop=args.ten_crop, crop_range=args.crop_range, flip=args.flip
     )
     dataset = build_dataset(args, transform=views, unreadable="omit")
-    writer_settings = code_settings(args, dataset, tokenizer)
-
-    def encode(indices: range) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        loader = DataLoader(
-            Subset(dataset, indices),
-            batch_size=args.batch_size,
-            num_workers=loader_workers(args.num_workers, dist),
-            collate_fn=collate_present,
-            pin_memory=dist.device.type == "cuda",
-        )
-        codes, labels, numbers = [], [], []
-        for batch in loader:
-            if batch is None:
-                continue
-            pixels, label, number = batch  # (n, views, 3, H, W), (n,), (n,)
-            codes.append(encode_views(tokenizer, pixels.to(dist.device, non_blocking=True)).cpu())
-            labels.append(label)
-            numbers.append(number)
-            bar.update(len(number))
-        if not codes:
-            empty = torch.empty(0, dtype=torch.int64)
-            return empty.view(0, len(writer_settings.views), writer_settings.tokens), empty, empty
-        return torch.cat(codes), torch.cat(labels), torch.cat(numbers)
+    settings = code_settings(args, dataset, tokenizer)
+    encode = partial(
+        encode_shards,
+        tokenizer,
+        dataset,
+        settings,
+        workers=loader_workers(args.num_workers, dist),
+        mixed_precision=args.mixed_precision,
+    )
 
     if args.debug:
-        with tqdm(disable=True) as bar:
-            codes, labels, _ = encode(range(min(args.batch_size, len(dataset))))
-        log.info(
-            f"--debug: nothing written; codes {tuple(codes.shape)} from {codes.min()} to {codes.max()}, labels {labels.tolist()}"
-        )
+        with tqdm(disable=True) as progress:
+            for _, codes, labels, _ in encode(shard_batches(settings, [0], args.batch_size)[:1], progress=progress):
+                if not len(codes):
+                    raise ValueError(f"none of the first {args.batch_size} images in {args.data_path} could be read")
+                log.info(
+                    f"--debug: nothing written; codes {tuple(codes.shape)} from {codes.min()} to {codes.max()}, "
+                    f"labels {labels.tolist()}"
+                )
         dist.close()
         return
     if args.published_layout:
-        shards = range(dist.rank, writer_settings.num_shards, dist.world_size)
+        shards = list(range(settings.num_shards))
     else:
-        if dist.is_main:
-            CodeWriter(args.code_path, writer_settings)
-        dist.barrier()
-        writer = CodeWriter(args.code_path, writer_settings)
-        shards = writer.missing_shards(dist.rank, dist.world_size)
-    total = sum(len(writer_settings.images_of(shard)) for shard in shards)
-    with tqdm(total=total, unit="img", desc="encoding", disable=not dist.is_main) as bar:
-        for shard in shards:
-            wanted = writer_settings.images_of(shard)
-            codes, labels, numbers = encode(wanted)
+        # The first process looks for all: one that looked for itself would miss what a quicker one has written already.
+        writer = CodeWriter(args.code_path, settings) if dist.is_main else None
+        shards = dist.broadcast(writer.missing_shards() if writer else None)
+        writer = writer or CodeWriter(args.code_path, settings)
+    # Dealt out in turn, so that no process has more than one shard more than another, in a resumed run either.
+    shards = shards[dist.rank :: dist.world_size]
+    total = sum(len(settings.images_of(shard)) for shard in shards)
+    of_all = f" (process 1 of {dist.world_size})" if dist.world_size > 1 else ""
+    started = time.monotonic()
+    with tqdm(total=total, unit="images", desc=f"encoding{of_all}", disable=not dist.is_main) as progress:
+        batches = shard_batches(settings, shards, args.batch_size)
+        for shard, codes, labels, numbers in encode(batches, progress=progress):
             if args.published_layout:
                 for code, label, number in zip(codes.numpy(), labels.tolist(), numbers.tolist(), strict=True):
                     write_published(args.code_path, args.image_size, number, code, label)
             else:
-                skipped = sorted(set(wanted) - set(numbers.tolist()))
+                skipped = sorted(set(settings.images_of(shard)) - set(numbers.tolist()))
                 writer.write_shard(shard, codes, labels, numbers, skipped)
-    skipped = sum(dist.gather(dataset.skipped))
+    skipped, total = (sum(dist.gather(value)) for value in (dataset.skipped, total))
     if dist.is_main:
+        seconds = time.monotonic() - started
+        if total:
+            log.info(f"encoded {total} images in {seconds:.1f} s, {total / seconds:.1f} images/s over all processes")
         if not args.published_layout:  # some shards may be an earlier run's
             skipped = len(dataset) - len(ShardFolder(args.code_path))
         log.info(f"{args.code_path}: codes of {len(dataset) - skipped} images, {skipped} unreadable ones skipped")
     dist.close()
 
 
-def encode_views(tokenizer: "VQModel", pixels: "Tensor") -> "Tensor":
-    """Codes of every view of every image. (n, views, 3, H, W) in [-1, 1] -> int64 (n, views, N), raster order."""
+def shard_batches(settings: "CodeSettings", shards: Sequence[int], batch_size: int) -> list[tuple[int, range]]:
+    """(shard, data set indices) of every batch, in order.
+
+    No batch reaches over the end of a shard: which images are encoded together, and so how sums are rounded, does not
+    depend on which shards a process has to write.
+    """
+    batches = []
+    for shard in shards:
+        images = settings.images_of(shard)
+        batches += [(shard, images[first : first + batch_size]) for first in range(0, len(images), batch_size)]
+    return batches
+
+
+def encode_shards(
+    tokenizer: "VQModel",
+    dataset: "ImageDataset",
+    settings: "CodeSettings",
+    batches: Sequence[tuple[int, range]],
+    *,
+    workers: int,
+    mixed_precision: str,
+    progress: "tqdm",
+) -> "Iterator[tuple[int, Tensor, Tensor, Tensor]]":
+    """Yields (shard, codes int32 (n, views, N), labels (n,), data set indices (n,)) of every shard in `batches`.
+
+    One loader goes through all the shards, so that its `workers` processes start once; one shard is held at a time.
+    """
+    from itertools import groupby
+
+    import torch
+    from torch.utils.data import DataLoader
+
+    from dataset.images import collate_present
+
+    device = tokenizer.quantize.embedding.weight.device
+    loader = DataLoader(
+        dataset,
+        batch_sampler=[images for _, images in batches],
+        num_workers=min(workers, len(batches)),
+        collate_fn=collate_present,
+        pin_memory=device.type == "cuda",
+    )
+    for shard, loaded in groupby(zip(batches, loader, strict=True), key=lambda pair: pair[0][0]):
+        codes = [torch.empty(0, len(settings.views), settings.tokens, dtype=torch.int32)]
+        labels, numbers = ([torch.empty(0, dtype=torch.int64)] for _ in range(2))
+        for (_, images), batch in loaded:
+            if batch is not None:  # it is None where none of its images could be read
+                pixels, label, number = batch  # (n, views, 3, H, W), (n,), (n,)
+                encoded = encode_views(tokenizer, pixels.to(device, non_blocking=True), mixed_precision)
+                codes.append(encoded.to("cpu", torch.int32))
+                labels.append(label)
+                numbers.append(number)
+            progress.update(len(images))
+        yield shard, torch.cat(codes), torch.cat(labels), torch.cat(numbers)
+
+
+def encode_views(
+    tokenizer: "VQModel", pixels: "Tensor", mixed_precision: str = "none", pixels_at_once: int = ENCODED_PIXELS
+) -> "Tensor":
+    """Codes of every view of every image. (n, views, 3, H, W) in [-1, 1] -> int64 (n, views, N), raster order.
+
+    `mixed_precision` (none, fp16 or bf16) is the encoder's autocast; the search in the codebook is float32 always. As
+    many views go through at a time as have `pixels_at_once` pixels. Raises ValueError where latents are not finite.
+    """
     import torch
 
-    with torch.inference_mode():
-        flat = pixels.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        _, _, (_, _, indices) = tokenizer.encode(flat)
-        return indices.view(len(pixels), pixels.shape[1], -1)
+    from utils.parallel import HALF
+
+    flat = pixels.flatten(0, 1)  # (n*views, 3, H, W)
+    views = max(1, pixels_at_once // flat[0, 0].numel())
+    codes = []
+    finite = torch.ones((), dtype=torch.bool, device=pixels.device)
+    dtype = HALF.get(mixed_precision)
+    with torch.inference_mode(), torch.autocast(pixels.device.type, dtype, enabled=dtype is not None):
+        for part in flat.split(views):
+            quant, _, (_, _, indices) = tokenizer.encode(part.contiguous(memory_format=torch.channels_last))
+            codes.append(indices)
+            finite &= quant.isfinite().all()
+    if not finite:
+        raise ValueError(
+            "the tokenizer's latents are not finite, so they have no nearest code: are the weights of --vq-ckpt whole? "
+            "With --mixed-precision fp16 they may be too large for it; try bf16 or none"
+        )
+    return torch.cat(codes).view(*pixels.shape[:2], -1)
+
+
+def tokenizer_fingerprint(tokenizer: "VQModel") -> str:
+    """Sixteen characters that tell tokenizers apart by what decides their codes: the codebook and the first layer."""
+    import hashlib
+
+    digest = hashlib.sha256(tokenizer.quantize.embedding.weight.cpu().numpy().tobytes())
+    digest.update(tokenizer.encoder.conv_in.weight.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def code_settings(args: argparse.Namespace, dataset: "ImageDataset", tokenizer: "VQModel") -> "CodeSettings":
     """What the shards' index records of the codes."""
-    import hashlib
-
     from dataset.augmentation import code_view_names
     from dataset.codes import CodeSettings
 
-    digest = hashlib.sha256(tokenizer.quantize.embedding.weight.cpu().numpy().tobytes())
-    digest.update(tokenizer.encoder.conv_in.weight.cpu().numpy().tobytes())
     return CodeSettings(
         dataset=args.dataset,
         image_size=args.image_size,
@@ -148,9 +227,10 @@ def code_settings(args: argparse.Namespace, dataset: "ImageDataset", tokenizer: 
         classes=dataset.classes or None,
         num_classes=len(dataset.classes) or 1,
         vq_model=args.vq_model,
-        tokenizer=digest.hexdigest()[:16],
+        tokenizer=tokenizer_fingerprint(tokenizer),
         crop_range=args.crop_range if args.ten_crop else None,
         shard_size=args.shard_size,
+        extra={} if args.mixed_precision == "none" else {"mixed_precision": args.mixed_precision},
     )
 
 
@@ -170,7 +250,18 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument(
         "--crop-range", type=float, default=1.1, help="ten crops are cut from a centre crop this much larger"
     )
-    parser.add_argument("--batch-size", type=positive_int, default=16, help="images encoded at once, all their views")
+    parser.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=16,
+        help="images a batch, with all their views (in parts where those are many)",
+    )
+    parser.add_argument(
+        "--mixed-precision",
+        choices=["none", "fp16", "bf16"],
+        default="none",
+        help="autocast of the encoder: faster, but some codes differ from those of float32, which published codes are",
+    )
     parser.add_argument(
         "--shard-size", type=positive_int, default=4096, help="images a shard, and what an interruption may cost"
     )

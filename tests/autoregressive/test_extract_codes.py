@@ -1,17 +1,20 @@
 """Extraction: the codes of every view of every image, once, whatever happens on the way."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-import signal
 import subprocess
 import time
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from autoregressive.pipeline import load_tokenizer
 from autoregressive.train import extract_codes_c2i
@@ -19,7 +22,8 @@ from dataset.augmentation import FLIP_VIEWS, TEN_CROP_VIEWS, code_views
 from dataset.codes import PublishedCodes, open_codes
 from dataset.folders import class_folders
 from dataset.images import load_rgb
-from dataset.shards import CodeWriter, ShardFolder
+from dataset.shards import CodeSettings, CodeWriter, ShardFolder
+from tests.helpers import free_port
 from tests.training import (
     check_published_flags,
     command,
@@ -30,6 +34,7 @@ from tests.training import (
     run_here,
     run_script,
 )
+from tokenizer.tokenizer_image.quantizer import VectorQuantizer
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
 SCRIPT = "autoregressive.train.extract_codes_c2i"
@@ -156,6 +161,60 @@ def test_the_published_layout(images, tokenizer, extracted, tmp_path):
     assert isinstance(data, PublishedCodes) and len(data) == COUNT
 
 
+def test_many_views_are_encoded_in_parts(tokenizer, monkeypatch):
+    model = load_tokenizer(tokenizer)
+    encode, sizes = model.encode, []
+
+    def counted(views):
+        sizes.append(len(views))
+        return encode(views)
+
+    monkeypatch.setattr(model, "encode", counted)
+    pixels = torch.rand(3, 10, 3, 16, 16) * 2 - 1
+    whole = extract_codes_c2i.encode_views(model, pixels)
+    assert whole.shape == (3, 10, TOKENS) and whole.dtype == torch.int64 and sizes == [30]
+    assert torch.equal(extract_codes_c2i.encode_views(model, pixels, pixels_at_once=8 * 16 * 16), whole)
+    assert sizes[1:] == [8, 8, 8, 6]
+    extract_codes_c2i.encode_views(model, pixels[:1, :2], pixels_at_once=1)  # less than a single view
+    assert sizes[5:] == [1, 1]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_is_of_the_encoder_alone(images, tokenizer, extracted, tmp_path, monkeypatch, precision):
+    searched = []
+    nearest = VectorQuantizer._distances
+
+    def search(self, latents, codebook):
+        assert latents.dtype == codebook.dtype == torch.float32
+        assert not torch.is_autocast_enabled("cpu")
+        searched.append(len(latents))
+        return nearest(self, latents, codebook)
+
+    monkeypatch.setattr(VectorQuantizer, "_distances", search)
+    folder = extract(images, tmp_path / "codes", tokenizer, "--mixed-precision", precision)
+    assert sum(searched) == COUNT * 2 * TOKENS
+    codes, _, _ = read(folder)
+    same = (codes == read(extracted)[0]).mean()
+    assert 0.5 < same < 1
+    assert ShardFolder(folder).settings.extra == {"mixed_precision": precision}
+    with pytest.raises(ValueError, match=r"holds codes of other settings(.|\n)*extra: .*there, \{\} now"):
+        extract(images, folder, tokenizer)
+
+
+def test_float32_is_the_default(extracted):
+    assert flag_defaults(extract_codes_c2i)["--mixed-precision"] == "none"
+    assert ShardFolder(extracted).settings.extra == {}
+
+
+def test_latents_that_are_not_finite(images, tokenizer, tmp_path):
+    state = torch.load(tokenizer)["model"]
+    state["encoder.conv_in.weight"].fill_(float("nan"))
+    torch.save({"model": state}, tmp_path / "broken.pt")
+    with pytest.raises(ValueError, match=r"latents are not finite.*--vq-ckpt"):
+        extract(images, tmp_path / "codes", tmp_path / "broken.pt")
+    assert [path.name for path in (tmp_path / "codes").iterdir()] == ["index.json"]
+
+
 @pytest.mark.parametrize("layout", [[], ["--published-layout"]], ids=["packed", "published"])
 def test_debug_writes_nothing(images, tokenizer, tmp_path, capsys, layout):
     extract(images, tmp_path / "codes", tokenizer, "--debug", *layout)
@@ -167,12 +226,88 @@ def test_debug_writes_nothing(images, tokenizer, tmp_path, capsys, layout):
 # What happens on the way
 
 
-def test_again_does_nothing(images, tokenizer, tmp_path, extracted, capsys):
+@pytest.fixture
+def loaders(monkeypatch):
+    """The worker processes of every pass through a loader."""
+    started = []
+    iterate = DataLoader.__iter__
+
+    def counted(self):
+        started.append(self.num_workers)
+        return iterate(self)
+
+    monkeypatch.setattr(DataLoader, "__iter__", counted)
+    return started
+
+
+def test_one_loader_for_all_shards(images, tokenizer, extracted, tmp_path, loaders, monkeypatch, capsys):
+    monkeypatch.setattr("utils.loading.loader_workers", lambda asked, dist: asked)
+    folder = extract(images, tmp_path / "codes", tokenizer, "--num-workers", 2)
+    assert loaders == [2] and digests(folder) == digests(extracted)
+    printed = capsys.readouterr()
+    assert re.search(r"encoded 18 images in .* s, .* images/s", printed.out)
+    assert "18/18" in printed.err and "images/s" in printed.err  # the progress bar
+
+
+def test_again_does_nothing(images, tokenizer, tmp_path, extracted, loaders, capsys):
     folder = shutil.copytree(extracted, tmp_path / "codes")
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    extract(images, folder, tokenizer)
+    extract(images, folder, tokenizer, "--num-workers", 2)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
-    assert "codes of 18 images, 0 unreadable ones skipped" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "codes of 18 images, 0 unreadable ones skipped" in printed and "encoded" not in printed
+    assert loaders in ([], [0])
+
+
+def test_batches_end_with_their_shard():
+    settings = CodeSettings("imagenet", 16, TOKENS, FLIP_VIEWS, 64, COUNT, shard_size=5)
+    batches = extract_codes_c2i.shard_batches(settings, [1, 3], 2)
+    assert batches == [(1, range(5, 7)), (1, range(7, 9)), (1, range(9, 10)), (3, range(15, 17)), (3, range(17, 18))]
+    assert extract_codes_c2i.shard_batches(settings, [], 2) == []
+
+
+@pytest.mark.parametrize(
+    "missing, written", [([0, 1, 2, 3], [1, 3]), ([0, 2], [2]), ([1], [])], ids=["all", "even ones", "too few"]
+)
+def test_missing_shards_are_dealt_out(images, tokenizer, extracted, tmp_path, monkeypatch, missing, written):
+    """What the second of two processes writes, where the first found these to be missing."""
+
+    class Second:
+        device, rank, world_size, local_rank, local_world_size, is_main = torch.device("cpu"), 1, 2, 1, 2, False
+        barrier = close = lambda self: None
+        broadcast = lambda self, value: missing  # noqa: E731
+        gather = lambda self, value: [value]  # noqa: E731
+        main_first = lambda self: nullcontext()  # noqa: E731
+
+    folder = shutil.copytree(extracted, tmp_path / "codes")
+    for path in folder.glob("shard-*"):
+        path.unlink()
+    monkeypatch.setattr("utils.distributed.start", lambda device: Second())
+    extract(images, folder, tokenizer)
+    assert sorted(int(path.stem[-6:]) for path in folder.glob("shard-*.json")) == written
+    assert digests(folder).items() <= digests(extracted).items()
+
+
+def test_a_full_disk_leaves_whole_shards(images, tokenizer, extracted, tmp_path, monkeypatch):
+    fsync, left = os.fsync, [20]  # of about eight calls a shard: a file and its folder
+
+    def full(handle):
+        left[0] -= 1
+        if left[0] <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    folder = tmp_path / "codes"
+    with pytest.raises(OSError, match=r"could not write .*shard-00000[1-3].*No space left"):
+        extract(images, folder, tokenizer)
+    monkeypatch.undo()
+    finished = sorted(path.stem for path in folder.glob("shard-*.json"))
+    assert 0 < len(finished) < 4 and (folder / "index.json").exists()
+    there = digests(folder)
+    assert all(digests(extracted)[f"{name}.npy"] == there[f"{name}.npy"] for name in finished)
+    extract(images, folder, tokenizer)
+    assert digests(folder) == digests(extracted)
 
 
 def test_missing_and_damaged_shards_are_written_again(images, tokenizer, tmp_path, extracted):
@@ -250,29 +385,39 @@ def test_killed_between_two_shards(images, tokenizer, extracted, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_killed_and_run_again_by_two_processes(tokenizer, tmp_path):
-    """Killed in the middle, gone on with two processes, the files are those of one process that was left alone."""
+def test_two_processes_killed_and_run_again(tokenizer, tmp_path):
+    """Both killed in the middle, the same command again: the files are those of one process that was left alone."""
     images = make_images(tmp_path / "images", classes=4, per_class=100, size=24, seed=3)
     words = ["--data-path", images, "--vq-ckpt", tokenizer, *SETTINGS, "--batch-size", 8, "--shard-size", 16]
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(SCRIPT, *words, "--code-path", killed),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    # Not through torchrun, whose processes would outlive it when it is killed.
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            command(SCRIPT, *words, "--code-path", killed),
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **together),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
     try:
-        deadline = time.monotonic() + 300
-        while len(list(killed.glob("shard-*.json"))) < 3:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
+        deadline = time.monotonic() + 240
+        while len(list(killed.glob("shard-*.json"))) < 5:
+            assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
+            time.sleep(0.002)
     finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    there = len(list(killed.glob("shard-*.json")))
-    assert 3 <= there < 25
+        for process in processes:
+            process.kill()  # SIGKILL
+        for process in processes:
+            process.wait()
+    there = sorted(int(path.stem[-6:]) for path in killed.glob("shard-*.json"))
+    assert 5 <= len(there) < 25 and {shard % 2 for shard in there} == {0, 1}
+    finished = {path.name: path.read_bytes() for shard in there for path in killed.glob(f"shard-{shard:06d}.*")}
     output = run_script(SCRIPT, *words, "--code-path", killed, processes=2)
     assert "codes of 400 images, 0 unreadable ones skipped" in output and "Traceback" not in output
+    assert f"encoded {400 - 16 * len(there)} images" in output
+    assert all((killed / name).read_bytes() == content for name, content in finished.items())
     run_here(extract_codes_c2i, *words, "--code-path", tmp_path / "whole")
     assert digests(killed) == digests(tmp_path / "whole")
     assert len(digests(killed)) == 25 * 4 + 1

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from dataset.augmentation import FLIP_VIEWS, TEN_CROP_VIEWS
 from dataset.codes import CodeSettings, CodeWriter, PackedCodes, PublishedCodes, open_codes, write_published
-from dataset.shards import ShardFolder
+from dataset.shards import SHARD_SIZE, ShardFolder, _open_maps
 from tests.helpers import ROOT
 
 SETTINGS = CodeSettings(
@@ -92,6 +93,7 @@ def test_batches_are_the_items(tmp_path):
         data[25]
 
 
+@pytest.mark.slow
 def test_views_are_a_function_of_seed_epoch_and_index(tmp_path):
     write(tmp_path)
     data = PackedCodes(tmp_path, seed=1)
@@ -125,8 +127,42 @@ def test_few_files_stay_open(tmp_path, monkeypatch):
     write(tmp_path)
     data = PackedCodes(tmp_path, random_view=False)
     order = [0, 24, 8, 1, 12, 20, 0]
-    assert [drawn_view(codes, i) for (codes, _), i in zip(data.__getitems__(order), order)] == [0] * 7
-    assert len(data.sources[0]._maps) == 2
+    for _ in range(2):  # the second time over files that were closed in between
+        for (codes, _), i in zip(data.__getitems__(order), order):
+            np.testing.assert_array_equal(codes, codes_of(SETTINGS, i)[0])
+        assert len(data.sources[0]._maps) == 2
+
+
+def test_all_shards_of_imagenet_stay_open(monkeypatch):
+    """With the 1,024 files that a process commonly may open, twice: for the two folders of ten crops."""
+    monkeypatch.setattr("os.sysconf", lambda name: 1024)
+    imagenet = replace(SETTINGS, num_images=1281167, shard_size=SHARD_SIZE)
+    assert imagenet.num_shards <= _open_maps() <= 1024 // 3
+    monkeypatch.setattr("os.sysconf", lambda name: -1)  # where a system does not say
+    assert _open_maps() == 256
+
+
+def own_memory():
+    """Bytes of this process's memory that are not pages of files."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_a_pass_holds_no_codes_in_memory(tmp_path):
+    settings = replace(SETTINGS, tokens=512, views=TEN_CROP_VIEWS, num_images=4096, shard_size=512)
+    writer = CodeWriter(tmp_path, settings)
+    for shard in range(settings.num_shards):
+        images = np.asarray(settings.images_of(shard))
+        writer.write_shard(shard, np.zeros((512, 10, 512), np.uint16), images % 3, images)
+    data = PackedCodes(tmp_path)
+    order = np.random.RandomState(0).permutation(4096)
+    data.__getitems__(order[:64])
+    before = own_memory()
+    for batch in order.reshape(64, 64).tolist():
+        data.__getitems__(batch)
+    on_disk = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert own_memory() - before < on_disk / 4 > 10e6
 
 
 def test_without_random_views_the_centre_is_read(tmp_path):
@@ -248,6 +284,7 @@ write(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("files", [6, 8])
 def test_killed_runs_leave_whole_shards_and_resume(tmp_path, files):
     # Three arrays a shard: killed before the first file of the third shard, and between its files.
@@ -256,6 +293,7 @@ def test_killed_runs_leave_whole_shards_and_resume(tmp_path, files):
     with pytest.raises(ValueError, match=r"2 of 7 shards") as error:
         PackedCodes(tmp_path)
     command = str(error.value).splitlines()[-1]
+    assert command == "  " + SETTINGS.finish_command(tmp_path)
     for part in ("extract_codes_c2i.sh", f"--code-path {tmp_path}", "--image-size 64", "--vq-model VQ-16"):
         assert part in command
     writer = CodeWriter(tmp_path, SETTINGS)
@@ -295,6 +333,16 @@ def test_damaged_shards(tmp_path):
     (tmp_path / "shard-000003.json").write_text("{}")
     with pytest.raises(ValueError, match=r"shard-000003\.json is damaged"):
         PackedCodes(tmp_path)
+
+
+def test_the_command_that_finishes_repeats_the_settings(tmp_path):
+    command = replace(SETTINGS, shard_size=SHARD_SIZE).finish_command("codes")
+    for flag in ("--ten-crop", "--no-flip", "--shard-size", "--mixed-precision"):
+        assert flag not in command
+    ten = replace(SETTINGS, views=TEN_CROP_VIEWS[:5], crop_range=1.05, extra={"mixed_precision": "bf16"})
+    command = ten.finish_command("codes")
+    for flag in ("--ten-crop --crop-range 1.05", "--no-flip", "--shard-size 4", "--mixed-precision bf16"):
+        assert flag in command
 
 
 # Published

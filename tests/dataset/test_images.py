@@ -225,6 +225,7 @@ def test_draws_are_a_function_of_seed_epoch_and_index(noisy, tmp_path):
     assert not torch.equal(passes(other_seed, 0)[0], first)
 
 
+@pytest.mark.slow
 def test_draws_with_spawned_workers(noisy):
     assert torch.equal(passes(noisy, 1, multiprocessing_context="spawn")[1], passes(noisy, 0)[1])
 

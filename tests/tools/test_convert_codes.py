@@ -109,6 +109,7 @@ def test_command_line_goes_either_way(tmp_path):
     assert files(tmp_path / "back") == files(tmp_path / "flip")
 
 
+@pytest.mark.slow
 def test_command_line_errors_are_one_line(tmp_path):
     publish(tmp_path / "flip", 1)
     (tmp_path / "empty").mkdir()

@@ -1,0 +1,191 @@
+"""Draws extracted codes back as images, to see with one's own eyes that they are the right ones.
+
+    python3 tools/check_image_codes.py --code-path imagenet_code_c2i_flip_ten_crop --vq-ckpt vq_ds16_c2i.pt --image-size 384
+
+Each row of the picture is a sample and each column one of its views. What the rows are is printed, with the range of the
+codes and how much of the codebook they use. Either layout is read; `--verify` also reads the whole folder.
+"""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from tokenizer.tokenizer_image.sizes import VQ_SIZES
+from utils.cli import add_image_size_flags, add_tokenizer_flags, flag_parser, grid_size, positive_int, run_script
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dataset.codes import CodeSettings
+    from dataset.published import PublishedFolder
+    from dataset.shards import ShardFolder
+    from tokenizer.tokenizer_image.vq_model import VQModel
+
+# Pixels that go through the decoder at once, 8 views of 256x256.
+DECODED_PIXELS = 8 * 256 * 256
+
+
+def main(args: argparse.Namespace) -> None:
+    import numpy as np
+
+    from dataset.codes import PackedCodes, open_codes
+    from tokenizer.tokenizer_image.load import load_tokenizer
+    from utils.distributed import start
+    from utils.images import make_grid, save_png
+    from utils.runs import find_checkpoint
+
+    if args.vq_ckpt is None and not args.verify:
+        raise ValueError(
+            "--vq-ckpt is missing: give the tokenizer that made the codes, or --verify to check files only"
+        )
+    side = grid_size(args.image_size, args.downsample_size)
+    codes_folder = open_codes(args.code_path, args.image_size, args.downsample_size, random_view=False)
+    source = codes_folder.sources[0]
+    settings = codes_folder.settings if isinstance(codes_folder, PackedCodes) else None
+    if settings:
+        refuse_other_flags(args, settings)
+    print(f"{args.code_path}: {len(source)} samples of {len(source.view_names)} views and {source.tokens} tokens")
+    if args.verify:
+        print(verify(source, args.codebook_size))
+    if args.vq_ckpt is None:
+        return
+
+    dist = start(args.device)
+    tokenizer = load_tokenizer(
+        find_checkpoint(args.vq_ckpt),
+        vq_model=args.vq_model,
+        codebook_size=args.codebook_size,
+        codebook_embed_dim=args.codebook_embed_dim,
+        device=dist.device,
+        use_ema=args.use_ema,
+    )
+    if tokenizer.downsample != args.downsample_size:
+        raise ValueError(
+            f"--downsample-size {args.downsample_size} is not that of {args.vq_ckpt}, whose tokens are "
+            f"{tokenizer.downsample} pixels a side"
+        )
+    if settings:
+        refuse_other_tokenizer(args, settings, tokenizer)
+    positions = choose(source.numbers, args.indices, args.count, args.seed)
+    views = len(source.view_names)
+    codes = source.rows(np.repeat(positions, views), np.tile(np.arange(views), len(positions)))  # (n*views, N)
+    codes = codes.astype(np.int64)
+    refuse_codes_outside(codes, args.codebook_size, f"the samples drawn from {args.code_path}")
+    labels = source.labels(positions).tolist()
+    classes = settings.classes if settings else None
+    for row, (number, label) in enumerate(zip(source.numbers[positions].tolist(), labels, strict=True)):
+        name = f" ({classes[label]})" if classes else ""
+        print(f"row {row}: sample {number}, label {label}{name}")
+    print(f"columns: {', '.join(source.view_names)}")
+    used = len(np.unique(codes))
+    print(
+        f"codes from {codes.min()} to {codes.max()}; {used} of {args.codebook_size} are used "
+        f"({100 * used / args.codebook_size:.1f}%) by the {codes.size} drawn"
+    )
+    save_png(make_grid(decode(tokenizer, codes, side), columns=views), args.output)
+    print(f"wrote {args.output}")
+
+
+def refuse_other_flags(args: argparse.Namespace, settings: "CodeSettings") -> None:
+    """Raises ValueError where the flags are not what the index of packed shards records."""
+    recorded = {"--codebook-size": settings.codebook_size, "--vq-model": settings.vq_model}
+    given = {"--codebook-size": args.codebook_size, "--vq-model": args.vq_model}
+    wrong = [flag for flag, value in recorded.items() if value is not None and value != given[flag]]
+    if wrong:
+        raise ValueError(
+            f"{args.code_path} was made with {' '.join(f'{flag} {recorded[flag]}' for flag in wrong)}, "
+            f"not {' '.join(f'{flag} {given[flag]}' for flag in wrong)}"
+        )
+
+
+def refuse_other_tokenizer(args: argparse.Namespace, settings: "CodeSettings", tokenizer: "VQModel") -> None:
+    """Raises ValueError where the index records the fingerprint of another tokenizer: it would draw something else."""
+    from autoregressive.train.extract_codes_c2i import tokenizer_fingerprint
+
+    found = tokenizer_fingerprint(tokenizer)
+    if settings.tokenizer not in (None, found):
+        other = "without" if args.use_ema else "with"
+        raise ValueError(
+            f"{args.code_path} was made by the tokenizer {settings.tokenizer}, but {args.vq_ckpt} is {found}: give the "
+            f"file that made the codes, or try {other} --use-ema"
+        )
+
+
+def refuse_codes_outside(codes: "np.ndarray", codebook_size: int, where: str) -> None:
+    """Raises ValueError where a code is not a row of the codebook."""
+    if codes.size and not 0 <= codes.min() <= codes.max() < codebook_size:
+        raise ValueError(
+            f"{where} have codes from {codes.min()} to {codes.max()}, outside a codebook of {codebook_size}: "
+            "check --codebook-size, or extract them again"
+        )
+
+
+def verify(source: "ShardFolder | PublishedFolder", codebook_size: int) -> str:
+    """Reads a whole folder and says what was compared. Raises ValueError that names what is damaged."""
+    from tqdm import tqdm
+
+    from dataset.shards import ShardFolder
+
+    if isinstance(source, ShardFolder):
+        source.verify()
+        return f"verified: the checksums of all {source.settings.num_shards} shards are right"
+    for position in tqdm(range(len(source)), unit="samples", desc="verifying"):
+        where = f"{source.folder}, sample {source.numbers[position]}:"
+        refuse_codes_outside(source.all_views(position), codebook_size, where)
+        source.labels([position])
+    return f"verified: all {len(source)} samples can be read (this layout has no checksums)"
+
+
+def choose(numbers: "np.ndarray", asked: list[int] | None, count: int, seed: int) -> "np.ndarray":
+    """Positions of the samples to draw: those `asked` for by number, or `count` that follow from the seed, ascending.
+
+    numbers: the samples' numbers in the data set, (n,) ascending. Raises ValueError where one asked for is not there.
+    """
+    import numpy as np
+
+    if asked is None:
+        return np.sort(np.random.default_rng(seed).choice(len(numbers), min(count, len(numbers)), replace=False))
+    absent = sorted(set(asked) - set(numbers[np.isin(numbers, asked)].tolist()))
+    if absent:
+        raise ValueError(
+            f"--indices {' '.join(map(str, absent))}: no such samples; there are {len(numbers)} with numbers from "
+            f"{numbers[0]} to {numbers[-1]}, less the images that could not be read"
+        )
+    return np.searchsorted(numbers, asked)
+
+
+def decode(tokenizer: "VQModel", codes: "np.ndarray", side: int) -> "np.ndarray":
+    """Codes (n, side*side) to pictures, uint8 (n, H, W, 3), a bounded number at a time."""
+    import numpy as np
+    import torch
+
+    from utils.images import to_uint8
+
+    at_once = max(1, DECODED_PIXELS // (side * tokenizer.downsample) ** 2)
+    device = tokenizer.quantize.embedding.weight.device
+    with torch.inference_mode():
+        parts = torch.from_numpy(codes).view(-1, side, side).split(at_once)
+        return np.concatenate([to_uint8(tokenizer.decode_code(part.to(device))) for part in parts])
+
+
+def flags() -> argparse.ArgumentParser:
+    """The script's flags."""
+    parser = flag_parser(__doc__)
+    parser.add_argument("--code-path", required=True, help="folder of codes, packed or in the published layout")
+    add_tokenizer_flags(parser, VQ_SIZES)
+    parser.add_argument(
+        "--use-ema", action="store_true", help="the codes were made with the averaged weights of the file"
+    )
+    add_image_size_flags(parser, 256)
+    parser.add_argument("--count", type=positive_int, default=8, help="samples to draw")
+    parser.add_argument("--seed", type=int, default=0, help="decides which")
+    parser.add_argument("--indices", type=int, nargs="+", default=None, help="these samples instead, by number")
+    parser.add_argument("--output", default="check_image_codes.png", help="the picture to write")
+    parser.add_argument(
+        "--verify", action="store_true", help="read the whole folder and compare checksums; needs no --vq-ckpt"
+    )
+    parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, flags())
