@@ -4,12 +4,14 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -d "$root/.venv/bin" ]; then PATH="$root/.venv/bin:$PATH"; fi
+# Signals that torchrun passes on, so that a run is saved: those it knows itself, and schedulers' SIGUSR1.
+export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 
 launch() {
     local script=$1 gpus
     shift
     gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU || true)
-    torchrun --nnodes="${nnodes:-1}" --nproc_per_node="${nproc_per_node:-$((gpus > 0 ? gpus : 1))}" \
+    exec torchrun --nnodes="${nnodes:-1}" --nproc_per_node="${nproc_per_node:-$((gpus > 0 ? gpus : 1))}" \
         --node_rank="${node_rank:-0}" --master_addr="${master_addr:-127.0.0.1}" --master_port="${master_port:-12345}" \
         "$root/$script" "$@"
 }

@@ -4,7 +4,7 @@
 
 The plan is a list of lives, one after another: {"module", "args", "world", "kill_after" (seconds), "kill_at" (a glob; the
 processes are killed when it has a match), "kill_later" (seconds after that), "signal", "only" (the rank that gets it),
-"watch" (a file that gets the samples read)}. A life that is not to be killed has to end well. Each forked process
+"watch" (a file that gets the samples read), "fails" (whether every process has to end with an error)}. A life that is not to be killed has to end well. Each forked process
 joins its group through the environment, as under torchrun.
 """
 
@@ -44,6 +44,8 @@ def live(life: dict) -> None:
         children.append(child)
     killed = kill_when_due(life, children)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if life.get("fails"):
+        codes = [code != 1 for code in codes]
     if not killed and any(codes):
         sys.exit(f"{life}: exit codes {codes}")
     print(f"life: {'killed' if killed else 'ended'}", flush=True)

@@ -363,7 +363,8 @@ def prune_checkpoints(folder: str | Path, keep: int) -> list[Path]:
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}: at least the newest checkpoint has to stay")
-    found = [path for path in Path(folder).glob("*") if re.fullmatch(r"\d{7,}(\.pt)?", path.name)]
+    matching = [path for path in Path(folder).glob("*") if re.fullmatch(r"\d{7,}(\.pt)?", path.name)]
+    found = [path for path in matching if path.suffix or path.is_dir()]
     removed = sorted(found, key=lambda path: int(path.stem))[:-keep]
     for path in removed:
         if path.is_dir():

@@ -50,11 +50,15 @@ class BatchOrder(Sampler[list[int]]):
         start = self.rank * self.share + micro_batch * (self.share // self.micro_batches)
         return slice(start, start + self.share // self.micro_batches)
 
-    def samples(self, epoch: int, batch: int, rank: int, part: int | None = None) -> list[int]:
-        """The samples of a process's part of a batch, or of its whole share; for telling a user which they were."""
-        share = self._order(epoch)[batch * self.global_batch :][rank * self.share : (rank + 1) * self.share]
-        size = self.share // self.micro_batches
-        return (share if part is None else share[part * size : (part + 1) * size]).tolist()
+    def samples(self, epoch: int, batch: int, rank: int | None = None, part: int | None = None) -> list[int]:
+        """The samples of a batch, of a process's share, or of one part of that; for telling a user which they were."""
+        order = self._order(epoch)[batch * self.global_batch : (batch + 1) * self.global_batch]
+        if rank is not None:
+            order = order[rank * self.share : (rank + 1) * self.share]
+        if part is not None:
+            size = self.share // self.micro_batches
+            order = order[part * size : (part + 1) * size]
+        return order.tolist()
 
     def _order(self, epoch: int) -> np.ndarray:
         generator = torch.Generator().manual_seed(item_seed(self.seed, epoch))

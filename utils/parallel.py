@@ -160,7 +160,8 @@ class Parallel:
     def gathered(self, wrapped: nn.Module) -> Iterator[None]:
         """Every process has all weights of `wrapped` in its hands, so that each may use any part of the model alone.
 
-        Takes the memory of the whole model, in its training precision. Every process enters and leaves it together.
+        Takes the memory of the whole model, in its training precision. Every process enters and leaves it together; inside,
+        nobody asks for a state dict, at which FSDP would shard the weights again.
         """
         parts = [part for part in wrapped.modules() if isinstance(part, FSDPModule)]
         for part in parts:

@@ -20,8 +20,8 @@ import torch.distributed as torch_dist
 
 from utils.distributed import Distributed
 
-# What schedulers send ahead of the end of a job, and Ctrl-C.
-_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
+# What schedulers send ahead of the end of a job, a terminal that is closed, and Ctrl-C.
+_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")
 
 
 class StopSignals:
@@ -41,7 +41,8 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
             for number in (getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)):
-                self._before[number] = signal.signal(number, self._handle)
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -350,7 +350,7 @@ class Trainer:
     def _describe(self, rank: int, bad: NotFinite) -> str:
         behind = self.step - bad.step
         epoch, batch = divmod(self._batches_done - behind, self.order.batches_per_epoch)
-        samples = self.order.samples(epoch, batch, rank, bad.part)
+        samples = self.order.samples(epoch, batch, None if bad.part is None else rank, bad.part)
         if hasattr(self.dataset, "sample_numbers"):  # as other tools count them
             samples = self.dataset.sample_numbers(samples)
         listed = ", ".join(map(str, samples[:_SHOWN_SAMPLES])) + (", …" if len(samples) > _SHOWN_SAMPLES else "")

@@ -118,15 +118,17 @@ class TrainingState:
         every process reads them. Raises ValueError that names the damaged file.
         """
         if not (path / ".metadata").is_file():
+            if whole and (path / RECORD_FILE).is_file():  # what else is there are weights alone
+                raise ValueError(f"{path} is damaged (its .metadata is missing).")
             return read_checkpoint(path, mmap=not whole)
-        SafeReader(path).read_metadata()
+        files = {place.relative_path for place in SafeReader(path).read_metadata().storage_data.values()}
         record = read_record(path / RECORD_FILE)
         sums = {}
         for file in sorted(path.glob("*.crc32.json")):
             sums |= read_record(file)
-        for name in sorted(sums)[dist.rank :: dist.world_size]:
+        for name in sorted(files)[dist.rank :: dist.world_size]:
             file = path / name
-            if not file.is_file() or _crc32(file) != sums[name]:
+            if not file.is_file() or _crc32(file) != sums.get(name):
                 raise ValueError(f"{file} is damaged ({'its checksum differs' if file.is_file() else 'missing'}).")
         return ShardedCheckpoint(path, record)
 
@@ -220,15 +222,15 @@ class Saver:
             self.wait()
 
     def wait(self, final: bool = False) -> None:
-        """Waits until nothing is being written. With `final` raises OSError where it could not be written."""
+        """Waits until nothing is being written. With `final`, which every process calls together, raises OSError on all of
+        them where it could not be written."""
         job, self._job = self._job, None
-        if job is None:
-            return
-        failures = job.result()
+        failures = job.result() if job is not None else []
         for failure in failures:
             self.log.warning(f"{failure}" + ("" if final else "; training goes on, the next checkpoint tries again"))
-        if final and failures:
-            raise failures[0]
+        failure = self.dist.broadcast(failures[0] if failures else None) if final else None
+        if failure:
+            raise failure
 
     def finish(self) -> None:
         """Waits and lets the thread go, whatever became of its last job: for a run that an error ends."""
@@ -279,18 +281,22 @@ class Saver:
                 with atomic_write(unfinished / "resume_step.txt") as f:
                     f.write(f"{record['steps']}\n".encode())
                 consolidate(unfinished)
-                for store in self.run.stores[1:]:
-                    _copy_folder(unfinished, store / name)
                 _rename_folder(unfinished, self.run.stores[0] / name)
-                for store in self.run.stores:
-                    self._done(store / name)
+                self._done(self.run.stores[0] / name)
+                return [failure for store in self.run.stores[1:] if (failure := self._copy(name, store))]
         except (Exception, dcp.CheckpointException) as error:  # DCP wraps whatever befell any process
             if self.dist.is_main:
                 shutil.rmtree(unfinished, ignore_errors=True)
-                cause = getattr(error, "failures", None)
-                reason = str(next(iter(cause.values()))[0] if cause else error).strip().splitlines()[0]
-                return [OSError(f"could not write {self.run.stores[0] / name} ({reason})")]
+                return [OSError(f"could not write {self.run.stores[0] / name} ({_first_failure(error)})")]
         return []
+
+    def _copy(self, name: str, store: Path) -> OSError | None:
+        try:
+            _copy_folder(self.run.stores[0] / name, store / name)
+        except OSError as error:
+            return OSError(f"could not write {store / name} ({_first_failure(error)})")
+        self._done(store / name)
+        return None
 
 
 def consolidate(folder: Path) -> None:
@@ -317,11 +323,21 @@ def whole_weights(folder: Path, part: str) -> dict[str, Tensor]:
     return state
 
 
+def _first_failure(error: BaseException) -> str:
+    """One line of what went wrong; DCP wraps what befell any process."""
+    failures = getattr(error, "failures", None)
+    cause = next(iter(failures.values()))[0] if failures else error
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+
+
 def _load(tree: dict[str, Any], folder: Path, alone: bool) -> None:
     """Fills a tree of tensors from a folder. alone: this process by itself, whatever the others do."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tree, storage_reader=SafeReader(folder), no_dist=alone)
+        try:
+            dcp.load(tree, storage_reader=SafeReader(folder), no_dist=alone)
+        except dcp.CheckpointException as error:  # no Exception, it says itself
+            raise ValueError(f"{folder} cannot be read ({_first_failure(error)})") from error
 
 
 class ChecksummedWriter(dcp.FileSystemWriter):
@@ -350,9 +366,18 @@ class SafeReader(dcp.FileSystemReader):
         try:
             with open(file, "rb") as f:
                 metadata = _TableReader(f).load()
-        except pickle.UnpicklingError as error:
+        except _RefusedError as error:
             raise ValueError(f"refused: {file} {error}") from error
-        except (EOFError, AttributeError, ValueError, IndexError, KeyError, TypeError, ImportError) as error:
+        except (
+            pickle.UnpicklingError,
+            EOFError,
+            AttributeError,
+            ValueError,
+            IndexError,
+            KeyError,
+            TypeError,
+            ImportError,
+        ) as error:
             raise ValueError(f"{file} is damaged ({error})") from error
         metadata.storage_meta = metadata.storage_meta or dcp.StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -371,12 +396,16 @@ _TABLE_PARTS = {
 }
 
 
+class _RefusedError(Exception):
+    """A table asks for something that is no part of one."""
+
+
 class _TableReader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Only what a table is made of."""
         known = name in _TABLE_PARTS.get(module, "").split()
         if not known and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            raise pickle.UnpicklingError(f"asks for {module}.{name}, which no checkpoint needs; nothing was run")
+            raise _RefusedError(f"asks for {module}.{name}, which no checkpoint needs; nothing was run")
         return super().find_class(module, name)
 
 

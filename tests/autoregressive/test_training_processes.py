@@ -31,6 +31,7 @@ from tests.training import (
     same,
 )
 from utils.checkpoint import read_checkpoint
+from utils.data_order import BatchOrder
 
 DDP, FSDP = "autoregressive.train.train_c2i", "autoregressive.train.train_c2i_fsdp"
 VOCAB, CLASSES, TOKENS, COUNT = 64, 10, 16, 96
@@ -217,6 +218,23 @@ def test_a_process_that_dies_takes_the_others_down(codes, tmp_path):
     assert processes[0].returncode == 1
     assert re.search(r"error: process 0 lost the others at step \d+ \(.*\): one of them has ended", told), told
     assert "Traceback" not in told and "--resume goes on" in told
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_is_told_by_all_in_the_same_words(tmp_path):
+    """Process 1, part 2 of 2, in the middle between two log lines and a step before a checkpoint."""
+    args = ["--results-dir", tmp_path, "--broken-rank", 1, "--broken-step", 6, "--gradient-accumulation-steps", 2]
+    args += ["--mixed-precision", "none", "--ckpt-every", 4, "--log-every", 100]
+    broken = {"module": "tests.broken_run", "args": list(map(str, args)), "world": 2, "fails": True}
+    printed = live(tmp_path, broken)
+    order = BatchOrder(64, 16, 2, rank=1, world_size=2, seed=0)
+    order.start_at(epoch=1, batch=2)
+    samples = list(order)[1]
+    told = re.findall(r"AgreedError: (.*)", printed)
+    assert len(told) == 2 and len(set(told)) == 1
+    assert told[0].startswith("the loss became nan at step 7 on process 1, part 2 of 2 of its batch;")
+    assert f"Samples there: {', '.join(map(str, samples))}. The last checkpoint is" in told[0]
+    assert [path.name for path in (run_folder(tmp_path) / "checkpoints").iterdir()] == ["0000004.pt"]
 
 
 # Moved to other processes

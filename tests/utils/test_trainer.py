@@ -620,13 +620,18 @@ def test_keep_last(tmp_path):
 
 
 class Disk:
-    """Full from the loss of one step to that of another: no file grows beyond what a checkpoint needs."""
+    """Full from the loss of one step to that of another: no file grows beyond what a checkpoint needs.
+
+    What is being written when that changes is finished before.
+    """
 
     def __init__(self, full, free=None):
-        self.full, self.free = full, free
+        self.full, self.free, self.trainer = full, free, None
         self.soft, self.hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def __call__(self, place):
+        if place.step in (self.full, self.free):
+            self.trainer.saver.wait()
         if place.step == self.full:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, self.hard))
         if place.step == self.free:
@@ -650,7 +655,7 @@ def test_a_full_disk_in_the_middle_is_lived_through(tmp_path):
                 trainer.saver.wait()
                 meanwhile.extend(os.listdir(store(tmp_path)))
 
-        trainer = build(tmp_path, *flags, at=at)
+        trainer = disk.trainer = build(tmp_path, *flags, at=at)
         trainer.fit()
     assert meanwhile == ["0000003.pt"], "the last good checkpoint stays where the next cannot be written"
     assert os.listdir(store(tmp_path)) == ["0000010.pt"]
@@ -662,7 +667,7 @@ def test_a_full_disk_in_the_middle_is_lived_through(tmp_path):
 
 def test_a_full_disk_at_the_end_is_an_error(tmp_path):
     with Disk(full=7) as disk:
-        trainer = build(tmp_path, "--ckpt-every", 6, "--log-every", 5, at=disk)
+        trainer = disk.trainer = build(tmp_path, "--ckpt-every", 6, "--log-every", 5, at=disk)
         with pytest.raises(OSError, match=r"could not write \S*0000010\.pt"):
             trainer.fit()
     assert os.listdir(store(tmp_path)) == ["0000006.pt"]
