@@ -24,7 +24,7 @@ from reprlib import repr as short
 import numpy as np
 
 from dataset.augmentation import TEN_CROP_VIEWS
-from utils.files import atomic_write, write_json
+from utils.files import atomic_write, crc32_of, write_json
 
 INDEX_FILE = "index.json"
 FORMAT = 1
@@ -294,7 +294,7 @@ class ShardFolder:
         damaged = []
         for k in range(self.settings.num_shards):
             for name, recorded in _checked_sidecar(self.folder, k)["files"].items():
-                if _crc32(self.folder / name) != recorded["crc32"]:
+                if crc32_of(self.folder / name) != recorded["crc32"]:
                     damaged.append((name, _sidecar(self.folder, k).name))
         if damaged:
             names, sidecars = zip(*damaged)
@@ -388,11 +388,3 @@ def _refuse_other_settings(folder: Path, settings: CodeSettings) -> None:
     if there != now:
         listed = "\n  ".join(f"{k}: {short(there[k])} there, {short(now[k])} now" for k in now if there[k] != now[k])
         raise ValueError(f"{folder} holds codes of other settings; use another folder, or the same ones:\n  {listed}")
-
-
-def _crc32(file: Path) -> int:
-    value = 0
-    with open(file, "rb") as f:
-        while chunk := f.read(1 << 22):
-            value = zlib.crc32(chunk, value)
-    return value

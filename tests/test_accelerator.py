@@ -1,10 +1,13 @@
 """What an accelerator has to compute as a CPU does. Run where there is one; nothing here has a meaning without."""
 
+import numpy as np
 import pytest
 import torch
 
 from autoregressive.models.generate import generate
+from autoregressive.train import train_c2i, train_c2i_fsdp
 from tests.autoregressive.test_goldens import MODELS, RUNS, build, condition
+from tests.training import make_codes, metrics, repetitive_codes, run_here
 from utils.distributed import pick_device
 
 pytestmark = pytest.mark.gpu
@@ -31,3 +34,34 @@ def test_bfloat16_stays_close_to_float32():
     exact = model(tokens[:, :-1], labels)
     rounded = model.to(device, torch.bfloat16)(tokens[:, :-1].to(device), labels.to(device)).cpu()
     assert (rounded - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("codes") / "packed"
+    return make_codes(folder, repetitive_codes(48, 2, 16, 64), np.arange(48) % 10, image_size=16, vocab=64, classes=10)
+
+
+def losses(codes, results, script, device, *more):
+    """Ten steps of GPT-XS without dropout."""
+    flags = ["--code-path", codes, "--results-dir", results, "--gpt-model", "GPT-XS", "--vocab-size", 64]
+    flags += ["--num-classes", 10, "--image-size", 16, "--downsample-size", 4, "--global-batch-size", 16]
+    flags += ["--num-workers", 0, "--log-every", 1, "--lr", 5e-4, "--dropout-p", 0, "--token-dropout-p", 0, "--ema"]
+    run_here(script, *flags, "--max-steps", 10, "--epochs", 9, "--no-wandb", "--device", device, *more)
+    return metrics(results, "loss")
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 3e-2), ("fp16", 3e-2)])
+@pytest.mark.parametrize("kind", ["ddp", "ddp --no-compile", "fsdp", "fsdp --activation-checkpointing"])
+@pytest.mark.parametrize("layout", ["", "--ar-token-num 4", "--patch-level 2"], ids=["raster", "PAR", "NPP"])
+def test_training_losses(codes, tmp_path, precision, tolerance, kind, layout):
+    """As on a CPU in float32, compiled or not, in shards or whole; the checkpoint is written too."""
+    device = pick_device().type
+    if device != "cuda" and kind != "ddp --no-compile":
+        pytest.skip("compilation and shards are for CUDA")
+    script = train_c2i_fsdp if kind.startswith("fsdp") else train_c2i
+    flags = [*layout.split(), "--mixed-precision", precision, *kind.split()[1:]]
+    on_device = losses(codes, tmp_path / "device", script, device, *flags)
+    on_cpu = losses(codes, tmp_path / "cpu", train_c2i, "cpu", *layout.split(), "--mixed-precision", "fp32")
+    assert on_device == pytest.approx(on_cpu, abs=tolerance) and len(on_cpu) == 10
+    assert len(list((tmp_path / "device").glob("*/checkpoints/0000010*"))) == 1

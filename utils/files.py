@@ -7,6 +7,7 @@ with atomic_write("report.json") as f:
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,15 @@ def write_json(path: str | Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically."""
     with atomic_write(path) as f:
         f.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def crc32_of(path: str | Path) -> int:
+    """The checksum of a file's content."""
+    value = 0
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value
 
 
 def _umask() -> int:

@@ -20,10 +20,14 @@ _RUN = re.compile(r"(\d{3,})-(.+)$")
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, and where its checkpoints go: the first of `stores` is the one read back."""
+    """A run's folder, and where its checkpoints go: the first of `stores` is the one read back.
+
+    earlier: of a new run, the newest checkpoint of the run of this name before it.
+    """
 
     folder: Path
     stores: tuple[Path, ...]
+    earlier: Path | None = None
 
     def checkpoints(self) -> list[Path]:
         """Its checkpoints, newest first: files `{step:07d}.pt`, and folders `{step:07d}` of sharded runs."""
@@ -89,7 +93,8 @@ def open_run(args: Namespace, name: str, sharded: bool = False) -> tuple[Run, bo
         cloud, now = Path(args.cloud_save_path).absolute(), time.strftime("%Y-%m-%d-%H-%M-%S")
         stores.append(str(cloud / f"{now}-{name}" if sharded else cloud / now / folder.name / "checkpoints"))
     write_json(folder / "run.json", {"stores": stores, "args": vars(args)})
-    return Run(folder, tuple(folder / store for store in stores)), False
+    before = runs[0].checkpoints() if runs else []
+    return Run(folder, tuple(folder / store for store in stores), before[0] if before else None), False
 
 
 def _new_folder(results: Path, name: str) -> Path:

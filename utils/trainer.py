@@ -132,6 +132,8 @@ class Trainer:
         project = None if args.no_wandb else args.wandb_project
         self.log = RunLogger(self.run.folder, dist.is_main, project, vars(args))
         self.saver = Saver(self.state, self.run, args, dist, self.log)
+        if not resumed and initial is None and self.run.earlier:
+            self.log.info(f"a run before this one stands at {self.run.earlier}; --resume would go on with it")
         if not (resumed and self._resume()) and initial is not None:
             whole = self.state.take(initial, args.global_batch_size)
             self.log.info(f"starting from {initial.path}" + (f", step {self.step}" if whole else ", its weights alone"))

@@ -14,7 +14,6 @@ import json
 import pickle
 import shutil
 import warnings
-import zlib
 from argparse import Namespace
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ from utils.checkpoint import (
 )
 from utils.distributed import Distributed
 from utils.ema import EMA
-from utils.files import atomic_write, sync_folder, write_json
+from utils.files import atomic_write, crc32_of, sync_folder, write_json
 from utils.logger import RunLogger
 from utils.parallel import copy_rows, parameters_of
 from utils.runs import Run
@@ -128,7 +127,7 @@ class TrainingState:
             sums |= read_record(file)
         for name in sorted(files)[dist.rank :: dist.world_size]:
             file = path / name
-            if not file.is_file() or _crc32(file) != sums.get(name):
+            if not file.is_file() or crc32_of(file) != sums.get(name):
                 raise ValueError(f"{file} is damaged ({'its checksum differs' if file.is_file() else 'missing'}).")
         return ShardedCheckpoint(path, record)
 
@@ -351,7 +350,7 @@ class ChecksummedWriter(dcp.FileSystemWriter):
         """As the library does, then reads the files once more: what is on the disk is what the sums vouch for."""
         results = super().write_data(plan, planner).wait()
         names = {result.storage_data.relative_path for result in results}
-        write_json(self.folder / f"{self.rank}.crc32.json", {name: _crc32(self.folder / name) for name in names})
+        write_json(self.folder / f"{self.rank}.crc32.json", {name: crc32_of(self.folder / name) for name in names})
         done = torch.futures.Future()
         done.set_result(results)
         return done
@@ -421,7 +420,7 @@ def _copied(value: Any) -> Any:
 
 
 def _spread(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: Path) -> dict[str, Any]:
-    """An optimizer's state from a file, its tensors cut as the parameters are."""
+    """An optimizer's state from a file, its tensors cut as the parameters are; rates and decay are the run's own."""
     parameters = parameters_of([optimizer])
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     sizes = [len(group["params"]) for group in optimizer.param_groups]
@@ -435,7 +434,11 @@ def _spread(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: Path)
             if isinstance(value, Tensor) and value.dim() and isinstance(parameter, DTensor):
                 state[number][key] = torch.empty_like(parameter, dtype=value.dtype)
                 copy_rows(state[number][key], value)
-    return {**saved, "state": {number: entry for number, entry in state.items() if entry}}
+    groups = [
+        {**own, "params": there["params"]}
+        for own, there in zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)
+    ]
+    return {"state": {number: entry for number, entry in state.items() if entry}, "param_groups": groups}
 
 
 def _rename_folder(unfinished: Path, path: Path) -> None:
@@ -461,11 +464,3 @@ def read_record(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{file} is damaged or missing ({error}).") from error
-
-
-def _crc32(file: Path) -> int:
-    value = 0
-    with open(file, "rb") as f:
-        while chunk := f.read(1 << 22):
-            value = zlib.crc32(chunk, value)
-    return value

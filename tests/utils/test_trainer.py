@@ -430,6 +430,16 @@ def test_resuming_without_a_run_starts_one(tmp_path):
     assert final(tmp_path)["steps"] == 1
 
 
+def test_a_run_that_could_be_resumed_is_told_of(tmp_path):
+    """The same command without --resume starts anew, as the published scripts do."""
+    with pytest.raises(Stopped):
+        build(tmp_path, "--ckpt-every", 3, at=stop_at(5)).fit()
+    build(tmp_path, "--max-steps", 1).fit()
+    text = log_of(tmp_path, 1)
+    assert re.search(r"a run before this one stands at \S*000-tiny/checkpoints/0000003\.pt; --resume would go on", text)
+    assert "stands at" not in log_of(tmp_path, 0)
+
+
 def test_a_finished_run_does_nothing(tmp_path):
     build(tmp_path).fit()
     file = store(tmp_path) / "0000010.pt"
