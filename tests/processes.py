@@ -9,6 +9,7 @@ joins its group through the environment, as under torchrun.
 """
 
 import contextlib
+import gc
 import glob
 import importlib
 import json
@@ -119,12 +120,14 @@ def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
     import torch
 
-    import utils.trainer
-    import utils.training_state  # noqa: F401 - what takes long to import, once
-
     torch.set_num_threads(1)
-    for name in {life["module"] for life in plan}:
+    # What takes long to import, once: the scripts import it where they need it.
+    sys.modules.setdefault("tensorboard.compat.notf", type(sys)("tensorboard.compat.notf"))
+    needed = ["torch.utils.tensorboard", "torch._dynamo", "dataset.build", "utils.training_state", "utils.trainer"]
+    needed += ["autoregressive.train.loss", "autoregressive.train.next_patch", "autoregressive.train.flops"]
+    for name in [*needed, *(life["module"] for life in plan)]:
         importlib.import_module(name)
+    gc.freeze()  # forked processes then share what was imported
     for life in plan:
         live(life)
 

@@ -8,6 +8,7 @@ Caches are allocated once per model and used again by later calls. A token depen
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -59,7 +60,10 @@ def decode_rows(model: Transformer, tokens: Tensor, special: int, rows: Rows, ma
     return model.head(model.decode(model.embed(tokens, special), rows, mask, causal=False))
 
 
-compiled_decode_rows = torch.compile(decode_rows, dynamic=False, mode="reduce-overhead")
+@cache
+def compiled_decode_rows() -> Callable[[Transformer, Tensor, int, Rows, Tensor | None], Tensor]:
+    """The compiled decode step. Made when needed, since the compiler takes long to import."""
+    return torch.compile(decode_rows, dynamic=False, mode="reduce-overhead")
 
 
 @torch.inference_mode()
@@ -132,7 +136,7 @@ def generate(
             if compile:  # static shapes: attend over the whole cache, behind a mask
                 mask = (seen & (torch.arange(layout.rows, device=device) < step.rows.stop))[: len(inputs), None, None]
                 rows = Rows(cache, positions, layout.rows)
-                logits = compiled_decode_rows(model, inputs, step.special, rows, mask)
+                logits = compiled_decode_rows()(model, inputs, step.special, rows, mask)
             else:
                 mask = None if emb_masks is None else seen[: len(inputs), None, None, : step.rows.stop]
                 logits = decode_rows(model, inputs, step.special, Rows(cache, positions, step.rows.stop), mask)

@@ -7,7 +7,9 @@ memory than the transformer. Here they never exist as a whole. `linear_cross_ent
 works out a chunk's gradients while it has the chunk's logits, so nothing is kept for the backward pass or computed twice.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import torch
 import torch.nn as nn
@@ -148,7 +150,7 @@ def _in_chunks(
     scale = 1 / row_weights.sum().clamp(min=1)
     chunk_bytes = CUDA_CHUNK_BYTES if device == "cuda" else CHUNK_BYTES
     chunk_rows = chunk_rows or max(chunk_bytes // (4 * len(weight)), 1)
-    chunk_losses = compiled_chunk_losses if device == "cuda" else _chunk_losses
+    chunk_losses = _compiled_chunk_losses() if device == "cuda" else _chunk_losses
 
     total = scale.new_zeros(())
     grad_hidden = torch.empty_like(hidden, dtype=dtype) if hidden_gradient else None
@@ -195,7 +197,10 @@ def _chunk_losses(
     return loss, gradient.scatter_(1, targets, at_targets.to(dtype))
 
 
-compiled_chunk_losses = torch.compile(_chunk_losses)  # on CUDA: one pass over the logits in place of seven
+@cache
+def _compiled_chunk_losses() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """For CUDA: one pass over the logits in place of seven. Made when needed, since the compiler takes long to import."""
+    return torch.compile(_chunk_losses)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
