@@ -127,6 +127,7 @@ class Trainer:
         self.meter = Meter(dist, args.global_batch_size, tokens, peak_flops(dist.device, args.mixed_precision))
         self.watch = FiniteWatch()
         self.agreement = Agreement(dist)
+        self._rehearsed: set[str] = set()
 
         self.run, resumed = dist.broadcast(open_run(args, run_name, self.plan.sharded) if dist.is_main else None)
         project = None if args.no_wandb else args.wandb_project
@@ -255,13 +256,17 @@ class Trainer:
                 continue
             for group in phase.optimizer.param_groups:
                 group["lr"] = rate
+            places = [
+                Micro(self.step, epoch, number, self.order.positions(number), self.args.global_batch_size)
+                for number in range(len(batch))
+            ]
+            if phase.key not in self._rehearsed:
+                self._rehearse(phase, batch[0], places[0])
             phase.optimizer.zero_grad(set_to_none=True)
-            for number, micro in enumerate(batch):
-                place = Micro(self.step, epoch, number, self.order.positions(number), self.args.global_batch_size)
-                dtype = self.plan.autocast_dtype
+            for number, (micro, place) in enumerate(zip(batch, places, strict=True)):
                 with self.plan.last_only(phase.module, last=number == len(batch) - 1):
-                    with self.meter.working(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-                        loss, logs = phase.loss(micro, place)
+                    with self.meter.working():
+                        loss, logs = self._loss(phase, micro, place)
                     self.scaler.scale(loss / len(batch)).backward()
                 watched.append(("loss", number, loss.detach()))
                 self._add(logs)
@@ -282,6 +287,26 @@ class Trainer:
         self.state.step += 1
         self.state.samples_seen += self.args.global_batch_size
         self.meter.count_step(self.flops(epoch) if self.flops else None)
+
+    def _loss(self, phase: Phase, micro: Any, place: Micro) -> tuple[Tensor, dict[str, Tensor]]:
+        dtype = self.plan.autocast_dtype
+        with torch.autocast(self.dist.device.type, dtype, enabled=dtype is not None):
+            return phase.loss(micro, place)
+
+    def _rehearse(self, phase: Phase, micro: Any, place: Micro) -> None:
+        """One backward pass for nothing, where DDP has more than two processes.
+
+        After the first pass of a process DDP rearranges its buckets, and with them the order in which gradients are added
+        up: a run that was resumed would round otherwise than one that went on.
+        """
+        self._rehearsed.add(phase.key)
+        if self.dist.world_size <= 2 or self.plan.sharded:
+            return
+        buffers = [(buffer, buffer.clone()) for model in self.models.values() for buffer in model.buffers()]
+        self.scaler.scale(self._loss(phase, micro, place)[0]).backward()
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        torch.manual_seed(item_seed(self.args.global_seed, self.dist.rank, self.step))
 
     def _learning_rate(self) -> float:
         if self.rate:

@@ -29,7 +29,8 @@ class PatchSchedule:
     patch_level: how many stages there are; each halves the patch side, the last one's is 1.
     epoch_rate: the share of a stage's end at which the one before it ends; the last one ends at `epochs`.
     warmup_epochs, decay_ratio, lr, end_lr: the learning rate with --scheduler, see `learning_rate`.
-    Raises ValueError for values out of their range and where a stage would have no epoch.
+    A stage whose epochs round to none is left out. Raises ValueError for values out of their range and where no epoch is
+    left for single tokens.
     """
 
     epochs: int
@@ -53,23 +54,27 @@ class PatchSchedule:
             raise ValueError(f"--decay-ratio is a share of each stage, from 0 to 1, got {self.decay_ratio}")
         if not (self.end_lr >= 0 and isfinite(self.end_lr)):
             raise ValueError(f"--end-lr must be 0 or more, got {self.end_lr}")
-        for stage in self.stages:
-            if stage.start >= stage.end:
-                raise ValueError(
-                    f"patches of {stage.patch_side}x{stage.patch_side} tokens would get no epoch: with --epochs "
-                    f"{self.epochs} --patch-level {self.patch_level} --epoch-rate {self.epoch_rate} the stages end at "
-                    f"epochs {[stage.end for stage in self.stages]}; choose more --epochs, a lower --patch-level or "
-                    "another --epoch-rate"
-                )
+        if not self.stages or self.stages[-1].patch_side > 1:
+            raise ValueError(
+                f"single tokens would get no epoch: with --epochs {self.epochs} --patch-level {self.patch_level} --epoch-rate "
+                f"{self.epoch_rate} the stages end at epochs {self._ends}; choose more --epochs or a lower --epoch-rate"
+            )
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return [int(self.epochs * self.epoch_rate**later) for later in range(self.patch_level - 1, -1, -1)]
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
-        """All stages in the order of training."""
-        left = range(self.patch_level - 1, -1, -1)  # stages after each
-        ends = [int(self.epochs * self.epoch_rate**later) for later in left]
-        return tuple(
-            Stage(start, end, 2**later) for (start, end), later in zip(pairwise([0, *ends]), left, strict=True)
-        )
+        """The stages that have epochs, in the order of training."""
+        sides = [2**later for later in range(self.patch_level - 1, -1, -1)]
+        bounds = zip(pairwise([0, *self._ends]), sides, strict=True)
+        return tuple(Stage(start, end, side) for (start, end), side in bounds if start < end)
+
+    @property
+    def skipped_sides(self) -> list[int]:
+        """Patch sides that --patch-level asks for and that get no epoch, since there are too few."""
+        return sorted({2**later for later in range(self.patch_level)} - {stage.patch_side for stage in self.stages})
 
     def check_grid(self, grid: int) -> None:
         """Raises ValueError where the first stage's patches do not divide a grid of grid x grid tokens (nor do later ones)."""

@@ -74,7 +74,11 @@ def main(args: argparse.Namespace) -> None:
         patches.check_scheduler()
     dist = start(args.device, group=args.data_parallel != "ddp", timeout_minutes=args.timeout_minutes)
     plan = Parallel.from_args(args, dist, compile=not args.no_compile)
-    console_logger("dataset", dist.is_main)
+    log = console_logger("dataset", dist.is_main)
+    for side in patches.skipped_sides if dist.is_main else ():
+        log.warning(
+            f"patches of {side}x{side} tokens get no epoch of {args.epochs}: --patch-level {args.patch_level} skips them"
+        )
     dataset = CheckedCodes(build_dataset(args), args.code_path, args.num_classes, args.vocab_size)
 
     dropout = 0.0 if args.drop_path_rate > 0 else args.dropout_p  # stochastic depth replaces them

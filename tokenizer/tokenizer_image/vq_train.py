@@ -106,7 +106,7 @@ def main(args: argparse.Namespace) -> None:
         return losses.generator_loss(codebook_losses, images, recons, place.step)
 
     def discriminator_loss(batch: list[torch.Tensor], place: Micro) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return losses.discriminator_loss(batch[0], reconstructions.pop(place.number), place.step)
+        return losses.discriminator_loss(batch[0], reconstructions[place.number], place.step)
 
     def adam(module: torch.nn.Module) -> torch.optim.Adam:
         return torch.optim.Adam(module.parameters(), lr=args.lr, betas=(args.beta1, args.beta2))
