@@ -10,6 +10,9 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+# Steps whose values stay on an accelerator that is not CUDA before they are looked at.
+_KEPT = 50
+
 
 @dataclass(frozen=True, order=True)
 class NotFinite:
@@ -47,10 +50,12 @@ class FiniteWatch:
         """The first value that is not finite among those that have arrived, or with `wait` among all."""
         while self._pending and self._found is None:
             step, names, numbers, event = self._pending[0]
-            if event is not None and not event.query():
-                if not wait:
+            if event is not None:
+                if not wait and not event.query():
                     break
                 event.synchronize()
+            elif not (wait or numbers.device.type == "cpu" or len(self._pending) > _KEPT):
+                break  # an accelerator without events would be waited for
             self._pending.popleft()
             for (name, part), value in zip(names, numbers.tolist(), strict=True):
                 if not isfinite(value):

@@ -12,6 +12,7 @@ import mmap
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -22,10 +23,12 @@ from utils.distributed import Distributed
 
 # What schedulers send ahead of the end of a job, a terminal that is closed, and Ctrl-C.
 _SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")
+# Seconds after which a further Ctrl-C is meant as one: a terminal's reaches a process directly and through torchrun.
+AGAIN_AFTER = 2.0
 
 
 class StopSignals:
-    """Takes note of the first signal instead of dying of it; a second Ctrl-C ends the process at once.
+    """Takes note of the first signal instead of dying of it; a second Ctrl-C, seconds later, ends the process at once.
 
     Terminals, torchrun and schedulers signal the workers of a loader too, which were forked with this handler. They work
     on, since the loader makes their death an error of the run, and die of a signal once the run is over or gone.
@@ -33,7 +36,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
-        self._interrupted = False
+        self._interrupted: float | None = None
         self._process = os.getpid()
         self._over = mmap.mmap(-1, 1)  # memory that forked processes share
         self._before: dict[signal.Signals, Callable | int | None] = {}
@@ -57,9 +60,10 @@ class StopSignals:
                 os.kill(os.getpid(), number)
             return
         if number == signal.SIGINT:
-            if self._interrupted:
+            now = time.monotonic()
+            if self._interrupted is not None and now - self._interrupted >= AGAIN_AFTER:
                 raise KeyboardInterrupt
-            self._interrupted = True
+            self._interrupted = now if self._interrupted is None else self._interrupted
         self.asked = self.asked or signal.Signals(number)
 
 

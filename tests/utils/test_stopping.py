@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from utils import stopping
 from utils.distributed import Distributed
 from utils.stopping import Agreement, StopSignals
 
@@ -62,11 +63,17 @@ def test_the_first_signal_counts():
 
 
 @pytest.mark.parametrize("before", [[], [signal.SIGTERM]], ids=["", "after SIGTERM"])
-def test_a_second_ctrl_c_ends_at_once(before):
+def test_a_second_ctrl_c_ends_at_once(before, monkeypatch):
+    """But for the copy of the first that torchrun passes on."""
+    now = [100.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
     with StopSignals() as signals:
         for number in before:
             ask(number)
         ask(signal.SIGINT)
+        now[0] += 0.5
+        ask(signal.SIGINT)
+        now[0] += 1.5
         with pytest.raises(KeyboardInterrupt):
             ask(signal.SIGINT)
         assert signals.asked is (before or [signal.SIGINT])[0]

@@ -502,7 +502,7 @@ def test_a_checkpoint_of_another_model(tmp_path):
 # Asked to stop
 
 
-SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT]
 
 
 def send(number, step=4, times=1):
@@ -537,7 +537,8 @@ def test_a_signal_saves_and_the_resumed_run_ends_bit_identically(tmp_path, numbe
     assert same(whole, parts)
 
 
-def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path):
+def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.stopping.AGAIN_AFTER", 0.0)
     before = signal.getsignal(signal.SIGINT)
     trainer = build(tmp_path, at=send(signal.SIGINT, times=2))
     with pytest.raises(KeyboardInterrupt):
