@@ -15,6 +15,7 @@ from tests.helpers import ROOT
 from tools import draw_training, make_digits
 
 
+@pytest.mark.slow
 def test_digits_are_split_and_complete(tmp_path):
     make_digits.main(make_digits.flags().parse_args(["--output", str(tmp_path)]))
     train, held_out = class_folders(tmp_path / "train"), class_folders(tmp_path / "held_out")

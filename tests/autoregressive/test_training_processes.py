@@ -58,6 +58,12 @@ def life(codes, results, *more, module=FSDP, world=1, **when):
     return {"module": module, "args": list(map(str, args)), "world": world, **when}
 
 
+def odd_codes(folder):
+    """Held-out codes that no number of processes shares evenly."""
+    array = repetitive_codes(11, 1, TOKENS, VOCAB)
+    return make_codes(folder, array, np.arange(11) % CLASSES, image_size=16, vocab=VOCAB, classes=CLASSES)
+
+
 def live(tmp_path, *lives, timeout=280):
     """Runs lives one after another; returns what they printed."""
     plan = tmp_path / f"plan{random.getrandbits(32)}.json"
@@ -86,7 +92,8 @@ def weights(results):
 def one(codes, tmp_path_factory):
     """Runs of one process, to compare with."""
     folder = tmp_path_factory.mktemp("one")
-    runs = {"raster": TWENTY, "PAR": [*TWENTY, *PAR], "NPP": [*TWENTY, *NPP]}
+    held_out = ["--val-code-path", odd_codes(folder / "held_out")]
+    runs = {"raster": [*TWENTY, *held_out], "PAR": [*TWENTY, *PAR], "NPP": [*TWENTY, *NPP]}
     live(folder, *(life(codes, folder / name, *flags, module=DDP) for name, flags in runs.items()))
     return folder
 
@@ -95,6 +102,7 @@ def agree(folder, one):
     """Losses to 1e-5, averaged weights to what a step may add to that."""
     losses = metrics(one, "loss")
     assert len(losses) == 20 and metrics(folder, "loss") == pytest.approx(losses, abs=1e-5)
+    assert metrics(folder, "val_loss") == pytest.approx(metrics(one, "val_loss"), abs=1e-4)
     assert metrics(folder, "grad_norm") == pytest.approx(metrics(one, "grad_norm"), rel=1e-4)
     for mine, theirs in zip(weights(folder), weights(one), strict=True):
         assert mine.keys() == theirs.keys()
@@ -111,7 +119,8 @@ def test_two_processes_give_the_losses_of_one(codes, tmp_path, one):
         "sdp": ["--data-parallel", "sdp", "--sync-every-micro-batch"],
         "hsdp": ["--data-parallel", "hsdp", "--shard-size", 1],
     }
-    live(tmp_path, *(life(codes, tmp_path / name, *TWENTY, *more, world=2) for name, more in kinds.items()))
+    flags = [*TWENTY, "--val-code-path", odd_codes(tmp_path / "held_out")]
+    live(tmp_path, *(life(codes, tmp_path / name, *flags, *more, world=2) for name, more in kinds.items()))
     for name in kinds:
         agree(tmp_path / name, one / "raster")
 
@@ -119,7 +128,8 @@ def test_two_processes_give_the_losses_of_one(codes, tmp_path, one):
 @pytest.mark.slow
 def test_four_processes_give_the_losses_of_one(codes, tmp_path, one):
     kinds = {"fsdp": [], "hsdp": ["--data-parallel", "hsdp", "--shard-size", 2]}
-    live(tmp_path, *(life(codes, tmp_path / name, *TWENTY, *more, world=4) for name, more in kinds.items()))
+    flags = [*TWENTY, "--val-code-path", odd_codes(tmp_path / "held_out")]
+    live(tmp_path, *(life(codes, tmp_path / name, *flags, *more, world=4) for name, more in kinds.items()))
     for name in kinds:
         agree(tmp_path / name, one / "raster")
 
@@ -356,6 +366,7 @@ def test_published_flags():
     check_published_flags(train_c2i_fsdp, FLAGS, ("--cloud-save-path", "--ar-token-num", "--spe-token-num"))
 
 
+@pytest.mark.slow
 def test_the_script_itself_by_torchrun(codes, tmp_path):
     output = run_script(FSDP, *life(codes, tmp_path / "run", "--max-steps", 2)["args"], processes=2)
     assert "Traceback" not in output and "Warning" not in output and last(tmp_path / "run").name == "0000002"

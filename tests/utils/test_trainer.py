@@ -950,18 +950,15 @@ def test_pictures_at_steps_of_their_own(tmp_path):
     assert same(final(tmp_path)["model"], final(tmp_path / "without")["model"])
 
 
-def test_a_bar_is_for_terminals(tmp_path, monkeypatch, capsys):
-    build(tmp_path / "file").fit()
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_bar_is_for_terminals(tmp_path, monkeypatch, capsys, terminal):
+    for logger in ("run", "dataset"):
+        logging.getLogger(logger).handlers = []  # an earlier test's write to the output as it was then
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    build(tmp_path).fit()
     out, err = capsys.readouterr()
-    assert err == "" and out.count("(step=") == 10
-    with quiet_loggers():
-        for logger in ("run", "dataset"):
-            logging.getLogger(logger).handlers = []  # those above write to the output as it was then
-        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-        build(tmp_path / "terminal").fit()
-    out, err = capsys.readouterr()
-    assert re.search(r"100%.* 10/10 \[.*loss: \d\.\d{4}, grad_norm: ", err) and out.count("(step=") == 10
-    assert log_of(tmp_path / "terminal").count("(step=") == 10
+    assert bool(re.search(r"100%.* 10/10 \[.*loss: \d\.\d{4}, grad_norm: ", err)) == terminal
+    assert (err == "") != terminal and out.count("(step=") == log_of(tmp_path).count("(step=") == 10
 
 
 def test_a_line_is_the_mean_since_the_one_before(tmp_path):
