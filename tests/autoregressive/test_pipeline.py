@@ -60,7 +60,13 @@ def pipeline(models):
 # Image i is a function of (seed, i)
 
 
-@pytest.mark.parametrize("settings", [{}, {"cfg_scale": 3.0, "cfg_interval": 20}], ids=["plain", "guided"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, marks=pytest.mark.slow, id="plain"),
+        pytest.param({"cfg_scale": 3.0, "cfg_interval": 20}, id="guided"),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "par", [pytest.param(False, marks=pytest.mark.slow, id="raster"), pytest.param(True, id="PAR")]

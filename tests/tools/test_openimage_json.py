@@ -12,6 +12,7 @@ from tests.helpers import ROOT
 from tools.openimage_json import flags, main
 
 
+@pytest.mark.slow
 def test_lists_images_in_natural_order(tmp_path):
     for name in ["img10.png", "img3.JPG", "b/1.webp", "a/9/x.png", "a/10/x.png", ".thumb/t.png", "img02.png"]:
         file = tmp_path / name

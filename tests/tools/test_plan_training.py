@@ -80,7 +80,10 @@ def measured_peak(folder, work) -> int:
 
 
 @pytest.mark.parametrize("precision", ["none", "bf16"])
-@pytest.mark.parametrize(("checkpointing", "accumulation"), [(False, 1), (True, 1), (True, 2)])
+@pytest.mark.parametrize(
+    ("checkpointing", "accumulation"),
+    [(False, 1), pytest.param(True, 1, marks=pytest.mark.slow), pytest.param(True, 2, marks=pytest.mark.slow)],
+)
 def test_plan_is_what_training_steps_hold(tmp_path, precision, checkpointing, accumulation):
     setup = replace(
         CPU, precision=precision, checkpointing=checkpointing, accumulation=accumulation, ema=accumulation > 1
@@ -119,8 +122,8 @@ def test_plan_is_what_a_gpu_holds():
     "change",
     [
         {},
-        {"checkpointing": True},
-        {"strategy": "fsdp", "gpus": 4, "shard": 4},
+        pytest.param({"checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param({"strategy": "fsdp", "gpus": 4, "shard": 4}, marks=pytest.mark.slow),
         pytest.param({"as_gpu": True, "compiled": True}, marks=pytest.mark.slow),
         {"precision": "none", "gpus": 2},
     ],
