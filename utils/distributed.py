@@ -85,8 +85,9 @@ class Distributed:
             self.barrier()
 
     def close(self) -> None:
-        """Leaves the process group."""
+        """Leaves the process group, at a run's good end and together: who left early would take the others' connections."""
         if torch_dist.is_initialized():
+            self.barrier()
             torch_dist.destroy_process_group()
 
 
