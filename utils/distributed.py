@@ -71,7 +71,7 @@ class Distributed:
         if self.world_size > 1:
             torch_dist.barrier()
 
-    def gather_ok(self, error: Exception | None) -> str | None:
+    def first_failure(self, error: Exception | None) -> str | None:
         """What failed on the first process where something did, so that all of them decide alike; None for nothing."""
         return next((text for text in self.gather(None if error is None else str(error)) if text is not None), None)
 

@@ -447,7 +447,7 @@ class Trainer:
                 saved = self.state.read(path, self.dist)
             except (ValueError, OSError) as error:
                 failure = error
-            failure = self.dist.gather_ok(failure)
+            failure = self.dist.first_failure(failure)
             if failure:
                 self.log.warning(f"{failure} Trying the checkpoint before it.")
                 continue

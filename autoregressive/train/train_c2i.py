@@ -98,12 +98,11 @@ def main(args: argparse.Namespace) -> None:
         )
     sides = {patches.patch_side(epoch) for epoch in range(args.epochs)}
     layouts = {side: replace(model.layout, patch_side=side) for side in sides}  # refuses patches with groups
-    if plan.sharded:  # no process ever holds the whole model
-        wrapped = plan.apply(TokenLoss(model), blocks=model.layers)
+    if not plan.sharded:
         materialize(model, dist.device, args.global_seed)
-    else:
+    wrapped = plan.apply(TokenLoss(model), blocks=model.layers)
+    if plan.sharded:  # only now, so that no process ever holds the whole model
         materialize(model, dist.device, args.global_seed)
-        wrapped = plan.apply(TokenLoss(model), blocks=model.layers)
     start_from = args.gpt_resume or args.gpt_ckpt
     initial = TrainingState.read(find_checkpoint(start_from), dist, whole=False) if start_from else None
     drop_probability = model.args.class_dropout_prob
@@ -149,20 +148,28 @@ def sample_grid(args: argparse.Namespace, dist: "Distributed", grid: int) -> "Ca
 
     from autoregressive.models.generate import generate, release_cache
     from tokenizer.tokenizer_image.load import load_tokenizer
+    from utils.errors import AgreedError
     from utils.images import make_grid, to_uint8
     from utils.rng import image_noise
     from utils.runs import find_checkpoint
 
     with dist.main_first():
         path = find_checkpoint(args.vq_ckpt)
+    failure = None
     if dist.is_main:
-        tokenizer = load_tokenizer(path, device=dist.device)
-        codes, pixels = tokenizer.config.codebook_size, tokenizer.downsample
-        if (codes, pixels) != (args.vocab_size, args.downsample_size):
-            raise ValueError(
-                f"--vq-ckpt {path} has {codes} codes of {pixels}x{pixels} pixels, not --vocab-size {args.vocab_size} "
-                f"--downsample-size {args.downsample_size}"
-            )
+        try:
+            tokenizer = load_tokenizer(path, device=dist.device)
+            codes, pixels = tokenizer.config.codebook_size, tokenizer.downsample
+            if (codes, pixels) != (args.vocab_size, args.downsample_size):
+                raise ValueError(
+                    f"--vq-ckpt {path} has {codes} codes of {pixels}x{pixels} pixels, not --vocab-size {args.vocab_size} "
+                    f"--downsample-size {args.downsample_size}"
+                )
+        except ValueError as error:
+            failure = error
+    failure = dist.first_failure(failure)
+    if failure:  # on every process: the others would wait for the first
+        raise AgreedError(failure)
 
     def sample(model: "Transformer") -> dict[str, "np.ndarray"]:
         labels = torch.arange(8, device=dist.device) * args.num_classes // 8

@@ -90,6 +90,7 @@ def test_plan_is_what_training_steps_hold(tmp_path, precision, checkpointing, ac
     )
     planned = training_memory(SMALL, setup)
     peak = measured_peak(tmp_path, lambda: train(SMALL, setup, Distributed(torch.device("cpu"))))
+    print(f"{setup.precision}, {checkpointing=}, {accumulation=}: {peak / 2**20:.1f}, {planned.total / 2**20:.1f} MiB")
     # bfloat16 kernels of a CPU also have float32 buffers of their own
     assert planned.total == pytest.approx(peak, rel=0.01 if precision == "none" else 0.1)
 
