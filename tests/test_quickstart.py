@@ -74,6 +74,9 @@ def test_the_recipe(tmp_path):
     assert report["held_out_digits_read_right"] > 0.95
     assert 0 <= report["samples_read_as_asked"] <= 1
     assert report["psnr_held_out_db"] > 5 and 0 < report["codebook_usage_held_out"] <= 1
+    held_out, samples = report["train_against_held_out"], report["train_against_samples"]
+    assert held_out["frechet_distance"] < samples["frechet_distance"]  # hardly trained
+    assert held_out["precision"] > 0.5 and held_out["recall"] > 0.5 and 0 <= samples["precision"] <= 1
     assert report["nll_held_out_nats_per_token"] == pytest.approx(np.log(256), abs=0.5)  # hardly trained
     pictures = sorted(out.glob("samples/*/*.png"))
     assert len(pictures) == 20

@@ -4,7 +4,8 @@
         --vq-ckpt quickstart/tokenizer --samples quickstart/samples --output quickstart
 
 The judge of generated digits is a support vector classifier fitted on the real training digits; what it makes of the
-real held-out digits stands beside it.
+real held-out digits stands beside it. Distances between sets of digits are those of evaluations/metrics.py, over the hidden
+layer of a small perceptron that was taught to read the training digits.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from utils.cli import flag_parser, run_script
 def main(args: argparse.Namespace) -> None:
     import numpy as np
     import torch
+    from sklearn.neural_network import MLPClassifier
     from sklearn.svm import SVC
 
     from autoregressive.pipeline import load_gpt
@@ -24,6 +26,7 @@ def main(args: argparse.Namespace) -> None:
     from dataset.codes import PackedCodes
     from dataset.folders import class_folders
     from dataset.images import load_rgb
+    from evaluations.metrics import RunningStatistics, frechet_distance, precision_recall
     from tokenizer.reconstruction import reconstruct
     from tokenizer.tokenizer_image.load import load_tokenizer
     from utils.distributed import start
@@ -61,10 +64,26 @@ def main(args: argparse.Namespace) -> None:
     rows = [np.flatnonzero(asked == digit)[:10] for digit in range(10)]
     save_png(make_grid(samples[np.concatenate(rows)], columns=10), output / "samples.png")
 
-    def features(images: np.ndarray) -> np.ndarray:
+    def pixels_of(images: np.ndarray) -> np.ndarray:
         return images[..., 0].reshape(len(images), -1) / 255.0
 
-    judge = SVC(C=10, gamma="scale").fit(features(train_images), train_labels)
+    judge = SVC(C=10, gamma="scale").fit(pixels_of(train_images), train_labels)
+    perceptron = MLPClassifier((64,), max_iter=60, random_state=0).fit(pixels_of(train_images), train_labels)
+
+    def features_of(images: np.ndarray) -> np.ndarray:
+        """The hidden layer: (n, 64)."""
+        return np.maximum(pixels_of(images) @ perceptron.coefs_[0] + perceptron.intercepts_[0], 0)
+
+    def distances(images: np.ndarray) -> dict[str, float]:
+        """How far a set of images is from the training digits."""
+        statistics = []
+        for part in (train_images, images):
+            running = RunningStatistics(64)
+            running.update(features_of(part))
+            statistics.append(running.result())
+        precision, recall = precision_recall(features_of(train_images), features_of(images))
+        return {"frechet_distance": frechet_distance(*statistics), "precision": precision, "recall": recall}
+
     seconds: dict[str, float] = {}
     times = output / "seconds.tsv"
     for line in times.read_text().splitlines() if times.exists() else ():
@@ -78,8 +97,10 @@ def main(args: argparse.Namespace) -> None:
         "codebook_usage_held_out": len(np.unique(codes)) / tokenizer.config.codebook_size,
         "nll_held_out_nats_per_token": nll,
         "samples": len(samples),
-        "samples_read_as_asked": float(judge.score(features(samples), asked)),
-        "held_out_digits_read_right": float(judge.score(features(held_images), held_labels)),
+        "samples_read_as_asked": float(judge.score(pixels_of(samples), asked)),
+        "held_out_digits_read_right": float(judge.score(pixels_of(held_images), held_labels)),
+        "train_against_held_out": distances(held_images),
+        "train_against_samples": distances(samples),
     }
     write_json(output / "report.json", report)
     print(json.dumps(report, indent=2))

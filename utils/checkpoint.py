@@ -30,7 +30,13 @@ State = dict[str, torch.Tensor]
 CONSOLIDATED_FILE, AVERAGED_FILE, RECORD_FILE = "consolidated.pth", "consolidated_ema.pth", "training.json"
 _LISTED = 20
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# Lightning keeps the state of this callback under its class itself. Reading needs a class of that name, not Lightning's.
+_LIGHTNING_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 _PLAIN = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}
+
+
+class _StandIn:
+    """Stands for a class that a file names and that nothing is to be made of."""
 
 
 @dataclass
@@ -161,7 +167,7 @@ def _compare_checksums(path: Path) -> None:
 
 def _read_pickle(path: Path, map_location: str | torch.device, mmap: bool) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, (_StandIn, _LIGHTNING_CALLBACK)]):
             return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -221,6 +227,9 @@ def _sort_out(path: Path, content: Any) -> Checkpoint:
     if _is_state(content):
         return Checkpoint(path, _clean(content, path), None, None, None, None, "fsdp")
     entries = {str(key): value for key, value in content.items()}
+    if isinstance(entries.get("callbacks"), Mapping):
+        named = entries["callbacks"].items()
+        entries["callbacks"] = {_LIGHTNING_CALLBACK if key is _StandIn else key: value for key, value in named}
     source = next((key for key in ("model", "module", "state_dict", "ema") if _is_state(entries.get(key))), None)
     if source is None:
         raise ValueError(

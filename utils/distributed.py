@@ -58,6 +58,14 @@ class Distributed:
         torch_dist.all_gather_object(values, value)
         return values
 
+    def collect(self, value: T) -> list[T] | None:
+        """Every process's picklable `value`, in rank order, on the first process; None on the others."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size if self.is_main else None
+        torch_dist.gather_object(value, values)
+        return values
+
     def broadcast(self, value: T) -> T:
         """The first process's picklable `value`."""
         if self.world_size == 1:

@@ -27,7 +27,8 @@ _NPP = "pytttttt/LlamaGen-NPP"
 class Release:
     """A published file, or with an empty `filename` a whole repository, which becomes a folder.
 
-    `flags` are the script flags that fit it, `home` its place inside pretrained_models/.
+    `flags` are the script flags that fit it, `home` its place inside pretrained_models/. `files` are the patterns of what
+    is fetched of a repository.
     """
 
     repo_id: str
@@ -35,6 +36,8 @@ class Release:
     what: str
     home: str
     flags: Mapping[str, str] = field(default_factory=dict)
+    # The T5 repository also has the weights in three other formats, 34 GB more.
+    files: tuple[str, ...] = ("*.json", "*.model", "*.safetensors", "*.txt")
 
     @property
     def name(self) -> str:
@@ -64,6 +67,12 @@ def _tokenizer(repo_id: str, filename: str, vq_model: str, **flags: str) -> Rele
     return Release(repo_id, filename, f"{vq_model} tokenizer", filename, {"--vq-model": vq_model, **flags})
 
 
+def _autoencoder(repo_id: str, what: str, **flags: str) -> Release:
+    named = {"--" + flag.replace("_", "-"): value for flag, value in flags.items()}
+    files = ("config.json", "diffusion_pytorch_model.safetensors")  # not the same weights in other layouts
+    return Release(repo_id, "", what, repo_id.split("/")[1], named, files)
+
+
 RELEASED: dict[str, Release] = {
     release.name: release
     for release in (
@@ -89,12 +98,13 @@ RELEASED: dict[str, Release] = {
         _gpt(_NPP, "c2i_XL_256.pt", "GPT-XL", 256, folder="LlamaGen-NPP/"),
         _gpt(_NPP, "c2i_XXL_256.pt", "GPT-XXL", 256, folder="LlamaGen-NPP/"),
         Release("google/flan-t5-xl", "", "T5 text encoder of the text-conditional models", "t5-ckpt/flan-t5-xl"),
+        _autoencoder("stabilityai/sd-vae-ft-mse", "Stable Diffusion's VAE, a baseline", vae="sd-vae-ft-mse"),
+        _autoencoder("stabilityai/sdxl-vae", "SDXL's VAE, a baseline", vae="sdxl-vae"),
+        _autoencoder("openai/consistency-decoder", "consistency decoder, a baseline"),
     )
 }
 """Qualified name ('repository/file') → release. Where a file name occurs twice, the bare name means the first."""
 
-# The T5 repository also has the weights in three other formats, 34 GB more.
-_FOLDER_FILES = ["*.json", "*.model", "*.safetensors", "*.txt"]
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -205,7 +215,7 @@ def _download(release: Release) -> Path:
                 got = huggingface_hub.hf_hub_download(release.repo_id, release.filename, local_dir=staging)
             else:
                 got = huggingface_hub.snapshot_download(
-                    release.repo_id, local_dir=staging, allow_patterns=_FOLDER_FILES
+                    release.repo_id, local_dir=staging, allow_patterns=list(release.files)
                 )
                 shutil.rmtree(staging / ".cache", ignore_errors=True)
             os.replace(got, target)

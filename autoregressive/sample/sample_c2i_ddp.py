@@ -8,8 +8,6 @@ on where it stopped, on as many processes as there are then.
 """
 
 import argparse
-import json
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from autoregressive.models.sizes import GPT_SIZES
@@ -48,6 +46,7 @@ def main(args: argparse.Namespace) -> None:
     from autoregressive.sample.common import build_pipeline, sampling_settings
     from utils.distributed import start
     from utils.images import is_whole_png, save_png, write_image_npz
+    from utils.sample_folder import claim_folder, read_images
 
     if args.gpt_type != "c2i":
         raise ValueError(
@@ -59,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
         pipeline, gpt_path, vq_path = build_pipeline(args, dist.device, args.per_proc_batch_size)
     folder = Path(args.sample_dir) / folder_name(args, gpt_path, vq_path)
     if dist.is_main:
-        claim_folder(folder, args, gpt_path, vq_path)
+        claim_folder(folder, run_settings(args, gpt_path, vq_path))
     dist.barrier()
 
     def png(index: int) -> Path:
@@ -107,41 +106,12 @@ def folder_name(args: argparse.Namespace, gpt_path: Path, vq_path: Path) -> str:
     )
 
 
-def claim_folder(folder: Path, args: argparse.Namespace, gpt_path: Path, vq_path: Path) -> None:
-    """Records what the folder's images are drawn with. Raises ValueError where it holds images drawn with other settings."""
-    from utils.files import write_json
+def run_settings(args: argparse.Namespace, gpt_path: Path, vq_path: Path) -> dict:
+    """What decides the images, as plain values."""
+    from utils.sample_folder import file_identity
 
     settings = {key: value for key, value in vars(args).items() if key not in IMMATERIAL}
-    for name, path in (("gpt_ckpt", gpt_path), ("vq_ckpt", vq_path)):
-        settings[name] = {
-            "file": str(path.resolve()),
-            "bytes": path.stat().st_size,
-            "modified": path.stat().st_mtime_ns,
-        }
-    record = folder / "settings.json"
-    if record.exists():
-        before = json.loads(record.read_text())
-        changed = [key for key in settings if before.get(key) != settings[key]]
-        if changed:
-            described = "; ".join(f"{key}: {before.get(key)}, now {settings[key]}" for key in changed)
-            raise ValueError(
-                f"{folder} holds images drawn with other settings ({described}); remove it, or choose another --sample-dir"
-            )
-    else:
-        write_json(record, settings)
-
-
-def read_images(paths: Iterable[Path]) -> Iterator:
-    """The PNG files' pixels, one at a time, uint8 (H, W, 3). Raises ValueError that names a file it cannot read."""
-    import numpy as np
-    from PIL import Image
-
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                yield np.asarray(image.convert("RGB"))
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{path} is not readable ({error}); remove it and run the same command again") from error
+    return {**settings, "gpt_ckpt": file_identity(gpt_path), "vq_ckpt": file_identity(vq_path)}
 
 
 def flags() -> argparse.ArgumentParser:

@@ -4,6 +4,8 @@ import argparse
 import errno
 import os
 import pickle
+import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import safetensors.torch
 import torch
 
 from tests.helpers import golden_state, load_golden
+from tests.tokenizer.taming import lightning_class, save_lightning
 from tests.utils.test_files import largest_file
 from utils import checkpoint as ckpt
 from utils.checkpoint import load_into, prune_checkpoints, read_checkpoint, save_checkpoint, save_safetensors
@@ -152,6 +155,54 @@ def test_a_lightning_file_with_more_than_the_model_keeps_its_names(tmp_path):
     state = {"model.a": torch.zeros(1), "loss.b": torch.zeros(1)}
     torch.save({"state_dict": state}, tmp_path / "a.ckpt")
     assert_same(read_checkpoint(tmp_path / "a.ckpt").model, state)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_lightning_file_with_its_callbacks(tmp_path, state, zipped):
+    """Their state is kept under Lightning's class itself: its name is read, Lightning is not needed."""
+    got = read_checkpoint(save_lightning(tmp_path / "last.ckpt", state, zipped))
+    assert (got.format, got.steps) == ("lightning", 3456)
+    assert_same(got.model, state)
+    assert "pytorch_lightning" not in sys.modules
+    (callback,) = got.extra["callbacks"]
+    assert callback == "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+    assert got.extra["callbacks"][callback]["monitor"] == "val/rec_loss"
+    save_checkpoint(tmp_path / "again.pt", {"model": got.model, **got.extra})
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+        "pytorch_lightning.callbacks.model_checkpoint.Other",
+        "another.callbacks.model_checkpoint.ModelCheckpoint",
+    ],
+)
+def test_other_classes_in_a_lightning_file_stay_refused(tmp_path, state, name, zipped):
+    with lightning_class(name) as other:
+        save_lightning(tmp_path / "last.ckpt", state, zipped, more={other: 1})
+    with pytest.raises(ValueError, match=rf"refused: .*last\.ckpt asks to run {re.escape(name)}"):
+        read_checkpoint(tmp_path / "last.ckpt")
+
+
+def test_code_behind_lightnings_callback_is_refused(tmp_path, state):
+    save_lightning(tmp_path / "last.ckpt", state, hyper_parameters=Harmful(tmp_path / "trace"))
+    with pytest.raises(ValueError, match=r"refused: .*last\.ckpt asks to run \w+\.mkdir while loading"):
+        read_checkpoint(tmp_path / "last.ckpt")
+    assert not (tmp_path / "trace").exists()
+
+
+def test_an_object_of_lightnings_callback_does_nothing(tmp_path, state):
+    """Even one with the attributes and the state of a harmful class is a plain thing with those attributes."""
+    with lightning_class() as callback:
+        made = callback()
+        made.command = "x"
+        content = {"state_dict": dict(state), "callbacks": {callback: {}}, "more": made}
+        torch.save(content, tmp_path / "last.ckpt")
+    got = read_checkpoint(tmp_path / "last.ckpt")
+    assert_same(got.model, state)
+    assert type(got.extra["more"]).__module__ == "utils.checkpoint"
 
 
 def test_folders(tmp_path, state):

@@ -1,0 +1,152 @@
+"""The published figures by name, with the weights and settings they belong to: what reproduce.py runs and figures show.
+
+row = find_row("c2i_L_384"); row.fid, row.cfg_scale, row.flags()
+
+Class-conditional ImageNet: FID of 50,000 samples against the reference batch below. Tokenizers: FID of ImageNet's 50,000
+validation images, reconstructed, against themselves (rFID). The figures are those that LlamaGen (arXiv 2406.06525),
+Next-Patch-Prediction (2412.15321) and PAR (2412.15119) give for the weights they released.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from utils.cli import grid_size
+from utils.hub import RELEASED
+
+if TYPE_CHECKING:
+    from autoregressive.models.gpt import ModelArgs
+
+REFERENCE = "VIRTUAL_imagenet256_labeled.npz"
+REFERENCE_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/{REFERENCE}"
+REFERENCE_IMAGES = 10_000
+GRAPH = "classify_image_graph_def.pb"
+
+_LLAMAGEN = "FoundationVision/LlamaGen"
+_NPP = "pytttttt/LlamaGen-NPP"
+_PAR = "Epiphqny/PAR"
+_PARAMETERS = {"B": 110_888_448, "L": 342_910_976, "XL": 774_699_520, "XXL": 1_410_972_672, "3B": 3_096_659_200}
+_VQ16, _VQ8 = f"{_LLAMAGEN}/vq_ds16_c2i.pt", f"{_LLAMAGEN}/vq_ds8_c2i.pt"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published figure. Released names are those of utils/hub.py, parameters are numbers in the model.
+
+    gpt: the released GPT; None for a row about the tokenizer alone, whose `fid` is then rFID.
+    image_size: pixels a side that the models work at. image_size_eval: that the images are evaluated at.
+    """
+
+    name: str
+    system: str
+    fid: float
+    parameters: int
+    gpt: str | None
+    tokenizer: str
+    image_size: int
+    cfg_scale: float | None = None
+    image_size_eval: int = 256
+    samples: int = 50_000
+
+    @property
+    def model(self) -> str:
+        """The size, as --gpt-model or --vq-model names it."""
+        return RELEASED[self.gpt].flags["--gpt-model"] if self.gpt else RELEASED[self.tokenizer].flags["--vq-model"]
+
+    @property
+    def figure(self) -> str:
+        """What `fid` is called."""
+        return "FID" if self.gpt else "rFID"
+
+    def flags(self) -> dict[str, str]:
+        """Flags of sample_c2i_ddp.py, or for a tokenizer of reconstruction_vq_ddp.py; a switch has an empty value."""
+        sizes = {"--image-size": str(self.image_size), "--image-size-eval": str(self.image_size_eval)}
+        tokenizer = {**RELEASED[self.tokenizer].flags, "--vq-ckpt": self.tokenizer}
+        if self.gpt is None:
+            tokenizer.pop("--downsample-size", None)  # of the scripts that have a GPT too
+            return tokenizer | sizes
+        drawing = {"--cfg-scale": str(self.cfg_scale), "--top-k": "0", "--top-p": "1.0", "--temperature": "1.0"}
+        gpt = {**RELEASED[self.gpt].flags, "--gpt-ckpt": self.gpt}
+        return gpt | tokenizer | sizes | drawing | {"--num-fid-samples": str(self.samples)}
+
+
+def _raster(repository: str, size: str, image_size: int, cfg_scale: float, fid: float) -> Row:
+    system, prefix = ("NPP", "npp") if repository == _NPP else ("LlamaGen", "c2i")
+    file = f"{repository}/c2i_{size}_{image_size}.pt"
+    name = f"{prefix}_{size}_{image_size}"
+    return Row(name, system, fid, _PARAMETERS[size], file, _VQ16, image_size, cfg_scale)
+
+
+def _par(size: str, group: int, cfg_scale: float, fid: float) -> Row:
+    name = f"PAR-{size}-{group}x"
+    width = {"XL": 1280, "XXL": 1536, "3B": 3200}[size]
+    parameters = _PARAMETERS[size] + (group - 1) * width  # its special tokens
+    return Row(name, "PAR", fid, parameters, f"{_PAR}/{name}.pt", _VQ16, 384, cfg_scale)
+
+
+def _tokenizer(name: str, file: str, parameters: int, image_size: int, fid: float) -> Row:
+    return Row(name, "LlamaGen", fid, parameters, None, file, image_size)
+
+
+ROWS: dict[str, Row] = {
+    row.name: row
+    for row in (
+        _raster(_LLAMAGEN, "B", 256, 2.0, 5.46),
+        _raster(_LLAMAGEN, "L", 256, 2.0, 3.80),
+        _raster(_LLAMAGEN, "B", 384, 2.0, 6.09),
+        _raster(_LLAMAGEN, "L", 384, 2.0, 3.07),
+        _raster(_LLAMAGEN, "XL", 384, 1.75, 2.62),
+        _raster(_LLAMAGEN, "XXL", 384, 1.75, 2.34),
+        _raster(_LLAMAGEN, "3B", 384, 1.65, 2.18),
+        _raster(_NPP, "B", 256, 2.0, 4.47),
+        _raster(_NPP, "L", 256, 1.75, 2.76),
+        _raster(_NPP, "XL", 256, 1.70, 2.65),
+        _raster(_NPP, "XXL", 256, 1.65, 2.55),
+        _par("XL", 4, 1.5, 2.61),
+        _par("XXL", 4, 1.435, 2.35),
+        _par("3B", 4, 1.345, 2.29),
+        _par("3B", 16, 1.5, 2.88),
+        _tokenizer("vq_ds16_c2i", _VQ16, 71_883_403, 256, 2.19),
+        _tokenizer("vq_ds16_c2i_384", _VQ16, 71_883_403, 384, 0.94),
+        _tokenizer("vq_ds16_c2i_512", _VQ16, 71_883_403, 512, 0.70),
+        _tokenizer("vq_ds8_c2i", _VQ8, 70_109_835, 256, 0.59),
+    )
+}
+"""Name → row."""
+
+
+def find_row(name: str) -> Row:
+    """The row of a name. Raises ValueError that lists close names, or all, for one that is not known."""
+    if name in ROWS:
+        return ROWS[name]
+    by_lower = {known.lower(): known for known in ROWS}
+    close = [by_lower[match] for match in difflib.get_close_matches(name.lower().removesuffix(".pt"), by_lower, n=3)]
+    known = f"did you mean {' or '.join(close)}" if close else f"known are {', '.join(ROWS)}"
+    raise ValueError(f"there is no published row {name!r}; {known}")
+
+
+def gpt_args(settings: Mapping[str, Any]) -> "ModelArgs":
+    """The model that flags of sample_c2i_ddp.py describe, from their values or a sample folder's settings.json.
+
+    Raises ValueError for a size that is not known, KeyError where a setting is missing.
+    """
+    from autoregressive.models.gpt import ModelArgs
+    from autoregressive.models.sizes import GPT_SIZES
+
+    if settings["gpt_model"] not in GPT_SIZES:
+        raise ValueError(f"--gpt-model {settings['gpt_model']} is in no table; known are {', '.join(GPT_SIZES)}")
+    layers, heads, dim = GPT_SIZES[settings["gpt_model"]]
+    special = settings.get("spe_token_num")
+    group = settings.get("ar_token_num") or (1 if special is None else special + 1)
+    return ModelArgs(
+        dim=dim,
+        n_layer=layers,
+        n_head=heads,
+        vocab_size=settings["codebook_size"],
+        block_size=grid_size(settings["image_size"], settings["downsample_size"]) ** 2,
+        num_classes=settings["num_classes"],
+        cls_token_num=settings["cls_token_num"],
+        ar_token_num=group,
+        spe_token_num=group - 1,
+    )

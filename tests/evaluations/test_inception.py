@@ -1,0 +1,219 @@
+"""evaluations/c2i/inception.py: the evaluator's features from both backends, where the graph is found, what is refused."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from evaluations.c2i import inception
+from evaluations.c2i.inception import GRAPH_FILE, GRAPH_URL, TensorFlowInception, TorchInception, find_graph, sha256_of
+from tests.evaluations.graphs import FLOAT, GraphBuilder, inception_graph
+from tests.helpers import GOLDEN, ROOT
+
+STANDIN = GOLDEN / "evaluator" / "standin_graph.pb"
+BACKENDS = [
+    pytest.param(TorchInception, id="torch"),
+    pytest.param(TensorFlowInception, id="tensorflow", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The graph of 2015 at an eighth of its width; its batch of one is in a Reshape before the softmax."""
+    path = tmp_path_factory.mktemp("graph") / "small.pb"
+    path.write_bytes(inception_graph(width=0.125, classes=30))
+    return path
+
+
+def images(count, height=20, width=24, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+def assert_near(actual, expected):
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype == np.float32
+    assert np.abs(actual - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_recorded_activations(backend):
+    with np.load(GOLDEN / "evaluator" / "reference_batch.npz") as data:
+        batch = data["arr_0"][:8]
+    features = backend(STANDIN)
+    pool, spatial = features(batch)
+    with np.load(GOLDEN / "evaluator" / "activations.npz") as data:
+        assert_near(pool, data["pool_reference"])
+        assert_near(spatial, data["spatial_reference"])
+    assert features.weights.shape == (2048, 16) and features.weights.dtype == np.float32
+    assert features.pool_dim == 2048 and features.device == "cpu"
+    assert set(features.versions) == {features.name, "numpy"}
+
+
+@pytest.mark.slow
+def test_both_backends_on_the_graph_of_2015(small):
+    """Batches of several images, though the file was made for one."""
+    ours, reference = TorchInception(small), TensorFlowInception(small)
+    np.testing.assert_array_equal(ours.weights, reference.weights)
+    for batch in (images(3), images(1, 31, 17), images(11, 8, 8)):
+        for actual, expected in zip(ours(batch), reference(batch), strict=True):
+            assert_near(actual, expected)
+            assert len(actual) == len(batch) and actual.flags.c_contiguous
+    assert ours(images(2))[1].shape == (2, 17 * 17 * 7)
+
+
+def test_images_one_by_one_as_in_a_batch(small):
+    """Eleven are more than are computed at once."""
+    features = TorchInception(small)
+    batch = images(11)
+    together = features(batch)
+    alone = [features(batch[i : i + 1]) for i in range(11)]
+    for whole, parts in zip(together, zip(*alone, strict=True), strict=True):
+        assert_near(whole, np.concatenate(parts))
+    turned = features(np.ascontiguousarray(batch[:, :, ::-1])[:, :, ::-1])  # a view with a negative stride
+    np.testing.assert_array_equal(turned[0], together[0])
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [images(2).astype(np.float32), images(2)[0], images(2)[..., :1], images(0), images(2).transpose(0, 3, 1, 2)],
+    ids=["float", "one", "grey", "none", "channels first"],
+)
+def test_images_that_are_refused(batch):
+    with pytest.raises(ValueError, match=r"expected uint8 images \(B, H, W, 3\), got (uint8|float32) of shape"):
+        TorchInception(STANDIN)(batch)
+
+
+def other_graph(tmp_path, *, pool=True, transpose=False, features=4):
+    """Like the evaluator's graph in names only."""
+    graph = GraphBuilder()
+    graph.placeholder("ExpandDims")
+    graph.integers("axes", [1, 2])
+    graph.floats("w", np.arange(12).reshape(1, 1, 3, 4))
+    graph.add("Conv2D", "mixed_6/conv", "ExpandDims", "w", T=FLOAT, strides=[1, 1, 1, 1], padding="SAME")
+    if pool:
+        graph.add("Mean", "pool_3", "mixed_6/conv", "axes", T=FLOAT)
+    graph.floats("weights", np.arange(5 * features).reshape(5, features) if transpose else np.ones((features, 5)))
+    graph.add("Identity", "weights/read", "weights", T=FLOAT)
+    graph.add("MatMul", "softmax/logits/MatMul", "ExpandDims", "weights/read", T=FLOAT, transpose_b=transpose)
+    return graph.save(tmp_path / "other.pb")
+
+
+def test_weights_behind_an_identity_and_transposed(tmp_path):
+    features = TorchInception(other_graph(tmp_path, transpose=True))
+    np.testing.assert_array_equal(features.weights, np.arange(20, dtype=np.float32).reshape(5, 4).T)
+    assert features.pool_dim == 4
+
+
+def test_graphs_that_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"other\.pb is not the evaluator's Inception graph: .*no node 'pool_3'"):
+        TorchInception(other_graph(tmp_path, pool=False))
+    with pytest.raises(ValueError, match=r"pool_3:0 gives 4 features an image, softmax/logits/MatMul takes 6"):
+        TorchInception(other_graph(tmp_path, features=6))(images(1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_features_that_are_not_finite(tmp_path, backend):
+    graph = GraphBuilder()
+    graph.graph.ParseFromString(inception_graph(width=0.02, classes=3))
+    for node in graph.graph.node:
+        if node.name == "mixed_2/conv/batchnorm/beta":
+            node.attr["value"].tensor.tensor_content = np.full(8, np.nan, dtype=np.float32).tobytes()
+    features = backend(graph.save(tmp_path / "graph.pb"))
+    with pytest.raises(ValueError, match="mixed_2/conv/CheckNumerics"):
+        features(images(1))
+
+
+def test_without_tensorflow(monkeypatch):
+    monkeypatch.setattr(inception.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install tensorflow.*--backend torch"):
+        TensorFlowInception(STANDIN)
+
+
+@pytest.mark.slow
+def test_torch_alone_imports_no_tensorflow_and_tensorflow_says_nothing():
+    code = (
+        "import sys, numpy as np\n"
+        "from evaluations.c2i.inception import TensorFlowInception, TorchInception\n"
+        f"TorchInception({str(STANDIN)!r})(np.zeros((1, 9, 9, 3), np.uint8))\n"
+        "assert 'tensorflow' not in sys.modules\n"
+        f"TensorFlowInception({str(STANDIN)!r})(np.zeros((1, 9, 9, 3), np.uint8))\n"
+        "print('heard', file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "heard\n")
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """A working directory and a project that are empty; downloads are noted instead of made."""
+    work, project = tmp_path / "work", tmp_path / "project"
+    work.mkdir()
+    (project / "pretrained_models").mkdir(parents=True)
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(inception, "_ROOT", project)
+    asked = []
+
+    def download(url, target, what):
+        asked.append((url, target))
+        return target
+
+    monkeypatch.setattr(inception, "download", download)
+    return work, project, asked
+
+
+def test_where_the_graph_is_found(places):
+    work, project, asked = places
+    # From the last place that is looked at to the first.
+    for folder in (project / "pretrained_models", work / "pretrained_models", work):
+        folder.mkdir(exist_ok=True)
+        (folder / GRAPH_FILE).write_bytes(b"graph")
+        assert os.path.samefile(find_graph(), folder / GRAPH_FILE)
+    assert not asked
+
+
+def test_where_the_graph_is_downloaded_to(places):
+    work, project, asked = places
+    assert find_graph() == project / "pretrained_models" / GRAPH_FILE
+    (work / "pretrained_models").mkdir()
+    assert find_graph() == work / "pretrained_models" / GRAPH_FILE
+    assert asked == [
+        (GRAPH_URL, project / "pretrained_models" / GRAPH_FILE),
+        (GRAPH_URL, work / "pretrained_models" / GRAPH_FILE),
+    ]
+
+
+def test_a_graph_by_its_name(places):
+    work, _, asked = places
+    (work / "mine.pb").write_bytes(b"graph")
+    assert find_graph("mine.pb").samefile(work / "mine.pb")
+    for name, what in (("other.pb", "does not exist"), (work, "is a folder")):
+        with pytest.raises(FileNotFoundError, match=what) as error:
+            find_graph(name)
+        assert str(name) in str(error.value) and GRAPH_URL in str(error.value)
+    assert not asked
+
+
+def test_offline(places, monkeypatch):
+    """What the real download says where it may not go."""
+    from utils.download import download
+
+    monkeypatch.setattr(inception, "download", download)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE") as error:
+        find_graph()
+    assert GRAPH_URL in str(error.value)
+
+
+def test_sha256():
+    assert sha256_of(STANDIN) == hashlib.sha256(STANDIN.read_bytes()).hexdigest()

@@ -1,0 +1,29 @@
+"""Writes the centre crops of a folder of images, PNG files and an .npz: the reference that reconstructions are compared with.
+
+    torchrun --nproc_per_node=8 tokenizer/validation/val_ddp.py --data-path imagenet/val --image-size 256
+
+The crops are cut from the files at --image-size directly. The same command again does what is missing.
+"""
+
+import argparse
+
+from tokenizer.reconstruction import reconstruction_flags
+from utils.cli import run_script
+
+
+def main(args: argparse.Namespace) -> None:
+    from tokenizer.reconstruction import evaluate
+    from utils.distributed import start
+
+    dist = start(args.device)
+    evaluate(args, dist, None, name=f"val-{args.dataset}-size-{args.image_size}")
+    dist.close()
+
+
+def flags() -> argparse.ArgumentParser:
+    """The script's flags."""
+    return reconstruction_flags(__doc__, model=False)
+
+
+if __name__ == "__main__":
+    run_script(main, flags())

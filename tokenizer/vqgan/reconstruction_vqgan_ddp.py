@@ -1,0 +1,41 @@
+"""Reconstructs a folder of images by a VQGAN of taming-transformers or latent diffusion, a baseline.
+
+    torchrun --nproc_per_node=8 tokenizer/vqgan/reconstruction_vqgan_ddp.py --data-path imagenet/val \\
+        --vqgan vqgan_imagenet_f16_16384
+
+Takes Lightning checkpoints as published. What it writes: see tokenizer/reconstruction.py.
+"""
+
+import argparse
+
+from tokenizer.reconstruction import reconstruction_flags
+from tokenizer.vqgan.sizes import VQGAN_FROM_TAMING
+from utils.cli import run_script
+
+
+def main(args: argparse.Namespace) -> None:
+    from tokenizer.reconstruction import VQCodec, evaluate
+    from tokenizer.vqgan.load import find_vqgan, load_vqgan
+    from utils.distributed import start
+
+    dist = start(args.device)
+    path = find_vqgan(args.vqgan, args.vqgan_ckpt)
+    codec = VQCodec(load_vqgan(path, args.vqgan, dist.device))
+    size = args.image_size_eval or args.image_size
+    name = f"{args.vqgan}-{args.dataset}-size-{args.image_size}-size-{size}"
+    evaluate(args, dist, codec, name=name, weights=path)
+    dist.close()
+
+
+def flags() -> argparse.ArgumentParser:
+    """The script's flags."""
+    parser = reconstruction_flags(__doc__)
+    parser.add_argument(
+        "--vqgan", choices=list(VQGAN_FROM_TAMING), default="vqgan_imagenet_f16_16384", help="which VQGAN"
+    )
+    parser.add_argument("--vqgan-ckpt", default=None, help="its file (default: looked for in pretrained_models/)")
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, flags())
