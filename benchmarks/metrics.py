@@ -128,7 +128,10 @@ def published_neighbours(
 ) -> tuple[float, float]:
     """Precision and recall with whole rows of distances, a partition for the third neighbour, and all comparisons."""
     import numpy as np
-    import tensorflow as tf
+
+    from evaluations.c2i.inception import import_tensorflow
+
+    tf = import_tensorflow()
 
     kind = tf.float32 if float32 else tf.float16
 

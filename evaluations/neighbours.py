@@ -10,7 +10,7 @@ The first is exact. The second has the arithmetic of published evaluators, float
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import combinations_with_replacement, pairwise, product
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ _MILLION = 1 << 20
 
 # Published evaluators take distances in blocks of this side, and one in float32 where any entry of it overflows float16.
 PUBLISHED_BLOCK = 10_000
+_SIDE = 2048  # of a tile of them, so that its few passes stay in a processor's cache
 # How TensorFlow adds up float16 on a processor: eight lanes in float16, four packets of them in turn, halves of long rows.
 _LANES, _PACKETS, _LONGEST = 8, 4, 1600
 
@@ -52,59 +53,86 @@ def float16_inside(
     Such distances are those of TensorFlow on a processor to nearly the last bit: sums of squares have its order of
     summation, products are rounded once. bar: told of N² + M² + N M.
     """
+    side = max(_SEGMENT, min(_SIDE, math.isqrt(memory // 16)))  # products, their sums, in two formats
     with _full_float32(), torch.inference_mode():
-        side = max(_SEGMENT, min(PUBLISHED_BLOCK, math.isqrt(memory // 16)))  # products, their sums, in two formats
-        radii = []
-        for features in sets:
-            nearest = torch.full((len(features), neighbours + 1), math.inf, device=device)
-            for rows, _, block in _float16_tiles(features, features, side, device, bar):
-                # A point is its own neighbour: rounding may put another before it.
-                both = torch.cat([nearest[_slice(rows)], block], dim=1)
-                nearest[_slice(rows)] = both.topk(neighbours + 1, dim=1, largest=False).values
-            radii.append(nearest[:, neighbours])
+        points = [_RoundedPoints(features, device) for features in sets]
+        radii = [_float16_radii(each, neighbours, side, bar) for each in points]
         inside = [torch.zeros(len(features), dtype=torch.bool, device=device) for features in sets]
-        for rows, columns, block in _float16_tiles(*sets, side, device, bar):
-            inside[1][_slice(columns)] |= (block <= radii[0][_slice(rows), None]).any(dim=0)
-            inside[0][_slice(rows)] |= (block <= radii[1][_slice(columns)]).any(dim=1)
+        for block_rows, block_columns in product(*(_parts(each.all, PUBLISHED_BLOCK) for each in points)):
+            dtype = _block_dtype(points[0], block_rows, points[1], block_columns, side)
+            for rows in _parts(block_rows, side):
+                left = points[0].rows(rows, dtype)
+                for columns in _parts(block_columns, side):
+                    products = (left @ points[1].rows(columns, dtype).T).to(dtype)
+                    block = _distances(points[0].squares(rows, dtype), products, points[1].squares(columns, dtype))
+                    inside[1][_slice(columns)] |= (block <= radii[0][_slice(rows), None]).any(dim=0)
+                    inside[0][_slice(rows)] |= (block <= radii[1][_slice(columns)]).any(dim=1)
+                    bar.update(block.numel())
     return inside[0].cpu().numpy(), inside[1].cpu().numpy()
 
 
-def _float16_tiles(
-    x: np.ndarray, y: np.ndarray, side: int, device: torch.device, bar: tqdm
-) -> Iterator[tuple[range, range, Tensor]]:
-    """All distances between rows of x and of y in tiles of at most `side` rows and columns, float32."""
-    for rows, columns in (
-        (r, c) for r in _parts(range(len(x)), PUBLISHED_BLOCK) for c in _parts(range(len(y)), PUBLISHED_BLOCK)
-    ):
-        tiles = [(r, c) for r in _parts(rows, side) for c in _parts(columns, side)]
-        dtype = torch.float16
-        if _may_overflow(x[_slice(rows)], y[_slice(columns)]):
-            whole = (_rounded_distances(x[_slice(r)], y[_slice(c)], dtype, device).isfinite().all() for r, c in tiles)
-            dtype = torch.float16 if all(whole) else torch.float32
-        for r, c in tiles:
-            yield r, c, _rounded_distances(x[_slice(r)], y[_slice(c)], dtype, device)
-            bar.update(len(r) * len(c))
+class _RoundedPoints:
+    """A set's points (N, D), rounded to a dtype, and their squared norms in it."""
+
+    def __init__(self, features: np.ndarray, device: torch.device):
+        self.features, self.device = features, device
+        self.all = range(len(features))
+        self._squares: dict[torch.dtype, Tensor] = {}
+
+    def rows(self, span: range, dtype: torch.dtype) -> Tensor:
+        """Points of a span, (n, D) float32 with values of `dtype`."""
+        values = torch.from_numpy(np.asarray(self.features[_slice(span)], np.float32)).to(self.device)
+        return values.to(dtype).float()
+
+    def squares(self, span: range, dtype: torch.dtype) -> Tensor:
+        """Squared norms of a span's points, (n,) `dtype`."""
+        if dtype not in self._squares:
+            parts = (self.rows(part, dtype).to(dtype) for part in _parts(self.all, _ROWS))
+            self._squares[dtype] = torch.cat([_sums(part * part) for part in parts])
+        return self._squares[dtype][_slice(span)]
 
 
-def _may_overflow(x: np.ndarray, y: np.ndarray) -> bool:
-    """Whether a distance or a part of it may be beyond float16, in which it cannot be with rows this short."""
-    longest = [
-        max(float(np.einsum("ij,ij->i", part, part, dtype=np.float64).max()) for part in _chunks(z)) for z in (x, y)
-    ]
-    return not (math.sqrt(longest[0]) + math.sqrt(longest[1])) ** 2 < 60_000
+def _float16_radii(points: _RoundedPoints, neighbours: int, side: int, bar: tqdm) -> Tensor:
+    """The squared distance from each point to its `neighbours`-th nearest other one, (N,) float32."""
+    nearest = torch.full((len(points.all), neighbours + 1), math.inf, device=points.device)
+
+    def keep(rows: range, block: Tensor) -> None:
+        # A point is its own neighbour: rounding may put another before it.
+        both = torch.cat([nearest[_slice(rows)], block], dim=1)
+        nearest[_slice(rows)] = both.topk(neighbours + 1, dim=1, largest=False).values
+        bar.update(block.numel())
+
+    for block_rows, block_columns in combinations_with_replacement(_parts(points.all, PUBLISHED_BLOCK), 2):
+        dtype = _block_dtype(points, block_rows, points, block_columns, side)
+        for rows in _parts(block_rows, side):
+            left, left_squares = points.rows(rows, dtype), points.squares(rows, dtype)
+            for columns in _parts(block_columns, side):
+                if columns.start < rows.start:
+                    continue  # these products were made the other way round; their sums round differently
+                products = (left @ points.rows(columns, dtype).T).to(dtype)
+                keep(rows, _distances(left_squares, products, points.squares(columns, dtype)))
+                if columns != rows:
+                    keep(columns, _distances(points.squares(columns, dtype), products.T, left_squares))
+    return nearest[:, neighbours]
 
 
-def _chunks(x: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(x), _ROWS):
-        yield x[start : start + _ROWS]
+def _distances(left: Tensor, products: Tensor, right: Tensor) -> Tensor:
+    """max(|x|² - 2 x·y + |y|², 0), every step rounded to the products' dtype: (n,), (n, m), (m,) to (n, m) float32."""
+    return (left[:, None] - 2 * products + right).clamp_(min=0).float()
 
 
-def _rounded_distances(x: np.ndarray, y: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """max(|x|² - 2 x·y + |y|², 0) of rows (n, D) and (m, D), every step rounded to `dtype`: (n, m) float32."""
-    left, right = (torch.from_numpy(np.asarray(z, np.float32)).to(device).to(dtype) for z in (x, y))
-    squares = [_sums(z * z) for z in (left, right)]
-    products = (left.float() @ right.float().T).to(dtype)
-    return (squares[0][:, None] - 2 * products + squares[1]).clamp(min=0).float()
+def _block_dtype(x: _RoundedPoints, rows: range, y: _RoundedPoints, columns: range, side: int) -> torch.dtype:
+    """float16, or float32 where a distance of the block, or a step on the way to it, is beyond float16."""
+    half = torch.float16
+    longest = [float(each.squares(part, half).max()) for each, part in ((x, rows), (y, columns))]
+    # No step can be larger than this, rounding included.
+    if (math.sqrt(longest[0]) + math.sqrt(longest[1])) ** 2 < 60_000:
+        return half
+    for r, c in product(_parts(rows, side), _parts(columns, side)):
+        products = (x.rows(r, half) @ y.rows(c, half).T).to(half)
+        if not _distances(x.squares(r, half), products, y.squares(c, half)).isfinite().all():
+            return torch.float32
+    return half
 
 
 def _sums(x: Tensor) -> Tensor:

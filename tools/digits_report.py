@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
         return images[..., 0].reshape(len(images), -1) / 255.0
 
     judge = SVC(C=10, gamma="scale").fit(pixels_of(train_images), train_labels)
-    perceptron = MLPClassifier((64,), max_iter=60, random_state=0).fit(pixels_of(train_images), train_labels)
+    perceptron = MLPClassifier((64,), max_iter=500, random_state=0).fit(pixels_of(train_images), train_labels)
 
     def features_of(images: np.ndarray) -> np.ndarray:
         """The hidden layer: (n, 64)."""

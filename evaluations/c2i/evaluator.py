@@ -50,6 +50,7 @@ def main(args: argparse.Namespace) -> None:
     reference, samples = open_images(args.ref_batch), open_images(args.sample_batch)
     require_enough(reference, samples, args)
     output = output_stem(args)
+    require_writable(output)
     warnings = judge(reference, samples, args.task)
     if warnings and args.strict:
         raise ValueError(strict_message(warnings))
@@ -59,7 +60,9 @@ def main(args: argparse.Namespace) -> None:
     if dist.is_main:
         for line in (*map(describe, ("reference", "samples"), (reference, samples)), f"graph: {backend.path}"):
             print(line)
-        print(f"backend: {backend.name} on {backend.device}, graph SHA-256 {backend.sha256}", flush=True)
+        print(f"backend: {backend.name} on {backend.device}, graph SHA-256 {backend.sha256}")
+        for warning in warnings:  # and again beside the figures: before hours are spent is a good time to know
+            print(f"warning: {warning}", flush=True)
 
     seen = look_at(reference, backend, args, dist, rows=args.precision_recall or args.kid, name="reference")
     sampled = look_at(samples, backend, args, dist, rows=True, name="samples")
@@ -107,6 +110,17 @@ def require_enough(reference: "ImageSet", samples: "ImageSet", args: argparse.Na
 def output_stem(args: argparse.Namespace) -> str:
     """The path of the reports without .txt or .json: --output, else that of the samples."""
     return (args.output or args.sample_batch).removesuffix(".npz").rstrip("/")
+
+
+def require_writable(output: str) -> None:
+    """Raises OSError where the reports could not be written, before the work and not after it."""
+    import os
+
+    folder = os.path.dirname(output) or "."
+    if os.path.isdir(folder) and not os.access(folder, os.W_OK):
+        raise PermissionError(
+            f"the reports {output}.txt and .json cannot be written there: give another place by --output"
+        )
 
 
 def strict_message(warnings: list[str]) -> str:

@@ -147,7 +147,7 @@ class TensorFlowInception(_Inception):
     name = "tensorflow"
 
     def __init__(self, path: str | Path, threads: int | None = None) -> None:
-        tf = _import_tensorflow()
+        tf = import_tensorflow()
         super().__init__(path)
         self._errors = tf.errors
         graph = tf.Graph()
@@ -170,11 +170,14 @@ class TensorFlowInception(_Inception):
             raise ValueError(f"{self.graph.path}: {error.message}") from error
 
 
-def _import_tensorflow() -> ModuleType:
+def import_tensorflow() -> ModuleType:
     """TensorFlow, imported late (it takes seconds) and told to speak of errors only."""
     if importlib.util.find_spec("tensorflow") is None:
         raise ValueError("TensorFlow is not installed: `pip install tensorflow`, or take --backend torch")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Both bring a compiler (LLVM) whose second copy ends the process where Triton, which torch loads now and then, comes last.
+    if importlib.util.find_spec("triton") is not None:
+        importlib.import_module("triton")
     try:
         with _silent():
             import tensorflow as tf

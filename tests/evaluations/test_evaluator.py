@@ -141,6 +141,12 @@ def test_strict(batches, tmp_path):
     assert not samples.with_suffix(".txt").exists()
 
 
+def test_reports_that_could_not_be_written_are_told_at_once(batches, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match=r"sample.txt and .json cannot be written there.*--output"):
+        evaluate(*batches)
+
+
 def test_strict_about_what_only_the_pixels_show(batches, tmp_path, monkeypatch):
     """The figures are kept: they were paid for."""
     reference, samples = batches

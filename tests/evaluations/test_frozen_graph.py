@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluations.c2i import frozen_graph
+from evaluations.c2i import graph_operations
 from evaluations.c2i.frozen_graph import FrozenGraph
 from tests.evaluations.graphs import FLOAT, INT32, GraphBuilder, inception_graph
 from tests.helpers import GOLDEN
@@ -23,9 +23,9 @@ def one_thread():
 @pytest.fixture(scope="module")
 def tensorflow():
     """Runs a graph's bytes in TensorFlow: (content, fetches, feeds) -> arrays."""
-    from evaluations.c2i.inception import _import_tensorflow
+    from evaluations.c2i.inception import import_tensorflow
 
-    tf = _import_tensorflow()
+    tf = import_tensorflow()
 
     def run(content, fetches, feeds):
         graph = tf.Graph()
@@ -294,7 +294,7 @@ def test_blocks_by_hand(tmp_path, monkeypatch):
     }
     for fast in (True, False):
         if not fast:
-            monkeypatch.setattr(frozen_graph, "_onednn_convolution", lambda: None)
+            monkeypatch.setattr(graph_operations, "_onednn_convolution", lambda: None)
         for fetches in ([name] for name in expected):
             assert_same(run(graph, tmp_path, fetches, x=x)[0], expected[fetches[0]], fetches[0])
         for name, value in zip(names, run(graph, tmp_path, names, x=x), strict=True):
