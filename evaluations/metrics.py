@@ -204,8 +204,8 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     distance = apart - 2 * np.sqrt(np.maximum(values, 0)).sum()
     # An eigenvalue is off by some roundings of the largest, and its root by more the smaller it is. None is negative: where
     # the least one seems to be, it shows how large rounding is among the small ones, mostly far less than that bound.
-    off = min(_ROUNDINGS * np.finfo(np.float64).eps * values[-1], 8 * abs(values[0]))
-    if not 2 * (off / np.sqrt(np.maximum(values, off))).sum() < _TOLERANCE * distance:
+    off = min(_ROUNDINGS * np.finfo(np.float64).eps * values[-1], 8 * abs(values[0]) or math.inf)
+    if off and not 2 * (off / np.sqrt(np.maximum(values, off))).sum() < _TOLERANCE * distance:
         distance = apart - 2 * scipy.linalg.svdvals(factor.T @ _factor(covariances[1])).sum()
     return max(float(distance), 0.0)
 

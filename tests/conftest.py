@@ -1,5 +1,6 @@
 """Small checkpoints in the published formats, made once and shared by the tests that read files."""
 
+import signal
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,13 @@ def small_files(tmp_path_factory) -> SmallFiles:
     torch.save(gpt, files.bare)
     torch.save({"model": randomize(VQ_models["VQ-4"](codebook_size=64), seed=3).state_dict()}, files.vq)
     return files
+
+
+def pytest_configure() -> None:
+    """Signals as a terminal has them: a shell starts what runs in the background with some ignored, and children inherit it."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
