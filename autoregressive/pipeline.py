@@ -1,16 +1,23 @@
-"""Tokenizer, GPT and sampling in one object: labels in, pictures out. Scripts, the demo and the server call this.
+"""Tokenizer, GPT and sampling in one object: labels or prompts in, pictures out. Scripts, the demo and the server call this.
 
     pipeline = ImagePipeline.from_pretrained("FoundationVision/LlamaGen", gpt="c2i_L_384.pt")
     images = pipeline([207, 360], cfg_scale=4.0, top_k=2000, seed=0)          # PIL images
 
-Image i of a run is a function of (seed, i): its noise is its own, and micro-batches are padded so that every row is
-computed by the same kernels whatever the batch or, on a CPU, the number of threads.
+    pipeline = ImagePipeline.from_pretrained("peizesun/llamagen_t2i", gpt="t2i_XL_stage2_512.pt")
+    images = pipeline(["a red lantern"], cfg_scale=7.5, top_k=1000, seed=0)
+
+Image i of a run is a function of (seed, i) and what it is asked for: its noise is its own, prompts are encoded one at a
+time, and micro-batches are padded so that every row is computed by the same kernels whatever the batch or, on a CPU, the
+number of threads.
 """
 
+import gc
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from math import isqrt
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,6 +29,7 @@ from autoregressive.models.generate import check_labels, generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.sampling import SamplingConfig
 from autoregressive.models.sizes import GPT_SIZES
+from language.features import left_padded, prefix_mask
 from tokenizer.tokenizer_image.load import load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQModel, independent_of_threads
 from utils.checkpoint import load_into, read_checkpoint
@@ -92,14 +100,43 @@ def load_gpt(
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
+class TextEncoder(Protocol):
+    """What turns prompts into features; language/t5.py's T5Embedder is one."""
+
+    def get_text_embeddings(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Features (B, L, caption_dim) and their mask (B, L), nonzero where a row stands for text."""
+
+
+Features = Tensor | np.ndarray | str | Path
+"""A caption's features (length, caption_dim) or (1, length, caption_dim), or the .npy file that has them."""
+
+
 class ImagePipeline:
-    """A GPT and the tokenizer whose codes it speaks.
+    """A GPT and the tokenizer whose codes it speaks; with a text-conditional GPT also the encoder of its prompts.
 
     batch_size: images computed at once (32 on an accelerator, 8 on a CPU).
-    Raises ValueError where the two do not fit together, or for a batch size below 1.
+    text_encoder: encodes prompts. Where not given, the first prompt loads the T5 that `t5_path` and `t5_model_type` name
+    (language/t5.py:find_t5) on `t5_device` in `t5_dtype`, by default the GPT's.
+    t5_tokens: the text tokens of a prompt that are read (as many as the model has condition rows, or fewer).
+    left_padding: features stand at the end of the condition rows, as in training; otherwise at their start.
+    Raises ValueError where GPT, tokenizer and encoder do not fit together, or for a batch size below 1.
     """
 
-    def __init__(self, gpt: Transformer, tokenizer: VQModel, *, batch_size: int | None = None, compile: bool = False):
+    def __init__(
+        self,
+        gpt: Transformer,
+        tokenizer: VQModel,
+        *,
+        batch_size: int | None = None,
+        compile: bool = False,
+        text_encoder: TextEncoder | None = None,
+        t5_path: str | Path | None = None,
+        t5_model_type: str = "flan-t5-xl",
+        t5_device: str | torch.device | None = None,
+        t5_dtype: torch.dtype | None = None,
+        t5_tokens: int | None = None,
+        left_padding: bool = True,
+    ):
         if gpt.args.vocab_size > tokenizer.config.codebook_size:
             raise ValueError(
                 f"the GPT has {gpt.args.vocab_size} codes and the tokenizer {tokenizer.config.codebook_size}: "
@@ -111,6 +148,16 @@ class ImagePipeline:
         self.device = gpt.tok_embeddings.weight.device
         self.batch_size = batch_size or (8 if self.device.type == "cpu" else 32)
         self.compile = compile and self.device.type == "cuda"
+        self.text_encoder = text_encoder
+        self.t5_path, self.t5_model_type = t5_path, t5_model_type
+        self.t5_device = pick_device(str(t5_device)) if t5_device else self.device
+        if str(t5_device) == self.device.type:
+            self.t5_device = self.device  # of several GPUs the one that this process works on
+        self.t5_dtype = t5_dtype or gpt.tok_embeddings.weight.dtype
+        self.t5_tokens = t5_tokens or gpt.args.cls_token_num
+        self.left_padding = left_padding
+        if self.is_text and not 0 < self.t5_tokens <= gpt.args.cls_token_num:
+            raise ValueError(f"{self.t5_tokens} text tokens for a GPT with {gpt.args.cls_token_num} condition rows")
 
     @classmethod
     def from_pretrained(
@@ -125,6 +172,7 @@ class ImagePipeline:
         use_ema: bool = False,
         batch_size: int | None = None,
         compile: bool = False,
+        **text,
     ) -> "ImagePipeline":
         """Loads both models.
 
@@ -132,6 +180,7 @@ class ImagePipeline:
         `gpt` left out, the GPT's file itself. gpt, vq: file names, paths, or run folders (their newest checkpoint).
         `vq` defaults to the released tokenizer of the GPT's kind.
         dtype: of the GPT's weights (bfloat16 on an accelerator, float32 on a CPU).
+        text: how prompts are encoded, as the constructor takes it (text_encoder, t5_path, t5_device, t5_dtype, …).
         Raises FileNotFoundError, ConnectionError, and ValueError where the two models do not fit together.
         """
         folder, repo_id = Path(name).expanduser(), str(name)
@@ -166,7 +215,12 @@ class ImagePipeline:
             dtype=dtype,
             use_ema=use_ema,
         )
-        return cls(model, tokenizer, batch_size=batch_size, compile=compile)
+        return cls(model, tokenizer, batch_size=batch_size, compile=compile, **text)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether images are drawn from prompts (else from classes)."""
+        return self.gpt.args.model_type == "t2i"
 
     @property
     def image_size(self) -> int:
@@ -175,31 +229,36 @@ class ImagePipeline:
 
     def __call__(
         self,
-        labels: Sequence[int] | Tensor,
+        asked: Sequence[int] | Tensor | Sequence[str] | None = None,
         *,
+        features: Sequence[Features] | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
         progress: bool = True,
         size: int | None = None,
         **sampling,
     ) -> list[Image.Image]:
-        """Draws an image for each label.
+        """Draws an image for each label, or for each prompt.
 
-        labels: classes, 0 … num_classes - 1. seed: of the run. indices: each image's number in the run (0, 1, … by
-        default); an image is a function of (seed, number, label). size: pixels a side, where other than the model's.
+        asked: classes, 0 … num_classes - 1; of a text-conditional model prompts, which are not blank.
+        features: in the place of prompts, what encode() gives or the files that feature extraction wrote: a caption's
+        features (length, caption_dim), of which the first cls_token_num count, or an .npy file of them.
+        seed: of the run. indices: each image's number in the run (0, 1, … by default); an image is a function of (seed,
+        number, label or prompt). size: pixels a side, where other than the model's.
         sampling: the fields of SamplingConfig (cfg_scale, cfg_interval, temperature, top_k, top_p, sample_logits).
-        Raises ValueError for a label or a setting out of range.
+        Raises ValueError for a label, a prompt, features or a setting that the model cannot take, FileNotFoundError for
+        features or a T5 that are not there.
         """
-        arrays = [
-            batch
-            for _, batch in self.batches(labels, seed=seed, indices=indices, progress=progress, size=size, **sampling)
-        ]
-        return [Image.fromarray(image) for batch in arrays for image in batch]
+        drawn = self.batches(
+            asked, features=features, seed=seed, indices=indices, progress=progress, size=size, **sampling
+        )
+        return [Image.fromarray(image) for _, batch in drawn for image in batch]
 
     def batches(
         self,
-        labels: Sequence[int] | Tensor,
+        asked: Sequence[int] | Tensor | Sequence[str] | None = None,
         *,
+        features: Sequence[Features] | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
         progress: bool = False,
@@ -207,39 +266,92 @@ class ImagePipeline:
         **sampling,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """As calling the pipeline, but one micro-batch at a time: the images' numbers, and uint8 (n, size, size, 3)."""
-        labels = torch.as_tensor(labels)
-        if not (labels.numel() and labels.is_floating_point()):  # torch takes an empty list for floats
-            labels = labels.long()
-        check_labels(self.gpt, labels)
-        indices = list(range(len(labels))) if indices is None else list(indices)
-        if len(indices) != len(labels):
-            raise ValueError(f"{len(labels)} labels for {len(indices)} image numbers")
+        asked = self._check_texts(asked, features) if self.is_text else self._check_labels(asked, features)
+        indices = list(range(len(asked))) if indices is None else list(indices)
+        if len(indices) != len(asked):
+            kind = "labels" if not self.is_text else "prompts" if features is None else "features"
+            raise ValueError(f"{len(asked)} {kind} for {len(indices)} image numbers")
         SamplingConfig(**sampling)
-        total = len(labels) * self.gpt.layout.tokens
-        with tqdm(total=total, unit="tok", disable=not progress, desc=f"{len(labels)} images") as bar:
-            for start in range(0, len(labels), self.batch_size):
+        if self.is_text and features is None:
+            asked = self.encode(asked, progress=progress)
+        total = len(asked) * self.gpt.layout.tokens
+        with tqdm(total=total, unit="tok", disable=not progress, desc=f"{len(asked)} images") as bar:
+            for start in range(0, len(asked), self.batch_size):
                 part = slice(start, start + self.batch_size)
                 done = 0
-                count = len(labels[part])
+                count = len(asked[part])
 
                 def advance(tokens: int, count: int = count) -> None:
                     nonlocal done
                     bar.update((tokens - done) * count)
                     done = tokens
 
-                codes = self.generate_codes(labels[part], seed=seed, indices=indices[part], on_step=advance, **sampling)
+                cond, mask = self.condition_rows(asked[part]) if self.is_text else (asked[part], None)
+                codes = self.generate_codes(
+                    cond, emb_masks=mask, seed=seed, indices=indices[part], on_step=advance, **sampling
+                )
                 yield indices[part], self.decode(codes, size)
+
+    def encode(self, prompts: Sequence[str], *, progress: bool = False) -> list[Tensor]:
+        """The features of each prompt, (length, caption_dim) on the CPU, in the encoder's dtype.
+
+        Prompts are encoded one at a time, a repeated one once: a batch would round according to its size. On the CPU,
+        since those of a run's prompts are there at once: 4 KB a token of flan-T5-XL in half precision.
+        Raises ValueError for a blank prompt, or an encoder of another model; FileNotFoundError where there is no T5.
+        """
+        check_prompts(prompts)
+        encoder = self._find_text_encoder() if len(prompts) else None
+        encoded: dict[str, Tensor] = {}
+        for text in tqdm(dict.fromkeys(prompts), unit="prompt", disable=not progress, desc="encoding"):
+            with torch.no_grad():
+                features, mask = encoder.get_text_embeddings([text])  # (1, L, D), (1, L)
+            features = features[0][mask[0].bool().to(features.device)].cpu()
+            encoded[text] = self._check_features(features, f"of {shorten(text)!r}")
+        full = [text for text, features in encoded.items() if len(features) >= self.t5_tokens]
+        if full:
+            listed = ", ".join(repr(shorten(text)) for text in full[:3]) + (", …" if len(full) > 3 else "")
+            warnings.warn(
+                f"{len(full)} of {len(encoded)} prompts fill all {self.t5_tokens} text tokens, and what stands behind "
+                f"them is not read: {listed}",
+                stacklevel=2,
+            )
+        return [encoded[text] for text in prompts]
+
+    def release_text_encoder(self) -> None:
+        """Gives the text encoder's memory back, as between encoding and drawing; the next prompt loads the T5 again."""
+        self.text_encoder = None
+        gc.collect()
+        if self.t5_device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def condition_rows(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Features (length_i, caption_dim) as the model takes them: (B, T, caption_dim) in its dtype, and their mask (B, T)."""
+        weight, rows = self.gpt.tok_embeddings.weight, self.gpt.args.cls_token_num
+        features = [f.to(weight.device, weight.dtype) for f in features]
+        if self.left_padding:
+            cond, lengths = left_padded(features, rows)
+            return cond, prefix_mask(lengths, rows)
+        cond = features[0].new_zeros(len(features), rows, self.gpt.args.caption_dim)
+        mask = torch.zeros(len(features), rows, dtype=torch.bool, device=cond.device)
+        for i, caption in enumerate(features):
+            cond[i, : len(caption)] = caption[:rows]
+            mask[i, : len(caption)] = True
+        return cond, mask
 
     def generate_codes(
         self,
         cond: Tensor,
         *,
+        emb_masks: Tensor | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
         on_step: Callable[[int], None] | None = None,
         **sampling,
     ) -> Tensor:
-        """One micro-batch of codes, int64 (B, N) in raster order. cond: labels (B,). indices: the images' numbers."""
+        """One micro-batch of codes, int64 (B, N) in raster order.
+
+        cond, emb_masks: labels (B,), or what condition_rows gives. indices: the images' numbers.
+        """
         indices = range(len(cond)) if indices is None else indices
         tokens = self.gpt.layout.tokens
         noise = image_noise(seed, indices, tokens)
@@ -247,7 +359,11 @@ class ImagePipeline:
         if padding:
             cond = torch.cat([cond, cond[-1:].expand(padding, *cond.shape[1:])])
             noise = torch.cat([noise, noise.new_zeros(padding, tokens)])
-        codes = generate(self.gpt, cond, tokens, noise=noise, compile=self.compile, on_step=on_step, **sampling)
+            if emb_masks is not None:
+                emb_masks = torch.cat([emb_masks, emb_masks[-1:].expand(padding, -1)])
+        codes = generate(
+            self.gpt, cond, tokens, emb_masks, noise=noise, compile=self.compile, on_step=on_step, **sampling
+        )
         return codes[: len(indices)]
 
     @torch.inference_mode()
@@ -271,3 +387,95 @@ class ImagePipeline:
         if self.device.type != "cpu":
             return max(self.batch_size - count, 0)
         return -count % ROW_MULTIPLE
+
+    def _check_labels(self, labels: Sequence[int] | Tensor | None, features: Sequence[Features] | None) -> Tensor:
+        classes = self.gpt.args.num_classes
+        if labels is None or features is not None or holds_text(labels):
+            raise ValueError(
+                f"this GPT is class-conditional: it takes labels, 0 to {classes - 1}; prompts and features are for a "
+                "text-conditional one (t2i_XL_stage2_512.pt)"
+            )
+        labels = torch.as_tensor(labels)
+        if not (labels.numel() and labels.is_floating_point()):  # torch takes an empty list for floats
+            labels = labels.long()
+        check_labels(self.gpt, labels)
+        return labels
+
+    def _check_texts(
+        self, prompts: Sequence[str] | None, features: Sequence[Features] | None
+    ) -> Sequence[str] | list[Tensor]:
+        if (prompts is None) == (features is None):
+            raise ValueError("this GPT is text-conditional: give prompts, or features in their place")
+        if features is None:
+            check_prompts(prompts)
+            return prompts
+        if isinstance(features, str | Path):
+            raise ValueError(f"features are a list, one item for each image: [{str(features)!r}]")
+        read = (read_features(item) if isinstance(item, str | Path) else item for item in features)
+        return [self._check_features(item, f"of image {i}") for i, item in enumerate(read)]
+
+    def _check_features(self, features: Tensor | np.ndarray, whose: str) -> Tensor:
+        """The features as (length, caption_dim). Raises ValueError where they are not the model's."""
+        if not isinstance(features, Tensor):
+            features = torch.from_numpy(np.ascontiguousarray(features))
+        if features.dim() == 3 and len(features) == 1:
+            features = features[0]
+        width = self.gpt.args.caption_dim
+        if features.dim() != 2 or features.shape[1] != width or not len(features) or not features.is_floating_point():
+            raise ValueError(
+                f"the features {whose} are {features.dtype} of shape {tuple(features.shape)}; this GPT takes floats of "
+                f"shape (length, {width}), those of the text encoder it was trained with"
+            )
+        if not features.isfinite().all():
+            raise ValueError(f"the features {whose} are not all finite: the encoder overflows in {features.dtype}")
+        return features
+
+    def _find_text_encoder(self) -> TextEncoder:
+        if not self.is_text:
+            raise ValueError("this GPT is class-conditional: it has no text encoder")
+        if self.text_encoder is None:
+            from language.t5 import T5Embedder, find_t5
+
+            folder = find_t5(self.t5_path and str(self.t5_path), self.t5_model_type)
+            self.text_encoder = T5Embedder(
+                self.t5_device, str(folder), torch_dtype=self.t5_dtype, model_max_length=self.t5_tokens
+            )
+        dim, width = getattr(self.text_encoder, "dim", None), self.gpt.args.caption_dim
+        if dim not in (None, width):
+            raise ValueError(f"the text encoder has features of {dim} numbers and the GPT takes {width}")
+        return self.text_encoder
+
+
+def holds_text(asked: object) -> bool:
+    """Whether this is a string, or a sequence of things of which one is."""
+    return isinstance(asked, str) or (isinstance(asked, Sequence) and any(isinstance(item, str) for item in asked))
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raises ValueError for a single string, and where a prompt is blank or not a string."""
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts are a list, one item for each image: [{shorten(prompts)!r}]")
+    if isinstance(prompts, Tensor | np.ndarray):
+        raise ValueError("this GPT is text-conditional: it takes prompts, a list of strings, not labels")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"this GPT is text-conditional: it takes prompts, a list of strings, and item {i} is {prompt!r}"
+            )
+        if not prompt.strip():
+            raise ValueError(f"prompt {i} (from 0) is blank: write what to draw")
+
+
+def shorten(text: str, length: int = 60) -> str:
+    """The text's beginning, for a message."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def read_features(path: str | Path) -> np.ndarray:
+    """A caption's features from an .npy file. Raises FileNotFoundError, ValueError for a damaged file."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no features at {path}") from error
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is not a readable .npy file of features ({error}); extract it again") from error

@@ -14,6 +14,9 @@ from dataset.codes import open_codes
 from dataset.folders import class_folders, flat_folder, listed_images, nested_folder
 from dataset.images import ImageDataset
 from dataset.jsonl import jsonl_images
+from dataset.t2i import TextCodes, TextImages, open_pairs
+from dataset.text_features import open_features
+from utils.cli import grid_size
 
 IMAGE_LISTS = {
     "imagenet": class_folders,
@@ -23,6 +26,7 @@ IMAGE_LISTS = {
     "t2i_image": jsonl_images,
 }
 CODES = "imagenet_code"
+TEXT, TEXT_CODES = "t2i", "t2i_code"
 
 
 def build_dataset(args: Namespace, **kwargs: Any) -> Dataset:
@@ -33,6 +37,9 @@ def build_dataset(args: Namespace, **kwargs: Any) -> Dataset:
     centre crops of `args.image_size` pixels (256 unless given). Codes (imagenet_code) are read from `args.code_path`
     for `args.image_size` and `args.downsample_size`: PackedCodes or PublishedCodes. `args.global_seed` seeds the draws.
     Further keyword arguments go to ImageDataset or `open_codes`.
+    Image-text pairs (t2i, t2i_code) are those of `args.data_path`, jsonl or WebDataset shards, with the features in
+    `args.t5_feat_path` and now and then of `args.short_t5_feat_path`, `args.t5_feature_dim` wide: TextImages, of pixels
+    (t2i) or of the codes in `args.code_path` (t2i_code). Further keyword arguments go to TextImages.
 
     Raises ValueError for an unknown name or a path that is not given, and what the data sets raise for their files.
     """
@@ -43,13 +50,29 @@ def build_dataset(args: Namespace, **kwargs: Any) -> Dataset:
         kwargs.pop("transform", None)
         downsample_size = getattr(args, "downsample_size", 16)
         return open_codes(_given(args, "code_path"), image_size, downsample_size, seed=seed, **kwargs)
+    if name in (TEXT, TEXT_CODES):
+        return _text_images(args, image_size, seed=seed, **kwargs)
     if name not in IMAGE_LISTS:
-        raise ValueError(f"unknown --dataset {name!r}; choose one of {', '.join([*IMAGE_LISTS, CODES])}")
+        known = ", ".join([*IMAGE_LISTS, CODES, TEXT, TEXT_CODES])
+        raise ValueError(f"unknown --dataset {name!r}; choose one of {known}")
     images = IMAGE_LISTS[name](_given(args, "data_path"))
     if getattr(args, "data_face_path", None):
         images += nested_folder(args.data_face_path)
     transform = kwargs.pop("transform", None) or partial(center_view, image_size=image_size)
     return ImageDataset(images, transform, seed=seed, **kwargs)
+
+
+def _text_images(args: Namespace, image_size: int, **kwargs: Any) -> TextImages:
+    width, short = getattr(args, "t5_feature_dim", None), getattr(args, "short_t5_feat_path", None)
+    pairs = open_pairs(_given(args, "data_path"), getattr(args, "index_path", None))
+    features = open_features(_given(args, "t5_feat_path"), dim=width)
+    kwargs["short_features"] = open_features(short, dim=features.dim) if short else None
+    if args.dataset == TEXT:
+        return TextImages(pairs, features, image_size=image_size, **kwargs)
+    tokens = grid_size(image_size, getattr(args, "downsample_size", 16)) ** 2
+    stems = [stem for stem, _ in pairs.files]
+    codes = TextCodes(_given(args, "code_path"), stems, tokens, getattr(args, "vocab_size", 16384))
+    return TextImages(pairs, features, codes=codes, **kwargs)
 
 
 def _given(args: Namespace, name: str) -> str:

@@ -16,7 +16,7 @@ from PIL import Image
 from tests.helpers import GOLDEN, ROOT, free_port
 
 DOCUMENTS = ("README.md", "GETTING_STARTED.md")
-RELEASED_FILE = re.compile(r"(?:\./pretrained_models/)?[\w/.-]*\b(?:vq|c2i|PAR)[_-][\w-]+\.pt")
+RELEASED_FILE = re.compile(r"(?:\./pretrained_models/)?[\w/.-]*\b(?:vq|c2i|t2i|PAR)[_-][\w-]+\.pt")
 
 # What a command's flags become: small models and data that the test makes. Flags a script does not have are left out.
 SMALL = {
@@ -39,6 +39,7 @@ SMALL = {
     "--mixed-precision": "none",
     "--batch-size": "4",
     "--device": "cpu",
+    "--t5-feature-dim": "32",
     "--graph": str(GOLDEN / "evaluator/standin_graph.pb"),
 }
 
@@ -70,6 +71,7 @@ ALL = [(document, words) for document in DOCUMENTS for words in commands(documen
 def files(tmp_path_factory) -> Path:
     """A folder with images, codes, and small models under the names of released ones."""
     from autoregressive.models.gpt import GPT_models
+    from tests.language.small_t5 import make_small_t5
     from tokenizer.tokenizer_image.vq_model import VQ_models
     from utils.checkpoint import save_checkpoint
 
@@ -89,7 +91,19 @@ def files(tmp_path_factory) -> Path:
         state = model.state_dict()
         save_checkpoint(folder / f"gpt{n}.pt", {"model": state, "ema": state, "steps": 1, "args": args})
         save_checkpoint(folder / f"fsdp{n}" / "consolidated.pth", state)
+    text = {"model_type": "t2i", "cls_token_num": 120, "caption_dim": 32}
+    model = GPT_models["GPT-XS"](vocab_size=64, block_size=64, **text)
+    save_checkpoint(folder / "t2i.pt", {"model": model.state_dict(), "steps": 1, "args": args})
+    make_small_t5(folder / "flan-t5-xl", dim=32)
+    (folder / "prompts.tsv").write_text("Prompt\tCategory\na red lantern\tx\ntwo cats sleep\ty\n")
     return folder
+
+
+def with_t5(files: Path, work: Path) -> None:
+    """Puts the small T5 where scripts look for the released one."""
+    home = work / "pretrained_models" / "t5-ckpt"
+    home.mkdir(parents=True)
+    (home / "flan-t5-xl").symlink_to(files / "flan-t5-xl")
 
 
 def own_paths(words: list[str], files: Path, work: Path) -> list[str]:
@@ -100,13 +114,15 @@ def own_paths(words: list[str], files: Path, work: Path) -> list[str]:
     result, flag = [], ""
     for word in words:
         if flag == "--gpt-ckpt" and RELEASED_FILE.fullmatch(word):
-            word = str(gpt)
+            word = str(files / "t2i.pt" if Path(word).name.startswith("t2i_") else gpt)
         elif flag == "--vq-ckpt" and RELEASED_FILE.fullmatch(word):
             word = str(files / "vq.pt")
         elif flag in ("--data-path", "--data-face-path"):
             word = str(files / ("faces" if flag == "--data-face-path" else "images"))
         elif flag in ("--code-path", "--from", "--to", "--cloud-save-path"):
             word = str(work / Path(word).name)
+        elif flag == "--prompt-csv":
+            word = str(files / "prompts.tsv")
         elif flag == "--image-path":
             word = str(ROOT / word)
         elif word == "VIRTUAL_imagenet256_labeled.npz":
@@ -157,6 +173,7 @@ def test_a_documented_command_parses_as_written(document, words):
 def test_documented_commands_run(document, files, tmp_path, monkeypatch):
     """In the order of the document, in one folder, so that later commands find what earlier ones made."""
     monkeypatch.chdir(tmp_path)
+    with_t5(files, tmp_path)
     for words in commands(document):
         script, flags = script_and_flags(words)
         main, parser = load(script)
@@ -173,17 +190,20 @@ def test_documented_commands_run(document, files, tmp_path, monkeypatch):
         assert set(tmp_path.rglob("*")) - before, words
 
 
-def test_the_python_example_runs(files, tmp_path, monkeypatch):
-    """The README's snippet, with small models under the released names in pretrained_models/."""
+def test_the_python_examples_run(files, tmp_path, monkeypatch):
+    """The README's snippets, with small models under the released names in pretrained_models/."""
     monkeypatch.chdir(tmp_path)
+    with_t5(files, tmp_path)
     folder = tmp_path / "pretrained_models"
-    folder.mkdir()
     (folder / "c2i_L_384.pt").write_bytes((files / "gpt1.pt").read_bytes())
-    (folder / "vq_ds16_c2i.pt").write_bytes((files / "vq.pt").read_bytes())
-    source = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    (folder / "t2i_XL_stage2_512.pt").write_bytes((files / "t2i.pt").read_bytes())
+    for name in ("vq_ds16_c2i.pt", "vq_ds16_t2i.pt"):
+        (folder / name).write_bytes((files / "vq.pt").read_bytes())
+    source = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
     source = source.replace("[207, 360]", "[0, 1]")
     exec(compile(source, "README.md", "exec"), {})
-    assert Image.open(tmp_path / "golden_retriever.png").size == (32, 32)
+    for name in ("golden_retriever.png", "red_lantern.png"):
+        assert Image.open(tmp_path / name).size == (32, 32)
 
 
 @pytest.mark.parametrize("wrapper", sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "scripts").rglob("*.sh")))

@@ -140,6 +140,28 @@ def add_sampling_flags(parser: Flags, *, cfg_scale: float, top_k: int, interval:
     group.add_argument("--greedy", action="store_true", help="take the most likely token instead of drawing")
 
 
+def add_text_flags(parser: Flags) -> None:
+    """Where the T5 is that encodes prompts, how it is run, and how its features stand before the image."""
+    group = parser.add_argument_group("text")
+    group.add_argument(
+        "--t5-path", default="pretrained_models/t5-ckpt", help="folder of T5 folders, or the T5's folder itself"
+    )
+    group.add_argument("--t5-model-type", default="flan-t5-xl", help="the T5's folder in --t5-path")
+    group.add_argument(
+        "--t5-feature-max-len", type=positive_int, default=120, help="text tokens that are read of a prompt"
+    )
+    group.add_argument("--t5-feature-dim", type=positive_int, default=2048, help="width of the T5's features")
+    group.add_argument(
+        "--no-left-padding",
+        action="store_true",
+        help="features stand before their padding; released models were trained with them behind it",
+    )
+    group.add_argument("--t5-device", default=None, help="where the T5 runs (default: --device)")
+    group.add_argument(
+        "--t5-precision", choices=["none", "fp16", "bf16"], default=None, help="of the T5 (default: --precision)"
+    )
+
+
 def add_run_flags(parser: Flags, *, compile: bool = False, precision: bool = True) -> None:
     """--device, --precision, --compile."""
     group = parser.add_argument_group("machine")

@@ -87,8 +87,11 @@ class Trainer:
     dataset: may have set_epoch(epoch), and sample_numbers(indices), by which its samples are told to users.
     plan: how the modules of the phases were parallelized. initial: what a new run starts from.
     validate: called at --ckpt-every on every process with the model: returns figures by name.
-    sample: called at --sample-every on the first process with the model: returns pictures by name, uint8 (H, W, 3).
+    sample: called at --sample-every with the model, on the first process, with shards on every one: returns pictures by
+    name, uint8 (H, W, 3).
     rate: the learning rate by batches done and batches an epoch, in the place of --lr-schedule.
+    collate: makes a batch of the data set's items, where they are not all of one shape.
+    prepare: called once a step on every process with its micro-batches on the device: returns what the losses get of each.
     tokens, flops: of a sample, for the log; model FLOPs by epoch.
     """
 
@@ -108,8 +111,11 @@ class Trainer:
         rate: Callable[[int, int], float] | None = None,
         tokens: int | None = None,
         flops: Callable[[int], float] | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+        prepare: Callable[[list[Any]], list[Any]] | None = None,
     ):
         self.args, self.dist, self.models, self.phases, self.dataset = args, dist, models, phases, dataset
+        self.collate, self.prepare = collate, prepare
         self.plan = plan or Parallel(dist, precision=args.mixed_precision)
         self.validate, self.sample, self.rate, self.flops = validate, sample, rate, flops
         self.order = BatchOrder(
@@ -226,6 +232,7 @@ class Trainer:
             self.dataset,
             batch_sampler=self.order,
             num_workers=workers,
+            collate_fn=self.collate,
             pin_memory=self.dist.device.type == "cuda",
             prefetch_factor=4 if workers else None,
             persistent_workers=workers > 0,
@@ -249,6 +256,8 @@ class Trainer:
         torch.manual_seed(item_seed(self.args.global_seed, self.dist.rank, self.step))
         device = self.dist.device
         batch = [_to_device(micro, device) for micro in batch]
+        if self.prepare:
+            batch = self.prepare(batch)
         epoch = self._batches_done // self.order.batches_per_epoch
         watched = []
         for phase in self.phases:
@@ -425,7 +434,8 @@ class Trainer:
                 values = self.validate(model)
                 self.log.info(f"(step={self.step:07d}) " + ", ".join(f"{k}: {v:.4f}" for k, v in values.items()))
                 self.log.scalars(self.step, values)
-            if pictures and self.dist.is_main:
+            # With shards on every process: passes that one alone made would put it out of step with the others' exchanges.
+            if pictures and (self.dist.is_main or self.plan.sharded):
                 for name, image in self.sample(model).items():
                     self.log.image(self.step, name, image)
             model.train()

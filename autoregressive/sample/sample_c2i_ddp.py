@@ -24,6 +24,7 @@ from utils.cli import (
     positive_int,
     run_script,
 )
+from utils.sample_folder import folder_name
 
 # Flags that change neither an image nor which images there are.
 IMMATERIAL = {
@@ -41,11 +42,10 @@ IMMATERIAL = {
 
 def main(args: argparse.Namespace) -> None:
     import numpy as np
-    from tqdm import tqdm
 
-    from autoregressive.sample.common import build_pipeline, sampling_settings
+    from autoregressive.sample.common import build_pipeline, sampling_settings, save_images, share_of_missing
     from utils.distributed import start
-    from utils.images import is_whole_png, save_png, write_image_npz
+    from utils.images import write_image_npz
     from utils.sample_folder import claim_folder, read_images
 
     if args.gpt_type != "c2i":
@@ -66,19 +66,11 @@ def main(args: argparse.Namespace) -> None:
 
     count = args.num_fid_samples
     labels = [image_class(args, i) for i in range(count)]
-    missing = dist.broadcast([i for i in range(count) if not is_whole_png(png(i))] if dist.is_main else None)
-    if dist.is_main:
-        print(f"{folder}: {count - len(missing)} of {count} images are there, {len(missing)} to draw")
-    shares = [missing[i : i + args.per_proc_batch_size] for i in range(0, len(missing), args.per_proc_batch_size)]
-    mine = [index for share in shares[dist.rank :: dist.world_size] for index in share]
-    with tqdm(total=len(mine), unit="img", disable=not dist.is_main) as bar:
-        batches = pipeline.batches(
-            [labels[i] for i in mine], seed=args.global_seed, indices=mine, size=args.image_size_eval, **settings
-        )
-        for indices, images in batches:
-            for index, image in zip(indices, images, strict=True):
-                save_png(image, png(index))
-            bar.update(len(indices))
+    mine = share_of_missing(dist, folder, png, count, args.per_proc_batch_size)
+    batches = pipeline.batches(
+        [labels[i] for i in mine], seed=args.global_seed, indices=mine, size=args.image_size_eval, **settings
+    )
+    save_images(batches, png, len(mine), progress=dist.is_main)
     dist.barrier()
     if dist.is_main and args.npz:
         target = folder.with_name(folder.name + ".npz")
@@ -94,16 +86,6 @@ def image_class(args: argparse.Namespace, index: int) -> int:
     from utils.rng import image_label
 
     return index % args.num_classes if args.balanced else image_label(args.global_seed, index, args.num_classes)
-
-
-def folder_name(args: argparse.Namespace, gpt_path: Path, vq_path: Path) -> str:
-    """The published name of a sample folder."""
-    folder = gpt_path if gpt_path.is_dir() else gpt_path.parent
-    checkpoint = folder.absolute().name if args.from_fsdp else gpt_path.stem
-    return (
-        f"{args.gpt_model}-{checkpoint}-size-{args.image_size}-size-{args.image_size_eval}-{args.vq_model}-"
-        f"topk-{args.top_k}-topp-{args.top_p}-temperature-{args.temperature}-cfg-{args.cfg_scale}-seed-{args.global_seed}"
-    )
 
 
 def run_settings(args: argparse.Namespace, gpt_path: Path, vq_path: Path) -> dict:

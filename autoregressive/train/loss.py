@@ -10,6 +10,7 @@ works out a chunk's gradients while it has the chunk's logits, so nothing is kep
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -220,16 +221,46 @@ def dropped_conditions(seed: int, global_batch: int, positions: slice, probabili
     return torch.rand(global_batch, generator=generator)[positions] < probability
 
 
+def share_of_valid(counts: Tensor, dist: Distributed) -> Tensor:
+    """By what each micro-batch's loss is to be multiplied, so that the mean over all of them is that over valid samples.
+
+    counts: int64 (M,), the valid samples of each of this process's micro-batches of a step. Losses are means over a
+    micro-batch's valid samples, gradients are averaged over micro-batches and processes: where their numbers of valid
+    samples differ, that is not sum(loss * valid) / max(sum(valid), 1) of the global batch. With these factors it is.
+    Returns float32 (M,). Every process calls it together.
+    """
+    total = dist.sum(counts.sum())
+    return counts * (dist.world_size * len(counts)) / total.clamp(min=1)
+
+
 @torch.no_grad()
 def mean_loss(model: Transformer, dataset: Dataset, batch_size: int, dist: Distributed) -> float:
     """The loss over a whole data set of (codes, label), each process reading a share (nats per token)."""
     loss = TokenLoss(model)
-    total = torch.zeros(2, dtype=torch.float64)
-    share = range(dist.rank, len(dataset), dist.world_size)  # of one process it may be empty
-    for start in range(0, len(share), batch_size):
-        items = [dataset[i] for i in share[start : start + batch_size]]
+
+    def losses(items: list[tuple]) -> tuple[Tensor, int]:
         codes = torch.stack([codes for codes, _ in items]).to(dist.device)
         labels = torch.tensor([label for _, label in items], device=dist.device)
-        total += torch.tensor([float(loss(codes, labels)) * len(items), len(items)], dtype=torch.float64)
+        return loss(codes, labels), len(items)
+
+    return mean_over(losses, dataset, batch_size, dist)
+
+
+@torch.no_grad()
+def mean_over(
+    loss: Callable[[list[Any]], tuple[Tensor, Tensor | int]], dataset: Dataset, batch_size: int, dist: Distributed
+) -> float:
+    """The mean of a loss over a whole data set, each process reading a share.
+
+    loss: takes a batch's items, returns their mean loss and how many it is the mean of. NaN where that is none in all.
+    """
+    total = torch.zeros(2, dtype=torch.float64)
+    share = range(dist.rank, len(dataset), dist.world_size)  # of one process it may be empty
+    # As many passes on every process: sharded weights are exchanged by the number of passes a process has made.
+    for start in range(0, -(-len(dataset) // dist.world_size), batch_size):
+        items = [dataset[i] for i in share[start : start + batch_size]]
+        value, count = loss(items or [dataset[0]])
+        if items:
+            total += torch.tensor([float(value) * float(count), float(count)], dtype=torch.float64)
     total = dist.sum(total.to(dist.device) if dist.device.type == "cuda" else total)
     return float(total[0] / total[1])

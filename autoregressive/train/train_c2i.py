@@ -26,10 +26,13 @@ from utils.cli import (
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from autoregressive.models.gpt import Transformer
     from dataset.codes import CodeDataset
+    from tokenizer.tokenizer_image.vq_model import VQModel
     from utils.distributed import Distributed
+    from utils.parallel import Parallel
 
 
 def main(args: argparse.Namespace) -> None:
@@ -37,23 +40,22 @@ def main(args: argparse.Namespace) -> None:
 
     import torch
 
-    from autoregressive.models.gpt import GPT_models
     from autoregressive.train.flops import training_flops_per_image
-    from autoregressive.train.loss import TokenLoss, dropped_conditions, mean_loss
+    from autoregressive.train.loss import dropped_conditions, mean_loss
     from autoregressive.train.next_patch import PatchSchedule
     from dataset.build import build_dataset
     from dataset.codes import open_codes
     from utils.distributed import start
     from utils.logger import console_logger
     from utils.optim import adamw
-    from utils.parallel import Parallel, materialize
+    from utils.parallel import Parallel
     from utils.rng import item_seed
     from utils.runs import find_checkpoint
     from utils.trainer import Micro, Phase, Trainer
     from utils.training_state import TrainingState
 
     grid = grid_size(args.image_size, args.downsample_size)
-    ar_token_num, spe_token_num = layout_numbers(args)
+    layout_numbers(args)  # refuses two that do not go together
     if args.gpt_type != "c2i":
         raise ValueError("train_c2i.py trains class-conditional models; for captions there is train_t2i.py")
     patches = PatchSchedule(
@@ -81,28 +83,10 @@ def main(args: argparse.Namespace) -> None:
         )
     dataset = CheckedCodes(build_dataset(args), args.code_path, args.num_classes, args.vocab_size)
 
-    dropout = 0.0 if args.drop_path_rate > 0 else args.dropout_p  # stochastic depth replaces them
-    with torch.device("meta"):
-        model = GPT_models[args.gpt_model](
-            vocab_size=args.vocab_size,
-            block_size=grid**2,
-            num_classes=args.num_classes,
-            cls_token_num=args.cls_token_num,
-            model_type=args.gpt_type,
-            resid_dropout_p=dropout,
-            ffn_dropout_p=dropout,
-            token_dropout_p=args.token_dropout_p,
-            drop_path_rate=args.drop_path_rate,
-            spe_token_num=spe_token_num or 0,
-            ar_token_num=ar_token_num or 1,
-        )
+    model = new_model(args, grid, args.drop_path_rate)
     sides = {patches.patch_side(epoch) for epoch in range(args.epochs)}
     layouts = {side: replace(model.layout, patch_side=side) for side in sides}  # refuses patches with groups
-    if not plan.sharded:
-        materialize(model, dist.device, args.global_seed)
-    wrapped = plan.apply(TokenLoss(model), blocks=model.layers)
-    if plan.sharded:  # only now, so that no process ever holds the whole model
-        materialize(model, dist.device, args.global_seed)
+    wrapped = lay_out(model, plan, args.global_seed)
     start_from = args.gpt_resume or args.gpt_ckpt
     initial = TrainingState.read(find_checkpoint(start_from), dist, whole=False) if start_from else None
     drop_probability = model.args.class_dropout_prob
@@ -123,6 +107,12 @@ def main(args: argparse.Namespace) -> None:
         def validate(evaluated: torch.nn.Module) -> dict[str, float]:
             return {"val_loss": mean_loss(evaluated, held_out, max(at_once, 1), dist)}
 
+    sample = None
+    if args.vq_ckpt:
+        tokenizer = agreed_tokenizer(args, dist, everywhere=plan.sharded)
+        labels = torch.arange(8, device=dist.device) * args.num_classes // 8
+        sample = sample_grid(tokenizer, args, dist, grid, labels)
+
     trainer = Trainer(
         args,
         dist,
@@ -133,7 +123,7 @@ def main(args: argparse.Namespace) -> None:
         plan=plan,
         initial=initial,
         validate=validate,
-        sample=sample_grid(args, dist, grid) if args.vq_ckpt else None,
+        sample=sample,
         rate=patches.learning_rate if args.scheduler else None,
         tokens=grid**2,
         flops=lambda epoch: training_flops_per_image(model.args, layouts[patches.patch_side(epoch)]),
@@ -142,23 +132,60 @@ def main(args: argparse.Namespace) -> None:
     dist.close()
 
 
-def sample_grid(args: argparse.Namespace, dist: "Distributed", grid: int) -> "Callable[[Transformer], dict]":
-    """A function that draws eight classes with a model in training. Raises ValueError for another tokenizer's file."""
+def new_model(args: argparse.Namespace, grid: int, drop_path_rate: float, **more: object) -> "Transformer":
+    """The model that the flags describe, on the meta device. more: further fields of ModelArgs."""
     import torch
 
-    from autoregressive.models.generate import generate, release_cache
+    from autoregressive.models.gpt import GPT_models
+
+    ar_token_num, spe_token_num = layout_numbers(args)
+    dropout = 0.0 if drop_path_rate > 0 else args.dropout_p  # stochastic depth replaces them
+    with torch.device("meta"):
+        return GPT_models[args.gpt_model](
+            vocab_size=args.vocab_size,
+            block_size=grid**2,
+            num_classes=args.num_classes,
+            cls_token_num=args.cls_token_num,
+            model_type=args.gpt_type,
+            resid_dropout_p=dropout,
+            ffn_dropout_p=dropout,
+            token_dropout_p=args.token_dropout_p,
+            drop_path_rate=drop_path_rate,
+            spe_token_num=spe_token_num or 0,
+            ar_token_num=ar_token_num or 1,
+            **more,
+        )
+
+
+def lay_out(model: "Transformer", plan: "Parallel", seed: int) -> "torch.nn.Module":
+    """The loss of a model from the meta device, laid over the processes, with initial weights."""
+    from autoregressive.train.loss import TokenLoss
+    from utils.parallel import materialize
+
+    if not plan.sharded:
+        materialize(model, plan.dist.device, seed)
+    wrapped = plan.apply(TokenLoss(model), blocks=model.layers)
+    if plan.sharded:  # only now, so that no process ever holds the whole model
+        materialize(model, plan.dist.device, seed)
+    return wrapped
+
+
+def agreed_tokenizer(args: argparse.Namespace, dist: "Distributed", everywhere: bool = False) -> "VQModel | None":
+    """The tokenizer of --vq-ckpt on the first process, or `everywhere`; None on processes that need none.
+
+    Raises AgreedError on all of them where one cannot read it, or it is of other codes than the model's.
+    """
     from tokenizer.tokenizer_image.load import load_tokenizer
     from utils.errors import AgreedError
-    from utils.images import make_grid, to_uint8
-    from utils.rng import image_noise
     from utils.runs import find_checkpoint
 
     with dist.main_first():
         path = find_checkpoint(args.vq_ckpt)
-    failure = None
-    if dist.is_main:
+    tokenizer = failure = None
+    if dist.is_main or everywhere:
         try:
-            tokenizer = load_tokenizer(path, device=dist.device)
+            flags = {name: getattr(args, name, None) for name in ("vq_model", "codebook_size", "codebook_embed_dim")}
+            tokenizer = load_tokenizer(path, device=dist.device, **flags)
             codes, pixels = tokenizer.config.codebook_size, tokenizer.downsample
             if (codes, pixels) != (args.vocab_size, args.downsample_size):
                 raise ValueError(
@@ -170,11 +197,30 @@ def sample_grid(args: argparse.Namespace, dist: "Distributed", grid: int) -> "Ca
     failure = dist.first_failure(failure)
     if failure:  # on every process: the others would wait for the first
         raise AgreedError(failure)
+    return tokenizer
+
+
+def sample_grid(
+    tokenizer: "VQModel | None",
+    args: argparse.Namespace,
+    dist: "Distributed",
+    grid: int,
+    cond: "torch.Tensor",
+    emb_masks: "torch.Tensor | None" = None,
+) -> "Callable[[Transformer], dict]":
+    """A function that draws these conditions with a model in training; it is called where the tokenizer is.
+
+    cond, emb_masks: as `generate` takes them.
+    """
+    import torch
+
+    from autoregressive.models.generate import generate, release_cache
+    from utils.images import make_grid, to_uint8
+    from utils.rng import image_noise
 
     def sample(model: "Transformer") -> dict[str, "np.ndarray"]:
-        labels = torch.arange(8, device=dist.device) * args.num_classes // 8
-        noise = image_noise(args.global_seed, range(8), grid**2).to(dist.device)
-        drawn = generate(model, labels, grid**2, cfg_scale=args.sample_cfg_scale, noise=noise)
+        noise = image_noise(args.global_seed, range(len(cond)), grid**2).to(dist.device)
+        drawn = generate(model, cond, grid**2, emb_masks=emb_masks, cfg_scale=args.sample_cfg_scale, noise=noise)
         release_cache(model)
         width = tokenizer.config.codebook_embed_dim
         with torch.inference_mode():

@@ -1,6 +1,7 @@
-"""The pipeline: image i is a function of (seed, i) whatever the batch, files by every kind of name, and what a user gets wrong."""
+"""The pipeline: image i is a function of (seed, i) whatever the batch, files by every kind of name, prompts, and what a user gets wrong."""
 
 import shutil
+import zlib
 from argparse import Namespace
 
 import numpy as np
@@ -18,6 +19,8 @@ from utils.images import to_uint8
 from utils.rng import image_noise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORDS, WIDTH = 9, 24  # condition rows of the text-conditional model, numbers a feature has
 
 
 class Recording(ImagePipeline):
@@ -368,3 +371,252 @@ def test_settings(pipeline):
     with pytest.raises(TypeError, match="top_q"):
         pipeline([1, 2], top_q=0.5)
     assert isinstance(pipeline([1], top_k=3, progress=False)[0], Image.Image)
+
+
+# Prompts
+
+
+class WordEncoder:
+    """A text encoder: a word's feature is its own, whatever stands beside it, and its padding is not zero."""
+
+    dim = WIDTH
+
+    def __init__(self):
+        self.calls = []
+
+    def features(self, text: str) -> torch.Tensor:
+        words = text.split()[:WORDS]
+        rows = [np.random.default_rng(zlib.crc32(word.encode())).standard_normal(WIDTH) for word in words]
+        return torch.from_numpy(np.stack(rows)).float()
+
+    def get_text_embeddings(self, texts):
+        self.calls.append(list(texts))
+        features, mask = torch.full((len(texts), WORDS, WIDTH), 7.0), torch.zeros(len(texts), WORDS, dtype=torch.long)
+        for i, text in enumerate(texts):
+            caption = self.features(text)
+            features[i, : len(caption)], mask[i, : len(caption)] = caption, 1
+        return features, mask
+
+
+PROMPTS = [
+    "a", "a red lantern", "two cats sleep on a green chair", "one two three four five six seven eight nine",
+    "rain", "a paper crane", "an orange tram in heavy snow", "fog over a lake", "a map", "three blue pears on a plate", "a",
+]  # fmt: skip
+
+
+def text_gpt(**more) -> torch.nn.Module:
+    shape = {"vocab_size": 64, "block_size": 16, "cls_token_num": WORDS, "caption_dim": WIDTH}
+    return randomize(GPT_models["GPT-XS"](**{**shape, "model_type": "t2i", **more}), seed=4).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def text_models(models):
+    """A text-conditional GPT in each dtype, 4x4 tokens, and the tokenizer."""
+    return {dtype: text_gpt().to(dtype) for dtype in (torch.float32, torch.bfloat16)}, models[1]
+
+
+@pytest.fixture
+def text_pipeline(text_models):
+    return Recording(text_models[0][torch.float32], text_models[1], text_encoder=WordEncoder())
+
+
+def draw_prompts(pipeline, prompts, numbers, **settings) -> dict[int, tuple[torch.Tensor, np.ndarray]]:
+    drawn = {}
+    for part, images in pipeline.batches([prompts[n] for n in numbers], indices=numbers, **settings):
+        drawn |= {number: (codes, image) for number, codes, image in zip(part, pipeline.codes, images, strict=True)}
+    return drawn
+
+
+@pytest.mark.filterwarnings("ignore:.*fill all 9 text tokens")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("left", [True, False])
+def test_a_prompts_image_does_not_depend_on_its_batch(text_models, dtype, left):
+    """Captions of 1 to 9 words: alone, beside longer and shorter ones, in any order."""
+
+    def pipeline(batch):
+        gpt = text_models[0][dtype]
+        return Recording(gpt, text_models[1], batch_size=batch, text_encoder=WordEncoder(), left_padding=left)
+
+    settings = {"seed": 5, "cfg_scale": 4.0, "top_k": 40}
+    expected = draw_prompts(pipeline(16), PROMPTS, list(range(11)), **settings)
+    assert len({codes.numpy().tobytes() for codes, _ in expected.values()}) == 11
+    for batch, chosen in (
+        (1, [3, 0, 10]),
+        (2, [4, 2, 8]),
+        (3, [9, 2, 8, 1, 10]),
+        (5, [6, 5, 4, 3, 2, 1, 0]),
+        (8, [3] * 9),
+    ):
+        for number, (codes, image) in draw_prompts(pipeline(batch), PROMPTS, chosen, **settings).items():
+            assert torch.equal(codes, expected[number][0]), (batch, number)
+            assert np.array_equal(image, expected[number][1]), (batch, number)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("left", [True, False])
+def test_prompts_against_the_model_without_a_cache(text_models, left, scale):
+    """The most likely tokens, each from a full forward pass over conditions padded by hand."""
+    gpt, encoder = text_models[0][torch.float32], WordEncoder()
+    pipeline = Recording(gpt, text_models[1], text_encoder=encoder, left_padding=left)
+    prompts = PROMPTS[1:4]
+    with pytest.warns(UserWarning, match="1 of 3 prompts fill all 9 text tokens.*: 'one two three"):
+        pipeline(prompts, cfg_scale=scale, sample_logits=False, progress=False)
+
+    cond, mask = torch.zeros(3, WORDS, WIDTH), torch.zeros(3, WORDS)
+    for i, prompt in enumerate(prompts):
+        count = len(prompt.split())
+        place = slice(WORDS - count, WORDS) if left else slice(0, count)
+        cond[i, place], mask[i, place] = encoder.features(prompt), 1
+    codes = torch.zeros(3, 0, dtype=torch.long)
+    for _ in range(16):
+        logits = gpt(codes, cond, prefix_mask=mask)[:, -1]
+        if scale > 1:
+            without = gpt(codes, cond, prefix_mask=mask, drop=torch.ones(3, dtype=torch.bool))[:, -1]
+            logits = without + (logits - without) * scale
+        codes = torch.cat([codes, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(pipeline.codes, codes)
+
+
+def test_seed_number_prompt_and_padding_each_matter(text_models, text_pipeline):
+    def codes(prompt, seed, number, pipeline=text_pipeline):
+        list(pipeline.batches([prompt], seed=seed, indices=[number], cfg_scale=2.0))
+        return pipeline.codes[0].tolist()
+
+    first = codes("a red lantern", 0, 0)
+    assert codes("a red lantern", 0, 0) == first
+    assert first not in (codes("a red lantern", 1, 0), codes("a red lantern", 0, 1), codes("a map", 0, 0))
+    right = Recording(text_pipeline.gpt, text_models[1], text_encoder=WordEncoder(), left_padding=False)
+    assert codes("a red lantern", 0, 0, right) != first
+
+
+def test_features_in_the_place_of_prompts(text_pipeline, tmp_path):
+    """Of encode(), with a first axis of one, as numpy arrays, and in files as extraction writes them."""
+    prompts = PROMPTS[:3]
+    expected = [image.tobytes() for image in text_pipeline(prompts, seed=2, progress=False)]
+    features = text_pipeline.encode(prompts)
+    assert [tuple(f.shape) for f in features] == [(1, WIDTH), (3, WIDTH), (7, WIDTH)]
+    np.save(tmp_path / "0.npy", features[0][None].numpy())
+    np.save(tmp_path / "1.npy", features[1].numpy())
+    text_pipeline.text_encoder = None  # not asked again
+    for given in (
+        features,
+        [f[None] for f in features],
+        [f.numpy() for f in features],
+        [tmp_path / "0.npy", str(tmp_path / "1.npy"), features[2].double()],
+    ):
+        images = text_pipeline(features=given, seed=2, progress=False)
+        assert [image.tobytes() for image in images] == expected
+    longer = torch.cat([WordEncoder().features(PROMPTS[3]), torch.ones(4, WIDTH)])
+    cut = text_pipeline(features=[longer, longer[:WORDS]], indices=[0, 0], progress=False)
+    assert cut[0].tobytes() == cut[1].tobytes()
+    assert text_pipeline(features=[], progress=False) == text_pipeline([], progress=False) == []
+
+
+def test_a_prompt_is_encoded_once_and_alone(text_pipeline):
+    text_pipeline(["a map", "rain", "a map"], progress=False)
+    assert text_pipeline.text_encoder.calls == [["a map"], ["rain"]]
+
+
+def test_the_text_encoder_is_loaded_when_needed_and_released(text_models, monkeypatch):
+    import language.t5
+
+    made = []
+
+    class Embedder(WordEncoder):
+        def __init__(self, device, name, **settings):
+            super().__init__()
+            made.append((device, name, settings))
+
+    monkeypatch.setattr(language.t5, "T5Embedder", Embedder)
+    monkeypatch.setattr(language.t5, "find_t5", lambda path, kind: f"{path}/{kind}")
+    gpt, tokenizer = text_models[0][torch.bfloat16], text_models[1]
+    pipeline = ImagePipeline(gpt, tokenizer, t5_path="somewhere", t5_model_type="small")
+    assert not made
+    pipeline(["a map"], progress=False)
+    pipeline(["rain"], progress=False)
+    settings = {"torch_dtype": torch.bfloat16, "model_max_length": WORDS}
+    assert made == [(torch.device("cpu"), "somewhere/small", settings)]
+    pipeline.release_text_encoder()
+    assert pipeline.text_encoder is None
+    pipeline(["rain"], progress=False)
+    assert len(made) == 2
+    other = ImagePipeline(gpt, tokenizer, t5_dtype=torch.float32, t5_device="cpu", t5_tokens=4)
+    other(["rain"], progress=False)
+    assert made[2][1:] == ("None/flan-t5-xl", {"torch_dtype": torch.float32, "model_max_length": 4})
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        ("a red lantern", r"prompts are a list, one item for each image: \['a red lantern'\]"),
+        ([3], "this GPT is text-conditional: it takes prompts, a list of strings, and item 0 is 3"),
+        (torch.tensor([1]), "this GPT is text-conditional: it takes prompts, a list of strings, not labels"),
+        (["a", ""], r"prompt 1 \(from 0\) is blank"),
+        (["\n \t"], r"prompt 0 \(from 0\) is blank"),
+        (None, "this GPT is text-conditional: give prompts, or features in their place"),
+    ],
+)
+def test_prompts(text_pipeline, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        text_pipeline(prompts)
+    assert not text_pipeline.text_encoder.calls
+
+
+def test_conditions_of_the_other_kind(pipeline, text_pipeline):
+    for arguments in ({"asked": ["a map"]}, {"asked": "a map"}, {"features": [torch.ones(2, WIDTH)]}, {"asked": None}):
+        with pytest.raises(ValueError, match="this GPT is class-conditional: it takes labels, 0 to 9"):
+            pipeline(**arguments)
+    with pytest.raises(ValueError, match="class-conditional: it has no text encoder"):
+        pipeline.encode(["a map"])
+    with pytest.raises(ValueError, match="give prompts, or features in their place"):
+        text_pipeline(["a map"], features=[torch.ones(2, WIDTH)])
+    with pytest.raises(ValueError, match="2 prompts for 1 image numbers"):
+        text_pipeline(["a map", "rain"], indices=[0])
+    with pytest.raises(ValueError, match="1 features for 2 image numbers"):
+        text_pipeline(features=[torch.ones(2, WIDTH)], indices=[0, 1])
+
+
+@pytest.mark.parametrize(
+    "features, message",
+    [
+        (
+            torch.ones(3, 5),
+            r"features of image 0 are torch\.float32 of shape \(3, 5\); this GPT takes .*\(length, 24\)",
+        ),
+        (torch.ones(2, 3, WIDTH), r"of shape \(2, 3, 24\)"),
+        (torch.ones(0, WIDTH), r"of shape \(0, 24\)"),
+        (torch.ones(3, WIDTH, dtype=torch.long), r"torch\.int64"),
+        (torch.full((3, WIDTH), torch.nan), "features of image 0 are not all finite"),
+        ("gone.npy", r"no features at gone\.npy"),
+        ("text.npy", r"text\.npy is not a readable \.npy file of features"),
+        ("empty.npy", r"empty\.npy is not a readable \.npy file of features"),
+    ],
+)
+def test_features(text_pipeline, tmp_path, monkeypatch, features, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.npy").write_text("a red lantern")
+    (tmp_path / "empty.npy").touch()
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        text_pipeline(features=[features])
+
+
+def test_an_encoder_of_another_model(text_models):
+    narrow = WordEncoder()
+    narrow.dim = 16
+    with pytest.raises(ValueError, match="text encoder has features of 16 numbers and the GPT takes 24"):
+        ImagePipeline(text_models[0][torch.float32], text_models[1], text_encoder=narrow)(["a map"])
+    for count in (-1, WORDS + 1):
+        with pytest.raises(ValueError, match=f"{count} text tokens for a GPT with 9 condition rows"):
+            ImagePipeline(text_models[0][torch.float32], text_models[1], t5_tokens=count)
+
+
+@pytest.mark.parametrize("name, size", [("t2i_XL_stage1_256.pt", 256), ("t2i_XL_stage2_512.pt", 512)])
+def test_released_text_models(tmp_path, name, size):
+    """Small ones under the released names: a bare state, the size of the image in the name, the tokenizer beside it."""
+    gpt = text_gpt(block_size=(size // 16) ** 2)
+    save_checkpoint(tmp_path / name, {"model": gpt.state_dict()})
+    tokenizer = VQ_models["VQ-16"](codebook_size=64, ch=32, z_channels=32)
+    save_checkpoint(tmp_path / "vq_ds16_t2i.pt", {"model": tokenizer.state_dict()})
+    pipeline = ImagePipeline.from_pretrained(tmp_path, gpt=name, text_encoder=WordEncoder())
+    assert pipeline.is_text and pipeline.image_size == size and pipeline.gpt.layout.prefix == WORDS
+    assert pipeline.gpt.args.caption_dim == WIDTH and isinstance(pipeline.text_encoder, WordEncoder)

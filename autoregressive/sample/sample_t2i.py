@@ -1,0 +1,87 @@
+"""Draws an image for each of a few prompts into one grid.
+
+python3 autoregressive/sample/sample_t2i.py --gpt-ckpt t2i_XL_stage2_512.pt --vq-ckpt vq_ds16_t2i.pt --prompt "a red lantern"
+"""
+
+import argparse
+
+from autoregressive.models.sizes import GPT_SIZES
+from tokenizer.tokenizer_image.sizes import VQ_SIZES
+from utils.cli import (
+    add_gpt_file_flags,
+    add_gpt_flags,
+    add_image_size_flags,
+    add_run_flags,
+    add_sampling_flags,
+    add_text_flags,
+    add_tokenizer_flags,
+    flag_parser,
+    positive_int,
+    run_script,
+)
+
+PROMPTS = [
+    "A lighthouse on a rocky coast at dusk, its lamp just lit, oil painting.",
+    "A wooden bowl of ripe persimmons on a linen cloth in soft window light.",
+    "An orange tram crosses a stone bridge in heavy snow.",
+    "A paper crane stands on a stack of old books, close-up photograph.",
+]
+
+
+def main(args: argparse.Namespace) -> None:
+    import numpy as np
+
+    from autoregressive.pipeline import check_prompts
+    from autoregressive.sample.common import build_pipeline, read_prompt_lines, sampling_settings
+    from utils.distributed import pick_device
+    from utils.images import make_grid, save_png
+
+    if args.gpt_type != "t2i":
+        raise ValueError("sample_t2i.py draws from text-conditional models; for classes there is sample_c2i.py")
+    settings = sampling_settings(args)
+    prompts = list(args.prompt or [])
+    if args.prompt_file:
+        prompts += read_prompt_lines(args.prompt_file)
+    prompts = prompts or PROMPTS
+    check_prompts(prompts)
+    pipeline, _, _ = build_pipeline(args, pick_device(args.device), args.batch_size)
+    features = pipeline.encode(prompts, progress=True)
+    pipeline.release_text_encoder()
+    images = pipeline(features=features, seed=args.seed, **settings)
+    save_png(make_grid(np.stack([np.asarray(image) for image in images]), columns=args.columns), args.output)
+    print(f"wrote {args.output}: {len(images)} images of {pipeline.image_size}x{pipeline.image_size}")
+    for i, prompt in enumerate(prompts):
+        print(f"{i}: {' '.join(prompt.split())}")
+
+
+def flags() -> argparse.ArgumentParser:
+    """The script's flags."""
+    parser = flag_parser(__doc__)
+    add_gpt_flags(parser, GPT_SIZES, gpt_type="t2i", gpt_model="GPT-XL")
+    add_gpt_file_flags(parser)
+    add_tokenizer_flags(parser, VQ_SIZES)
+    add_text_flags(parser)
+    add_image_size_flags(parser, 512)
+    add_sampling_flags(parser, cfg_scale=7.5, top_k=1000)
+    add_run_flags(parser)
+    parser.add_argument("--seed", type=int, default=0, help="image i is a function of the seed, i and its prompt")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=None,
+        help="what to draw; may be given several times (default: four prompts)",
+    )
+    parser.add_argument("--prompt-file", default=None, help="a text file with a prompt on each line, after those")
+    parser.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=None,
+        help="images at once (default: 32 on an accelerator, 8 on a CPU)",
+    )
+    parser.add_argument("--columns", type=positive_int, default=4, help="images in a row of the grid")
+    parser.add_argument("--output", default="sample_t2i.png", help="the picture to write")
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, flags())

@@ -1,0 +1,145 @@
+"""Draws an image for each prompt of a table: PNG files with their captions, on any number of processes.
+
+    torchrun --nproc_per_node=8 autoregressive/sample/sample_t2i_ddp.py --gpt-ckpt t2i_XL_stage2_512.pt \\
+        --vq-ckpt vq_ds16_t2i.pt --prompt-csv PartiPrompts.tsv
+
+Image i depends on the seed, i and prompt i alone. The same command again draws what is missing, so that an interrupted
+run goes on where it stopped, on as many processes as there are then. In the folder of the run: images/{i:06d}.png; and
+once all are there captions.txt, a prompt on each line, and result.jsonl, {"text": …, "image": …} on each.
+"""
+
+import argparse
+from pathlib import Path
+
+from autoregressive.models.sizes import GPT_SIZES
+from tokenizer.tokenizer_image.sizes import VQ_SIZES
+from utils.cli import (
+    add_gpt_file_flags,
+    add_gpt_flags,
+    add_image_size_flags,
+    add_run_flags,
+    add_sampling_flags,
+    add_switch,
+    add_text_flags,
+    add_tokenizer_flags,
+    flag_parser,
+    positive_int,
+    run_script,
+)
+from utils.sample_folder import folder_name
+
+# Flags that change neither an image nor which images there are, and those that stand for a file's content.
+IMMATERIAL = {
+    "sample_dir",
+    "num_fid_samples",
+    "num_classes",
+    "compile",
+    "device",
+    "t5_device",
+    "per_proc_batch_size",
+    "npz",
+    "from_fsdp",
+    "gpt_ckpt",
+    "vq_ckpt",
+    "prompt_csv",
+    "t5_path",
+    "t5_model_type",
+}
+
+
+def main(args: argparse.Namespace) -> None:
+    import numpy as np
+
+    from autoregressive.sample.common import (
+        build_pipeline,
+        read_prompt_table,
+        sampling_settings,
+        save_images,
+        share_of_missing,
+    )
+    from utils.distributed import start
+    from utils.images import is_whole_png, write_image_npz
+    from utils.sample_folder import claim_folder, read_images, write_captions
+
+    if args.gpt_type != "t2i":
+        raise ValueError("sample_t2i_ddp.py draws from text-conditional models; for classes there is sample_c2i_ddp.py")
+    settings = sampling_settings(args)
+    prompts = read_prompt_table(args.prompt_csv)
+    dist = start(args.device)
+    with dist.main_first():
+        pipeline, gpt_path, vq_path = build_pipeline(args, dist.device, args.per_proc_batch_size)
+    folder = Path(args.sample_dir) / folder_name(args, gpt_path, vq_path)
+    if dist.is_main:
+        claim_folder(folder, run_settings(args, prompts, gpt_path, vq_path, pipeline.t5_path))
+    dist.barrier()
+
+    def png(index: int) -> Path:
+        return folder / "images" / f"{index:06d}.png"
+
+    count = min(args.num_fid_samples, len(prompts))
+    mine = share_of_missing(dist, folder, png, count, args.per_proc_batch_size)
+    if mine:
+        features = pipeline.encode([prompts[i] for i in mine], progress=dist.is_main)
+        pipeline.release_text_encoder()
+        batches = pipeline.batches(features=features, seed=args.global_seed, indices=mine, **settings)
+        save_images(batches, png, len(mine), progress=dist.is_main)
+    dist.barrier()
+    if dist.is_main:
+        listed = count  # an earlier run may have drawn more: each image in the folder has its caption
+        while listed < len(prompts) and is_whole_png(png(listed)):
+            listed += 1
+        write_captions(folder, prompts[:listed], map(png, range(listed)))
+        print(f"wrote {folder / 'captions.txt'} and result.jsonl: {listed} images")
+    if dist.is_main and args.npz:
+        target = folder.with_name(folder.name + ".npz")
+        shape = (count, args.image_size, args.image_size, 3)
+        write_image_npz(target, read_images(map(png, range(count))), shape, np.arange(count))
+        print(f"wrote {target}: {count} images")
+    dist.barrier()
+    dist.close()
+
+
+def run_settings(args: argparse.Namespace, prompts: list[str], gpt_path: Path, vq_path: Path, t5_path: Path) -> dict:
+    """What decides the images, as plain values."""
+    from utils.sample_folder import file_identity, folder_identity, text_identity
+
+    settings = {key: value for key, value in vars(args).items() if key not in IMMATERIAL}
+    return {
+        **settings,
+        "t5_precision": args.t5_precision or args.precision,
+        "gpt_ckpt": file_identity(gpt_path),
+        "vq_ckpt": file_identity(vq_path),
+        "t5": folder_identity(t5_path),
+        "prompts": text_identity(prompts),
+    }
+
+
+def flags() -> argparse.ArgumentParser:
+    """The script's flags."""
+    parser = flag_parser(__doc__)
+    parser.add_argument(
+        "--prompt-csv",
+        default="evaluations/t2i/PartiPrompts.tsv",
+        help="a table with tabs between its columns, one of which is named Prompt",
+    )
+    add_gpt_flags(parser, GPT_SIZES, gpt_type="t2i", gpt_model="GPT-XL")
+    add_gpt_file_flags(parser)
+    add_tokenizer_flags(parser, VQ_SIZES)
+    add_text_flags(parser)
+    add_image_size_flags(parser, 512)
+    add_sampling_flags(parser, cfg_scale=7.5, top_k=1000)
+    add_run_flags(parser)
+    parser.add_argument("--sample-dir", default="samples_parti", help="where the folder of images goes")
+    parser.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images at once on each process")
+    parser.add_argument(
+        "--num-fid-samples", type=positive_int, default=30000, help="images to draw, at most one for each prompt"
+    )
+    parser.add_argument(
+        "--global-seed", type=int, default=0, help="image i is a function of the seed, i and its prompt"
+    )
+    add_switch(parser, "--npz", False, "gather the images into one .npz too")
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, flags())

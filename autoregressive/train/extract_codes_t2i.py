@@ -1,0 +1,209 @@
+"""Encodes the images of image-text pairs for train_t2i.py: packed shards, or with --published-layout one file a pair.
+
+    torchrun --nproc_per_node=8 autoregressive/train/extract_codes_t2i.py --data-path laion_coco --code-path codes \\
+        --vq-ckpt vq_ds16_t2i.pt --image-size 256 --data-start 0 --data-end 39
+
+Of the *.jsonl files (or WebDataset *.tar shards) in --data-path, in the order of their names, those from number
+--data-start to number --data-end, both included. Codes are those of the centre crop, a folder for each file:
+`{code-path}/{stem}/`. The same command again goes on with what is missing, on any number of processes. Images that cannot
+be read or are smaller than --image-size get no codes. Without --vq-ckpt the tokenizer is the released one of the text-conditional models.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from autoregressive.train.extract_codes_c2i import encode_shards, shard_batches, tokenizer_fingerprint
+from tokenizer.tokenizer_image.sizes import VQ_SIZES
+from utils.cli import add_image_size_flags, add_tokenizer_flags, flag_parser, positive_int, run_script
+
+if TYPE_CHECKING:
+    from dataset.codes import CodeSettings
+    from dataset.t2i import Pairs
+    from tokenizer.tokenizer_image.vq_model import VQModel
+
+RELEASED_TOKENIZER = "vq_ds16_t2i.pt"
+
+Unit = tuple[int, int]
+"""A file's number among all, and a shard's among the file's."""
+
+
+def main(args: argparse.Namespace) -> None:
+    import time
+    from itertools import accumulate
+
+    import numpy as np
+    from tqdm import tqdm
+
+    from dataset.codes import CodeWriter
+    from dataset.t2i import PairViews, open_pairs, write_text_codes
+    from tokenizer.tokenizer_image.load import load_tokenizer
+    from utils.distributed import start
+    from utils.loading import loader_workers
+    from utils.logger import console_logger
+    from utils.runs import find_checkpoint
+
+    dist = start(args.device)
+    log = console_logger("dataset", dist.is_main)
+    with dist.main_first():
+        vq_path = find_checkpoint(args.vq_ckpt or RELEASED_TOKENIZER)
+        pairs = open_pairs(args.data_path, args.index_path)
+    chosen = chosen_files(pairs, args.data_start, args.data_end)
+    tokenizer = load_tokenizer(
+        vq_path,
+        vq_model=args.vq_model,
+        codebook_size=args.codebook_size,
+        codebook_embed_dim=args.codebook_embed_dim,
+        device=dist.device,
+    )
+    if args.image_size % tokenizer.downsample:
+        raise ValueError(
+            f"--image-size {args.image_size} is not a multiple of {tokenizer.downsample}, the pixels a side of a token"
+        )
+    starts = [0, *accumulate(count for _, count in pairs.files)]
+    settings = {k: code_settings(args, pairs.files[k], tokenizer) for k in chosen}
+    folders = {k: f"{args.code_path}/{pairs.files[k][0]}" for k in chosen}
+    # The first process looks for all: one that looked for itself would miss what a quicker one has written already.
+    batches = None
+    if dist.is_main:
+        look = missing_published if args.published_layout else missing_packed
+        batches = [batch for k in chosen for batch in look(args, k, starts[k], settings[k], folders[k])]
+    batches = dist.broadcast(batches)
+    # Dealt out in turn, so that no process has more than one shard more than another, in a resumed run either.
+    units = list(dict.fromkeys(unit for unit, _ in batches))[dist.rank :: dist.world_size]
+    mine = set(units)
+    batches = [batch for batch in batches if batch[0] in mine]
+
+    data = PairViews(pairs, args.image_size)
+    total = sum(len(images) for _, images in batches)
+    of_all = f" (process 1 of {dist.world_size})" if dist.world_size > 1 else ""
+    started = time.monotonic()
+    with tqdm(total=total, unit="images", desc=f"encoding{of_all}", disable=not dist.is_main) as progress:
+        encoded = encode_shards(
+            tokenizer,
+            data,
+            settings[chosen[0]],
+            batches,
+            workers=loader_workers(args.num_workers, dist),
+            mixed_precision=args.mixed_precision,
+            progress=progress,
+        )
+        for (k, shard), codes, labels, numbers in encoded:
+            lines = (numbers - starts[k]).numpy()
+            if args.published_layout:
+                for line, code in zip(lines.tolist(), codes[:, 0].numpy(), strict=True):
+                    write_text_codes(args.code_path, pairs.files[k][0], line, code)
+            else:
+                skipped = np.setdiff1d(np.asarray(settings[k].images_of(shard)), lines).tolist()
+                CodeWriter(folders[k], settings[k]).write_shard(shard, codes, labels, lines, skipped)
+    total, skipped = (sum(dist.gather(value)) for value in (total, data.skipped))
+    if dist.is_main:
+        seconds = time.monotonic() - started
+        if total:
+            log.info(f"encoded {total} images in {seconds:.1f} s, {total / seconds:.1f} images/s over all processes")
+        log.info(
+            f"{args.code_path}: {len(chosen)} of {len(pairs.files)} files done; of the images looked at now {skipped} are "
+            "unreadable or too small and have no codes"
+        )
+    dist.close()
+
+
+def chosen_files(pairs: "Pairs", first: int, last: int | None) -> list[int]:
+    """The numbers of the files from `first` to `last`, both included. Raises ValueError where there are none."""
+    count = len(pairs.files)
+    chosen = [k for k in range(count) if first <= k <= (count if last is None else last)]
+    if not chosen:
+        raise ValueError(
+            f"--data-start {first} --data-end {last} selects none of the {count} files: they are numbered 0 to {count - 1}"
+        )
+    return chosen
+
+
+def missing_packed(
+    args: argparse.Namespace, k: int, start: int, settings: "CodeSettings", folder: str
+) -> list[tuple[Unit, range]]:
+    """The batches of a file's shards that are not there whole: ((file, shard), data set indices)."""
+    from dataset.codes import CodeWriter
+
+    shards = CodeWriter(folder, settings).missing_shards()
+    return _moved(shard_batches(settings, shards, args.batch_size), k, start)
+
+
+def missing_published(
+    args: argparse.Namespace, k: int, start: int, settings: "CodeSettings", folder: str
+) -> list[tuple[Unit, range]]:
+    """The batches of a file in which a pair has no codes yet; whole ones, so that rounding does not depend on what is there."""
+    from pathlib import Path
+
+    import numpy as np
+
+    there = {path.stem for path in Path(folder).glob("[0-9]*.npy")}
+    if there:
+        file = Path(folder) / f"{min(there)}.npy"
+        shape = np.load(file, mmap_mode="r").shape
+        if shape != (1, settings.tokens):
+            raise ValueError(f"{file} has shape {shape}, these codes (1, {settings.tokens}): write to another folder")
+    batches = shard_batches(settings, range(settings.num_shards), args.batch_size)
+    return _moved([(shard, images) for shard, images in batches if not there.issuperset(map(str, images))], k, start)
+
+
+def _moved(batches: Sequence[tuple[int, range]], k: int, start: int) -> list[tuple[Unit, range]]:
+    """A file's batches by the numbers that all files' pairs have together."""
+    return [((k, shard), range(images.start + start, images.stop + start)) for shard, images in batches]
+
+
+def code_settings(args: argparse.Namespace, file: tuple[str, int], tokenizer: "VQModel") -> "CodeSettings":
+    """What the index of a file's shards records of the codes."""
+    from dataset.codes import CodeSettings
+    from dataset.t2i import CODE_VIEW, EXTRACTION
+
+    return CodeSettings(
+        dataset="t2i",
+        image_size=args.image_size,
+        tokens=(args.image_size // tokenizer.downsample) ** 2,
+        views=(CODE_VIEW,),
+        codebook_size=args.codebook_size,
+        num_images=file[1],
+        vq_model=args.vq_model,
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        shard_size=args.shard_size,
+        made_by=EXTRACTION,
+        extra={} if args.mixed_precision == "none" else {"mixed_precision": args.mixed_precision},
+    )
+
+
+def flags() -> argparse.ArgumentParser:
+    """The script's flags."""
+    parser = flag_parser(__doc__)
+    parser.add_argument("--data-path", required=True, help="folder of *.jsonl lists, or of WebDataset *.tar shards")
+    parser.add_argument("--code-path", required=True, help="folder to write the codes to, a folder for each file")
+    parser.add_argument("--data-start", type=int, default=0, help="number of the first file, in the order of names")
+    parser.add_argument("--data-end", type=int, default=None, help="number of the last file (default: of all)")
+    parser.add_argument(
+        "--index-path", default=None, help="where the index of WebDataset shards goes (default: beside them)"
+    )
+    add_tokenizer_flags(parser, VQ_SIZES)
+    add_image_size_flags(parser, 512, downsample=False)
+    parser.add_argument("--batch-size", type=positive_int, default=32, help="images a batch")
+    parser.add_argument(
+        "--mixed-precision",
+        choices=["none", "fp16", "bf16"],
+        default="none",
+        help="autocast of the encoder: faster, but some codes differ from those of float32, which published codes are",
+    )
+    parser.add_argument(
+        "--shard-size", type=positive_int, default=4096, help="images a shard, and what an interruption may cost"
+    )
+    parser.add_argument(
+        "--published-layout", action="store_true", help="one .npy a pair, as the published scripts write"
+    )
+    parser.add_argument(
+        "--global-seed", type=int, default=0, help="kept for published command lines; encoding draws nothing"
+    )
+    parser.add_argument("--num-workers", type=int, default=24, help="loader processes (at most the processor's cores)")
+    parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, flags())

@@ -1,0 +1,407 @@
+"""CLIP score and FID of images drawn from captions.
+
+    python3 evaluations/t2i/evaluation.py --fake_dir samples_coco/GPT-XL-… --ref_dir /path/to/coco --how_many 30000
+
+--fake_dir holds images/ and captions.txt, the caption of each image in natural order, a line each, as sample_t2i_ddp.py
+writes them; --ref_dir the photographs they are compared with, COCO's val2014. Every image is cut to its centre square and
+resized to --eval_res. The figures go to score.txt, and with the whole protocol to score.json, in --fake_dir. Under
+torchrun each process reads a share.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from utils.cli import add_switch, flag_parser, positive_int, run_script
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+
+    from evaluations.c2i.evaluator import Inception
+    from evaluations.features import Features
+    from evaluations.t2i.clip import CLIP
+    from evaluations.t2i.images import SquareImages
+    from utils.distributed import Distributed
+
+PUBLISHED_IMAGES, PUBLISHED_SIZE, COCO_IMAGES = 30_000, 256, 40_504
+COCO = "val2014"
+ANY_TYPE = "train/valid/test"
+INCEPTION_SIZE = 299
+
+
+def main(args: argparse.Namespace) -> None:
+    import time
+
+    from evaluations.c2i.evaluator import open_backend, require_writable, strict_message
+    from evaluations.features import read_features
+    from evaluations.t2i.clip import CLIP, find_clip
+    from evaluations.t2i.images import generated_images, reference_images
+    from utils.distributed import start
+
+    if not (args.clip or args.fid):
+        raise ValueError("--no-clip and --no-fid leave nothing to compute: give one of them")
+    begin = time.perf_counter()
+    folder = fake_folder(args)
+    output = (args.output or f"{folder}/score").removesuffix(".txt")
+    require_writable(output)
+    fakes = generated_images(folder / "images", args.eval_res, args.how_many)
+    captions = read_captions(folder, fakes, args) if args.clip else []
+    reference = reference_images(reference_folder(args), args.eval_res) if args.fid else None
+    require_enough(fakes, reference)
+    clip_folder = find_clip(args.clip_model4eval, args.clip_path) if args.clip else None
+    warnings = judge(fakes, captions, reference, args)
+    if warnings and args.strict:
+        raise ValueError(strict_message(warnings))
+    dist = start(args.device)
+    backend = clip = None
+    with dist.main_first():
+        if args.fid:
+            backend = open_backend(args, dist)
+        if args.clip:
+            clip = CLIP(clip_folder, dist.device)
+    if dist.is_main:
+        for line in described(fakes, captions, reference, clip, backend):
+            print(line)
+        for warning in warnings:  # and again beside the figures: before hours are spent is a good time to know
+            print(f"warning: {warning}", flush=True)
+
+    inception = inception_features(backend, args.inception_resize) if args.fid else None
+
+    def extract(batch: "np.ndarray") -> "tuple[np.ndarray, ...]":
+        kinds = [clip.images(batch)] if args.clip else []
+        return (*kinds, inception(batch)) if args.fid else tuple(kinds)
+
+    drawn = read_features(fakes, extract, dist, batch_size=args.batch_size, keep=args.clip, name="generated images")
+    texts, cut = embed(captions, clip, args.batch_size, dist) if args.clip else (None, 0)
+    seen = None
+    if args.fid:
+        seen = read_features(
+            reference,
+            lambda batch: (inception(batch),),
+            dist,
+            batch_size=args.batch_size,
+            keep=False,
+            name="reference",
+        )
+    late = []
+    if dist.is_main:
+        late = drawn.inspection.warnings("generated images", fakes.lossy)
+        if cut:
+            late.append(f"{cut:,} captions are longer than CLIP's {clip.length} tokens: their ends were not read")
+        warnings += late
+        report = {
+            **compare(drawn, texts, seen, args),
+            "warnings": warnings,
+            "protocol": protocol(args, fakes, captions, reference, clip, backend, dist),
+            "seconds": round(time.perf_counter() - begin, 1),
+        }
+        write_report(output, report, args)
+    dist.close()
+    if late and args.strict:
+        raise ValueError(f"{strict_message(late)} (the figures are in {output}.json)")
+
+
+def fake_folder(args: argparse.Namespace) -> "Path":
+    """--fake_dir, once it has images/. Raises FileNotFoundError that says what it has instead."""
+    from pathlib import Path
+
+    folder = Path(args.fake_dir).expanduser()
+    if folder.is_dir() and not (folder / "images").is_dir():
+        inside = sorted(child.name for child in folder.iterdir() if (child / "images").is_dir())
+        hint = f"; it has {folder / inside[0]}, which does" if inside else ""
+        raise FileNotFoundError(f"--fake_dir {folder} has no folder images/{hint}")
+    return folder
+
+
+def reference_folder(args: argparse.Namespace) -> "Path":
+    """Where the reference images are: val2014 of --ref_dir for coco2014, else its --ref_type; or --ref_dir itself.
+
+    Raises FileNotFoundError where there is no such folder.
+    """
+    from pathlib import Path
+
+    folder = Path(args.ref_dir).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder of reference images at {folder}: check --ref_dir")
+    name = COCO if args.ref_data == "coco2014" else args.ref_type
+    if name == ANY_TYPE:
+        return folder
+    for place in (folder / name, *sorted(folder.glob(f"*/{name}"))):
+        if place.is_dir():
+            return place
+    if args.ref_data != "coco2014":
+        raise FileNotFoundError(f"--ref_dir {folder} has no folder {name} (--ref_type)")
+    return folder  # val2014 itself, or a folder of photographs chosen from it
+
+
+def read_captions(folder: "Path", fakes: "SquareImages", args: argparse.Namespace) -> list[str]:
+    """The lines of captions.txt, one for each image that is evaluated.
+
+    Raises FileNotFoundError, or ValueError where there are not as many as images, or the file is not UTF-8.
+    """
+    from dataset.folders import find_images
+
+    file = folder / "captions.txt"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: a line of text for each image; --no-clip computes FID without it")
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error}): save it as such") from error
+    if lines[-1] == "":
+        lines.pop()
+    images = sum("/" not in name for name in find_images(folder / "images"))
+    if len(lines) != images:
+        raise ValueError(
+            f"{file} has {len(lines):,} lines and {folder / 'images'} {images:,} images: every image needs its caption, in "
+            "natural order; sample_t2i_ddp.py, run again, completes an interrupted folder"
+        )
+    return [line.strip() for line in lines[: fakes.count]]
+
+
+def require_enough(fakes: "SquareImages", reference: "SquareImages | None") -> None:
+    """Raises ValueError for sets that have no covariance."""
+    for images in (fakes, reference):
+        if images is not None and images.count < 2:
+            raise ValueError(f"{images.path} has {images.count} image: at least 2 are needed, covariances are of many")
+
+
+def judge(
+    fakes: "SquareImages", captions: list[str], reference: "SquareImages | None", args: argparse.Namespace
+) -> list[str]:
+    """What makes the figures incomparable with published ones, from what is known before the images are read."""
+    found = []
+    if fakes.count < PUBLISHED_IMAGES:
+        found.append(
+            f"{fakes.count:,} images; published figures are of {PUBLISHED_IMAGES:,}, and FID falls with the number of images"
+        )
+    if len(fakes.sizes) > 1:
+        sizes = ", ".join(f"{count:,} of {w}x{h}" for (w, h), count in fakes.sizes.most_common(3))
+        found.append(f"the generated images are of {len(fakes.sizes)} sizes ({sizes}): were they drawn by one model?")
+    for name, images in (("generated", fakes), ("reference", reference)):
+        if images is not None and images.enlarged:
+            found.append(
+                f"{images.enlarged:,} of the {images.count:,} {name} images are smaller than --eval_res {args.eval_res} and "
+                "are enlarged: what is blurred by that counts as a property of the images"
+            )
+    if args.eval_res != PUBLISHED_SIZE:
+        found.append(f"--eval_res is {args.eval_res}; published figures are at {PUBLISHED_SIZE}")
+    if fakes.lossy:
+        found.append(
+            f"{fakes.lossy:,} of the generated images are JPEG or WebP files: compression alone changes FID; use PNG"
+        )
+    empty = sum(not caption for caption in captions)
+    if empty:
+        found.append(f"{empty:,} of the {len(captions):,} captions are empty: CLIP compares those images with no text")
+    again = len(captions) - len(set(captions))
+    if again:
+        found.append(f"{again:,} of the {len(captions):,} captions repeat an earlier one")
+    if reference is not None and args.ref_data == "coco2014":
+        if reference.count != COCO_IMAGES:
+            found.append(
+                f"the reference has {reference.count:,} images; published FID is against all {COCO_IMAGES:,} of COCO's {COCO}"
+            )
+        if args.ref_type not in (ANY_TYPE, "valid", "val", COCO):
+            found.append(f"--ref_type {args.ref_type} is not used: for coco2014 the reference is {COCO}, as published")
+    if reference is not None and args.inception_resize != "clean":
+        found.append("--inception_resize graph: published text-to-image FID resizes for the network as clean-fid does")
+    return found
+
+
+def described(
+    fakes: "SquareImages",
+    captions: list[str],
+    reference: "SquareImages | None",
+    clip: "CLIP | None",
+    backend: "Inception | None",
+) -> list[str]:
+    """A line about everything that is compared, and what compares it."""
+    named = [("generated", fakes), ("reference", reference)]
+    lines = [
+        f"{name}: {images.path}, {images.count:,} images at {images.size[0]}x{images.size[1]}"
+        for name, images in named
+        if images is not None
+    ]
+    if clip is not None:
+        lines.append(f"captions: {len(captions):,}; CLIP: {clip.folder} on {clip.device}")
+    if backend is not None:
+        lines.append(f"graph: {backend.path} by {backend.name} on {backend.device}, SHA-256 {backend.sha256}")
+    return lines
+
+
+def inception_features(backend: "Inception", resize: str) -> "Callable[[np.ndarray], np.ndarray]":
+    """A function from uint8 (B, H, W, 3) to pool features (B, D).
+
+    resize: 'clean', to the network's 299 pixels by Pillow's bicubic filter, in floating point and antialiased (Parmar et
+    al., 2104.11222); 'graph', by the graph's own bilinear operation, as class-conditional figures are made.
+    """
+    import numpy as np
+    from PIL import Image
+
+    if resize == "graph":
+        return lambda images: backend(images)[0]
+
+    def resized(channel: "np.ndarray") -> "np.ndarray":
+        picture = Image.fromarray(channel.astype(np.float32))  # of floats: nothing is rounded to bytes
+        return np.asarray(picture.resize((INCEPTION_SIZE, INCEPTION_SIZE), Image.Resampling.BICUBIC))
+
+    def extract(images: "np.ndarray") -> "np.ndarray":
+        large = np.stack([np.stack([resized(image[..., c]) for c in range(3)], axis=-1) for image in images])
+        # Below the check that images are bytes; the network takes floats in either backend.
+        return backend._features(large.clip(0, 255))[0].reshape(len(images), -1)
+
+    return extract
+
+
+def embed(captions: list[str], clip: "CLIP", batch_size: int, dist: "Distributed") -> "tuple[np.ndarray | None, int]":
+    """The captions' unit vectors (N, D) on the first process, None on the others; and how many captions were cut."""
+    import numpy as np
+    from tqdm import tqdm
+
+    first, last = (len(captions) * rank // dist.world_size for rank in (dist.rank, dist.rank + 1))
+    rows = np.empty((last - first, clip.dim), np.float32)
+    with tqdm(total=last - first, unit="caption", desc="captions", disable=not dist.is_main) as bar:
+        for place in range(first, last, batch_size):
+            part = captions[place : min(place + batch_size, last)]
+            rows[place - first : place - first + len(part)] = clip.texts(part)
+            bar.update(len(part))
+    shares = dist.collect((rows, clip.cut))
+    if shares is None:
+        return None, 0
+    return np.concatenate([share for share, _ in shares]), sum(cut for _, cut in shares)
+
+
+def compare(
+    drawn: "Features", texts: "np.ndarray | None", seen: "Features | None", args: argparse.Namespace
+) -> dict[str, float]:
+    """The figures: clip_score, the mean cosine of image and caption, and fid."""
+    from evaluations.metrics import frechet_distance
+
+    figures = {}
+    if args.clip:
+        figures["clip_score"] = float((drawn.rows.astype("float64") * texts).sum(axis=1).mean())
+    if args.fid:
+        figures["fid"] = frechet_distance(seen.statistics[0], drawn.statistics[-1])
+    return figures
+
+
+def protocol(
+    args: argparse.Namespace,
+    fakes: "SquareImages",
+    captions: list[str],
+    reference: "SquareImages | None",
+    clip: "CLIP | None",
+    backend: "Inception | None",
+    dist: "Distributed",
+) -> dict:
+    """Everything that a figure depends on, JSON values."""
+    import platform
+
+    import numpy as np
+    import PIL
+    import scipy
+    import torch
+    import transformers
+
+    from evaluations.c2i.evaluator import sample_settings
+    from evaluations.t2i.clip import CLIP_MODELS, PREFIX
+
+    made = {
+        "generated": {**fakes.describe(), "settings": sample_settings(str(fakes.path.parent))},
+        "eval_res": args.eval_res,
+        "crop": "centre square",
+        "resize": "lanczos",
+        "device": str(dist.device),
+        "batch_size": args.batch_size,
+        "processes": dist.world_size,
+        "versions": {
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "scipy": scipy.__version__,
+            "torch": torch.__version__,
+            "pillow": PIL.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    if clip is not None:
+        made["clip"] = {
+            "model": args.clip_model4eval,
+            "repository": CLIP_MODELS[args.clip_model4eval],
+            "path": str(clip.folder),
+            "image_size": clip.size,
+            "prefix": PREFIX,
+            "captions": len(captions),
+            "different_captions": len(set(captions)),
+        }
+    if backend is not None:
+        made["reference"] = {**reference.describe(), "data": args.ref_data}
+        made["graph"] = {"path": str(backend.path), "sha256": backend.sha256, "resize": args.inception_resize}
+        made["backend"] = backend.name
+        made["versions"] |= backend.versions
+    return made
+
+
+def write_report(output: str, report: dict, args: argparse.Namespace) -> None:
+    """Prints the figures, writes them to .txt, and with the protocol to .json."""
+    from utils.files import atomic_write, write_json
+
+    titles = {"clip_score": "CLIP score", "fid": f"FID_{args.eval_res}px"}
+    lines = [f"{title}: {report[key]}" for key, title in titles.items() if key in report]
+    for warning in report["warnings"]:
+        print(f"warning: {warning}")
+    print("\n".join(lines))
+    with atomic_write(f"{output}.txt") as f:
+        f.write(("\n".join(lines) + "\n").encode())
+    write_json(f"{output}.json", report)
+    print(f"wrote {output}.txt and {output}.json")
+
+
+def flags() -> argparse.ArgumentParser:
+    """The script's flags."""
+    parser = flag_parser(__doc__)
+    parser.add_argument("--fake_dir", default="/home/GigaGAN_images/", help="folder with images/ and captions.txt")
+    parser.add_argument("--ref_dir", default="/home/COCO/", help=f"folder of the reference; for COCO with {COCO}/")
+    parser.add_argument(
+        "--ref_data",
+        choices=["coco2014", "imagenet2012", "laion4k"],
+        default="coco2014",
+        help="what the reference is",
+    )
+    parser.add_argument(
+        "--ref_type",
+        default=ANY_TYPE,
+        help=f"folder of --ref_dir, except for coco2014, where it is {COCO}; as it stands, --ref_dir itself",
+    )
+    parser.add_argument("--how_many", type=positive_int, default=30000, help="generated images to look at, at most")
+    parser.add_argument("--clip_model4eval", default="ViT-B/32", help="ViT-B/32, ViT-G/14 or ViT-bigG/14")
+    parser.add_argument("--eval_res", type=positive_int, default=256, help="pixels a side at which images are compared")
+    parser.add_argument("--batch_size", type=positive_int, default=8, help="images at once on each process")
+    parser.add_argument("--clip_path", default=None, help="folder of CLIP's weights (default: looked for by name)")
+    add_switch(parser, "--clip", True, "the CLIP score")
+    add_switch(parser, "--fid", True, "FID")
+    parser.add_argument(
+        "--inception_resize",
+        choices=["clean", "graph"],
+        default="clean",
+        help="how images get the Inception network's size: clean, as published text-to-image figures are made, or graph",
+    )
+    parser.add_argument("--backend", choices=["torch", "tensorflow"], default="torch", help="what runs that network")
+    parser.add_argument(
+        "--graph",
+        default=None,
+        help="classify_image_graph_def.pb (default: in the working directory or pretrained_models/, else downloaded)",
+    )
+    parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument(
+        "--output", default=None, help="path of the reports, without .txt (default: score in --fake_dir)"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="what makes figures incomparable is an error, not a warning"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, flags())

@@ -1,0 +1,218 @@
+"""The text encoder of the text-conditional models: flan-T5-XL's encoder, captions in, 120 rows of features out.
+
+    embedder = T5Embedder("cuda", find_t5("pretrained_models/t5-ckpt", "flan-t5-xl"))
+    features, mask = embedder.get_text_embeddings(["a red lantern"])     # (1, 120, 2048) bfloat16, (1, 120) int64
+
+Features are right-padded, as the tokenizer pads; what stands in the padding is not zero, and `mask` tells where that is.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from language.captions import clean_caption
+from utils.hub import resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RELEASED = "google/flan-t5-xl"
+DEFAULT_FOLDER = "pretrained_models/t5-ckpt"
+
+# Texts that go through the encoder at once. A caption of 120 tokens has a quarter of a gigabyte of activations in XL.
+TEXTS_AT_ONCE = 64
+
+_WEIGHTS = ("*.safetensors", "*.bin")
+_TOKENIZER = ("tokenizer.json", "spiece.model")
+
+
+def find_t5(t5_path: str | Path | None = None, model_type: str = "flan-t5-xl") -> Path:
+    """The folder of T5's files: `{t5_path}/{model_type}`, `t5_path` itself, or `model_type` where that is a folder.
+
+    Where none of them is there and the released flan-t5-xl is asked for, pretrained_models/ and the hub, as
+    utils/hub.py looks for released files. Raises FileNotFoundError or ConnectionError with the command that gets it.
+    """
+    asked = [Path(t5_path, model_type), Path(t5_path)] if t5_path else []
+    for folder in [*asked, Path(model_type)]:
+        folder = folder.expanduser()
+        if (folder / "config.json").is_file():
+            return folder
+    home = asked[0] if asked else Path(DEFAULT_FOLDER, model_type)
+    if asked and home.expanduser().is_dir():
+        raise FileNotFoundError(f"{home} has no config.json: it is no model's folder, or not whole. {_remedy(home)}")
+    if model_type not in (RELEASED, RELEASED.split("/")[1]):
+        looked = " or ".join(map(str, dict.fromkeys([*asked, Path(model_type)])))
+        raise FileNotFoundError(f"there is no T5 at {looked}: give the folder that holds {model_type}'s config.json")
+    try:
+        return resolve(RELEASED)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise type(error)(f"there is no T5 at {home}: {error}. {_remedy(home)}") from error
+
+
+def _remedy(folder: Path) -> str:
+    return f"To get it:\n  hf download {RELEASED} --local-dir {folder} --include '*.json' '*.model' '*.safetensors'"
+
+
+class T5Embedder:
+    """T5's encoder and tokenizer on one device, never trained.
+
+    device: where the encoder works. dir_or_name: a folder with its files, or 'flan-t5-xl' (find_t5 looks for it).
+    cache_dir: the folder that holds a folder `dir_or_name`; local_cache: it has to be there, nothing is downloaded.
+    torch_dtype: of weights and features; bfloat16 where not given, as published. model_max_length: tokens a text is cut
+    or padded to. use_text_preprocessing: clean texts by language/captions.py, as the released models' training did;
+    without, they are only stripped and in lower case.
+    Raises FileNotFoundError for a missing folder or file, ValueError for a folder of another model or damaged weights.
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device,
+        dir_or_name: str | Path = "flan-t5-xl",
+        *,
+        local_cache: bool = False,
+        cache_dir: str | Path | None = None,
+        torch_dtype: torch.dtype | None = None,
+        model_max_length: int = 120,
+        use_text_preprocessing: bool = True,
+    ):
+        if model_max_length < 1:
+            raise ValueError(f"model_max_length is {model_max_length}; it is at least 1")
+        if local_cache:
+            self.folder = Path(cache_dir or DEFAULT_FOLDER, dir_or_name).expanduser()
+            if not self.folder.is_dir():
+                raise FileNotFoundError(f"there is no T5 at {self.folder}. {_remedy(self.folder)}")
+        else:
+            self.folder = find_t5(cache_dir, str(dir_or_name))
+        self.device = torch.device(device)
+        self.torch_dtype = torch_dtype or torch.bfloat16
+        self.model_max_length = model_max_length
+        self.use_text_preprocessing = use_text_preprocessing
+        self.tokenizer = load_tokenizer(self.folder)
+        self.model = _load_encoder(self.folder, self.torch_dtype).to(self.device).eval().requires_grad_(False)
+
+    @property
+    def dim(self) -> int:
+        """The width of the features: 2048 for XL."""
+        return self.model.config.d_model
+
+    def get_text_embeddings(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Features (B, L, dim) in `torch_dtype` and the tokenizer's mask, int64 (B, L), L = model_max_length.
+
+        A text's features do not depend on the other texts beyond rounding. Longer texts are cut.
+        Raises ValueError for no texts, or one that is no string.
+        """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"texts are a list of strings, got {texts!r}")
+        if not len(texts):
+            raise ValueError("no texts to embed: the list is empty")
+        tokens = self.tokenizer(
+            [preprocess(text, self.use_text_preprocessing) for text in texts],
+            max_length=self.model_max_length,
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+        )
+        ids, mask = (tokens[name].to(self.device) for name in ("input_ids", "attention_mask"))
+        parts = zip(ids.split(TEXTS_AT_ONCE), mask.split(TEXTS_AT_ONCE), strict=True)
+        return torch.cat([self.encode(*part) for part in parts]), mask
+
+    # Not inference_mode: a model that is trained on these features could not save its tensors for the backward pass.
+    @torch.no_grad()
+    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The encoder alone: token numbers and mask, both whole numbers (B, length), to features (B, length, dim)."""
+        return self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).last_hidden_state
+
+
+def preprocess(text: str, clean: bool = True) -> str:
+    """A caption as the tokenizer gets it: cleaned, or only stripped and in lower case."""
+    return clean_caption(text) if clean else text.lower().strip()
+
+
+def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
+    """T5's tokenizer from a local folder. Raises FileNotFoundError or ValueError that names the folder."""
+    from transformers import AutoTokenizer
+
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in _TOKENIZER):
+        raise FileNotFoundError(f"{folder} has no tokenizer ({' or '.join(_TOKENIZER)}). {_remedy(folder)}")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # sentencepiece, tokenizers and json each have their own for a damaged file
+        raise ValueError(f"the tokenizer in {folder} cannot be read ({error}). {_remedy(folder)}") from error
+
+
+def _load_encoder(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    from transformers import AutoConfig, T5EncoderModel
+
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} has no config.json: it is no model's folder, or not whole. {_remedy(folder)}"
+        )
+    if not any(file for pattern in _WEIGHTS for file in folder.glob(pattern)):
+        raise FileNotFoundError(f"{folder} has no weights ({' or '.join(_WEIGHTS)}). {_remedy(folder)}")
+    try:
+        kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+    except Exception as error:  # which it is depends on what is wrong with the JSON
+        raise ValueError(
+            f"{folder / 'config.json'} is no model's configuration ({error}). {_remedy(folder)}"
+        ) from error
+    if kind != "t5":
+        raise ValueError(f"{folder} holds a model of the kind {kind!r}, not a T5. {_remedy(folder)}")
+    with _no_progress_bars():
+        try:
+            model, found = T5EncoderModel.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True, **{_dtype_argument(): dtype}
+            )
+        except Exception as error:  # missing parts are OSError, damaged ones what the reading library raises
+            raise ValueError(f"the weights in {folder} cannot be read ({error}). {_remedy(folder)}") from error
+    wrong = sorted(found["missing_keys"]) + sorted(map(str, found.get("mismatched_keys", [])))
+    if wrong:  # transformers would go on with random numbers in their place
+        raise ValueError(f"{folder} lacks weights of T5's encoder: {', '.join(wrong[:8])}. {_remedy(folder)}")
+    return model
+
+
+def _dtype_argument() -> str:
+    """What from_pretrained calls the dtype: the name changed with transformers 4.56."""
+    from transformers import __version__
+
+    return "dtype" if tuple(map(int, __version__.split(".")[:2])) >= (4, 56) else "torch_dtype"
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Loading takes seconds, and a bar for each of eight processes tells nothing."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def fingerprint(embedder: T5Embedder) -> str:
+    """Sixteen characters that tell encoders apart by what decides their features: embeddings, first and last layer."""
+    import hashlib
+
+    stack = embedder.model.encoder
+    weights = [
+        embedder.model.shared.weight[:64],
+        stack.block[0].layer[0].SelfAttention.q.weight,
+        stack.final_layer_norm.weight,
+    ]
+    digest = hashlib.sha256()
+    for weight in weights:
+        digest.update(weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def without_fork_warnings() -> None:
+    """Keeps the tokenizer's threads off: loader processes are forked from one that has used it, and each has its own."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

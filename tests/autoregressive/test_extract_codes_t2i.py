@@ -1,0 +1,233 @@
+"""Codes of image-text pairs: a folder a file, packed or published, whatever happens on the way."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from autoregressive.pipeline import load_tokenizer
+from autoregressive.train import extract_codes_t2i
+from dataset.augmentation import center_view
+from dataset.shards import ShardFolder
+from dataset.t2i import TextCodes
+from tests.helpers import ROOT
+from tests.text_training import make_pairs, make_shards, picture
+from tests.training import check_published_flags, environment, quiet_loggers, run_here
+from tokenizer.tokenizer_image.vq_model import VQ_models
+
+COUNTS = {"part-a": 9, "part-b": 5, "part-c": 4}
+TOKENS = 16
+SETTINGS = ["--vq-model", "VQ-4", "--codebook-size", 64, "--image-size", 16, "--num-workers", 0]
+SETTINGS += ["--shard-size", 4, "--batch-size", 2]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with quiet_loggers():
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Pairs as lists and as shards, and a tokenizer; read-only."""
+    folder = tmp_path_factory.mktemp("pairs")
+    make_pairs(folder / "pairs", COUNTS)
+    make_shards(folder / "shards", COUNTS)
+    torch.manual_seed(0)
+    torch.save({"model": VQ_models["VQ-4"](codebook_size=64).state_dict()}, folder / "vq.pt")
+    return folder
+
+
+def words(data, codes, *more, pairs=None):
+    return ["--data-path", pairs or data / "pairs", "--code-path", codes, "--vq-ckpt", data / "vq.pt", *SETTINGS, *more]
+
+
+def extract(data, codes, *more, pairs=None):
+    run_here(extract_codes_t2i, *words(data, codes, *more, pairs=pairs))
+    return codes
+
+
+@pytest.fixture(scope="module")
+def extracted(data, tmp_path_factory):
+    return extract(data, tmp_path_factory.mktemp("codes") / "packed")
+
+
+@pytest.fixture(scope="module")
+def published(data, tmp_path_factory):
+    return extract(data, tmp_path_factory.mktemp("codes") / "published", "--published-layout")
+
+
+def digests(folder):
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def all_codes(folder):
+    """The codes of every pair in order, None where there are none."""
+    codes = TextCodes(folder, list(COUNTS), TOKENS, 64)
+    return [codes.get(stem, line) for stem, count in COUNTS.items() for line in range(count)]
+
+
+# What comes out
+
+
+def test_the_codes_of_the_centre_crop(data, extracted):
+    tokenizer = load_tokenizer(data / "vq.pt")
+    found = all_codes(extracted)
+    assert len(found) == 18
+    with torch.inference_mode():
+        for number, codes in enumerate(found):
+            expected = tokenizer.encode(center_view(picture(number), 16)[None])[2][2]
+            assert torch.equal(codes, expected.flatten())
+    assert len(torch.stack(found).unique()) > 4
+
+
+def test_a_folder_for_each_file(extracted, published):
+    assert sorted(os.listdir(extracted)) == list(COUNTS)
+    settings = ShardFolder(extracted / "part-a").settings
+    assert (settings.dataset, settings.image_size, settings.tokens, settings.views) == ("t2i", 16, TOKENS, ["center"])
+    assert (settings.num_images, settings.codebook_size, settings.vq_model) == (9, 64, "VQ-4")
+    names = {path.relative_to(published).as_posix() for path in published.rglob("*.npy")}
+    assert names == {f"{stem}/{line}.npy" for stem, count in COUNTS.items() for line in range(count)}
+    array = np.load(published / "part-b" / "3.npy")
+    assert array.dtype == np.int64 and array.shape == (1, TOKENS)
+    assert all(torch.equal(a, b) for a, b in zip(all_codes(extracted), all_codes(published), strict=True))
+
+
+def test_shards_give_the_same(data, extracted, tmp_path):
+    folder = extract(data, tmp_path / "codes", "--num-workers", 2, pairs=data / "shards")
+    assert digests(folder) == digests(extracted)
+
+
+@pytest.mark.parametrize("layout", [[], ["--published-layout"]], ids=["packed", "published"])
+def test_some_of_the_files(data, extracted, published, tmp_path, layout):
+    """In parts, as several machines do, it comes to the same."""
+    folder, whole = tmp_path / "codes", published if layout else extracted
+    extract(data, folder, *layout, "--data-start", 1, "--data-end", 1)
+    assert os.listdir(folder) == ["part-b"]
+    extract(data, folder, *layout, "--data-start", 2)
+    extract(data, folder, *layout, "--data-end", 0)
+    assert digests(folder) == digests(whole)
+
+
+def test_pairs_without_codes(data, tmp_path, capsys):
+    """Unreadable, missing, too small, and a damaged line: left out, counted, and None when read."""
+    pairs = shutil.copytree(data / "pairs", tmp_path / "pairs")
+    (pairs / "images" / "1.png").write_bytes(b"no picture")
+    (pairs / "images" / "10.png").unlink()
+    Image.new("RGB", (40, 15)).save(pairs / "images" / "17.png")
+    lines = (pairs / "part-a.jsonl").read_text().splitlines()
+    (pairs / "part-a.jsonl").write_text("\n".join([*lines[:4], "{}", *lines[5:]]))
+    without = {1, 4, 10, 17}
+    for layout in ([], ["--published-layout"]):
+        folder = extract(data, tmp_path / f"codes{len(layout)}", *layout, pairs=pairs)
+        assert {i for i, codes in enumerate(all_codes(folder)) if codes is None} == without
+        assert "4 are unreadable or too small and have no codes" in capsys.readouterr().out
+    sidecars = [json.loads((tmp_path / "codes0" / f"part-a/shard-00000{k}.json").read_text()) for k in range(3)]
+    assert [sidecar["skipped"] for sidecar in sidecars] == [[1], [4], []]
+
+
+# What happens on the way
+
+
+@pytest.mark.parametrize("layout", [[], ["--published-layout"]], ids=["packed", "published"])
+def test_again_does_what_is_missing(data, extracted, published, tmp_path, layout, monkeypatch, capsys):
+    whole = published if layout else extracted
+    folder = shutil.copytree(whole, tmp_path / "codes")
+    capsys.readouterr()
+    extract(data, folder, *layout)
+    assert "encoded" not in capsys.readouterr().out
+    if layout:
+        (folder / "part-b" / "2.npy").unlink()
+    else:
+        (folder / "part-b" / "shard-000000.json").unlink()
+        (folder / "part-a" / "shard-000001.npy").write_bytes(b"short")
+    extract(data, folder, *layout)
+    assert f"encoded {2 if layout else 8} images" in capsys.readouterr().out
+    assert digests(folder) == digests(whole)
+
+
+def run_lives(tmp_path, *lives):
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(lives))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/processes.py"), str(plan)],
+        env=environment(), capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [[], ["--published-layout"]], ids=["packed", "published"])
+def test_killed_and_taken_up_by_others(data, extracted, published, tmp_path, layout):
+    """Two processes killed -9 in the middle, one killed, then two: the same bytes as of one that was let be."""
+    folder, module = tmp_path / "codes", "autoregressive.train.extract_codes_t2i"
+    args = list(map(str, words(data, folder, *layout)))
+    first, second = ("0.npy", "5.npy") if layout else ("shard-000000.json", "shard-000001.json")
+    lives = [
+        {"module": module, "args": args, "world": 2, "kill_at": f"{folder}/part-a/{first}"},
+        {"module": module, "args": args, "world": 1, "kill_at": f"{folder}/part-*/{second}"},
+        {"module": module, "args": args, "world": 2},
+    ]
+    printed = run_lives(tmp_path, *lives)
+    assert "life: killed" in printed
+    files = digests(folder)
+    assert {name: digest for name, digest in files.items() if not name.split("/")[1].startswith(".")} == digests(
+        published if layout else extracted
+    )
+
+
+# What a user gets wrong
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--data-start", 3], r"--data-start 3 --data-end None selects none of the 3 files: they are numbered 0 to 2"),
+        (["--data-start", 2, "--data-end", 1], r"--data-start 2 --data-end 1 selects none of the 3 files"),
+        (["--image-size", 18], r"--image-size 18 is not a multiple of 4"),
+        (["--vq-model", "VQ-16"], r"vq\.pt does not fit the flags --vq-model VQ-16"),
+        (["--image-size", 64], r"none of 18 pairs in a row could be used(.|\n)*smaller than --image-size 64"),
+    ],
+)
+def test_flags_that_do_not_fit(data, tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        extract(data, tmp_path / "codes", *more)
+
+
+def test_another_size_in_the_same_folder(data, extracted, published, tmp_path):
+    folder = shutil.copytree(extracted, tmp_path / "packed")
+    with pytest.raises(ValueError, match=r"holds codes of other settings(.|\n)*image_size: 16 there, 20 now"):
+        extract(data, folder, "--image-size", 20)
+    folder = shutil.copytree(published, tmp_path / "published")
+    with pytest.raises(ValueError, match=r"has shape \(1, 16\), these codes \(1, 25\): write to another folder"):
+        extract(data, folder, "--image-size", 20, "--published-layout")
+
+
+def test_the_released_tokenizer_is_the_default(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pretrained_models").mkdir()
+    shutil.copy(data / "vq.pt", tmp_path / "pretrained_models" / "vq_ds16_t2i.pt")
+    words = ["--data-path", data / "pairs", "--code-path", tmp_path / "codes", "--data-end", 0]
+    run_here(extract_codes_t2i, *words, *SETTINGS)
+    assert os.listdir(tmp_path / "codes") == ["part-a"]
+
+
+FLAGS = """
+`--data-path` str = required; `--code-path` str = required; `--data-start` int = required; `--data-end` int = required;
+`--vq-model` str ∈ [VQ-8, VQ-16] = VQ-16; `--vq-ckpt` str = None; `--codebook-size` int = 16384;
+`--codebook-embed-dim` int = 8; `--image-size` int ∈ [256, 384, 448, 512] = 512; `--global-seed` int = 0;
+`--num-workers` int = 24
+"""
+
+
+def test_published_flags():
+    check_published_flags(extract_codes_t2i, FLAGS, ("--data-start", "--data-end"))

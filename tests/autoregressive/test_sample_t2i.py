@@ -1,0 +1,518 @@
+"""Sampling from prompts as it is called: grids, tables of prompts, runs that go on, several processes, flags, mistakes."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from autoregressive.models.gpt import GPT_models
+from autoregressive.pipeline import ImagePipeline
+from autoregressive.sample import sample_c2i, sample_t2i, sample_t2i_ddp
+from autoregressive.sample.common import read_prompt_lines, read_prompt_table, text_settings
+from tests.helpers import ROOT, free_port, randomize
+from tests.language.small_t5 import make_small_t5
+from tests.training import check_published_flags, environment, run_here
+from utils.cli import run_script
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*fill all .* text tokens")]
+
+SCRIPTS = [sample_t2i, sample_t2i_ddp]
+ROWS, WIDTH = 16, 32  # text tokens, and the numbers of a feature of the small T5
+SMALL = {
+    "--gpt-model": "GPT-XS", "--vq-model": "VQ-4", "--codebook-size": 64, "--image-size": 16, "--downsample-size": 4,
+    "--cls-token-num": 16, "--t5-model-type": "small", "--t5-feature-max-len": 16, "--t5-feature-dim": 32,
+    "--precision": "none", "--device": "cpu", "--top-k": 50,
+}  # fmt: skip
+NAME = "GPT-XS-t2i-size-16-size-16-VQ-4-topk-50-topp-1.0-temperature-1.0-cfg-7.5-seed-0"
+PROMPTS = [
+    "a red lantern",
+    "two cats sleep",
+    'a sign that says "no\tcats",\nold',
+    "a map of sushi",
+    "a red lantern",
+    "fog",
+]
+TABLE = (
+    "Category\tPrompt\tNote\n"
+    "1\ta red lantern\t\n2\ttwo cats sleep\tx\n"
+    '3\t"a sign that says ""no\tcats"",\nold"\ty\n'
+    "4\ta map of sushi\t\n\n5\ta red lantern\tz\n6\tfog\t\n"
+)
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """A small T5 in t5/small, a GPT of its features and the tokenizer, and a table of six prompts."""
+
+    folder: Path
+    t5: Path  # of T5 folders
+    gpt: Path
+    table: Path
+
+
+@pytest.fixture(scope="module")
+def text_files(small_files, tmp_path_factory) -> TextFiles:
+    """Read-only."""
+    folder = tmp_path_factory.mktemp("text")
+    make_small_t5(folder / "t5" / "small", dim=WIDTH)
+    shape = {"vocab_size": 64, "block_size": 16, "cls_token_num": ROWS, "caption_dim": WIDTH, "model_type": "t2i"}
+    gpt = randomize(GPT_models["GPT-XS"](**shape), seed=4).state_dict()
+    args = Namespace(gpt_model="GPT-XS", gpt_type="t2i", image_size=16, downsample_size=4)
+    torch.save({"model": gpt, "optimizer": {}, "steps": 7, "args": args}, folder / "t2i.pt")
+    (folder / "vq.pt").write_bytes(small_files.vq.read_bytes())
+    (folder / "prompts.tsv").write_text(TABLE)
+    return TextFiles(folder, folder / "t5", folder / "t2i.pt", folder / "prompts.tsv")
+
+
+def line(files, *more) -> list:
+    """The flags that fit the small files. Later ones win."""
+    small = [word for pair in SMALL.items() for word in pair]
+    return [*small, "--gpt-ckpt", files.gpt, "--vq-ckpt", files.folder / "vq.pt", "--t5-path", files.t5, *more]
+
+
+def ddp_line(files, folder, *more) -> list:
+    return line(files, "--sample-dir", folder, "--prompt-csv", files.table, "--per-proc-batch-size", 2, "--npz", *more)
+
+
+def command(words, processes: int = 1) -> list[str]:
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+    return [*launch, str(ROOT / "autoregressive/sample/sample_t2i_ddp.py"), *map(str, words)]
+
+
+def start(words, cwd, processes: int = 1) -> subprocess.CompletedProcess:
+    """Runs sample_t2i_ddp.py as a user would, from another folder."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command(words, processes),
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def by_pipeline(files, prompts, text=None, **settings) -> np.ndarray:
+    pipeline = ImagePipeline.from_pretrained(
+        files.folder, gpt="t2i.pt", vq="vq.pt", device="cpu", t5_path=files.t5, t5_model_type="small", **(text or {})
+    )
+    return np.stack(pipeline(prompts, progress=False, **{"cfg_scale": 7.5, "top_k": 50, **settings}))
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+@pytest.fixture(scope="module")
+def drawn(text_files, tmp_path_factory) -> Path:
+    """The table's six images by sample_t2i_ddp.py in this process. Read-only."""
+    folder = tmp_path_factory.mktemp("drawn")
+    with pytest.warns(UserWarning, match="join several lines into one row"):
+        run_here(sample_t2i_ddp, *ddp_line(text_files, folder))
+    return folder
+
+
+# A grid
+
+
+def test_grid(text_files, tmp_path, capsys):
+    """Prompts of the command line, then those of the file; an image is that of its prompt alone."""
+    (tmp_path / "more.txt").write_text("\ntwo cats sleep\r\n\n  a map of sushi \n")
+    output = tmp_path / "new" / "grid.png"
+    words = ["--prompt", "fog", "--prompt", "a red\tlantern", "--prompt-file", tmp_path / "more.txt"]
+    run_here(sample_t2i, *line(text_files, *words, "--columns", 3, "--seed", 5, "--output", output))
+    grid = pixels(output)
+    assert grid.shape == (2 * 18 + 2, 3 * 18 + 2, 3)
+    prompts = ["fog", "a red\tlantern", "two cats sleep", "a map of sushi"]
+    for i, prompt in enumerate(prompts):
+        y, x = (i // 3) * 18 + 2, (i % 3) * 18 + 2
+        assert np.array_equal(grid[y : y + 16, x : x + 16], by_pipeline(text_files, [prompt], seed=5, indices=[i])[0])
+    shown = capsys.readouterr().out
+    assert "4 images of 16x16" in shown and "1: a red lantern" in shown and "3: a map of sushi" in shown
+
+
+def test_default_prompts(text_files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_here(sample_t2i, *line(text_files))
+    assert [path.name for path in tmp_path.iterdir()] == ["sample_t2i.png"]
+    assert pixels(tmp_path / "sample_t2i.png").shape == (18 + 2, 4 * 18 + 2, 3)
+
+
+@pytest.mark.slow
+def test_flags_reach_the_model(text_files, tmp_path):
+    prompt = "a red lantern hangs"
+    plain = by_pipeline(text_files, [prompt])
+    for words, settings in (
+        (["--greedy"], {"sample_logits": False}),
+        (["--cfg-scale", 1, "--temperature", 0.5, "--top-p", 0.7, "--top-k", 0],
+         {"cfg_scale": 1.0, "temperature": 0.5, "top_p": 0.7, "top_k": 0}),
+        (["--no-left-padding"], {"text": {"left_padding": False}}),
+        (["--t5-feature-max-len", 4], {"text": {"t5_tokens": 4}}),
+    ):  # fmt: skip
+        run_here(sample_t2i, *line(text_files, *words, "--prompt", prompt, "--output", tmp_path / "grid.png"))
+        expected = by_pipeline(text_files, [prompt], **settings)
+        assert np.array_equal(pixels(tmp_path / "grid.png")[2:18, 2:18], expected[0]), words
+        assert not np.array_equal(expected, plain), words
+
+
+def test_precision_of_the_t5(text_files):
+    """That of the GPT, or one of its own."""
+    for words, dtype in (([], torch.float32), (["--precision", "bf16"], torch.bfloat16)):
+        args = sample_t2i.flags().parse_args([*map(str, line(text_files, *words))])
+        assert text_settings(args)["t5_dtype"] == dtype
+        args.t5_precision = "fp16"
+        assert text_settings(args)["t5_dtype"] == torch.float16
+
+
+def test_the_folder_of_the_t5_itself(text_files, tmp_path):
+    words = ["--t5-path", text_files.t5 / "small", "--t5-model-type", "flan-t5-xl", "--prompt", "fog"]
+    run_here(sample_t2i, *line(text_files, *words, "--output", tmp_path / "grid.png"))
+    assert np.array_equal(pixels(tmp_path / "grid.png")[2:18, 2:18], by_pipeline(text_files, ["fog"])[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*join several lines")
+def test_released_names(text_files, tmp_path, monkeypatch):
+    """As the published command lines name files, with small ones in their places; the T5 in its default place."""
+    home = tmp_path / "pretrained_models"
+    (home / "t5-ckpt").mkdir(parents=True)
+    (home / "t5-ckpt" / "flan-t5-xl").symlink_to(text_files.t5 / "small")
+    (home / "vq_ds16_t2i.pt").symlink_to(text_files.folder / "vq.pt")
+    (home / "t2i_XL_stage1_256.pt").symlink_to(text_files.gpt)
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "--gpt-ckpt",
+        "./pretrained_models/t2i_XL_stage1_256.pt",
+        "--vq-ckpt",
+        "./pretrained_models/vq_ds16_t2i.pt",
+    ]
+    small = [word for flag, value in SMALL.items() if flag != "--t5-model-type" for word in (flag, value)]
+    run_here(sample_t2i, *small, *words, "--prompt", "fog")
+    assert np.array_equal(pixels(tmp_path / "sample_t2i.png")[2:18, 2:18], by_pipeline(text_files, ["fog"])[0])
+    run_here(sample_t2i_ddp, *small, *words, "--prompt-csv", text_files.table, "--num-fid-samples", 2)
+    assert len(list((tmp_path / "samples_parti" / NAME.replace("t2i", "t2i_XL_stage1_256")).glob("images/*.png"))) == 2
+
+
+# An image for each prompt of a table
+
+
+def test_images_captions_and_npz(text_files, drawn):
+    assert {path.name for path in drawn.iterdir()} == {NAME, f"{NAME}.npz"}
+    folder = drawn / NAME
+    assert {path.name for path in folder.iterdir()} == {"images", "captions.txt", "result.jsonl", "settings.json"}
+    names = sorted(path.name for path in (folder / "images").iterdir())
+    assert names == [f"{i:06d}.png" for i in range(6)]
+    images = np.stack([pixels(folder / "images" / name) for name in names])
+    assert np.array_equal(images, by_pipeline(text_files, PROMPTS))
+    for i in (2, 5):
+        assert np.array_equal(images[i], by_pipeline(text_files, [PROMPTS[i]], indices=[i])[0])
+    assert len({image.tobytes() for image in images}) == 6, "a prompt that comes twice gives two images"
+    captions = (folder / "captions.txt").read_text().split("\n")
+    assert captions == ["a red lantern", "two cats sleep", 'a sign that says "no cats", old', *PROMPTS[3:], ""]
+    lines = [json.loads(text) for text in (folder / "result.jsonl").read_text().splitlines()]
+    assert lines == [{"text": prompt, "image": f"images/{name}"} for prompt, name in zip(PROMPTS, names, strict=True)]
+    with np.load(drawn / f"{NAME}.npz") as data:
+        assert np.array_equal(data["arr_0"], images) and data["arr_1"].tolist() == list(range(6))
+
+
+@pytest.mark.filterwarnings("ignore:.*join several lines")
+def test_an_interrupted_run_goes_on(text_files, drawn, tmp_path, capsys):
+    """Missing and half-written images are drawn again, in other batches, and nothing else; then more, then fewer."""
+    expected = contents(drawn)
+    for name, content in expected.items():
+        if not name.endswith(("000001.png", "000004.png", "txt", "jsonl", "npz")):
+            (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+            (tmp_path / name).write_bytes(content[:-5] if name.endswith("000002.png") else content)
+    images = tmp_path / NAME / "images"
+    before = {name: (images / name).stat().st_mtime_ns for name in ("000000.png", "000003.png")}
+    run_here(sample_t2i_ddp, *ddp_line(text_files, tmp_path, "--per-proc-batch-size", 3))
+    assert "3 of 6 images are there, 3 to draw" in capsys.readouterr().out
+    assert contents(tmp_path) == expected
+    assert before == {name: (images / name).stat().st_mtime_ns for name in before}
+
+    fewer = tmp_path / "fewer"
+    run_here(sample_t2i_ddp, *ddp_line(text_files, fewer, "--num-fid-samples", 2, "--no-npz"))
+    assert sorted(path.name for path in (fewer / NAME / "images").iterdir()) == ["000000.png", "000001.png"]
+    assert (fewer / NAME / "captions.txt").read_text() == "a red lantern\ntwo cats sleep\n"
+    run_here(sample_t2i_ddp, *ddp_line(text_files, fewer, "--num-fid-samples", 30000))
+    assert contents(fewer) == expected
+    run_here(sample_t2i_ddp, *ddp_line(text_files, fewer, "--num-fid-samples", 4))
+    assert contents(fewer / NAME) == contents(drawn / NAME), "every image in the folder keeps its caption"
+    assert np.load(fewer / f"{NAME}.npz")["arr_0"].shape[0] == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*join several lines")
+def test_nothing_is_encoded_where_nothing_is_missing(text_files, drawn, monkeypatch, capsys):
+    def refuse(*_args, **_settings):
+        raise AssertionError("a text encoder was asked for")
+
+    monkeypatch.setattr(ImagePipeline, "encode", refuse)
+    before = contents(drawn)
+    run_here(sample_t2i_ddp, *ddp_line(text_files, drawn))
+    assert contents(drawn) == before and "6 of 6 images are there, 0 to draw" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*join several lines")
+def test_a_folder_of_other_settings_is_refused(text_files, drawn, tmp_path):
+    """Those that the folder's name does not tell: among them other prompts and another T5."""
+    (tmp_path / "other.tsv").write_text(TABLE.replace("fog", "smog"))
+    make_small_t5(tmp_path / "small", dim=WIDTH, layers=1)
+    before = contents(drawn)
+    for words, key in (
+        (["--prompt-csv", tmp_path / "other.tsv"], "prompts: "),
+        (["--t5-path", tmp_path], "t5: "),
+        (["--t5-precision", "bf16"], "t5_precision: none, now bf16"),
+        (["--no-left-padding"], "no_left_padding: False, now True"),
+        (["--t5-feature-max-len", 8], "t5_feature_max_len: 16, now 8"),
+    ):
+        with pytest.raises(ValueError, match=rf"seed-0 holds images drawn with other settings \({key}"):
+            run_here(sample_t2i_ddp, *ddp_line(text_files, drawn, *words))
+    assert contents(drawn) == before
+    # The same prompts in another file, and other names for the same T5.
+    (tmp_path / "same.tsv").write_text(TABLE.replace("\tz\n", "\tanother note\n"))
+    same = ["--prompt-csv", tmp_path / "same.tsv", "--t5-path", text_files.t5 / "small", "--num-classes", 7]
+    run_here(sample_t2i_ddp, *ddp_line(text_files, drawn, *same))
+    assert contents(drawn) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_write_the_same_bytes(text_files, drawn, tmp_path, processes):
+    done = start(ddp_line(text_files, "samples"), tmp_path, processes)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "samples") == contents(drawn)
+    assert done.stdout.count("0 of 6 images are there") == 1 and done.stdout.count("captions.txt") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*join several lines")
+def test_a_run_that_is_killed_goes_on(text_files, drawn, tmp_path):
+    """Two processes, killed at the first image; finished by one."""
+    words = ddp_line(text_files, tmp_path / "samples", "--per-proc-batch-size", 1)
+    folder = tmp_path / "samples" / NAME
+    life = {"module": sample_t2i_ddp.__name__, "args": list(map(str, words)), "world": 2}
+    (tmp_path / "plan.json").write_text(json.dumps([{**life, "kill_at": str(folder / "images" / "*.png")}]))
+    plan = [sys.executable, str(ROOT / "tests/processes.py"), str(tmp_path / "plan.json")]
+    done = subprocess.run(plan, env=environment(), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and "life: killed" in done.stdout, done.stderr
+    assert 1 <= len(list((folder / "images").glob("[0-9]*.png"))) < 6 and not (folder / "captions.txt").exists()
+    run_here(sample_t2i_ddp, *words)
+    left = contents(tmp_path / "samples")
+    assert {name: content for name, content in left.items() if not name.endswith(".tmp")} == contents(drawn)
+
+
+# Tables and lists of prompts
+
+
+def table(tmp_path, content: str | bytes) -> list[str]:
+    path = tmp_path / "prompts.tsv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_prompt_table(path)
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("Prompt\na\nb", ["a", "b"]),
+        ("Prompt\tCategory\na\t1\n\n\nb\t2\n\n", ["a", "b"]),
+        ("x\t Prompt \n1\ta\n2\tb c \n", ["a", "b c "]),
+        ("\ufeffPrompt\r\na\r\nb\r\n", ["a", "b"]),
+        ('Prompt\n"a ""b"""\nsay "c"\n"d" e\n', ['a "b"', 'say "c"', "d e"]),
+        ("Prompt\tNote\n一只猫\t1\nкот, 猫\t2\nun été\u2028à Paris\t3\n", ["一只猫", "кот, 猫", "un été\u2028à Paris"]),
+        ("Prompt\n" + "a" * 300_000 + "\n", ["a" * 300_000]),
+    ],
+)
+def test_tables(tmp_path, content, expected):
+    assert table(tmp_path, content) == expected
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", r"prompts\.tsv is empty"),
+        ("\n \n", r"prompts\.tsv is empty"),
+        ("Category\tText\na\tb\n", r"no column Prompt; its columns are 'Category', 'Text'"),
+        ("Prompt,Category\na,b\n", r"no column Prompt; its columns are 'Prompt,Category' \(with tabs between them"),
+        ("\nNote\nPrompt\n", r"no column Prompt; its columns are 'Note'"),
+        ("Prompt\tNote\n", r"prompts\.tsv has no prompts below its first line"),
+        ("Note\tPrompt\na\tb\nc\n", r"line 3 of .*prompts\.tsv has an empty Prompt"),
+        ("Note\tPrompt\na\t \n", r"line 2 of .*prompts\.tsv has an empty Prompt"),
+        ('Note\tPrompt\n1\t"a\nb"\n2\t\n', r"line 4 of .*prompts\.tsv has an empty Prompt"),
+        ('Prompt\na\n"b\nc\nd\n', r"line 3 of .*prompts\.tsv opens a quotation mark that is never closed"),
+        ('Prompt\na\n"b', r"line 3 of .*prompts\.tsv opens a quotation mark that is never closed"),
+        ("Prompt\n" + "a" * 2_000_000 + "\n", r"cannot be read as a table .*field larger than field limit"),
+        ("Prompt\ncaf\xe9\n".encode("latin-1"), r"prompts\.tsv is not UTF-8 text"),
+        ("Prompt\na\n".encode("utf-16"), r"prompts\.tsv is not UTF-8 text"),
+    ],
+)  # fmt: skip
+def test_tables_that_are_refused(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        table(tmp_path, content)
+
+
+def test_rows_of_several_lines_are_told(tmp_path):
+    with pytest.warns(UserWarning, match=r"join several lines into one row \(lines 3 to 5\)"):
+        assert table(tmp_path, 'Prompt\na\n"b\nc\nd"\ne\n') == ["a", "b\nc\nd", "e"]
+
+
+def test_lists(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes('\ufeffa "b"\r\n\r\n c\td \nCafé\u2028x'.encode())
+    assert read_prompt_lines(tmp_path / "prompts.txt") == ['a "b"', "c\td", "Café\u2028x"]
+    (tmp_path / "prompts.txt").write_text(" \n\n")
+    with pytest.raises(ValueError, match=r"prompts\.txt has no prompts"):
+        read_prompt_lines(tmp_path / "prompts.txt")
+    with pytest.raises(FileNotFoundError, match=r"no file of prompts at .*gone\.txt"):
+        read_prompt_lines(tmp_path / "gone.txt")
+
+
+# Prompts that T5 cuts or does not know
+
+
+def test_long_prompts_and_other_scripts(text_files, tmp_path):
+    """Ten thousand characters count as far as they are read, and that is told; no script stops a run."""
+    long = "a red lantern " * 714
+    (tmp_path / "prompts.tsv").write_text(f"Prompt\nfog\n{long}\n{long}fog\n一只猫\nкот\n")
+    words = ddp_line(text_files, tmp_path, "--prompt-csv", tmp_path / "prompts.tsv")
+    with pytest.warns(UserWarning, match="2 of 5 prompts fill all 16 text tokens"):
+        run_here(sample_t2i_ddp, *words)
+    assert len(list((tmp_path / NAME / "images").iterdir())) == 5
+    with pytest.warns(UserWarning, match="fill all 16 text tokens"):
+        shorter = by_pipeline(text_files, ["a red lantern " * 30], indices=[1])
+    assert np.array_equal(pixels(tmp_path / NAME / "images" / "000001.png"), shorter[0])
+
+
+# Flags
+
+T2I = """
+`--t5-path` str = pretrained_models/t5-ckpt; `--t5-model-type` str = flan-t5-xl; `--t5-feature-max-len` int = 120;
+`--t5-feature-dim` int = 2048; `--no-left-padding` switch = off; `--gpt-ckpt` str = None;
+`--gpt-model` str ∈ [GPT-B, GPT-L, GPT-XL, GPT-XXL, GPT-XXXL, GPT-1B, GPT-3B, GPT-7B] = GPT-XL;
+`--gpt-type` str ∈ [c2i, t2i] = t2i; `--cls-token-num` int = 120; `--precision` str ∈ [none, fp16, bf16] = bf16;
+`--compile` switch = off; `--vq-model` str ∈ [VQ-8, VQ-16] = VQ-16; `--vq-ckpt` str = None;
+`--codebook-size` int = 16384; `--codebook-embed-dim` int = 8; `--image-size` int ∈ [256, 384, 512] = 512;
+`--downsample-size` int ∈ [8, 16] = 16; `--num-classes` int = 1000; `--cfg-scale` float = 7.5;
+`--top-k` int = 1000; `--temperature` float = 1.0; `--top-p` float = 1.0
+"""
+DDP = """
+`--prompt-csv` str = evaluations/t2i/PartiPrompts.tsv; `--sample-dir` str = samples_parti;
+`--per-proc-batch-size` int = 32; `--num-fid-samples` int = 30000; `--global-seed` int = 0
+"""
+
+
+@pytest.mark.parametrize(
+    "script, text", [(sample_t2i, f"{T2I}; `--seed` int = 0"), (sample_t2i_ddp, f"{T2I};{DDP}")], ids=["t2i", "ddp"]
+)
+def test_published_flags(script, text):
+    check_published_flags(script, text)
+
+
+@pytest.mark.parametrize(
+    "name, prompts, folder",
+    [("coco", "evaluations/t2i/coco_captions.csv", "samples_coco"),
+     ("parti", "evaluations/t2i/PartiPrompts.tsv", "samples_parti")],
+)  # fmt: skip
+def test_wrappers(name, prompts, folder):
+    """Each starts the script with its own table and folder; a user's flags come later and win."""
+    path = ROOT / f"scripts/autoregressive/sample_t2i_{name}.sh"
+    assert os.access(path, os.X_OK)
+    launch = re.search(r'^launch (.*) "\$@"$', path.read_text(), re.MULTILINE)[1]
+    script, *words = shlex.split(launch)
+    assert script == "autoregressive/sample/sample_t2i_ddp.py"
+    args = sample_t2i_ddp.flags().parse_args(words)
+    assert (args.prompt_csv, args.sample_dir) == (prompts, folder)
+    assert sample_t2i_ddp.flags().parse_args([*words, "--prompt-csv", "own.tsv"]).prompt_csv == "own.tsv"
+
+
+# A user's mistakes
+
+
+def fails(script, words, capsys, monkeypatch, lines: int = 1) -> str:
+    """The one line that the script ends with, or several."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        run_script(script.main, script.flags())
+    captured = capsys.readouterr()
+    assert ended.value.code == 1
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == lines and len(captured.err) < 700
+    return captured.err
+
+
+MISTAKES = {
+    "no T5": (["--t5-path", "nowhere"], r"nowhere"),
+    "no GPT": (["--gpt-ckpt", "gone.pt"], r"no file gone\.pt"),
+    "a class-conditional GPT": (["--gpt-ckpt", "CLASSES"], r"--gpt-type t2i \(file: c2i\)"),
+    "classes": (["--gpt-type", "c2i"], r"for classes there is sample_c2i"),
+    "condition rows": (["--cls-token-num", 120], r"--cls-token-num 120 \(file: 16\).*Use: .*--cls-token-num 16"),
+    "width": (["--t5-feature-dim", 2048], r"takes text features of 32 numbers: pass --t5-feature-dim 32"),
+    "text tokens": (["--t5-feature-max-len", 17], r"--t5-feature-max-len 17 is more than the model's --cls-token-num 16"),
+    "another size": (["--image-size", 32], r"--image-size 32 \(file: 16\)"),
+    "top-p": (["--top-p", 0], r"--top-p must be above 0"),
+    "device of the T5": (["--t5-device", "nonsense"], r"--device nonsense is not a device"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words, message", MISTAKES.values(), ids=MISTAKES)
+@pytest.mark.parametrize("script", SCRIPTS, ids=["t2i", "ddp"])
+def test_mistakes(script, words, message, text_files, small_files, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.tsv").write_text("Prompt\nfog\n")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    words = [small_files.gpt if word == "CLASSES" else word for word in words]
+    given = ["--prompt-csv", "prompts.tsv"] if script is sample_t2i_ddp else ["--prompt", "fog"]
+    error = fails(script, line(text_files, *given, *words), capsys, monkeypatch)
+    assert re.search(message, error), error
+    assert set(contents(tmp_path)) == {"prompts.tsv"}, "nothing was written"
+
+
+def test_a_missing_t5_is_told_with_its_command(text_files, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("utils.hub._ROOT", tmp_path)
+    words = line(text_files, "--t5-path", "nowhere", "--t5-model-type", "flan-t5-xl", "--prompt", "fog")
+    error = fails(sample_t2i, words, capsys, monkeypatch, lines=2)
+    assert "hf download google/flan-t5-xl --local-dir nowhere/flan-t5-xl" in error
+
+
+@pytest.mark.parametrize("words", [["--prompt", " "], ["--prompt", "fog", "--prompt", ""]])
+def test_blank_prompts(words, text_files, capsys, monkeypatch):
+    assert "is blank: write what to draw" in fails(sample_t2i, line(text_files, *words), capsys, monkeypatch)
+
+
+@pytest.mark.parametrize("wrapper", ["coco", "parti"])
+def test_tables_that_are_not_shipped(wrapper, text_files, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    launch = (ROOT / f"scripts/autoregressive/sample_t2i_{wrapper}.sh").read_text().splitlines()[-1]
+    error = fails(sample_t2i_ddp, line(text_files, *shlex.split(launch)[2:-1]), capsys, monkeypatch)
+    assert "no file of prompts at evaluations/t2i/" in error and "a column named Prompt" in error
+    assert "https://github.com/google-research/parti" in error and not list(tmp_path.iterdir())
+
+
+def test_a_text_conditional_file_for_classes(text_files, capsys, monkeypatch):
+    words = ["--gpt-model", "GPT-XS", "--vq-model", "VQ-4", "--codebook-size", 64, "--image-size", 16]
+    words += [
+        "--downsample-size",
+        4,
+        "--device",
+        "cpu",
+        "--gpt-ckpt",
+        text_files.gpt,
+        "--vq-ckpt",
+        text_files.folder / "vq.pt",
+    ]
+    assert "--gpt-type c2i (file: t2i)" in fails(sample_c2i, words, capsys, monkeypatch)

@@ -1,0 +1,430 @@
+"""Training on image-text pairs: images and codes, lists and shards, one process and two, killed and moved, two stages."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from autoregressive.models.gpt import GPT_models
+from autoregressive.train import extract_codes_t2i, train_t2i
+from autoregressive.train.loss import TokenLoss, dropped_conditions
+from dataset.augmentation import center_view
+from language.features import left_padded, prefix_mask
+from tests.helpers import ROOT
+from tests.text_training import (
+    COLOURS,
+    DIM,
+    TOKENS,
+    caption_features,
+    make_features,
+    make_pairs,
+    make_shards,
+    picture,
+)
+from tests.training import (
+    check_published_flags,
+    environment,
+    load,
+    metrics,
+    quiet_loggers,
+    run_folder,
+    run_here,
+    same,
+)
+from tokenizer.tokenizer_image.load import load_tokenizer
+from tokenizer.tokenizer_image.vq_model import VQ_models
+from utils.checkpoint import read_checkpoint
+from utils.data_order import BatchOrder
+from utils.rng import item_seed
+
+MODULE = "autoregressive.train.train_t2i"
+VOCAB, N, COUNTS = 64, 16, {"part-a": 20, "part-b": 12, "part-c": 16}
+COUNT = sum(COUNTS.values())
+MODEL = ["--gpt-model", "GPT-XS", "--vocab-size", VOCAB, "--image-size", 16, "--downsample-size", 4]
+MODEL += ["--cls-token-num", TOKENS, "--t5-feature-dim", DIM, "--vq-model", "VQ-4", "--codebook-size", VOCAB]
+PLAIN = ["--global-batch-size", 16, "--num-workers", 0, "--log-every", 1, "--lr", 2e-3, "--no-wandb"]
+PLAIN += ["--mixed-precision", "fp32"]
+EXACT = ["--dropout-p", 0, "--token-dropout-p", 0]
+PAR = ["--ar-token-num", 4, "--spe-token-num", 3]
+# A smaller rate: Adam makes large steps of tiny gradients, whose rounding would then show.
+COMPARED = [*EXACT, "--epochs", 4, "--lr", 5e-4]
+# Unevenly over batches and their parts.
+MISSING = (0, 1, 2, 5, 9, 17, 23, 24, 25, 26, 33, 40, 41, 46)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with quiet_loggers():
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Pairs as lists, shards and codes, whole and patchy features, and a tokenizer; read-only."""
+    folder = tmp_path_factory.mktemp("pairs")
+    make_pairs(folder / "pairs", COUNTS)
+    make_shards(folder / "shards", COUNTS)
+    make_features(folder / "features", COUNTS)
+    make_features(folder / "patchy", COUNTS, missing=MISSING)
+    make_features(folder / "short", COUNTS, shift=4)
+    torch.manual_seed(0)
+    torch.save({"model": VQ_models["VQ-4"](codebook_size=VOCAB).state_dict()}, folder / "vq.pt")
+    words = ["--data-path", folder / "pairs", "--code-path", folder / "codes", "--vq-ckpt", folder / "vq.pt"]
+    run_here(extract_codes_t2i, *words, "--vq-model", "VQ-4", "--codebook-size", VOCAB, "--image-size", 16)
+    return folder
+
+
+def words(data, results, *more, features="patchy", kind="codes"):
+    """A run's flags. kind: codes, images, or shards."""
+    source = {
+        "codes": ["--dataset", "t2i_code", "--code-path", data / "codes", "--data-path", data / "pairs"],
+        "images": ["--data-path", data / "pairs", "--vq-ckpt", data / "vq.pt"],
+        "shards": ["--data-path", data / "shards", "--vq-ckpt", data / "vq.pt"],
+    }[kind]
+    features = ["--t5-feat-path", data / features]
+    return list(map(str, [*source, *features, "--results-dir", results, *MODEL, *PLAIN, *more]))
+
+
+def train(data, results, *more, **kinds):
+    run_here(train_t2i, *words(data, results, *more, **kinds))
+    return results
+
+
+def life(data, results, *more, world=1, features="patchy", kind="codes", **when):
+    return {"module": MODULE, "args": words(data, results, *more, features=features, kind=kind), "world": world, **when}
+
+
+def live(tmp_path, *lives):
+    """Runs lives one after another, as tests/processes.py reads them; returns what they printed."""
+    plan = tmp_path / f"plan{len(list(tmp_path.glob('plan*')))}.json"
+    plan.write_text(json.dumps(lives))
+    command = [sys.executable, str(ROOT / "tests/processes.py"), str(plan)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+def held_out(data):
+    """The pairs once more, as held-out ones."""
+    return ["--val-data-path", data / "pairs", "--val-t5-feat-path", data / "patchy", "--val-code-path", data / "codes"]
+
+
+def last(results):
+    return max((run_folder(results) / "checkpoints").glob("0*"), key=lambda path: int(path.stem))
+
+
+def weights(results):
+    return read_checkpoint(last(results)).model
+
+
+# What a step computes
+
+
+def test_the_first_steps_by_hand(data, tmp_path):
+    """Codes, left padding, dropped captions, pairs that do not count and the mean: everything once more in plain steps."""
+    train(data, tmp_path, *EXACT, "--max-steps", 2, "--lr", 0, kind="images")
+    model = GPT_models["GPT-XS"](
+        model_type="t2i", cls_token_num=TOKENS, caption_dim=DIM, vocab_size=VOCAB, block_size=N
+    ).eval()
+    model.load_state_dict(weights(tmp_path))
+    tokenizer = load_tokenizer(data / "vq.pt")
+    for step in range(2):
+        order = BatchOrder(COUNT, 16, 1, 0, 1, seed=0)
+        numbers = order.samples(0, step)
+        drop = dropped_conditions(item_seed(0, step), 16, slice(0, 16), 0.1)
+        total, counted = 0.0, 0
+        for place, number in enumerate(numbers):
+            if number in MISSING:
+                continue
+            with torch.inference_mode():
+                codes = tokenizer.encode(center_view(picture(number), 16)[None])[2][2].view(1, -1)
+            caption = caption_features(number)[:TOKENS]
+            features = torch.zeros(1, TOKENS, DIM)
+            features[0, TOKENS - len(caption) :] = caption
+            mask = torch.arange(TOKENS)[None] >= TOKENS - len(caption)
+            with torch.no_grad():
+                total += float(TokenLoss(model)(codes, features, drop=drop[place : place + 1], prefix_mask=mask))
+            counted += 1
+        assert 0 < counted < 16
+        assert metrics(tmp_path, "loss")[step + 1] == pytest.approx(total / counted, rel=1e-5)
+        assert metrics(tmp_path, "valid")[step + 1] == pytest.approx(counted / 16)
+
+
+def test_images_shards_and_codes_give_the_same_losses(data, tmp_path):
+    flags = ["--epochs", 2, "--val-data-path", data / "pairs", "--val-t5-feat-path", data / "features"]
+    for kind in ("images", "shards", "codes"):
+        train(data, tmp_path / kind, *flags, "--val-code-path", data / "codes", kind=kind)
+    for name in ("loss", "valid", "val_loss"):
+        one, two, three = (metrics(tmp_path / kind, name) for kind in ("images", "shards", "codes"))
+        assert one == two == three and len(one) == (1 if name == "val_loss" else 6)
+    assert same(weights(tmp_path / "images"), weights(tmp_path / "codes"))
+
+
+@pytest.fixture(scope="module")
+def one(data, tmp_path_factory):
+    """Runs of one process, to compare with."""
+    folder = tmp_path_factory.mktemp("one")
+    with quiet_loggers():
+        train(data, folder / "raster", *COMPARED, *held_out(data))
+        train(data, folder / "PAR", *COMPARED, *held_out(data), *PAR)
+    return folder
+
+
+def test_accumulation_gives_the_same_losses(data, tmp_path, one):
+    """Though the parts of a batch have different numbers of pairs that count."""
+    train(data, tmp_path, *COMPARED, "--gradient-accumulation-steps", 8)
+    assert metrics(tmp_path, "loss") == pytest.approx(metrics(one / "raster", "loss"), abs=1e-5)
+    assert metrics(tmp_path, "grad_norm") == pytest.approx(metrics(one / "raster", "grad_norm"), rel=1e-4)
+    assert metrics(tmp_path, "valid") == pytest.approx(metrics(one / "raster", "valid"))
+    assert len(set(metrics(one / "raster", "valid").values())) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["raster", "PAR"])
+def test_two_processes_give_the_losses_of_one(data, tmp_path, one, layout):
+    """By DDP and in shards, with accumulation: the mean is over the valid samples of the whole batch."""
+    flags = [
+        *COMPARED,
+        "--gradient-accumulation-steps",
+        2,
+        "--ckpt-every",
+        5,
+        *held_out(data),
+        *(PAR if layout == "PAR" else []),
+    ]
+    kinds = ("ddp", "fsdp")
+    live(tmp_path, *(life(data, tmp_path / kind, *flags, "--data-parallel", kind, world=2) for kind in kinds))
+    for kind in kinds:
+        for name, tolerance in (("loss", {"abs": 1e-5}), ("grad_norm", {"rel": 1e-4}), ("val_loss", {"abs": 1e-4})):
+            expected, found = metrics(one / layout, name), metrics(tmp_path / kind, name)
+            assert {step: found[step] for step in expected} == pytest.approx(expected, **tolerance), (kind, name)
+        assert len(metrics(tmp_path / kind, "loss")) == 12
+        for name, tensor in weights(tmp_path / kind).items():
+            torch.testing.assert_close(tensor, weights(one / layout)[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_held_out_loss_is_the_mean_over_pairs_that_count(data, tmp_path, one):
+    args = read_checkpoint(last(one / "raster"))
+    model = GPT_models["GPT-XS"](
+        model_type="t2i", cls_token_num=TOKENS, caption_dim=DIM, vocab_size=VOCAB, block_size=N
+    ).eval()
+    model.load_state_dict(args.model)
+    tokenizer, losses = load_tokenizer(data / "vq.pt"), []
+    for number in set(range(COUNT)) - set(MISSING):
+        with torch.inference_mode():
+            codes = tokenizer.encode(center_view(picture(number), 16)[None])[2][2].view(1, -1).clone()
+        features, lengths = left_padded([caption_features(number)], TOKENS)
+        with torch.no_grad():
+            losses.append(float(TokenLoss(model)(codes, features, prefix_mask=prefix_mask(lengths, TOKENS))))
+    assert metrics(one / "raster", "val_loss")[12] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_it_learns_what_captions_say(data, tmp_path):
+    """Pictures of a colour are likelier under their own caption than under another's."""
+    train(data, tmp_path, "--epochs", 40, "--lr", 4e-3, features="features")
+    losses = metrics(tmp_path, "loss")
+    assert losses[1] == pytest.approx(math.log(VOCAB), rel=1e-3) and losses[120] < 0.5 * losses[1]
+    args = read_checkpoint(last(tmp_path))
+    model = GPT_models["GPT-XS"](
+        model_type="t2i", cls_token_num=TOKENS, caption_dim=DIM, vocab_size=VOCAB, block_size=N
+    ).eval()
+    model.load_state_dict(args.model)
+    codes = all_codes(data)
+    by_shift = []
+    for shift in range(len(COLOURS)):
+        features, lengths = left_padded([caption_features(i + shift, 3) for i in range(COUNT)], TOKENS)
+        with torch.no_grad():
+            by_shift.append(float(TokenLoss(model)(codes, features, prefix_mask=prefix_mask(lengths, TOKENS))))
+    assert by_shift[0] < min(by_shift[1:]) - 0.2, by_shift
+
+
+def all_codes(data):
+    from dataset.t2i import TextCodes
+
+    codes = TextCodes(data / "codes", list(COUNTS), N, VOCAB)
+    return torch.stack([codes.get(stem, line) for stem, count in COUNTS.items() for line in range(count)])
+
+
+# Killed, moved, in stages
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, parallel", [("shards", "ddp"), ("images", "fsdp")])
+def test_killed_and_resumed_gives_the_same_bits(data, tmp_path, kind, parallel):
+    """Two processes with dropout, random crops and short captions, killed -9 three times: before, while and after saving."""
+    flags = ["--epochs", 8, "--ckpt-every", 4, "--ema", "--ema-decay", 0.9, "--resume", "--random-crop"]
+    flags += ["--short-t5-feat-path", data / "short", "--data-parallel", parallel]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    store, end = f"{killed}/*/checkpoints", "" if parallel == "fsdp" else ".pt"
+    moments = [
+        {"kill_at": f"{store}/0000004{end}"},
+        {"kill_at": f"{store}/.0000008.*"},
+        {"kill_at": f"{store}/0000012{end}", "kill_later": 0.1},
+    ]
+    runs = [life(data, killed, *flags, world=2, kind=kind, **moment) for moment in moments]
+    printed = live(
+        tmp_path, life(data, whole, *flags, world=2, kind=kind), *runs, life(data, killed, *flags, world=2, kind=kind)
+    )
+    assert printed.count("life: killed") == 3 and printed.count("resuming") >= 2
+    one, other = read_checkpoint(last(whole)), read_checkpoint(last(killed))
+    assert one.steps == other.steps == 24
+    assert same(one.model, other.model) and same(one.ema, other.ema)
+    if parallel == "ddp":
+        one, other = load(last(whole)), load(last(killed))
+        assert one.pop("args") and other.pop("args") and same(one, other)
+    assert metrics(whole, "loss") == metrics(killed, "loss") and metrics(whole, "valid") == metrics(killed, "valid")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["shards", "codes"])
+def test_the_order_goes_on_over_other_numbers_of_processes(data, tmp_path, kind):
+    """One process, then four, then two: no sample of an epoch twice, none left out, and losses within rounding."""
+    flags = [*EXACT, "--epochs", 3, "--ckpt-every", 100, "--resume"]
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    lives = [life(data, whole, *flags, kind=kind, watch=str(tmp_path / "whole.txt"))]
+    for number, (world, steps) in enumerate([(1, 2), (4, 5), (2, 9)]):
+        watched = str(tmp_path / f"{number}.txt")
+        lives.append(life(data, moved, *flags, "--max-steps", steps, world=world, kind=kind, watch=watched))
+    live(tmp_path, *lives)
+    expected = read_steps(tmp_path / "whole.txt")
+    read = [step for number in range(3) for step in read_steps(tmp_path / f"{number}.txt")]
+    assert read == expected and len(read) == 9
+    assert sorted(i for step in expected[:3] for i in step) == list(range(COUNT)), "an epoch is every sample once"
+    assert metrics(moved, "loss") == pytest.approx(metrics(whole, "loss"), abs=1e-5)
+
+
+def read_steps(file):
+    """The samples of each step: every process's part in order, put together."""
+    parts = {}
+    for line in file.read_text().splitlines():
+        rank, indices = json.loads(line)
+        parts.setdefault(rank, []).append(indices)
+    return [[i for rank in sorted(parts) for i in parts[rank][step]] for step in range(len(parts[0]))]
+
+
+@pytest.mark.slow
+def test_stage_2_begins_with_the_weights_of_stage_1(data, tmp_path):
+    """From a file and from a sharded folder: another image size, the same weights, step and optimizer of its own."""
+    live(
+        tmp_path,
+        life(data, tmp_path / "ddp", "--max-steps", 4, "--ema"),
+        life(data, tmp_path / "fsdp", "--max-steps", 4, "--ema", "--data-parallel", "fsdp", world=2),
+    )
+    large = ["--image-size", 20, "--max-steps", 1, "--lr", 0, *EXACT, "--ema"]
+    for name in ("ddp", "fsdp"):
+        stage2 = train(data, tmp_path / f"{name}2", *large, "--gpt-ckpt", tmp_path / name, kind="images")
+        assert same(weights(stage2), weights(tmp_path / name))
+        assert list(metrics(stage2, "loss")) == [1]
+        text = (run_folder(stage2) / "log.txt").read_text()
+        assert "its weights alone" in text
+        assert load(last(stage2))["args"].image_size == 20 and load(last(stage2))["steps"] == 1
+        again = train(data, tmp_path / f"{name}1", "--max-steps", 5, "--gpt-ckpt", tmp_path / name)
+        assert list(metrics(again, "loss")) == [5], "of the same size it goes on"
+
+
+@pytest.mark.slow
+def test_two_processes_encode_images_and_draw_pictures(data, tmp_path):
+    more = ["--sample-every", 3, "--max-steps", 6, "--sample-cfg-scale", 3, *EXACT]
+    kinds = ("ddp", "fsdp")
+    live(
+        tmp_path,
+        *(life(data, tmp_path / k, *more, "--data-parallel", k, world=2, kind="images") for k in kinds),
+        life(data, tmp_path / "one", *more, kind="codes"),
+    )
+    for kind in kinds:
+        pictures = sorted(os.listdir(run_folder(tmp_path / kind) / "samples"))
+        assert pictures == ["0000003.png", "0000006.png"]
+        assert metrics(tmp_path / kind, "loss") == pytest.approx(metrics(tmp_path / "one", "loss"), abs=1e-5)
+    assert not (run_folder(tmp_path / "one") / "samples").exists()
+
+
+def test_half_precision_and_stochastic_depth(data, tmp_path):
+    flags = ["--mixed-precision", "bf16", "--half-tokenizer", "--drop-path", 0.2, "--max-steps", 3]
+    train(data, tmp_path, *flags, kind="images")
+    losses = metrics(tmp_path, "loss")
+    assert losses[1] == pytest.approx(math.log(VOCAB), rel=1e-3) and len(losses) == 3
+
+
+# What a user gets wrong
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--gpt-type", "c2i", "--cls-token-num", 1], r"train_c2i\.py"),
+        (["--dataset", "imagenet"], r"reads --dataset t2i or t2i_code, got 'imagenet'"),
+        (["--dataset", "t2i"], r"--code-path is read with --dataset t2i_code"),
+        (["--t5-feature-dim", 2048], r"6.*2048"),
+        (["--vocab-size", 63], r"was made with 64 codes; pass --vocab-size 64"),
+        (["--image-size", 20], r"are of --image-size 16 and have 16 tokens an image; 25 are needed"),
+        (["--ar-token-num", 9], r"cannot be cut into 3x3 regions"),
+        (["--ar-token-num", 4, "--spe-token-num", 2], r"--ar-token-num 4 goes with --spe-token-num 3"),
+        (["--global-batch-size", 64], r"48 samples, fewer than --global-batch-size 64"),
+        (["--val-data-path", "x"], r"--val-data-path x needs --val-t5-feat-path too"),
+        (["--val-data-path", "x", "--val-t5-feat-path", "y"], r"--val-data-path x needs --val-code-path too"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_flags_that_do_not_fit(data, tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        train(data, tmp_path / "results", *more)
+    assert not (tmp_path / "results").exists()
+
+
+def test_images_need_a_tokenizer_that_fits(data, tmp_path):
+    flags = words(data, tmp_path / "results", kind="images")
+    without = [word for i, word in enumerate(flags) if "--vq-ckpt" not in flags[max(i - 1, 0) : i + 1]]
+    with pytest.raises(ValueError, match=r"--dataset t2i encodes images while training: give --vq-ckpt"):
+        run_here(train_t2i, *without)
+    with pytest.raises(ValueError, match=r"vq\.pt does not fit the flags --vq-model VQ-16"):
+        run_here(train_t2i, *flags, "--vq-model", "VQ-16")
+    with pytest.raises(ValueError, match=r"vq\.pt has 64 codes of 4x4 pixels, not --vocab-size 128"):
+        run_here(train_t2i, *flags, "--vocab-size", 128)
+
+
+def test_data_that_is_wrong(data, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist: check --data-path"):
+        train(data, tmp_path / "results", "--data-path", tmp_path / "nowhere")
+    pairs = shutil.copytree(data / "pairs", tmp_path / "pairs")
+    (pairs / "part-a.jsonl").write_text('{"text": ["no path"]}\n')
+    with pytest.raises(
+        ValueError, match=r"line 0 \(from 0\) of .*part-a\.jsonl must be an object with a string 'image_path'"
+    ):
+        train(data, tmp_path / "results", "--data-path", pairs)
+    with pytest.raises(ValueError, match=r"none of 48 pairs in a row could be used(.|\n)*smaller than --image-size 64"):
+        train(data, tmp_path / "results", "--image-size", 64, kind="images")
+
+
+def test_a_loss_that_is_no_number_names_its_samples(data, tmp_path):
+    broken = make_features(tmp_path / "broken", COUNTS)
+    assert broken.is_dir()
+    with pytest.raises(ValueError, match=r"no longer finite.*Samples there: part-[abc]:\d+, part-"):
+        train(data, tmp_path / "results", "--lr", 1e30, "--max-grad-norm", 0, "--epochs", 3)
+
+
+# Flags
+
+FLAGS = """
+`--data-path` str = required; `--t5-feat-path` str = required; `--short-t5-feat-path` str = None;
+`--cloud-save-path` str = required; `--no-local-save` switch = –; `--vq-model` str ∈ [VQ-8, VQ-16] = VQ-16;
+`--vq-ckpt` str = None; `--codebook-size` int = 16384; `--codebook-embed-dim` int = 8;
+`--gpt-model` str ∈ [GPT-B, GPT-L, GPT-XL, GPT-XXL, GPT-XXXL, GPT-1B, GPT-3B, GPT-7B] = GPT-B; `--gpt-ckpt` str = None;
+`--gpt-type` str ∈ [c2i, t2i] = t2i; `--vocab-size` int = 16384; `--cls-token-num` int = 120; `--dropout-p` float = 0.1;
+`--token-dropout-p` float = 0.1; `--drop-path` float = 0.0; `--no-compile` switch = –; `--results-dir` str = results;
+`--dataset` str = t2i; `--image-size` int ∈ [256, 384, 512] = 384; `--downsample-size` int ∈ [8, 16] = 16;
+`--num-classes` int = 1000; `--epochs` int = 300; `--lr` float = 0.0001; `--weight-decay` float = 0.05;
+`--beta1` float = 0.9; `--beta2` float = 0.95; `--max-grad-norm` float = 1.0; `--global-batch-size` int = 256;
+`--global-seed` int = 0; `--num-workers` int = 24; `--log-every` int = 100; `--ckpt-every` int = 5000;
+`--gradient-accumulation-steps` int = 1; `--mixed-precision` str ∈ [none, fp16, bf16] = bf16
+"""
+
+
+def test_published_flags():
+    check_published_flags(train_t2i, FLAGS, ("--cloud-save-path",))

@@ -1,0 +1,440 @@
+"""Extraction of text features: every caption once, whatever happens on the way."""
+
+import hashlib
+import json
+import re
+import subprocess
+import tarfile
+import time
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+
+from dataset.text_features import FeatureWriter, PackedFeatures, open_features
+from language import extract_t5_feature
+from language.extract_t5_feature import encode_captions
+from language.t5 import T5Embedder
+from tests.helpers import ROOT, free_port
+from tests.language.small_t5 import make_small_t5
+from tests.training import (
+    check_published_flags,
+    command,
+    environment,
+    flag_defaults,
+    quiet_loggers,
+    run_here,
+    run_script,
+)
+
+SCRIPT = "language.extract_t5_feature"
+SENTENCE = "a red lantern hangs over the street two cats sleep on green chair next to window map of fox"
+WORDS = SENTENCE.split()
+CAPTIONS = {"part-00": 23, "part-01": 9, "part-02": 1}
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with quiet_loggers():
+        yield
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    return make_small_t5(tmp_path_factory.mktemp("t5") / "flan-t5-xl")
+
+
+@pytest.fixture(scope="module")
+def embedder(t5):
+    return T5Embedder("cpu", t5, torch_dtype=torch.float32)
+
+
+def texts(number):
+    """A pair's three captions: blip, llava, llava_first."""
+    count = 1 + number * 7 % 15
+    blip = " ".join(WORDS[(number + i) % len(WORDS)] for i in range(count))
+    return ["IMG_2041.jpg" if number % 10 == 5 else blip, f"The {blip}. A second sentence, “quoted”.", f"The {blip}"]
+
+
+def make_lists(folder, counts=CAPTIONS):
+    folder.mkdir(parents=True)
+    number = 0
+    for stem, count in counts.items():
+        lines = [json.dumps({"image_path": f"{number + i}.jpg", "text": texts(number + i)}) for i in range(count)]
+        (folder / f"{stem}.jsonl").write_text("\n".join(lines) + "\n")
+        number += count
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lists(tmp_path_factory):
+    return make_lists(tmp_path_factory.mktemp("lists") / "data")
+
+
+def words(lists, features, t5, *more):
+    settings = ["--precision", "none", "--num-workers", 0, "--shard-size", 5, "--batch-size", 3, "--device", "cpu"]
+    return ["--data-path", lists, "--t5-path", features, "--t5-model-path", t5.parent, *settings, *more]
+
+
+def extract(lists, features, t5, *more):
+    run_here(extract_t5_feature, *words(lists, features, t5, *more))
+    return features
+
+
+def directly(embedder, texts_of, key=0):
+    """The features of each caption as the embedder gives them, one text at a time."""
+    found = {}
+    number = 0
+    for stem, count in CAPTIONS.items():
+        for line in range(count):
+            features, mask = embedder.get_text_embeddings([texts_of(number)[key]])
+            found[stem, line] = features[0, : int(mask.sum())]
+            number += 1
+    return found
+
+
+def digests(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def extracted(lists, t5, tmp_path_factory):
+    return extract(lists, tmp_path_factory.mktemp("features") / "blip", t5)
+
+
+# What comes out
+
+
+def test_every_caption(extracted, embedder):
+    store = open_features(extracted, dim=32)
+    expected = directly(embedder, texts)
+    assert isinstance(store, PackedFeatures) and len(store) == len(expected) == 33
+    for (stem, line), features in expected.items():
+        torch.testing.assert_close(store.get(stem, line), features, **CLOSE)
+    assert len(store.get("part-00", 5)) == 1  # nothing is left of a file's name but the end of the text
+    assert len({len(features) for features in expected.values()}) > 8
+
+
+@pytest.mark.parametrize("key, place", [("llava", 1), ("llava_first", 2)])
+def test_the_other_captions(lists, t5, embedder, tmp_path, key, place):
+    store = open_features(extract(lists, tmp_path / key, t5, "--caption-key", key))
+    for (stem, line), features in directly(embedder, texts, place).items():
+        torch.testing.assert_close(store.get(stem, line), features, **CLOSE)
+
+
+def test_up_to_the_first_full_stop(lists, t5, embedder, tmp_path):
+    store = open_features(extract(lists, tmp_path / "short", t5, "--caption-key", "llava", "--trunc-caption"))
+    expected = directly(embedder, lambda number: [texts(number)[1].partition(".")[0]])
+    for (stem, line), features in expected.items():
+        torch.testing.assert_close(store.get(stem, line), features, **CLOSE)
+
+
+def test_what_the_index_records(extracted):
+    index = json.loads((extracted / "index.json").read_text())
+    assert (index["dim"], index["max_length"], index["dtype"], index["shard_size"]) == (32, 120, "float32", 5)
+    settings = index["settings"]
+    assert re.fullmatch("[0-9a-f]{16}", settings.pop("fingerprint"))
+    assert settings == {
+        "t5": "flan-t5-xl", "precision": "none", "caption_key": "blip", "truncated": False, "cleaning": "twice"
+    }  # fmt: skip
+
+
+def test_the_published_layout(lists, t5, extracted, tmp_path):
+    folder = extract(lists, tmp_path / "published", t5, "--published-layout")
+    assert sorted(path.name for path in (folder / "part-01").iterdir()) == sorted(f"{line}.npy" for line in range(9))
+    packed, published = open_features(extracted), open_features(folder, dim=32)
+    for stem, count in CAPTIONS.items():
+        for line in range(count):
+            array = np.load(folder / stem / f"{line}.npy")
+            assert array.dtype == np.float32 and array.shape[0] == 1
+            assert torch.equal(published.get(stem, line), packed.get(stem, line))
+    with pytest.raises(ValueError, match="holds packed features: give --t5-path another folder"):
+        extract(lists, extracted, t5, "--published-layout")
+
+
+def test_precisions(lists, t5, extracted, tmp_path):
+    exact = open_features(extracted)
+    for precision, dtype in [("bf16", torch.bfloat16), ("fp16", torch.float16)]:
+        store = open_features(extract(lists, tmp_path / precision, t5, "--precision", precision))
+        found = store.get("part-00", 1)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), exact.get("part-00", 1), rtol=0.1, atol=0.1)
+    store = open_features(extract(lists, tmp_path / "wide", t5, "--precision", "bf16", "--feature-dtype", "float32"))
+    narrow = open_features(tmp_path / "bf16")
+    assert torch.equal(store.get("part-00", 1), narrow.get("part-00", 1).float())  # bfloat16 has lost nothing
+
+
+def test_files_by_their_numbers(lists, t5, extracted, tmp_path):
+    """Both ends are included; jobs of other files write to the same folder."""
+    folder = extract(lists, tmp_path / "features", t5, "--data-start", 1, "--data-end", 1)
+    assert sorted(path.name for path in folder.iterdir()) == ["index.json", "part-01"]
+    extract(lists, folder, t5, "--data-start", 2, "--data-end", 7)
+    extract(lists, folder, t5, "--data-start", 0, "--data-end", 0)
+    assert digests(folder) == digests(extracted)
+    with pytest.raises(ValueError, match=r"--data-start 3 --data-end 9 selects none of the 3 files: .* 0 to 2"):
+        extract(lists, folder, t5, "--data-start", 3, "--data-end", 9)
+
+
+def test_captions_of_tar_shards(t5, extracted, tmp_path):
+    """The same captions beside their images, in WebDataset's format."""
+    (tmp_path / "tars").mkdir()
+    number = 0
+    for stem, count in CAPTIONS.items():
+        with tarfile.open(tmp_path / "tars" / f"{stem}.tar", "w") as tar:
+            for line in range(count):
+                for name, content in [("jpg", b"no image"), ("json", json.dumps({"text": texts(number)}).encode())]:
+                    info = tarfile.TarInfo(f"{line:05d}.{name}")
+                    info.size = len(content)
+                    tar.addfile(info, BytesIO(content))
+                number += 1
+    assert digests(extract(tmp_path / "tars", tmp_path / "features", t5)) == digests(extracted)
+
+
+@pytest.mark.slow
+def test_loader_processes_change_nothing(lists, t5, extracted, tmp_path):
+    assert digests(extract(lists, tmp_path / "features", t5, "--num-workers", 2)) == digests(extracted)
+
+
+def test_like_lengths_are_encoded_together(embedder, monkeypatch):
+    shapes = []
+    encode = T5Embedder.encode
+
+    def watched(self, ids, mask):
+        shapes.append(tuple(ids.shape))
+        return encode(self, ids, mask)
+
+    monkeypatch.setattr(T5Embedder, "encode", watched)
+    lengths = [20, 3, 120, 5, 7, 19]
+    ids = [[4] * (length - 1) + [1] for length in lengths]
+    ids.insert(2, None)
+    features = encode_captions(embedder, ids, batch_size=2)
+    assert shapes == [(2, 8), (2, 24), (2, 120)]
+    assert features[2] is None
+    assert [len(rows) for rows in features if rows is not None] == lengths
+    alone = embedder.encode(torch.tensor([ids[4]]), torch.ones(1, 5, dtype=torch.int64))[0]
+    torch.testing.assert_close(features[4], alone, **CLOSE)
+
+
+# Damaged lists
+
+
+@pytest.fixture
+def damaged(lists, tmp_path):
+    """The lists with lines of part-00 that are cut, empty, without a text or with too few."""
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for file in lists.iterdir():
+        (folder / file.name).write_text(file.read_text())
+    lines = (lists / "part-00.jsonl").read_text().splitlines()
+    lines[3], lines[4] = lines[3][:-9], ""
+    lines[8] = json.dumps({"image_path": "8.jpg"})
+    lines[9] = json.dumps({"image_path": "9.jpg", "text": []})
+    lines[12] = json.dumps({"image_path": "12.jpg", "text": [None, "a", "b"]})
+    (folder / "part-00.jsonl").write_text("\n".join(lines))  # and no line end at the end
+    return folder
+
+
+DAMAGED = (3, 4, 8, 9, 12)
+
+
+@pytest.mark.parametrize("more", [[], ["--published-layout"]], ids=["packed", "published"])
+def test_damaged_lines(damaged, t5, extracted, tmp_path, capsys, more):
+    folder = extract(damaged, tmp_path / "features", t5, *more)
+    output = capsys.readouterr().out
+    for line in DAMAGED:
+        assert f"skipped: line {line} (from 0) of {damaged / 'part-00.jsonl'}" in output
+    assert "features of 28 captions, 5 damaged lines skipped" in output
+    store, whole = open_features(folder), open_features(extracted)
+    assert len(store) == 28
+    for line in range(23):
+        if line in DAMAGED:
+            assert store.get("part-00", line) is None
+        else:
+            torch.testing.assert_close(store.get("part-00", line), whole.get("part-00", line), **CLOSE)
+    before = digests(folder)
+    extract(damaged, folder, t5, *more)
+    again = capsys.readouterr().out
+    assert "features of 28 captions, 5 damaged lines skipped" in again and "encoded" not in again
+    assert digests(folder) == before
+
+
+def test_lines_with_one_text(lists, t5, tmp_path, capsys):
+    folder = make_lists(tmp_path / "lists", {"a": 3})
+    lines = [json.loads(line) for line in (folder / "a.jsonl").read_text().splitlines()]
+    lines[1]["text"] = lines[1]["text"][:1]
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    extract(folder, tmp_path / "features", t5, "--caption-key", "llava")
+    assert "line 1 (from 0) of " in (output := capsys.readouterr().out)
+    assert "has 1 texts, --caption-key llava is number 2" in output
+
+
+def test_lists_of_another_kind(t5, tmp_path):
+    """Whole shards without a caption end the run at once, not as a folder of nothing."""
+    (tmp_path / "a.jsonl").write_text('{"image_path": "a.jpg"}\n' * 200)
+    with pytest.raises(ValueError, match=r"none of 150 lines in a row has a caption; the first: line 0 \(from 0\) of"):
+        extract(tmp_path, tmp_path / "features", t5, "--shard-size", 150)
+
+
+# Once more, killed, on more processes
+
+
+def test_finished_means_finished(lists, t5, extracted, capsys):
+    before = {path: path.stat().st_mtime_ns for path in extracted.rglob("*")}
+    extract(lists, extracted, t5)
+    output = capsys.readouterr().out
+    assert "features of 33 captions, 0 damaged lines skipped" in output and "encoded" not in output
+    assert {path: path.stat().st_mtime_ns for path in extracted.rglob("*")} == before
+
+
+def test_damaged_shards_are_written_anew(lists, t5, extracted, tmp_path, capsys):
+    folder = extract(lists, tmp_path / "features", t5)
+    for name in ("shard-000001.npy", "shard-000002.ends.npy", "shard-000003.json"):
+        (folder / "part-00" / name).write_bytes(b"half")
+    capsys.readouterr()
+    extract(lists, folder, t5)
+    assert "encoded 15 captions" in capsys.readouterr().out
+    assert digests(folder) == digests(extracted)
+
+
+def test_killed_between_two_shards(lists, t5, extracted, tmp_path, monkeypatch):
+    write, written = FeatureWriter.write_shard, []
+
+    def twice(self, stem, shard, *rest):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(shard)
+        write(self, stem, shard, *rest)
+
+    monkeypatch.setattr(FeatureWriter, "write_shard", twice)
+    with pytest.raises(KeyboardInterrupt):
+        extract(lists, tmp_path / "features", t5)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="part-00 is incomplete: 2 of 5 shards"):
+        open_features(tmp_path / "features")
+    extract(lists, tmp_path / "features", t5)
+    assert digests(tmp_path / "features") == digests(extracted)
+
+
+def test_published_files_that_are_missing(lists, t5, tmp_path, capsys):
+    """They are written anew with the same bytes: all of their shard is encoded, and only they are written."""
+    folder = extract(lists, tmp_path / "published", t5, "--published-layout")
+    before = digests(folder)
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
+    for name in ("part-00/2.npy", "part-00/13.npy", "part-02/0.npy"):
+        (folder / name).unlink()
+    capsys.readouterr()
+    extract(lists, folder, t5, "--published-layout")
+    assert "encoded 11 captions" in capsys.readouterr().out
+    assert digests(folder) == before
+    assert sum(path.stat().st_mtime_ns != times[path] for path in folder.rglob("*.npy")) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--published-layout"]], ids=["packed", "published"])
+def test_two_processes_killed_and_run_again(t5, tmp_path, more):
+    """Both killed in the middle, the same command again: the files are those of one process that was left alone."""
+    lists = make_lists(tmp_path / "lists", {"a": 400, "b": 300})
+    killed = tmp_path / "killed"
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            command(SCRIPT, *words(lists, killed, t5, *more)),
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **together),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+    finished = "*/*.npy" if more else "*/shard-*.json"
+    enough = 50 if more else 10
+    try:
+        deadline = time.monotonic() + 200
+        while len(list(killed.glob(finished))) < enough:
+            assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        for process in processes:
+            process.kill()  # SIGKILL
+        for process in processes:
+            process.wait()
+    there = {path: path.read_bytes() for path in killed.glob(finished)}
+    assert enough <= len(there) < (700 if more else 140)
+    output = run_script(SCRIPT, *words(lists, killed, t5, *more), processes=2)
+    assert "features of 700 captions, 0 damaged lines skipped" in output and "Traceback" not in output
+    assert all(path.read_bytes() == content for path, content in there.items())
+    for leftover in killed.rglob(".*.tmp"):
+        assert more, leftover  # of small files; a shard's are removed
+        leftover.unlink()
+    extract(lists, tmp_path / "whole", t5, *more)
+    assert digests(killed) == digests(tmp_path / "whole")
+
+
+# What a user gets wrong
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--caption-key", "llava"], "caption_key: 'blip' there, 'llava' now"),
+        (["--trunc-caption"], "truncated: False there, True now"),
+        (["--precision", "bf16"], "precision: 'none' there, 'bf16' now"),
+        (["--shard-size", 7], "shard_size: 5 there, 7 now"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_other_settings_into_the_same_folder(lists, t5, extracted, more, message):
+    before = digests(extracted)
+    with pytest.raises(ValueError, match=rf"holds features of other settings(.|\n)*{message}"):
+        extract(lists, extracted, t5, *more)
+    assert digests(extracted) == before
+
+
+def test_another_encoder_into_the_same_folder(lists, extracted, tmp_path):
+    other = make_small_t5(tmp_path / "flan-t5-xl", sentences=["another tokenizer", "and other weights"])
+    with pytest.raises(ValueError, match="fingerprint: "):
+        extract(lists, extracted, other)
+
+
+def test_missing_folders(lists, t5, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        extract(tmp_path / "nowhere", tmp_path / "features", t5)
+    with pytest.raises(FileNotFoundError, match=r"no T5 at .*my-t5"):
+        extract(lists, tmp_path / "features", t5, "--t5-model-type", "my-t5", "--t5-model-path", tmp_path / "none")
+    assert not (tmp_path / "features").exists()
+
+
+# Flags
+
+FLAGS = """
+`--data-path` str = required; `--t5-path` str = required; `--data-start` int = required; `--data-end` int = required;
+`--caption-key` str ∈ [blip, llava, llava_first] = blip; `--trunc-caption` switch = off;
+`--t5-model-path` str = ./pretrained_models/t5-ckpt; `--t5-model-type` str = flan-t5-xl;
+`--precision` str ∈ [none, fp16, bf16] = bf16; `--global-seed` int = 0; `--num-workers` int = 24
+"""
+
+
+def test_published_flags():
+    check_published_flags(extract_t5_feature, FLAGS, without_default=("--data-start", "--data-end"))
+    assert flag_defaults(extract_t5_feature)["--published-layout"] is False
+
+
+@pytest.mark.parametrize(
+    "name, own",
+    [
+        ("laion_coco_stage1", "--caption-key blip"),
+        ("stage2", "--caption-key llava"),
+        ("trunc_stage2", "--caption-key llava --trunc-caption"),
+    ],
+)
+def test_wrappers(name, own):
+    wrapper = ROOT / "scripts" / "language" / f"extract_flan_t5_feat_{name}.sh"
+    assert wrapper.stat().st_mode & 0o111
+    assert wrapper.read_text().splitlines()[-1] == f'launch {SCRIPT.replace(".", "/")}.py {own} "$@"'
+    args = extract_t5_feature.flags().parse_args(["--data-path", "a", "--t5-path", "b", *own.split()])
+    assert (args.caption_key, args.trunc_caption) == (own.split()[1], "--trunc-caption" in own)
