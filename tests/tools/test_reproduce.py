@@ -432,6 +432,7 @@ def test_from_nothing_to_a_row(small_files, run_quickly, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # fifteen processes, a minute on a machine of its own
 def test_killed_at_any_point_it_goes_on(small_files):
     line = row_line(small_files)
     run("reproduce", *line, "--output", "straight")
