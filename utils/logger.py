@@ -23,10 +23,21 @@ def console_logger(name: str = "run", main: bool = True) -> logging.Logger:
     logger.propagate = False
     logger.setLevel(logging.INFO if main else logging.WARNING)
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = _StandardOutput()
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
     return logger
+
+
+class _StandardOutput(logging.StreamHandler):
+    """Writes to sys.stdout as it is at each line, which a caller may have redirected since the logger was made."""
+
+    def __init__(self):
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):
+        return sys.stdout
 
 
 class RunLogger:

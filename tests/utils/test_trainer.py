@@ -952,8 +952,6 @@ def test_pictures_at_steps_of_their_own(tmp_path):
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_bar_is_for_terminals(tmp_path, monkeypatch, capsys, terminal):
-    for logger in ("run", "dataset"):
-        logging.getLogger(logger).handlers = []  # an earlier test's write to the output as it was then
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     build(tmp_path).fit()
     out, err = capsys.readouterr()

@@ -1,0 +1,20 @@
+"""Where the lines of a run go."""
+
+import io
+import logging
+from contextlib import redirect_stdout
+
+from tests.training import quiet_loggers
+from utils.logger import console_logger
+
+
+def test_lines_go_to_the_output_as_it_is_now():
+    """A logger outlives what its output was when it was made: a notebook's cell, a test, a redirection."""
+    first, second = io.StringIO(), io.StringIO()
+    with quiet_loggers():
+        logging.getLogger("run").handlers = []
+        for output in (first, second):
+            with redirect_stdout(output):
+                console_logger().info("a line")
+    for output in (first, second):
+        assert output.getvalue().endswith("] a line\n") and output.getvalue().count("\n") == 1
