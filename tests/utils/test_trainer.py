@@ -1,7 +1,6 @@
 """The training loop on a tiny model: numbers by hand, stopped and resumed runs, full disks, what it writes down."""
 
 import json
-import logging
 import math
 import multiprocessing
 import os
