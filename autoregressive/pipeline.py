@@ -13,7 +13,7 @@ number of threads.
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from math import isqrt
 from pathlib import Path
@@ -29,6 +29,7 @@ from autoregressive.models.generate import check_labels, generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.sampling import SamplingConfig
 from autoregressive.models.sizes import GPT_SIZES
+from language.captions import clean_caption
 from language.features import left_padded, prefix_mask
 from tokenizer.tokenizer_image.load import load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQModel, independent_of_threads
@@ -240,7 +241,7 @@ class ImagePipeline:
     ) -> list[Image.Image]:
         """Draws an image for each label, or for each prompt.
 
-        asked: classes, 0 … num_classes - 1; of a text-conditional model prompts, which are not blank.
+        asked: classes, 0 … num_classes - 1; of a text-conditional model prompts, which are not blank, nor only an address.
         features: in the place of prompts, what encode() gives or the files that feature extraction wrote: a caption's
         features (length, caption_dim), of which the first cls_token_num count, or an .npy file of them.
         seed: of the run. indices: each image's number in the run (0, 1, … by default); an image is a function of (seed,
@@ -297,9 +298,10 @@ class ImagePipeline:
 
         Prompts are encoded one at a time, a repeated one once: a batch would round according to its size. On the CPU,
         since those of a run's prompts are there at once: 4 KB a token of flan-T5-XL in half precision.
-        Raises ValueError for a blank prompt, or an encoder of another model; FileNotFoundError where there is no T5.
+        Raises ValueError for a prompt that is blank or of which cleaning leaves nothing, or an encoder of another model;
+        FileNotFoundError where there is no T5.
         """
-        check_prompts(prompts)
+        check_prompts(prompts, self._cleans)
         encoder = self._find_text_encoder() if len(prompts) else None
         encoded: dict[str, Tensor] = {}
         for text in tqdm(dict.fromkeys(prompts), unit="prompt", disable=not progress, desc="encoding"):
@@ -407,12 +409,16 @@ class ImagePipeline:
         if (prompts is None) == (features is None):
             raise ValueError("this GPT is text-conditional: give prompts, or features in their place")
         if features is None:
-            check_prompts(prompts)
+            check_prompts(prompts, self._cleans)
             return prompts
         if isinstance(features, str | Path):
             raise ValueError(f"features are a list, one item for each image: [{str(features)!r}]")
+        if not is_list(features):
+            raise ValueError(f"features are a list, one item for each image, not {features!r}")
         read = (read_features(item) if isinstance(item, str | Path) else item for item in features)
-        return [self._check_features(item, f"of image {i}") for i, item in enumerate(read)]
+        checked = [self._check_features(item, f"of image {i}") for i, item in enumerate(read)]
+        warn_of_long_features(dict(enumerate(map(len, checked))), self.gpt.args.cls_token_num)
+        return checked
 
     def _check_features(self, features: Tensor | np.ndarray, whose: str) -> Tensor:
         """The features as (length, caption_dim). Raises ValueError where they are not the model's."""
@@ -429,6 +435,11 @@ class ImagePipeline:
         if not features.isfinite().all():
             raise ValueError(f"the features {whose} are not all finite: the encoder overflows in {features.dtype}")
         return features
+
+    @property
+    def _cleans(self) -> bool:
+        """Whether prompts are cleaned before they are read, as the T5 does unless it is told not to."""
+        return getattr(self.text_encoder, "use_text_preprocessing", self.text_encoder is None)
 
     def _find_text_encoder(self) -> TextEncoder:
         if not self.is_text:
@@ -451,12 +462,22 @@ def holds_text(asked: object) -> bool:
     return isinstance(asked, str) or (isinstance(asked, Sequence) and any(isinstance(item, str) for item in asked))
 
 
-def check_prompts(prompts: Sequence[str]) -> None:
-    """Raises ValueError for a single string, and where a prompt is blank or not a string."""
+def is_list(value: object) -> bool:
+    """Whether it has items in an order, and as many as it says."""
+    return hasattr(value, "__len__") and hasattr(value, "__getitem__")
+
+
+def check_prompts(prompts: Sequence[str], cleaned: bool = True) -> None:
+    """Raises ValueError for what is no list of strings, and where a prompt is blank.
+
+    cleaned: they will be, by language/captions.py; then also where that leaves nothing of one.
+    """
     if isinstance(prompts, str):
         raise ValueError(f"prompts are a list, one item for each image: [{shorten(prompts)!r}]")
     if isinstance(prompts, Tensor | np.ndarray):
         raise ValueError("this GPT is text-conditional: it takes prompts, a list of strings, not labels")
+    if not is_list(prompts):
+        raise ValueError(f"this GPT is text-conditional: it takes prompts, a list of strings, not {prompts!r}")
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise ValueError(
@@ -464,6 +485,23 @@ def check_prompts(prompts: Sequence[str]) -> None:
             )
         if not prompt.strip():
             raise ValueError(f"prompt {i} (from 0) is blank: write what to draw")
+        if cleaned and not clean_caption(prompt):
+            raise ValueError(
+                f"prompt {i} (from 0), {shorten(prompt)!r}, is blank once it is cleaned as captions were in training, without "
+                "web addresses, file names, Chinese characters and the like: write what to draw"
+            )
+
+
+def warn_of_long_features(lengths: Mapping[int, int], rows: int) -> None:
+    """Warns where only the first `rows` rows of an image's features are read. lengths: their rows by the image's number."""
+    long = [i for i, length in lengths.items() if length > rows]
+    if long:
+        listed = ", ".join(f"{lengths[i]} of image {i}" for i in long[:3]) + (", …" if len(long) > 3 else "")
+        warnings.warn(
+            f"{len(long)} of {len(lengths)} features have more than {rows} rows, and what stands behind them is not read: "
+            f"{listed}",
+            stacklevel=3,
+        )
 
 
 def shorten(text: str, length: int = 60) -> str:

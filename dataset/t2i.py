@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from dataset.augmentation import UnusableImage, center_crop_arr, random_crop_arr, to_tensor
 from dataset.codes import CodeSettings, CodeWriter
@@ -40,6 +40,8 @@ _SHORT_DRAW = 1  # told apart from the draws of the crop
 _TOLD = 20  # unusable pairs that a process tells of one by one
 # A few in a row are an accident or small pictures; so many are a wrong path or a disk that went away.
 _UNUSABLE_IN_A_ROW = 256
+_MOST_READERS = 1024  # loader processes that are told apart; more share a place
+_SHOWN = 5  # pairs that an error names
 _OPEN_FOLDERS = 64
 
 
@@ -105,6 +107,20 @@ def open_pairs(folder: str | Path, index_path: str | Path | None = None) -> Json
     if lists and shards:
         raise ValueError(f"{folder} holds *.jsonl and *.tar: give each a folder of its own")
     return TarPairs(folder, index_path) if shards else JsonPairs(folder)
+
+
+def chosen_files(pairs: Pairs, first: int, last: int | None) -> list[int]:
+    """The numbers of the files from `first` to `last`, both included; None: to the last there is.
+
+    first, last: --data-start and --data-end. Raises ValueError where they select no file.
+    """
+    count = len(pairs.files)
+    chosen = [k for k in range(count) if first <= k <= (count if last is None else last)]
+    if not chosen:
+        raise ValueError(
+            f"--data-start {first} --data-end {last} selects none of the {count} files: they are numbered 0 to {count - 1}"
+        )
+    return chosen
 
 
 class TextCodes:
@@ -223,8 +239,11 @@ class _PairItems(Dataset):
         # Shared memory: persistent workers see a new epoch, and the main process sees what workers skipped.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._skipped = torch.zeros(len(pairs), dtype=torch.uint8).share_memory_()
+        # How many in a row each reading process has found unusable, in a place of its own, so that no lock is needed. A
+        # pair that counts sets all of them to zero, by which the others learn of it.
+        self._rows = torch.zeros(1 + _MOST_READERS, dtype=torch.int64).share_memory_()
         self._told = 0
-        self._in_a_row: dict[int, str] = {}
+        self._in_a_row: dict[int, str] = {}  # of this process: by index, so that a pair met twice counts once
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -237,6 +256,20 @@ class _PairItems(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Makes the next pass draw other crops and captions; reaches running workers too."""
         self._epoch[0] = epoch
+
+    def examples(self) -> list[str]:
+        """Places and reasons of a few pairs that were found unusable so far, which are looked at once more."""
+        found = []
+        for index in self._skipped.nonzero().flatten()[-_SHOWN:].tolist():
+            try:
+                self._read(index)
+            except _Unusable as error:
+                found.append(f"{self.pairs.where(index)} ({error})")
+        return found
+
+    def _read(self, index: int) -> object:
+        """What there is of a pair. Raises _Unusable."""
+        return self._pixels(index)
 
     def sample_numbers(self, indices: Sequence[int]) -> list[str]:
         """The names of these samples, "stem:line"."""
@@ -261,11 +294,18 @@ class _PairItems(Dataset):
         return (random_crop_arr if self.random_crop else center_crop_arr)(image, self.image_size)
 
     def _note(self, index: int, reason: str | None) -> None:
-        """Keeps account of whether a pair was usable. Raises ValueError where so many in a row were not."""
+        """Keeps account of whether a pair was usable. Raises ValueError where so many in a row, over all workers, were not."""
         if reason is None:
+            if self._rows.any():
+                self._rows.zero_()
             self._in_a_row.clear()
             return
+        worker = get_worker_info()
+        place = 0 if worker is None else 1 + worker.id % _MOST_READERS
+        if not self._rows[place]:  # another process has met one that counts
+            self._in_a_row.clear()
         self._in_a_row[index] = reason
+        self._rows[place] = len(self._in_a_row)
         if not self._skipped[index]:
             self._skipped[index] = 1
             if self._told < _TOLD:
@@ -273,12 +313,15 @@ class _PairItems(Dataset):
             elif self._told == _TOLD:
                 logger.warning("further pairs that do not count are not told one by one; %d so far", self.skipped)
             self._told += 1
-        if len(self._in_a_row) >= min(_UNUSABLE_IN_A_ROW, len(self)):
-            listed = [f"{self.pairs.where(i)} ({why})" for i, why in list(self._in_a_row.items())[-5:]]
-            raise ValueError(
-                f"none of {len(self._in_a_row)} pairs in a row could be used; are the paths right, is the disk there? "
-                "The last:\n  " + "\n  ".join(listed)
-            )
+        in_a_row, limit = int(self._rows.sum()), min(_UNUSABLE_IN_A_ROW, len(self))
+        if in_a_row >= limit and self.skipped >= limit:  # in later epochs two processes may have met the same pair
+            listed = [f"{self.pairs.where(i)} ({why})" for i, why in list(self._in_a_row.items())[-_SHOWN:]]
+            raise ValueError(none_usable(f"none of {in_a_row} pairs in a row could be used", listed))
+
+
+def none_usable(what: str, examples: Sequence[str]) -> str:
+    """The words of an error where no pair could be used. examples: places and reasons."""
+    return f"{what}; are the paths right, is the disk there? Some of them:\n  " + "\n  ".join(examples)
 
 
 class TextImages(_PairItems):
@@ -287,7 +330,7 @@ class TextImages(_PairItems):
     features: of every pair's caption; short_features: those of shorter captions, which are taken with probability 0.3
     where there are any. codes: given, items have codes; else crops of `image_size` pixels, centred unless random_crop.
     Captions speak of left and right, so nothing is mirrored. Every draw is a function of (seed, epoch, index).
-    Raises ValueError where 256 different pairs in a row (or all) cannot be used.
+    Raises ValueError where 256 different pairs in a row (or all), over all workers, cannot be used.
     """
 
     def __init__(
@@ -315,13 +358,16 @@ class TextImages(_PairItems):
 
     def _item(self, index: int) -> tuple[Tensor, Tensor, bool]:
         try:
-            features = self._features(index)
-            target = self._pixels(index) if self.codes is None else self._codes(index)
+            target, features = self._read(index)
         except _Unusable as error:
             self._note(index, str(error))
             return self._nothing(), torch.zeros(0, self.features.dim), False
         self._note(index, None)
         return target, features, True
+
+    def _read(self, index: int) -> tuple[Tensor, Tensor]:
+        features = self._features(index)
+        return self._pixels(index) if self.codes is None else self._codes(index), features
 
     def _features(self, index: int) -> Tensor:
         identity = self.pairs.identity(index)

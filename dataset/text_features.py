@@ -209,6 +209,13 @@ class FeatureStore(ABC):
         """
 
     @abstractmethod
+    def present(self, stem: str) -> np.ndarray:
+        """Which lines of a stem have features, bool (lines,); none where the stem is not there.
+
+        In the published layout, which does not say how many lines there are, up to the last that has features.
+        """
+
+    @abstractmethod
     def __len__(self) -> int:
         """How many captions have features."""
 
@@ -292,6 +299,12 @@ class PackedFeatures(FeatureStore):
         rows = torch.from_numpy(np.array(self._map(stem, shard)[start:end]))
         return rows.view(_TORCH[self._index.dtype])
 
+    def present(self, stem: str) -> np.ndarray:
+        ends = self._ends.get(stem, np.zeros(0, np.uint32))
+        starts = np.concatenate([np.zeros(1, ends.dtype), ends])[:-1]
+        starts[:: self._index.shard_size] = 0
+        return ends > starts
+
     def verify(self) -> None:
         damaged = []
         for stem, ends in self._ends.items():
@@ -359,6 +372,13 @@ class PublishedFeatures(FeatureStore):
         except FileNotFoundError:
             return None
         return torch.from_numpy(array[0])
+
+    def present(self, stem: str) -> np.ndarray:
+        place = self.folder / stem
+        numbers = [int(os.path.basename(file)[:-4]) for file in _numbered_files(place)] if place.is_dir() else []
+        there = np.zeros(max(numbers, default=-1) + 1, bool)
+        there[numbers] = True
+        return there
 
     def verify(self) -> None:
         damaged = []

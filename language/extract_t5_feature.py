@@ -3,9 +3,13 @@
     torchrun --nproc_per_node=8 language/extract_t5_feature.py --data-path laion_coco --t5-path t5_features \\
         --data-start 0 --data-end 9 --caption-key blip
 
+    python3 language/extract_t5_feature.py --data-path PartiPrompts.tsv --t5-path prompt_features
+
 Of the *.jsonl files (or WebDataset *.tar shards) in --data-path, in the order of their names, those from number
 --data-start to number --data-end, both included. A caption is cleaned, cut to 120 tokens and encoded together with others
-of its length. The same command again goes on with what is missing, on any number of processes.
+of its length. The same command again goes on with what is missing, on any number of processes. Where --data-path is a
+file, a table with a column Prompt (.tsv, .csv) or a prompt on each line, its prompts are encoded for the --t5-feat-path of
+the sampling scripts.
 """
 
 import argparse
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dataset.t2i import Pairs
+    from language.prompts import PromptList
     from language.t5 import T5Embedder
 
 CAPTION_KEYS = ("blip", "llava", "llava_first")
@@ -42,10 +47,11 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from dataset.t2i import open_pairs
-    from dataset.text_features import FeatureWriter, shard_lines, write_published_features
+    from dataset.t2i import chosen_files, open_pairs
+    from dataset.text_features import FeatureWriter, published_lines, shard_lines, write_published_features
     from language.t5 import T5Embedder, find_t5, without_fork_warnings
     from utils.distributed import start
+    from utils.errors import AgreedError
     from utils.loading import loader_workers
     from utils.logger import console_logger
 
@@ -53,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
     dist = start(args.device)
     log = console_logger("dataset", dist.is_main)
     with dist.main_first():
-        pairs = open_pairs(args.data_path, args.index_path)
+        pairs = open_prompts(args.data_path) or open_pairs(args.data_path, args.index_path)
         folder = find_t5(args.t5_model_path, args.t5_model_type)
     chosen = chosen_files(pairs, args.data_start, args.data_end)
     embedder = T5Embedder(
@@ -100,16 +106,25 @@ def main(args: argparse.Namespace) -> None:
                 writer.write_shard(stem, shard, features, lines)
             progress.update(sum(i is None for i in ids) if features else len(ids))
     encoded, skipped = (sum(dist.gather(value)) for value in (encoded, captions.skipped))
+    lines = sum(pairs.files[k][1] for k in chosen)
+    if writer and dist.is_main:  # some shards may be an earlier run's
+        skipped = sum(writer.skipped(*pairs.files[k]) for k in chosen)
+    nothing = dist.is_main and skipped == lines
+    if nothing and not writer:
+        nothing = not any(published_lines(args.t5_path, *pairs.files[k]).any() for k in chosen)
+    if dist.broadcast(nothing):
+        first = captions[sum(count for _, count in pairs.files[: chosen[0]])]
+        another = f" and give another --t5-path, or remove {args.t5_path}" if writer else ""
+        raise AgreedError(
+            f"none of the {lines} lines has a caption: check --data-path and --caption-key{another}; the first: {first}"
+        )
     if dist.is_main:
         seconds = time.monotonic() - started
         if encoded:
             log.info(
                 f"encoded {encoded} captions in {seconds:.1f} s, {encoded / seconds:.1f} captions/s over all processes"
             )
-        lines = sum(pairs.files[k][1] for k in chosen)
-        if writer:  # some shards may be an earlier run's
-            skipped = sum(writer.skipped(*pairs.files[k]) for k in chosen)
-        log.info(f"{args.t5_path}: features of {lines - skipped} captions, {skipped} damaged lines skipped")
+        log.info(f"{args.t5_path}: features of {lines - skipped} captions, {skipped} lines without a caption skipped")
     dist.close()
 
 
@@ -138,9 +153,15 @@ class Captions:
         texts = {}
         for place, index in enumerate(indices):
             try:
-                texts[place] = preprocess(self.text(index))
+                text = self.text(index)
+                texts[place] = preprocess(text)
             except ValueError as error:
                 items[place] = str(error)
+                continue
+            if not texts[place]:
+                del texts[place]
+                left = f", {text[:60]!r}, once it is cleaned" if text.strip() else ""
+                items[place] = f"{self.pairs.where(index)} has an empty caption{left}"
         if texts:
             tokens = self.tokenizer(list(texts.values()), max_length=MAX_LENGTH, truncation=True)["input_ids"]
             for place, ids in zip(texts, tokens, strict=True):
@@ -221,15 +242,17 @@ def encode_captions(
     return features
 
 
-def chosen_files(pairs: "Pairs", first: int, last: int | None) -> list[int]:
-    """The numbers of the files from `first` to `last`, both included. Raises ValueError where there are none."""
-    count = len(pairs.files)
-    chosen = [k for k in range(count) if first <= k <= (count if last is None else last)]
-    if not chosen:
-        raise ValueError(
-            f"--data-start {first} --data-end {last} selects none of the {count} files: they are numbered 0 to {count - 1}"
-        )
-    return chosen
+def open_prompts(path: str) -> "PromptList | None":
+    """The prompts of a file, a table or a line each; None where the path is no file. Raises ValueError as the readers do."""
+    from pathlib import Path
+
+    if not Path(path).is_file():
+        return None
+    from autoregressive.sample.common import read_prompt_lines, read_prompt_table
+    from language.prompts import PromptList
+
+    read = read_prompt_table if Path(path).suffix.lower() in (".tsv", ".csv") else read_prompt_lines
+    return PromptList(path, read(path))
 
 
 def missing_published(args: argparse.Namespace, pairs: "Pairs", chosen: Sequence[int]) -> list[Unit]:
@@ -281,7 +304,11 @@ def feature_settings(args: argparse.Namespace, embedder: "T5Embedder") -> dict:
 def flags() -> argparse.ArgumentParser:
     """The script's flags."""
     parser = flag_parser(__doc__)
-    parser.add_argument("--data-path", required=True, help="folder of *.jsonl lists, or of WebDataset *.tar shards")
+    parser.add_argument(
+        "--data-path",
+        required=True,
+        help="folder of *.jsonl lists, or of WebDataset *.tar shards; or a file of prompts",
+    )
     parser.add_argument("--t5-path", required=True, help="folder to write the features to")
     parser.add_argument("--data-start", type=int, default=0, help="number of the first file, in the order of names")
     parser.add_argument("--data-end", type=int, default=None, help="number of the last file (default: of all)")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from language.captions import clean_caption
-from utils.hub import resolve
+from utils.hub import BY_HAND, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +51,8 @@ def find_t5(t5_path: str | Path | None = None, model_type: str = "flan-t5-xl") -
     try:
         return resolve(RELEASED)
     except (FileNotFoundError, ConnectionError) as error:
-        raise type(error)(f"there is no T5 at {home}: {error}. {_remedy(home)}") from error
+        reason = str(error).partition(BY_HAND)[0].rstrip(". ")  # of two places to put it at, the one that was asked for
+        raise type(error)(f"there is no T5 at {home}: {reason}. {_remedy(home)}") from error
 
 
 def _remedy(folder: Path) -> str:
@@ -198,7 +199,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def fingerprint(embedder: T5Embedder) -> str:
-    """Sixteen characters that tell encoders apart by what decides their features: embeddings, first and last layer."""
+    """Sixteen characters that tell encoders apart by what decides their features: vocabulary, embeddings, first and last layer."""
     import hashlib
 
     stack = embedder.model.encoder
@@ -207,7 +208,7 @@ def fingerprint(embedder: T5Embedder) -> str:
         stack.block[0].layer[0].SelfAttention.q.weight,
         stack.final_layer_norm.weight,
     ]
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(sorted(embedder.tokenizer.get_vocab().items())).encode())
     for weight in weights:
         digest.update(weight.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,19 +1,26 @@
 #!/usr/bin/env bash
 # From nothing to new images in a few minutes on a CPU: scikit-learn's handwritten digits (real scans, no download), an
-# image tokenizer, its codes, a class-conditional GPT, samples, and figures. What it leaves lies in quickstart/.
+# image tokenizer, its codes, a GPT, samples, and figures. What it leaves lies in quickstart/, or in quickstart/text/.
 #
-#   bash scripts/quickstart.sh            # again: goes on where it was interrupted
-#   bash scripts/quickstart.sh --fresh    # starts over
+#   bash scripts/quickstart.sh            # from classes; again: goes on where it was interrupted
+#   bash scripts/quickstart.sh text       # from words: captions, a text encoder, two stages, prompts never seen
+#   bash scripts/quickstart.sh [text] --fresh        # starts over
 #
 # Every line is a public script that takes real data just as well; GETTING_STARTED.md has the same steps for ImageNet.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+out=quickstart left=quickstart fresh=
+for word in "$@"; do
+    case $word in
+        text) left=$out/text ;;
+        --fresh) fresh=yes ;;
+        *) echo "error: $word is neither text nor --fresh" >&2 && exit 1 ;;
+    esac
+done
 bash scripts/setup.sh
 source .venv/bin/activate
-
-out=quickstart
-[ "${1:-}" = --fresh ] && rm -rf "$out"
-mkdir -p "$out"
+[ -z "$fresh" ] || rm -rf "$left"
+mkdir -p "$left"
 
 # Runs one stage and notes its seconds; a stage that is complete finds nothing to do.
 stage() {
@@ -21,11 +28,10 @@ stage() {
     shift
     echo "== $name: $*"
     "$@"
-    printf '%s\t%s\n' "$name" "$((SECONDS - start))" >>"$out/seconds.tsv"
+    printf '%s\t%s\n' "$name" "$((SECONDS - start))" >>"$left/seconds.tsv"
 }
 
 tokenizer=(--vq-model VQ-8-XS --codebook-size 256 --vq-ckpt "$out/tokenizer")
-gpt=(--gpt-model GPT-XS --num-classes 10 --image-size 32 --downsample-size 8)
 
 stage digits python3 tools/make_digits.py --output "$out/digits"
 
@@ -36,24 +42,76 @@ stage tokenizer python3 tokenizer/tokenizer_image/vq_train.py \
     --global-batch-size 32 --max-steps 250 --mixed-precision none --num-workers 0 \
     --log-every 10 --ckpt-every 50 --keep-last 2 --results-dir "$out/tokenizer" --resume
 
-for split in train held_out; do
-    stage codes python3 autoregressive/train/extract_codes_c2i.py \
-        --data-path "$out/digits/$split" --code-path "$out/codes_$split" "${tokenizer[@]}" \
-        --image-size 32 --no-flip --ten-crop --crop-range 1.1 --batch-size 16 --num-workers 0
-done
+from_classes() {
+    local gpt=(--gpt-model GPT-XS --num-classes 10 --image-size 32 --downsample-size 8) split
+    for split in train held_out; do
+        stage codes python3 autoregressive/train/extract_codes_c2i.py \
+            --data-path "$out/digits/$split" --code-path "$out/codes_$split" "${tokenizer[@]}" \
+            --image-size 32 --no-flip --ten-crop --crop-range 1.1 --batch-size 16 --num-workers 0
+    done
 
-stage gpt python3 autoregressive/train/train_c2i.py \
-    --code-path "$out/codes_train" --val-code-path "$out/codes_held_out" --vq-ckpt "$out/tokenizer" \
-    "${gpt[@]}" --vocab-size 256 \
-    --lr 2e-3 --lr-schedule cosine --warmup-steps 20 --global-batch-size 32 --max-steps 2000 \
-    --mixed-precision none --num-workers 0 \
-    --log-every 20 --ckpt-every 400 --keep-last 2 --results-dir "$out/gpt" --resume
+    stage gpt python3 autoregressive/train/train_c2i.py \
+        --code-path "$out/codes_train" --val-code-path "$out/codes_held_out" --vq-ckpt "$out/tokenizer" \
+        "${gpt[@]}" --vocab-size 256 \
+        --lr 2e-3 --lr-schedule cosine --warmup-steps 20 --global-batch-size 32 --max-steps 2000 \
+        --mixed-precision none --num-workers 0 \
+        --log-every 20 --ckpt-every 400 --keep-last 2 --results-dir "$out/gpt" --resume
 
-stage samples python3 autoregressive/sample/sample_c2i_ddp.py \
-    "${gpt[@]}" --gpt-ckpt "$out/gpt" "${tokenizer[@]}" --image-size-eval 32 --precision none \
-    --cfg-scale 2.0 --temperature 0.8 --num-fid-samples 500 --balanced --sample-dir "$out/samples"
+    stage samples python3 autoregressive/sample/sample_c2i_ddp.py \
+        "${gpt[@]}" --gpt-ckpt "$out/gpt" "${tokenizer[@]}" --image-size-eval 32 --precision none \
+        --cfg-scale 2.0 --temperature 0.8 --num-fid-samples 500 --balanced --sample-dir "$out/samples"
 
-stage curves python3 tools/draw_training.py --runs "$out/tokenizer" "$out/gpt" --output "$out/training.png"
+    stage curves python3 tools/draw_training.py --runs "$out/tokenizer" "$out/gpt" --output "$out/training.png"
 
-python3 tools/digits_report.py --digits "$out/digits" --codes "$out/codes_held_out" \
-    --gpt-ckpt "$out/gpt" --vq-ckpt "$out/tokenizer" --samples "$out/samples" --output "$out"
+    python3 tools/digits_report.py --digits "$out/digits" --codes "$out/codes_held_out" \
+        --gpt-ckpt "$out/gpt" --vq-ckpt "$out/tokenizer" --samples "$out/samples" --output "$out"
+}
+
+# As the published models are made: stage 1 on small images and short captions, stage 2 from its weights on images of
+# twice the side and long captions, with a short one now and then.
+from_words() {
+    local digits=$left/digits
+    local gpt=(--gpt-model GPT-XS --cls-token-num 16 --t5-feature-dim 256 --downsample-size 8)
+    local size
+
+    stage captions python3 tools/make_digit_captions.py --output "$digits" --image-size 32
+    stage encoder python3 tools/make_text_encoder.py --data-path "$digits/train" --output "$left/t5/small" --dim 256
+
+    extract_features() {
+        stage features python3 language/extract_t5_feature.py --data-path "$digits" \
+            --caption-key "$1" --t5-path "$left/features_$1" --t5-model-path "$left/t5" --t5-model-type small \
+            --precision none --num-workers 0
+    }
+    extract_features blip
+    extract_features llava
+
+    for size in 16 32; do
+        stage codes python3 autoregressive/train/extract_codes_t2i.py --data-path "$digits" \
+            --code-path "$left/codes_$size" "${tokenizer[@]}" --image-size "$size" --batch-size 16 --num-workers 0
+    done
+
+    train() {
+        local name=$1 image_size=$2 features=$3
+        shift 3
+        stage "$name" python3 autoregressive/train/train_t2i.py --dataset t2i_code "${gpt[@]}" --vocab-size 256 \
+            --image-size "$image_size" --data-path "$digits/train" --code-path "$left/codes_$image_size" \
+            --t5-feat-path "$left/features_$features" --val-data-path "$digits/held_out" \
+            --val-code-path "$left/codes_$image_size" --val-t5-feat-path "$left/features_$features" \
+            --lr 2e-3 --lr-schedule cosine --warmup-steps 20 --global-batch-size 32 --mixed-precision none \
+            --num-workers 0 --log-every 20 --ckpt-every 400 --keep-last 2 --results-dir "$left/$name" --resume "$@"
+    }
+    train stage1 16 blip --max-steps 800 --dropout-p 0
+    train stage2 32 llava --max-steps 1200 --gpt-ckpt "$left/stage1" --short-t5-feat-path "$left/features_blip"
+
+    stage samples python3 autoregressive/sample/sample_t2i_ddp.py --prompt-csv "$digits/prompts.tsv" \
+        "${gpt[@]}" --gpt-ckpt "$left/stage2" "${tokenizer[@]}" --image-size 32 --precision none \
+        --t5-path "$left/t5" --t5-model-type small --t5-feature-max-len 16 \
+        --cfg-scale 2.0 --temperature 0.8 --top-k 0 --num-fid-samples 240 --sample-dir "$left/samples"
+
+    stage curves python3 tools/draw_training.py --runs "$left/stage1" "$left/stage2" --output "$left/training.png"
+
+    python3 tools/digits_report.py --digits "$out/digits" --prompts "$digits/prompts.tsv" \
+        --runs "$left/stage1" "$left/stage2" --samples "$left/samples" --output "$left"
+}
+
+if [ "$left" = "$out" ]; then from_classes; else from_words; fi

@@ -40,6 +40,7 @@ SMALL = {
     "--batch-size": "4",
     "--device": "cpu",
     "--t5-feature-dim": "32",
+    "--eval_res": "16",
     "--graph": str(GOLDEN / "evaluator/standin_graph.pb"),
 }
 
@@ -71,7 +72,9 @@ ALL = [(document, words) for document in DOCUMENTS for words in commands(documen
 def files(tmp_path_factory) -> Path:
     """A folder with images, codes, and small models under the names of released ones."""
     from autoregressive.models.gpt import GPT_models
+    from tests.evaluations.test_t2i import make_small_clip
     from tests.language.small_t5 import make_small_t5
+    from tests.text_training import make_pairs
     from tokenizer.tokenizer_image.vq_model import VQ_models
     from utils.checkpoint import save_checkpoint
 
@@ -95,15 +98,20 @@ def files(tmp_path_factory) -> Path:
     model = GPT_models["GPT-XS"](vocab_size=64, block_size=64, **text)
     save_checkpoint(folder / "t2i.pt", {"model": model.state_dict(), "steps": 1, "args": args})
     make_small_t5(folder / "flan-t5-xl", dim=32)
+    make_small_clip(folder / "clip-vit-base-patch32")
+    make_pairs(folder / "pairs", {"a": 3, "b": 3}, size=64)
+    (folder / "coco").mkdir()
+    (folder / "coco" / "val2014").symlink_to(folder / "pairs" / "images")
     (folder / "prompts.tsv").write_text("Prompt\tCategory\na red lantern\tx\ntwo cats sleep\ty\n")
     return folder
 
 
-def with_t5(files: Path, work: Path) -> None:
-    """Puts the small T5 where scripts look for the released one."""
-    home = work / "pretrained_models" / "t5-ckpt"
-    home.mkdir(parents=True)
-    (home / "flan-t5-xl").symlink_to(files / "flan-t5-xl")
+def with_released(files: Path, work: Path) -> None:
+    """Puts the small T5 and CLIP where scripts look for the released ones."""
+    home = work / "pretrained_models"
+    (home / "t5-ckpt").mkdir(parents=True)
+    (home / "t5-ckpt" / "flan-t5-xl").symlink_to(files / "flan-t5-xl")
+    (home / "clip-vit-base-patch32").symlink_to(files / "clip-vit-base-patch32")
 
 
 def own_paths(words: list[str], files: Path, work: Path) -> list[str]:
@@ -118,7 +126,12 @@ def own_paths(words: list[str], files: Path, work: Path) -> list[str]:
         elif flag == "--vq-ckpt" and RELEASED_FILE.fullmatch(word):
             word = str(files / "vq.pt")
         elif flag in ("--data-path", "--data-face-path"):
-            word = str(files / ("faces" if flag == "--data-face-path" else "images"))
+            names = {"--data-face-path": "faces", "laion_coco": "pairs", "aesthetic": "pairs"}
+            word = str(files / names.get(flag, names.get(word, "images")))
+        elif flag == "--ref_dir" and not word.endswith(".npz"):
+            word = str(files / "coco")
+        elif flag == "--fake_dir":  # the name tells the size of the images
+            word = str(next(path for path in work.glob(f"{Path(word).parent}/*") if path.is_dir()))
         elif flag in ("--code-path", "--from", "--to", "--cloud-save-path"):
             word = str(work / Path(word).name)
         elif flag == "--prompt-csv":
@@ -173,7 +186,7 @@ def test_a_documented_command_parses_as_written(document, words):
 def test_documented_commands_run(document, files, tmp_path, monkeypatch):
     """In the order of the document, in one folder, so that later commands find what earlier ones made."""
     monkeypatch.chdir(tmp_path)
-    with_t5(files, tmp_path)
+    with_released(files, tmp_path)
     for words in commands(document):
         script, flags = script_and_flags(words)
         main, parser = load(script)
@@ -186,14 +199,17 @@ def test_documented_commands_run(document, files, tmp_path, monkeypatch):
         for picture in tmp_path.glob("*.png"):
             picture.unlink()  # an earlier command's
         before = set(tmp_path.rglob("*"))
-        main(parser.parse_args(flags + small(parser, keep)))
+        own = small(parser, keep)
+        if "train_t2i" in script and "512" in flags:
+            own += ["--image-size", "64"]  # the second stage's images are twice as large
+        main(parser.parse_args(flags + own))
         assert set(tmp_path.rglob("*")) - before, words
 
 
 def test_the_python_examples_run(files, tmp_path, monkeypatch):
     """The README's snippets, with small models under the released names in pretrained_models/."""
     monkeypatch.chdir(tmp_path)
-    with_t5(files, tmp_path)
+    with_released(files, tmp_path)
     folder = tmp_path / "pretrained_models"
     (folder / "c2i_L_384.pt").write_bytes((files / "gpt1.pt").read_bytes())
     (folder / "t2i_XL_stage2_512.pt").write_bytes((files / "t2i.pt").read_bytes())

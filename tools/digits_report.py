@@ -1,51 +1,63 @@
-"""Judges models trained on make_digits.py's digits: pictures and report.json.
+"""Judges models trained on scikit-learn's digits: pictures and report.json.
 
     python3 tools/digits_report.py --digits quickstart/digits --codes quickstart/codes_held_out --gpt-ckpt quickstart/gpt \\
         --vq-ckpt quickstart/tokenizer --samples quickstart/samples --output quickstart
+    python3 tools/digits_report.py --digits quickstart/digits --prompts quickstart/text/digits/prompts.tsv \\
+        --runs quickstart/text/stage1 quickstart/text/stage2 --samples quickstart/text/samples --output quickstart/text
 
 The judge of generated digits is a support vector classifier fitted on the real training digits; what it makes of the
 real held-out digits stands beside it. Distances between sets of digits are those of evaluations/metrics.py, over the hidden
-layer of a small perceptron that was taught to read the training digits.
+layer of a small perceptron that was taught to read the training digits. With --prompts the digits were asked for in
+words, and which way they lean and how heavy they are is measured as make_digit_captions.py measures scans.
 """
 
 import argparse
+import csv
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.cli import flag_parser, run_script
 
+if TYPE_CHECKING:
+    import numpy as np
+
 
 def main(args: argparse.Namespace) -> None:
+    from utils.files import write_json
+
+    figures = of_prompts(args) if args.prompts else of_classes(args)
+    report = {"seconds": stage_seconds(Path(args.output) / "seconds.tsv"), **figures}
+    write_json(Path(args.output) / "report.json", report)
+    print(json.dumps(report, indent=2))
+
+
+def of_classes(args: argparse.Namespace) -> dict:
+    """The figures of a tokenizer and of samples by class; draws reconstructions.png and samples.png.
+
+    Raises ValueError for flags that are missing, FileNotFoundError where there are no samples.
+    """
     import numpy as np
     import torch
-    from sklearn.neural_network import MLPClassifier
-    from sklearn.svm import SVC
 
     from autoregressive.pipeline import load_gpt
     from autoregressive.train.loss import mean_loss
     from dataset.codes import PackedCodes
-    from dataset.folders import class_folders
-    from dataset.images import load_rgb
-    from evaluations.metrics import RunningStatistics, frechet_distance, precision_recall
     from tokenizer.reconstruction import reconstruct
     from tokenizer.tokenizer_image.load import load_tokenizer
     from utils.distributed import start
-    from utils.files import write_json
     from utils.images import make_grid, peak_signal_to_noise_ratio, save_png
     from utils.runs import find_checkpoint
 
+    for flag in ("codes", "gpt_ckpt", "vq_ckpt"):
+        if getattr(args, flag) is None:
+            raise ValueError(f"--{flag.replace('_', '-')} is needed, or --prompts for digits asked for in words")
     output = Path(args.output)
     dist = start("cpu")
-
-    def read(split: str) -> tuple[np.ndarray, np.ndarray]:
-        images = class_folders(Path(args.digits) / split)
-        return np.stack([np.asarray(load_rgb(path)) for path in images.paths]), np.asarray(images.labels)
-
-    train_images, train_labels = read("train")
-    held_images, held_labels = read("held_out")
+    judge = Judge(args.digits)
 
     tokenizer = load_tokenizer(find_checkpoint(args.vq_ckpt))
-    pixels = torch.from_numpy(held_images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = torch.from_numpy(judge.held_images).permute(0, 3, 1, 2).float() / 127.5 - 1
     parts = list(reconstruct(tokenizer, ((batch, batch) for batch in pixels.split(64)), dist.device))
     originals, recons, codes = (np.concatenate(part) for part in zip(*parts, strict=True))
     shown = np.random.default_rng(0).permutation(len(originals))[:16]
@@ -63,58 +75,198 @@ def main(args: argparse.Namespace) -> None:
         samples, asked = archive["arr_0"], archive["arr_1"]
     rows = [np.flatnonzero(asked == digit)[:10] for digit in range(10)]
     save_png(make_grid(samples[np.concatenate(rows)], columns=10), output / "samples.png")
-
-    def pixels_of(images: np.ndarray) -> np.ndarray:
-        return images[..., 0].reshape(len(images), -1) / 255.0
-
-    judge = SVC(C=10, gamma="scale").fit(pixels_of(train_images), train_labels)
-    perceptron = MLPClassifier((64,), max_iter=500, random_state=0).fit(pixels_of(train_images), train_labels)
-
-    def features_of(images: np.ndarray) -> np.ndarray:
-        """The hidden layer: (n, 64)."""
-        return np.maximum(pixels_of(images) @ perceptron.coefs_[0] + perceptron.intercepts_[0], 0)
-
-    def distances(images: np.ndarray) -> dict[str, float]:
-        """How far a set of images is from the training digits."""
-        statistics = []
-        for part in (train_images, images):
-            running = RunningStatistics(64)
-            running.update(features_of(part))
-            statistics.append(running.result())
-        precision, recall = precision_recall(features_of(train_images), features_of(images))
-        return {"frechet_distance": frechet_distance(*statistics), "precision": precision, "recall": recall}
-
-    seconds: dict[str, float] = {}
-    times = output / "seconds.tsv"
-    for line in times.read_text().splitlines() if times.exists() else ():
-        stage, value = line.split("\t")
-        seconds[stage] = seconds.get(stage, 0) + float(value)
-    report = {
-        "seconds": {**seconds, "total": sum(seconds.values())},
+    return {
         "psnr_held_out_db": float(
             np.mean([peak_signal_to_noise_ratio(a, b) for a, b in zip(originals, recons, strict=True)])
         ),
         "codebook_usage_held_out": len(np.unique(codes)) / tokenizer.config.codebook_size,
         "nll_held_out_nats_per_token": nll,
-        "samples": len(samples),
-        "samples_read_as_asked": float(judge.score(pixels_of(samples), asked)),
-        "held_out_digits_read_right": float(judge.score(pixels_of(held_images), held_labels)),
-        "train_against_held_out": distances(held_images),
-        "train_against_samples": distances(samples),
+        **judge.figures(samples, asked),
     }
-    write_json(output / "report.json", report)
-    print(json.dumps(report, indent=2))
+
+
+def of_prompts(args: argparse.Namespace) -> dict:
+    """The figures of samples by prompt; draws samples.png and prompts.png, in which each stands below its words.
+
+    Raises ValueError for flags that are missing or samples of other prompts, FileNotFoundError where there are none.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from dataset.images import load_rgb
+    from tools.draw_training import read_curves
+    from utils.images import make_grid, save_png
+    from utils.runs import runs_in
+
+    if not args.runs:
+        raise ValueError("--runs is needed with --prompts: the results folders of the stages")
+    with open(args.prompts, newline="", encoding="utf-8") as f:
+        asked = list(csv.DictReader(f, delimiter="\t"))
+    drawn = sorted(Path(args.samples).glob("*/result.jsonl"), key=lambda path: path.stat().st_mtime)
+    if not drawn:
+        raise FileNotFoundError(
+            f"{args.samples} has no finished samples: run sample_t2i_ddp.py with --sample-dir {args.samples} first"
+        )
+    lines = [json.loads(line) for line in drawn[-1].read_text().splitlines()]
+    asked = asked[: len(lines)]
+    if [line["text"] for line in lines] != [row["Prompt"] for row in asked]:
+        raise ValueError(f"{drawn[-1]} is not of the prompts in {args.prompts}: draw the samples again")
+    files = sorted((drawn[-1].parent / "images").glob("*.png"))[: len(asked)]
+    samples = np.stack([np.asarray(load_rgb(path)) for path in files])
+    digits = np.asarray([int(row["Digit"]) for row in asked])
+
+    output = Path(args.output)
+    rows = [np.flatnonzero(digits == digit)[:16] for digit in range(10)]
+    save_png(make_grid(samples[np.concatenate(rows)], columns=16), output / "samples.png")
+    draw_prompts(samples, [row["Prompt"] for row in asked], output / "prompts.png")
+
+    judge = Judge(args.digits)
+    side = judge.held_images.shape[1]
+    # At the size of the class-conditional digits, so that the figures can be laid side by side.
+    resized = np.stack([np.asarray(Image.fromarray(image).resize((side, side), Image.BOX)) for image in samples])
+    losses = {}
+    for name in args.runs:
+        run = runs_in(name)
+        if not run:
+            raise FileNotFoundError(f"{name} has no runs: it is the --results-dir of train_t2i.py")
+        losses[Path(name).name] = read_curves(run[0].folder / "metrics.jsonl")["val_loss"][-1][1]
+    return {
+        "nll_held_out_nats_per_token": losses,
+        "prompts": len({row["Prompt"] for row in asked}),
+        **judge.figures(resized, digits),
+        **attributes_as_asked(samples, asked),
+    }
+
+
+class Judge:
+    """What make_digits.py's training digits teach about digits: a classifier, and features to compare sets in."""
+
+    def __init__(self, folder: str | Path):
+        from sklearn.neural_network import MLPClassifier
+        from sklearn.svm import SVC
+
+        self.train_images, train_labels = read_digits(Path(folder) / "train")
+        self.held_images, self.held_labels = read_digits(Path(folder) / "held_out")
+        pixels = self._pixels(self.train_images)
+        self.classifier = SVC(C=10, gamma="scale").fit(pixels, train_labels)
+        self.perceptron = MLPClassifier((64,), max_iter=500, random_state=0).fit(pixels, train_labels)
+
+    def figures(self, samples: "np.ndarray", asked: "np.ndarray") -> dict:
+        """samples: uint8 (n, H, W, 3). asked: the digits they should be (n,)."""
+        return {
+            "samples": len(samples),
+            "samples_read_as_asked": float(self.classifier.score(self._pixels(samples), asked)),
+            "held_out_digits_read_right": float(
+                self.classifier.score(self._pixels(self.held_images), self.held_labels)
+            ),
+            "train_against_held_out": self._distances(self.held_images),
+            "train_against_samples": self._distances(samples),
+        }
+
+    def _pixels(self, images: "np.ndarray") -> "np.ndarray":
+        return images[..., 0].reshape(len(images), -1) / 255.0
+
+    def _features(self, images: "np.ndarray") -> "np.ndarray":
+        """The hidden layer: (n, 64)."""
+        import numpy as np
+
+        return np.maximum(self._pixels(images) @ self.perceptron.coefs_[0] + self.perceptron.intercepts_[0], 0)
+
+    def _distances(self, images: "np.ndarray") -> dict[str, float]:
+        """How far a set of images is from the training digits."""
+        from evaluations.metrics import RunningStatistics, frechet_distance, precision_recall
+
+        statistics = []
+        for part in (self.train_images, images):
+            running = RunningStatistics(64)
+            running.update(self._features(part))
+            statistics.append(running.result())
+        precision, recall = precision_recall(self._features(self.train_images), self._features(images))
+        return {"frechet_distance": frechet_distance(*statistics), "precision": precision, "recall": recall}
+
+
+def read_digits(folder: Path) -> "tuple[np.ndarray, np.ndarray]":
+    """The images of class folders, uint8 (n, H, W, 3), and their digits (n,)."""
+    import numpy as np
+
+    from dataset.folders import class_folders
+    from dataset.images import load_rgb
+
+    images = class_folders(folder)
+    return np.stack([np.asarray(load_rgb(path)) for path in images.paths]), np.asarray(images.labels)
+
+
+def attributes_as_asked(samples: "np.ndarray", asked: list[dict[str, str]]) -> dict[str, float | None]:
+    """The shares of digits that lean, and are as heavy, as their prompts say, where these say so: one in three by chance.
+
+    samples: uint8 (n, H, W, 3). They are measured at the 8x8 pixels of the scans whose thirds the words mean.
+    """
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    from tools.make_digit_captions import attribute_limits, attributes
+
+    digits = load_digits()
+    chosen = np.arange(len(digits.target)) % 5 != 4
+    limits = attribute_limits(digits.images[chosen], digits.target[chosen])
+    right: dict[str, list[bool]] = {"Slant": [], "Stroke": []}
+    for image, row in zip(samples, asked, strict=True):
+        small = np.asarray(Image.fromarray(image).convert("L").resize((8, 8), Image.BOX))
+        for name, found in zip(right, attributes(small, int(row["Digit"]), limits), strict=True):
+            if row[name]:
+                right[name].append(found == row[name])
+    return {f"{name.lower()}_as_asked": float(np.mean(values)) if values else None for name, values in right.items()}
+
+
+def draw_prompts(samples: "np.ndarray", prompts: list[str], path: Path, count: int = 20) -> None:
+    """Draws `count` samples, spread over all, each below its prompt."""
+    import textwrap
+
+    import matplotlib
+    import numpy as np
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from utils.files import atomic_write
+
+    # Prompts come in tens, a digit each: steps that are no multiple of ten meet all digits and all wordings.
+    shown = np.unique(np.linspace(0, len(samples) - 1, count).round().astype(int))
+    figure, axes = plt.subplots(-(-len(shown) // 5), 5, figsize=(11, 2.5 * -(-len(shown) // 5)), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, i in zip(axes.flat, shown):
+        axis.imshow(samples[i])
+        axis.set_title("\n".join(textwrap.wrap(prompts[i], 28)), fontsize=8)
+    figure.tight_layout()
+    with atomic_write(path) as f:
+        figure.savefig(f, format="png", dpi=80)
+    plt.close(figure)
+
+
+def stage_seconds(path: Path) -> dict[str, float]:
+    """The seconds of each stage over all calls, and their total."""
+    seconds: dict[str, float] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        stage, value = line.split("\t")
+        seconds[stage] = seconds.get(stage, 0) + float(value)
+    return {**seconds, "total": sum(seconds.values())}
 
 
 def flags() -> argparse.ArgumentParser:
     """The script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--digits", required=True, help="folder with train/ and held_out/ from make_digits.py")
-    parser.add_argument("--codes", required=True, help="packed codes of the held-out digits")
-    parser.add_argument("--vq-ckpt", required=True, help="tokenizer")
-    parser.add_argument("--gpt-ckpt", required=True, help="GPT")
-    parser.add_argument("--samples", required=True, help="folder with the .npz of sample_c2i_ddp.py")
+    parser.add_argument("--samples", required=True, help="--sample-dir of sample_c2i_ddp.py or sample_t2i_ddp.py")
     parser.add_argument("--output", required=True, help="folder for report.json and the pictures")
+    group = parser.add_argument_group("digits by class")
+    group.add_argument("--codes", default=None, help="packed codes of the held-out digits")
+    group.add_argument("--vq-ckpt", default=None, help="tokenizer")
+    group.add_argument("--gpt-ckpt", default=None, help="GPT")
+    group = parser.add_argument_group("digits by prompt")
+    group.add_argument("--prompts", default=None, help="prompts.tsv of make_digit_captions.py")
+    group.add_argument("--runs", nargs="+", default=None, help="--results-dir of each stage of train_t2i.py")
     return parser
 
 

@@ -156,6 +156,12 @@ def add_text_flags(parser: Flags) -> None:
         action="store_true",
         help="features stand before their padding; released models were trained with them behind it",
     )
+    group.add_argument(
+        "--t5-feat-path",
+        default=None,
+        help="folder of the prompts' features in the T5's place, which is not loaded then: language/extract_t5_feature.py "
+        "makes it of the same file of prompts (--data-path FILE); line i of the features belongs to prompt i",
+    )
     group.add_argument("--t5-device", default=None, help="where the T5 runs (default: --device)")
     group.add_argument(
         "--t5-precision", choices=["none", "fp16", "bf16"], default=None, help="of the T5 (default: --precision)"
@@ -282,5 +288,13 @@ def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.Argu
         if isinstance(error, AgreedError) and os.environ.get("RANK", "0") != "0":
             time.sleep(1)  # torchrun ends the others with the first to leave: the one that tells goes first
         else:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {_words(error)}", file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+def _words(error: Exception) -> str:
+    """What an error says; of one that a loader process raised without the traceback that torch puts before it."""
+    text = str(error)
+    if not text.startswith(f"Caught {type(error).__name__} in DataLoader worker"):
+        return text
+    return text.rpartition(f"\n{type(error).__name__}: ")[2].strip()

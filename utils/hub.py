@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 WEIGHTS = "pretrained_models"
+BY_HAND = "Fetch it from "  # with which messages go on that say where to put what could not be downloaded
 _ROOT = Path(__file__).resolve().parent.parent
 
 _LLAMAGEN = "FoundationVision/LlamaGen"
@@ -200,7 +201,7 @@ def _download(release: Release) -> Path:
 
     folder = next((folder for folder in _folders() if folder.is_dir()), _folders()[0])
     target = folder / release.home
-    by_hand = f"Fetch it from {release.address} and put it at {target}"
+    by_hand = f"{BY_HAND}{release.address} and put it at {target}"
     if constants.HF_HUB_OFFLINE:
         raise FileNotFoundError(f"{release.name} is not on this disk and HF_HUB_OFFLINE is set. {by_hand}")
     staging = folder / ".incoming" / release.name.replace("/", "--")

@@ -48,6 +48,17 @@ def folder_identity(folder: Path) -> dict[str, Any]:
     }
 
 
+def tree_identity(folder: Path) -> dict[str, Any]:
+    """What tells one state of a folder of very many files from another: its place, their number and bytes, the last one's time."""
+    states = [path.stat() for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    return {
+        "folder": str(folder.resolve()),
+        "files": len(states),
+        "bytes": sum(state.st_size for state in states),
+        "modified": max((state.st_mtime_ns for state in states), default=0),
+    }
+
+
 def text_identity(texts: list[str]) -> dict[str, Any]:
     """What tells one list of texts from another, wherever the file is that they came from."""
     return {"count": len(texts), "sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}

@@ -10,20 +10,24 @@ import argparse
 import csv
 import io
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from autoregressive.models.generate import SamplingConfig
-from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt
+from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt, warn_of_long_features
 from tokenizer.tokenizer_image.load import load_tokenizer
 from utils.cli import grid_size, layout_numbers
 from utils.distributed import Distributed, pick_device
 from utils.images import is_whole_png, save_png
 from utils.runs import find_checkpoint
+
+if TYPE_CHECKING:
+    from language.prompts import PromptFeatures
 
 # A longer cell is a quotation mark that is closed far below, not a prompt.
 csv.field_size_limit(1 << 20)
@@ -48,7 +52,7 @@ def build_pipeline(
 ) -> tuple[ImagePipeline, Path, Path]:
     """Loads both models as the flags ask. Returns the pipeline and the paths of the GPT's and the tokenizer's file.
 
-    With --gpt-type t2i the T5 has to be there too; it is loaded with the first prompt.
+    With --gpt-type t2i the T5 has to be there too, but with --t5-feat-path; it is loaded with the first prompt.
     Raises ValueError where a flag and a file disagree, FileNotFoundError for a file that is not there.
     """
     grid_size(args.image_size, args.downsample_size)
@@ -107,13 +111,31 @@ def text_settings(args: argparse.Namespace) -> dict:
         raise ValueError(
             f"--t5-feature-max-len {args.t5_feature_max_len} is more than the model's --cls-token-num {args.cls_token_num}"
         )
+    settings = {"t5_tokens": args.t5_feature_max_len, "left_padding": not args.no_left_padding}
+    if args.t5_feat_path:
+        return settings
     return {
         "t5_path": find_t5(args.t5_path, args.t5_model_type),
         "t5_device": args.t5_device,
         "t5_dtype": PRECISIONS[args.t5_precision or args.precision],
-        "t5_tokens": args.t5_feature_max_len,
-        "left_padding": not args.no_left_padding,
+        **settings,
     }
+
+
+def open_prompt_features(args: argparse.Namespace, file: str | Path, count: int) -> "PromptFeatures | None":
+    """What --t5-feat-path has of the file's `count` prompts; None without the flag. Raises as PromptFeatures does."""
+    if not args.t5_feat_path:
+        return None
+    from language.prompts import PromptFeatures
+
+    return PromptFeatures(args.t5_feat_path, file, count, dim=args.t5_feature_dim)
+
+
+def features_of(stored: "PromptFeatures", numbers: Sequence[int], tokens: int) -> list[torch.Tensor]:
+    """The features of the prompts with these numbers, at most `tokens` rows of each. Warns of those that are cut."""
+    found = {number: stored[number] for number in numbers}
+    warn_of_long_features({number: len(rows) for number, rows in found.items()}, tokens)
+    return [found[number][:tokens] for number in numbers]
 
 
 def read_prompt_lines(path: str | Path) -> list[str]:

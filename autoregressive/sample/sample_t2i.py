@@ -1,6 +1,8 @@
 """Draws an image for each of a few prompts into one grid.
 
 python3 autoregressive/sample/sample_t2i.py --gpt-ckpt t2i_XL_stage2_512.pt --vq-ckpt vq_ds16_t2i.pt --prompt "a red lantern"
+
+With --t5-feat-path, features that were made of --prompt-file, no T5 is needed.
 """
 
 import argparse
@@ -32,21 +34,36 @@ def main(args: argparse.Namespace) -> None:
     import numpy as np
 
     from autoregressive.pipeline import check_prompts
-    from autoregressive.sample.common import build_pipeline, read_prompt_lines, sampling_settings
+    from autoregressive.sample.common import (
+        build_pipeline,
+        features_of,
+        open_prompt_features,
+        read_prompt_lines,
+        sampling_settings,
+    )
     from utils.distributed import pick_device
     from utils.images import make_grid, save_png
 
     if args.gpt_type != "t2i":
         raise ValueError("sample_t2i.py draws from text-conditional models; for classes there is sample_c2i.py")
+    if args.t5_feat_path and (args.prompt or not args.prompt_file):
+        raise ValueError(
+            f"--t5-feat-path {args.t5_feat_path} has features of a file's prompts: give that file as --prompt-file, and no "
+            "--prompt"
+        )
     settings = sampling_settings(args)
     prompts = list(args.prompt or [])
     if args.prompt_file:
         prompts += read_prompt_lines(args.prompt_file)
     prompts = prompts or PROMPTS
     check_prompts(prompts)
+    stored = open_prompt_features(args, args.prompt_file, len(prompts))
     pipeline, _, _ = build_pipeline(args, pick_device(args.device), args.batch_size)
-    features = pipeline.encode(prompts, progress=True)
-    pipeline.release_text_encoder()
+    if stored:
+        features = features_of(stored, range(len(prompts)), args.t5_feature_max_len)
+    else:
+        features = pipeline.encode(prompts, progress=True)
+        pipeline.release_text_encoder()
     images = pipeline(features=features, seed=args.seed, **settings)
     save_png(make_grid(np.stack([np.asarray(image) for image in images]), columns=args.columns), args.output)
     print(f"wrote {args.output}: {len(images)} images of {pipeline.image_size}x{pipeline.image_size}")

@@ -5,7 +5,8 @@
 
 Image i depends on the seed, i and prompt i alone. The same command again draws what is missing, so that an interrupted
 run goes on where it stopped, on as many processes as there are then. In the folder of the run: images/{i:06d}.png; and
-once all are there captions.txt, a prompt on each line, and result.jsonl, {"text": …, "image": …} on each.
+once all are there captions.txt, a prompt on each line, and result.jsonl, {"text": …, "image": …} on each. With
+--t5-feat-path, features that language/extract_t5_feature.py --data-path PartiPrompts.tsv made, no T5 is needed.
 """
 
 import argparse
@@ -44,14 +45,18 @@ IMMATERIAL = {
     "prompt_csv",
     "t5_path",
     "t5_model_type",
+    "t5_feat_path",
 }
 
 
 def main(args: argparse.Namespace) -> None:
     import numpy as np
 
+    from autoregressive.pipeline import check_prompts
     from autoregressive.sample.common import (
         build_pipeline,
+        features_of,
+        open_prompt_features,
         read_prompt_table,
         sampling_settings,
         save_images,
@@ -59,18 +64,25 @@ def main(args: argparse.Namespace) -> None:
     )
     from utils.distributed import start
     from utils.images import is_whole_png, write_image_npz
-    from utils.sample_folder import claim_folder, read_images, write_captions
+    from utils.sample_folder import claim_folder, folder_identity, read_images, tree_identity, write_captions
 
     if args.gpt_type != "t2i":
         raise ValueError("sample_t2i_ddp.py draws from text-conditional models; for classes there is sample_c2i_ddp.py")
     settings = sampling_settings(args)
     prompts = read_prompt_table(args.prompt_csv)
+    check_prompts(prompts)
+    stored = open_prompt_features(args, args.prompt_csv, len(prompts))
     dist = start(args.device)
     with dist.main_first():
         pipeline, gpt_path, vq_path = build_pipeline(args, dist.device, args.per_proc_batch_size)
     folder = Path(args.sample_dir) / folder_name(args, gpt_path, vq_path)
     if dist.is_main:
-        claim_folder(folder, run_settings(args, prompts, gpt_path, vq_path, pipeline.t5_path))
+        text = (
+            {"t5": None, "t5_features": tree_identity(stored.folder)}
+            if stored
+            else {"t5": folder_identity(pipeline.t5_path)}
+        )
+        claim_folder(folder, {**run_settings(args, prompts, gpt_path, vq_path), **text})
     dist.barrier()
 
     def png(index: int) -> Path:
@@ -79,8 +91,11 @@ def main(args: argparse.Namespace) -> None:
     count = min(args.num_fid_samples, len(prompts))
     mine = share_of_missing(dist, folder, png, count, args.per_proc_batch_size)
     if mine:
-        features = pipeline.encode([prompts[i] for i in mine], progress=dist.is_main)
-        pipeline.release_text_encoder()
+        if stored:
+            features = features_of(stored, mine, args.t5_feature_max_len)
+        else:
+            features = pipeline.encode([prompts[i] for i in mine], progress=dist.is_main)
+            pipeline.release_text_encoder()
         batches = pipeline.batches(features=features, seed=args.global_seed, indices=mine, **settings)
         save_images(batches, png, len(mine), progress=dist.is_main)
     dist.barrier()
@@ -99,9 +114,9 @@ def main(args: argparse.Namespace) -> None:
     dist.close()
 
 
-def run_settings(args: argparse.Namespace, prompts: list[str], gpt_path: Path, vq_path: Path, t5_path: Path) -> dict:
-    """What decides the images, as plain values."""
-    from utils.sample_folder import file_identity, folder_identity, text_identity
+def run_settings(args: argparse.Namespace, prompts: list[str], gpt_path: Path, vq_path: Path) -> dict:
+    """What decides the images, as plain values, but the T5 or the features in its place."""
+    from utils.sample_folder import file_identity, text_identity
 
     settings = {key: value for key, value in vars(args).items() if key not in IMMATERIAL}
     return {
@@ -109,7 +124,6 @@ def run_settings(args: argparse.Namespace, prompts: list[str], gpt_path: Path, v
         "t5_precision": args.t5_precision or args.precision,
         "gpt_ckpt": file_identity(gpt_path),
         "vq_ckpt": file_identity(vq_path),
-        "t5": folder_identity(t5_path),
         "prompts": text_identity(prompts),
     }
 

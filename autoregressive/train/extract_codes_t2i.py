@@ -19,7 +19,6 @@ from utils.cli import add_image_size_flags, add_tokenizer_flags, flag_parser, po
 
 if TYPE_CHECKING:
     from dataset.codes import CodeSettings
-    from dataset.t2i import Pairs
     from tokenizer.tokenizer_image.vq_model import VQModel
 
 RELEASED_TOKENIZER = "vq_ds16_t2i.pt"
@@ -36,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from dataset.codes import CodeWriter
-    from dataset.t2i import PairViews, open_pairs, write_text_codes
+    from dataset.t2i import PairViews, chosen_files, open_pairs, write_text_codes
     from tokenizer.tokenizer_image.load import load_tokenizer
     from utils.distributed import start
     from utils.loading import loader_workers
@@ -106,17 +105,6 @@ def main(args: argparse.Namespace) -> None:
             "unreadable or too small and have no codes"
         )
     dist.close()
-
-
-def chosen_files(pairs: "Pairs", first: int, last: int | None) -> list[int]:
-    """The numbers of the files from `first` to `last`, both included. Raises ValueError where there are none."""
-    count = len(pairs.files)
-    chosen = [k for k in range(count) if first <= k <= (count if last is None else last)]
-    if not chosen:
-        raise ValueError(
-            f"--data-start {first} --data-end {last} selects none of the {count} files: they are numbered 0 to {count - 1}"
-        )
-    return chosen
 
 
 def missing_packed(

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from utils.training_state import ShardedCheckpoint
 
 SHOWN_CAPTIONS = 8
+# Of so many pairs at the beginning of a run one has to count. Pairs come in random order: of a list of which nine in ten
+# are unusable, all of them are so once in a thousand runs. Of small lists it is half, but at least so few.
+FIRST_PAIRS, FEW_PAIRS = 64, 16
 
 
 def main(args: argparse.Namespace) -> None:
@@ -98,9 +101,13 @@ def main(args: argparse.Namespace) -> None:
             else targets
         )
 
+    first = FirstPairs(dataset, args, dist)
+
     def prepare(micros: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
         """Images become codes, and each part of the batch gets its weight in the mean over all valid samples."""
-        shares = share_of_valid(torch.stack([valid.sum() for *_, valid in micros]), dist)
+        counts = torch.stack([valid.sum() for *_, valid in micros])
+        first.require_one(counts)
+        shares = share_of_valid(counts, dist)
         return [[as_codes(targets), *rest, share] for (targets, *rest), share in zip(micros, shares, strict=True)]
 
     def loss(batch: list[torch.Tensor], place: Micro) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -149,6 +156,31 @@ def main(args: argparse.Namespace) -> None:
     )
     trainer.fit()
     dist.close()
+
+
+class FirstPairs:
+    """Refuses a run none of whose first pairs counts: FIRST_PAIRS of them over all processes, or half a pass of a small set."""
+
+    def __init__(self, dataset: "TextImages", args: argparse.Namespace, dist: "Distributed"):
+        self.dataset, self.dist, self.batch = dataset, dist, args.global_batch_size
+        whole = len(dataset) // self.batch * self.batch  # of the first pass
+        self.enough = min(FIRST_PAIRS, max(whole // 2, min(whole, FEW_PAIRS)), (args.max_steps or whole) * self.batch)
+        self.looked_at: int | None = 0
+
+    def require_one(self, counts: "Tensor") -> None:
+        """counts: int64 (M,), this process's pairs of a step that count. All raise the same AgreedError, or none does."""
+        from dataset.t2i import none_usable
+        from utils.errors import AgreedError
+
+        if self.looked_at is None:
+            return
+        if int(self.dist.sum(counts.sum())):
+            self.looked_at = None
+            return
+        self.looked_at += self.batch
+        if self.looked_at >= self.enough:
+            examples = self.dist.broadcast(self.dataset.examples() if self.dist.is_main else None)
+            raise AgreedError(none_usable(f"none of the first {self.looked_at} pairs could be used", examples))
 
 
 def encode(tokenizer: "VQModel", pixels: "Tensor", mixed_precision: str = "none") -> "Tensor":

@@ -116,11 +116,17 @@ def require_writable(output: str) -> None:
     """Raises OSError where the reports could not be written, before the work and not after it."""
     import os
 
+    another = f"the reports {output}.txt and .json cannot be written there: give another place by --output"
+    for file in (f"{output}.txt", f"{output}.json"):
+        if os.path.isdir(file):
+            raise IsADirectoryError(f"{file} is a folder; {another}")
     folder = os.path.dirname(output) or "."
-    if os.path.isdir(folder) and not os.access(folder, os.W_OK):
-        raise PermissionError(
-            f"the reports {output}.txt and .json cannot be written there: give another place by --output"
-        )
+    while not os.path.exists(folder):  # the folders that are missing are made below the first that is there
+        folder = os.path.dirname(folder) or "."
+    if not os.path.isdir(folder):
+        raise NotADirectoryError(f"{folder} is no folder; {another}")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(another)
 
 
 def strict_message(warnings: list[str]) -> str:

@@ -1,10 +1,13 @@
 """CLIP's opinion of images and captions: unit vectors, whose product is the cosine that the CLIP score averages.
 
-    clip = CLIP(find_clip("ViT-B/32"), device="cuda")
+    clip = load_clip(find_clip("ViT-B/32"), device="cuda")
     score = (clip.images(batch) * clip.texts(captions)).sum(axis=1).mean()
 
 Hessel et al., 2104.08718: the caption is put after "A photo depicts ". Their score is 2.5 times the mean of the positive
 part; what text-to-image papers print, and is computed here, is the plain mean cosine.
+
+A folder is read by transformers, or by open_clip where only that can: the files it has decide, so that a figure does not
+depend on what is installed.
 """
 
 from collections.abc import Sequence
@@ -24,9 +27,14 @@ CLIP_MODELS = {
     "ViT-G/14": "laion/CLIP-ViT-g-14-laion2B-s12B-b42K",
     "ViT-bigG/14": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
 }
+DIMS = {"ViT-B/32": 512, "ViT-G/14": 1024, "ViT-bigG/14": 1280}  # of the vectors
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_OPEN_CLIP_CONFIG, _OPEN_CLIP_FILES = (
+    "open_clip_config.json",
+    ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+)
 
 
 def find_clip(name: str, folder: str | Path | None = None) -> Path:
@@ -49,61 +57,121 @@ def find_clip(name: str, folder: str | Path | None = None) -> Path:
         if isinstance(cached, str):
             places.append(Path(cached).parent)
     for place in places:
-        if (place / "config.json").is_file():
-            if not any((place / f"{file}{end}").is_file() for file in _WEIGHT_FILES for end in ("", ".index.json")):
-                raise FileNotFoundError(
-                    f"{place} has a config.json and no weights ({' or '.join(_WEIGHT_FILES)}): {command}"
-                )
+        if _has(place, "config.json", _WEIGHT_FILES) or for_open_clip(place):
             return place
+        if (place / "config.json").is_file() or (place / _OPEN_CLIP_CONFIG).is_file():
+            raise FileNotFoundError(
+                f"{place} has a configuration and no weights ({' or '.join(_WEIGHT_FILES)}): {command}"
+            )
     where = f"at {places[0]}" if folder is not None else f"in {WEIGHTS}/ or in the cache of the Hugging Face hub"
     raise FileNotFoundError(f"no CLIP {name} {where}: {command}, or leave the CLIP score out with --no-clip")
 
 
-class CLIP:
-    """A CLIP in float32. `cut` counts the captions so far that were longer than it reads, and so lost their ends.
+def for_open_clip(folder: Path) -> bool:
+    """Whether a folder is in open_clip's format, and not in that of transformers."""
+    return not _has(folder, "config.json", _WEIGHT_FILES) and _has(folder, _OPEN_CLIP_CONFIG, _OPEN_CLIP_FILES)
 
+
+def _has(folder: Path, config: str, weights: Sequence[str]) -> bool:
+    files = [folder / f"{file}{end}" for file in weights for end in ("", ".index.json")]
+    return (folder / config).is_file() and any(file.is_file() for file in files)
+
+
+def load_clip(folder: str | Path, device: torch.device | str = "cpu") -> "CLIP":
+    """The CLIP in a folder, by the library whose format the folder has. Raises ValueError as CLIP and OpenCLIP do."""
+    return (OpenCLIP if for_open_clip(Path(folder)) else CLIP)(folder, device)
+
+
+class CLIP:
+    """A CLIP in float32, by transformers.
+
+    size: pixels a side that it looks at. length: tokens that it reads. dim: numbers of a vector. `cut` counts the captions
+    so far that were longer than it reads, and so lost their ends.
     Raises ValueError for a folder that is damaged, lacks weights or the tokenizer, or is of another kind of model.
     """
 
+    library = "transformers"
+
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu"):
+        self.folder, self.device, self.cut = Path(folder), torch.device(device), 0
+        self._load()
+        self.model.eval().float().requires_grad_(False).to(self.device)
+
+    def _load(self) -> None:
         from transformers import CLIPModel, CLIPTokenizer
         from transformers.utils import logging
 
         logging.set_verbosity_error()  # what is missing is an error here, and the rest of no interest
-        self.folder, self.device, self.cut = Path(folder), torch.device(device), 0
         try:
-            model, report = CLIPModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-            self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            self.model, report = CLIPModel.from_pretrained(self.folder, local_files_only=True, output_loading_info=True)
+            self.tokenizer = CLIPTokenizer.from_pretrained(self.folder, local_files_only=True)
         except Exception as error:  # the readers of damaged files raise whatever they meet
-            raise ValueError(
-                f"{folder} is not a whole CLIP in the format of transformers ({error}): download it again"
-            ) from error
+            raise _damaged(self, error) from error
         lacking = sorted(report["missing_keys"])
         if lacking:
             raise ValueError(
-                f"{folder} lacks {len(lacking)} weights of a CLIP ({', '.join(lacking[:3])}, …): another kind of model?"
+                f"{self.folder} lacks {len(lacking)} weights of a CLIP ({', '.join(lacking[:3])}, …): another kind of model?"
             )
-        self.model = model.eval().float().requires_grad_(False).to(self.device)
-        self.size: int = model.config.vision_config.image_size
-        self.length: int = model.config.text_config.max_position_embeddings
-        self.dim: int = model.config.projection_dim
+        self.size: int = self.model.config.vision_config.image_size
+        self.length: int = self.model.config.text_config.max_position_embeddings
+        self.dim: int = self.model.config.projection_dim
 
     @torch.inference_mode()
     def images(self, images: np.ndarray) -> np.ndarray:
         """uint8 (B, H, W, 3) → float32 (B, dim) of length one."""
-        seen = self.model.vision_model(pixel_values=preprocess(images, self.size).to(self.device)).pooler_output
-        return _unit(self.model.visual_projection(seen))
+        return _unit(self._see(preprocess(images, self.size).to(self.device)))
 
     @torch.inference_mode()
     def texts(self, captions: Sequence[str]) -> np.ndarray:
         """Captions, without the prefix → float32 (B, dim) of length one."""
-        captions = [PREFIX + caption for caption in captions]
-        self.cut += sum(len(tokens) > self.length for tokens in self.tokenizer(captions).input_ids)
+        return _unit(self._read([PREFIX + caption for caption in captions]))
+
+    def _see(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
+
+    def _read(self, texts: list[str]) -> torch.Tensor:
+        self.cut += sum(len(tokens) > self.length for tokens in self.tokenizer(texts).input_ids)
         tokens = self.tokenizer(
-            captions, padding="longest", truncation=True, max_length=self.length, return_tensors="pt"
+            texts, padding="longest", truncation=True, max_length=self.length, return_tensors="pt"
         ).to(self.device)
         read = self.model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
-        return _unit(self.model.text_projection(read))
+        return self.model.text_projection(read)
+
+
+class OpenCLIP(CLIP):
+    """The same by open_clip, which has the published ViT-G/14. Raises ValueError also where open_clip is not installed."""
+
+    library = "open_clip"
+
+    def _load(self) -> None:
+        try:
+            import open_clip
+        except ImportError as error:
+            raise ValueError(
+                f"{self.folder} has weights in the format of open_clip, which is not installed: pip install open_clip_torch, "
+                f"or get those that transformers reads ({', '.join(_WEIGHT_FILES)}) beside a config.json"
+            ) from error
+        name = f"local-dir:{self.folder.absolute()}"
+        try:
+            self.model = open_clip.create_model(name, precision="fp32")
+            self.tokenizer = open_clip.get_tokenizer(name)
+            self.size = int(self.model.visual.image_size[0])
+            self.length = int(self.tokenizer.context_length)
+            self.dim = len(self.model.encode_text(self.tokenizer([""]))[0])
+        except Exception as error:
+            raise _damaged(self, error) from error
+
+    def _see(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model.encode_image(pixels)
+
+    def _read(self, texts: list[str]) -> torch.Tensor:
+        # Two more tokens than the words have: a text's beginning and its end.
+        self.cut += sum(len(self.tokenizer.encode(text)) + 2 > self.length for text in texts)
+        return self.model.encode_text(self.tokenizer(texts).to(self.device))
+
+
+def _damaged(clip: CLIP, error: Exception) -> ValueError:
+    return ValueError(f"{clip.folder} is not a whole CLIP in the format of {clip.library} ({error}): download it again")
 
 
 def preprocess(images: np.ndarray, size: int) -> torch.Tensor:

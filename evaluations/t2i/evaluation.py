@@ -3,9 +3,9 @@
     python3 evaluations/t2i/evaluation.py --fake_dir samples_coco/GPT-XL-… --ref_dir /path/to/coco --how_many 30000
 
 --fake_dir holds images/ and captions.txt, the caption of each image in natural order, a line each, as sample_t2i_ddp.py
-writes them; --ref_dir the photographs they are compared with, COCO's val2014. Every image is cut to its centre square and
-resized to --eval_res. The figures go to score.txt, and with the whole protocol to score.json, in --fake_dir. Under
-torchrun each process reads a share.
+writes them; --ref_dir the photographs they are compared with, COCO's val2014, or the .npz that --save_statistics made of
+them. Every image is cut to its centre square and resized to --eval_res. The figures go to score.txt, and with the whole
+protocol to score.json, in --fake_dir. Under torchrun each process reads a share.
 """
 
 import argparse
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
     from evaluations.c2i.evaluator import Inception
     from evaluations.features import Features
+    from evaluations.metrics import Statistics
     from evaluations.t2i.clip import CLIP
     from evaluations.t2i.images import SquareImages
+    from evaluations.t2i.reference import RecordedReference
     from utils.distributed import Distributed
 
 PUBLISHED_IMAGES, PUBLISHED_SIZE, COCO_IMAGES = 30_000, 256, 40_504
@@ -36,31 +38,43 @@ def main(args: argparse.Namespace) -> None:
 
     from evaluations.c2i.evaluator import open_backend, require_writable, strict_message
     from evaluations.features import read_features
-    from evaluations.t2i.clip import CLIP, find_clip
-    from evaluations.t2i.images import generated_images, reference_images
+    from evaluations.t2i.clip import find_clip, load_clip
+    from evaluations.t2i.images import generated_images
+    from evaluations.t2i.reference import save_reference
     from utils.distributed import start
 
     if not (args.clip or args.fid):
         raise ValueError("--no-clip and --no-fid leave nothing to compute: give one of them")
+    if args.save_statistics and not args.fid:
+        raise ValueError("--save_statistics keeps what FID knows of the reference: leave --no-fid out")
+    if args.save_statistics and not args.save_statistics.endswith(".npz"):
+        raise ValueError(f"--save_statistics {args.save_statistics} must end in .npz: --ref_dir knows such files by it")
+    if args.save_statistics and args.ref_dir.endswith(".npz"):
+        raise ValueError(f"--ref_dir {args.ref_dir} has statistics already: --save_statistics makes them of a folder")
     begin = time.perf_counter()
     folder = fake_folder(args)
     output = (args.output or f"{folder}/score").removesuffix(".txt")
     require_writable(output)
     fakes = generated_images(folder / "images", args.eval_res, args.how_many)
     captions = read_captions(folder, fakes, args) if args.clip else []
-    reference = reference_images(reference_folder(args), args.eval_res) if args.fid else None
+    reference = open_reference(args) if args.fid else None
     require_enough(fakes, reference)
     clip_folder = find_clip(args.clip_model4eval, args.clip_path) if args.clip else None
     warnings = judge(fakes, captions, reference, args)
-    if warnings and args.strict:
+    if warnings and args.strict:  # before models are read
         raise ValueError(strict_message(warnings))
     dist = start(args.device)
     backend = clip = None
     with dist.main_first():
         if args.fid:
             backend = open_backend(args, dist)
+            require_fitting(reference, backend)
         if args.clip:
-            clip = CLIP(clip_folder, dist.device)
+            clip = load_clip(clip_folder, dist.device)
+    if args.clip:
+        warnings += another_clip(clip, args.clip_model4eval)
+        if warnings and args.strict:
+            raise ValueError(strict_message(warnings))
     if dist.is_main:
         for line in described(fakes, captions, reference, clip, backend):
             print(line)
@@ -77,16 +91,12 @@ def main(args: argparse.Namespace) -> None:
     texts, cut = embed(captions, clip, args.batch_size, dist) if args.clip else (None, 0)
     seen = None
     if args.fid:
-        seen = read_features(
-            reference,
-            lambda batch: (inception(batch),),
-            dist,
-            batch_size=args.batch_size,
-            keep=False,
-            name="reference",
-        )
+        seen = reference_statistics(reference, inception, args, dist)
     late = []
     if dist.is_main:
+        if args.save_statistics:
+            save_reference(args.save_statistics, seen, reference_protocol(args, reference, backend))
+            print(f"wrote {args.save_statistics}: give it as --ref_dir next time")
         late = drawn.inspection.warnings("generated images", fakes.lossy)
         if cut:
             late.append(f"{cut:,} captions are longer than CLIP's {clip.length} tokens: their ends were not read")
@@ -110,8 +120,10 @@ def fake_folder(args: argparse.Namespace) -> "Path":
     folder = Path(args.fake_dir).expanduser()
     if folder.is_dir() and not (folder / "images").is_dir():
         inside = sorted(child.name for child in folder.iterdir() if (child / "images").is_dir())
-        hint = f"; it has {folder / inside[0]}, which does" if inside else ""
-        raise FileNotFoundError(f"--fake_dir {folder} has no folder images/{hint}")
+        hint = f"it has {folder / inside[0]}, which does" if inside else "give the folder that sample_t2i_ddp.py wrote"
+        if folder.absolute().name == "images":
+            hint = f"give {folder.absolute().parent}, the folder that holds it"
+        raise FileNotFoundError(f"--fake_dir {folder} has no folder images/: {hint}")
     return folder
 
 
@@ -136,6 +148,40 @@ def reference_folder(args: argparse.Namespace) -> "Path":
     return folder  # val2014 itself, or a folder of photographs chosen from it
 
 
+def open_reference(args: argparse.Namespace) -> "SquareImages | RecordedReference":
+    """What --ref_dir names: an .npz of statistics, or a folder of images. Raises as RecordedReference and `reference_images` do."""
+    from evaluations.t2i.images import reference_images
+    from evaluations.t2i.reference import RecordedReference
+
+    if not args.ref_dir.endswith(".npz"):
+        return reference_images(reference_folder(args), args.eval_res)
+    reference = RecordedReference(args.ref_dir)
+    reference.require(eval_res=args.eval_res, inception_resize=args.inception_resize)
+    return reference
+
+
+def require_fitting(reference: "SquareImages | RecordedReference", backend: "Inception") -> None:
+    """Raises ValueError where recorded statistics are of another network's features."""
+    if reference.kind != "statistics":
+        return
+    reference.require(graph=backend.sha256)
+    dim = len(reference.statistics.mean)
+    if dim != backend.pool_dim:
+        raise ValueError(
+            f"{reference.path} has statistics of {dim} features and the graph {backend.path} makes {backend.pool_dim}: they "
+            "were recorded with another graph"
+        )
+
+
+def another_clip(clip: "CLIP", name: str) -> list[str]:
+    """A warning where the weights cannot be those of --clip_model4eval."""
+    from evaluations.t2i.clip import DIMS
+
+    if clip.dim == DIMS[name]:
+        return []
+    return [f"{clip.folder} makes vectors of {clip.dim} numbers, {name} has {DIMS[name]}: these are other weights"]
+
+
 def read_captions(folder: "Path", fakes: "SquareImages", args: argparse.Namespace) -> list[str]:
     """The lines of captions.txt, one for each image that is evaluated.
 
@@ -144,10 +190,13 @@ def read_captions(folder: "Path", fakes: "SquareImages", args: argparse.Namespac
     from dataset.folders import find_images
 
     file = folder / "captions.txt"
+    again = "sample_t2i_ddp.py, run again, completes an interrupted folder"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: a line of text for each image; --no-clip computes FID without it")
+        raise FileNotFoundError(
+            f"{file} is missing: a line of text for each image. {again}; --no-clip computes FID without it"
+        )
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 ({error}): save it as such") from error
     if lines[-1] == "":
@@ -156,20 +205,23 @@ def read_captions(folder: "Path", fakes: "SquareImages", args: argparse.Namespac
     if len(lines) != images:
         raise ValueError(
             f"{file} has {len(lines):,} lines and {folder / 'images'} {images:,} images: every image needs its caption, in "
-            "natural order; sample_t2i_ddp.py, run again, completes an interrupted folder"
+            f"natural order; {again}"
         )
     return [line.strip() for line in lines[: fakes.count]]
 
 
-def require_enough(fakes: "SquareImages", reference: "SquareImages | None") -> None:
+def require_enough(fakes: "SquareImages", reference: "SquareImages | RecordedReference | None") -> None:
     """Raises ValueError for sets that have no covariance."""
     for images in (fakes, reference):
-        if images is not None and images.count < 2:
+        if images is not None and images.count is not None and images.count < 2:
             raise ValueError(f"{images.path} has {images.count} image: at least 2 are needed, covariances are of many")
 
 
 def judge(
-    fakes: "SquareImages", captions: list[str], reference: "SquareImages | None", args: argparse.Namespace
+    fakes: "SquareImages",
+    captions: list[str],
+    reference: "SquareImages | RecordedReference | None",
+    args: argparse.Namespace,
 ) -> list[str]:
     """What makes the figures incomparable with published ones, from what is known before the images are read."""
     found = []
@@ -198,8 +250,16 @@ def judge(
     again = len(captions) - len(set(captions))
     if again:
         found.append(f"{again:,} of the {len(captions):,} captions repeat an earlier one")
+    found += other_pairs(fakes) if captions else []
+    if reference is not None and reference.kind == "statistics" and reference.made is None:
+        found.append(
+            f"{reference.path} does not say what its statistics were made with: whether the images had {args.eval_res} pixels "
+            f"a side and were resized for the network by '{args.inception_resize}' is not known"
+        )
+    elif reference is not None and reference.kind == "folder" and overlap(reference.path, fakes.path):
+        found.append(f"the reference {reference.path} and the generated images {fakes.path} lie one in the other")
     if reference is not None and args.ref_data == "coco2014":
-        if reference.count != COCO_IMAGES:
+        if reference.count not in (COCO_IMAGES, None):
             found.append(
                 f"the reference has {reference.count:,} images; published FID is against all {COCO_IMAGES:,} of COCO's {COCO}"
             )
@@ -210,10 +270,38 @@ def judge(
     return found
 
 
+def other_pairs(fakes: "SquareImages") -> list[str]:
+    """A warning where result.jsonl, beside images/, has other images in the places of captions.txt's lines.
+
+    So it is when one image was removed and another added: the counts agree, and the captions have slipped.
+    """
+    import json
+
+    file = fakes.path.parent / "result.jsonl"
+    try:
+        listed = [json.loads(line)["image"] for line in file.read_text(encoding="utf-8").split("\n") if line]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # none, or another program's
+    wrong = [place for place, pair in enumerate(zip(listed, fakes.names)) if pair[0] != f"images/{pair[1]}"]
+    if not wrong:
+        return []
+    place = wrong[0]
+    return [
+        f"{len(wrong):,} of the {fakes.count:,} images are not those that {file} pairs with the captions (the first: line "
+        f"{place + 1} has {listed[place]}, images/ has {fakes.names[place]}): were files removed, added or renamed?"
+    ]
+
+
+def overlap(one: "Path", other: "Path") -> bool:
+    """Whether one of two folders is the other or lies in it."""
+    one, other = one.resolve(), other.resolve()
+    return one == other or one in other.parents or other in one.parents
+
+
 def described(
     fakes: "SquareImages",
     captions: list[str],
-    reference: "SquareImages | None",
+    reference: "SquareImages | RecordedReference | None",
     clip: "CLIP | None",
     backend: "Inception | None",
 ) -> list[str]:
@@ -222,10 +310,12 @@ def described(
     lines = [
         f"{name}: {images.path}, {images.count:,} images at {images.size[0]}x{images.size[1]}"
         for name, images in named
-        if images is not None
+        if images is not None and images.kind == "folder"
     ]
+    if reference is not None and reference.kind == "statistics":
+        lines.append(f"reference: {reference.path}, statistics of {reference.count or 'an unknown number of'} images")
     if clip is not None:
-        lines.append(f"captions: {len(captions):,}; CLIP: {clip.folder} on {clip.device}")
+        lines.append(f"captions: {len(captions):,}; CLIP: {clip.folder} by {clip.library} on {clip.device}")
     if backend is not None:
         lines.append(f"graph: {backend.path} by {backend.name} on {backend.device}, SHA-256 {backend.sha256}")
     return lines
@@ -255,6 +345,39 @@ def inception_features(backend: "Inception", resize: str) -> "Callable[[np.ndarr
     return extract
 
 
+def reference_statistics(
+    reference: "SquareImages | RecordedReference",
+    inception: "Callable[[np.ndarray], np.ndarray]",
+    args: argparse.Namespace,
+    dist: "Distributed",
+) -> "Statistics | None":
+    """Of the reference's features, on the first process; None on the others."""
+    from evaluations.features import read_features
+
+    if reference.kind == "statistics":
+        return reference.statistics if dist.is_main else None
+    features = read_features(
+        reference,
+        lambda batch: (inception(batch),),
+        dist,
+        batch_size=args.batch_size,
+        keep=False,
+        name="reference",
+    )
+    return features.statistics[0] if dist.is_main else None
+
+
+def reference_protocol(args: argparse.Namespace, reference: "SquareImages", backend: "Inception") -> dict:
+    """What the statistics of the reference depend on, JSON values."""
+    return {
+        "path": str(reference.path),
+        "data": args.ref_data,
+        "eval_res": args.eval_res,
+        "inception_resize": args.inception_resize,
+        "graph": backend.sha256,
+    }
+
+
 def embed(captions: list[str], clip: "CLIP", batch_size: int, dist: "Distributed") -> "tuple[np.ndarray | None, int]":
     """The captions' unit vectors (N, D) on the first process, None on the others; and how many captions were cut."""
     import numpy as np
@@ -274,7 +397,7 @@ def embed(captions: list[str], clip: "CLIP", batch_size: int, dist: "Distributed
 
 
 def compare(
-    drawn: "Features", texts: "np.ndarray | None", seen: "Features | None", args: argparse.Namespace
+    drawn: "Features", texts: "np.ndarray | None", seen: "Statistics | None", args: argparse.Namespace
 ) -> dict[str, float]:
     """The figures: clip_score, the mean cosine of image and caption, and fid."""
     from evaluations.metrics import frechet_distance
@@ -283,7 +406,7 @@ def compare(
     if args.clip:
         figures["clip_score"] = float((drawn.rows.astype("float64") * texts).sum(axis=1).mean())
     if args.fid:
-        figures["fid"] = frechet_distance(seen.statistics[0], drawn.statistics[-1])
+        figures["fid"] = frechet_distance(seen, drawn.statistics[-1])
     return figures
 
 
@@ -291,7 +414,7 @@ def protocol(
     args: argparse.Namespace,
     fakes: "SquareImages",
     captions: list[str],
-    reference: "SquareImages | None",
+    reference: "SquareImages | RecordedReference | None",
     clip: "CLIP | None",
     backend: "Inception | None",
     dist: "Distributed",
@@ -330,6 +453,7 @@ def protocol(
             "model": args.clip_model4eval,
             "repository": CLIP_MODELS[args.clip_model4eval],
             "path": str(clip.folder),
+            "library": clip.library,
             "image_size": clip.size,
             "prefix": PREFIX,
             "captions": len(captions),
@@ -362,7 +486,17 @@ def flags() -> argparse.ArgumentParser:
     """The script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--fake_dir", default="/home/GigaGAN_images/", help="folder with images/ and captions.txt")
-    parser.add_argument("--ref_dir", default="/home/COCO/", help=f"folder of the reference; for COCO with {COCO}/")
+    parser.add_argument(
+        "--ref_dir",
+        default="/home/COCO/",
+        help=f"folder of the reference, for COCO with {COCO}/ in it; or an .npz made by --save_statistics",
+    )
+    parser.add_argument(
+        "--save_statistics",
+        default=None,
+        metavar="FILE",
+        help="keep the reference's statistics in FILE.npz; give it as --ref_dir next time",
+    )
     parser.add_argument(
         "--ref_data",
         choices=["coco2014", "imagenet2012", "laion4k"],

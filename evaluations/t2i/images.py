@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.folders import find_images
-from dataset.images import load_rgb
+from dataset.images import IMAGE_EXTENSIONS, load_rgb
 from evaluations.image_sets import ImageFolder
 
 _THREADS = 8
@@ -28,7 +28,7 @@ class SquareImages(ImageFolder):
 
     def __init__(self, path: Path, names: Sequence[str], resolution: int):
         if not names:
-            raise ValueError(f"the folder {path} has no images")
+            raise ValueError(f"the folder {path} has no images ({', '.join(IMAGE_EXTENSIONS)}): check the path")
         self.path, self.kind, self._names, self.count = path, "folder", list(names), len(names)
         self.size = (resolution, resolution)
         self.lossy = sum(name.lower().endswith((".jpg", ".jpeg", ".webp")) for name in self._names)
@@ -49,6 +49,11 @@ class SquareImages(ImageFolder):
         except Exception as error:
             raise _unreadable(self.path / name, error) from error
         return np.asarray(square(image, self.size[0]))
+
+    @property
+    def names(self) -> list[str]:
+        """The files' names in order, relative to `path`."""
+        return self._names
 
     @property
     def enlarged(self) -> int:

@@ -21,6 +21,7 @@ from tests.helpers import ROOT
 from tests.text_training import make_pairs, make_shards, picture
 from tests.training import check_published_flags, environment, quiet_loggers, run_here
 from tokenizer.tokenizer_image.vq_model import VQ_models
+from utils.cli import run_script
 
 COUNTS = {"part-a": 9, "part-b": 5, "part-c": 4}
 TOKENS = 16
@@ -201,6 +202,19 @@ def test_killed_and_taken_up_by_others(data, extracted, published, tmp_path, lay
 def test_flags_that_do_not_fit(data, tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
         extract(data, tmp_path / "codes", *more)
+
+
+def test_images_that_are_all_too_small_with_loader_processes(data, tmp_path, capsys, monkeypatch):
+    """Counted over both, and told in its own words without a traceback of theirs."""
+    monkeypatch.setattr("utils.loading.os.sched_getaffinity", lambda pid: range(4), raising=False)
+    flags = words(data, tmp_path / "codes", "--image-size", 64, "--num-workers", 2, "--batch-size", 2)
+    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, flags)])
+    with quiet_loggers(), pytest.raises(SystemExit):
+        run_script(extract_codes_t2i.main, extract_codes_t2i.flags())
+    told = capsys.readouterr().err
+    told = told[told.index("error: ") :]
+    assert told.startswith("error: none of 18 pairs in a row could be used") and told.count("\n") <= 6
+    assert "smaller than --image-size 64" in told and "Traceback" not in told
 
 
 def test_another_size_in_the_same_folder(data, extracted, published, tmp_path):

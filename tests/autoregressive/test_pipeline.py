@@ -507,7 +507,8 @@ def test_features_in_the_place_of_prompts(text_pipeline, tmp_path):
         images = text_pipeline(features=given, seed=2, progress=False)
         assert [image.tobytes() for image in images] == expected
     longer = torch.cat([WordEncoder().features(PROMPTS[3]), torch.ones(4, WIDTH)])
-    cut = text_pipeline(features=[longer, longer[:WORDS]], indices=[0, 0], progress=False)
+    with pytest.warns(UserWarning, match=r"1 of 2 features have more than 9 rows, and what .*not read: 13 of image 0$"):
+        cut = text_pipeline(features=[longer, longer[:WORDS]], indices=[0, 0], progress=False)
     assert cut[0].tobytes() == cut[1].tobytes()
     assert text_pipeline(features=[], progress=False) == text_pipeline([], progress=False) == []
 
@@ -554,12 +555,38 @@ def test_the_text_encoder_is_loaded_when_needed_and_released(text_models, monkey
         (["a", ""], r"prompt 1 \(from 0\) is blank"),
         (["\n \t"], r"prompt 0 \(from 0\) is blank"),
         (None, "this GPT is text-conditional: give prompts, or features in their place"),
+        (3, "this GPT is text-conditional: it takes prompts, a list of strings, not 3"),
+        ((text for text in ["a"]), "takes prompts, a list of strings, not <generator"),
     ],
 )
 def test_prompts(text_pipeline, prompts, message):
     with pytest.raises(ValueError, match=message):
         text_pipeline(prompts)
     assert not text_pipeline.text_encoder.calls
+
+
+def test_prompts_that_are_blank_once_they_are_cleaned(text_models, text_pipeline, monkeypatch):
+    """By the T5, before it is loaded; another encoder reads what it is given."""
+    import language.t5
+
+    monkeypatch.setattr(language.t5, "find_t5", lambda *_: pytest.fail("a T5 was looked for"))
+    pipeline = ImagePipeline(text_models[0][torch.float32], text_models[1])
+    for prompts, message in (
+        (["a", "https://example.com/a"], r"prompt 1 \(from 0\), 'https://example\.com/a', is blank once it is cleaned"),
+        (["IMG_2.jpg"], r"prompt 0 \(from 0\), 'IMG_2\.jpg', is blank once it is cleaned .*file names"),
+    ):
+        for call in (pipeline, pipeline.encode):
+            with pytest.raises(ValueError, match=message):
+                call(prompts)
+    assert len(text_pipeline(["https://example.com/a"], progress=False)) == 1
+    text_pipeline.text_encoder.use_text_preprocessing = True
+    with pytest.raises(ValueError, match="is blank once it is cleaned"):
+        text_pipeline(["https://example.com/a"])
+
+
+def test_features_that_are_no_list(text_pipeline):
+    with pytest.raises(ValueError, match="features are a list, one item for each image, not 3"):
+        text_pipeline(features=3)
 
 
 def test_conditions_of_the_other_kind(pipeline, text_pipeline):

@@ -19,6 +19,7 @@ from autoregressive.models.gpt import GPT_models
 from autoregressive.pipeline import ImagePipeline
 from autoregressive.sample import sample_c2i, sample_t2i, sample_t2i_ddp
 from autoregressive.sample.common import read_prompt_lines, read_prompt_table, text_settings
+from language import extract_t5_feature
 from tests.helpers import ROOT, free_port, randomize
 from tests.language.small_t5 import make_small_t5
 from tests.training import check_published_flags, environment, run_here
@@ -385,9 +386,9 @@ def test_lists(tmp_path):
 
 
 def test_long_prompts_and_other_scripts(text_files, tmp_path):
-    """Ten thousand characters count as far as they are read, and that is told; no script stops a run."""
+    """Ten thousand characters count as far as they are read, and that is told; letters the T5 does not know are none."""
     long = "a red lantern " * 714
-    (tmp_path / "prompts.tsv").write_text(f"Prompt\nfog\n{long}\n{long}fog\n一只猫\nкот\n")
+    (tmp_path / "prompts.tsv").write_text(f"Prompt\nfog\n{long}\n{long}fog\nネコ\nкот\n")
     words = ddp_line(text_files, tmp_path, "--prompt-csv", tmp_path / "prompts.tsv")
     with pytest.warns(UserWarning, match="2 of 5 prompts fill all 16 text tokens"):
         run_here(sample_t2i_ddp, *words)
@@ -486,12 +487,118 @@ def test_a_missing_t5_is_told_with_its_command(text_files, tmp_path, capsys, mon
     monkeypatch.setattr("utils.hub._ROOT", tmp_path)
     words = line(text_files, "--t5-path", "nowhere", "--t5-model-type", "flan-t5-xl", "--prompt", "fog")
     error = fails(sample_t2i, words, capsys, monkeypatch, lines=2)
-    assert "hf download google/flan-t5-xl --local-dir nowhere/flan-t5-xl" in error
+    assert "hf download google/flan-t5-xl --local-dir nowhere/flan-t5-xl" in error and "pretrained_models" not in error
 
 
 @pytest.mark.parametrize("words", [["--prompt", " "], ["--prompt", "fog", "--prompt", ""]])
 def test_blank_prompts(words, text_files, capsys, monkeypatch):
     assert "is blank: write what to draw" in fails(sample_t2i, line(text_files, *words), capsys, monkeypatch)
+
+
+@pytest.mark.parametrize("prompt", ["https://example.com/a", "一只猫"])
+def test_prompts_of_which_cleaning_leaves_nothing(prompt, text_files, tmp_path, capsys, monkeypatch):
+    """Before anything is loaded, and told with what is left out."""
+    (tmp_path / "prompts.tsv").write_text(f"Prompt\nfog\n{prompt}\n")
+    words = ["--gpt-ckpt", "gone.pt"]
+    for script, given in (
+        (sample_t2i, ["--prompt", "fog", "--prompt", prompt]),
+        (sample_t2i_ddp, ["--prompt-csv", tmp_path / "prompts.tsv", "--sample-dir", tmp_path / "samples"]),
+    ):
+        error = fails(script, line(text_files, *given, *words), capsys, monkeypatch)
+        assert f"prompt 1 (from 0), '{prompt}', is blank once it is cleaned" in error and "web addresses" in error
+    assert set(contents(tmp_path)) == {"prompts.tsv"}
+
+
+# Features in the place of the T5
+
+
+def extracted(files, prompts, folder, *more) -> Path:
+    words = ["--precision", "none", "--num-workers", 0, "--device", "cpu", "--t5-model-path", files.t5]
+    run_here(extract_t5_feature, *words, "--t5-model-type", "small", "--data-path", prompts, "--t5-path", folder, *more)
+    return folder
+
+
+def refuse_t5(monkeypatch) -> None:
+    """Makes looking for a T5 a failure."""
+
+    def refuse(*_args, **_settings):
+        raise AssertionError("a T5 was asked for")
+
+    monkeypatch.setattr("language.t5.T5Embedder.__init__", refuse)
+    monkeypatch.setattr("language.t5.find_t5", refuse)
+
+
+@pytest.mark.filterwarnings("ignore:.*join several lines")
+@pytest.mark.parametrize("more", [[], ["--published-layout"]], ids=["packed", "published"])
+def test_features_in_the_place_of_the_t5(text_files, drawn, tmp_path, monkeypatch, more):
+    """The images are those that the T5 gives in the same precision, of a long prompt too where it was cut alike."""
+    monkeypatch.setattr(extract_t5_feature, "MAX_LENGTH", ROWS)
+    features = extracted(text_files, text_files.table, tmp_path / "features", *more)
+    refuse_t5(monkeypatch)
+    folder = tmp_path / "samples"
+    words = ddp_line(text_files, folder, "--t5-feat-path", features, "--t5-path", "nowhere")
+    run_here(sample_t2i_ddp, *words, "--num-fid-samples", 4)
+    run_here(sample_t2i_ddp, *words)  # goes on with what is missing
+    expected = contents(drawn)
+    assert contents(folder).keys() == expected.keys()
+    for name, content in contents(folder).items():
+        assert content == expected[name] or name.endswith("settings.json"), name
+    settings = json.loads((folder / NAME / "settings.json").read_text())
+    assert settings["t5"] is None and settings["t5_features"]["folder"] == str(features / "prompts")
+    assert settings["t5_features"]["files"] == (6 if more else 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*join several lines", "ignore:.*have more than 16 rows")
+def test_folders_of_the_t5_and_of_features_are_not_mixed(text_files, drawn, tmp_path):
+    features = extracted(text_files, text_files.table, tmp_path / "features")
+    with pytest.raises(ValueError, match=r"holds images drawn with other settings \(t5: "):
+        run_here(sample_t2i_ddp, *ddp_line(text_files, drawn, "--t5-feat-path", features))
+    folder = tmp_path / "samples"
+    run_here(sample_t2i_ddp, *ddp_line(text_files, folder, "--t5-feat-path", features))
+    with pytest.raises(ValueError, match=r"holds images drawn with other settings \(t5: None"):
+        run_here(sample_t2i_ddp, *ddp_line(text_files, folder))
+    other = extracted(text_files, text_files.table, tmp_path / "other", "--precision", "bf16")
+    with pytest.raises(ValueError, match=r"holds images drawn with other settings \(t5_features: "):
+        run_here(sample_t2i_ddp, *ddp_line(text_files, folder, "--t5-feat-path", other))
+
+
+def test_a_grid_from_features(text_files, tmp_path, monkeypatch):
+    prompts = tmp_path / "own.txt"
+    prompts.write_text("fog\na red lantern\n")
+    features = extracted(text_files, prompts, tmp_path / "features")
+    expected = by_pipeline(text_files, ["fog", "a red lantern"])
+    refuse_t5(monkeypatch)
+    words = ["--t5-feat-path", features, "--prompt-file", prompts, "--output", tmp_path / "grid.png"]
+    run_here(sample_t2i, *line(text_files, *words))
+    grid = pixels(tmp_path / "grid.png")
+    for i in range(2):
+        assert np.array_equal(grid[2:18, 18 * i + 2 : 18 * i + 18], expected[i])
+    with pytest.warns(UserWarning, match=r"1 of 2 features have more than 6 rows.*: \d+ of image 1$"):
+        run_here(sample_t2i, *line(text_files, *words, "--t5-feature-max-len", 6))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--prompt", "fog"], "has features of a file's prompts: give that file as --prompt-file, and no --prompt"),
+        ([], "has features of a file's prompts: give that file as --prompt-file"),
+        (["--prompt-file", "others.txt"], "has no features of others.txt: a folder others/ is looked for"),
+        (["--prompt-file", "more/own.txt"], "has features of 2 prompts and more/own.txt has 3"),
+        (["--prompt-file", "own.txt", "--t5-feat-path", "gone"], "the folder of text features gone does not exist"),
+        (["--prompt-file", "own.txt", "--t5-feature-dim", 64], "of width 32, but 64 are needed"),
+    ],
+)
+def test_features_that_do_not_fit(words, message, text_files, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, lines in {"own": 2, "others": 2, "more/own": 3}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.txt").write_text("a red lantern\n" * lines)
+    extracted(text_files, "own.txt", tmp_path / "features")
+    capsys.readouterr()
+    given = line(text_files, "--t5-feat-path", "features", *words)
+    told = 2 if "looked for" in message or "prompts and" in message else 1  # with the command that makes them
+    assert message in fails(sample_t2i, given, capsys, monkeypatch, lines=told)
+    assert not list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.parametrize("wrapper", ["coco", "parti"])

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -398,8 +399,42 @@ def test_data_that_is_wrong(data, tmp_path):
         ValueError, match=r"line 0 \(from 0\) of .*part-a\.jsonl must be an object with a string 'image_path'"
     ):
         train(data, tmp_path / "results", "--data-path", pairs)
-    with pytest.raises(ValueError, match=r"none of 48 pairs in a row could be used(.|\n)*smaller than --image-size 64"):
+    with pytest.raises(
+        ValueError, match=r"none of the first 32 pairs could be used(.|\n)*smaller than --image-size 64"
+    ):
         train(data, tmp_path / "results", "--image-size", 64, kind="images")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("more", [[], ["--max-steps", 2]], ids=["a pass", "two steps"])
+def test_images_that_are_all_too_small_end_the_first_pass(data, tmp_path, workers, more, monkeypatch):
+    """In its middle, whatever the number of loader processes; nothing is saved."""
+    monkeypatch.setattr("utils.loading.os.sched_getaffinity", lambda pid: range(4), raising=False)
+    flags = ["--image-size", 32, "--num-workers", workers, "--global-batch-size", 4, "--epochs", 1, *more]
+    with pytest.raises(ValueError, match=r"none of the first \d+ pairs could be used") as told:
+        train(data, tmp_path / "results", *flags, kind="images")
+    assert f"none of the first {8 if more else 24} pairs" in str(told.value)
+    assert re.search(r"\n  line \d+ \(from 0\) of .*part-.*pixels, smaller than --image-size 32", str(told.value))
+    assert len(metrics(tmp_path / "results", "loss")) < 6
+    assert not list(run_folder(tmp_path / "results").glob("checkpoints/*"))
+
+
+@pytest.mark.slow
+def test_images_that_are_too_small_are_told_by_both_processes(data, tmp_path):
+    flags = ["--image-size", 32, "--epochs", 1, "--global-batch-size", 16]
+    printed = live(tmp_path, life(data, tmp_path / "results", *flags, world=2, kind="images", fails=True))
+    told = re.findall(r"AgreedError: (.*)", printed)
+    assert len(told) == 2 and len(set(told)) == 1 and told[0].startswith("none of the first 32 pairs could be used")
+
+
+def test_many_pairs_that_do_not_count_are_no_error(data, tmp_path):
+    """Nine in ten, and in the first batch none."""
+    order = BatchOrder(COUNT, 4, 1, 0, 1, seed=0)
+    usable = order.samples(0, 4)
+    make_features(tmp_path / "few", COUNTS, missing=tuple(set(range(COUNT)) - set(usable)))
+    train(data, tmp_path / "results", "--t5-feat-path", tmp_path / "few", "--global-batch-size", 4, "--epochs", 2)
+    valid = metrics(tmp_path / "results", "valid")
+    assert len(valid) == 24 and [valid[step] for step in (1, 4, 5, 6)] == [0, 0, 1, 0]
 
 
 def test_a_loss_that_is_no_number_names_its_samples(data, tmp_path):

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from autoregressive.pipeline import load_gpt
 from autoregressive.train import train_c2i_fsdp
@@ -148,6 +149,19 @@ def test_par_and_npp_give_the_losses_of_one_process(codes, tmp_path, one, name, 
 
 
 KINDS = ("ddp", "fsdp")
+
+
+@pytest.mark.slow
+def test_two_processes_draw_pictures_of_shards(codes, tmp_path, small_files):
+    """While weights are in shards every process has to take part in gathering them."""
+    flags = [*EXACT, "--vq-ckpt", small_files.vq, "--sample-every", 3, "--max-steps", 6]
+    live(tmp_path, life(codes, tmp_path / "run", *flags, world=2))
+    folder = run_folder(tmp_path / "run") / "samples"
+    assert sorted(os.listdir(folder)) == ["0000003.png", "0000006.png"]
+    for name in os.listdir(folder):
+        with Image.open(folder / name) as picture:
+            assert len(np.unique(np.asarray(picture))) > 10, "a picture and not one colour"
+    assert len(metrics(tmp_path / "run", "loss")) == 6 and last(tmp_path / "run").name == "0000006"
 
 
 # Killed and resumed

@@ -15,7 +15,7 @@ from dataset.augmentation import center_view, random_crop_arr, to_tensor
 from dataset.build import build_dataset
 from dataset.codes import CodeSettings, CodeWriter
 from dataset.images import drawing_from
-from dataset.t2i import PairViews, TextCodes, TextImages, collate_t2i, open_pairs, write_text_codes
+from dataset.t2i import PairViews, TextCodes, TextImages, chosen_files, collate_t2i, open_pairs, write_text_codes
 from dataset.text_features import open_features
 from language.features import left_padded
 from tests.text_training import DIM, TOKENS, caption_features, make_features, make_pairs, make_shards, picture, png
@@ -134,6 +134,41 @@ def test_nothing_that_counts_is_an_error(data, tmp_path):
     for _ in range(3):  # the same few again and again are not many
         mixed = items(data, features=data / "short")
         mixed.__getitems__([4] * 20)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_that_counts_is_an_error_over_workers(data, workers):
+    """What each worker has read of 14 pairs that are too small is less than all of them."""
+    text_images = TextImages(open_pairs(data / "pairs"), open_features(data / "features"), image_size=64)
+    loader = DataLoader(text_images, batch_size=2, num_workers=workers, collate_fn=list)
+    with pytest.raises(ValueError, match=r"none of 14 pairs in a row could be used(.|\n)*smaller than --image-size 64"):
+        list(loader)
+    told = text_images.examples()
+    assert len(told) == 5 and all("smaller than --image-size 64" in line for line in told) and "line 4" in told[-1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_pair_that_counts_is_enough(data, tmp_path, workers):
+    """In any place of several passes over 13 others, which come to other workers in each."""
+    make_features(tmp_path / "features", COUNTS, missing=tuple(set(range(14)) - {6}))
+    text_images = items(data, features=tmp_path / "features")
+    for epoch in range(6):
+        order = np.random.default_rng(epoch).permutation(14).tolist()
+        loader = DataLoader(text_images, batch_size=2, sampler=order, num_workers=workers, collate_fn=list)
+        assert sum(valid for batch in loader for _, _, valid in batch) == 1
+    assert text_images.skipped == 13
+
+
+def test_a_pair_that_counts_ends_the_row_of_other_workers(data):
+    """Two processes by turns, as threads cannot be: the count of one is set back by what the other reads."""
+    text_images = TextImages(open_pairs(data / "pairs"), open_features(data / "features"), image_size=64)
+    other = pickle.loads(pickle.dumps(text_images))
+    other._rows = text_images._rows
+    for index in range(12):
+        text_images[index]
+    other._note(13, None)
+    text_images[12]
+    assert int(text_images._rows.sum()) == 1
 
 
 def test_views_for_extraction(data, tmp_path):
@@ -325,3 +360,16 @@ def test_lists_that_are_not_as_they_should_be(tmp_path):
     (tmp_path / "b.tar").write_bytes(b"")
     with pytest.raises(ValueError, match=r"holds \*\.jsonl and \*\.tar"):
         open_pairs(tmp_path)
+
+
+@pytest.mark.parametrize(("first", "last", "chosen"), [(0, None, [0, 1]), (0, 0, [0]), (1, 9, [1]), (-3, 1, [0, 1])])
+def test_files_are_chosen_by_number(data, first, last, chosen):
+    assert chosen_files(open_pairs(data / "pairs"), first, last) == chosen
+
+
+@pytest.mark.parametrize(("first", "last"), [(2, None), (1, 0), (0, -1)])
+def test_no_file_is_chosen(data, first, last):
+    with pytest.raises(
+        ValueError, match=rf"--data-start {first} --data-end {last} selects none of the 2 files: .* 0 to 1"
+    ):
+        chosen_files(open_pairs(data / "pairs"), first, last)

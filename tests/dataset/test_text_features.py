@@ -92,6 +92,14 @@ def test_what_is_not_there(tmp_path, make):
         assert store.get(stem, line) is None
 
 
+@pytest.mark.parametrize("make", [write, publish])
+def test_which_lines_have_features(tmp_path, make):
+    store = open_features(make(tmp_path / "features"))
+    for stem in LINES:
+        assert store.present(stem).tolist() == [rows is not None for rows in lines_of(stem)]
+    assert store.present("part-9").shape == (0,) and store.present("part-9").dtype == bool
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_dtypes(tmp_path, dtype):
     features = torch.randn(5, DIM, generator=torch.Generator().manual_seed(0))

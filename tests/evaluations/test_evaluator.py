@@ -147,6 +147,21 @@ def test_reports_that_could_not_be_written_are_told_at_once(batches, monkeypatch
         evaluate(*batches)
 
 
+@pytest.mark.parametrize("place", ["a file/new/score", "a file/score", "a folder/score", "a folder/figures"])
+def test_places_where_no_report_can_be(batches, tmp_path, place):
+    """Before the graph is looked for, which is missing here."""
+    (tmp_path / "a file").write_text("something")
+    for name in ("score.txt", "figures.json"):
+        (tmp_path / "a folder" / name).mkdir(parents=True)
+    wrong = "a file is no folder" if "a file" in place else "is a folder"
+    with pytest.raises(
+        OSError, match=rf"{wrong}; the reports .*/{place}\.txt and \.json cannot be written there.*--output"
+    ):
+        evaluate(*batches, "--output", tmp_path / place, graph=tmp_path / "gone.pb")
+    evaluate(*batches, "--output", tmp_path / "new" / "deep" / "score", "--no-precision-recall")
+    assert (tmp_path / "new" / "deep" / "score.json").is_file()
+
+
 def test_strict_about_what_only_the_pixels_show(batches, tmp_path, monkeypatch):
     """The figures are kept: they were paid for."""
     reference, samples = batches

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ from PIL import Image
 from evaluations.c2i.inception import TorchInception
 from evaluations.metrics import Statistics, frechet_distance
 from evaluations.t2i import evaluation
-from evaluations.t2i.clip import CLIP, find_clip
+from evaluations.t2i.clip import CLIP, CLIP_MODELS, find_clip, load_clip
 from evaluations.t2i.images import generated_images, natural_order, square
+from evaluations.t2i.reference import RecordedReference, save_reference
 from tests.helpers import GOLDEN, ROOT, free_port
 
 GRAPH = GOLDEN / "evaluator/standin_graph.pb"
@@ -66,6 +68,23 @@ def folders(tmp_path) -> tuple[Path, Path]:
         Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(ref / "val2014" / f"COCO_val2014_{i:012d}.png")
     (fake / "captions.txt").write_text("".join(f"{caption}\n" for caption in CAPTIONS))
     return fake, ref
+
+
+def make_small_open_clip(folder: Path) -> Path:
+    """Random weights in open_clip's folder format; its tokenizer comes with it."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    model = {
+        "embed_dim": 12,
+        "vision_cfg": {"image_size": 16, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8},
+        "text_cfg": {"context_length": 40, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))
+    torch.manual_seed(0)
+    save_file(open_clip.CLIP(**model).state_dict(), folder / "open_clip_model.safetensors")
+    return folder
 
 
 def evaluate(fake: Path, ref: Path, clip: Path | None, *words: str) -> dict:
@@ -143,6 +162,222 @@ def test_the_figures_by_hand(folders, clip_folder, resize, capsys):
     assert made["generated"]["stored_sizes"] == {"24x24": COUNT} and made["reference"]["different_sizes"] == 5
     assert made["clip"]["model"] == "ViT-B/32" and made["graph"]["resize"] == resize
     assert len(made["graph"]["sha256"]) == 64 and {"torch", "transformers", "pillow"} <= set(made["versions"])
+
+
+def bicubic_by_hand(row: np.ndarray, size: int) -> np.ndarray:
+    """Keys' cubic with a = -0.5, widened where it shrinks so that it is antialiased: (length, …) → (size, …)."""
+    scale = len(row) / size
+    wide = max(scale, 1)
+    centres = (np.arange(size)[:, None] + 0.5) * scale - np.arange(len(row))[None] - 0.5
+    x = np.abs(centres / wide)
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0))
+    weights /= weights.sum(1, keepdims=True)
+    return np.tensordot(weights, row, 1)
+
+
+@pytest.mark.parametrize("side", [16, 299, 512])
+def test_clean_resizing_by_hand(side):
+    """What reaches the network: floats that no step rounds to bytes, cut to [0, 255]."""
+
+    class Network:
+        def _features(self, images):
+            self.seen = images
+            return (np.zeros((len(images), 4, 1), np.float32),)
+
+    images = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8)
+    images[0, :, : side // 2] = 255  # an edge, beyond which the filter overshoots
+    network = Network()
+    assert evaluation.inception_features(network, "clean")(images).shape == (2, 4)
+    rows = np.stack([bicubic_by_hand(image.astype(np.float64), 299) for image in images])
+    expected = np.stack([bicubic_by_hand(image.swapaxes(0, 1), 299).swapaxes(0, 1) for image in rows])
+    if side != 299:
+        assert expected.max() > 255.5 and np.abs(expected - expected.round()).max() > 0.4
+    assert network.seen.dtype == np.float32
+    assert np.allclose(network.seen, expected.clip(0, 255), atol=2e-3)
+
+
+def test_captions_of_any_kind(folders, clip_folder):
+    """The end of a long caption is not read; other scripts are; an empty one is the prefix alone."""
+    from transformers import CLIPModel, CLIPTokenizer
+
+    model, tokenizer = CLIPModel.from_pretrained(clip_folder).eval(), CLIPTokenizer.from_pretrained(clip_folder)
+    captions = ["", "собака", "一只红色的猫", "é 🐈", "a" * 10_000, "the word " * 1500]
+    clip = CLIP(clip_folder)
+    vectors = clip.texts(captions)
+    assert clip.cut == 2
+    for caption, vector in zip(captions, vectors, strict=True):
+        ids = tokenizer(f"A photo depicts {caption}").input_ids
+        ids = ids if len(ids) <= 40 else [*ids[:39], ids[-1]]
+        with torch.no_grad():
+            by_hand = model.get_text_features(torch.tensor([ids]))
+        by_hand = getattr(by_hand, "pooler_output", by_hand)[0]
+        assert np.allclose(vector, by_hand / by_hand.norm(), atol=1e-5), caption[:20]
+
+
+def test_weights_for_open_clip(folders, tmp_path):
+    """Against open_clip's own way from a picture and a text to their cosine."""
+    open_clip = pytest.importorskip("open_clip")
+    fake, ref = folders
+    folder = make_small_open_clip(tmp_path / "open")
+    (fake / "captions.txt").write_text("\n".join([*CAPTIONS[:-1], "long " * 50]))
+    report = evaluate(fake, ref, folder, "--no-fid")
+    model, look = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    cosines = []
+    for path, caption in zip(files_of(fake / "images"), [*CAPTIONS[:-1], "long " * 50], strict=True):
+        with torch.no_grad():
+            a = model.eval().encode_image(look(square_by_hand(path, 16))[None])[0]
+            b = model.encode_text(tokenizer(f"A photo depicts {caption}"))[0]
+        cosines.append(float(a @ b / a.norm() / b.norm()))
+    assert report["clip_score"] == pytest.approx(np.mean(cosines), abs=1e-5)
+    assert report["protocol"]["clip"]["library"] == "open_clip"
+    assert any("1 captions are longer than CLIP's 40 tokens" in warning for warning in report["warnings"])
+    weights = folder / "open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="not a whole CLIP in the format of open_clip"):
+        load_clip(folder)
+
+
+def test_the_list_of_weights_has_their_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("evaluations.t2i.clip._ROOT", tmp_path)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    listed = (ROOT / "pretrained_models/README.md").read_text()
+    for name in CLIP_MODELS:
+        with pytest.raises(FileNotFoundError) as told:
+            find_clip(name)
+        command = re.search(r"hf download \S+ --local-dir [^\s,]+", str(told.value))[0]
+        assert f"| `{name}` | `{command}` |" in listed
+
+
+def test_open_clip_is_not_installed(clip_folder, tmp_path, monkeypatch):
+    """Only its format asks for it: a folder that has both is read by transformers."""
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="has a configuration and no weights"):
+        find_clip("ViT-G/14", tmp_path)
+    (tmp_path / "open_clip_pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="open_clip, which is not installed: pip install open_clip_torch"):
+        load_clip(find_clip("ViT-G/14", tmp_path))
+    for file in clip_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert load_clip(find_clip("ViT-G/14", tmp_path)).library == "transformers"
+
+
+def test_statistics_stand_for_the_reference(folders, clip_folder, tmp_path):
+    fake, ref = folders
+    file = tmp_path / "statistics.npz"
+    made = evaluate(fake, ref, None, "--no-clip", "--save_statistics", str(file))
+    report = evaluate(fake, file, None, "--no-clip")
+    assert report["fid"] == made["fid"] and report["warnings"] == made["warnings"]
+    assert report["protocol"]["reference"] == {
+        "path": str(file),
+        "kind": "statistics",
+        "count": 5,
+        "made": {
+            "path": str(ref / "val2014"),
+            "data": "coco2014",
+            "eval_res": 16,
+            "inception_resize": "clean",
+            "graph": made["protocol"]["graph"]["sha256"],
+        },
+        "data": "coco2014",
+    }
+    with pytest.raises(ValueError, match=r"statistics.npz was made with eval_res 16, this evaluation has 24"):
+        evaluate(fake, file, None, "--no-clip", "--eval_res", "24")
+    with pytest.raises(ValueError, match=r"was made with inception_resize clean, this evaluation has graph"):
+        evaluate(fake, file, None, "--no-clip", "--inception_resize", "graph")
+    statistics = RecordedReference(file).statistics
+    save_reference(file, statistics, {"graph": "another"})
+    with pytest.raises(ValueError, match=r"was made with graph another, this evaluation has"):
+        evaluate(fake, file, None, "--no-clip")
+    np.savez(file, mu=statistics.mean, sigma=statistics.covariance)
+    report = evaluate(fake, file, None, "--no-clip")
+    assert report["fid"] == made["fid"]
+    assert any("does not say what its statistics were made with" in warning for warning in report["warnings"])
+    with pytest.raises(ValueError, match="has statistics already"):
+        evaluate(fake, file, None, "--no-clip", "--save_statistics", str(file))
+    with pytest.raises(ValueError, match=r"must end in \.npz"):
+        evaluate(fake, ref, None, "--no-clip", "--save_statistics", str(tmp_path / "statistics"))
+    with pytest.raises(ValueError, match="leave --no-fid out"):
+        evaluate(fake, ref, clip_folder, "--no-fid", "--save_statistics", str(file))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8)}, "has no statistics mu and sigma"),
+        ({"mu": np.zeros(8), "sigma": np.eye(8)}, "has statistics of 8 features and the graph .* makes 2048"),
+        ({"mu": np.zeros(8), "sigma": np.eye(7)}, r"\(8,\) and float64 \(7, 7\), expected floats"),
+        ({"mu": np.full(8, np.nan), "sigma": np.eye(8)}, "not finite"),
+        ({"mu": np.zeros(8), "sigma": np.eye(8), "protocol": "[1]"}, r"protocol is \[1\]"),
+        ({"mu": np.array([None]), "sigma": np.eye(8)}, "not a whole .npz"),
+        (None, "not a whole .npz"),
+    ],
+)
+def test_damaged_statistics(folders, tmp_path, arrays, message):
+    fake, _ = folders
+    file = tmp_path / "statistics.npz"
+    np.savez(file, **arrays or {"mu": np.zeros(99)})
+    if arrays is None:
+        file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(ValueError, match=message):
+        evaluate(fake, file, None, "--no-clip")
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no file of reference statistics at .*statistics\.npz"):
+        evaluate(fake, file, None, "--no-clip")
+
+
+def test_reports_that_could_not_be_written_are_told_at_once(folders, clip_folder, monkeypatch):
+    """A folder in the place of score.txt, a file in that of the reports' folder."""
+    fake, ref = folders
+    monkeypatch.setattr("evaluations.t2i.clip.load_clip", lambda *_: pytest.fail("a model was read"))
+    with pytest.raises(OSError, match=r"captions\.txt is no folder; the reports .*--output"):
+        evaluate(fake, ref, clip_folder, "--no-fid", "--output", str(fake / "captions.txt" / "score"))
+    (fake / "score.txt").mkdir()
+    with pytest.raises(OSError, match=r"score\.txt is a folder; the reports .*--output"):
+        evaluate(fake, ref, clip_folder, "--no-fid")
+
+
+def test_an_interrupted_run_leaves_the_report_of_the_last(folders, clip_folder, monkeypatch):
+    fake, ref = folders
+    evaluate(fake, ref, clip_folder, "--no-fid")
+    before = {file.name: file.read_bytes() for file in fake.iterdir() if file.is_file()}
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for place in ("evaluations.t2i.evaluation.compare", "utils.files.os.replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                evaluate(fake, ref, clip_folder, "--no-fid", "--how_many", "4")
+        assert {file.name: file.read_bytes() for file in fake.iterdir() if file.is_file()} == before
+
+
+def test_captions_that_slipped(folders, clip_folder):
+    """An image less and another one more: the counts agree, and result.jsonl knows better."""
+    fake, ref = folders
+    lines = [{"text": caption, "image": f"images/{i}.png"} for i, caption in enumerate(CAPTIONS)]
+    (fake / "result.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert not any("result.jsonl" in warning for warning in evaluate(fake, ref, clip_folder, "--no-fid")["warnings"])
+    (fake / "images" / "3.png").rename(fake / "images" / "30.png")
+    told = [
+        warning for warning in evaluate(fake, ref, clip_folder, "--no-fid")["warnings"] if "result.jsonl" in warning
+    ]
+    assert len(told) == 1 and told[0].startswith("4 of the 7 images are not those that")
+    assert "line 4 has images/3.png, images/ has 4.png" in told[0]
+    (fake / "result.jsonl").write_text('{"prompt": "another program\'s"}\n[]\n')
+    assert not any("result.jsonl" in warning for warning in evaluate(fake, ref, clip_folder, "--no-fid")["warnings"])
+
+
+def test_captions_from_other_editors(folders, clip_folder):
+    """A byte order mark and Windows' line ends are no part of a caption."""
+    fake, ref = folders
+    score = evaluate(fake, ref, clip_folder, "--no-fid")["clip_score"]
+    (fake / "captions.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(CAPTIONS).encode())
+    assert evaluate(fake, ref, clip_folder, "--no-fid")["clip_score"] == score
 
 
 def test_either_part_alone(folders, clip_folder, tmp_path):
@@ -251,10 +486,13 @@ def test_warnings(folders, clip_folder):
         "--ref_type train is not used",
         "1 of the 7 generated images are exact copies",
         "1 captions are longer than CLIP's 40 tokens",
+        "makes vectors of 12 numbers, ViT-B/32 has 512",
     ):
         assert sum(told in warning for warning in warnings) == 1, told
     with pytest.raises(ValueError, match=r"--strict: \(1\) 7 images"):
         evaluate(fake, ref, clip_folder, "--strict")
+    warnings = evaluate(fake, fake, None, "--no-clip")["warnings"]
+    assert sum("lie one in the other" in warning for warning in warnings) == 1
 
 
 def test_what_is_missing(folders, clip_folder, tmp_path):
@@ -263,8 +501,13 @@ def test_what_is_missing(folders, clip_folder, tmp_path):
         evaluate(fake, tmp_path / "nowhere", clip_folder)
     with pytest.raises(FileNotFoundError, match=r"no folder of generated images at .*nowhere.images"):
         evaluate(tmp_path / "nowhere", ref, clip_folder)
-    with pytest.raises(FileNotFoundError, match=r"has no folder images/; it has .*fake, which does"):
+    with pytest.raises(FileNotFoundError, match=r"has no folder images/: it has .*fake, which does"):
         evaluate(tmp_path, ref, clip_folder)
+    with pytest.raises(FileNotFoundError, match=r"has no folder images/: give .*fake, the folder that holds it"):
+        evaluate(fake / "images", ref, clip_folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"the folder .*empty has no images \(\.jpg, .*\): check the path"):
+        evaluate(fake, tmp_path / "empty", clip_folder)
     (fake / "captions.txt").write_text("\n".join(CAPTIONS[:-1]))
     with pytest.raises(ValueError, match=r"captions.txt has 6 lines and .*images 7 images"):
         evaluate(fake, ref, clip_folder)
@@ -299,7 +542,7 @@ def test_absent_and_damaged_clip_weights(clip_folder, tmp_path, monkeypatch):
     place = tmp_path / "pretrained_models" / "clip-vit-base-patch32"
     place.mkdir(parents=True)
     (place / "config.json").write_bytes((clip_folder / "config.json").read_bytes())
-    with pytest.raises(FileNotFoundError, match=r"has a config\.json and no weights"):
+    with pytest.raises(FileNotFoundError, match="has a configuration and no weights"):
         find_clip("ViT-B/32")
     weights = (clip_folder / "model.safetensors").read_bytes()
     (place / "model.safetensors").write_bytes(weights[:5000])

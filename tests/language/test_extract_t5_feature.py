@@ -14,7 +14,9 @@ import torch
 
 from dataset.text_features import FeatureWriter, PackedFeatures, open_features
 from language import extract_t5_feature
+from language.captions import clean_caption
 from language.extract_t5_feature import encode_captions
+from language.prompts import PromptFeatures
 from language.t5 import T5Embedder
 from tests.helpers import ROOT, free_port
 from tests.language.small_t5 import make_small_t5
@@ -32,6 +34,7 @@ SCRIPT = "language.extract_t5_feature"
 SENTENCE = "a red lantern hangs over the street two cats sleep on green chair next to window map of fox"
 WORDS = SENTENCE.split()
 CAPTIONS = {"part-00": 23, "part-01": 9, "part-02": 1}
+EMPTY = (("part-00", 5), ("part-00", 15), ("part-01", 2))  # of blip's, once they are cleaned
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -90,7 +93,8 @@ def directly(embedder, texts_of, key=0):
     for stem, count in CAPTIONS.items():
         for line in range(count):
             features, mask = embedder.get_text_embeddings([texts_of(number)[key]])
-            found[stem, line] = features[0, : int(mask.sum())]
+            if clean_caption(texts_of(number)[key]):
+                found[stem, line] = features[0, : int(mask.sum())]
             number += 1
     return found
 
@@ -114,10 +118,10 @@ def extracted(lists, t5, tmp_path_factory):
 def test_every_caption(extracted, embedder):
     store = open_features(extracted, dim=32)
     expected = directly(embedder, texts)
-    assert isinstance(store, PackedFeatures) and len(store) == len(expected) == 33
+    assert isinstance(store, PackedFeatures) and len(store) == len(expected) == 30
     for (stem, line), features in expected.items():
         torch.testing.assert_close(store.get(stem, line), features, **CLOSE)
-    assert len(store.get("part-00", 5)) == 1  # nothing is left of a file's name but the end of the text
+    assert all(store.get(*place) is None for place in EMPTY), "nothing is left of a file's name"
     assert len({len(features) for features in expected.values()}) > 8
 
 
@@ -147,10 +151,14 @@ def test_what_the_index_records(extracted):
 
 def test_the_published_layout(lists, t5, extracted, tmp_path):
     folder = extract(lists, tmp_path / "published", t5, "--published-layout")
-    assert sorted(path.name for path in (folder / "part-01").iterdir()) == sorted(f"{line}.npy" for line in range(9))
+    expected = sorted(f"{line}.npy" for line in range(9) if line != 2)
+    assert sorted(path.name for path in (folder / "part-01").iterdir()) == expected
     packed, published = open_features(extracted), open_features(folder, dim=32)
     for stem, count in CAPTIONS.items():
         for line in range(count):
+            if (stem, line) in EMPTY:
+                assert published.get(stem, line) is packed.get(stem, line) is None
+                continue
             array = np.load(folder / stem / f"{line}.npy")
             assert array.dtype == np.float32 and array.shape[0] == 1
             assert torch.equal(published.get(stem, line), packed.get(stem, line))
@@ -226,7 +234,7 @@ def test_like_lengths_are_encoded_together(embedder, monkeypatch):
 
 @pytest.fixture
 def damaged(lists, tmp_path):
-    """The lists with lines of part-00 that are cut, empty, without a text or with too few."""
+    """The lists with lines of part-00 that are cut, empty, without a text, with too few, or with empty ones."""
     folder = tmp_path / "damaged"
     folder.mkdir()
     for file in lists.iterdir():
@@ -236,11 +244,14 @@ def damaged(lists, tmp_path):
     lines[8] = json.dumps({"image_path": "8.jpg"})
     lines[9] = json.dumps({"image_path": "9.jpg", "text": []})
     lines[12] = json.dumps({"image_path": "12.jpg", "text": [None, "a", "b"]})
+    for line, text in BLANK.items():
+        lines[line] = json.dumps({"image_path": f"{line}.jpg", "text": [text, "a", "b"]})
     (folder / "part-00.jsonl").write_text("\n".join(lines))  # and no line end at the end
     return folder
 
 
-DAMAGED = (3, 4, 8, 9, 12)
+BLANK = {13: "", 14: " \n", 16: "https://example.com/a"}
+DAMAGED = (3, 4, 8, 9, 12, *BLANK)
 
 
 @pytest.mark.parametrize("more", [[], ["--published-layout"]], ids=["packed", "published"])
@@ -249,18 +260,22 @@ def test_damaged_lines(damaged, t5, extracted, tmp_path, capsys, more):
     output = capsys.readouterr().out
     for line in DAMAGED:
         assert f"skipped: line {line} (from 0) of {damaged / 'part-00.jsonl'}" in output
-    assert "features of 28 captions, 5 damaged lines skipped" in output
+    assert "features of 22 captions, 11 lines without a caption skipped" in output
     store, whole = open_features(folder), open_features(extracted)
-    assert len(store) == 28
+    assert len(store) == 22
+    for line in (13, 14):
+        assert re.search(rf"skipped: line {line} \(from 0\) of .*part-00\.jsonl has an empty caption\n", output)
+    assert "jsonl has an empty caption, 'https://example.com/a', once it is cleaned\n" in output
+    assert "skipped: line 2 (from 0) of " in output and "empty caption, 'IMG_2041.jpg', once it is cleaned" in output
     for line in range(23):
-        if line in DAMAGED:
+        if line in DAMAGED or ("part-00", line) in EMPTY:
             assert store.get("part-00", line) is None
         else:
             torch.testing.assert_close(store.get("part-00", line), whole.get("part-00", line), **CLOSE)
     before = digests(folder)
     extract(damaged, folder, t5, *more)
     again = capsys.readouterr().out
-    assert "features of 28 captions, 5 damaged lines skipped" in again and "encoded" not in again
+    assert "features of 22 captions, 11 lines without a caption skipped" in again and "encoded" not in again
     assert digests(folder) == before
 
 
@@ -281,6 +296,76 @@ def test_lists_of_another_kind(t5, tmp_path):
         extract(tmp_path, tmp_path / "features", t5, "--shard-size", 150)
 
 
+@pytest.mark.parametrize("more", [[], ["--published-layout"]], ids=["packed", "published"])
+def test_a_run_without_any_caption(t5, tmp_path, more):
+    """Of samples that have one text each; the second time too."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for line in range(12):
+            for name, content in [("jpg", b"no image"), ("txt", b"a red lantern")]:
+                info = tarfile.TarInfo(f"{line:05d}.{name}")
+                info.size = len(content)
+                tar.addfile(info, BytesIO(content))
+    message = (
+        r"none of the 12 lines has a caption: check .*--caption-key.*the first: sample 0 of .*a\.tar has 1 texts, "
+    )
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message + "--caption-key llava is number 2"):
+            extract(tmp_path, tmp_path / "features", t5, "--caption-key", "llava", *more)
+    extract(tmp_path, tmp_path / "others", t5, *more)
+    if more:  # there are some of an earlier run
+        for line in (3, 4):
+            (tmp_path / "others" / "a" / f"{line}.npy").unlink()
+        extract(tmp_path, tmp_path / "others", t5, "--caption-key", "llava", *more)
+        assert len(list((tmp_path / "others" / "a").iterdir())) == 10
+
+
+@pytest.mark.slow
+def test_two_processes_without_any_caption(lists, t5, tmp_path):
+    """All end with the same words."""
+    folder = make_lists(tmp_path / "lists", {"a": 12})
+    lines = [json.loads(line) for line in (folder / "a.jsonl").read_text().splitlines()]
+    (folder / "a.jsonl").write_text("\n".join(json.dumps({**line, "text": "http://a.com"}) for line in lines))
+    output = run_script(SCRIPT, *words(folder, tmp_path / "features", t5), processes=2, fails=True)
+    assert output.count("none of the 12 lines has a caption") == 1 and "AgreedError" not in output
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("name", ["own.prompts.tsv", "own.prompts.txt"])
+@pytest.mark.parametrize("more", [[], ["--published-layout"]], ids=["packed", "published"])
+def test_prompts_of_a_file(t5, embedder, tmp_path, name, more):
+    """By the number of each, under the file's name; what the sampling scripts then read."""
+    prompts = ["a red lantern", "two cats, sleep", "a map"]
+    heading = ["Prompt"] if name.endswith("tsv") else [""]
+    (tmp_path / name).write_text("\n".join([*heading, *prompts]) + "\n")
+    folder = extract(tmp_path / name, tmp_path / "features", t5, *more)
+    assert open_features(folder).present("own.prompts").tolist() == [True] * 3
+    features = PromptFeatures(folder, tmp_path / name, 3, dim=32)
+    for i, prompt in enumerate(prompts):
+        expected, mask = embedder.get_text_embeddings([prompt])
+        torch.testing.assert_close(features[i], expected[0, : int(mask.sum())], **CLOSE)
+
+
+@pytest.mark.parametrize("more", [[], ["--published-layout"]], ids=["packed", "published"])
+def test_prompts_whose_features_do_not_fit(t5, tmp_path, more):
+    (tmp_path / "prompts.txt").write_text("a map\nhttp://a.com\ntwo cats\na fox\n")
+    folder = extract(tmp_path / "prompts.txt", tmp_path / "features", t5, *more)
+    for name, count, message in (
+        (
+            "others.txt",
+            4,
+            r"has no features of others\.txt: a folder others/ is looked for(.|\n)*--data-path others\.txt",
+        ),
+        ("prompts.txt", 5, r"features/prompts has features of 4 prompts and prompts\.txt has 5: extract them anew"),
+        ("prompts.txt", 4, r"features/prompts has no features of 1 of 4 prompts \(1, from 0\): extract them anew"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PromptFeatures(folder, name, count)
+    with pytest.raises(ValueError, match=r"of width 32, but 64 are needed"):
+        PromptFeatures(folder, "prompts.txt", 4, dim=64)
+
+
 # Once more, killed, on more processes
 
 
@@ -288,7 +373,7 @@ def test_finished_means_finished(lists, t5, extracted, capsys):
     before = {path: path.stat().st_mtime_ns for path in extracted.rglob("*")}
     extract(lists, extracted, t5)
     output = capsys.readouterr().out
-    assert "features of 33 captions, 0 damaged lines skipped" in output and "encoded" not in output
+    assert "features of 30 captions, 3 lines without a caption skipped" in output and "encoded" not in output
     assert {path: path.stat().st_mtime_ns for path in extracted.rglob("*")} == before
 
 
@@ -298,7 +383,7 @@ def test_damaged_shards_are_written_anew(lists, t5, extracted, tmp_path, capsys)
         (folder / "part-00" / name).write_bytes(b"half")
     capsys.readouterr()
     extract(lists, folder, t5)
-    assert "encoded 15 captions" in capsys.readouterr().out
+    assert "encoded 13 captions" in capsys.readouterr().out
     assert digests(folder) == digests(extracted)
 
 
@@ -366,7 +451,7 @@ def test_two_processes_killed_and_run_again(t5, tmp_path, more):
     there = {path: path.read_bytes() for path in killed.glob(finished)}
     assert enough <= len(there) < (700 if more else 140)
     output = run_script(SCRIPT, *words(lists, killed, t5, *more), processes=2)
-    assert "features of 700 captions, 0 damaged lines skipped" in output and "Traceback" not in output
+    assert "features of 630 captions, 70 lines without a caption skipped" in output and "Traceback" not in output
     assert all(path.read_bytes() == content for path, content in there.items())
     for leftover in killed.rglob(".*.tmp"):
         assert more, leftover  # of small files; a shard's are removed

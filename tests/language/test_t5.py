@@ -107,6 +107,9 @@ def test_fingerprints_tell_encoders_apart(embedder, folder, tmp_path):
     assert fingerprint(half) == fingerprint(embedder) and len(fingerprint(half)) == 16
     half.model.encoder.final_layer_norm.weight.mul_(1.01)
     assert fingerprint(half) != fingerprint(embedder)
+    other = T5Embedder("cpu", folder, torch_dtype=torch.float32)
+    other.tokenizer.add_tokens(["lantern"])
+    assert fingerprint(other) != fingerprint(embedder)
 
 
 # Where it lies
@@ -149,6 +152,19 @@ def test_what_gets_a_missing_one(tmp_path, monkeypatch, failure):
     with pytest.raises(FileNotFoundError, match=r"no T5 at .*my-t5"):
         find_t5(tmp_path, "my-t5")
     assert len(asked) == 1
+
+
+def test_one_place_is_named(tmp_path, monkeypatch):
+    """That which was asked for, not pretrained_models/ too, where a download would put it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("utils.hub._ROOT", tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError) as told:
+        find_t5("x/nowhere", "flan-t5-xl")
+    message = str(told.value)
+    assert "there is no T5 at x/nowhere/flan-t5-xl" in message and "HF_HUB_OFFLINE is set" in message
+    assert "hf download google/flan-t5-xl --local-dir x/nowhere/flan-t5-xl" in message
+    assert "pretrained_models" not in message and message.count("nowhere") == 2
 
 
 def test_an_unfinished_download_is_not_passed_over(tmp_path, monkeypatch):
