@@ -248,11 +248,9 @@ def open_prompts(path: str) -> "PromptList | None":
 
     if not Path(path).is_file():
         return None
-    from autoregressive.sample.common import read_prompt_lines, read_prompt_table
-    from language.prompts import PromptList
+    from language.prompts import PromptList, read_prompts
 
-    read = read_prompt_table if Path(path).suffix.lower() in (".tsv", ".csv") else read_prompt_lines
-    return PromptList(path, read(path))
+    return PromptList(path, read_prompts(path))
 
 
 def missing_published(args: argparse.Namespace, pairs: "Pairs", chosen: Sequence[int]) -> list[Unit]:

@@ -1,5 +1,6 @@
 """Prompts of a file and their features: made once by language/extract_t5_feature.py, then drawn from without the T5.
 
+    prompts = read_prompts("PartiPrompts.tsv")                    # a table with a column Prompt, or a prompt a line
     pairs = PromptList("parti.tsv", prompts)                      # what extraction reads where --data-path is a file
     features = PromptFeatures("t5_features", "parti.tsv", len(prompts), dim=2048)
     rows = features[17]                                           # (length, 2048), of prompt 17
@@ -7,12 +8,109 @@
 Features lie under the file's name without its ending and the prompt's number from 0.
 """
 
+import csv
+import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from dataset.text_features import EXTRACTION, open_features
+
+# A longer cell is a quotation mark that is closed far below, not a prompt.
+csv.field_size_limit(1 << 20)
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a file: of a .tsv or .csv file its column `Prompt`, of another its lines. Raises as these two do."""
+    return (read_prompt_table if Path(path).suffix.lower() in (".tsv", ".csv") else read_prompt_lines)(path)
+
+
+def read_prompt_lines(path: str | Path) -> list[str]:
+    """The prompts of a text file, one a line; blank lines are passed over.
+
+    Raises FileNotFoundError, and ValueError where the file is not UTF-8 or has no prompt.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file of prompts at {path}: it has a prompt on each line")
+    prompts = [line.strip() for line in _lines(path) if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} has no prompts: it has a prompt on each line")
+    return prompts
+
+
+def read_prompt_table(path: str | Path) -> list[str]:
+    """The column `Prompt` of a table with tabs between its columns and their names in the first line.
+
+    A cell may stand in quotation marks, and then have tabs, line ends and doubled marks in it. Blank lines are passed
+    over. Raises FileNotFoundError, and ValueError that names the line: no such column, no rows, an empty prompt, a
+    quotation mark that is never closed, or bytes that are not UTF-8.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no file of prompts at {path}: --prompt-csv takes any table with tabs between its columns and a column named "
+            "Prompt in its first line; PartiPrompts.tsv is in https://github.com/google-research/parti, captions of COCO "
+            "are in https://cocodataset.org"
+        )
+    lines = _lines(path)
+    if not any(map(str.strip, lines)):
+        raise ValueError(f"{path} is empty: it has a table with a column Prompt")
+    try:
+        return _prompts_of_table(lines, path)
+    except csv.Error as error:
+        raise ValueError(f"{path} cannot be read as a table with tabs between its columns: {error}") from error
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file with their ends as they are, since within quotation marks they belong to a prompt."""
+    try:
+        return list(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+
+
+def _prompts_of_table(lines: list[str], path: Path) -> list[str]:
+    rows = csv.reader(lines, delimiter="\t")
+    names = [name.strip() for name in next(row for row in rows if row)]
+    if "Prompt" not in names:
+        raise ValueError(
+            f"{path} has no column Prompt; its columns are {', '.join(map(repr, names))} (with tabs between them, named in "
+            "the first line)"
+        )
+    column, prompts, spread, start = names.index("Prompt"), [], [], rows.line_num
+    for row in rows:
+        first, last, start = start + 1, rows.line_num, rows.line_num
+        prompt = row[column] if len(row) > column else ""
+        if prompt.strip():
+            prompts.append(prompt)
+        elif row:
+            raise ValueError(f"line {first} of {path} has an empty Prompt: fill it in, or remove the line")
+        if last > first:
+            spread.append(f"{first} to {last}")
+    if not prompts:
+        raise ValueError(f"{path} has no prompts below its first line")
+    _require_closed(lines[first - 1 :], first, path)
+    if spread:
+        listed = ", ".join(spread[:5]) + (", …" if len(spread) > 5 else "")
+        warnings.warn(
+            f"{path}: quotation marks join several lines into one row (lines {listed}); if that is not meant, double them",
+            stacklevel=3,
+        )
+    return prompts
+
+
+def _require_closed(lines: list[str], number: int, path: Path) -> None:
+    """Raises ValueError where the file ends within quotation marks, which took all its last lines for one prompt."""
+    try:
+        list(csv.reader(lines, delimiter="\t", strict=True))
+    except csv.Error as error:
+        if "unexpected end of data" in str(error):
+            raise ValueError(
+                f"line {number} of {path} opens a quotation mark that is never closed: double it"
+            ) from error
 
 
 class PromptList(Sequence[str]):

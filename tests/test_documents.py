@@ -127,7 +127,8 @@ def own_paths(words: list[str], files: Path, work: Path) -> list[str]:
             word = str(files / "vq.pt")
         elif flag in ("--data-path", "--data-face-path"):
             names = {"--data-face-path": "faces", "laion_coco": "pairs", "aesthetic": "pairs"}
-            word = str(files / names.get(flag, names.get(word, "images")))
+            name = "prompts.tsv" if word.endswith(".tsv") else names.get(flag, names.get(word, "images"))
+            word = str(files / name)
         elif flag == "--ref_dir" and not word.endswith(".npz"):
             word = str(files / "coco")
         elif flag == "--fake_dir":  # the name tells the size of the images

@@ -60,20 +60,21 @@ def captions(tmp_path_factory):
 
 
 def test_captions_say_what_is_true(captions):
-    """Of the digit, and in thirds by which way it leans: with quantiles and moments of the scans taken here."""
+    """Of the digit, and in thirds by which way it leans: with quantiles and moments of the pictures taken here."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
 
     def slant(scan):
         """The slope of a line through the means of the rows, each as heavy as its row."""
-        heights, columns = -np.arange(8.0), np.arange(8.0)
+        heights, columns = -np.arange(16.0), np.arange(16.0)
         ink = scan.sum(axis=1)
         means = (scan @ columns) / np.where(ink > 0, ink, 1)
         centre = (ink @ heights) / ink.sum()
         return ink @ ((heights - centre) * means) / (ink @ (heights - centre) ** 2)
 
-    slants = np.asarray([slant(scan) for scan in digits.images])
+    scans = [Image.fromarray((scan * 255 / 16).round().astype(np.uint8)) for scan in digits.images]
+    slants = np.asarray([slant(np.asarray(scan.resize((16, 16), Image.BICUBIC), float)) for scan in scans])
     training = np.arange(1797) % 5 != 4
     pairs = lines_of(captions / "train.jsonl") + lines_of(captions / "held_out.jsonl")
     assert len(pairs) == 80 * 3 + 20
@@ -98,7 +99,7 @@ def test_captions_say_what_is_true(captions):
 
 def test_a_digit_that_leans_and_one_that_is_heavy():
     image = np.zeros((8, 8))
-    image[np.arange(8), 7 - np.arange(8)] = 16  # from the lower left to the upper right
+    image[np.arange(8), 7 - np.arange(8)] = 255  # from the lower left to the upper right
     assert make_digit_captions.measure(image) == pytest.approx((1.0, 8 / 64))
     assert make_digit_captions.measure(image[:, ::-1])[0] == pytest.approx(-1.0)
     assert make_digit_captions.measure(np.eye(8)[:, :1] @ np.ones((1, 8)))[0] == 0  # of one row

@@ -95,6 +95,7 @@ def of_prompts(args: argparse.Namespace) -> dict:
 
     from dataset.images import load_rgb
     from tools.draw_training import read_curves
+    from tools.make_digit_captions import attribute_limits
     from utils.images import make_grid, save_png
     from utils.runs import runs_in
 
@@ -134,7 +135,7 @@ def of_prompts(args: argparse.Namespace) -> dict:
         "nll_held_out_nats_per_token": losses,
         "prompts": len({row["Prompt"] for row in asked}),
         **judge.figures(resized, digits),
-        **attributes_as_asked(samples, asked),
+        **attributes_as_asked(samples, asked, attribute_limits(judge.train_images[..., 0], judge.train_labels)),
     }
 
 
@@ -145,11 +146,11 @@ class Judge:
         from sklearn.neural_network import MLPClassifier
         from sklearn.svm import SVC
 
-        self.train_images, train_labels = read_digits(Path(folder) / "train")
+        self.train_images, self.train_labels = read_digits(Path(folder) / "train")
         self.held_images, self.held_labels = read_digits(Path(folder) / "held_out")
         pixels = self._pixels(self.train_images)
-        self.classifier = SVC(C=10, gamma="scale").fit(pixels, train_labels)
-        self.perceptron = MLPClassifier((64,), max_iter=500, random_state=0).fit(pixels, train_labels)
+        self.classifier = SVC(C=10, gamma="scale").fit(pixels, self.train_labels)
+        self.perceptron = MLPClassifier((64,), max_iter=500, random_state=0).fit(pixels, self.train_labels)
 
     def figures(self, samples: "np.ndarray", asked: "np.ndarray") -> dict:
         """samples: uint8 (n, H, W, 3). asked: the digits they should be (n,)."""
@@ -196,24 +197,20 @@ def read_digits(folder: Path) -> "tuple[np.ndarray, np.ndarray]":
     return np.stack([np.asarray(load_rgb(path)) for path in images.paths]), np.asarray(images.labels)
 
 
-def attributes_as_asked(samples: "np.ndarray", asked: list[dict[str, str]]) -> dict[str, float | None]:
+def attributes_as_asked(
+    samples: "np.ndarray", asked: list[dict[str, str]], limits: "np.ndarray"
+) -> dict[str, float | None]:
     """The shares of digits that lean, and are as heavy, as their prompts say, where these say so: one in three by chance.
 
-    samples: uint8 (n, H, W, 3). They are measured at the 8x8 pixels of the scans whose thirds the words mean.
+    samples: uint8 (n, H, W, 3). limits: of make_digit_captions.attribute_limits.
     """
     import numpy as np
-    from PIL import Image
-    from sklearn.datasets import load_digits
 
-    from tools.make_digit_captions import attribute_limits, attributes
+    from tools.make_digit_captions import attributes
 
-    digits = load_digits()
-    chosen = np.arange(len(digits.target)) % 5 != 4
-    limits = attribute_limits(digits.images[chosen], digits.target[chosen])
     right: dict[str, list[bool]] = {"Slant": [], "Stroke": []}
     for image, row in zip(samples, asked, strict=True):
-        small = np.asarray(Image.fromarray(image).convert("L").resize((8, 8), Image.BOX))
-        for name, found in zip(right, attributes(small, int(row["Digit"]), limits), strict=True):
+        for name, found in zip(right, attributes(image[..., 0], int(row["Digit"]), limits), strict=True):
             if row[name]:
                 right[name].append(found == row[name])
     return {f"{name.lower()}_as_asked": float(np.mean(values)) if values else None for name, values in right.items()}

@@ -53,21 +53,22 @@ def main(args: argparse.Namespace) -> None:
     output, every = Path(args.output), args.held_out_every
     numbers = np.arange(len(digits.target))
     held_out = numbers % every == every - 1
-    limits = attribute_limits(digits.images[~held_out], digits.target[~held_out])
+    pixels = np.clip(digits.images * 255 / 16, 0, 255).round().astype(np.uint8)
+    whole = np.stack([np.asarray(view(Image.fromarray(scan), args.image_size, None)) for scan in pixels])
+    limits = attribute_limits(whole[~held_out], digits.target[~held_out])
     wanted = numbers < (args.scans or len(numbers))
     for split, chosen in (("train", wanted & ~held_out), ("held_out", wanted & held_out)):
         lines = []
         for i in np.flatnonzero(chosen):
-            scan, digit = digits.images[i], int(digits.target[i])
-            slant, stroke = attributes(scan, digit, limits)
-            pixels = np.clip(scan * 255 / 16, 0, 255).round().astype(np.uint8)
+            digit = int(digits.target[i])
+            slant, stroke = attributes(whole[i], digit, limits)
             for k in range(args.views if split == "train" else 1):
                 for_view, for_words = (np.random.default_rng((int(i), k, use)) for use in (0, 1))
                 path = output / "images" / f"{i:04d}-{k}.png"
                 if not is_whole_png(path):
-                    image = view(Image.fromarray(pixels), args.image_size, for_view if k else None)
+                    image = view(Image.fromarray(pixels[i]), args.image_size, for_view if k else None)
                     save_png(image.convert("RGB"), path)
-                short, long = (fill(wording(for_words, whole), digit, slant, stroke) for whole in (False, True))
+                short, long = (fill(wording(for_words, all_told), digit, slant, stroke) for all_told in (False, True))
                 pair = {"image_path": f"images/{path.name}", "text": [short, f"{long}.", long]}
                 lines.append({**pair, "digit": digit, "slant": slant, "stroke": stroke})
         for file, up in ((f"{split}.jsonl", ""), (f"{split}/{split}.jsonl", "../")):
@@ -121,7 +122,7 @@ def fill(template: str, digit: int, slant: str, stroke: str) -> str:
 
 def measure(image: "np.ndarray") -> tuple[float, float]:
     """Slant and weight of a light digit on black, (H, W) from 0: how far its top is to the right of its foot, as the
-    tangent of an angle, and the mean over the brightest value."""
+    tangent of an angle, and the share of its pixels that are brighter than half."""
     import numpy as np
 
     ink = np.asarray(image, np.float64)
@@ -132,14 +133,14 @@ def measure(image: "np.ndarray") -> tuple[float, float]:
     dy, dx = y - (ink * y).sum() / total, x - (ink * x).sum() / total
     upright = (ink * dy**2).sum()
     slant = -float((ink * dx * dy).sum() / upright) if upright else 0.0
-    return slant, float(ink.mean() / ink.max())
+    return slant, float((ink > 127).mean())
 
 
-def attribute_limits(scans: "np.ndarray", labels: "np.ndarray") -> "np.ndarray":
-    """The values that part each digit's scans into thirds: (10, 2, 2), for digit, slant or weight, lower or upper."""
+def attribute_limits(images: "np.ndarray", labels: "np.ndarray") -> "np.ndarray":
+    """The values that part each digit's images (n, H, W) into thirds: (10, 2, 2), for digit, slant or weight, lower or upper."""
     import numpy as np
 
-    values = np.asarray([measure(scan) for scan in scans])
+    values = np.asarray([measure(image) for image in images])
     return np.stack([np.quantile(values[labels == digit], (1 / 3, 2 / 3), axis=0).T for digit in range(10)])
 
 

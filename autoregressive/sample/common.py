@@ -1,15 +1,11 @@
-"""What the sampling scripts share: from their flags to a pipeline, files of prompts, and many images over processes.
+"""What the sampling scripts share: from their flags to a pipeline, and many images over processes.
 
 pipeline, gpt_path, vq_path = build_pipeline(args, device)
-prompts = read_prompt_table("PartiPrompts.tsv")
 mine = share_of_missing(dist, folder, png, count, batch)
 save_images(pipeline.batches(labels, indices=mine), png, len(mine), progress=dist.is_main)
 """
 
 import argparse
-import csv
-import io
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,9 +24,6 @@ from utils.runs import find_checkpoint
 
 if TYPE_CHECKING:
     from language.prompts import PromptFeatures
-
-# A longer cell is a quotation mark that is closed far below, not a prompt.
-csv.field_size_limit(1 << 20)
 
 
 def sampling_settings(args: argparse.Namespace) -> dict:
@@ -136,92 +129,6 @@ def features_of(stored: "PromptFeatures", numbers: Sequence[int], tokens: int) -
     found = {number: stored[number] for number in numbers}
     warn_of_long_features({number: len(rows) for number, rows in found.items()}, tokens)
     return [found[number][:tokens] for number in numbers]
-
-
-def read_prompt_lines(path: str | Path) -> list[str]:
-    """The prompts of a text file, one a line; blank lines are passed over.
-
-    Raises FileNotFoundError, and ValueError where the file is not UTF-8 or has no prompt.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file of prompts at {path}: it has a prompt on each line")
-    prompts = [line.strip() for line in _lines(path) if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path} has no prompts: it has a prompt on each line")
-    return prompts
-
-
-def read_prompt_table(path: str | Path) -> list[str]:
-    """The column `Prompt` of a table with tabs between its columns and their names in the first line.
-
-    A cell may stand in quotation marks, and then have tabs, line ends and doubled marks in it. Blank lines are passed
-    over. Raises FileNotFoundError, and ValueError that names the line: no such column, no rows, an empty prompt, a
-    quotation mark that is never closed, or bytes that are not UTF-8.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no file of prompts at {path}: --prompt-csv takes any table with tabs between its columns and a column named "
-            "Prompt in its first line; PartiPrompts.tsv is in https://github.com/google-research/parti, captions of COCO "
-            "are in https://cocodataset.org"
-        )
-    lines = _lines(path)
-    if not any(map(str.strip, lines)):
-        raise ValueError(f"{path} is empty: it has a table with a column Prompt")
-    try:
-        return _prompts_of_table(lines, path)
-    except csv.Error as error:
-        raise ValueError(f"{path} cannot be read as a table with tabs between its columns: {error}") from error
-
-
-def _lines(path: Path) -> list[str]:
-    """The lines of a text file with their ends as they are, since within quotation marks they belong to a prompt."""
-    try:
-        return list(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
-
-
-def _prompts_of_table(lines: list[str], path: Path) -> list[str]:
-    rows = csv.reader(lines, delimiter="\t")
-    names = [name.strip() for name in next(row for row in rows if row)]
-    if "Prompt" not in names:
-        raise ValueError(
-            f"{path} has no column Prompt; its columns are {', '.join(map(repr, names))} (with tabs between them, named in "
-            "the first line)"
-        )
-    column, prompts, spread, start = names.index("Prompt"), [], [], rows.line_num
-    for row in rows:
-        first, last, start = start + 1, rows.line_num, rows.line_num
-        prompt = row[column] if len(row) > column else ""
-        if prompt.strip():
-            prompts.append(prompt)
-        elif row:
-            raise ValueError(f"line {first} of {path} has an empty Prompt: fill it in, or remove the line")
-        if last > first:
-            spread.append(f"{first} to {last}")
-    if not prompts:
-        raise ValueError(f"{path} has no prompts below its first line")
-    _require_closed(lines[first - 1 :], first, path)
-    if spread:
-        listed = ", ".join(spread[:5]) + (", …" if len(spread) > 5 else "")
-        warnings.warn(
-            f"{path}: quotation marks join several lines into one row (lines {listed}); if that is not meant, double them",
-            stacklevel=3,
-        )
-    return prompts
-
-
-def _require_closed(lines: list[str], number: int, path: Path) -> None:
-    """Raises ValueError where the file ends within quotation marks, which took all its last lines for one prompt."""
-    try:
-        list(csv.reader(lines, delimiter="\t", strict=True))
-    except csv.Error as error:
-        if "unexpected end of data" in str(error):
-            raise ValueError(
-                f"line {number} of {path} opens a quotation mark that is never closed: double it"
-            ) from error
 
 
 def share_of_missing(dist: Distributed, folder: Path, png: Callable[[int], Path], count: int, batch: int) -> list[int]:

@@ -38,9 +38,9 @@ def main(args: argparse.Namespace) -> None:
         build_pipeline,
         features_of,
         open_prompt_features,
-        read_prompt_lines,
         sampling_settings,
     )
+    from language.prompts import read_prompt_lines
     from utils.distributed import pick_device
     from utils.images import make_grid, save_png
 

@@ -57,11 +57,11 @@ def main(args: argparse.Namespace) -> None:
         build_pipeline,
         features_of,
         open_prompt_features,
-        read_prompt_table,
         sampling_settings,
         save_images,
         share_of_missing,
     )
+    from language.prompts import read_prompt_table
     from utils.distributed import start
     from utils.images import is_whole_png, write_image_npz
     from utils.sample_folder import claim_folder, folder_identity, read_images, tree_identity, write_captions

@@ -18,8 +18,9 @@ from PIL import Image
 from autoregressive.models.gpt import GPT_models
 from autoregressive.pipeline import ImagePipeline
 from autoregressive.sample import sample_c2i, sample_t2i, sample_t2i_ddp
-from autoregressive.sample.common import read_prompt_lines, read_prompt_table, text_settings
+from autoregressive.sample.common import text_settings
 from language import extract_t5_feature
+from language.prompts import read_prompt_lines, read_prompt_table
 from tests.helpers import ROOT, free_port, randomize
 from tests.language.small_t5 import make_small_t5
 from tests.training import check_published_flags, environment, run_here
