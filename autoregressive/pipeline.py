@@ -47,6 +47,9 @@ PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 ROW_MULTIPLE = 8
 IMAGES_AT_ONCE = 2
 
+# Of what is not drawn yet, in a preview: the middle of the range.
+GREY = 128
+
 
 def load_gpt(
     path: str | Path,
@@ -264,9 +267,14 @@ class ImagePipeline:
         indices: Sequence[int] | None = None,
         progress: bool = False,
         size: int | None = None,
+        on_step: Callable[[list[int], int, Tensor], None] | None = None,
         **sampling,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
-        """As calling the pipeline, but one micro-batch at a time: the images' numbers, and uint8 (n, size, size, 3)."""
+        """As calling the pipeline, but one micro-batch at a time: the images' numbers, and uint8 (n, size, size, 3).
+
+        on_step: called after each decode step with the numbers of the images that are being drawn, how many of their tokens
+        are done, and the tokens (n, N) as preview() takes them. What it raises ends the drawing.
+        """
         asked = self._check_texts(asked, features) if self.is_text else self._check_labels(asked, features)
         indices = list(range(len(asked))) if indices is None else list(indices)
         if len(indices) != len(asked):
@@ -282,10 +290,12 @@ class ImagePipeline:
                 done = 0
                 count = len(asked[part])
 
-                def advance(tokens: int, count: int = count) -> None:
+                def advance(now: int, tokens: Tensor, numbers: list[int] = indices[part], count: int = count) -> None:
                     nonlocal done
-                    bar.update((tokens - done) * count)
-                    done = tokens
+                    bar.update((now - done) * count)
+                    done = now
+                    if on_step:
+                        on_step(numbers, now, tokens[:count])
 
                 cond, mask = self.condition_rows(asked[part]) if self.is_text else (asked[part], None)
                 codes = self.generate_codes(
@@ -345,18 +355,22 @@ class ImagePipeline:
         cond: Tensor,
         *,
         emb_masks: Tensor | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         indices: Sequence[int] | None = None,
-        on_step: Callable[[int], None] | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
         **sampling,
     ) -> Tensor:
         """One micro-batch of codes, int64 (B, N) in raster order.
 
-        cond, emb_masks: labels (B,), or what condition_rows gives. indices: the images' numbers.
+        cond, emb_masks: labels (B,), or what condition_rows gives. indices: the images' numbers. seed: of the run, or of
+        each image's own run.
         """
         indices = range(len(cond)) if indices is None else indices
         tokens = self.gpt.layout.tokens
-        noise = image_noise(seed, indices, tokens)
+        if isinstance(seed, int):
+            noise = image_noise(seed, indices, tokens)
+        else:
+            noise = torch.cat([image_noise(own, [i], tokens) for own, i in zip(seed, indices, strict=True)])
         padding = self._padding(len(cond))
         if padding:
             cond = torch.cat([cond, cond[-1:].expand(padding, *cond.shape[1:])])
@@ -371,18 +385,31 @@ class ImagePipeline:
     @torch.inference_mode()
     def decode(self, codes: Tensor, size: int | None = None) -> np.ndarray:
         """Codes (B, N) in raster order to uint8 (B, size, size, 3), by bicubic resizing where size is another one."""
-        side = isqrt(codes.shape[1])
-        at_once = IMAGES_AT_ONCE if self.device.type == "cpu" else self.batch_size
-        shape = (at_once, self.tokenizer.config.codebook_embed_dim, side, side)
-        arrays = []
-        for part in codes.to(self.device).split(at_once):
-            filled = torch.cat([part, part[-1:].expand(at_once - len(part), -1)])
-            with independent_of_threads(self.tokenizer) if self.device.type == "cpu" else nullcontext():
-                images = self.tokenizer.decode_code(filled, shape)
-            if size is not None and size != images.shape[-1]:
-                images = torch.nn.functional.interpolate(images, size=(size, size), mode="bicubic")
-            arrays.append(to_uint8(images)[: len(part)])
-        return np.concatenate(arrays)
+        return self._decode_rows(codes, isqrt(codes.shape[1]), size)
+
+    def _decode_rows(self, codes: Tensor, rows: int, size: int | None = None) -> np.ndarray:
+        """Codes of `rows` rows of tokens, (B, rows * columns) in raster order, to uint8 (B, rows * f, columns * f, 3)."""
+        return decode_codes(self.tokenizer, codes, width=codes.shape[1] // rows, size=size, batch_size=self.batch_size)
+
+    @torch.inference_mode()
+    def preview(self, tokens: Tensor, done: int) -> np.ndarray:
+        """What images look like while they are drawn: uint8 (B, side, side, 3), grey where there are no tokens yet.
+
+        tokens: (B, N) in the layout's order, of which the first `done` are drawn. Only the rows of tokens that have begun
+        are decoded. Near its edge the drawn part may change yet: the decoder looks further than one token.
+        """
+        layout, pixels = self.gpt.layout, self.tokenizer.downsample
+        drawn = (layout.raster < done).view(layout.grid_size, -1)  # (side, side)
+        rows = int(drawn.any(1).nonzero().max()) + 1 if done else 0  # rows that have begun
+        images = np.full((len(tokens), self.image_size, self.image_size, 3), GREY, np.uint8)
+        if rows:
+            codes = torch.where(drawn.flatten().to(tokens.device), tokens[:, layout.raster.to(tokens.device)], 0)
+            decoded = self._decode_rows(codes[:, : rows * layout.grid_size], rows)
+            visible = (
+                drawn[:rows].repeat_interleave(pixels, 0).repeat_interleave(pixels, 1).numpy()
+            )  # (rows * f, width)
+            images[:, : rows * pixels] = np.where(visible[None, :, :, None], decoded, GREY)
+        return images
 
     def _padding(self, count: int) -> int:
         """Rows to add: to a whole micro-batch on an accelerator, whose kernels depend on every size; else to a multiple."""
@@ -455,6 +482,30 @@ class ImagePipeline:
         if dim not in (None, width):
             raise ValueError(f"the text encoder has features of {dim} numbers and the GPT takes {width}")
         return self.text_encoder
+
+
+@torch.inference_mode()
+def decode_codes(
+    tokenizer: VQModel, codes: Tensor, *, width: int | None = None, size: int | None = None, batch_size: int = 32
+) -> np.ndarray:
+    """Codes (B, h·width) in raster order to pixels, uint8 (B, H, W, 3); an image's do not depend on the others.
+
+    width: tokens of a row (of a square where not given). size: pixels a side to resize to, bicubically.
+    batch_size: images at once on an accelerator.
+    """
+    device = tokenizer.quantize.embedding.weight.device
+    width = width or isqrt(codes.shape[1])
+    at_once = IMAGES_AT_ONCE if device.type == "cpu" else batch_size
+    shape = (at_once, tokenizer.config.codebook_embed_dim, codes.shape[1] // width, width)
+    arrays = []
+    for part in codes.to(device).split(at_once):
+        filled = torch.cat([part, part[-1:].expand(at_once - len(part), -1)])
+        with independent_of_threads(tokenizer) if device.type == "cpu" else nullcontext():
+            images = tokenizer.decode_code(filled, shape)
+        if size is not None and size != images.shape[-1]:
+            images = torch.nn.functional.interpolate(images, size=(size, size), mode="bicubic")
+        arrays.append(to_uint8(images)[: len(part)])
+    return np.concatenate(arrays)
 
 
 def holds_text(asked: object) -> bool:

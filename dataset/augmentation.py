@@ -12,7 +12,6 @@ import random
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torchvision.transforms import TenCrop
 
 FLIP_VIEWS = ("center", "center_flip")
 _FIVE = ("top_left", "top_right", "bottom_left", "bottom_right", "center")
@@ -88,6 +87,8 @@ def ten_crop_views(pil_image: Image.Image, image_size: int, crop_range: float) -
     """
     if crop_range < 1:
         raise ValueError(f"the crop range must be at least 1, got {crop_range}")
+    from torchvision.transforms import TenCrop  # what serves has no torchvision, and reads shards
+
     crops = TenCrop(image_size)(center_crop_arr(pil_image, int(image_size * crop_range)))
     return [to_tensor(crop) for crop in crops]
 

@@ -65,10 +65,10 @@ def add_gpt_flags(
         group.add_argument("--drop-path-rate", type=float, default=0.0, help="stochastic depth of the last layer")
 
 
-def add_gpt_file_flags(parser: Flags) -> None:
+def add_gpt_file_flags(parser: Flags, *, required: bool = False) -> None:
     """--gpt-ckpt, --from-fsdp and --use-ema of the scripts that sample."""
     help = "GPT weights: a file, a run's folder, or a released file's name"
-    parser.add_argument("--gpt-ckpt", default=None, help=help)
+    parser.add_argument("--gpt-ckpt", default=None, required=required, help=help)
     help = "a bare state dict (recognised without the flag too); sample folders are named after its folder"
     parser.add_argument("--from-fsdp", action="store_true", help=help)
     help = "sample from the averaged weights where the files have them"
@@ -177,6 +177,35 @@ def add_run_flags(parser: Flags, *, compile: bool = False, precision: bool = Tru
             "--precision", choices=["none", "fp16", "bf16"], default="bf16", help="of the transformer's weights"
         )
     add_switch(group, "--compile", compile, "torch.compile the decode step (on CUDA; elsewhere the plain step is used)")
+
+
+def add_hub_flags(parser: Flags) -> None:
+    """Where the scripts that push to the Hugging Face hub put a model."""
+    group = parser.add_argument_group("hub")
+    group.add_argument("--repo-id", default=None, help="the repository to push to, owner/name; made if it is not there")
+    group.add_argument("--output", default=None, help="save to this folder instead; with --repo-id do both")
+    group.add_argument(
+        "--private", action="store_true", help="a repository that is made shows itself to its owner only"
+    )
+    group.add_argument("--license", default="mit", help="of the weights, as the hub calls it")
+
+
+def add_vllm_flags(parser: Flags) -> None:
+    """What vLLM's engine is given besides the model."""
+    group = parser.add_argument_group("vLLM")
+    group.add_argument("--max-num-seqs", type=positive_int, default=32, help="images that are drawn at once")
+    group.add_argument(
+        "--kv-cache-gib",
+        type=float,
+        default=None,
+        help="memory of the keys and values (default: on a CPU what --max-num-seqs images need, on a GPU what is left)",
+    )
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=None,
+        help="the share of a GPU's memory that vLLM takes (default: vLLM's own, 0.9 or so)",
+    )
 
 
 def add_training_flags(

@@ -81,7 +81,7 @@ def generate(
     *,
     noise: Tensor | None = None,
     compile: bool = False,
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Draws an image's tokens for each condition.
 
@@ -91,7 +91,8 @@ def generate(
     noise: float32 (B, N) in [0, 1), one number per token of the layout's order; drawn from torch's global
     generator where not given.
     compile: run the steps through torch.compile, with static shapes; pays off on a GPU.
-    on_step: called after each step with the number of tokens done.
+    on_step: called after each step with the number of tokens done and the tokens, int64 (B, N) in the layout's order, of
+    which those after that number are not drawn yet. Later steps write into the same tensor.
 
     Returns: int64 (B, max_new_tokens) in raster order.
     Raises ValueError for settings out of range (SamplingConfig), a label that the model does not have, or a
@@ -128,7 +129,7 @@ def generate(
         tokens = torch.zeros(batch, layout.tokens, dtype=torch.long, device=device)
         tokens[:, :1] = pick(logits, batch, config, config.guided, noise[:, :1])
         if on_step:
-            on_step(1)
+            on_step(1, tokens)
         for i, step in enumerate(steps):
             copies = 2 if i <= last_guided else 1  # no later step is guided: the unconditional rows are done
             inputs = tokens[:, step.inputs].repeat(copies, 1)
@@ -143,7 +144,7 @@ def generate(
             guided = config.guides(step.number)
             tokens[:, step.outputs] = pick(logits, batch, config, guided, noise[:, step.outputs])
             if on_step:
-                on_step(step.outputs.stop)
+                on_step(step.outputs.stop, tokens)
     if total < layout.tokens:
         return tokens[:, :total]
     return tokens[:, layout.raster.to(device)]

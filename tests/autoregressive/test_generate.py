@@ -183,7 +183,14 @@ def test_fewer_tokens_are_the_first_ones():
     assert torch.equal(generate(model, LABELS, 16, noise=noise_for(4), cfg_scale=2.0), every)
     for count in (1, 2, 9, 15):
         steps = []
-        fewer = generate(model, LABELS, count, noise=noise_for(4), cfg_scale=2.0, on_step=steps.append)
+        fewer = generate(
+            model,
+            LABELS,
+            count,
+            noise=noise_for(4),
+            cfg_scale=2.0,
+            on_step=lambda done, _, steps=steps: steps.append(done),
+        )
         assert torch.equal(fewer, every[:, :count]) and steps == [*range(1, count + 1)]
 
 
@@ -196,8 +203,20 @@ def test_numbers_of_tokens_the_layout_cannot_stop_at(n, count):
 @pytest.mark.parametrize("n, expected", [(1, [*range(1, 17)]), (4, [1, 2, 3, 4, 8, 12, 16]), (16, [*range(1, 17)])])
 def test_steps_are_reported(n, expected):
     steps = []
-    generate(tiny(ar_token_num=n), LABELS, on_step=steps.append)
+    generate(tiny(ar_token_num=n), LABELS, on_step=lambda done, _: steps.append(done))
     assert steps == expected
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_the_tokens_so_far_are_reported(n):
+    model, seen = tiny(ar_token_num=n), []
+    codes = generate(
+        model, LABELS, noise=noise_for(4), on_step=lambda done, tokens: seen.append((done, tokens.clone()))
+    )
+    sequence = codes[:, model.layout.order]
+    for done, tokens in seen:
+        assert tokens.shape == (4, 16) and torch.equal(tokens[:, :done], sequence[:, :done])
+    assert seen[-1][0] == 16
 
 
 def test_unconditional_rows_stop_with_the_last_guided_step(monkeypatch):
@@ -223,7 +242,7 @@ def test_the_training_flag_is_restored(training):
     assert torch.equal(drawn, generate(tiny(), LABELS, noise=noise_for(4))), "dropouts are off meanwhile"
     assert all(module.training == training for module in model.modules())
 
-    def interrupt(tokens):
+    def interrupt(done, tokens):
         assert not model.training
         raise KeyboardInterrupt
 

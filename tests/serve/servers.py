@@ -1,0 +1,123 @@
+"""Servers for tests: an engine that does what the test says, an application without a network, and one on a port."""
+
+import asyncio
+import base64
+import io
+import threading
+from contextlib import contextmanager
+
+import httpx
+import numpy as np
+import torch
+import uvicorn
+from PIL import Image
+
+from autoregressive.pipeline import decode_codes
+from autoregressive.serve.api import IMAGES, create_app
+from autoregressive.serve.body import Limits
+from autoregressive.serve.decoder import Decoder
+from autoregressive.serve.engine import ImageRequest, ModelInfo
+from autoregressive.serve.service import Service
+
+
+class ScriptedEngine:
+    """Draws 8x8 tokens that are a function of the request, a row at a time.
+
+    gate: where set, nothing is drawn beyond `rows_before` rows until it opens. open: requests that are being drawn.
+    """
+
+    dead = False
+
+    def __init__(self, num_classes: int = 10, raster: bool = True):
+        self.info = ModelInfo("small", "c2i", 32, 64, num_classes, raster)
+        self.gate: asyncio.Event | None = None
+        self.rows_before = 0
+        self.error: Exception | None = None
+        self.open, self.asked = 0, []
+
+    @staticmethod
+    def tokens(request: ImageRequest) -> list[int]:
+        return [(7 * request.seed + 3 * request.label + i * i) % 64 for i in range(64)]
+
+    def check(self, request):
+        if request.top_k == 13:
+            raise ValueError("top_k is 13: this model is superstitious")
+
+    async def generate(self, request):
+        self.asked.append(request)
+        self.open += 1
+        try:
+            for rows in range(1, 9) if self.info.raster else [8]:
+                if self.gate is not None and rows > self.rows_before:
+                    await self.gate.wait()
+                if self.error:
+                    raise self.error
+                yield self.tokens(request)[: 8 * rows]
+                await asyncio.sleep(0)
+        finally:
+            self.open -= 1
+
+    async def close(self):
+        self.dead = True
+
+
+def picture(tokenizer, label: int, seed: int, size: int | None = None) -> np.ndarray:
+    """What a ScriptedEngine's request looks like."""
+    codes = torch.tensor([ScriptedEngine.tokens(ImageRequest(label=label, seed=seed))])
+    return decode_codes(tokenizer, codes, size=size)[0]
+
+
+def pixels(image: bytes | dict) -> np.ndarray:
+    """A PNG's pixels, or those of an item of `data`."""
+    png = image if isinstance(image, bytes) else base64.b64decode(image["b64_json"])
+    return np.asarray(Image.open(io.BytesIO(png)))
+
+
+def with_client(tokenizer, work, engine=None, api_key=None, encoder=None, **limits):
+    """Runs `await work(client, service)` against an application of this engine; the client needs no network."""
+
+    async def main():
+        drawing = engine or ScriptedEngine()
+        decoder = Decoder(tokenizer, 8)
+        service = Service(drawing, decoder, encoder, Limits(**limits))
+        transport = httpx.ASGITransport(create_app(service, api_key), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=60) as client:
+            try:
+                return await work(client, service)
+            finally:
+                await service.close()
+
+    return asyncio.run(main())
+
+
+async def post(client: httpx.AsyncClient, headers: dict | None = None, **body) -> httpx.Response:
+    """Asks for images."""
+    return await client.post(IMAGES, json=body, headers=headers)
+
+
+@contextmanager
+def listening(make_service, api_key=None):
+    """A server on a port of this machine, in a thread. make_service: called in its event loop. Yields (address, service)."""
+    made, begun = [], threading.Event()
+
+    async def main():
+        service = make_service()
+        config = uvicorn.Config(create_app(service, api_key), port=0, log_config=None)
+        server = uvicorn.Server(config)
+        running = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        made.extend([server, f"http://127.0.0.1:{port}", service])
+        begun.set()
+        await running
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
+    thread.start()
+    assert begun.wait(60)
+    try:
+        yield made[1], made[2]
+    finally:
+        made[0].should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()

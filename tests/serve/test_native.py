@@ -1,0 +1,287 @@
+"""The native engine: a request's image is the pipeline's own, alone, in company, and where others hang up."""
+
+import asyncio
+import json
+from contextlib import aclosing
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from autoregressive.pipeline import ImagePipeline, load_gpt
+from autoregressive.serve.decoder import GREY, Decoder
+from autoregressive.serve.engine import ImageRequest
+from autoregressive.serve.native import NativeEngine
+from tests.helpers import ROOT
+from tests.serve.small import text_pipeline
+from tokenizer.tokenizer_image.load import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small_files):
+    return load_tokenizer(small_files.vq)
+
+
+@pytest.fixture(scope="module", params=["gpt", "par"])
+def pipeline(request, small_files, tokenizer) -> ImagePipeline:
+    gpt = load_gpt(getattr(small_files, request.param), image_size=32, downsample_size=4)
+    return ImagePipeline(gpt, tokenizer, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def raster(small_files, tokenizer) -> ImagePipeline:
+    return ImagePipeline(load_gpt(small_files.gpt, image_size=32, downsample_size=4), tokenizer, batch_size=4)
+
+
+def sampling(request: ImageRequest) -> dict:
+    names = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "sample_logits")
+    return {name: getattr(request, name) for name in names}
+
+
+def by_pipeline(pipeline: ImagePipeline, request: ImageRequest) -> np.ndarray:
+    asked = {"features": [request.features]} if pipeline.is_text else {"asked": [request.label]}
+    return np.asarray(pipeline(**asked, seed=request.seed, progress=False, **sampling(request))[0])
+
+
+def serve(pipeline: ImagePipeline, requests: list[ImageRequest], **options) -> list[list[list[int]]]:
+    """What the engine yields for each of them, asked for at once."""
+
+    async def main():
+        engine = NativeEngine(pipeline, **options)
+
+        async def one(request):
+            return [list(tokens) async for tokens in engine.generate(request)]
+
+        try:
+            return await asyncio.gather(*map(one, requests))
+        finally:
+            await engine.close()
+
+    return asyncio.run(main())
+
+
+def decoded(pipeline: ImagePipeline, tokens: list[int]) -> np.ndarray:
+    return pipeline.decode(torch.tensor([tokens]))[0]
+
+
+MIXED = [
+    ImageRequest(label=3, seed=0),
+    ImageRequest(label=3, seed=1),
+    ImageRequest(label=7, seed=0, cfg_scale=4.0, top_k=20),
+    ImageRequest(label=1, seed=2**40, cfg_scale=4.0, top_k=20),
+    ImageRequest(label=9, seed=5, cfg_scale=4.0, cfg_interval=10, temperature=0.8),
+    ImageRequest(label=0, seed=6, top_p=0.7),
+    ImageRequest(label=5, sample_logits=False, cfg_scale=2.0),
+] + [ImageRequest(label=i % 10, seed=i, cfg_scale=1.5) for i in range(9)]  # more than a micro-batch
+
+
+def test_images_are_the_pipelines(pipeline):
+    yielded = serve(pipeline, MIXED)
+    for request, tokens in zip(MIXED, yielded, strict=True):
+        assert np.array_equal(decoded(pipeline, tokens[-1]), by_pipeline(pipeline, request)), request
+
+
+def test_tokens_come_row_by_row(pipeline):
+    (yielded,) = serve(pipeline, MIXED[:1])
+    assert len(yielded[-1]) == 64
+    for earlier, later in pairwise(yielded):
+        assert later[: len(earlier)] == earlier and len(earlier) % 8 == 0
+    raster = pipeline.gpt.layout.group_size == 1
+    assert (len(yielded) > 1) == raster
+
+
+def test_prompts(small_files, tokenizer):
+    pipeline = text_pipeline(tokenizer)
+    prompts = ["a red lantern", "a", "two cats sleep on a chair", "rain", "a map"]
+    requests = [ImageRequest(features=f, seed=i, cfg_scale=3.0) for i, f in enumerate(pipeline.encode(prompts))]
+    for i, tokens in enumerate(serve(pipeline, requests)):
+        expected = pipeline([prompts[i]], seed=i, cfg_scale=3.0, progress=False)[0]
+        assert np.array_equal(decoded(pipeline, tokens[-1]), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        (ImageRequest(label=10), "label 10 is out of range"),
+        (ImageRequest(label=-1), "label -1 is out of range"),
+        (ImageRequest(), "give a label, 0 to 9"),
+        (ImageRequest(features=torch.zeros(1, 3)), "give a label, 0 to 9"),
+        (ImageRequest(label=1, cfg_scale=float("nan")), "must be 0 or more"),
+        (ImageRequest(label=1, top_p=0), "must be above 0"),
+    ],
+)
+def test_requests_that_are_refused(raster, request_, message):
+    async def main():
+        engine = NativeEngine(raster)
+        with pytest.raises(ValueError, match=message):
+            engine.check(request_)
+        with pytest.raises(ValueError, match=message):
+            await anext(engine.generate(request_))
+        await engine.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        (ImageRequest(label=1), "not a label"),
+        (ImageRequest(features=torch.zeros(3, 5)), "features are floats of shape"),
+        (ImageRequest(features=torch.zeros(0, 12)), "features are floats of shape"),
+        (ImageRequest(features=torch.full((2, 12), float("inf"))), "not all finite"),
+    ],
+)
+def test_features_that_are_refused(tokenizer, request_, message):
+    async def main():
+        engine = NativeEngine(text_pipeline(tokenizer))
+        with pytest.raises(ValueError, match=message):
+            engine.check(request_)
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_a_closed_request_gives_its_place_up(raster, monkeypatch):
+    """Of requests that are closed early, waiting ones are not begun, and a batch of closed ones ends early."""
+    steps = []
+    generate_codes = raster.generate_codes
+
+    def counted(cond, on_step, **more):
+        steps.append(0)
+
+        def count(done, tokens):
+            steps[-1] = done
+            on_step(done, tokens)
+
+        return generate_codes(cond, on_step=count, **more)
+
+    monkeypatch.setattr(raster, "generate_codes", counted)
+
+    async def main():
+        engine = NativeEngine(raster, gather=0.05)
+        waiting = asyncio.create_task(anext(engine.generate(ImageRequest(label=2))))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        async with aclosing(engine.generate(ImageRequest(label=1))) as running:
+            await anext(running)
+        last = [tokens async for tokens in engine.generate(ImageRequest(label=3, seed=4))][-1]
+        await engine.close()
+        return last
+
+    last = asyncio.run(main())
+    assert len(steps) == 2 and steps[0] < 64 and steps[1] == 64
+    monkeypatch.undo()
+    assert np.array_equal(decoded(raster, last), by_pipeline(raster, ImageRequest(label=3, seed=4)))
+
+
+def test_closing_ends_what_runs_and_what_waits(raster):
+    async def main():
+        engine = NativeEngine(raster)
+        running = engine.generate(ImageRequest(label=1))
+        await anext(running)
+        waiting = asyncio.create_task(anext(engine.generate(ImageRequest(label=2, top_k=3))))
+        await asyncio.sleep(0.01)
+        await engine.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            async for _ in running:
+                pass
+        with pytest.raises(RuntimeError, match="closed"):
+            await waiting
+        with pytest.raises(RuntimeError, match="closed"):
+            await anext(engine.generate(ImageRequest(label=2)))
+        with pytest.raises(RuntimeError, match="closed"):
+            await engine.run(lambda: 1)
+        await engine.close()
+        assert not engine._thread.is_alive()
+
+    asyncio.run(main())
+
+
+def test_a_batch_that_fails_leaves_the_next_alone(raster, monkeypatch):
+    generate_codes = raster.generate_codes
+
+    def fails_once(*args, **more):
+        monkeypatch.setattr(raster, "generate_codes", generate_codes)
+        raise MemoryError("no memory left")
+
+    monkeypatch.setattr(raster, "generate_codes", fails_once)
+
+    async def main():
+        engine = NativeEngine(raster)
+        with pytest.raises(RuntimeError, match="drawing failed: no memory left"):
+            await anext(engine.generate(ImageRequest(label=1)))
+        tokens = [tokens async for tokens in engine.generate(ImageRequest(label=1))][-1]
+        await engine.close()
+        return tokens
+
+    assert len(asyncio.run(main())) == 64
+
+
+def test_calls_run_between_micro_batches(raster):
+    async def main():
+        engine = NativeEngine(raster)
+        drawing = asyncio.create_task(anext(engine.generate(ImageRequest(label=1))))
+        assert await engine.run(lambda: 6 * 7) == 42
+        with pytest.raises(KeyError):
+            await engine.run(lambda: {}["absent"])
+        assert len(await drawing) >= 8
+        await engine.close()
+
+    asyncio.run(main())
+
+
+# Decoding
+
+
+def test_decoding_is_the_pipelines(raster):
+    codes = torch.randint(64, (11, 64), generator=torch.Generator().manual_seed(0))
+    expected = {size: raster.decode(codes, size) for size in (None, 20)}
+
+    async def main():
+        decoder = Decoder(raster.tokenizer, 8, batch_size=4)
+        asked = [(tokens, size) for tokens in codes.tolist() for size in (None, 20)]
+        images = await asyncio.gather(*(decoder.decode(*one) for one in asked))
+        await decoder.close()
+        return images
+
+    images = asyncio.run(main())
+    for i, image in enumerate(images):
+        assert np.array_equal(image, expected[(None, 20)[i % 2]][i // 2])
+
+
+def test_partial_images(raster):
+    codes = torch.randint(64, (1, 64), generator=torch.Generator().manual_seed(0))[0].tolist()
+
+    async def main():
+        decoder = Decoder(raster.tokenizer, 8)
+        images = await asyncio.gather(*(decoder.decode(codes[:n]) for n in (3, 24, 29)), decoder.decode(codes[:24], 64))
+        await decoder.close()
+        return images
+
+    nothing, three, same, large = asyncio.run(main())
+    assert (nothing == GREY).all()
+    assert (three[12:] == GREY).all() and three[:12].std() > 1
+    assert np.array_equal(three, same)
+    assert large.shape == (64, 64, 3) and (large[40:] == GREY).all()
+
+
+def test_a_failing_decoder_tells_and_goes_on(raster):
+    async def main():
+        decoder = Decoder(raster.tokenizer, 8)
+        with pytest.raises(RuntimeError, match="decoding failed"):
+            await decoder.decode([10**6] * 64)
+        given_up = asyncio.create_task(decoder.decode([1] * 64))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        image = await decoder.decode([1] * 64)
+        await decoder.close()
+        return image
+
+    assert asyncio.run(main()).shape == (32, 32, 3)
+
+
+def test_the_names_of_imagenets_classes_are_torchvisions():
+    models = pytest.importorskip("torchvision").models
+    names = json.loads((ROOT / "autoregressive" / "serve" / "imagenet_classes.json").read_text())["names"]
+    assert names == models.ResNet50_Weights.IMAGENET1K_V2.meta["categories"]

@@ -1,0 +1,749 @@
+"""The HTTP interface: what it answers, what it refuses and how, and that nobody waits for what nobody wants."""
+
+import asyncio
+import json
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("fastapi")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("httpx")
+
+import httpx
+
+from autoregressive.pipeline import ImagePipeline, decode_codes, load_gpt
+from autoregressive.serve.api import IMAGES, create_app
+from autoregressive.serve.body import MAX_SEED, Limits
+from autoregressive.serve.decoder import GREY, Decoder, png_bytes
+from autoregressive.serve.errors import RequestError
+from autoregressive.serve.metrics import JsonLines
+from autoregressive.serve.native import NativeEngine
+from autoregressive.serve.prompts import PromptEncoder, encoding_with
+from autoregressive.serve.service import Service
+from tests.helpers import ROOT
+from tests.serve.servers import ScriptedEngine, listening, picture, pixels, post, with_client
+from tests.serve.small import WORDS, text_pipeline
+from tokenizer.tokenizer_image.load import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small_files):
+    return load_tokenizer(small_files.vq)
+
+
+def events(response: httpx.Response) -> list[tuple[str, dict]]:
+    """Server-sent events as (name, data)."""
+    found = []
+    for block in response.text.strip().split("\n\n"):
+        name, data = block.split("\n")
+        found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+    return found
+
+
+# What is answered
+
+
+def test_an_image(tokenizer):
+    async def work(client, service):
+        response = await post(client, prompt="3", seed=5)
+        assert response.status_code == 200 and response.headers["content-type"] == "application/json"
+        answer = response.json()
+        assert answer["size"] == "32x32" and answer["created"] > 1.7e9
+        (image,) = answer["data"]
+        assert image["seed"] == 5
+        assert np.array_equal(pixels(image), picture(tokenizer, 3, 5))
+
+    with_client(tokenizer, work)
+
+
+@pytest.mark.parametrize("way", [{"headers": {"Accept": "image/png"}}, {"response_format": "png"}])
+def test_png(tokenizer, way):
+    async def work(client, service):
+        response = await post(client, class_label=3, seed=5, **way)
+        assert response.status_code == 200 and response.headers["content-type"] == "image/png"
+        assert response.headers["x-image-seed"] == "5"
+        assert np.array_equal(pixels(response.content), picture(tokenizer, 3, 5))
+
+    with_client(tokenizer, work)
+
+
+def test_several_images_have_seeds_in_a_row(tokenizer):
+    async def work(client, service):
+        several = (await post(client, class_name="4", n=3, seed=MAX_SEED)).json()["data"]
+        assert [image["seed"] for image in several] == [MAX_SEED, 0, 1]
+        for image in several:
+            alone = (await post(client, prompt="4", seed=image["seed"])).json()["data"][0]
+            assert alone["b64_json"] == image["b64_json"]
+        drawn = {(await post(client, prompt="4")).json()["data"][0]["seed"] for _ in range(3)}
+        assert len(drawn) == 3
+
+    with_client(tokenizer, work)
+
+
+@pytest.mark.parametrize("size, side", [("20x20", 20), ("64X64", 64), ("auto", 32), ("32x32", 32)])
+def test_sizes(tokenizer, size, side):
+    async def work(client, service):
+        response = await post(client, prompt="1", seed=1, size=size)
+        assert np.array_equal(pixels(response.json()["data"][0]), picture(tokenizer, 1, 1, side))
+
+    with_client(tokenizer, work)
+
+
+def test_settings_reach_the_engine(tokenizer):
+    async def work(client, service):
+        await post(client, prompt="1", guidance_scale=2, cfg_interval=9, temperature=0.5, top_k=7, top_p=0.9)
+        await post(client, prompt="1", cfg_scale=3.5, user="someone", quality="auto", output_format="png")
+        first, second = service.engine.asked
+        assert (first.cfg_scale, first.cfg_interval, first.temperature, first.top_k, first.top_p) == (2, 9, 0.5, 7, 0.9)
+        assert (second.cfg_scale, second.cfg_interval, second.top_k, second.top_p) == (3.5, -1, 2000, 1.0)
+
+    with_client(tokenizer, work)
+
+
+@pytest.mark.parametrize(
+    "asked, rows",
+    [({}, [2, 4, 6]), ({"partial_rows": 3}, [3, 6]), ({"partial_images": 1}, [4]), ({"partial_images": 0}, [])],
+)
+def test_streams(tokenizer, asked, rows):
+    engine = ScriptedEngine()
+
+    async def slowly(request):  # each row is shown before the next comes
+        for count in range(1, 9):
+            yield engine.tokens(request)[: 8 * count]
+            for _ in range(50):
+                await asyncio.sleep(0)
+
+    async def at_once(tokens, size):
+        image = np.full((32, 32, 3), GREY, np.uint8)
+        image[: len(tokens) // 2] = decode_codes(tokenizer, torch.tensor([tokens]), width=8)[0]
+        return png_bytes(image)
+
+    engine.generate = slowly
+
+    async def work(client, service):
+        service.decoder.png = at_once
+        response = await post(client, prompt="2", seed=3, stream=True, **asked)
+        assert response.headers["content-type"].startswith("text/event-stream")
+        *partial, (last, whole) = events(response)
+        assert last == whole["type"] == "image_generation.completed"
+        assert np.array_equal(pixels(whole), picture(tokenizer, 2, 3))
+        assert [data["rows"] for _, data in partial] == rows
+        for i, (name, data) in enumerate(partial):
+            assert name == data["type"] == "image_generation.partial_image" and data["partial_image_index"] == i
+            assert (pixels(data)[4 * data["rows"] :] == GREY).all() and pixels(data)[: 4 * data["rows"]].std() > 1
+
+    with_client(tokenizer, work, engine)
+
+
+def test_a_stream_of_an_image_that_comes_all_at_once(tokenizer):
+    async def work(client, service):
+        ((name, whole),) = events(await post(client, prompt="2", seed=3, stream=True))
+        assert name == "image_generation.completed" and np.array_equal(pixels(whole), picture(tokenizer, 2, 3))
+
+    with_client(tokenizer, work, ScriptedEngine(raster=False))
+
+
+def test_models_and_health(tokenizer):
+    async def work(client, service):
+        (model,) = (await client.get("/v1/models")).json()["data"]
+        assert model["id"] == "small" and model["object"] == "model" and model["num_classes"] == 10
+        assert (await client.get("/v1/models/small")).json() == model
+        for name in ("other", "../../etc/passwd", "a/b"):
+            response = await client.get(f"/v1/models/{name.replace('.', '%2E')}")
+            assert response.status_code == 404 and "error" in response.json(), name
+        response = await client.get("/health")
+        assert response.status_code == 200 and response.json() == {"status": "ok", "queued_images": 0}
+
+    with_client(tokenizer, work)
+
+
+def test_the_models_name(tokenizer):
+    async def work(client, service):
+        assert (await post(client, prompt="1", model="small")).status_code == 200
+
+    with_client(tokenizer, work)
+
+
+def test_imagenet_names(tokenizer):
+    async def work(client, service):
+        for asked in (
+            {"prompt": "golden retriever"},
+            {"class_name": " Golden  RETRIEVER"},
+            {"class_label": 207},
+            {"prompt": "207"},
+        ):
+            assert (await post(client, seed=1, **asked)).status_code == 200
+        assert [request.label for request in service.engine.asked] == [207] * 4
+        error = (await post(client, prompt="golden retreiver")).json()["error"]
+        assert "did you mean 'golden retriever'" in error["message"] and error["param"] == "prompt"
+        error = (await post(client, class_name="a photo of a lesser panda in snow")).json()["error"]
+        assert "did you mean 'lesser panda'?" in error["message"] and error["param"] == "class_name"
+        assert (await post(client, prompt="1000")).json()["error"]["code"] == "unknown_class"
+
+    with_client(tokenizer, work, ScriptedEngine(num_classes=1000))
+
+
+# What is refused
+
+MEGABYTE = "x" * 10**6
+REFUSED = [
+    ({"class_label": 10}, 400, "class_label is 10: the model has classes 0 to 9", "class_label"),
+    ({"class_label": -1}, 400, "class_label is -1", "class_label"),
+    ({"class_label": 1.5}, 400, "class_label is 1.5", "class_label"),
+    ({"class_label": True}, 400, "class_label is true", "class_label"),
+    ({"class_label": 10**30}, 400, "class_label", "class_label"),
+    ({"prompt": "10"}, 400, "prompt is 10: the model has classes 0 to 9", "prompt"),
+    ({"prompt": "a red lantern"}, 400, "no class is called \"a red lantern\"", "prompt"),
+    ({"prompt": "\x00"}, 400, "no class is called", "prompt"),
+    ({"class_name": "seven"}, 400, "no class is called \"seven\"", "class_name"),
+    ({}, 400, "got none", "class_label"),
+    ({"prompt": "  "}, 400, "got none", "class_label"),
+    ({"prompt": "1", "class_label": 1}, 400, "got prompt and class_label", "prompt"),
+    ({"prompt": 3}, 400, "prompt is 3", "prompt"),
+    ({"prompt": "x" * 5000}, 400, "prompt has 5,000 characters: at most 4,000", "prompt"),
+    ({"prompt": "1", "n": 0}, 400, "n is 0", "n"),
+    ({"prompt": "1", "n": 10_000}, 400, "n is 10000: a request has at most 8 images", "n"),
+    ({"prompt": "1", "n": "2"}, 400, "n is \"2\"", "n"),
+    ({"prompt": "1", "guidance_scale": 1e9}, 400, "guidance_scale is 1000000000.0", "guidance_scale"),
+    ({"prompt": "1", "cfg_scale": -1}, 400, "cfg_scale is -1", "cfg_scale"),
+    ({"prompt": "1", "cfg_scale": 2, "guidance_scale": 3}, 400, "one setting", "guidance_scale"),
+    ({"prompt": "1", "temperature": -0.1}, 400, "temperature is -0.1", "temperature"),
+    ({"prompt": "1", "top_p": 0}, 400, "top_p is 0", "top_p"),
+    ({"prompt": "1", "top_k": -1}, 400, "top_k is -1", "top_k"),
+    ({"prompt": "1", "top_k": 13}, 400, "superstitious", None),
+    ({"prompt": "1", "seed": -1}, 400, "seed is -1", "seed"),
+    ({"prompt": "1", "seed": 2**63}, 400, "seed is", "seed"),
+    ({"prompt": "1", "size": "32x64"}, 400, "images are square", "size"),
+    ({"prompt": "1", "size": "large"}, 400, "size is \"large\"", "size"),
+    ({"prompt": "1", "size": "0x0"}, 400, "images are square", "size"),
+    ({"prompt": "1", "size": "9999x9999"}, 400, "images are square", "size"),
+    ({"prompt": "1", "size": "²x²"}, 400, "write it as", "size"),
+    ({"prompt": "1", "response_format": "url"}, 400, "response_format is \"url\"", "response_format"),
+    ({"prompt": "1", "response_format": "png", "n": 2}, 400, "a PNG answer has one image", "n"),
+    ({"prompt": "1", "stream": True, "n": 2}, 400, "a stream has one image", "n"),
+    ({"prompt": "1", "stream": True, "response_format": "png"}, 400, "base64", "stream"),
+    ({"prompt": "1", "stream": "yes"}, 400, "stream is \"yes\"", "stream"),
+    ({"prompt": "1", "partial_rows": 2}, 400, "give stream too", "partial_rows"),
+    ({"prompt": "1", "stream": True, "partial_rows": 2, "partial_images": 1}, 400, "give one", "partial_rows"),
+    ({"prompt": "1", "guidance": 2}, 400, "did you mean guidance_scale?", "guidance"),
+    ({"prompt": "1", "\ud800": 2}, 400, "unknown parameter", "\ud800"),
+    ({"prompt": "1", "model": "dall-e-3"}, 404, "this server has 'small'", "model"),
+    ({"prompt": "1", "model": "../../../etc/passwd"}, 404, "there is no model", "model"),
+    ({"prompt": "1", "model": "/tmp/model.pt"}, 404, "there is no model", "model"),
+    ({"prompt": MEGABYTE}, 413, "more than the 65,536 bytes", None),
+]  # fmt: skip
+
+
+def test_bad_requests_and_the_next_one(tokenizer):
+    async def work(client, service):
+        for body, status, message, param in REFUSED:
+            response = await client.post(IMAGES, content=json.dumps(body), headers={"content-type": "application/json"})
+            shown = str(body)[:100]
+            assert response.status_code == status, (shown, response.text)
+            error = response.json()["error"]
+            assert message in error["message"], (shown, error)
+            assert error["param"] == param and error["type"] == "invalid_request_error", (shown, error)
+            assert len(error["message"]) < 800
+        assert service.idle
+        assert (await post(client, prompt="1")).status_code == 200
+
+    with_client(tokenizer, work)
+
+
+@pytest.mark.parametrize(
+    "content, kind, status, message",
+    [
+        (b'{"prompt": "1", "cfg_scale": NaN}', "application/json", 400, "cfg_scale is NaN: it should be a finite number"),
+        (b'{"prompt": "1", "cfg_scale": 1e999}', "application/json", 400, "cfg_scale is Infinity"),
+        (b'{"prompt": ', "application/json", 400, "the body is not JSON"),
+        (b"", "application/json", 400, "the body is not JSON"),
+        (b"\xff\xfe", "application/json", 400, "the body is not JSON"),
+        (b"[" * 60_000, "application/json", 400, "the body is not JSON"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "application/json", 400, "the body is not JSON"),
+        (b'["prompt"]', "application/json", 400, "a JSON object, not a list"),
+        (b'"prompt"', "application/json", 400, "a JSON object"),
+        (b"null", "application/json", 400, "a JSON object, not null"),
+        (b'{"prompt": "\\ud800"}', "application/json", 400, "half of a surrogate pair"),
+        (b"prompt=1", "application/x-www-form-urlencoded", 415, "send application/json"),
+        (b'{"prompt": "1"}', "text/plain", 415, "send application/json"),
+        (b'{"prompt": "1"}', "", 415, "not told"),
+    ],
+)  # fmt: skip
+def test_bodies_that_are_none(tokenizer, content, kind, status, message):
+    async def work(client, service):
+        response = await client.post(IMAGES, content=content, headers={"content-type": kind})
+        assert response.status_code == status and message in response.json()["error"]["message"], response.text
+        assert (await post(client, prompt="1")).status_code == 200
+
+    with_client(tokenizer, work)
+
+
+def test_a_body_in_chunks_is_measured_too(tokenizer):
+    async def work(client, service):
+        async def chunks():
+            for _ in range(100):
+                yield b" " * 1000
+
+        response = await client.post(IMAGES, content=chunks(), headers={"content-type": "application/json"})
+        assert response.status_code == 413
+
+    with_client(tokenizer, work)
+
+
+def test_a_body_that_does_not_come(tokenizer, monkeypatch):
+    monkeypatch.setattr("autoregressive.serve.api.SECONDS_TO_SEND_A_BODY", 0.05)
+
+    async def work(client, service):
+        async def never():
+            yield b"{"
+            await asyncio.sleep(60)
+
+        response = await client.post(IMAGES, content=never(), headers={"content-type": "application/json"})
+        assert response.status_code == 408
+
+    with_client(tokenizer, work)
+
+
+def test_other_places_and_methods(tokenizer):
+    async def work(client, service):
+        for method, path, status in (
+            ("GET", "/v1/images", 404),
+            ("GET", IMAGES, 405),
+            ("DELETE", "/v1/models", 405),
+            ("POST", IMAGES + "/", 404),
+            ("GET", "/v1/%00%ff", 404),
+        ):
+            response = await client.request(method, path)
+            assert response.status_code == status and response.json()["error"]["message"], path
+        assert (await client.get(IMAGES)).headers["allow"] == "POST"
+
+    with_client(tokenizer, work)
+
+
+def test_api_key(tokenizer):
+    async def work(client, service):
+        for header in (
+            {},
+            {"Authorization": "Bearer other"},
+            {"Authorization": "Basic s3cret"},
+            {"Authorization": b"Bearer \xe9"},
+        ):
+            for response in (
+                await post(client, prompt="1", headers=header),
+                await client.get("/v1/models", headers=header),
+            ):
+                error = response.json()["error"]
+                assert response.status_code == 401 and error["code"] == "invalid_api_key", header
+                assert error["type"] == "authentication_error" and "s3cret" not in response.text
+        right = {"Authorization": "Bearer s3cret"}
+        assert (await post(client, prompt="1", headers=right)).status_code == 200
+        assert (await client.get("/health")).status_code == (await client.get("/metrics")).status_code == 200
+
+    with_client(tokenizer, work, api_key="s3cret")
+
+
+# The queue, time, and clients that go
+
+
+def test_a_full_queue(tokenizer):
+    engine = ScriptedEngine()
+
+    async def work(client, service):
+        engine.gate = asyncio.Event()
+        accepted = [asyncio.create_task(post(client, prompt="1", n=2, seed=i)) for i in range(2)]
+        while engine.open < 4:
+            await asyncio.sleep(0.01)
+        refused = await post(client, prompt="1")
+        assert refused.status_code == 429 and 1 <= int(refused.headers["retry-after"]) <= 60
+        error = refused.json()["error"]
+        assert (
+            error["type"] == "rate_limit_error" and error["code"] == "queue_full" and "room for 4" in error["message"]
+        )
+        assert (await post(client, prompt="1", stream=True)).status_code == 429
+        engine.gate.set()
+        assert [response.status_code for response in await asyncio.gather(*accepted)] == [200, 200]
+        assert (await post(client, prompt="1")).status_code == 200
+
+    with_client(tokenizer, work, engine, max_queue=4, max_n=4)
+
+
+def test_timeouts(tokenizer):
+    engine = ScriptedEngine()
+
+    async def work(client, service):
+        engine.gate = asyncio.Event()
+        response = await post(client, prompt="1", n=3)
+        assert response.status_code == 504 and "within 0.1 s" in response.json()["error"]["message"]
+        assert engine.open == 0 and service.idle
+        ((name, data),) = events(await post(client, prompt="1", stream=True))
+        assert name == "error" and data["error"]["code"] == "timeout"
+        assert engine.open == 0 and service.idle
+        service.limits = Limits()
+        engine.gate.set()
+        assert (await post(client, prompt="1")).status_code == 200
+
+    with_client(tokenizer, work, engine, timeout=0.1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_client_that_hangs_up(tokenizer, stream, rows, caplog):
+    """Its tokens are no longer computed, and its place is free."""
+    engine = ScriptedEngine()
+
+    async def work(client, service):
+        engine.gate, engine.rows_before = asyncio.Event(), rows
+        hung_up, sent = asyncio.Event(), []
+        body = json.dumps({"prompt": "1", "n": 1 if stream else 2, "stream": stream}).encode()
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive():
+            if messages:
+                return messages.pop()
+            await hung_up.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {
+            "type": "http", "method": "POST", "path": IMAGES, "raw_path": IMAGES.encode(), "query_string": b"",
+            "headers": headers, "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1",
+            "scheme": "http", "server": ("server", 80), "client": ("client", 1), "root_path": "",
+        }  # fmt: skip
+        asking = asyncio.create_task(create_app(service)(scope, receive, send))
+        while engine.open < (1 if stream else 2):
+            await asyncio.sleep(0.01)
+        hung_up.set()
+        await asyncio.wait_for(asking, 10)
+        assert engine.open == 0 and service.idle and service.queued_images == 0
+        assert stream or not sent
+        assert b'image_requests_total{status="499"} 1.0' in service.metrics.text()
+        for gauge in (b"image_queue_length 0.0", b"images_in_flight 0.0"):
+            assert gauge in service.metrics.text()
+        engine.gate.set()
+        assert (await post(client, prompt="1")).status_code == 200
+
+    with_client(tokenizer, work, engine, max_queue=2, max_n=2)
+
+
+def test_shutting_down(tokenizer):
+    engine = ScriptedEngine()
+
+    async def work(client, service):
+        engine.gate = asyncio.Event()
+        accepted = asyncio.create_task(post(client, prompt="3", seed=1))
+        while not engine.open:
+            await asyncio.sleep(0.01)
+        service.draining = True
+        refused = await post(client, prompt="1")
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+        assert refused.headers["retry-after"]
+        health = await client.get("/health")
+        assert health.status_code == 503 and health.json()["status"] == "shutting down" and not service.idle
+        engine.gate.set()
+        assert np.array_equal(pixels((await accepted).json()["data"][0]), picture(tokenizer, 3, 1))
+        assert service.idle
+
+    with_client(tokenizer, work, engine)
+
+
+def test_an_engine_that_fails(tokenizer):
+    engine = ScriptedEngine()
+
+    async def work(client, service):
+        engine.error = RuntimeError("the cable is out")
+        response = await post(client, prompt="1", n=4)
+        error = response.json()["error"]
+        assert response.status_code == 503 and error["message"] == "the engine failed: the cable is out"
+        assert error["type"] == "server_error" and engine.open == 0 and service.idle
+        ((name, data),) = events(await post(client, prompt="1", stream=True))
+        assert name == "error" and data["error"]["code"] == "engine_failed"
+        assert (await client.get("/health")).status_code == 200
+        engine.error = None
+        assert (await post(client, prompt="1")).status_code == 200
+        engine.dead = True
+        health = await client.get("/health")
+        assert health.status_code == 503 and health.json()["status"] == "the engine has died"
+
+    with_client(tokenizer, work, engine)
+
+
+def test_what_nobody_thought_of(tokenizer, caplog):
+    engine = ScriptedEngine()
+
+    async def work(client, service):
+        engine.error = ZeroDivisionError("a secret")
+        response = await post(client, prompt="1")
+        assert response.status_code == 500 and "secret" not in response.text and response.json()["error"]
+        ((name, data),) = events(await post(client, prompt="1", stream=True))
+        assert name == "error" and "secret" not in str(data)
+        engine.error = None
+        assert service.idle and (await post(client, prompt="1")).status_code == 200
+
+    with_client(tokenizer, work, engine)
+    assert "ZeroDivisionError" in caplog.text
+
+
+# Metrics and the log
+
+
+def test_metrics(tokenizer):
+    async def work(client, service):
+        for body in ({"prompt": "1", "n": 2}, {"prompt": "2", "stream": True}, {"prompt": "11"}):
+            await post(client, **body)
+        text = (await client.get("/metrics")).text
+        for line in (
+            'image_requests_total{status="200"} 2.0',
+            'image_requests_total{status="400"} 1.0',
+            "image_request_seconds_count 2.0",
+            "images_total 3.0",
+            "image_tokens_total 192.0",
+            "image_queue_length 0.0",
+            "images_in_flight 0.0",
+        ):
+            assert line in text, text
+
+    with_client(tokenizer, work)
+
+
+def test_log_lines(tokenizer, caplog):
+    async def work(client, service):
+        with caplog.at_level(logging.INFO):
+            response = await post(client, prompt="1", seed=4, n=2)
+        (record,) = [r for r in caplog.records if r.getMessage() == "answered"]
+        line = json.loads(JsonLines().format(record))
+        assert line["id"] == response.headers["x-request-id"] and line["status"] == 200 and line["seconds"] > 0
+        assert (line["path"], line["seed"], line["n"], line["label"]) == (IMAGES, 4, 2, 1)
+
+    with_client(tokenizer, work)
+
+
+# Prompts
+
+
+def text_server(tokenizer, work, **limits):
+    pipeline = text_pipeline(tokenizer)
+    engine = None
+
+    async def with_engine():
+        nonlocal engine
+        engine = NativeEngine(pipeline, "words")
+        service = Service(
+            engine, Decoder(tokenizer, 8), PromptEncoder(pipeline.encode, run=engine.run, keep=2), Limits(**limits)
+        )
+        transport = httpx.ASGITransport(create_app(service), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=60) as client:
+            try:
+                await work(client, service, pipeline.text_encoder.calls)
+            finally:
+                await service.close()
+
+    asyncio.run(with_engine())
+    return pipeline
+
+
+def test_prompts(tokenizer):
+    answers = {}
+
+    async def work(client, service, calls):
+        prompts = ["a red lantern", "rain", "a red lantern", "two cats"]
+        asked = [post(client, prompt=prompt, seed=i, guidance_scale=3.0) for i, prompt in enumerate(prompts)]
+        for i, response in enumerate(await asyncio.gather(*asked)):
+            assert response.status_code == 200, response.text
+            answers[prompts[i], i] = pixels(response.json()["data"][0])
+        assert sorted(text for (text,) in calls) == ["a red lantern", "rain", "two cats"]
+        await post(client, prompt="two cats", n=2)
+        assert len(calls) == 3
+
+    pipeline = text_server(tokenizer, work)
+    for (prompt, seed), image in answers.items():
+        expected = pipeline([prompt], seed=seed, cfg_scale=3.0, top_k=1000, progress=False)[0]
+        assert np.array_equal(image, np.asarray(expected)), prompt
+
+
+def test_prompts_that_are_refused(tokenizer):
+    async def work(client, service, calls):
+        for body, message, param in (
+            ({"prompt": " "}, "prompt is blank", "prompt"),
+            ({}, "prompt is blank", "prompt"),
+            ({"prompt": "a", "class_label": 1}, "give prompt, not class_label", "class_label"),
+            ({"class_name": "tench"}, "give prompt, not class_name", "class_name"),
+            ({"prompt": "word " * 900}, "prompt has 4,500 characters", "prompt"),
+        ):
+            response = await post(client, **body)
+            error = response.json()["error"]
+            assert response.status_code == 400 and message in error["message"] and error["param"] == param, error
+        with pytest.warns(UserWarning, match="fill all"):
+            assert (await post(client, prompt="word " * 300)).status_code == 200
+
+    text_server(tokenizer, work)
+
+
+def test_encoding_without_a_pipeline(tokenizer):
+    pipeline = text_pipeline(tokenizer)
+    encoder = pipeline.text_encoder
+    encoder.use_text_preprocessing = True
+    for prompt in ("a map", "two cats sleep on a chair"):
+        (alone,), (expected,) = encoding_with(encoder)([prompt]), pipeline.encode([prompt])
+        assert alone.equal(expected) and len(alone) <= WORDS
+
+    async def main():
+        encode = PromptEncoder(encoding_with(encoder))
+        with pytest.raises(ValueError, match="blank once it is cleaned"):
+            await encode("https://example.com")
+        assert (await encode("a map")).equal(pipeline.encode(["a map"])[0])
+        encode.close()
+
+    asyncio.run(main())
+
+
+# On a port
+
+
+@pytest.fixture(scope="module")
+def live(small_files, tokenizer):
+    """A native server: (address, pipeline). The pipeline is the engine's while it draws."""
+    gpt = load_gpt(small_files.gpt, image_size=32, downsample_size=4)
+    pipeline = ImagePipeline(gpt, tokenizer, batch_size=4)
+    with listening(lambda: Service(NativeEngine(pipeline, "small"), Decoder(tokenizer, 8))) as (address, _):
+        yield (
+            address,
+            ImagePipeline(load_gpt(small_files.gpt, image_size=32, downsample_size=4), load_tokenizer(small_files.vq)),
+        )
+
+
+def test_mixed_requests_at_once(live):
+    address, pipeline = live
+    asked = [
+        {"class_label": i % 10, "seed": i, "guidance_scale": (1.0, 4.0)[i % 2], "top_k": (0, 0, 20)[i % 3]}
+        for i in range(12)
+    ] + [{"prompt": "7", "seed": 3, "stream": True, "partial_rows": 2}]
+
+    async def main():
+        async with httpx.AsyncClient(base_url=address, timeout=120) as client:
+            return await asyncio.gather(*(post(client, **body) for body in asked))
+
+    answers = asyncio.run(main())
+    for body, response in zip(asked, answers, strict=True):
+        assert response.status_code == 200, response.text
+        settings = {"cfg_scale": body.get("guidance_scale", 4.0), "top_k": body.get("top_k", 2000)}
+        label = body.get("class_label", 7)
+        expected = pipeline([label], seed=body["seed"], progress=False, **settings)[0]
+        image = events(response)[-1][1] if body.get("stream") else response.json()["data"][0]
+        assert np.array_equal(pixels(image), np.asarray(expected)), body
+
+
+def test_the_openai_client(live):
+    openai = pytest.importorskip("openai")
+    address, pipeline = live
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0) as client:
+        answer = client.images.generate(
+            model="small",
+            prompt="3",
+            n=2,
+            size="32x32",
+            response_format="b64_json",
+            extra_body={"seed": 5, "guidance_scale": 2},
+        )
+        for i, image in enumerate(answer.data):
+            expected = pipeline([3], seed=5 + i, cfg_scale=2.0, top_k=2000, progress=False)[0]
+            assert np.array_equal(pixels({"b64_json": image.b64_json}), np.asarray(expected))
+        assert answer.size == "32x32"
+        *partial, whole = client.images.generate(prompt="3", stream=True, partial_images=2, extra_body={"seed": 5})
+        assert whole.type == "image_generation.completed" and len(partial) <= 2
+        assert all(event.type == "image_generation.partial_image" for event in partial)
+        expected = pipeline([3], seed=5, cfg_scale=4.0, top_k=2000, progress=False)[0]
+        assert np.array_equal(pixels({"b64_json": whole.b64_json}), np.asarray(expected))
+        assert [model.id for model in client.models.list()] == ["small"]
+        assert client.models.retrieve("small").owned_by == "local"
+        with pytest.raises(openai.BadRequestError, match="classes 0 to 9") as caught:
+            client.images.generate(prompt="10")
+        assert caught.value.param == "prompt" and caught.value.code == "unknown_class"
+        with pytest.raises(openai.NotFoundError, match="this server has 'small'"):
+            client.images.generate(prompt="1", model="gpt-image-1")
+
+
+def test_a_megabyte_over_the_network(live):
+    address, _ = live
+    with httpx.Client(base_url=address, timeout=60) as client:
+        for size in (10**6, 5 * 10**6):
+            response = client.post(IMAGES, json={"prompt": "x" * size})
+            assert response.status_code == 413
+        assert client.post(IMAGES, json={"prompt": "1"}).status_code == 200
+
+
+@pytest.mark.slow
+def test_nothing_in_the_documented_interface_breaks_it(tokenizer):
+    """Requests made up from the server's own OpenAPI description: none is answered with a 5xx."""
+    schemathesis = pytest.importorskip("schemathesis")
+    hypothesis = pytest.importorskip("hypothesis")
+    seen = []
+
+    with listening(lambda: Service(ScriptedEngine(), Decoder(tokenizer, 8), limits=Limits(max_n=2))) as (address, _):
+        schema = schemathesis.openapi.from_url(f"{address}/openapi.json")
+        positive, negative = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
+        operations = {operation.path: operation for operation in (found.ok() for found in schema.get_all_operations())}
+        assert set(operations) >= {IMAGES, "/v1/models", "/v1/models/{name}", "/health", "/metrics"}
+        # What is made up is hardly ever a class: once it is given one, so that the other fields are acted on.
+        runs = [(IMAGES, positive, True, 60), (IMAGES, positive, False, 40), (IMAGES, negative, False, 80)]
+        runs += [(path, positive, False, 10) for path in operations if path != IMAGES]
+
+        def ask_all(path, mode, with_class, count):
+            @hypothesis.given(case=operations[path].as_strategy(generation_mode=mode))
+            @hypothesis.settings(
+                max_examples=count,
+                deadline=None,
+                database=None,
+                derandomize=True,
+                suppress_health_check=list(hypothesis.HealthCheck),
+            )
+            def ask(case):
+                if with_class:
+                    left_out = ("class_label", "class_name", "model")
+                    case.body = {name: value for name, value in case.body.items() if name not in left_out}
+                    case.body["prompt"] = "3"
+                response = case.call()
+                seen.append((case.path, response.status_code))
+                assert response.status_code < 500, (case.body, response.text)
+
+            ask()
+
+        for run in runs:
+            ask_all(*run)
+        assert {(IMAGES, 200), (IMAGES, 400), ("/health", 200)} <= set(seen)
+        assert httpx.post(f"{address}{IMAGES}", json={"prompt": "1"}).status_code == 200
+
+
+# The command
+
+
+def run_server(*words) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "autoregressive.serve.server", *map(str, words)]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_mistakes_on_the_command_line(small_files):
+    from autoregressive.serve import server
+
+    for words, message in (
+        ([], "--gpt-ckpt is needed"),
+        (["--gpt-ckpt", small_files.gpt], "--vq-ckpt is needed"),
+        (["--gpt-ckpt", "a", "--vq-ckpt", "b", "--timeout", "0"], "--timeout 0: it is above 0"),
+        (["--gpt-ckpt", "a", "--vq-ckpt", "b", "--max-queue", "3"], "--max-n 8 is more than --max-queue 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            server.main(server.flags().parse_args([str(word) for word in words]))
+
+
+def test_request_errors():
+    assert RequestError(503, "x").body()["error"]["type"] == "server_error"
+    assert RequestError(400, "x", param="n").body()["error"] == {
+        "message": "x", "type": "invalid_request_error", "param": "n", "code": None,
+    }  # fmt: skip

@@ -1,0 +1,122 @@
+"""A server in a process of its own under load: bursts, clients that hang up, SIGTERM in the middle."""
+
+import asyncio
+import time
+from argparse import Namespace
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("fastapi")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("httpx")
+
+from autoregressive.models.gpt import GPT_models
+from autoregressive.pipeline import ImagePipeline
+from benchmarks.serving import run_load, started_server
+from tests.helpers import randomize
+from tests.serve.servers import pixels
+
+LABELS, SEEDS, SCALES = 10, 4, (1.0, 4.0)
+
+# Further flags of the server that is under load, by the engine.
+ENGINES = [pytest.param(["--engine", "native"], id="native")]
+
+
+@pytest.fixture(scope="module")
+def gpt_file(tmp_path_factory):
+    """GPT-XS with 4x4 tokens: an image is sixteen steps."""
+    path = tmp_path_factory.mktemp("load") / "gpt.pt"
+    gpt = randomize(GPT_models["GPT-XS"](vocab_size=64, block_size=16, num_classes=LABELS), seed=1)
+    args = {"gpt_model": "GPT-XS", "gpt_type": "c2i", "image_size": 16, "downsample_size": 4, "num_classes": LABELS}
+    torch.save({"model": gpt.state_dict(), "args": Namespace(**args)}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(gpt_file, small_files) -> dict[tuple[int, int, float], np.ndarray]:
+    """Every image that is asked for, by the pipeline: (label, seed, scale)."""
+    pipeline = ImagePipeline.from_pretrained(gpt_file, vq=small_files.vq, device="cpu")
+    return {
+        (label, seed, scale): np.asarray(image)
+        for seed in range(SEEDS)
+        for scale in SCALES
+        for label, image in enumerate(
+            pipeline(range(LABELS), seed=seed, indices=[0] * LABELS, cfg_scale=scale, progress=False)
+        )
+    }
+
+
+def body(i: int) -> dict:
+    return {"class_label": i % LABELS, "seed": i // LABELS % SEEDS, "guidance_scale": SCALES[i % 3 == 0], "top_k": 0}
+
+
+def check_images(outcomes, expected) -> None:
+    for outcome in outcomes:
+        if outcome.status == 200:
+            asked = body(outcome.number)
+            image = pixels(outcome.answer["data"][0])
+            assert np.array_equal(image, expected[asked["class_label"], asked["seed"], asked["guidance_scale"]]), asked
+    assert len({array.tobytes() for array in expected.values()}) == len(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ENGINES)
+def test_load_and_sigterm(gpt_file, small_files, expected, flags):
+    """200 requests in bursts. Whoever is neither refused nor hangs up gets the right image; then the server ends with 0."""
+    words = ["--gpt-ckpt", gpt_file, "--vq-ckpt", small_files.vq, "--max-queue", 32, *flags]
+    with started_server(words) as server:
+
+        async def main():
+            load = asyncio.create_task(
+                run_load(
+                    server.url,
+                    [body(i) for i in range(200)],
+                    bursts=5,
+                    pause=0.3,
+                    hang_up=0.25,
+                    attempts=10**6,
+                    longest_wait=2.0,
+                    timeout=120.0,
+                )
+            )
+            while sum(event.get("status") == 200 for event in server.events()) < 50:  # the others come again and again
+                assert not load.done(), Counter(outcome.status for outcome in load.result())
+                await asyncio.sleep(0.05)
+            server.terminate()
+            return time.monotonic(), await load
+
+        terminated_at, outcomes = asyncio.run(main())
+        assert server.end() == 0
+    counts = Counter(outcome.status for outcome in outcomes)
+    before = [outcome for outcome in outcomes if outcome.begun_at < terminated_at - 0.5]
+    # Who came before the signal was told yes or no; afterwards the port is closed at some point.
+    assert {outcome.status for outcome in before} <= {200, 429, 503, "hung up"}, counts
+    assert set(counts) <= {200, 429, 503, "hung up", "unreachable", "broken"}, counts
+    assert (
+        counts[200] >= 40 and counts[429] == 0 and counts["hung up"] > 0 and counts[503] + counts["unreachable"] > 5
+    ), counts
+    check_images(outcomes, expected)
+    answered = [event for event in server.events() if event["event"] == "answered"]
+    statuses = Counter(event["status"] for event in answered if event["path"].endswith("generations"))
+    assert statuses[200] >= counts[200], (statuses, counts)
+    assert not {status for status in statuses if status >= 500} - {503}, statuses
+    assert not [event for event in server.events() if event["level"] == "error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ENGINES)
+def test_everybody_who_waits_long_enough_is_served(gpt_file, small_files, expected, flags):
+    words = ["--gpt-ckpt", gpt_file, "--vq-ckpt", small_files.vq, "--max-queue", 16, *flags]
+    with started_server(words) as server:
+        outcomes = asyncio.run(
+            run_load(
+                server.url, [body(i) for i in range(40)], bursts=2, attempts=10**6, longest_wait=2.0, timeout=120.0
+            )
+        )
+        assert {outcome.status for outcome in outcomes} == {200}
+        assert sum(outcome.refused for outcome in outcomes) > 0
+        check_images(outcomes, expected)
+        assert server.end() == 0

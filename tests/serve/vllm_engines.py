@@ -1,0 +1,73 @@
+"""What the tests of the vLLM engine share: an engine that lives through a module's tests, and what ImagePipeline draws."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from autoregressive.pipeline import ImagePipeline, load_gpt
+from autoregressive.serve.convert import model_folder
+from autoregressive.serve.engine import ImageRequest
+from autoregressive.serve.vllm_engine import VllmEngine
+from tokenizer.tokenizer_image.load import load_tokenizer
+
+# Fewer places than images, an odd number of them, and a cache in which five images find room but do not stay: an image
+# of 65 rows takes three blocks, and the nine blocks there are (one of which vLLM keeps) serve two and a half.
+SETTINGS = {"max_num_seqs": 5, "block_size": 32, "num_gpu_blocks_override": 9, "enforce_eager": True}
+
+
+class Running:
+    """An engine and the event loop it lives in."""
+
+    def __init__(self, gpt: Path, cache: Path, **settings):
+        self.runner = asyncio.Runner()
+        self.gpt = load_gpt(gpt)
+        folder = model_folder(gpt, dtype=torch.float32, cache=cache)
+        self.engine = self.runner.run(VllmEngine.start(folder, **(SETTINGS | settings)))
+
+    def close(self) -> None:
+        self.runner.run(self.engine.close())
+        self.runner.close()
+
+    def draw(self, requests: Sequence[ImageRequest], delays: Sequence[float] | None = None) -> list[list[int]]:
+        """The tokens of requests that come all at once, or each so many seconds after the first."""
+
+        async def one(request: ImageRequest, delay: float) -> list[int]:
+            await asyncio.sleep(delay)
+            last: list[int] = []
+            async for tokens in self.engine.generate(request):
+                assert tokens[: len(last)] == last and len(tokens) > len(last)
+                last = tokens
+            return last
+
+        async def all_of_them() -> list[list[int]]:
+            return await asyncio.gather(*map(one, requests, delays or [0.0] * len(requests)))
+
+        return self.runner.run(all_of_them())
+
+    def expected(self, vq: Path, requests: Sequence[ImageRequest]) -> list[list[int]]:
+        """What ImagePipeline draws for each, as image 0 of a run of its seed."""
+        pipeline = ImagePipeline(self.gpt, load_tokenizer(vq))
+        drawn = []
+        for request in requests:
+            cond, mask = torch.tensor([request.label or 0]), None
+            if request.features is not None:
+                cond, mask = pipeline.condition_rows([request.features])
+            fields = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "sample_logits")
+            sampling = {name: getattr(request, name) for name in fields}
+            codes = pipeline.generate_codes(cond, emb_masks=mask, seed=request.seed, **sampling)
+            drawn.append(codes[0].tolist())
+        return drawn
+
+
+def preemptions() -> float:
+    """How often this process's engines have taken an image's place away and given it back later."""
+    from prometheus_client import REGISTRY
+
+    return sum(
+        sample.value
+        for metric in REGISTRY.collect()
+        for sample in metric.samples
+        if sample.name == "vllm:num_preemptions_total"
+    )

@@ -1,0 +1,84 @@
+"""Puts a GPT on the Hugging Face hub, as safetensors with config.json and a model card, or into a folder.
+
+    python3 tools/push_gpt_to_hf.py --gpt-ckpt results --gpt-model GPT-L --image-size 256 --repo-id owner/name
+    python3 tools/push_gpt_to_hf.py --gpt-ckpt c2i_L_384.pt --gpt-model GPT-L --output folder      # touches no network
+
+Weights are stored in --precision: `none` keeps float32 to the bit. What is pushed loads with
+`TransformerHF.from_pretrained("owner/name")` (autoregressive/hub.py), and a folder also as --gpt-ckpt of every script.
+The hub's token is read from HF_TOKEN, or from what `hf auth login` left.
+"""
+
+import argparse
+
+from autoregressive.models.sizes import GPT_SIZES
+from tokenizer.tokenizer_image.sizes import VQ_SIZES
+from utils.cli import (
+    add_gpt_file_flags,
+    add_gpt_flags,
+    add_hub_flags,
+    add_image_size_flags,
+    add_run_flags,
+    add_tokenizer_flags,
+    flag_parser,
+    layout_numbers,
+    run_script,
+)
+
+
+def main(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from autoregressive.hub import TransformerHF
+    from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt
+    from tokenizer.tokenizer_image.load import load_tokenizer
+    from utils.checkpoint import read_checkpoint
+    from utils.pretrained import check_destination, send
+    from utils.runs import find_checkpoint
+
+    check_destination(args.repo_id, args.output)
+    if args.gpt_ckpt is None:
+        raise ValueError("--gpt-ckpt is needed: a file, a run's folder, or a released file's name")
+    path = find_checkpoint(args.gpt_ckpt)
+    ar_token_num, spe_token_num = layout_numbers(args)
+    gpt = load_gpt(
+        path,
+        dtype=PRECISIONS[args.precision],
+        use_ema=args.use_ema,
+        image_size=args.image_size,
+        downsample_size=args.downsample_size,
+        gpt_model=args.gpt_model,
+        gpt_type=args.gpt_type,
+        codebook_size=args.codebook_size,
+        num_classes=args.num_classes if args.gpt_type == "c2i" else None,
+        cls_token_num=args.cls_token_num,
+        ar_token_num=ar_token_num or 1,
+        spe_token_num=spe_token_num or 0,
+    )
+    if args.vq_ckpt is not None:
+        flags = {"vq_model": args.vq_model, "codebook_size": args.codebook_size}
+        ImagePipeline(gpt, load_tokenizer(find_checkpoint(args.vq_ckpt), **flags))  # raises where they do not fit
+
+    # The feed-forward width by the rule of the table of sizes, where it is that.
+    ruled = replace(gpt.args, multiple_of=256, ffn_dim_multiplier=None)
+    if ruled.ffn_dim == gpt.args.ffn_dim:
+        gpt.args = gpt.config = ruled
+    checkpoint = read_checkpoint(path)
+    known = {"gpt_model": args.gpt_model, "image_size": args.image_size, "downsample_size": args.downsample_size}
+    model = TransformerHF.holding(gpt, {**(checkpoint.args or {}), **known}, checkpoint.steps)
+    send(model, args.repo_id, args.output, private=args.private, license=args.license)
+
+
+def flags() -> argparse.ArgumentParser:
+    """The script's flags."""
+    parser = flag_parser(__doc__)
+    add_gpt_flags(parser, GPT_SIZES)
+    add_gpt_file_flags(parser)
+    add_tokenizer_flags(parser, VQ_SIZES)
+    add_image_size_flags(parser, 384, evaluation=256)
+    add_run_flags(parser, compile=True)
+    add_hub_flags(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, flags())
