@@ -16,7 +16,7 @@ import json
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from reprlib import repr as short
@@ -45,7 +45,7 @@ def _open_maps() -> int:
     return min(limit // 3, 4096) if limit > 0 else 256
 
 
-_OPEN_MAPS = _open_maps()
+OPEN_MAPS = _open_maps()
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class CodeSettings:
     def read(cls, folder: str | Path) -> "CodeSettings":
         """Reads `index.json` of a folder. Raises FileNotFoundError or ValueError that names it."""
         file = Path(folder) / INDEX_FILE
-        values = _read_json(file)
+        values = read_record(file)
         if values.pop("format", None) != FORMAT:
             raise ValueError(f"{file} is of a format this version does not read (it reads format {FORMAT})")
         values.pop("dtype", None)
@@ -318,7 +318,7 @@ class ShardFolder:
             self._offsets[shard] = codes.offset
         # A plain array: indexing the subclass costs more than the bytes that are read.
         self._maps[shard] = np.asarray(codes)
-        if len(self._maps) > _OPEN_MAPS:
+        if len(self._maps) > OPEN_MAPS:
             self._maps.popitem(last=False)
         return self._maps[shard]
 
@@ -353,7 +353,7 @@ def _sidecar(folder: Path, shard: int) -> Path:
 
 def _checked_sidecar(folder: Path, shard: int) -> dict:
     """The sidecar of a shard whose files have the sizes it records."""
-    sidecar = _read_json(_sidecar(folder, shard))
+    sidecar = read_record(_sidecar(folder, shard))
     if not {"samples", "skipped", "files"} <= sidecar.keys():
         raise _damaged(_sidecar(folder, shard), "no samples, skipped and files in it")
     for name, recorded in sidecar["files"].items():
@@ -371,15 +371,21 @@ def _damaged(file: Path, what: str) -> ValueError:
     return ValueError(f"{file} is damaged ({what}): {remedy}")
 
 
-def _read_json(file: Path) -> dict:
+def read_record(file: Path, damaged: Callable[[Path, str], ValueError] = _damaged) -> dict:
+    """The JSON object beside packed codes or features: a folder's index, a shard's counts and checksums.
+
+    damaged: makes the error that says how what is at fault is written again. Raises it, or FileNotFoundError.
+    """
     try:
         values = json.loads(file.read_bytes())
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is missing: {file.parent} is no folder of packed codes") from None
+        raise FileNotFoundError(
+            f"{file} is missing: {file.parent} is no folder of packed files, or not whole"
+        ) from None
     except ValueError as error:
-        raise _damaged(file, f"not JSON: {error}") from error
+        raise damaged(file, f"not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise _damaged(file, "not a JSON object")
+        raise damaged(file, "not a JSON object")
     return values
 
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.shards import _OPEN_MAPS, INDEX_FILE
+from dataset.shards import INDEX_FILE, OPEN_MAPS, read_record
 from utils.files import atomic_write, crc32_of, write_json
 
 FORMAT = 1
@@ -66,7 +66,7 @@ class _Index:
     @classmethod
     def read(cls, folder: Path) -> "_Index":
         file = folder / INDEX_FILE
-        values = _read_json(file)
+        values = read_record(file, _damaged)
         if values.pop("format", None) != FORMAT:
             raise ValueError(f"{file} is no index of text features, or of a format this version does not read")
         try:
@@ -336,7 +336,7 @@ class PackedFeatures(FeatureStore):
             raise _damaged(file, f"{array.dtype} {array.shape}, expected {expected[1]} {expected[0]}")
         # A plain array: indexing the subclass costs more than the bytes that are read.
         self._maps[key] = np.asarray(array)
-        if len(self._maps) > _OPEN_MAPS:
+        if len(self._maps) > OPEN_MAPS:
             self._maps.popitem(last=False)
         return self._maps[key]
 
@@ -496,7 +496,7 @@ def _load_ends(folder: Path, shard: int) -> np.ndarray:
 
 def _checked_sidecar(folder: Path, shard: int) -> dict:
     """The sidecar of a shard whose files have the sizes it records."""
-    sidecar = _read_json(_sidecar(folder, shard))
+    sidecar = read_record(_sidecar(folder, shard), _damaged)
     if not {"lines", "captions", "files"} <= sidecar.keys():
         raise _damaged(_sidecar(folder, shard), "no lines, captions and files in it")
     for name, recorded in sidecar["files"].items():
@@ -512,18 +512,6 @@ def _damaged(file: Path, what: str) -> ValueError:
     if file.name == INDEX_FILE:
         remedy = "extract the features to another folder"
     return ValueError(f"{file} is damaged ({what}): {remedy}")
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        values = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is missing") from None
-    except ValueError as error:
-        raise _damaged(file, f"not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise _damaged(file, "not a JSON object")
-    return values
 
 
 def _refuse_other_settings(folder: Path, index: _Index) -> None:

@@ -16,7 +16,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from utils.cli import flag_parser, positive_int, run_script
+from utils.cli import add_extraction_flags, flag_parser, positive_int, run_script
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -328,17 +328,7 @@ def flags() -> argparse.ArgumentParser:
         default=None,
         help="of packed features (default: that of --precision, which loses nothing)",
     )
-    group.add_argument(
-        "--shard-size", type=positive_int, default=2048, help="captions a shard, and what an interruption may cost"
-    )
-    group.add_argument(
-        "--published-layout", action="store_true", help="one float32 .npy a caption, as the published scripts write"
-    )
-    parser.add_argument(
-        "--global-seed", type=int, default=0, help="kept for published command lines; encoding draws nothing"
-    )
-    parser.add_argument("--num-workers", type=int, default=24, help="loader processes (at most the processor's cores)")
-    parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
+    add_extraction_flags(group, items="captions", shard_size=2048, published="one float32 .npy a caption")
     return parser
 
 

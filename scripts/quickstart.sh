@@ -101,7 +101,7 @@ from_words() {
             --num-workers 0 --log-every 20 --ckpt-every 400 --keep-last 2 --results-dir "$left/$name" --resume "$@"
     }
     train stage1 16 blip --max-steps 800 --dropout-p 0
-    train stage2 32 llava --max-steps 1500 --gpt-ckpt "$left/stage1" --short-t5-feat-path "$left/features_blip"
+    train stage2 32 llava --max-steps 1200 --gpt-ckpt "$left/stage1" --short-t5-feat-path "$left/features_blip"
 
     stage samples python3 autoregressive/sample/sample_t2i_ddp.py --prompt-csv "$digits/prompts.tsv" \
         "${gpt[@]}" --gpt-ckpt "$left/stage2" "${tokenizer[@]}" --image-size 32 --precision none \

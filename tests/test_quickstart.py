@@ -1,19 +1,14 @@
 """The quickstart's recipe, with fewer steps and samples, and the tools it uses."""
 
 import json
-import os
-import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from dataset.folders import class_folders
-from tests.helpers import ROOT
-from tools import draw_training, make_digit_captions, make_digits, make_text_encoder
+from tests.quickstart import small_recipe
+from tools import draw_training, make_digits
 
 
 @pytest.mark.slow
@@ -46,181 +41,6 @@ def test_curves_of_a_resumed_and_killed_run(tmp_path):
         draw_training.main(draw_training.flags().parse_args(["--runs", str(tmp_path / "nowhere")]))
 
 
-def lines_of(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def captions(tmp_path_factory):
-    """The first hundred digits with three views each, at 16 pixels."""
-    folder = tmp_path_factory.mktemp("captions")
-    words = ["--output", str(folder), "--scans", "100", "--image-size", "16", "--prompts", "240"]
-    make_digit_captions.main(make_digit_captions.flags().parse_args(words))
-    return folder
-
-
-def test_captions_say_what_is_true(captions):
-    """Of the digit, and in thirds by which way it leans: with quantiles and moments of the pictures taken here."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-
-    def slant(scan):
-        """The slope of a line through the means of the rows, each as heavy as its row."""
-        heights, columns = -np.arange(16.0), np.arange(16.0)
-        ink = scan.sum(axis=1)
-        means = (scan @ columns) / np.where(ink > 0, ink, 1)
-        centre = (ink @ heights) / ink.sum()
-        return ink @ ((heights - centre) * means) / (ink @ (heights - centre) ** 2)
-
-    scans = [Image.fromarray((scan * 255 / 16).round().astype(np.uint8)) for scan in digits.images]
-    slants = np.asarray([slant(np.asarray(scan.resize((16, 16), Image.BICUBIC), float)) for scan in scans])
-    training = np.arange(1797) % 5 != 4
-    pairs = lines_of(captions / "train.jsonl") + lines_of(captions / "held_out.jsonl")
-    assert len(pairs) == 80 * 3 + 20
-    for pair in pairs:
-        i = int(pair["image_path"].removeprefix("images/")[:4])
-        digit = digits.target[i]
-        lower, upper = np.quantile(slants[training & (digits.target == digit)], (1 / 3, 2 / 3))
-        side = "leaning left" if slants[i] <= lower else "upright" if slants[i] <= upper else "leaning right"
-        short, long, first = pair["text"]
-        assert pair["digit"] == digit and pair["slant"] == side
-        for text in (short, long):
-            named = {
-                number
-                for number in range(10)
-                if re.search(rf"\b({number}|{make_digit_captions.WORDS[number]})\b", text)
-            }
-            assert named == {digit}, text
-            assert sum(words in text for words in make_digit_captions.SLANTS) <= 1
-        assert side in long and pair["stroke"] in long
-        assert long == f"{first}." and "." not in first and "{" not in short + long
-
-
-def test_a_digit_that_leans_and_one_that_is_heavy():
-    image = np.zeros((8, 8))
-    image[np.arange(8), 7 - np.arange(8)] = 255  # from the lower left to the upper right
-    assert make_digit_captions.measure(image) == pytest.approx((1.0, 8 / 64))
-    assert make_digit_captions.measure(image[:, ::-1])[0] == pytest.approx(-1.0)
-    assert make_digit_captions.measure(np.eye(8)[:, :1] @ np.ones((1, 8)))[0] == 0  # of one row
-    assert make_digit_captions.measure(np.zeros((8, 8))) == (0, 0)
-    thick = image.copy()
-    thick[:, 1:] += image[:, :-1]
-    assert make_digit_captions.measure(thick)[1] > 8 / 64
-    limits = np.tile([[-0.5, 0.5], [0.1, 0.2]], (10, 1, 1))
-    assert make_digit_captions.attributes(image, 3, limits) == ("leaning right", "medium")
-
-
-def test_captions_are_the_same_again(captions):
-    """Also where the pictures are there already, and where some are not."""
-    before = {path: path.read_bytes() for path in captions.rglob("*") if path.is_file()}
-    next(iter(sorted((captions / "images").iterdir()))).unlink()
-    make_digit_captions.main(
-        make_digit_captions.flags().parse_args(
-            ["--output", str(captions), "--scans", "100", "--image-size", "16", "--prompts", "240"]
-        )
-    )
-    assert {path: path.read_bytes() for path in captions.rglob("*") if path.is_file()} == before
-
-
-def test_splits_and_lists_of_captions(captions):
-    """The lists together and each alone name the same images; training scans are those of make_digits.py."""
-    for split in ("train", "held_out"):
-        together, alone = lines_of(captions / f"{split}.jsonl"), lines_of(captions / split / f"{split}.jsonl")
-        assert [pair["text"] for pair in together] == [pair["text"] for pair in alone]
-        for one, other in zip(together, alone, strict=True):
-            assert (captions / one["image_path"]).samefile(captions / split / other["image_path"])
-            number = int(one["image_path"].removeprefix("images/")[:4])
-            assert (number % 5 == 4) == (split == "held_out")
-    assert Image.open(captions / together[0]["image_path"]).size == (16, 16)
-    first, second = (np.asarray(Image.open(captions / "images" / f"0000-{k}.png"), int) for k in (0, 1))
-    assert np.abs(first - second).max() > 20  # another view
-
-
-def test_prompts_are_worded_as_no_caption(captions):
-    header, *rows = (line.split("\t") for line in (captions / "prompts.tsv").read_text().splitlines())
-    assert header == ["Prompt", "Digit", "Slant", "Stroke"] and len(rows) == 240
-    rng = np.random.default_rng(0)
-    wordings = {make_digit_captions.wording(rng, whole) for whole in (False, True) for _ in range(20_000)}
-    assert len(wordings) > 1500
-    possible = {
-        make_digit_captions.fill(wording, digit, slant, stroke)
-        for wording in wordings
-        for digit in range(10)
-        for slant in make_digit_captions.SLANTS
-        for stroke in make_digit_captions.STROKES
-    }
-    words = {word for text in possible for word in re.findall(r"\w+", text)}
-    for prompt, digit, slant, stroke in rows:
-        assert prompt not in possible and set(re.findall(r"\w+", prompt)) <= words, prompt
-        assert re.search(rf"\b({digit}|{make_digit_captions.WORDS[int(digit)]})\b", prompt)
-        assert slant in prompt and stroke in prompt
-    assert {row[1] for row in rows} == set("0123456789") and len({row[0] for row in rows}) > 150
-
-
-def test_a_text_encoder(captions, tmp_path, capsys):
-    from language.t5 import T5Embedder, find_t5
-
-    def make(*words):
-        words = ["--data-path", str(captions / "train"), "--output", str(tmp_path / "t5" / "small"), *words]
-        make_text_encoder.main(make_text_encoder.flags().parse_args(words))
-
-    make("--dim", "32")
-    embedder = T5Embedder("cpu", find_t5(tmp_path / "t5", "small"), model_max_length=12, torch_dtype=torch.float32)
-    features, mask = embedder.get_text_embeddings(["the digit three", "three the digit", "the digit four"])
-    assert features.shape == (3, 12, 32) and mask.sum(1).tolist() == [4, 4, 4]  # words are pieces, and the end
-    assert features.isfinite().all()
-    apart = (features[0, 2] - features[2, 2]).norm() / features[0, 2].norm()
-    assert apart > 0.5  # three and four, in the same place
-    weights = (tmp_path / "t5" / "small" / "model.safetensors").stat()
-    capsys.readouterr()
-    make("--dim", "32")
-    assert "there already" in capsys.readouterr().out
-    assert (tmp_path / "t5" / "small" / "model.safetensors").stat().st_mtime_ns == weights.st_mtime_ns
-    make("--dim", "16")
-    assert T5Embedder("cpu", tmp_path / "t5" / "small").dim == 16
-    assert sorted(path.name for path in (tmp_path / "t5").iterdir()) == ["small"]
-    with pytest.raises(ValueError, match=r"--dim 12 is not a multiple of 8"):
-        make("--dim", "12")
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "a.jsonl").write_text('{"image_path": "a.png", "text": "words"}\n')
-    with pytest.raises(ValueError, match=r"line 0 \(from 0\) of a.jsonl has no list of captions 'text'"):
-        make("--data-path", str(tmp_path / "bad"))
-
-
-def small_recipe(folder, *replacements):
-    """scripts/quickstart.sh with another folder and few steps: a function that runs it."""
-    recipe = (ROOT / "scripts" / "quickstart.sh").read_text()
-    out = folder / "quickstart"
-    for before, after, times in (
-        (r'cd "\$\(dirname "\$0"\)/\.\."', f'cd "{ROOT}"', 1),
-        (r"out=quickstart left=quickstart", f'out="{out}" left="{out}"', 1),
-        (r"bash scripts/setup.sh\nsource .venv/bin/activate\n", "", 1),
-        (r"--max-steps \d+", "--max-steps 2", 4),
-        (r"--num-fid-samples \d+", "--num-fid-samples 20", 2),
-        *replacements,
-    ):
-        recipe, replaced = re.subn(before, after, recipe)
-        assert replaced == times, before
-    script = folder / "quickstart.sh"
-    script.write_text(recipe)
-    environment = {**os.environ, "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
-
-    def run(*words):
-        done = subprocess.run(
-            ["bash", str(script), *words],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=500,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        return done.stdout
-
-    return out, run
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
 def test_the_recipe(tmp_path):
@@ -246,30 +66,3 @@ def test_the_recipe(tmp_path):
     again = run()
     assert again.count("nothing left to do") == 2
     assert pictures[0].read_bytes() == first
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1000)
-def test_the_recipe_from_words(tmp_path):
-    """As the one from classes, on a few scans; what makes its stages go on is tested with each of them."""
-    out, run = small_recipe(tmp_path, (r"(make_digit_captions.py .*--image-size 32)", r"\1 --scans 60 --prompts 30", 1))
-    run("text")
-    left = out / "text"
-    for name in ("samples.png", "prompts.png", "training.png"):
-        assert Image.open(left / name).size[0] > 100
-    report = json.loads((left / "report.json").read_text())
-    stages = "digits tokenizer captions encoder features codes stage1 stage2 samples curves total"
-    assert set(report["seconds"]) == set(stages.split())
-    assert report["samples"] == 20 and report["prompts"] == 20
-    assert report["held_out_digits_read_right"] > 0.95
-    for name in ("samples_read_as_asked", "slant_as_asked", "stroke_as_asked"):
-        assert 0 <= report[name] <= 1
-    losses = report["nll_held_out_nats_per_token"]
-    assert set(losses) == {"stage1", "stage2"} and losses["stage1"] == pytest.approx(np.log(256), abs=0.5)
-    held_out, samples = report["train_against_held_out"], report["train_against_samples"]
-    assert held_out["frechet_distance"] < samples["frechet_distance"]  # hardly trained
-    pictures = sorted(left.glob("samples/*/images/*.png"))
-    assert len(pictures) == 20 and Image.open(pictures[0]).size == (32, 32)
-    with pytest.raises(AssertionError, match="wrong is neither text nor --fresh"):
-        run("text", "wrong", "--fresh")
-    assert pictures[3].exists()

@@ -84,17 +84,13 @@ def main(args: argparse.Namespace) -> None:
 
 def wording(rng: "np.random.Generator", whole: bool) -> str:
     """A caption's wording: one of some thousand. whole: it tells both slant and stroke, else one of them or none."""
-
-    def maybe(text: str, probability: float = 0.5) -> str:
-        return text if rng.random() < probability else ""
-
     told = {"slant", "stroke"} if whole else {("slant", "stroke", "")[rng.integers(3)]}
     stroke = ("{stroke} ", " in {stroke} strokes")[rng.integers(2)] if "stroke" in told else ""
     before, after = (stroke, "") if stroke.endswith(" ") else ("", stroke)
     by_hand = ("handwritten ", " written by hand", "", "")[rng.integers(4)]
     before, after = (before + by_hand, after) if by_hand.endswith(" ") else (before, by_hand + after)
     if "slant" in told:
-        after += f"{maybe(',')} {{slant}}"
+        after += (", {slant}", " {slant}")[rng.integers(2)]
     opening, article, name = (choices[rng.integers(len(choices))] for choices in (OPENINGS, ARTICLES, NAMES))
     return opening + article + before + name + after
 
@@ -107,11 +103,11 @@ def prompt_table(count: int) -> str:
     rows = ["Prompt\tDigit\tSlant\tStroke"]
     for number in range(count):
         digit, turn = number % 10, number // 10
-        wording = UNSEEN[turn % len(UNSEEN)]
+        template = UNSEEN[turn % len(UNSEEN)]
         # Three attributes and eight wordings: in 24 turns every wording meets each attribute.
         slant, stroke = SLANTS[(turn + digit) % 3], STROKES[(turn // 3 + digit) % 3]
-        asked = (slant if "{slant}" in wording else "", stroke if "{stroke}" in wording else "")
-        rows.append("\t".join([fill(wording, digit, slant, stroke), str(digit), *asked]))
+        asked = (slant if "{slant}" in template else "", stroke if "{stroke}" in template else "")
+        rows.append("\t".join([fill(template, digit, slant, stroke), str(digit), *asked]))
     return "\n".join(rows) + "\n"
 
 

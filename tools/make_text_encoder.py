@@ -82,7 +82,7 @@ def make_text_encoder(
 
     import sentencepiece
     import torch
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
     if dim % 8:
         raise ValueError(f"--dim {dim} is not a multiple of 8")
@@ -111,7 +111,7 @@ def make_text_encoder(
     try:
         with open(os.path.join(staging, "spiece.model"), "wb") as f:
             f.write(learned.getvalue())
-        tokenizer = T5Tokenizer.from_pretrained(staging)
+        tokenizer = T5TokenizerFast.from_pretrained(staging)
         tokenizer.save_pretrained(staging)
         config = T5Config(
             vocab_size=len(tokenizer),

@@ -179,6 +179,35 @@ def add_run_flags(parser: Flags, *, compile: bool = False, precision: bool = Tru
     add_switch(group, "--compile", compile, "torch.compile the decode step (on CUDA; elsewhere the plain step is used)")
 
 
+def add_extraction_flags(parser: Flags, *, items: str, shard_size: int, published: str) -> None:
+    """Flags of the scripts that make files from a data set once: codes, features. items: what a shard has, in the plural.
+
+    published: what the published layout is.
+    """
+    parser.add_argument(
+        "--shard-size",
+        type=positive_int,
+        default=shard_size,
+        help=f"{items} a shard, and what an interruption may cost",
+    )
+    parser.add_argument("--published-layout", action="store_true", help=f"{published}, as the published scripts write")
+    parser.add_argument(
+        "--global-seed", type=int, default=0, help="kept for published command lines; encoding draws nothing"
+    )
+    parser.add_argument("--num-workers", type=int, default=24, help="loader processes (at most the processor's cores)")
+    parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
+
+
+def add_encoder_precision_flag(parser: Flags) -> None:
+    """--mixed-precision of a tokenizer whose codes are kept."""
+    parser.add_argument(
+        "--mixed-precision",
+        choices=["none", "fp16", "bf16"],
+        default="none",
+        help="autocast of the encoder: faster, but some codes differ from those of float32, which published codes are",
+    )
+
+
 def add_hub_flags(parser: Flags) -> None:
     """Where the scripts that push to the Hugging Face hub put a model."""
     group = parser.add_argument_group("hub")

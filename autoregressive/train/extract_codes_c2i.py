@@ -11,7 +11,16 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
-from utils.cli import add_image_size_flags, add_switch, add_tokenizer_flags, flag_parser, positive_int, run_script
+from utils.cli import (
+    add_encoder_precision_flag,
+    add_extraction_flags,
+    add_image_size_flags,
+    add_switch,
+    add_tokenizer_flags,
+    flag_parser,
+    positive_int,
+    run_script,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -256,24 +265,9 @@ def flags() -> argparse.ArgumentParser:
         default=16,
         help="images a batch, with all their views (in parts where those are many)",
     )
-    parser.add_argument(
-        "--mixed-precision",
-        choices=["none", "fp16", "bf16"],
-        default="none",
-        help="autocast of the encoder: faster, but some codes differ from those of float32, which published codes are",
-    )
-    parser.add_argument(
-        "--shard-size", type=positive_int, default=4096, help="images a shard, and what an interruption may cost"
-    )
-    parser.add_argument(
-        "--published-layout", action="store_true", help="one .npy an image, as the published scripts write"
-    )
-    parser.add_argument(
-        "--global-seed", type=int, default=0, help="kept for published command lines; encoding draws nothing"
-    )
-    parser.add_argument("--num-workers", type=int, default=24, help="loader processes (at most the processor's cores)")
+    add_encoder_precision_flag(parser)
+    add_extraction_flags(parser, items="images", shard_size=4096, published="one .npy an image")
     parser.add_argument("--debug", action="store_true", help="encode one batch, print what comes out, write nothing")
-    parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
     return parser
 
 

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING
 
 from autoregressive.train.extract_codes_c2i import encode_shards, shard_batches, tokenizer_fingerprint
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
-from utils.cli import add_image_size_flags, add_tokenizer_flags, flag_parser, positive_int, run_script
+from utils.cli import (
+    add_encoder_precision_flag,
+    add_extraction_flags,
+    add_image_size_flags,
+    add_tokenizer_flags,
+    flag_parser,
+    positive_int,
+    run_script,
+)
 
 if TYPE_CHECKING:
     from dataset.codes import CodeSettings
@@ -173,23 +181,8 @@ def flags() -> argparse.ArgumentParser:
     add_tokenizer_flags(parser, VQ_SIZES)
     add_image_size_flags(parser, 512, downsample=False)
     parser.add_argument("--batch-size", type=positive_int, default=32, help="images a batch")
-    parser.add_argument(
-        "--mixed-precision",
-        choices=["none", "fp16", "bf16"],
-        default="none",
-        help="autocast of the encoder: faster, but some codes differ from those of float32, which published codes are",
-    )
-    parser.add_argument(
-        "--shard-size", type=positive_int, default=4096, help="images a shard, and what an interruption may cost"
-    )
-    parser.add_argument(
-        "--published-layout", action="store_true", help="one .npy a pair, as the published scripts write"
-    )
-    parser.add_argument(
-        "--global-seed", type=int, default=0, help="kept for published command lines; encoding draws nothing"
-    )
-    parser.add_argument("--num-workers", type=int, default=24, help="loader processes (at most the processor's cores)")
-    parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
+    add_encoder_precision_flag(parser)
+    add_extraction_flags(parser, items="images", shard_size=4096, published="one .npy a pair")
     return parser
 
 

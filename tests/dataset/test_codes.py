@@ -123,7 +123,7 @@ def test_pickles_without_the_maps(tmp_path):
 
 
 def test_few_files_stay_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("dataset.shards._OPEN_MAPS", 2)
+    monkeypatch.setattr("dataset.shards.OPEN_MAPS", 2)
     write(tmp_path)
     data = PackedCodes(tmp_path, random_view=False)
     order = [0, 24, 8, 1, 12, 20, 0]

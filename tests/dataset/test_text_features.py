@@ -150,7 +150,7 @@ def test_shards_of_lines():
 
 
 def test_few_files_stay_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_features, "_OPEN_MAPS", 2)
+    monkeypatch.setattr(text_features, "OPEN_MAPS", 2)
     store = open_features(write(tmp_path))
     for _ in range(2):  # the second time over maps that were closed in between
         for stem, line in [("part-0", 0), ("part-0", 10), ("part-1", 1), ("part-0", 5), ("part-0", 1)]:

@@ -26,7 +26,7 @@ def make_small_t5(folder: Path, dim: int = 32, sentences: Sequence[str] = SENTEN
     The same arguments give the same files. Like the released one it has a decoder, gated GELU and ends every text with </s>.
     """
     import sentencepiece
-    from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
+    from transformers import T5Config, T5ForConditionalGeneration, T5TokenizerFast
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def make_small_t5(folder: Path, dim: int = 32, sentences: Sequence[str] = SENTEN
         minloglevel=2,
     )
     (folder / "spiece.model").write_bytes(learned.getvalue())
-    tokenizer = T5Tokenizer.from_pretrained(folder)
+    tokenizer = T5TokenizerFast.from_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config = T5Config(
         vocab_size=len(tokenizer),
