@@ -1,4 +1,4 @@
-"""The demo: a page that draws images of a class or of a prompt while one looks on. Needs gradio (`pip install gradio`).
+"""The demo: a page that draws images of a class or of a prompt while one looks on. Needs gradio (requirements.txt).
 
     python app.py --quickstart                                       # the models of scripts/quickstart.sh, on any machine
     python app.py --gpt-ckpt c2i_L_384.pt --vq-ckpt vq_ds16_c2i.pt   # files, runs, released files, or owner/name on the hub
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
     try:
         import gradio
     except ImportError as error:
-        raise ValueError(f"app.py needs gradio, which is not installed here ({error}): pip install gradio") from error
+        raise ValueError(f"app.py needs gradio, which is not installed here ({error}): pip install -r requirements.txt") from error
 
     from autoregressive.demo import error_html
 

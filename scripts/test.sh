@@ -1,29 +1,44 @@
 #!/usr/bin/env bash
-# Sets up and runs everything that guards the project: format, lint, tests.
+# Sets up and runs everything that guards the project: format, lint, tests, and those of serving again with vLLM.
 #
-#   bash scripts/test.sh             # all of it, by two processes
-#   bash scripts/test.sh --fast      # without the tests marked slow
-#   bash scripts/test.sh -k layout   # anything else goes to pytest, in one process
+#   bash scripts/test.sh               # all of it, by two processes
+#   bash scripts/test.sh --no-serve    # without vLLM and its environment (.venv-serve, several GB)
+#   bash scripts/test.sh --serve       # tests/serve/ in that environment alone
+#   bash scripts/test.sh --fast        # without the tests marked slow, which those of vLLM are
+#   bash scripts/test.sh -k layout     # anything else goes to pytest, in one process
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash scripts/setup.sh dev
-source .venv/bin/activate
 
+main=1 serve=1 threads=1
 # A file stays with one process: its tests share what they have made.
-arguments=(-n "${TEST_PROCESSES:-2}" --dist loadfile)
-threads=1
+parallel=(-n "${TEST_PROCESSES:-2}" --dist loadfile)
+arguments=("${parallel[@]}")
 case "$*" in
     "") ;;
-    --fast) arguments+=(-m "not slow") ;;
+    --no-serve) serve=0 ;;
+    --serve) main=0 ;;
+    --fast) serve=0 && arguments+=(-m "not slow") ;;
     *)
-        arguments=() threads=2
+        serve=0 threads=2 arguments=()
         for argument in "$@"; do
-            if [ "$argument" = --fast ]; then arguments+=(-m "not slow"); else arguments+=("$argument"); fi
+            case "$argument" in
+                --fast) arguments+=(-m "not slow") ;;
+                --no-serve) ;;
+                *) arguments+=("$argument") ;;
+            esac
         done
         ;;
 esac
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
 
-ruff format --check .
-ruff check .
-python -m pytest ${arguments[@]+"${arguments[@]}"}
+if [ "$main" = 1 ]; then
+    bash scripts/setup.sh dev
+    .venv/bin/ruff format --check .
+    .venv/bin/ruff check .
+    (source .venv/bin/activate && python -m pytest ${arguments[@]+"${arguments[@]}"})
+fi
+if [ "$serve" = 1 ]; then
+    bash scripts/setup.sh serve-dev
+    # A process of vLLM takes as many threads as it is told to, wherever the others run.
+    (source .venv-serve/bin/activate && VLLM_CPU_OMP_THREADS_BIND=nobind python -m pytest tests/serve "${parallel[@]}")
+fi

@@ -168,8 +168,8 @@ def add_text_flags(parser: Flags) -> None:
     )
 
 
-def add_run_flags(parser: Flags, *, compile: bool = False, precision: bool = True) -> None:
-    """--device, --precision, --compile."""
+def add_run_flags(parser: Flags, *, compile: bool | None = False, precision: bool = True) -> None:
+    """--device, --precision, --compile. compile: its default, None where the script decides."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
     if precision:
@@ -219,15 +219,16 @@ def add_hub_flags(parser: Flags) -> None:
     group.add_argument("--license", default="mit", help="of the weights, as the hub calls it")
 
 
-def add_vllm_flags(parser: Flags) -> None:
-    """What vLLM's engine is given besides the model."""
+def add_vllm_flags(parser: Flags, *, places: bool = True) -> None:
+    """What vLLM's engine is given besides the model. places: how many images it draws at once is one of them."""
     group = parser.add_argument_group("vLLM")
-    group.add_argument("--max-num-seqs", type=positive_int, default=32, help="images that are drawn at once")
+    if places:
+        group.add_argument("--max-num-seqs", type=positive_int, default=32, help="images that are drawn at once")
     group.add_argument(
         "--kv-cache-gib",
         type=float,
         default=None,
-        help="memory of the keys and values (default: on a CPU what --max-num-seqs images need, on a GPU what is left)",
+        help="memory of the keys and values (default: on a CPU what the images drawn at once need, on a GPU what is left)",
     )
     group.add_argument(
         "--gpu-memory-utilization",

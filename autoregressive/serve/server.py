@@ -14,7 +14,15 @@ import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from utils.cli import add_gpt_file_flags, add_run_flags, add_text_flags, flag_parser, positive_int, run_script
+from utils.cli import (
+    add_gpt_file_flags,
+    add_run_flags,
+    add_text_flags,
+    add_vllm_flags,
+    flag_parser,
+    positive_int,
+    run_script,
+)
 
 if TYPE_CHECKING:
     import uvicorn
@@ -114,18 +122,26 @@ async def load_native(args: argparse.Namespace) -> tuple:
     from autoregressive.serve.decoder import Decoder
     from autoregressive.serve.native import NativeEngine
     from autoregressive.serve.prompts import PromptEncoder
+    from utils.distributed import pick_device
     from utils.runs import find_checkpoint
 
+    for flag, value in (
+        ("--kv-cache-gib", args.kv_cache_gib),
+        ("--gpu-memory-utilization", args.gpu_memory_utilization),
+    ):
+        if value is not None:
+            raise ValueError(f"{flag} {value:g} is of vLLM, and the engine is native: leave it out")
+    device = pick_device(args.device)
     gpt, vq = find_checkpoint(args.gpt_ckpt), find_checkpoint(args.vq_ckpt)
     pipeline = ImagePipeline.from_pretrained(
         gpt,
         vq=vq,
         image_size=args.image_size,
-        device=args.device,
+        device=device,
         dtype=PRECISIONS[args.precision] if args.precision else None,
         use_ema=args.use_ema,
         batch_size=args.batch_size,
-        compile=args.compile,
+        compile=args.compile is not False and device.type == "cuda",
         **text_settings(args),
     )
     if pipeline.is_text:
@@ -151,6 +167,11 @@ async def load_vllm(args: argparse.Namespace) -> tuple:
     from utils.runs import find_checkpoint
 
     require_vllm()
+    if args.no_left_padding:
+        raise ValueError(
+            "--no-left-padding is not for vLLM: with it the first token is read off a row of padding, which vLLM does not "
+            "compute; use --engine native"
+        )
     device = pick_device(args.device)
     gpt, vq = find_checkpoint(args.gpt_ckpt), find_checkpoint(args.vq_ckpt)
     tokenizer = load_tokenizer(vq, device=device, use_ema=args.use_ema)
@@ -169,7 +190,14 @@ async def load_vllm(args: argparse.Namespace) -> tuple:
         )
         encoder = PromptEncoder(encoding_with(embedder))
     batch_size = args.batch_size or MAX_NUM_SEQS
-    engine = await VllmEngine.start(folder, name=args.model_name or gpt.stem, max_num_seqs=batch_size)
+    engine = await VllmEngine.start(
+        folder,
+        name=args.model_name or gpt.stem,
+        max_num_seqs=batch_size,
+        kv_cache_gib=args.kv_cache_gib,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        enforce_eager=not (device.type == "cuda" if args.compile is None else args.compile),
+    )
     try:
         if encoder:
             engine.check(ImageRequest(features=await encoder("a picture")))  # another T5's features are told now
@@ -222,7 +250,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model-name", default=None, help="the model's name for clients (default: that of the GPT's file)"
     )
-    add_run_flags(parser, precision=False)
+    add_run_flags(parser, precision=False, compile=None)
     parser.add_argument(
         "--precision",
         choices=["none", "fp16", "bf16"],
@@ -230,6 +258,7 @@ def flags() -> argparse.ArgumentParser:
         help="of the transformer's weights (default: none on a CPU, else bf16)",
     )
     add_text_flags(parser)
+    add_vllm_flags(parser, places=False)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 for every one")
     group.add_argument("--port", type=int, default=8000, help="0 takes one that is free, which the log tells")

@@ -4,6 +4,7 @@ import asyncio
 import time
 from argparse import Namespace
 from collections import Counter
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -21,8 +22,15 @@ from tests.serve.servers import pixels
 
 LABELS, SEEDS, SCALES = 10, 4, (1.0, 4.0)
 
-# Further flags of the server that is under load, by the engine.
-ENGINES = [pytest.param(["--engine", "native"], id="native")]
+# Further flags of the server that is under load, by the engine. Five places: requests wait, and batches change all the time.
+ENGINES = [
+    pytest.param(["--engine", "native"], id="native"),
+    pytest.param(
+        ["--engine", "vllm", "--batch-size", "5"],
+        id="vllm",
+        marks=pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here (bash scripts/serve.sh)"),
+    ),
+]
 
 
 @pytest.fixture(scope="module")
