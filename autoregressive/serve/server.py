@@ -12,6 +12,7 @@ SIGTERM: what was accepted is finished, new requests get 503, then the server en
 import argparse
 import os
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.cli import (
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
     from autoregressive.serve.service import Service
 
-
+# Has vLLM's processes log as this one does.
+VLLM_LOGGING = Path(__file__).parent / "vllm_logging.json"
 # Once everything is answered, a client that reads slowly has so long.
 SECONDS_TO_TAKE_AN_ANSWER = 30
 
@@ -167,6 +169,7 @@ async def load_vllm(args: argparse.Namespace) -> tuple:
     from utils.runs import find_checkpoint
 
     require_vllm()
+    os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(VLLM_LOGGING))
     if args.no_left_padding:
         raise ValueError(
             "--no-left-padding is not for vLLM: with it the first token is read off a row of padding, which vLLM does not "

@@ -15,6 +15,7 @@ one engine at a time in a process of ours.
 
 import asyncio
 import importlib.util
+import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -211,7 +212,8 @@ class VllmEngine:
         self._engine.output_processor.propagate_error(EngineDeadError())  # else they would wait for ever
         await asyncio.sleep(0)
         self._engine.shutdown()
-        self._engine = None  # now, and not when Python takes its modules apart, where its end would fail
+        self._engine.shutdown = lambda timeout=None: None  # called again where Python takes vLLM's modules apart, it fails
+        self._engine = None
 
 
 def engine_settings(
@@ -247,13 +249,14 @@ def engine_settings(
         "skip_tokenizer_init": True,
         "max_model_len": rows,
         "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_batched_tokens or max(rows, max_num_seqs, 2048),
+        "max_num_batched_tokens": max_num_batched_tokens or max(rows, min(2048, max_num_seqs * rows), max_num_seqs),
         # A request that had to make room comes back with all its rows at once.
         "enable_chunked_prefill": False,
         "enable_prefix_caching": False,
         "enable_prompt_embeds": config["gpt_type"] == "t2i",
         "generation_config": "vllm",
         "enforce_eager": enforce_eager,
+        "use_tqdm_on_load": False,
     }
     if kv_cache_gib is None and not torch.cuda.is_available():
         kv_cache_gib = (max_num_seqs + 2) * image / 2**30
@@ -283,7 +286,9 @@ def set_environment() -> None:
     """What vLLM reads from the environment, where the user has not set it. Before vLLM is imported."""
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # its newer one on GPUs takes no such logits processors
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # Its warnings are of settings that are meant, such as no chunked prefill; INFO has it tell what it does.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # until it sets up its own logs
 
 
 @contextmanager

@@ -1,0 +1,81 @@
+"""The server over vLLM with a text-conditional model: prompts as clients send them, and the pictures of ImagePipeline.
+
+test_server_load.py has the same for classes, in bursts.
+"""
+
+import asyncio
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed here (bash scripts/serve.sh)")
+
+import httpx
+
+from autoregressive.models.gpt import GPT_models
+from autoregressive.pipeline import ImagePipeline
+from benchmarks.serving import IMAGES, started_server
+from tests.helpers import randomize
+from tests.language.small_t5 import SENTENCES, make_small_t5
+from tests.serve.servers import pixels
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+WIDTH = 32
+SCALES = [1.0, 1.5, 4.0, 7.5]
+PROMPTS = [*SENTENCES[:6], *(" ".join(SENTENCES[i].split()[: i + 2]) for i in range(5)), *SENTENCES[1:6]]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A GPT of 16-token captions, and the folder its T5 lies in."""
+    folder = tmp_path_factory.mktemp("text_server")
+    make_small_t5(folder / "t5" / "flan-t5-xl", dim=WIDTH)
+    shape = {"vocab_size": 64, "block_size": 64, "cls_token_num": 120, "caption_dim": WIDTH, "model_type": "t2i"}
+    gpt = randomize(GPT_models["GPT-XS"](**shape), seed=4).state_dict()
+    args = Namespace(gpt_model="GPT-XS", gpt_type="t2i", image_size=32, downsample_size=4)
+    torch.save({"model": gpt, "optimizer": {}, "steps": 7, "args": args}, folder / "t2i.pt")
+    return folder
+
+
+def body(i: int) -> dict:
+    """Every other request takes the likeliest tokens, the others are drawn."""
+    return {"prompt": PROMPTS[i], "guidance_scale": SCALES[i % 4], "seed": i, "temperature": i % 2, "top_k": 0}
+
+
+def test_prompts(files, small_files, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    words = [
+        "--engine", "vllm", "--gpt-ckpt", files / "t2i.pt", "--vq-ckpt", small_files.vq, "--t5-path", files / "t5",
+        "--t5-model-type", "flan-t5-xl", "--batch-size", 5, "--device", "cpu",
+    ]  # fmt: skip
+    with started_server(words) as server:
+
+        async def ask(client: httpx.AsyncClient, i: int) -> np.ndarray:
+            await asyncio.sleep(0.05 * i)
+            answer = await client.post(server.url + IMAGES, json=body(i))
+            assert answer.status_code == 200, answer.text
+            return pixels(answer.json()["data"][0])
+
+        async def everything() -> list[np.ndarray]:
+            async with httpx.AsyncClient(timeout=120) as client:
+                return await asyncio.gather(*(ask(client, i) for i in range(16)))
+
+        images = asyncio.run(everything())
+        refused = httpx.post(server.url + IMAGES, json={"class_label": 3})
+        assert refused.status_code == 400 and "prompt" in refused.json()["error"]["message"]
+        assert server.end() == 0
+        assert not [event for event in server.events() if event["level"] == "error"]
+    pipeline = ImagePipeline.from_pretrained(
+        files / "t2i.pt", vq=small_files.vq, t5_path=files / "t5", t5_model_type="flan-t5-xl", device="cpu"
+    )
+    for i, image in enumerate(images):
+        asked = body(i)
+        drawn = pipeline(
+            [asked["prompt"]], seed=asked["seed"], cfg_scale=asked["guidance_scale"], top_k=0, top_p=1.0,
+            **({} if asked["temperature"] else {"sample_logits": False}), progress=False,
+        )  # fmt: skip
+        assert np.array_equal(image, np.asarray(drawn[0])), asked
+    assert len({image.tobytes() for image in images}) == 16
