@@ -60,7 +60,9 @@ def main(args: argparse.Namespace) -> None:
     try:
         import gradio
     except ImportError as error:
-        raise ValueError(f"app.py needs gradio, which is not installed here ({error}): pip install -r requirements.txt") from error
+        raise ValueError(
+            f"app.py needs gradio, which is not installed here ({error}): pip install -r requirements.txt"
+        ) from error
 
     from autoregressive.demo import error_html
 

@@ -48,7 +48,9 @@ def test_help_needs_neither_torch_nor_gradio():
 
 def test_without_gradio(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ValueError, match=r"needs gradio, which is not installed here .*: pip install -r requirements.txt"):
+    with pytest.raises(
+        ValueError, match=r"needs gradio, which is not installed here .*: pip install -r requirements.txt"
+    ):
         app.main(parse("--quickstart"))
 
 

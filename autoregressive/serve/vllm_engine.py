@@ -212,7 +212,9 @@ class VllmEngine:
         self._engine.output_processor.propagate_error(EngineDeadError())  # else they would wait for ever
         await asyncio.sleep(0)
         self._engine.shutdown()
-        self._engine.shutdown = lambda timeout=None: None  # called again where Python takes vLLM's modules apart, it fails
+        self._engine.shutdown = lambda timeout=None: (
+            None
+        )  # called again where Python takes vLLM's modules apart, it fails
         self._engine = None
 
 

@@ -29,7 +29,9 @@ ENGINES = [
     pytest.param(
         ["--engine", "vllm", "--batch-size", "5"],
         id="vllm",
-        marks=pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here (bash scripts/serve.sh)"),
+        marks=pytest.mark.skipif(
+            find_spec("vllm") is None, reason="vLLM is not installed here (bash scripts/serve.sh)"
+        ),
     ),
 ]
 
