@@ -80,7 +80,7 @@ class Service:
         self.metrics = Metrics()
         self.draining = False
         self._jobs: set[Job] = set()
-        self._seconds_an_image = 1.0  # between images that leave, a moving average
+        self._seconds_an_image: float | None = None  # between images that leave, a moving average
         self._last_left = 0.0
 
     @property
@@ -108,7 +108,8 @@ class Service:
         self.refuse_while_draining()
         queued, room = self.queued_images, self.limits.max_queue
         if queued + len(asked.seeds) > room:
-            seconds = min(60, max(1, ceil(self._seconds_an_image * queued / 2)))
+            each = 1.0 if self._seconds_an_image is None else self._seconds_an_image
+            seconds = min(60, max(1, ceil(each * queued / 2)))
             raise RequestError(
                 429,
                 f"{queued} images wait or are being drawn, and there is room for {room}: try again in {seconds} s",
@@ -162,7 +163,9 @@ class Service:
                 job.end()
         self.metrics.images.inc()
         now = time.monotonic()
-        self._seconds_an_image += 0.1 * (now - max(job.accepted_at, self._last_left) - self._seconds_an_image)
+        seconds = now - max(job.accepted_at, self._last_left)
+        before = seconds if self._seconds_an_image is None else self._seconds_an_image
+        self._seconds_an_image = before + 0.2 * (seconds - before)
         self._last_left = now
         return png
 
