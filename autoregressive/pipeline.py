@@ -57,7 +57,7 @@ def load_gpt(
     image_size: int | None = None,
     downsample_size: int | None = None,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     use_ema: bool = False,
     **flags,
 ) -> Transformer:

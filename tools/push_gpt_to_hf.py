@@ -20,7 +20,6 @@ from utils.cli import (
     add_run_flags,
     add_tokenizer_flags,
     flag_parser,
-    layout_numbers,
     run_script,
 )
 
@@ -29,7 +28,8 @@ def main(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from autoregressive.hub import TransformerHF
-    from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt
+    from autoregressive.pipeline import ImagePipeline
+    from autoregressive.sample.common import load_gpt_of_flags
     from tokenizer.tokenizer_image.load import load_tokenizer
     from utils.checkpoint import read_checkpoint
     from utils.pretrained import check_destination, send
@@ -39,21 +39,7 @@ def main(args: argparse.Namespace) -> None:
     if args.gpt_ckpt is None:
         raise ValueError("--gpt-ckpt is needed: a file, a run's folder, or a released file's name")
     path = find_checkpoint(args.gpt_ckpt)
-    ar_token_num, spe_token_num = layout_numbers(args)
-    gpt = load_gpt(
-        path,
-        dtype=PRECISIONS[args.precision],
-        use_ema=args.use_ema,
-        image_size=args.image_size,
-        downsample_size=args.downsample_size,
-        gpt_model=args.gpt_model,
-        gpt_type=args.gpt_type,
-        codebook_size=args.codebook_size,
-        num_classes=args.num_classes if args.gpt_type == "c2i" else None,
-        cls_token_num=args.cls_token_num,
-        ar_token_num=ar_token_num or 1,
-        spe_token_num=spe_token_num or 0,
-    )
+    gpt = load_gpt_of_flags(args, path)
     if args.vq_ckpt is not None:
         flags = {"vq_model": args.vq_model, "codebook_size": args.codebook_size}
         ImagePipeline(gpt, load_tokenizer(find_checkpoint(args.vq_ckpt), **flags))  # raises where they do not fit

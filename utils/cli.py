@@ -179,6 +179,16 @@ def add_run_flags(parser: Flags, *, compile: bool | None = False, precision: boo
     add_switch(group, "--compile", compile, "torch.compile the decode step (on CUDA; elsewhere the plain step is used)")
 
 
+def add_batch_size_flag(parser: Flags) -> None:
+    """--batch-size of a script that draws."""
+    parser.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=None,
+        help="images at once (default: 32 on an accelerator, 8 on a CPU)",
+    )
+
+
 def add_extraction_flags(parser: Flags, *, items: str, shard_size: int, published: str) -> None:
     """Flags of the scripts that make files from a data set once: codes, features. items: what a shard has, in the plural.
 

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from autoregressive.models.generate import SamplingConfig
+from autoregressive.models.gpt import Transformer
 from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt, warn_of_long_features
 from tokenizer.tokenizer_image.load import load_tokenizer
 from utils.cli import grid_size, layout_numbers
@@ -40,6 +41,26 @@ def sampling_settings(args: argparse.Namespace) -> dict:
     return settings
 
 
+def load_gpt_of_flags(args: argparse.Namespace, path: Path, device: torch.device | str = "cpu") -> Transformer:
+    """The GPT of a file, compared with what the flags say of it. Raises ValueError where they disagree."""
+    ar_token_num, spe_token_num = layout_numbers(args)
+    return load_gpt(
+        path,
+        device=device,
+        dtype=PRECISIONS[args.precision],
+        use_ema=args.use_ema,
+        image_size=args.image_size,
+        downsample_size=args.downsample_size,
+        gpt_model=args.gpt_model,
+        gpt_type=args.gpt_type,
+        codebook_size=args.codebook_size,
+        num_classes=args.num_classes if args.gpt_type == "c2i" else None,
+        cls_token_num=args.cls_token_num,
+        ar_token_num=ar_token_num or 1,
+        spe_token_num=spe_token_num or 0,
+    )
+
+
 def build_pipeline(
     args: argparse.Namespace, device: torch.device, batch_size: int | None = None
 ) -> tuple[ImagePipeline, Path, Path]:
@@ -49,7 +70,7 @@ def build_pipeline(
     Raises ValueError where a flag and a file disagree, FileNotFoundError for a file that is not there.
     """
     grid_size(args.image_size, args.downsample_size)
-    ar_token_num, spe_token_num = layout_numbers(args)
+    layout_numbers(args)
     for flag, value in (("--gpt-ckpt", args.gpt_ckpt), ("--vq-ckpt", args.vq_ckpt)):
         if value is None:
             raise ValueError(
@@ -69,21 +90,7 @@ def build_pipeline(
         raise ValueError(
             f"--vq-model {args.vq_model} makes tokens of {tokenizer.downsample} pixels: pass --downsample-size {tokenizer.downsample}"
         )
-    gpt = load_gpt(
-        gpt_path,
-        device=device,
-        dtype=PRECISIONS[args.precision],
-        use_ema=args.use_ema,
-        image_size=args.image_size,
-        downsample_size=args.downsample_size,
-        gpt_model=args.gpt_model,
-        gpt_type=args.gpt_type,
-        codebook_size=args.codebook_size,
-        num_classes=args.num_classes if args.gpt_type == "c2i" else None,
-        cls_token_num=args.cls_token_num,
-        ar_token_num=ar_token_num or 1,
-        spe_token_num=spe_token_num or 0,
-    )
+    gpt = load_gpt_of_flags(args, gpt_path, device)
     if args.gpt_type == "t2i" and args.t5_feature_dim != gpt.args.caption_dim:
         raise ValueError(
             f"{gpt_path} takes text features of {gpt.args.caption_dim} numbers: pass --t5-feature-dim {gpt.args.caption_dim}"

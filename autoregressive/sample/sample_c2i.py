@@ -8,6 +8,7 @@ import argparse
 from autoregressive.models.sizes import GPT_SIZES
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
+    add_batch_size_flag,
     add_gpt_file_flags,
     add_gpt_flags,
     add_image_size_flags,
@@ -33,21 +34,32 @@ def main(args: argparse.Namespace) -> None:
     if args.gpt_type != "c2i":
         raise ValueError("sample_c2i.py draws from class-conditional models; for captions there is sample_t2i.py")
     settings = sampling_settings(args)
-    labels = args.labels
-    if labels is None:
-        labels = IMAGENET_CLASSES if args.num_classes >= 1000 else [i % args.num_classes for i in range(8)]
     pipeline, _, _ = build_pipeline(args, pick_device(args.device), args.batch_size)
-    images = pipeline(labels, seed=args.seed, **settings)
+    images = pipeline(labels_to_draw(args), seed=args.seed, **settings)
     save_png(make_grid(np.stack([np.asarray(image) for image in images]), columns=args.columns), args.output)
     print(f"wrote {args.output}: {len(images)} images of {pipeline.image_size}x{pipeline.image_size}")
 
 
+def labels_to_draw(args: argparse.Namespace) -> list[int]:
+    """--labels, or eight classes of the model's."""
+    if args.labels is not None:
+        return args.labels
+    return IMAGENET_CLASSES if args.num_classes >= 1000 else [i % args.num_classes for i in range(8)]
+
+
 def flags() -> argparse.ArgumentParser:
     """The script's flags."""
-    parser = flag_parser(__doc__)
+    parser = grid_flags(__doc__, "sample_c2i.png")
+    add_batch_size_flag(parser)
+    return parser
+
+
+def grid_flags(description: str, output: str, *, files_required: bool = False) -> argparse.ArgumentParser:
+    """The flags of a script that draws a grid of classes, whatever draws it. output: the picture's default name."""
+    parser = flag_parser(description)
     add_gpt_flags(parser, GPT_SIZES)
-    add_gpt_file_flags(parser)
-    add_tokenizer_flags(parser, VQ_SIZES)
+    add_gpt_file_flags(parser, required=files_required)
+    add_tokenizer_flags(parser, VQ_SIZES, required=files_required)
     add_image_size_flags(parser, 384)
     add_sampling_flags(parser, cfg_scale=4.0, top_k=2000)
     add_run_flags(parser)
@@ -55,14 +67,8 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument(
         "--labels", type=int, nargs="+", default=None, help="the classes to draw (default: eight of them)"
     )
-    parser.add_argument(
-        "--batch-size",
-        type=positive_int,
-        default=None,
-        help="images at once (default: 32 on an accelerator, 8 on a CPU)",
-    )
     parser.add_argument("--columns", type=positive_int, default=4, help="images in a row of the grid")
-    parser.add_argument("--output", default="sample_c2i.png", help="the picture to write")
+    parser.add_argument("--output", default=output, help="the picture to write")
     return parser
 
 

@@ -6,10 +6,13 @@ With --t5-feat-path, features that were made of --prompt-file, no T5 is needed.
 """
 
 import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from autoregressive.models.sizes import GPT_SIZES
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
+    add_batch_size_flag,
     add_gpt_file_flags,
     add_gpt_flags,
     add_image_size_flags,
@@ -22,6 +25,11 @@ from utils.cli import (
     run_script,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autoregressive.pipeline import ImagePipeline
+
 PROMPTS = [
     "A lighthouse on a rocky coast at dusk, its lamp just lit, oil painting.",
     "A wooden bowl of ripe persimmons on a linen cloth in soft window light.",
@@ -33,16 +41,28 @@ PROMPTS = [
 def main(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from autoregressive.pipeline import check_prompts
-    from autoregressive.sample.common import (
-        build_pipeline,
-        features_of,
-        open_prompt_features,
-        sampling_settings,
-    )
-    from language.prompts import read_prompt_lines
+    from autoregressive.sample.common import build_pipeline, sampling_settings
     from utils.distributed import pick_device
     from utils.images import make_grid, save_png
+
+    prompts, stored = prompts_to_draw(args)
+    settings = sampling_settings(args)
+    pipeline, _, _ = build_pipeline(args, pick_device(args.device), args.batch_size)
+    features = stored or encode(pipeline, prompts)
+    images = pipeline(features=features, seed=args.seed, **settings)
+    save_png(make_grid(np.stack([np.asarray(image) for image in images]), columns=args.columns), args.output)
+    print(f"wrote {args.output}: {len(images)} images of {pipeline.image_size}x{pipeline.image_size}")
+    print_prompts(prompts)
+
+
+def prompts_to_draw(args: argparse.Namespace) -> "tuple[list[str], list[Tensor]]":
+    """The prompts that the flags name, and their features where those are stored (else none).
+
+    Raises ValueError for flags that do not go together, and for a prompt of which nothing would be read.
+    """
+    from autoregressive.pipeline import check_prompts
+    from autoregressive.sample.common import features_of, open_prompt_features
+    from language.prompts import read_prompt_lines
 
     if args.gpt_type != "t2i":
         raise ValueError("sample_t2i.py draws from text-conditional models; for classes there is sample_c2i.py")
@@ -51,32 +71,41 @@ def main(args: argparse.Namespace) -> None:
             f"--t5-feat-path {args.t5_feat_path} has features of a file's prompts: give that file as --prompt-file, and no "
             "--prompt"
         )
-    settings = sampling_settings(args)
     prompts = list(args.prompt or [])
     if args.prompt_file:
         prompts += read_prompt_lines(args.prompt_file)
     prompts = prompts or PROMPTS
     check_prompts(prompts)
     stored = open_prompt_features(args, args.prompt_file, len(prompts))
-    pipeline, _, _ = build_pipeline(args, pick_device(args.device), args.batch_size)
-    if stored:
-        features = features_of(stored, range(len(prompts)), args.t5_feature_max_len)
-    else:
-        features = pipeline.encode(prompts, progress=True)
-        pipeline.release_text_encoder()
-    images = pipeline(features=features, seed=args.seed, **settings)
-    save_png(make_grid(np.stack([np.asarray(image) for image in images]), columns=args.columns), args.output)
-    print(f"wrote {args.output}: {len(images)} images of {pipeline.image_size}x{pipeline.image_size}")
+    return prompts, features_of(stored, range(len(prompts)), args.t5_feature_max_len) if stored else []
+
+
+def encode(pipeline: "ImagePipeline", prompts: Sequence[str]) -> "list[Tensor]":
+    """The prompts' features; the text encoder gives its memory back."""
+    features = pipeline.encode(prompts, progress=True)
+    pipeline.release_text_encoder()
+    return features
+
+
+def print_prompts(prompts: Sequence[str]) -> None:
+    """Tells which image of the grid is of which prompt."""
     for i, prompt in enumerate(prompts):
         print(f"{i}: {' '.join(prompt.split())}")
 
 
 def flags() -> argparse.ArgumentParser:
     """The script's flags."""
-    parser = flag_parser(__doc__)
+    parser = grid_flags(__doc__, "sample_t2i.png")
+    add_batch_size_flag(parser)
+    return parser
+
+
+def grid_flags(description: str, output: str, *, files_required: bool = False) -> argparse.ArgumentParser:
+    """The flags of a script that draws a grid of prompts, whatever draws it. output: the picture's default name."""
+    parser = flag_parser(description)
     add_gpt_flags(parser, GPT_SIZES, gpt_type="t2i", gpt_model="GPT-XL")
-    add_gpt_file_flags(parser)
-    add_tokenizer_flags(parser, VQ_SIZES)
+    add_gpt_file_flags(parser, required=files_required)
+    add_tokenizer_flags(parser, VQ_SIZES, required=files_required)
     add_text_flags(parser)
     add_image_size_flags(parser, 512)
     add_sampling_flags(parser, cfg_scale=7.5, top_k=1000)
@@ -89,14 +118,8 @@ def flags() -> argparse.ArgumentParser:
         help="what to draw; may be given several times (default: four prompts)",
     )
     parser.add_argument("--prompt-file", default=None, help="a text file with a prompt on each line, after those")
-    parser.add_argument(
-        "--batch-size",
-        type=positive_int,
-        default=None,
-        help="images at once (default: 32 on an accelerator, 8 on a CPU)",
-    )
     parser.add_argument("--columns", type=positive_int, default=4, help="images in a row of the grid")
-    parser.add_argument("--output", default="sample_t2i.png", help="the picture to write")
+    parser.add_argument("--output", default=output, help="the picture to write")
     return parser
 
 
