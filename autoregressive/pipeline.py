@@ -25,8 +25,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from autoregressive.models.generate import check_labels, generate
+from autoregressive.models.generate import can_compile, check_labels, generate
 from autoregressive.models.gpt import ModelArgs, Transformer
+from autoregressive.models.packed import can_pack
 from autoregressive.models.sampling import SamplingConfig
 from autoregressive.models.sizes import GPT_SIZES
 from language.captions import clean_caption
@@ -42,9 +43,10 @@ from utils.runs import find_checkpoint
 
 PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# How a CPU rounds depends on the number of rows of a matrix product (few take other kernels) and on the number of
-# images of a convolution. These numbers are the same for every image, whatever the batch.
+# How a CPU rounds depends on the number of rows of a matrix product (few take other kernels; with laid-out weights one
+# row does) and on the number of images of a convolution. These numbers are the same for every image, whatever the batch.
 ROW_MULTIPLE = 8
+PACKED_ROW_MULTIPLE = 2
 IMAGES_AT_ONCE = 2
 
 # Of what is not drawn yet, in a preview: the middle of the range.
@@ -151,7 +153,7 @@ class ImagePipeline:
         self.gpt, self.tokenizer = gpt, tokenizer
         self.device = gpt.tok_embeddings.weight.device
         self.batch_size = batch_size or (8 if self.device.type == "cpu" else 32)
-        self.compile = compile and self.device.type == "cuda"
+        self.compile = compile and can_compile(self.device)
         self.text_encoder = text_encoder
         self.t5_path, self.t5_model_type = t5_path, t5_model_type
         self.t5_device = pick_device(str(t5_device)) if t5_device else self.device
@@ -415,7 +417,8 @@ class ImagePipeline:
         """Rows to add: to a whole micro-batch on an accelerator, whose kernels depend on every size; else to a multiple."""
         if self.device.type != "cpu":
             return max(self.batch_size - count, 0)
-        return -count % ROW_MULTIPLE
+        with torch.inference_mode():
+            return -count % (PACKED_ROW_MULTIPLE if can_pack(self.gpt) else ROW_MULTIPLE)
 
     def _check_labels(self, labels: Sequence[int] | Tensor | None, features: Sequence[Features] | None) -> Tensor:
         classes = self.gpt.args.num_classes

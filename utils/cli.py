@@ -176,7 +176,7 @@ def add_run_flags(parser: Flags, *, compile: bool | None = False, precision: boo
         group.add_argument(
             "--precision", choices=["none", "fp16", "bf16"], default="bf16", help="of the transformer's weights"
         )
-    add_switch(group, "--compile", compile, "torch.compile the decode step (on CUDA; elsewhere the plain step is used)")
+    add_switch(group, "--compile", compile, "torch.compile the decode step, on CUDA and on a CPU beside a C++ compiler")
 
 
 def add_batch_size_flag(parser: Flags) -> None:

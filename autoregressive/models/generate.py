@@ -6,17 +6,20 @@ Caches are allocated once per model and used again by later calls. A token depen
 `noise` makes a call reproducible (utils/rng.py draws it from a seed and an image's number).
 """
 
+import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoregressive.models.gpt import Rows, Transformer
 from autoregressive.models.kv_cache import StaticCache
+from autoregressive.models.packed import packed, release
 from autoregressive.models.sampling import SamplingConfig, choose, guide
 
 _caches: WeakKeyDictionary[Transformer, StaticCache] = WeakKeyDictionary()
@@ -34,22 +37,18 @@ def cache_for(model: Transformer, batch: int, device: torch.device, dtype: torch
 
 
 def release_cache(model: Transformer) -> None:
-    """Gives the memory of the model's cache back."""
+    """Gives the memory of the model's cache, and of its laid-out weights, back."""
     _caches.pop(model, None)
+    release(model)
 
 
 @contextmanager
-def sampling_mode(model: Transformer, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Puts the model in eval mode for the block, and has a row's result depend on that row alone.
-
-    The CPU's fused attention does not: in float32 it rounds according to where a thread's scratch memory lies, which
-    differs from one place in the batch to the next.
-    """
-    fused = device.type != "cpu" or dtype != torch.float32
+def sampling_mode(model: Transformer) -> Iterator[None]:
+    """Puts the model in eval mode for the block; on a CPU its linear layers use laid-out weights (models/packed.py)."""
     was_training = model.training
     model.eval()
     try:
-        with nullcontext() if fused else sdpa_kernel(SDPBackend.MATH):
+        with packed(model):
             yield
     finally:
         model.train(was_training)
@@ -60,10 +59,37 @@ def decode_rows(model: Transformer, tokens: Tensor, special: int, rows: Rows, ma
     return model.head(model.decode(model.embed(tokens, special), rows, mask, causal=False))
 
 
+def can_compile(device: torch.device) -> bool:
+    """Whether the decode step can be compiled for a device: a GPU of CUDA, or a CPU beside a C++ compiler."""
+    if device.type == "cpu":
+        return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
+    return device.type == "cuda"
+
+
 @cache
-def compiled_decode_rows() -> Callable[[Transformer, Tensor, int, Rows, Tensor | None], Tensor]:
-    """The compiled decode step. Made when needed, since the compiler takes long to import."""
+def compiled_decode_rows(on_cpu: bool) -> Callable[[Transformer, Tensor, int, Rows, Tensor | None], Tensor]:
+    """The compiled decode step. Made when needed, since the compiler takes long to import.
+
+    On a CPU one step for every number of rows and samples; elsewhere CUDA graphs of fixed shapes, of which there are as
+    many as lengths (read_stride) times numbers of samples (guided or not) times groups.
+    """
+    if on_cpu:
+        return torch.compile(decode_rows)
+    import torch._dynamo.config as config
+
+    config.recompile_limit = max(config.recompile_limit, 64)
     return torch.compile(decode_rows, dynamic=False, mode="reduce-overhead")
+
+
+def read_stride(device: torch.device, dtype: torch.dtype, compile: bool) -> int:
+    """Steps read the cache up to a multiple of so many rows, behind a mask: each length has a cost of its own.
+
+    That of a compiled step on an accelerator is a CUDA graph. On a CPU in half precision it is a kernel that oneDNN makes
+    for the shape; its compiled step has one loop for all.
+    """
+    if device.type != "cpu":
+        return 128 if compile else 1
+    return 1 if compile or dtype == torch.float32 else 32
 
 
 @torch.inference_mode()
@@ -90,7 +116,7 @@ def generate(
     cfg_scale … sample_logits: see SamplingConfig.
     noise: float32 (B, N) in [0, 1), one number per token of the layout's order; drawn from torch's global
     generator where not given.
-    compile: run the steps through torch.compile, with static shapes; pays off on a GPU.
+    compile: run the steps through torch.compile; pays off on a GPU, and on a CPU after some images.
     on_step: called after each step with the number of tokens done and the tokens, int64 (B, N) in the layout's order, of
     which those after that number are not drawn yet. Later steps write into the same tensor.
 
@@ -113,7 +139,7 @@ def generate(
     dtype = model.tok_embeddings.weight.dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    with sampling_mode(model, device, dtype):
+    with sampling_mode(model):
         steps = [step for step in layout.steps if step.outputs.start < total]
         guided_steps = [i for i, step in enumerate(steps) if config.guides(step.number)]
         last_guided = guided_steps[-1] if guided_steps else -1
@@ -125,6 +151,11 @@ def generate(
         if emb_masks is not None:
             seen[:, : layout.prefix] = emb_masks.to(device, torch.bool)
 
+        graphs = compile and device.type == "cuda"
+        if graphs:
+            cache.keep_addresses()
+        decode = compiled_decode_rows(device.type == "cpu") if compile else decode_rows
+        places, stride = torch.arange(layout.rows, device=device), read_stride(device, dtype, compile)
         logits = prefill(model, cond, cache, emb_masks)  # (R, 1, V)
         tokens = torch.zeros(batch, layout.tokens, dtype=torch.long, device=device)
         tokens[:, :1] = pick(logits, batch, config, config.guided, noise[:, :1])
@@ -134,13 +165,13 @@ def generate(
             copies = 2 if i <= last_guided else 1  # no later step is guided: the unconditional rows are done
             inputs = tokens[:, step.inputs].repeat(copies, 1)
             positions = torch.arange(step.rows.start, step.rows.stop, device=device)
-            if compile:  # static shapes: attend over the whole cache, behind a mask
-                mask = (seen & (torch.arange(layout.rows, device=device) < step.rows.stop))[: len(inputs), None, None]
-                rows = Rows(cache, positions, layout.rows)
-                logits = compiled_decode_rows()(model, inputs, step.special, rows, mask)
-            else:
-                mask = None if emb_masks is None else seen[: len(inputs), None, None, : step.rows.stop]
-                logits = decode_rows(model, inputs, step.special, Rows(cache, positions, step.rows.stop), mask)
+            length = min(-(-step.rows.stop // stride) * stride, layout.rows)
+            mask = None
+            if emb_masks is not None or length > step.rows.stop:
+                mask = (seen & (places < step.rows.stop))[: len(inputs), None, None, :length]
+            if graphs:
+                torch.compiler.cudagraph_mark_step_begin()  # the last step's logits are read
+            logits = decode(model, inputs, step.special, Rows(cache, positions, length), mask)
             guided = config.guides(step.number)
             tokens[:, step.outputs] = pick(logits, batch, config, guided, noise[:, step.outputs])
             if on_step:

@@ -158,6 +158,8 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, rope), apply_rope(k, rope), v))  # (B, H, S, D)
         if rows is not None:
             k, v = rows.cache.update(layer, rows.positions, k, v, rows.length)
+            if q.device.type == "cpu":
+                return self.resid_dropout(self.wo(attend_on_cpu(q, k, v, mask, causal).transpose(1, 2).flatten(2)))
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -168,6 +170,28 @@ class Attention(nn.Module):
             enable_gqa=self.n_kv_head != self.n_head,
         )
         return self.resid_dropout(self.wo(out.transpose(1, 2).flatten(2)))
+
+
+def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Attention of the few rows of a decode step: q (B, H, s, D) over k and v (B, KV, S, D) to (B, H, s, D).
+
+    PyTorch's fused kernel is made for many rows and is several times slower for one; in float32 its rounding depends on a
+    sample's place in the batch besides, which that of these operations does not.
+    """
+    repeats, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    if causal and q.shape[2] > 1:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    by_hand = torch.compiler.is_compiling() and q.shape[2] == 1  # one loop over keys and values when compiled
+    scores = (q.float() * k.float()).sum(-1).unsqueeze(2) if by_hand else (q @ k.transpose(-1, -2)).float()
+    scores = scores * scale  # (B, H, s, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(-1)
+    if by_hand:
+        return (weights.squeeze(2).unsqueeze(-1) * v.float()).sum(-2, keepdim=True).to(q.dtype)
+    return weights.to(v.dtype) @ v
 
 
 class TransformerBlock(nn.Module):

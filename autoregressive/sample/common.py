@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from autoregressive.models.generate import SamplingConfig
+from autoregressive.models.generate import SamplingConfig, can_compile
 from autoregressive.models.gpt import Transformer
 from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt, warn_of_long_features
 from tokenizer.tokenizer_image.load import load_tokenizer
@@ -25,6 +25,8 @@ from utils.runs import find_checkpoint
 
 if TYPE_CHECKING:
     from language.prompts import PromptFeatures
+
+IMAGES_WORTH_COMPILING = 5000
 
 
 def sampling_settings(args: argparse.Namespace) -> dict:
@@ -61,11 +63,27 @@ def load_gpt_of_flags(args: argparse.Namespace, path: Path, device: torch.device
     )
 
 
+def compiles(device: torch.device, images: int | None = None) -> bool:
+    """Whether --compile is followed; says so where it is not. images: of the whole run, where --compile is on by itself.
+
+    A few images are drawn sooner by the plain step on a CPU. The number of the run decides, so that a run that goes on, or
+    on other processes, draws as it did.
+    """
+    if not can_compile(device):
+        print(
+            f"--compile: on {device.type} the plain decode step is used"
+            + " (there is no C++ compiler)" * (device.type == "cpu")
+        )
+        return False
+    return device.type != "cpu" or images is None or images >= IMAGES_WORTH_COMPILING
+
+
 def build_pipeline(
-    args: argparse.Namespace, device: torch.device, batch_size: int | None = None
+    args: argparse.Namespace, device: torch.device, batch_size: int | None = None, images: int | None = None
 ) -> tuple[ImagePipeline, Path, Path]:
     """Loads both models as the flags ask. Returns the pipeline and the paths of the GPT's and the tokenizer's file.
 
+    images: of the run, see `compiles`.
     With --gpt-type t2i the T5 has to be there too, but with --t5-feat-path; it is loaded with the first prompt.
     Raises ValueError where a flag and a file disagree, FileNotFoundError for a file that is not there.
     """
@@ -95,9 +113,8 @@ def build_pipeline(
         raise ValueError(
             f"{gpt_path} takes text features of {gpt.args.caption_dim} numbers: pass --t5-feature-dim {gpt.args.caption_dim}"
         )
-    if args.compile and device.type != "cuda":
-        print(f"--compile: on {device.type} the plain decode step is used")
-    pipeline = ImagePipeline(gpt, tokenizer, batch_size=batch_size, compile=args.compile, **text)
+    compile = args.compile and compiles(device, images)
+    pipeline = ImagePipeline(gpt, tokenizer, batch_size=batch_size, compile=compile, **text)
     return pipeline, gpt_path, vq_path
 
 

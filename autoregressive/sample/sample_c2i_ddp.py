@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
     settings = sampling_settings(args)
     dist = start(args.device)
     with dist.main_first():
-        pipeline, gpt_path, vq_path = build_pipeline(args, dist.device, args.per_proc_batch_size)
+        pipeline, gpt_path, vq_path = build_pipeline(args, dist.device, args.per_proc_batch_size, args.num_fid_samples)
     folder = Path(args.sample_dir) / folder_name(args, gpt_path, vq_path)
     if dist.is_main:
         claim_folder(folder, run_settings(args, gpt_path, vq_path))

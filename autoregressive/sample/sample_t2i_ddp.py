@@ -72,9 +72,10 @@ def main(args: argparse.Namespace) -> None:
     prompts = read_prompt_table(args.prompt_csv)
     check_prompts(prompts)
     stored = open_prompt_features(args, args.prompt_csv, len(prompts))
+    count = min(args.num_fid_samples, len(prompts))
     dist = start(args.device)
     with dist.main_first():
-        pipeline, gpt_path, vq_path = build_pipeline(args, dist.device, args.per_proc_batch_size)
+        pipeline, gpt_path, vq_path = build_pipeline(args, dist.device, args.per_proc_batch_size, count)
     folder = Path(args.sample_dir) / folder_name(args, gpt_path, vq_path)
     if dist.is_main:
         text = (
@@ -88,7 +89,6 @@ def main(args: argparse.Namespace) -> None:
     def png(index: int) -> Path:
         return folder / "images" / f"{index:06d}.png"
 
-    count = min(args.num_fid_samples, len(prompts))
     mine = share_of_missing(dist, folder, png, count, args.per_proc_batch_size)
     if mine:
         if stored:

@@ -1,0 +1,133 @@
+"""Linear layers of the decode loop on a CPU: weights laid out once, in blocks, as the processor's matrix units read them.
+
+    with packed(model):
+        ...                                    # model's nn.Linear layers multiply with the laid-out weights
+
+A plain layer has its weight laid out anew in every step. A row's result is the same bits whatever the number of rows (from
+two on) and of threads. The copies cost the weights' memory once more; they are kept for the next call and made anew where
+the weights have changed since.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
+from threading import RLock
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+# Rows that the layout is made for. A constant, since a row's result must not depend on how many there are.
+ROWS = 16
+DTYPES = (torch.float32, torch.bfloat16)
+
+_numbers = count()
+_copies: dict[int, Tensor] = {}  # by number: a compiled step holds numbers, it cannot hold such tensors
+_lock = RLock()
+
+
+class PackedWeights:
+    """The laid-out copies of a model's linear layers, and what they were made of."""
+
+    def __init__(self, model: nn.Module):
+        self.layers = {layer: next(_numbers) for layer in model.modules() if type(layer) is nn.Linear}
+        self.made_of = {layer: _identity(layer.weight) for layer in self.layers}
+        self.users = 0
+        for layer, number in self.layers.items():
+            _copies[number] = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
+
+    def is_current(self, model: nn.Module) -> bool:
+        """Whether the model's weights are those that were laid out."""
+        layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
+        return layers == list(self.layers) and all(_identity(layer.weight) == self.made_of[layer] for layer in layers)
+
+    def __del__(self) -> None:
+        for number in self.layers.values():
+            _copies.pop(number, None)
+
+
+_packed: WeakKeyDictionary[nn.Module, PackedWeights] = WeakKeyDictionary()
+
+
+def can_pack(model: nn.Module) -> bool:
+    """Whether the model's linear layers are of a kind that can be laid out, here and now."""
+    if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu") or torch.is_grad_enabled():
+        return False
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    return bool(layers) and all(
+        type(layer) is nn.Linear
+        and layer.bias is None
+        and type(layer.weight) in (Tensor, nn.Parameter)
+        and layer.weight.device.type == "cpu"
+        and layer.weight.dtype in DTYPES
+        for layer in layers
+    )
+
+
+@contextmanager
+def packed(model: nn.Module) -> Iterator[None]:
+    """Has the model's linear layers use laid-out weights, where they can; may be entered again, from other threads too."""
+    if not can_pack(model):
+        yield
+        return
+    with _lock:
+        weights = _packed.get(model)
+        if weights is None or not weights.is_current(model):
+            if weights is not None:
+                _release(model, weights)
+            weights = _packed[model] = PackedWeights(model)
+        weights.users += 1
+        for layer, number in weights.layers.items():
+            layer.forward = partial(multiply, number=number, width=layer.out_features)
+    try:
+        yield
+    finally:
+        with _lock:
+            weights.users -= 1
+            if weights.users == 0:
+                for layer in weights.layers:
+                    layer.__dict__.pop("forward", None)
+
+
+def release(model: nn.Module) -> None:
+    """Gives the memory of the model's laid-out weights back."""
+    with _lock:
+        weights = _packed.get(model)
+        if weights is not None and weights.users == 0:
+            _release(model, weights)
+
+
+def _release(model: nn.Module, weights: PackedWeights) -> None:
+    for layer in weights.layers:
+        layer.__dict__.pop("forward", None)
+    del _packed[model]
+
+
+def _identity(weight: Tensor) -> tuple:
+    """What a weight is known by: where it lies, how often it was written to, and some of its numbers.
+
+    The numbers tell of writing through `.data`, which is not counted.
+    """
+    version = 0 if weight.is_inference() else weight._version
+    flat = weight.detach().flatten()
+    return weight.data_ptr(), version, weight.dtype, tuple(weight.shape), float(flat[:: max(1, len(flat) // 64)].sum())
+
+
+def multiply(x: Tensor, number: int, width: int) -> Tensor:
+    """x (…, in) times the laid-out weight of this number: (…, width)."""
+    if torch.compiler.is_compiling():
+        return packed_linear(x, number, width)  # an operation of its own, which a compiled step can call
+    return torch.ops.mkldnn._linear_pointwise(x, _copies[number], None, "none", [], "")
+
+
+@torch.library.custom_op("autoregressive::packed_linear", mutates_args=())
+def packed_linear(x: Tensor, number: int, width: int) -> Tensor:
+    """`multiply`, for a compiled step."""
+    return torch.ops.mkldnn._linear_pointwise(x, _copies[number], None, "none", [], "")
+
+
+@packed_linear.register_fake
+def _(x: Tensor, number: int, width: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], width)

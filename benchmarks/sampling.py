@@ -1,0 +1,187 @@
+"""How close drawing tokens comes to what the machine allows: the floor, a plain loop, and `generate`, in one process.
+
+    python3 benchmarks/sampling.py --gpt-model GPT-B --precision bf16 --batches 1 8 32
+    python3 benchmarks/sampling.py --gpt-model GPT-B --precision bf16 --batches 1 --groups 1 4 16      # PAR
+
+Random weights, guidance 4 (twice as many rows as images), top-k 2000; tokens only. The floor applies each weight matrix
+once a step to that many rows, in the fastest way there is here, and does nothing else. Peak memory is what the process
+grew by since the model was there.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from autoregressive.models.sizes import GPT_SIZES
+from utils.cli import flag_parser, positive_int, run_script
+
+if TYPE_CHECKING:
+    import torch
+
+    from autoregressive.models.gpt import Transformer
+
+SAMPLING = {"cfg_scale": 4.0, "top_k": 2000}
+WAYS = ["plain", "eager", "compiled"]
+
+
+def main(args: argparse.Namespace) -> None:
+    import torch
+
+    from autoregressive.models.generate import generate, release_cache
+    from autoregressive.models.gpt import GPT_models
+    from autoregressive.pipeline import PRECISIONS
+    from benchmarks.plain_loop import plain_generate
+    from utils.distributed import pick_device
+
+    device = pick_device(args.device)
+    for group in args.groups:
+        torch.manual_seed(0)
+        model = GPT_models[args.gpt_model](block_size=args.tokens, ar_token_num=group)
+        torch.nn.init.normal_(model.output.weight, std=0.02)  # zeros at first; with draws all over the codebook
+        model = model.to(device, PRECISIONS[args.precision]).requires_grad_(False).eval()
+        steps = 1 + len(model.layout.steps)
+        where = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        )
+        print(
+            f"\n{args.gpt_model}, {args.tokens} tokens in {steps} steps, {args.precision}, torch {torch.__version__}, {where}"
+        )
+        if device.type == "cuda":
+            print(f"memory bandwidth: {bandwidth(device) / 1e9:.0f} GB/s")
+        print(
+            "| images | way | s | steps/s | images/s | of the plain loop | of the floor | first call s | grew by MiB |"
+        )
+        print("|---|---|---|---|---|---|---|---|---|")
+        for batch in args.batches:
+            labels = torch.arange(batch, device=device) % 1000
+            best = floor(model, 2 * batch, group, args.passes)
+            total = steps * best
+            print(f"| {batch} | floor | {total:.2f} | {1 / best:.1f} | {batch / total:.3g} | | | | |", flush=True)
+            plain = None
+            for way in args.ways:
+                if way == "plain" and group > 1:
+                    continue
+                release_cache(model)
+                before = reset_memory(device)
+
+                def draw(way: str = way, labels: "torch.Tensor" = labels, model: "Transformer" = model) -> None:
+                    if way == "plain":
+                        plain_generate(model, labels, **SAMPLING)
+                    else:
+                        generate(model, labels, compile=way == "compiled", **SAMPLING)
+
+                if way == "plain":
+                    plain_generate(model, labels, steps=8, **SAMPLING)
+                    first = 0.0
+                else:
+                    first = timed(draw, device)
+                seconds = min(timed(draw, device) for _ in range(args.repeats))
+                grown = memory(device) - before
+                plain = seconds if way == "plain" else plain
+                ratio = f"{plain / seconds:.2f}x" if plain else ""
+                print(
+                    f"| {batch} | {way} | {seconds:.2f} | {steps / seconds:.1f} | {batch / seconds:.3g} | {ratio} | "
+                    f"{total / seconds:.0%} | {max(first - seconds, 0):.1f} | {grown / 2**20:.0f} |",
+                    flush=True,
+                )
+        release_cache(model)
+
+
+def timed(work: Callable[[], object], device: "torch.device") -> float:
+    """Seconds of a call."""
+    import torch
+
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def floor(model: "Transformer", rows: int, group: int, passes: int) -> float:
+    """Seconds of a step of which nothing but the linear layers is left, the best of `passes`.
+
+    rows: samples, each of `group` rows a step; the head too.
+    """
+    import torch
+    import torch.nn as nn
+
+    from autoregressive.models.packed import packed
+
+    weight = model.tok_embeddings.weight
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    inputs = {
+        layer.in_features: torch.randn(rows, group, layer.in_features, device=weight.device, dtype=weight.dtype)
+        for layer in layers
+    }
+
+    def step() -> None:
+        for layer in layers:
+            layer(inputs[layer.in_features])
+
+    with torch.inference_mode():
+        plain = min(timed(step, weight.device) for _ in range(passes))
+        with packed(model):
+            step()
+            return min(plain, *(timed(step, weight.device) for _ in range(passes)))
+
+
+def bandwidth(device: "torch.device") -> float:
+    """Bytes a second that a copy on the device reads and writes."""
+    import torch
+
+    source = torch.empty(2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * len(source) / min(timed(lambda: target.copy_(source), device) for _ in range(5))
+
+
+def reset_memory(device: "torch.device") -> int:
+    """Begins a new peak; returns the bytes in use now."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/self/clear_refs", "w") as f:  # Linux: the peak of resident memory begins anew
+            f.write("5")
+    except OSError:
+        pass
+    return _resident("VmRSS")
+
+
+def memory(device: "torch.device") -> int:
+    """The peak since reset_memory, bytes."""
+    import torch
+
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+
+
+def _resident(field: str) -> int:
+    try:
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field + ":"))
+    except (OSError, StopIteration):
+        return 0
+
+
+def flags() -> argparse.ArgumentParser:
+    """The script's flags."""
+    parser = flag_parser(__doc__)
+    parser.add_argument("--gpt-model", choices=list(GPT_SIZES), default="GPT-B", help="the model's size")
+    parser.add_argument("--tokens", type=positive_int, default=256, help="of an image, a square number")
+    parser.add_argument("--batches", type=positive_int, nargs="+", default=[1, 8, 32], help="images at once")
+    parser.add_argument("--groups", type=positive_int, nargs="+", default=[1], help="tokens of a step, as PAR has them")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="what to time")
+    parser.add_argument("--precision", choices=["none", "fp16", "bf16"], default="bf16", help="of the weights")
+    parser.add_argument("--repeats", type=positive_int, default=1, help="calls of each way; the fastest counts")
+    parser.add_argument("--passes", type=positive_int, default=30, help="of the floor; the fastest counts")
+    parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, flags())
