@@ -73,12 +73,10 @@ def compiled_decode_rows(on_cpu: bool) -> Callable[[Transformer, Tensor, int, Ro
     On a CPU one step for every number of rows and samples; elsewhere CUDA graphs of fixed shapes, of which there are as
     many as lengths (read_stride) times numbers of samples (guided or not) times groups.
     """
-    if on_cpu:
-        return torch.compile(decode_rows)
     import torch._dynamo.config as config
 
     config.recompile_limit = max(config.recompile_limit, 64)
-    return torch.compile(decode_rows, dynamic=False, mode="reduce-overhead")
+    return torch.compile(decode_rows) if on_cpu else torch.compile(decode_rows, dynamic=False, mode="reduce-overhead")
 
 
 def read_stride(device: torch.device, dtype: torch.dtype, compile: bool) -> int:

@@ -296,26 +296,34 @@ def test_a_row_gives_the_same_bits_at_any_place(n, dtype, threads, monkeypatch):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("stride", [3, 128])
+@pytest.mark.parametrize("kind", [{}, {"ar_token_num": 4}, TEXT], ids=["class", "PAR", "text"])
+def test_reading_the_cache_past_its_filled_part(kind, stride, monkeypatch):
+    """As steps of fixed shapes do, which a GPU replays: what lies there changes nothing."""
+    model = tiny(**kind)
+    condition, mask = captions(6, 2, 1, 4) if kind is TEXT else (LABELS, None)
+    settings = {"emb_masks": mask, "noise": noise_for(4), "cfg_scale": 3.0, "cfg_interval": 4}
+    expected = generate(model, condition, **settings)
+    monkeypatch.setattr("autoregressive.models.generate.read_stride", lambda *_: stride)
+    assert torch.equal(generate(model, condition, **settings), expected)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [1, 4])
-def test_compiled_steps_give_the_same_tokens(n):
-    """And no step falls back on plain code because there were too many shapes of it."""
+@pytest.mark.parametrize("kind", [*KINDS, "text", "text PAR-4"])
+def test_compiled_steps_change_nothing(kind):
+    """With every setting, against the loop without caches; and no step falls back on plain code for too many shapes."""
     torch._dynamo.reset()
-    model = tiny(ar_token_num=n, n_layer=1)
-    settings = {"noise": noise_for(4), "cfg_scale": 3.0, "cfg_interval": 4}
+    kinds = KINDS | {"text": TEXT, "text PAR-4": {**TEXT, "ar_token_num": 4}}
+    model = tiny(**kinds[kind], n_layer=1)
+    condition, mask = captions(6, 2, 1, 4) if "text" in kind else (LABELS, None)
+    noise = noise_for(4, model.layout.tokens)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        drawn = [generate(model, LABELS, compile=True, **settings) for _ in range(2)]
-    for codes in drawn:
-        assert torch.equal(codes, generate(model, LABELS, **settings))
-
-
-@pytest.mark.slow
-def test_compiled_steps_with_captions():
-    torch._dynamo.reset()
-    model = tiny(**TEXT, n_layer=1)
-    features, mask = captions(6, 2, 1, 4)
-    settings = {"emb_masks": mask, "noise": noise_for(4), "cfg_scale": 3.0}
-    assert torch.equal(generate(model, features, compile=True, **settings), generate(model, features, **settings))
+        for name, settings in SETTINGS.items():
+            for count in (4, 2):
+                part = slice(0, count)
+                asked = {"noise": noise[part], "emb_masks": None if mask is None else mask[part]}
+                drawn = generate(model, condition[part], compile=True, **asked, **settings)
+                assert torch.equal(drawn, without_cache(model, condition[part], **asked, **settings)), (name, count)
 
 
 # Errors
