@@ -183,8 +183,14 @@ def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: 
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     if causal and q.shape[2] > 1:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    by_hand = torch.compiler.is_compiling() and q.shape[2] == 1  # one loop over keys and values when compiled
-    scores = (q.float() * k.float()).sum(-1).unsqueeze(2) if by_hand else (q @ k.transpose(-1, -2)).float()
+    one_row = q.shape[2] == 1
+    by_hand = one_row and torch.compiler.is_compiling()  # one loop over keys and values when compiled
+    if by_hand:
+        scores = (q.float() * k.float()).sum(-1).unsqueeze(2)
+    elif one_row:
+        scores = (k @ q.transpose(-1, -2)).transpose(-1, -2).float()  # k as it lies in memory
+    else:
+        scores = (q @ k.transpose(-1, -2)).float()
     scores = scores * scale  # (B, H, s, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
