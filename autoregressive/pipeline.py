@@ -103,6 +103,9 @@ def load_gpt(
     with torch.device("meta"):
         model = Transformer(args)
     load_into(model, checkpoint.model, path, assign=True)
+    # The model alone holds the weights now: each tensor that is cast or moved gives the memory of the old one back, and what
+    # else the file has (an optimizer, averaged weights) goes at once.
+    del checkpoint
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 

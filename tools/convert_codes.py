@@ -8,14 +8,15 @@ already in `--to` is compared with the source, and refused where it differs.
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from tqdm import tqdm
-
-from dataset.codes import CodeSettings, CodeWriter, write_published
-from dataset.published import PublishedFolder, published_folders, published_numbers, published_sizes
-from dataset.shards import INDEX_FILE, SHARD_SIZE, ShardFolder
 from utils.cli import flag_parser, positive_int, run_script
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dataset.codes import CodeWriter
+    from dataset.published import PublishedFolder
 
 
 def published_to_packed(
@@ -25,13 +26,19 @@ def published_to_packed(
     codebook_size: int = 16384,
     num_classes: int | None = None,
     vq_model: str | None = None,
-    shard_size: int = SHARD_SIZE,
+    shard_size: int = 4096,
 ) -> None:
     """Writes packed shards of the codes in the published layout; numbers without a file count as skipped.
 
     Raises FileNotFoundError and ValueError as PublishedFolder and CodeWriter do, and ValueError where a shard that is
     already there is not of this source.
     """
+    import numpy as np
+    from tqdm import tqdm
+
+    from dataset.codes import CodeSettings, CodeWriter
+    from dataset.published import PublishedFolder
+
     published = PublishedFolder(source, image_size)
     settings = CodeSettings(
         dataset="imagenet",
@@ -71,6 +78,12 @@ def packed_to_published(source: str | Path, target: str | Path, image_size: int)
     Raises FileNotFoundError and ValueError as ShardFolder and its `verify` do, and ValueError where the codes are of
     another image size or the target holds other samples.
     """
+    import numpy as np
+    from tqdm import tqdm
+
+    from dataset.published import published_folders, published_numbers, write_published
+    from dataset.shards import ShardFolder
+
     packed = ShardFolder(source)
     if packed.settings.image_size != image_size:
         raise ValueError(f"{source} holds codes of --image-size {packed.settings.image_size}, not {image_size}")
@@ -94,8 +107,10 @@ def packed_to_published(source: str | Path, target: str | Path, image_size: int)
                 progress.update()
 
 
-def _compare_shard(writer: CodeWriter, shard: int, published: PublishedFolder, positions: np.ndarray) -> None:
+def _compare_shard(writer: "CodeWriter", shard: int, published: "PublishedFolder", positions: "np.ndarray") -> None:
     """Compares the numbers and the first sample: reading all the small files again would be a second conversion."""
+    import numpy as np
+
     codes, labels, indices = writer.read_shard(shard)
     same = np.array_equal(indices, published.numbers[positions])
     if same and len(positions):
@@ -107,7 +122,9 @@ def _compare_shard(writer: CodeWriter, shard: int, published: PublishedFolder, p
         )
 
 
-def _compare_sample(folders: tuple[Path, Path], i: int, codes: np.ndarray, label: int) -> None:
+def _compare_sample(folders: tuple[Path, Path], i: int, codes: "np.ndarray", label: int) -> None:
+    import numpy as np
+
     for folder, expected in zip(folders, (codes[None], np.asarray([label]))):
         if not np.array_equal(np.load(folder / f"{i}.npy"), expected):
             raise ValueError(f"{folder / f'{i}.npy'} differs from the packed codes: use another folder, or remove it")
@@ -115,6 +132,9 @@ def _compare_sample(folders: tuple[Path, Path], i: int, codes: np.ndarray, label
 
 def main(args: argparse.Namespace) -> None:
     """Converts in the direction that `args.source` asks for. Raises ValueError where it holds no codes."""
+    from dataset.published import published_sizes
+    from dataset.shards import INDEX_FILE
+
     source, target = Path(args.source), Path(args.target)
     if not source.is_dir():
         raise FileNotFoundError(f"the code folder {source} does not exist: check --from")
@@ -143,7 +163,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--codebook-size", type=positive_int, default=16384, help="to packed: rows of the codebook")
     parser.add_argument("--num-classes", type=positive_int, default=None, help="to packed: noted in the index")
     parser.add_argument("--vq-model", default=None, help="to packed: noted in the index")
-    parser.add_argument("--shard-size", type=positive_int, default=SHARD_SIZE, help="to packed: images per shard")
+    parser.add_argument("--shard-size", type=positive_int, default=4096, help="to packed: images per shard")
     return parser
 
 

@@ -9,9 +9,7 @@ import argparse
 import re
 from pathlib import Path
 
-from dataset.folders import IMAGE_PATHS_FILE, nested_folder
 from utils.cli import flag_parser, run_script
-from utils.files import write_json
 
 
 def natural_key(path: str) -> tuple[list[str | int], str]:
@@ -26,11 +24,16 @@ def list_images(data_path: str | Path) -> list[str]:
 
     Raises FileNotFoundError where the folder is missing, ValueError where it holds no images.
     """
+    from dataset.folders import nested_folder
+
     return sorted(nested_folder(data_path).paths.relative(), key=natural_key)
 
 
 def main(args: argparse.Namespace) -> None:
     """Writes the list into the folder. Raises as `list_images` does."""
+    from dataset.folders import IMAGE_PATHS_FILE
+    from utils.files import write_json
+
     paths = list_images(args.data_path)
     file = Path(args.data_path) / IMAGE_PATHS_FILE
     write_json(file, paths)

@@ -28,7 +28,7 @@ def main(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from autoregressive.hub import TransformerHF
-    from autoregressive.pipeline import ImagePipeline
+    from autoregressive.pipeline import PRECISIONS, ImagePipeline
     from autoregressive.sample.common import load_gpt_of_flags
     from tokenizer.tokenizer_image.load import load_tokenizer
     from utils.checkpoint import read_checkpoint
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
     if args.gpt_ckpt is None:
         raise ValueError("--gpt-ckpt is needed: a file, a run's folder, or a released file's name")
     path = find_checkpoint(args.gpt_ckpt)
-    gpt = load_gpt_of_flags(args, path)
+    gpt = load_gpt_of_flags(args, path, PRECISIONS[args.precision])
     if args.vq_ckpt is not None:
         flags = {"vq_model": args.vq_model, "codebook_size": args.codebook_size}
         ImagePipeline(gpt, load_tokenizer(find_checkpoint(args.vq_ckpt), **flags))  # raises where they do not fit

@@ -179,6 +179,16 @@ def add_run_flags(parser: Flags, *, compile: bool | None = False, precision: boo
     add_switch(group, "--compile", compile, "torch.compile the decode step, on CUDA and on a CPU beside a C++ compiler")
 
 
+def add_quantize_flag(parser: Flags) -> None:
+    """--quantize of the scripts that sample."""
+    parser.add_argument(
+        "--quantize",
+        choices=["none", "int8"],
+        default="none",
+        help="int8: the blocks' matrices in 8 bits, about half of bf16's memory in large models; other images (needs torchao)",
+    )
+
+
 def add_batch_size_flag(parser: Flags) -> None:
     """--batch-size of a script that draws."""
     parser.add_argument(

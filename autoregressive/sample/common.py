@@ -6,6 +6,7 @@ save_images(pipeline.batches(labels, indices=mine), png, len(mine), progress=dis
 """
 
 import argparse
+import platform
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from autoregressive.models.generate import SamplingConfig, can_compile
 from autoregressive.models.gpt import Transformer
 from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt, warn_of_long_features
+from autoregressive.quantization import quantize, require_torchao
 from tokenizer.tokenizer_image.load import load_tokenizer
 from utils.cli import grid_size, layout_numbers
 from utils.distributed import Distributed, pick_device
@@ -43,13 +45,33 @@ def sampling_settings(args: argparse.Namespace) -> dict:
     return settings
 
 
-def load_gpt_of_flags(args: argparse.Namespace, path: Path, device: torch.device | str = "cpu") -> Transformer:
+def weights_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What --precision stands for. bf16 is float32 on a processor that would compute it by other means; says so."""
+    dtype = PRECISIONS[precision]
+    if dtype == torch.bfloat16 and device.type == "cpu" and not has_bf16_units():
+        print("--precision bf16: this processor has no instructions for it, float32 is used")
+        return torch.float32
+    return dtype
+
+
+def has_bf16_units() -> bool:
+    """Whether the processor multiplies bf16 itself (AVX512_BF16 or AMX; on other architectures it is taken to)."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu, not in every release
+    known = [getattr(torch.cpu, name) for name in names if hasattr(torch.cpu, name)]
+    return not known or any(supported() for supported in known)
+
+
+def load_gpt_of_flags(
+    args: argparse.Namespace, path: Path, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Transformer:
     """The GPT of a file, compared with what the flags say of it. Raises ValueError where they disagree."""
     ar_token_num, spe_token_num = layout_numbers(args)
     return load_gpt(
         path,
         device=device,
-        dtype=PRECISIONS[args.precision],
+        dtype=dtype,
         use_ema=args.use_ema,
         image_size=args.image_size,
         downsample_size=args.downsample_size,
@@ -85,10 +107,14 @@ def build_pipeline(
 
     images: of the run, see `compiles`.
     With --gpt-type t2i the T5 has to be there too, but with --t5-feat-path; it is loaded with the first prompt.
-    Raises ValueError where a flag and a file disagree, FileNotFoundError for a file that is not there.
+    Raises ValueError where a flag and a file disagree or --quantize lacks torchao, FileNotFoundError for a file that is not
+    there.
     """
     grid_size(args.image_size, args.downsample_size)
     layout_numbers(args)
+    quantized = getattr(args, "quantize", "none") == "int8"  # the scripts over vLLM have no such flag
+    if quantized:
+        require_torchao()
     for flag, value in (("--gpt-ckpt", args.gpt_ckpt), ("--vq-ckpt", args.vq_ckpt)):
         if value is None:
             raise ValueError(
@@ -108,11 +134,13 @@ def build_pipeline(
         raise ValueError(
             f"--vq-model {args.vq_model} makes tokens of {tokenizer.downsample} pixels: pass --downsample-size {tokenizer.downsample}"
         )
-    gpt = load_gpt_of_flags(args, gpt_path, device)
+    gpt = load_gpt_of_flags(args, gpt_path, weights_dtype(args.precision, device), device)
     if args.gpt_type == "t2i" and args.t5_feature_dim != gpt.args.caption_dim:
         raise ValueError(
             f"{gpt_path} takes text features of {gpt.args.caption_dim} numbers: pass --t5-feature-dim {gpt.args.caption_dim}"
         )
+    if quantized:
+        quantize(gpt)
     compile = args.compile and compiles(device, images)
     pipeline = ImagePipeline(gpt, tokenizer, batch_size=batch_size, compile=compile, **text)
     return pipeline, gpt_path, vq_path

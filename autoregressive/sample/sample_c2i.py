@@ -12,6 +12,7 @@ from utils.cli import (
     add_gpt_file_flags,
     add_gpt_flags,
     add_image_size_flags,
+    add_quantize_flag,
     add_run_flags,
     add_sampling_flags,
     add_tokenizer_flags,
@@ -51,6 +52,7 @@ def flags() -> argparse.ArgumentParser:
     """The script's flags."""
     parser = grid_flags(__doc__, "sample_c2i.png")
     add_batch_size_flag(parser)
+    add_quantize_flag(parser)
     return parser
 
 

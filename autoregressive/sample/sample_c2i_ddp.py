@@ -16,6 +16,7 @@ from utils.cli import (
     add_gpt_file_flags,
     add_gpt_flags,
     add_image_size_flags,
+    add_quantize_flag,
     add_run_flags,
     add_sampling_flags,
     add_switch,
@@ -93,7 +94,12 @@ def run_settings(args: argparse.Namespace, gpt_path: Path, vq_path: Path) -> dic
     from utils.sample_folder import file_identity
 
     settings = {key: value for key, value in vars(args).items() if key not in IMMATERIAL}
-    return {**settings, "gpt_ckpt": file_identity(gpt_path), "vq_ckpt": file_identity(vq_path)}
+    return {
+        **settings,
+        "quantize": None if args.quantize == "none" else args.quantize,  # as folders from before the flag have it
+        "gpt_ckpt": file_identity(gpt_path),
+        "vq_ckpt": file_identity(vq_path),
+    }
 
 
 def flags() -> argparse.ArgumentParser:
@@ -105,6 +111,7 @@ def flags() -> argparse.ArgumentParser:
     add_image_size_flags(parser, 384, evaluation=256)
     add_sampling_flags(parser, cfg_scale=1.5, top_k=0)
     add_run_flags(parser, compile=True)
+    add_quantize_flag(parser)
     parser.add_argument("--sample-dir", default="samples", help="where the folder of images and the .npz go")
     parser.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images at once on each process")
     parser.add_argument("--num-fid-samples", type=positive_int, default=50000, help="images to draw")

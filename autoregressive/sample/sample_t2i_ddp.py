@@ -18,6 +18,7 @@ from utils.cli import (
     add_gpt_file_flags,
     add_gpt_flags,
     add_image_size_flags,
+    add_quantize_flag,
     add_run_flags,
     add_sampling_flags,
     add_switch,
@@ -121,6 +122,7 @@ def run_settings(args: argparse.Namespace, prompts: list[str], gpt_path: Path, v
     settings = {key: value for key, value in vars(args).items() if key not in IMMATERIAL}
     return {
         **settings,
+        "quantize": None if args.quantize == "none" else args.quantize,  # as folders from before the flag have it
         "t5_precision": args.t5_precision or args.precision,
         "gpt_ckpt": file_identity(gpt_path),
         "vq_ckpt": file_identity(vq_path),
@@ -143,6 +145,7 @@ def flags() -> argparse.ArgumentParser:
     add_image_size_flags(parser, 512)
     add_sampling_flags(parser, cfg_scale=7.5, top_k=1000)
     add_run_flags(parser)
+    add_quantize_flag(parser)
     parser.add_argument("--sample-dir", default="samples_parti", help="where the folder of images goes")
     parser.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images at once on each process")
     parser.add_argument(

@@ -1,6 +1,10 @@
 """The pipeline: image i is a function of (seed, i) whatever the batch, files by every kind of name, prompts, and what a user gets wrong."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 import zlib
 from argparse import Namespace
 
@@ -12,7 +16,7 @@ from PIL import Image
 
 from autoregressive.models.gpt import GPT_models
 from autoregressive.pipeline import GREY, ImagePipeline, load_gpt, load_tokenizer
-from tests.helpers import randomize
+from tests.helpers import ROOT, randomize
 from tokenizer.tokenizer_image.vq_model import VQ_models, independent_of_threads
 from utils.checkpoint import save_checkpoint, save_safetensors
 from utils.images import to_uint8
@@ -323,6 +327,72 @@ def test_the_model_is_that_of_the_weights(small_files, tmp_path):
     tokens, labels = torch.randint(40, (2, 15)), torch.tensor([1, 2])
     assert torch.equal(model(tokens, labels), odd(tokens, labels))
     assert (model.args.n_kv_head, model.args.ffn_dim, model.args.num_classes) == (2, odd.args.ffn_dim, 3)
+
+
+# Prints for each (file, dtype) the most memory of its own, in bytes, that loading took at the end of any operation, each time
+# in a new process: memory that was given back may stay with a process.
+LOADING = """
+import json, os, sys
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from autoregressive.pipeline import load_gpt
+
+def own_memory():  # what is mapped from files is not in it
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("RssAnon"))
+
+class Peak(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.most = max(self.most, own_memory())
+        return result
+
+load_gpt(sys.argv[1], dtype=torch.bfloat16)  # what the first call imports is not counted
+for path, dtype in json.loads(sys.argv[2]):
+    if not os.fork():
+        peak = Peak()
+        peak.most = before = own_memory()
+        with peak:
+            load_gpt(path, dtype=getattr(torch, dtype))
+        print(peak.most - before, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="how much memory a process has is read from /proc")
+def test_loading_holds_the_weights_once(small_files, tmp_path):
+    """Of whatever file: those in torch's older format, which are read as a whole, are cast tensor by tensor."""
+    with torch.device("meta"):
+        model = GPT_models["GPT-XS"](vocab_size=64, block_size=64, num_classes=10, multiple_of=2**15)
+    state = {name: torch.full(value.shape, 0.01) for name, value in model.state_dict().items()}
+    whole = sum(value.nbytes for value in state.values())  # 200 MB in float32, mostly in matrices of 17 MB
+    run = {
+        "model": state,
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(whole // 4)}}},
+        "steps": 1,
+        "args": Namespace(image_size=32, downsample_size=4),
+    }
+    torch.save(run, tmp_path / "run.pt")
+    torch.save({"model": state, "args": run["args"]}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    halves = {name: value.bfloat16() for name, value in state.items()}
+    save_safetensors(tmp_path / "half.safetensors", halves, {"args": {"image_size": 32, "downsample_size": 4}})
+    expected = {
+        ("run.pt", "float32"): 0,  # mapped
+        ("run.pt", "bfloat16"): whole / 2,
+        ("half.safetensors", "bfloat16"): 0,
+        ("half.safetensors", "float32"): whole,
+        ("old.pt", "float32"): whole,
+        ("old.pt", "bfloat16"): whole,
+    }
+    loads = json.dumps([(str(tmp_path / name), dtype) for name, dtype in expected])
+    command = [sys.executable, "-c", LOADING, str(small_files.gpt), loads]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for (case, most), took in zip(expected.items(), map(int, done.stdout.split()), strict=True):
+        assert took < most + whole / 8, case
 
 
 # What a user gets wrong

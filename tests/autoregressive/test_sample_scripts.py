@@ -390,3 +390,31 @@ def test_a_mistake_as_a_user_sees_it(small_files, tmp_path):
     done = start(sample_c2i, line(small_files, "--gpt-ckpt", small_files.par), tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("machine, bf16, amx, expected", [
+    ("x86_64", True, False, torch.bfloat16), ("x86_64", False, True, torch.bfloat16), ("aarch64", False, False, torch.bfloat16),
+    ("x86_64", False, False, torch.float32),
+])  # fmt: skip
+def test_bf16_where_the_processor_has_it(machine, bf16, amx, expected, monkeypatch, capsys):
+    from autoregressive.sample.common import weights_dtype
+
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    assert weights_dtype("bf16", torch.device("cpu")) == expected
+    assert ("no instructions for it" in capsys.readouterr().out) == (expected == torch.float32)
+    assert weights_dtype("bf16", torch.device("cuda")) == torch.bfloat16
+    assert weights_dtype("none", torch.device("cpu")) == torch.float32
+
+
+@pytest.mark.parametrize("compiler, images, compiled", [
+    (True, None, True), (True, 4999, False), (True, 5000, True), (False, None, False), (False, 50000, False),
+])  # fmt: skip
+def test_when_steps_are_compiled_on_a_cpu(compiler, images, compiled, monkeypatch, capsys):
+    from autoregressive.sample.common import compiles
+
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/g++" if compiler else None)
+    assert compiles(torch.device("cpu"), images) == compiled
+    assert ("there is no C++ compiler" in capsys.readouterr().out) == (not compiler)
+    assert not compiles(torch.device("mps")) and compiles(torch.device("cuda"), 3)

@@ -1,0 +1,177 @@
+"""What weight-only int8 costs and saves when sampling: a GPT in float32, bf16 and int8, in one run.
+
+    python3 benchmarks/quantization.py --gpt-ckpt quickstart/gpt --codes quickstart/codes_held_out
+    python3 benchmarks/quantization.py --gpt-model GPT-B --image-size 128        # random weights
+
+Needs torchao. NLL: of the codes, or where none are given of those that float32 draws. `next` is the share of tokens of which
+the most likely one, after the same tokens, is float32's. `greedy` and `sampled` are the shares of the tokens of whole images
+that are float32's, with equal noise: after the first other token an image is another one, so `first` has the mean place of
+that token, in sampled images. int8 multiplies in bf16. Images are drawn in turn, with each model in each round.
+"""
+
+import argparse
+import statistics
+from typing import TYPE_CHECKING
+
+from autoregressive.models.sizes import GPT_SIZES
+from benchmarks.training_step import timed
+from utils.cli import (
+    add_gpt_file_flags,
+    add_image_size_flags,
+    add_sampling_flags,
+    flag_parser,
+    grid_size,
+    positive_int,
+    run_script,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autoregressive.models.gpt import Transformer
+
+MIB = 2**20
+KINDS = ("float32", "bf16", "int8", "int8, head too")
+
+
+def main(args: argparse.Namespace) -> None:
+    import torch
+
+    from autoregressive.models.generate import generate
+    from autoregressive.quantization import require_torchao
+    from autoregressive.sample.common import sampling_settings
+    from utils.distributed import pick_device
+    from utils.rng import image_noise
+
+    settings = sampling_settings(args)
+    require_torchao()
+    device = pick_device(args.device)
+    models = {kind: make_model(args, kind).to(device) for kind in KINDS}
+    shape = models["float32"].args
+    if shape.model_type != "c2i":
+        raise ValueError(f"{args.gpt_ckpt} is text-conditional; this benchmark draws from class-conditional models")
+    labels = torch.arange(args.images, device=device) * 37 % shape.num_classes
+    noise = image_noise(0, range(args.images), shape.block_size).to(device)
+
+    drawn: dict[str, Tensor] = {}
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    different = labels.unique()  # greedy images of one class are one image
+    greedy = {
+        kind: generate(model, different, **{**settings, "sample_logits": False}) for kind, model in models.items()
+    }
+    for _ in range(args.rounds):
+        for kind, model in models.items():
+
+            def draw(kind: str = kind, model: "Transformer" = model) -> None:
+                drawn[kind] = generate(model, labels, noise=noise, compile=args.compile, **settings)
+
+            seconds[kind].append(timed(draw, device))
+
+    codes, classes = read_codes(args, shape.block_size) if args.codes else (drawn["float32"], labels)
+    scored = {kind: score(model, codes, classes, args.images) for kind, model in models.items()}
+    print(
+        f"{args.gpt_ckpt or args.gpt_model}, {device.type}, {torch.get_num_threads()} threads, {args.images} images of "
+        f"{shape.block_size} tokens at once, guidance {args.cfg_scale}, best of {args.rounds}; NLL of {len(codes)} images"
+    )
+    print("| weights | MiB | NLL (nats/token) | next | greedy | sampled | first | tokens/s |\n|" + "---|" * 8)
+    for kind, model in models.items():
+        nll, likeliest = scored[kind]
+        same = [share_equal(a, b) for a, b in ((likeliest, scored["float32"][1]), (greedy[kind], greedy["float32"]))]
+        speed = drawn[kind].numel() / min(seconds[kind])
+        print(
+            f"| {kind} | {weight_bytes(model) / MIB:,.1f} | {nll:.5f} | {same[0]:.2%} | {same[1]:.2%} | "
+            f"{share_equal(drawn[kind], drawn['float32']):.2%} | {first_other(drawn[kind], drawn['float32']):.0f} | "
+            f"{speed:,.0f} |"
+        )
+    spread = statistics.median(b / a for a, b in zip(seconds["bf16"], seconds["int8"], strict=True))
+    print(f"int8 takes {spread:.2f} times as long as bf16 (median of the rounds)")
+
+
+def make_model(args: argparse.Namespace, kind: str) -> "Transformer":
+    """The file's model, or one with random weights, as `kind` says."""
+    import torch
+
+    from autoregressive.models.gpt import GPT_models
+    from autoregressive.pipeline import load_gpt
+    from autoregressive.quantization import quantize
+    from utils.runs import find_checkpoint
+
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    if args.gpt_ckpt:
+        model = load_gpt(find_checkpoint(args.gpt_ckpt), dtype=dtype, use_ema=args.use_ema)
+    else:
+        torch.manual_seed(0)
+        model = GPT_models[args.gpt_model](block_size=grid_size(args.image_size, args.downsample_size) ** 2)
+        torch.nn.init.normal_(model.output.weight, std=0.02)  # zeros at first
+        model = model.to(dtype).eval().requires_grad_(False)
+    return quantize(model, head=kind.endswith("head too")) if kind.startswith("int8") else model
+
+
+def read_codes(args: argparse.Namespace, tokens: int) -> "tuple[Tensor, Tensor]":
+    """The first codes (n, tokens) of --codes and their labels (n,). Raises ValueError where they are of other images."""
+    import torch
+
+    from dataset.codes import PackedCodes
+
+    data = PackedCodes(args.codes, random_view=False)
+    if data.settings.tokens != tokens:
+        raise ValueError(f"{args.codes} has {data.settings.tokens} tokens an image and the model {tokens}")
+    items = [data[i] for i in range(min(len(data), args.scored))]
+    return torch.stack([codes for codes, _ in items]), torch.tensor([label for _, label in items])
+
+
+def score(model: "Transformer", codes: "Tensor", labels: "Tensor", batch: int) -> "tuple[float, Tensor]":
+    """The mean NLL of codes (n, N) in nats a token, and the most likely token at each place (n, N) given those before it."""
+    import torch
+    import torch.nn.functional as F
+
+    layout, device = model.layout, model.tok_embeddings.weight.device
+    total, likeliest = 0.0, []
+    for part, classes in zip(codes.split(batch), labels.split(batch), strict=True):
+        tokens = part.to(device)[:, layout.order.to(device)]
+        with torch.inference_mode():
+            logits = model(tokens[:, : -layout.step_tokens], classes.to(device))  # (b, N, V)
+            total += float(F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="sum"))
+        likeliest.append(logits.argmax(-1))
+    return total / codes.numel(), torch.cat(likeliest)
+
+
+def share_equal(tokens: "Tensor", others: "Tensor") -> float:
+    """The share of places where two sets of tokens are the same."""
+    return float((tokens == others).double().mean())
+
+
+def first_other(tokens: "Tensor", others: "Tensor") -> float:
+    """Tokens before the first that differs, in raster order, the mean over images; (n, N) each."""
+    return float((tokens == others).long().cumprod(1).sum(1).double().mean())
+
+
+def weight_bytes(model: "Transformer") -> int:
+    """The bytes of a model's parameters, quantized or not."""
+
+    def size(tensor: "Tensor") -> int:
+        if hasattr(tensor, "__tensor_flatten__"):  # several tensors in one: values, scales
+            return sum(size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        return tensor.nbytes
+
+    return sum(map(size, model.parameters()))
+
+
+def flags() -> argparse.ArgumentParser:
+    """The script's flags."""
+    parser = flag_parser(__doc__)
+    add_gpt_file_flags(parser)
+    parser.add_argument("--codes", default=None, help="packed codes whose likelihood is compared")
+    parser.add_argument("--scored", type=positive_int, default=1000, help="images of --codes that are read")
+    parser.add_argument("--gpt-model", choices=list(GPT_SIZES), default="GPT-B", help="size of random weights")
+    add_image_size_flags(parser, 256)
+    add_sampling_flags(parser, cfg_scale=2.0, top_k=0)
+    parser.add_argument("--images", type=positive_int, default=8, help="drawn at once")
+    parser.add_argument("--rounds", type=positive_int, default=3, help="times each model draws them")
+    parser.add_argument("--compile", action="store_true", help="compile the decode step")
+    parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, flags())
