@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from autoregressive.models.generate import generate
+from autoregressive.pipeline import ImagePipeline
+from autoregressive.sample.batch_size import fits_on_cuda, fitting_batch_size
 from autoregressive.train import train_c2i, train_c2i_fsdp
 from tests.autoregressive.test_goldens import MODELS, RUNS, build, condition
 from tests.training import make_codes, metrics, repetitive_codes, run_here
-from utils.distributed import pick_device
+from utils.distributed import Distributed, pick_device
 
 pytestmark = pytest.mark.gpu
 
@@ -34,6 +36,41 @@ def test_bfloat16_stays_close_to_float32():
     exact = model(tokens[:, :-1], labels)
     rounded = model.to(device, torch.bfloat16)(tokens[:, :-1].to(device), labels.to(device)).cpu()
     assert (rounded - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_images_drawn_ahead(small_files, compile):
+    """Decoded in a thread while the next are drawn, they are the same to the byte; errors of the thread end the drawing."""
+    device = pick_device()
+    if compile and device.type != "cuda":
+        pytest.skip("the compiled step is for CUDA")
+    pipeline = ImagePipeline.from_pretrained(
+        small_files.folder, gpt="gpt.pt", vq="vq.pt", device=device, batch_size=4, compile=compile
+    )
+    labels = [i % 10 for i in range(22)]
+    expected = list(pipeline.batches(labels, cfg_scale=2.0))
+    for _ in range(3):
+        drawn = list(pipeline.batches(labels, cfg_scale=2.0, ahead=True))
+        assert [numbers for numbers, _ in drawn] == [numbers for numbers, _ in expected]
+        assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(drawn, expected, strict=True))
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    pipeline.decode = full
+    with pytest.raises(torch.OutOfMemoryError):
+        list(pipeline.batches(labels, ahead=True))
+
+
+def test_the_largest_batch_that_fits(small_files):
+    device = pick_device()
+    if device.type != "cuda":
+        pytest.skip("batches are tried on CUDA")
+    pipeline = ImagePipeline.from_pretrained(small_files.folder, gpt="gpt.pt", vq="vq.pt", device=device)
+    assert fitting_batch_size(pipeline, Distributed(device), 48, cfg_scale=2.0) == 48 == pipeline.batch_size
+    before = torch.cuda.memory_reserved(device)
+    assert not fits_on_cuda(pipeline, 10**7, cfg_scale=2.0)
+    assert torch.cuda.memory_reserved(device) <= before
 
 
 @pytest.fixture(scope="module")

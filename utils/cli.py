@@ -40,6 +40,11 @@ def positive_int(text: str) -> int:
     return value
 
 
+def positive_int_or_auto(text: str) -> int | str:
+    """An argparse type: a whole number above zero, or "auto"."""
+    return text if text == "auto" else positive_int(text)
+
+
 def add_gpt_flags(
     parser: Flags, sizes: Iterable[str], *, training: bool = False, gpt_type: str = "c2i", gpt_model: str = "GPT-B"
 ) -> None:
@@ -196,6 +201,26 @@ def add_batch_size_flag(parser: Flags) -> None:
         type=positive_int,
         default=None,
         help="images at once (default: 32 on an accelerator, 8 on a CPU)",
+    )
+
+
+def add_per_process_batch_size_flag(parser: Flags) -> None:
+    """--per-proc-batch-size of a script that draws many images."""
+    parser.add_argument(
+        "--per-proc-batch-size",
+        type=positive_int_or_auto,
+        default=32,
+        help="images at once on each process; auto: as many as fit into memory",
+    )
+
+
+def add_decode_precision_flag(parser: Flags) -> None:
+    """--decode-precision of a script that turns tokens into pixels."""
+    parser.add_argument(
+        "--decode-precision",
+        choices=["none", "bf16"],
+        default="none",
+        help="of the tokenizer's decoder: none for float32, bf16 for pixels sooner that are not quite the same",
     )
 
 

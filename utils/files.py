@@ -7,11 +7,14 @@ with atomic_write("report.json") as f:
 import json
 import os
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+_umask_lock = threading.Lock()
 
 
 @contextmanager
@@ -62,8 +65,9 @@ def crc32_of(path: str | Path) -> int:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    with _umask_lock:  # it is the process's: of two threads the second would read, and restore, the first one's 0
+        mask = os.umask(0)
+        os.umask(mask)
     return mask
 
 

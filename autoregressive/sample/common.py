@@ -2,12 +2,16 @@
 
 pipeline, gpt_path, vq_path = build_pipeline(args, device)
 mine = share_of_missing(dist, folder, png, count, batch)
-save_images(pipeline.batches(labels, indices=mine), png, len(mine), progress=dist.is_main)
+save_images(pipeline.batches(labels, indices=mine, ahead=True), png, len(mine), progress=dist.is_main)
 """
 
 import argparse
 import platform
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +32,10 @@ from utils.runs import find_checkpoint
 if TYPE_CHECKING:
     from language.prompts import PromptFeatures
 
+# On a CPU, where that takes longer than drawing some images does.
 IMAGES_WORTH_COMPILING = 5000
+# Threads that encode PNG files, and batches that may wait for them while another is drawn.
+WRITERS, BATCHES_WAITING = 4, 2
 
 
 def sampling_settings(args: argparse.Namespace) -> dict:
@@ -129,6 +136,7 @@ def build_pipeline(
         codebook_embed_dim=args.codebook_embed_dim,
         device=device,
         use_ema=args.use_ema,
+        decode_precision=args.decode_precision,
     )
     if args.downsample_size != tokenizer.downsample:
         raise ValueError(
@@ -195,9 +203,23 @@ def share_of_missing(dist: Distributed, folder: Path, png: Callable[[int], Path]
 def save_images(
     batches: Iterable[tuple[list[int], np.ndarray]], png: Callable[[int], Path], total: int, *, progress: bool
 ) -> None:
-    """Writes the images of ImagePipeline.batches as they come."""
-    with tqdm(total=total, unit="img", disable=not progress) as bar:
+    """Writes the images of ImagePipeline.batches in threads, while the next ones are drawn. At its end all are written.
+
+    Raises what drawing and writing raise. Drawn images are written even then, each whole or not at all.
+    """
+    counted = threading.Lock()
+    with tqdm(total=total, unit="img", disable=not progress) as bar, ThreadPoolExecutor(WRITERS, "png") as threads:
+
+        def write(image: np.ndarray, path: Path) -> None:
+            save_png(image, path)
+            with counted:
+                bar.update()
+
+        waiting: deque[list[Future]] = deque()
         for indices, images in batches:
-            for index, image in zip(indices, images, strict=True):
-                save_png(image, png(index))
-            bar.update(len(indices))
+            waiting.append([threads.submit(write, i, png(n)) for n, i in zip(indices, images, strict=True)])
+            while len(waiting) > BATCHES_WAITING or (waiting and all(one.done() for one in waiting[0])):
+                for one in waiting.popleft():
+                    one.result()
+        for one in chain.from_iterable(waiting):
+            one.result()

@@ -9,6 +9,7 @@ from autoregressive.models.sizes import GPT_SIZES
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
     add_batch_size_flag,
+    add_decode_precision_flag,
     add_gpt_file_flags,
     add_gpt_flags,
     add_image_size_flags,
@@ -65,6 +66,7 @@ def grid_flags(description: str, output: str, *, files_required: bool = False) -
     add_image_size_flags(parser, 384)
     add_sampling_flags(parser, cfg_scale=4.0, top_k=2000)
     add_run_flags(parser)
+    add_decode_precision_flag(parser)
     parser.add_argument("--seed", type=int, default=0, help="image i is a function of the seed and i")
     parser.add_argument(
         "--labels", type=int, nargs="+", default=None, help="the classes to draw (default: eight of them)"

@@ -13,9 +13,11 @@ from pathlib import Path
 from autoregressive.models.sizes import GPT_SIZES
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
+    add_decode_precision_flag,
     add_gpt_file_flags,
     add_gpt_flags,
     add_image_size_flags,
+    add_per_process_batch_size_flag,
     add_quantize_flag,
     add_run_flags,
     add_sampling_flags,
@@ -44,6 +46,7 @@ IMMATERIAL = {
 def main(args: argparse.Namespace) -> None:
     import numpy as np
 
+    from autoregressive.sample.batch_size import fitting_batch_size, memory_errors_told
     from autoregressive.sample.common import build_pipeline, sampling_settings, save_images, share_of_missing
     from utils.distributed import start
     from utils.images import write_image_npz
@@ -54,9 +57,11 @@ def main(args: argparse.Namespace) -> None:
             "sample_c2i_ddp.py draws from class-conditional models; for captions there is sample_t2i_ddp.py"
         )
     settings = sampling_settings(args)
+    automatic = args.per_proc_batch_size == "auto"
     dist = start(args.device)
     with dist.main_first():
-        pipeline, gpt_path, vq_path = build_pipeline(args, dist.device, args.per_proc_batch_size, args.num_fid_samples)
+        batch = None if automatic else args.per_proc_batch_size
+        pipeline, gpt_path, vq_path = build_pipeline(args, dist.device, batch, args.num_fid_samples)
     folder = Path(args.sample_dir) / folder_name(args, gpt_path, vq_path)
     if dist.is_main:
         claim_folder(folder, run_settings(args, gpt_path, vq_path))
@@ -67,11 +72,15 @@ def main(args: argparse.Namespace) -> None:
 
     count = args.num_fid_samples
     labels = [image_class(args, i) for i in range(count)]
-    mine = share_of_missing(dist, folder, png, count, args.per_proc_batch_size)
+    if automatic:
+        fitting_batch_size(pipeline, dist, limit=-(-count // dist.world_size), **settings)
+    mine = share_of_missing(dist, folder, png, count, pipeline.batch_size)
+    classes = [labels[i] for i in mine]
     batches = pipeline.batches(
-        [labels[i] for i in mine], seed=args.global_seed, indices=mine, size=args.image_size_eval, **settings
+        classes, seed=args.global_seed, indices=mine, size=args.image_size_eval, ahead=True, **settings
     )
-    save_images(batches, png, len(mine), progress=dist.is_main)
+    with memory_errors_told(pipeline.batch_size):
+        save_images(batches, png, len(mine), progress=dist.is_main)
     dist.barrier()
     if dist.is_main and args.npz:
         target = folder.with_name(folder.name + ".npz")
@@ -94,12 +103,10 @@ def run_settings(args: argparse.Namespace, gpt_path: Path, vq_path: Path) -> dic
     from utils.sample_folder import file_identity
 
     settings = {key: value for key, value in vars(args).items() if key not in IMMATERIAL}
-    return {
-        **settings,
-        "quantize": None if args.quantize == "none" else args.quantize,  # as folders from before the flag have it
-        "gpt_ckpt": file_identity(gpt_path),
-        "vq_ckpt": file_identity(vq_path),
-    }
+    for name in ("quantize", "decode_precision"):
+        if settings[name] == "none":
+            settings[name] = None  # as in folders drawn before there was a choice, which do not say
+    return {**settings, "gpt_ckpt": file_identity(gpt_path), "vq_ckpt": file_identity(vq_path)}
 
 
 def flags() -> argparse.ArgumentParser:
@@ -113,7 +120,8 @@ def flags() -> argparse.ArgumentParser:
     add_run_flags(parser, compile=True)
     add_quantize_flag(parser)
     parser.add_argument("--sample-dir", default="samples", help="where the folder of images and the .npz go")
-    parser.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images at once on each process")
+    add_per_process_batch_size_flag(parser)
+    add_decode_precision_flag(parser)
     parser.add_argument("--num-fid-samples", type=positive_int, default=50000, help="images to draw")
     parser.add_argument("--global-seed", type=int, default=0, help="image i is a function of the seed and i")
     parser.add_argument("--balanced", action="store_true", help="classes in turn instead of at random")

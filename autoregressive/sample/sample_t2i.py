@@ -13,6 +13,7 @@ from autoregressive.models.sizes import GPT_SIZES
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
     add_batch_size_flag,
+    add_decode_precision_flag,
     add_gpt_file_flags,
     add_gpt_flags,
     add_image_size_flags,
@@ -112,6 +113,7 @@ def grid_flags(description: str, output: str, *, files_required: bool = False) -
     add_image_size_flags(parser, 512)
     add_sampling_flags(parser, cfg_scale=7.5, top_k=1000)
     add_run_flags(parser)
+    add_decode_precision_flag(parser)
     parser.add_argument("--seed", type=int, default=0, help="image i is a function of the seed, i and its prompt")
     parser.add_argument(
         "--prompt",

@@ -15,9 +15,11 @@ from pathlib import Path
 from autoregressive.models.sizes import GPT_SIZES
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
+    add_decode_precision_flag,
     add_gpt_file_flags,
     add_gpt_flags,
     add_image_size_flags,
+    add_per_process_batch_size_flag,
     add_quantize_flag,
     add_run_flags,
     add_sampling_flags,
@@ -54,6 +56,7 @@ def main(args: argparse.Namespace) -> None:
     import numpy as np
 
     from autoregressive.pipeline import check_prompts
+    from autoregressive.sample.batch_size import fitting_batch_size, memory_errors_told
     from autoregressive.sample.common import (
         build_pipeline,
         features_of,
@@ -74,9 +77,11 @@ def main(args: argparse.Namespace) -> None:
     check_prompts(prompts)
     stored = open_prompt_features(args, args.prompt_csv, len(prompts))
     count = min(args.num_fid_samples, len(prompts))
+    automatic = args.per_proc_batch_size == "auto"
     dist = start(args.device)
     with dist.main_first():
-        pipeline, gpt_path, vq_path = build_pipeline(args, dist.device, args.per_proc_batch_size, count)
+        batch = None if automatic else args.per_proc_batch_size
+        pipeline, gpt_path, vq_path = build_pipeline(args, dist.device, batch, count)
     folder = Path(args.sample_dir) / folder_name(args, gpt_path, vq_path)
     if dist.is_main:
         text = (
@@ -90,15 +95,18 @@ def main(args: argparse.Namespace) -> None:
     def png(index: int) -> Path:
         return folder / "images" / f"{index:06d}.png"
 
-    mine = share_of_missing(dist, folder, png, count, args.per_proc_batch_size)
+    if automatic:
+        fitting_batch_size(pipeline, dist, limit=-(-count // dist.world_size), **settings)
+    mine = share_of_missing(dist, folder, png, count, pipeline.batch_size)
     if mine:
         if stored:
             features = features_of(stored, mine, args.t5_feature_max_len)
         else:
             features = pipeline.encode([prompts[i] for i in mine], progress=dist.is_main)
             pipeline.release_text_encoder()
-        batches = pipeline.batches(features=features, seed=args.global_seed, indices=mine, **settings)
-        save_images(batches, png, len(mine), progress=dist.is_main)
+        batches = pipeline.batches(features=features, seed=args.global_seed, indices=mine, ahead=True, **settings)
+        with memory_errors_told(pipeline.batch_size):
+            save_images(batches, png, len(mine), progress=dist.is_main)
     dist.barrier()
     if dist.is_main:
         listed = count  # an earlier run may have drawn more: each image in the folder has its caption
@@ -120,9 +128,11 @@ def run_settings(args: argparse.Namespace, prompts: list[str], gpt_path: Path, v
     from utils.sample_folder import file_identity, text_identity
 
     settings = {key: value for key, value in vars(args).items() if key not in IMMATERIAL}
+    for name in ("quantize", "decode_precision"):
+        if settings[name] == "none":
+            settings[name] = None  # as in folders drawn before there was a choice, which do not say
     return {
         **settings,
-        "quantize": None if args.quantize == "none" else args.quantize,  # as folders from before the flag have it
         "t5_precision": args.t5_precision or args.precision,
         "gpt_ckpt": file_identity(gpt_path),
         "vq_ckpt": file_identity(vq_path),
@@ -147,7 +157,8 @@ def flags() -> argparse.ArgumentParser:
     add_run_flags(parser)
     add_quantize_flag(parser)
     parser.add_argument("--sample-dir", default="samples_parti", help="where the folder of images goes")
-    parser.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images at once on each process")
+    add_per_process_batch_size_flag(parser)
+    add_decode_precision_flag(parser)
     parser.add_argument(
         "--num-fid-samples", type=positive_int, default=30000, help="images to draw, at most one for each prompt"
     )

@@ -19,7 +19,7 @@ from autoregressive.pipeline import GREY, ImagePipeline, load_gpt, load_tokenize
 from tests.helpers import ROOT, randomize
 from tokenizer.tokenizer_image.vq_model import VQ_models, independent_of_threads
 from utils.checkpoint import save_checkpoint, save_safetensors
-from utils.images import to_uint8
+from utils.images import peak_signal_to_noise_ratio, to_uint8
 from utils.rng import image_noise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -124,7 +124,30 @@ def test_pixels_do_not_depend_on_the_number_of_threads(pipeline):
         assert np.array_equal(image, drawn[1][number][1])
 
 
+def test_a_decoder_in_bfloat16(small_files, models):
+    """Its images are close to float32's, and do not depend on the batch either."""
+    half = ImagePipeline.from_pretrained(
+        small_files.folder, gpt="par4.pt", vq="vq.pt", device="cpu", decode_precision="bf16"
+    )
+    codes = torch.randint(64, (5, 64), generator=torch.Generator().manual_seed(0))
+    exact = ImagePipeline(half.gpt, models[1]).decode(codes)
+    together = half.decode(codes)
+    assert not np.array_equal(together, exact) and peak_signal_to_noise_ratio(together, exact) > 30
+    for i in range(5):
+        assert np.array_equal(half.decode(codes[i : i + 1])[0], together[i])
+    assert half.decode(codes, 20).shape == (5, 20, 20, 3)
+
+
 # While images are drawn
+
+
+def test_drawing_ahead_changes_nothing(pipeline):
+    settings = {"seed": 3, "indices": [4, 9, 2], "cfg_scale": 2.0}
+    plain = Recording(pipeline.gpt, pipeline.tokenizer, batch_size=2)
+    for (numbers, images), (again, same) in zip(
+        plain.batches([1, 2, 3], **settings), plain.batches([1, 2, 3], ahead=True, **settings), strict=True
+    ):
+        assert numbers == again and np.array_equal(images, same)
 
 
 @pytest.mark.parametrize("par", [False, True], ids=["raster", "PAR"])

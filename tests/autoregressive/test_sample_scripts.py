@@ -1,10 +1,12 @@
 """The sampling scripts as they are called: what they write, runs that go on, several processes, flags, a user's mistakes."""
 
+import json
 import os
 import pickle
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,12 @@ import torch
 from PIL import Image
 
 from autoregressive.pipeline import ImagePipeline
-from autoregressive.sample import sample_c2i, sample_c2i_ddp
+from autoregressive.sample import common, sample_c2i, sample_c2i_ddp
+from autoregressive.sample.common import BATCHES_WAITING, save_images
 from tests.helpers import ROOT
 from tests.training import check_published_flags, free_port, run_here
 from utils.cli import run_script
+from utils.images import peak_signal_to_noise_ratio
 from utils.rng import image_label
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -244,6 +248,97 @@ def test_a_mistake_ends_every_process(small_files, drawn, tmp_path):
     assert done.returncode == 1 and "other settings" in done.stderr
 
 
+@pytest.mark.parametrize("memory, together", [(10**12, 5), (None, 8)])
+def test_the_batch_that_fits(small_files, drawn, tmp_path, monkeypatch, capsys, memory, together):
+    """The images are the same, and the folder goes on with another number."""
+    monkeypatch.setattr("autoregressive.sample.batch_size.available_memory", lambda: memory)
+    run_here(sample_c2i_ddp, *ddp_line(small_files, tmp_path, "--per-proc-batch-size", "auto"))
+    assert contents(tmp_path) == contents(drawn)
+    assert f"--per-proc-batch-size auto: {min(together, 5)} images at once" in capsys.readouterr().out
+
+
+def test_a_decoder_in_bfloat16(small_files, drawn, tmp_path):
+    """Its images are close, and it is a setting of the folder; float32 is what folders without a word of it have."""
+    run_here(sample_c2i_ddp, *ddp_line(small_files, tmp_path, "--decode-precision", "bf16"))
+    half, exact = (np.load(folder / f"{NAME}.npz")["arr_0"] for folder in (tmp_path, drawn))
+    assert not np.array_equal(half, exact) and peak_signal_to_noise_ratio(half, exact) > 30
+    with pytest.raises(ValueError, match=r"other settings \(decode_precision: bf16, now None\)"):
+        run_here(sample_c2i_ddp, *ddp_line(small_files, tmp_path))
+
+    record = drawn / NAME / "settings.json"
+    settings = json.loads(record.read_text())
+    assert settings.pop("decode_precision") is None
+    for path in (tmp_path / NAME).glob("*.png"):
+        path.write_bytes((drawn / NAME / path.name).read_bytes())
+    (tmp_path / NAME / "settings.json").write_text(json.dumps(settings))  # of a run before there was a choice
+    run_here(sample_c2i_ddp, *ddp_line(small_files, tmp_path))
+    with pytest.raises(ValueError, match=r"other settings \(decode_precision: None, now bf16\)"):
+        run_here(sample_c2i_ddp, *ddp_line(small_files, tmp_path, "--decode-precision", "bf16"))
+
+
+# Writing beside drawing
+
+
+def numbered(folder: Path):
+    return lambda index: folder / f"{index}.png"
+
+
+def batches_of(count: int, size: int = 2, begun: list | None = None):
+    """`count` batches of small images; `begun` takes the number of each that is asked for."""
+    for start in range(0, count * size, size):
+        if begun is not None:
+            begun.append(start // size)
+        yield list(range(start, start + size)), np.full((size, 4, 4, 3), start, np.uint8)
+
+
+def test_images_are_written_while_the_next_are_drawn(tmp_path, monkeypatch):
+    """No more than two batches wait for a slow disk; all are written at the end."""
+    disk, begun, write = threading.Event(), [], common.save_png
+    monkeypatch.setattr(common, "save_png", lambda *args: disk.wait(10) and write(*args))
+
+    def watched():
+        for batch in batches_of(BATCHES_WAITING + 2, begun=begun):
+            if begun[-1] == BATCHES_WAITING:  # so many are drawn and none is written
+                assert not list(tmp_path.iterdir())
+                threading.Timer(0.2, lambda: (stopped.append(len(begun)), disk.set())).start()
+            yield batch
+
+    stopped = []
+    save_images(watched(), numbered(tmp_path), 8, progress=False)
+    assert stopped == [BATCHES_WAITING + 1] and len(begun) == BATCHES_WAITING + 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{i}.png" for i in range(2 * BATCHES_WAITING + 4)]
+
+
+def test_a_failing_writer_ends_the_run(tmp_path, monkeypatch):
+    write, begun = common.save_png, []
+
+    def full(image, path):
+        if path.name == "3.png":
+            raise OSError(28, f"could not write {path} (No space left on device)")
+        write(image, path)
+
+    monkeypatch.setattr(common, "save_png", full)
+    with pytest.raises(OSError, match=r"could not write .*3\.png"):
+        save_images(batches_of(50, begun=begun), numbered(tmp_path), 100, progress=False)
+    assert len(begun) <= 2 + BATCHES_WAITING + 1
+    assert (tmp_path / "2.png").exists() and not (tmp_path / "3.png").exists()
+
+
+def test_what_is_drawn_is_written_where_drawing_fails(tmp_path):
+    def drawn():
+        yield from batches_of(2)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        save_images(drawn(), numbered(tmp_path), 8, progress=False)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_the_bar_counts_what_is_written(tmp_path, capsys):
+    save_images(batches_of(5), numbered(tmp_path), 10, progress=True)
+    assert "10/10" in capsys.readouterr().err
+
+
 # Flags
 
 C2I = """
@@ -376,6 +471,23 @@ def test_missing_checkpoint_flags(script, flag, small_files, capsys, monkeypatch
     words = line(small_files)
     at = words.index(flag)
     assert f"{flag} is needed" in fails(script, words[:at] + words[at + 2 :], capsys, monkeypatch)
+
+
+def test_out_of_memory(small_files, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40.00 GiB")
+
+    monkeypatch.setattr(ImagePipeline, "generate_codes", full)
+    with pytest.raises(ValueError, match=r"out of memory with 2 images at once: .*--per-proc-batch-size auto"):
+        run_here(sample_c2i_ddp, *ddp_line(small_files, tmp_path, "--no-npz"))
+
+
+def test_batch_sizes_that_argparse_refuses(capsys):
+    for word in ("0", "-3", "most", "1.5"):
+        with pytest.raises(SystemExit):
+            sample_c2i_ddp.flags().parse_args(["--per-proc-batch-size", word])
+        assert "--per-proc-batch-size" in capsys.readouterr().err
+    assert sample_c2i_ddp.flags().parse_args(["--per-proc-batch-size", "auto"]).per_proc_batch_size == "auto"
 
 
 @pytest.mark.parametrize("label", [10, -1])

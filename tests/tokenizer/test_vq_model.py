@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import assert_close, golden_state, load_golden
+from tests.helpers import assert_close, golden_state, load_golden, randomize
 from tokenizer.tokenizer_image import vq_model
+from tokenizer.tokenizer_image.load import load_tokenizer
 from tokenizer.tokenizer_image.vq_model import (
     ModelArgs,
     VQ_models,
@@ -150,6 +151,28 @@ def test_channels_last_gives_the_same_numbers():
     assert torch.equal(indices, again)
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert_close(images, expected, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_decoder_in_bfloat16():
+    """Images are close to float32's, and codes are those of float32."""
+    model = randomize(small_vq4())
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    quant, _, (_, _, indices) = model.encode(images)
+    expected = model.decode_code(indices, quant.shape)
+    assert model.decode_in_bfloat16() is model
+    assert torch.equal(model.encode(images)[2][2], indices)
+    decoded = model.decode_code(indices, quant.shape)
+    assert decoded.dtype == torch.bfloat16 and not torch.equal(decoded.float(), expected)
+    assert (decoded.float() - expected).abs().mean() < 0.03 * expected.abs().mean()
+
+
+def test_decode_precisions(small_files):
+    assert load_tokenizer(small_files.vq).decoder.conv_in.weight.dtype == torch.float32
+    half = load_tokenizer(small_files.vq, decode_precision="bf16")
+    assert half.decoder.conv_in.weight.dtype == torch.bfloat16 and half.encoder.conv_in.weight.dtype == torch.float32
+    with pytest.raises(ValueError, match="decode_precision is 'fp8': give 'none'"):
+        load_tokenizer(small_files.vq, decode_precision="fp8")
 
 
 @torch.no_grad()

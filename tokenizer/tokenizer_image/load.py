@@ -21,11 +21,15 @@ def load_tokenizer(
     codebook_embed_dim: int | None = None,
     device: torch.device | str = "cpu",
     use_ema: bool = False,
+    decode_precision: str = "none",
 ) -> VQModel:
     """Builds the tokenizer that a checkpoint's weights describe, in eval mode and float32.
 
+    decode_precision: bf16 for a decoder in bfloat16 (VQModel.decode_in_bfloat16).
     Raises ValueError where the weights disagree with the flags given, or are not a tokenizer's; FileNotFoundError.
     """
+    if decode_precision not in ("none", "bf16"):
+        raise ValueError(f"decode_precision is {decode_precision!r}: give 'none' (float32) or 'bf16'")
     checkpoint = read_checkpoint(path, prefer_ema=use_ema)
     try:
         args = vq_args_from_state_dict(checkpoint.model)
@@ -44,4 +48,5 @@ def load_tokenizer(
     with torch.device("meta"):
         model = VQModel(args)
     load_into(model, checkpoint.model, path, assign=True)
-    return model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+    model = model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+    return model.decode_in_bfloat16() if decode_precision == "bf16" else model

@@ -305,7 +305,16 @@ class VQModel(nn.Module):
 
     def decode(self, quant: Tensor) -> Tensor:
         """Latents (B, codebook_embed_dim, h, w) to images (B, 3, h*f, w*f), roughly in [-1, 1], not clamped."""
-        return self.decoder(self.post_quant_conv(quant))
+        return self.decoder(self.post_quant_conv(quant.to(self.post_quant_conv.weight.dtype)))
+
+    def decode_in_bfloat16(self) -> "VQModel":
+        """Turns what decodes into bfloat16 and channels-last, in place, and returns the model. What encodes stays as it is.
+
+        For pixels sooner that are not quite the same (benchmarks/image_tokenizer.py): images come in bfloat16.
+        """
+        for part in (self.post_quant_conv, self.decoder):
+            part.to(torch.bfloat16, memory_format=torch.channels_last)
+        return self
 
     def decode_code(self, codes: Tensor, shape: Sequence[int] | None = None, channel_first: bool = True) -> Tensor:
         """Codes to images.
