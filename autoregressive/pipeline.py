@@ -539,16 +539,32 @@ def decode_codes(
     """Codes (B, h·width) in raster order to pixels, uint8 (B, H, W, 3); an image's do not depend on the others.
 
     width: tokens of a row (of a square where not given). size: pixels a side to resize to, bicubically.
-    batch_size: images at once on an accelerator.
+    batch_size: images at once on an accelerator; where memory is short for them, half as many, and so on.
     """
     device = tokenizer.quantize.embedding.weight.device
     width = width or isqrt(codes.shape[1])
     at_once = IMAGES_AT_ONCE if device.type == "cpu" else batch_size
+    while True:
+        try:
+            return _decode_so_many(tokenizer, codes.to(device), width, size, at_once)
+        except torch.OutOfMemoryError:
+            if at_once == 1:
+                raise
+        at_once //= 2
+        torch.cuda.empty_cache()
+        warnings.warn(
+            f"memory is short: {at_once} images are decoded at once, whose pixels may be rounded otherwise",
+            stacklevel=2,
+        )
+
+
+def _decode_so_many(tokenizer: VQModel, codes: Tensor, width: int, size: int | None, at_once: int) -> np.ndarray:
+    """As decode_codes, `at_once` images in each pass, the last one filled up to that number."""
     shape = (at_once, tokenizer.config.codebook_embed_dim, codes.shape[1] // width, width)
     arrays = []
-    for part in codes.to(device).split(at_once):
+    for part in codes.split(at_once):
         filled = torch.cat([part, part[-1:].expand(at_once - len(part), -1)])
-        with independent_of_threads(tokenizer) if device.type == "cpu" else nullcontext():
+        with independent_of_threads(tokenizer) if codes.device.type == "cpu" else nullcontext():
             images = tokenizer.decode_code(filled, shape).float()
         if size is not None and size != images.shape[-1]:
             images = torch.nn.functional.interpolate(images, size=(size, size), mode="bicubic")

@@ -775,3 +775,23 @@ def test_released_text_models(tmp_path, name, size):
     pipeline = ImagePipeline.from_pretrained(tmp_path, gpt=name, text_encoder=WordEncoder())
     assert pipeline.is_text and pipeline.image_size == size and pipeline.gpt.layout.prefix == WORDS
     assert pipeline.gpt.args.caption_dim == WIDTH and isinstance(pipeline.text_encoder, WordEncoder)
+
+
+def test_decoding_where_memory_is_short(pipeline, monkeypatch):
+    """Fewer at once; and the error itself where not even one fits."""
+    codes = torch.randint(64, (5, 64), generator=torch.Generator().manual_seed(0))
+    expected, decode, room, asked = pipeline.decode(codes), pipeline.tokenizer.decode_code, 1, []
+
+    def decode_code(codes, shape):
+        asked.append(len(codes))
+        if len(codes) > room:
+            raise torch.OutOfMemoryError("no room")
+        return decode(codes, shape)
+
+    monkeypatch.setattr(pipeline.tokenizer, "decode_code", decode_code)
+    with pytest.warns(UserWarning, match="memory is short: 1 images are decoded at once"):
+        assert np.abs(pipeline.decode(codes).astype(int) - expected).max() <= 1
+    assert asked == [2, 1, 1, 1, 1, 1]
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="memory is short"):
+        pipeline.decode(codes)
