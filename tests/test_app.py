@@ -48,9 +48,7 @@ def test_help_needs_neither_torch_nor_gradio():
 
 def test_without_gradio(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(
-        ValueError, match=r"needs gradio, which is not installed here .*: pip install -r requirements.txt"
-    ):
+    with pytest.raises(ValueError, match=r"needs gradio, which is not installed here .*: pip install gradio"):
         app.main(parse("--quickstart"))
 
 
@@ -213,6 +211,22 @@ def test_what_was_not_foreseen(error, message, caplog):
 
     ((_, status),) = respond(Painter(load), "3")
     assert message in status and "Traceback" not in status and caplog.records
+
+
+def test_pictures_are_written_once(small_files, tmp_path):
+    """And are those of `respond`."""
+    painter = app.make_painters(parse("--gpt-ckpt", small_files.gpt, "--vq-ckpt", small_files.vq))["class"]
+    asked = ["3", 2, *list(SETTINGS.values())[1:]]
+    *_, (pictures, _) = app.respond(painter, False, *asked)
+    *_, (files, status) = app.show(painter, False, str(tmp_path), *asked)
+    assert "data-done" in status and len(files) == 2
+    for (file, _), (image, _) in zip(files, pictures, strict=True):
+        assert np.array_equal(np.asarray(Image.open(file)), image)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    assert {str(path) for path in written} >= {file for file, _ in files}
+    *_, (again, _) = app.show(painter, False, str(tmp_path), *asked)
+    assert [file for file, _ in again] == [file for file, _ in files]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")} == written
 
 
 # The page

