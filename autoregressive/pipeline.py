@@ -459,8 +459,10 @@ class ImagePipeline:
         return images
 
     def _padding(self, count: int) -> int:
-        """Rows to add: to a whole micro-batch on an accelerator, whose kernels depend on every size; else to a multiple."""
-        if self.device.type != "cpu":
+        """Rows to add: to a whole micro-batch on an accelerator, whose kernels depend on every size, and where each size would
+        be compiled; else to a multiple.
+        """
+        if self.device.type != "cpu" or self.compile:
             return max(self.batch_size - count, 0)
         with torch.inference_mode():
             return -count % (PACKED_ROW_MULTIPLE if can_pack(self.gpt) else ROW_MULTIPLE)

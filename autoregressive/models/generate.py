@@ -70,13 +70,37 @@ def can_compile(device: torch.device) -> bool:
 def compiled_decode_rows(on_cpu: bool) -> Callable[[Transformer, Tensor, int, Rows, Tensor | None], Tensor]:
     """The compiled decode step. Made when needed, since the compiler takes long to import.
 
-    On a CPU one step for every number of rows and samples; elsewhere CUDA graphs of fixed shapes, of which there are as
-    many as lengths (read_stride) times numbers of samples (guided or not) times groups.
+    A step is compiled for a number of samples and of rows: with these open its loops are several times slower on a CPU.
+    There one serves every length; elsewhere steps are CUDA graphs, one for each length (read_stride).
     """
     import torch._dynamo.config as config
 
     config.recompile_limit = max(config.recompile_limit, 64)
-    return torch.compile(decode_rows) if on_cpu else torch.compile(decode_rows, dynamic=False, mode="reduce-overhead")
+    if not on_cpu:
+        return torch.compile(decode_rows, dynamic=False, mode="reduce-overhead")
+    compiled = torch.compile(decode_rows_up_to, dynamic=False)
+
+    def decode(model: Transformer, tokens: Tensor, special: int, rows: Rows, mask: Tensor | None) -> Tensor:
+        up_to = torch.empty(rows.length, 0)  # a size that may change; a plain number would be compiled in
+        torch._dynamo.mark_dynamic(up_to, 0)
+        if mask is not None:
+            torch._dynamo.mark_dynamic(mask, 3)
+        return compiled(model, tokens, special, rows.cache, rows.positions, up_to, mask)
+
+    return decode
+
+
+def decode_rows_up_to(
+    model: Transformer,
+    tokens: Tensor,
+    special: int,
+    cache: StaticCache,
+    positions: Tensor,
+    up_to: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """decode_rows, with as many rows to attend to as `up_to` has."""
+    return decode_rows(model, tokens, special, Rows(cache, positions, up_to.shape[0]), mask)
 
 
 def read_stride(device: torch.device, dtype: torch.dtype, compile: bool) -> int:
