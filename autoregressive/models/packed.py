@@ -35,6 +35,7 @@ class PackedWeights:
         self.layers = {layer: next(_numbers) for layer in model.modules() if type(layer) is nn.Linear}
         self.made_of = {layer: _identity(layer.weight) for layer in self.layers}
         self.users = 0
+        self.copies = _copies  # a module's own names may be gone when the last of these is
         for layer, number in self.layers.items():
             _copies[number] = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
 
@@ -45,7 +46,7 @@ class PackedWeights:
 
     def __del__(self) -> None:
         for number in self.layers.values():
-            _copies.pop(number, None)
+            self.copies.pop(number, None)
 
 
 _packed: WeakKeyDictionary[nn.Module, PackedWeights] = WeakKeyDictionary()

@@ -134,7 +134,7 @@ class NativeEngine:
     async def run(self, function: Callable[[], Result]) -> Result:
         """Calls the function in the worker, before the next micro-batch.
 
-        For work that must not meet a decode loop: on a CPU that sets, for the whole process, which attention is used.
+        For work that would only slow a decode loop down, and be slowed down by it: both want all cores.
         """
         future: Future = Future()
         with self._changed:
