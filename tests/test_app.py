@@ -80,6 +80,7 @@ def add_text(quickstart: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_quickstart_models(quickstart):
     painters = app.make_painters(parse("--quickstart"))
     assert list(painters) == ["class"]

@@ -10,6 +10,7 @@ SIGTERM: what was accepted is finished, new requests get 503, then the server en
 """
 
 import argparse
+import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -86,8 +87,6 @@ async def serve(args: argparse.Namespace) -> None:
 
 def draining_server(config: "uvicorn.Config", service: "Service") -> "uvicorn.Server":
     """A server that goes on listening after SIGTERM, to say 503, until the service has answered what it accepted."""
-    import logging
-
     import uvicorn
 
     class DrainingServer(uvicorn.Server):
@@ -134,6 +133,10 @@ async def load_native(args: argparse.Namespace) -> tuple:
         if value is not None:
             raise ValueError(f"{flag} {value:g} is of vLLM, and the engine is native: leave it out")
     device = pick_device(args.device)
+    if args.compile and device.type != "cuda":
+        logging.getLogger(__name__).warning(
+            f"--compile: on {device.type} the native engine draws with the plain step, since its batches are of any size"
+        )
     gpt, vq = find_checkpoint(args.gpt_ckpt), find_checkpoint(args.vq_ckpt)
     pipeline = ImagePipeline.from_pretrained(
         gpt,

@@ -257,6 +257,7 @@ def test_the_batch_that_fits(small_files, drawn, tmp_path, monkeypatch, capsys, 
     assert f"--per-proc-batch-size auto: {min(together, 5)} images at once" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_decoder_in_bfloat16(small_files, drawn, tmp_path):
     """Its images are close, and it is a setting of the folder; float32 is what folders without a word of it have."""
     run_here(sample_c2i_ddp, *ddp_line(small_files, tmp_path, "--decode-precision", "bf16"))

@@ -94,6 +94,7 @@ def test_a_damaged_folder_is_made_anew(damage, small_files, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_several_processes_at_once(small_files, tmp_path):
     script = (
         "import sys, torch\n"

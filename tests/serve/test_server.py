@@ -619,6 +619,7 @@ def live(small_files, tokenizer):
         )
 
 
+@pytest.mark.slow
 def test_mixed_requests_at_once(live):
     address, pipeline = live
     asked = [
@@ -640,6 +641,7 @@ def test_mixed_requests_at_once(live):
         assert np.array_equal(pixels(image), np.asarray(expected)), body
 
 
+@pytest.mark.slow
 def test_the_openai_client(live):
     openai = pytest.importorskip("openai")
     address, pipeline = live

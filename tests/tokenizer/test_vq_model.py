@@ -167,6 +167,7 @@ def test_a_decoder_in_bfloat16():
     assert (decoded.float() - expected).abs().mean() < 0.03 * expected.abs().mean()
 
 
+@pytest.mark.slow
 def test_decode_precisions(small_files):
     assert load_tokenizer(small_files.vq).decoder.conv_in.weight.dtype == torch.float32
     half = load_tokenizer(small_files.vq, decode_precision="bf16")
