@@ -217,6 +217,7 @@ def test_images_that_are_all_too_small_with_loader_processes(data, tmp_path, cap
     assert "smaller than --image-size 64" in told and "Traceback" not in told
 
 
+@pytest.mark.slow
 def test_another_size_in_the_same_folder(data, extracted, published, tmp_path):
     folder = shutil.copytree(extracted, tmp_path / "packed")
     with pytest.raises(ValueError, match=r"holds codes of other settings(.|\n)*image_size: 16 there, 20 now"):

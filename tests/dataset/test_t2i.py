@@ -147,6 +147,7 @@ def test_nothing_that_counts_is_an_error_over_workers(data, workers):
     assert len(told) == 5 and all("smaller than --image-size 64" in line for line in told) and "line 4" in told[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_one_pair_that_counts_is_enough(data, tmp_path, workers):
     """In any place of several passes over 13 others, which come to other workers in each."""

@@ -76,6 +76,7 @@ MIXED = [
 ] + [ImageRequest(label=i % 10, seed=i, cfg_scale=1.5) for i in range(9)]  # more than a micro-batch
 
 
+@pytest.mark.slow
 def test_images_are_the_pipelines(pipeline):
     yielded = serve(pipeline, MIXED)
     for request, tokens in zip(MIXED, yielded, strict=True):
