@@ -5,6 +5,7 @@ import time
 from argparse import Namespace
 from collections import Counter
 from importlib.util import find_spec
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -48,17 +49,29 @@ def gpt_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(gpt_file, small_files) -> dict[tuple[int, int, float, int], np.ndarray]:
-    """Every image that is asked for, by the pipeline: (label, seed, scale, top_k)."""
+    """The images that are asked for, by the pipeline: (label, seed, scale, top_k).
+
+    But for those that hang on how float32 sums are rounded: where a draw's number falls within a rounding of the border
+    between two tokens, an engine that adds in another order may take the other one. Two ways of adding tell which.
+    """
     pipeline = ImagePipeline.from_pretrained(gpt_file, vq=small_files.vq, device="cpu")
-    return {
-        (label, seed, scale, top_k): np.asarray(image)
-        for seed in range(SEEDS)
-        for scale in SCALES
-        for top_k in TOP_K
-        for label, image in enumerate(
-            pipeline(range(LABELS), seed=seed, indices=[0] * LABELS, cfg_scale=scale, top_k=top_k, progress=False)
-        )
-    }
+
+    def draw() -> dict[tuple[int, int, float, int], np.ndarray]:
+        return {
+            (label, seed, scale, top_k): np.asarray(image)
+            for seed in range(SEEDS)
+            for scale in SCALES
+            for top_k in TOP_K
+            for label, image in enumerate(
+                pipeline(range(LABELS), seed=seed, indices=[0] * LABELS, cfg_scale=scale, top_k=top_k, progress=False)
+            )
+        }
+
+    images = draw()
+    with patch("autoregressive.models.packed.can_pack", lambda model: False):
+        steady = {asked for asked, image in draw().items() if np.array_equal(image, images[asked])}
+    assert len(images) - len(steady) <= 3
+    return {asked: images[asked] for asked in steady}
 
 
 def body(i: int) -> dict:
@@ -75,7 +88,7 @@ def check_images(outcomes, expected) -> None:
         if outcome.status == 200:
             asked = body(outcome.number)
             image = pixels(outcome.answer["data"][0])
-            assert np.array_equal(image, expected[tuple(asked.values())]), asked
+            assert np.array_equal(image, expected.get(tuple(asked.values()), image)), asked
     drawn = [array.tobytes() for (*_, top_k), array in expected.items() if top_k == 0]
     assert len(set(drawn)) == len(drawn)
 
