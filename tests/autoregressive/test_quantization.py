@@ -98,6 +98,7 @@ def test_grid(torchao, small_files, tmp_path):
     assert np.array_equal(drawn[0], expected) and not np.array_equal(drawn[0], drawn[1])
 
 
+@pytest.mark.slow
 def test_the_benchmark(torchao, small_files, capsys):
     words = ["--gpt-ckpt", small_files.gpt, "--images", 2, "--rounds", 1, "--device", "cpu"]
     run_here(quantization, *words)

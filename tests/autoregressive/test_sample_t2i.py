@@ -232,6 +232,7 @@ def test_images_captions_and_npz(text_files, drawn):
         assert np.array_equal(data["arr_0"], images) and data["arr_1"].tolist() == list(range(6))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*join several lines")
 def test_an_interrupted_run_goes_on(text_files, drawn, tmp_path, capsys):
     """Missing and half-written images are drawn again, in other batches, and nothing else; then more, then fewer."""

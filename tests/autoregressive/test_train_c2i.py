@@ -341,6 +341,7 @@ def test_drop_path_replaces_the_dropouts(codes, tmp_path):
     assert not same(load(last(tmp_path / "none"))["model"], load(last(tmp_path / "0.0"))["model"])
 
 
+@pytest.mark.slow
 def test_patches_by_stages(codes, tmp_path):
     """Half of the epochs in 2x2 patches: the model is a raster model, and the last stage trains all of it."""
     flags = ["--patch-level", 2, "--epochs", 4, *EXACT]
@@ -357,6 +358,7 @@ def test_patches_by_stages(codes, tmp_path):
     assert rates == pytest.approx([2e-3 * share for share in stage * 2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [train_c2i, train_c2i_fsdp])
 def test_pictures_while_it_trains(codes, tmp_path, small_files, script):
     flags = ["--code-path", codes, "--results-dir", tmp_path, *MODEL, *PLAIN, *EXACT, "--ema", "--no-wandb"]
@@ -449,6 +451,7 @@ def test_training_meets_a_label_beyond_the_model(published, tmp_path, workers):
         train(published(CLASSES, 0), tmp_path / "results", *flags)
 
 
+@pytest.mark.slow
 def test_held_out_codes_are_checked_under_their_own_name(codes, published, tmp_path):
     with pytest.raises(ValueError, match=r"published has label 10"):
         train(codes, tmp_path / "results", "--val-code-path", published(CLASSES, 0), "--max-steps", 1)

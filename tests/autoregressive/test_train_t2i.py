@@ -157,6 +157,7 @@ def test_the_first_steps_by_hand(data, tmp_path):
         assert metrics(tmp_path, "valid")[step + 1] == pytest.approx(counted / 16)
 
 
+@pytest.mark.slow
 def test_images_shards_and_codes_give_the_same_losses(data, tmp_path):
     flags = ["--epochs", 2, "--val-data-path", data / "pairs", "--val-t5-feat-path", data / "features"]
     for kind in ("images", "shards", "codes"):

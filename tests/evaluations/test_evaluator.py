@@ -96,6 +96,7 @@ def test_folders_of_images(batches, tmp_path):
     assert report["protocol"]["samples"]["settings"] == {"cfg_scale": 2.0}
 
 
+@pytest.mark.slow
 def test_recorded_statistics_take_the_place_of_images(batches, tmp_path, capsys):
     reference, samples = batches
     evaluate(reference, samples, "--save-statistics", tmp_path / "statistics.npz", "--output", tmp_path / "first")
@@ -234,6 +235,7 @@ def test_statistics_of_something_else(batches, tmp_path, arrays, message):
         evaluate(tmp_path / "statistics.npz", samples)
 
 
+@pytest.mark.slow
 def test_spatial_statistics_of_something_else(batches, tmp_path):
     _, samples = batches
     np.savez(tmp_path / "s.npz", mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(44), sigma_s=np.eye(44))

@@ -265,6 +265,7 @@ def test_open_clip_is_not_installed(clip_folder, tmp_path, monkeypatch):
     assert load_clip(find_clip("ViT-G/14", tmp_path)).library == "transformers"
 
 
+@pytest.mark.slow
 def test_statistics_stand_for_the_reference(folders, clip_folder, tmp_path):
     fake, ref = folders
     file = tmp_path / "statistics.npz"
@@ -380,6 +381,7 @@ def test_captions_from_other_editors(folders, clip_folder):
     assert evaluate(fake, ref, clip_folder, "--no-fid")["clip_score"] == score
 
 
+@pytest.mark.slow
 def test_either_part_alone(folders, clip_folder, tmp_path):
     fake, ref = folders
     both = evaluate(fake, ref, clip_folder)
@@ -469,6 +471,7 @@ def test_two_processes_give_the_figures_of_one(folders, clip_folder, tmp_path):
     assert together["warnings"] == alone["warnings"]
 
 
+@pytest.mark.slow
 def test_warnings(folders, clip_folder):
     fake, ref = folders
     Image.new("RGB", (12, 30)).save(fake / "images" / "6.png")

@@ -92,6 +92,7 @@ def test_tokens_come_row_by_row(pipeline):
     assert (len(yielded) > 1) == raster
 
 
+@pytest.mark.slow
 def test_prompts(small_files, tokenizer):
     pipeline = text_pipeline(tokenizer)
     prompts = ["a red lantern", "a", "two cats sleep on a chair", "rain", "a map"]
