@@ -75,9 +75,7 @@ def rows_agree(inner: int, outer: int, dtype: torch.dtype) -> bool:
     weight = torch.randn(outer, inner, generator=generator).to(dtype)
     x = torch.randn(64, inner, generator=generator).to(dtype)
     laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-    whole, *parts = (
-        torch.ops.mkldnn._linear_pointwise(x[:rows], laid_out, None, "none", [], "") for rows in (64, 2, 8, 15, 16, 31)
-    )
+    whole, *parts = (product(x[:rows], laid_out) for rows in (64, 2, 8, 15, 16, 31))
     return all(torch.equal(part, whole[: len(part)]) for part in parts)
 
 
@@ -134,13 +132,18 @@ def multiply(x: Tensor, number: int, width: int) -> Tensor:
     """x (…, in) times the laid-out weight of this number: (…, width)."""
     if torch.compiler.is_compiling():
         return packed_linear(x, number, width)  # an operation of its own, which a compiled step can call
-    return torch.ops.mkldnn._linear_pointwise(x, _copies[number], None, "none", [], "")
+    return product(x, _copies[number])
+
+
+def product(x: Tensor, laid_out: Tensor) -> Tensor:
+    """x (…, in) times a laid-out weight: (…, out)."""
+    return torch.ops.mkldnn._linear_pointwise(x, laid_out, None, "none", [], "")
 
 
 @torch.library.custom_op("autoregressive::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, number: int, width: int) -> Tensor:
     """`multiply`, for a compiled step."""
-    return torch.ops.mkldnn._linear_pointwise(x, _copies[number], None, "none", [], "")
+    return product(x, _copies[number])
 
 
 @packed_linear.register_fake
