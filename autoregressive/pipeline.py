@@ -25,7 +25,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from autoregressive.models.generate import can_compile, check_labels, generate
+from autoregressive.models.decode_step import can_compile
+from autoregressive.models.generate import check_labels, generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.packed import can_pack
 from autoregressive.models.sampling import SamplingConfig
@@ -33,6 +34,7 @@ from autoregressive.models.sizes import GPT_SIZES
 from language.captions import clean_caption
 from language.features import left_padded, prefix_mask
 from tokenizer.tokenizer_image.load import load_tokenizer
+from tokenizer.tokenizer_image.strips import decode_in_strips
 from tokenizer.tokenizer_image.vq_model import VQModel, independent_of_threads
 from utils.checkpoint import load_into, read_checkpoint
 from utils.distributed import pick_device
@@ -541,33 +543,37 @@ def decode_codes(
     """Codes (B, h·width) in raster order to pixels, uint8 (B, H, W, 3); an image's do not depend on the others.
 
     width: tokens of a row (of a square where not given). size: pixels a side to resize to, bicubically.
-    batch_size: images at once on an accelerator; where memory is short for them, half as many, and so on.
+    batch_size: images at once on an accelerator; where memory is short for them, half as many, and so on, and where it is
+    short for one, in strips (tokenizer/tokenizer_image/strips.py).
     """
     device = tokenizer.quantize.embedding.weight.device
     width = width or isqrt(codes.shape[1])
     at_once = IMAGES_AT_ONCE if device.type == "cpu" else batch_size
     while True:
         try:
-            return _decode_so_many(tokenizer, codes.to(device), width, size, at_once)
+            return _decode_so_many(tokenizer, codes.to(device), width, size, max(at_once, 1), in_strips=at_once == 0)
         except torch.OutOfMemoryError:
-            if at_once == 1:
+            if at_once == 0:
                 raise
         at_once //= 2
         torch.cuda.empty_cache()
-        warnings.warn(
-            f"memory is short: {at_once} images are decoded at once, whose pixels may be rounded otherwise",
-            stacklevel=2,
-        )
+        how = f"{at_once} images are decoded at once" if at_once else "images are decoded in strips, which takes longer"
+        warnings.warn(f"memory is short: {how}; pixels may be rounded otherwise", stacklevel=2)
 
 
-def _decode_so_many(tokenizer: VQModel, codes: Tensor, width: int, size: int | None, at_once: int) -> np.ndarray:
+def _decode_so_many(
+    tokenizer: VQModel, codes: Tensor, width: int, size: int | None, at_once: int, in_strips: bool
+) -> np.ndarray:
     """As decode_codes, `at_once` images in each pass, the last one filled up to that number."""
     shape = (at_once, tokenizer.config.codebook_embed_dim, codes.shape[1] // width, width)
     arrays = []
     for part in codes.split(at_once):
         filled = torch.cat([part, part[-1:].expand(at_once - len(part), -1)])
         with independent_of_threads(tokenizer) if codes.device.type == "cpu" else nullcontext():
-            images = tokenizer.decode_code(filled, shape).float()
+            if in_strips:
+                images = decode_in_strips(tokenizer, tokenizer.quantize.get_codebook_entry(filled, shape)).float()
+            else:
+                images = tokenizer.decode_code(filled, shape).float()
         if size is not None and size != images.shape[-1]:
             images = torch.nn.functional.interpolate(images, size=(size, size), mode="bicubic")
         arrays.append(to_uint8(images)[: len(part)])

@@ -1,15 +1,20 @@
 """What an accelerator has to compute as a CPU does. Run where there is one; nothing here has a meaning without."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from autoregressive.models.generate import generate
+from autoregressive.models.sampling import running_sum
 from autoregressive.pipeline import ImagePipeline
 from autoregressive.sample.batch_size import fits_on_cuda, fitting_batch_size
 from autoregressive.train import train_c2i, train_c2i_fsdp
 from tests.autoregressive.test_goldens import MODELS, RUNS, build, condition
 from tests.training import make_codes, metrics, repetitive_codes, run_here
+from tokenizer.tokenizer_image.strips import decode_in_strips
+from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.distributed import Distributed, pick_device
 
 pytestmark = pytest.mark.gpu
@@ -27,6 +32,56 @@ def test_recorded_greedy_tokens(name, run, compile):
     codes = generate(model.to(device), cond, emb_masks=emb_masks, sample_logits=False, compile=compile, **RUNS[run])
     expected = arrays.get(f"generate/{run}/raster_tokens", arrays[f"generate/{run}/tokens"])
     assert codes.tolist() == expected.tolist()
+
+
+def test_recorded_steps_serve_other_images_and_settings():
+    """As the plain steps on the same device, over calls that share recordings and such that need new ones."""
+    device = pick_device()
+    if device.type != "cuda":
+        pytest.skip("steps are recorded on CUDA")
+    model, arrays, _ = build("par4")
+    model, labels = model.to(device), torch.from_numpy(arrays["labels"])
+    generator = torch.Generator().manual_seed(0)
+    settings = [{}, {"cfg_scale": 3.0}, {"cfg_scale": 1.5, "temperature": 0.7}, {"cfg_scale": 1.5, "cfg_interval": 9}]
+    settings += [{"top_k": 9}, {"top_k": 7, "top_p": 0.9}, {"top_k": 7, "top_p": 0.5}, {"sample_logits": False}]
+    for turn in range(3):
+        for asked in settings:
+            noise = torch.rand(len(labels), model.layout.tokens, generator=generator)
+            drawn = generate(model, labels, noise=noise, compile=True, **asked)
+            agree = (drawn == generate(model, labels, noise=noise, **asked)).float().mean()
+            assert agree > 0.99, f"turn {turn}, {asked}: compiled kernels round otherwise, now and then"
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_one_image_is_the_same_every_time(compile):
+    device = pick_device()
+    if compile and device.type != "cuda":
+        pytest.skip("the compiled step is for CUDA")
+    model, arrays, _ = build("c2i")
+    label, noise = torch.from_numpy(arrays["labels"])[:1], torch.full((1, model.layout.tokens), 0.37)
+    first = generate(model.to(device), label, noise=noise, compile=compile)
+    assert all(torch.equal(generate(model, label, noise=noise, compile=compile), first) for _ in range(20))
+    numbers = torch.rand(1, 16384, device=device)
+    assert len({sum(running_sum(numbers)[0].tolist()) for _ in range(50)}) == 1
+
+
+def test_decoding_in_strips():
+    """The pixels of the whole image, in a part of the memory."""
+    device = pick_device()
+    tokenizer = VQ_models["VQ-16"]().eval().to(device)
+    quant = torch.randn(1, 8, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    peaks, images = [], []
+    for decode in (tokenizer.decode, partial(decode_in_strips, tokenizer)):
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        with torch.inference_mode():
+            images.append(decode(quant).cpu())
+        peaks.append(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
+    whole, strips = images
+    assert (strips - whole).abs().max() < 2e-3 * whole.abs().max()
+    weights = sum(p.numel() * p.element_size() for p in tokenizer.parameters())
+    assert device.type != "cuda" or peaks[1] - weights < (peaks[0] - weights) / 2
 
 
 def test_bfloat16_stays_close_to_float32():

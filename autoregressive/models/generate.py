@@ -6,29 +6,30 @@ Caches are allocated once per model and used again by later calls. A token depen
 `noise` makes a call reproducible (utils/rng.py draws it from a seed and an image's number).
 """
 
-import os
-import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from autoregressive.models import decode_step
+from autoregressive.models.decode_step import DecodeState, StepGraphs, StepKind
 from autoregressive.models.gpt import Rows, Transformer
 from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.packed import packed, release
-from autoregressive.models.sampling import SamplingConfig, choose, guide
+from autoregressive.models.sampling import SamplingConfig
 
 _caches: WeakKeyDictionary[Transformer, StaticCache] = WeakKeyDictionary()
+_graphs: WeakKeyDictionary[Transformer, StepGraphs] = WeakKeyDictionary()
 
 
 def cache_for(model: Transformer, batch: int, device: torch.device, dtype: torch.dtype) -> StaticCache:
     """The model's cache, made anew only where the last one is too small or of another kind."""
     cache = _caches.get(model)
     if cache is None or not cache.fits(batch, device, dtype):
+        _graphs.pop(model, None)
         _caches.pop(model, None)  # free the old one before the new one is allocated
         args, rows = model.args, model.layout.rows
         cache = StaticCache(args.n_layer, batch, args.n_kv_head, rows, args.dim // args.n_head, device, dtype)
@@ -36,8 +37,18 @@ def cache_for(model: Transformer, batch: int, device: torch.device, dtype: torch
     return cache
 
 
+def graphs_for(model: Transformer, state: DecodeState) -> StepGraphs:
+    """The model's recorded steps: those that are there if they are over a state like this one, else new ones over it."""
+    graphs = _graphs.get(model)
+    if graphs is None or not graphs.serve(model, state):
+        _graphs.pop(model, None)  # free the old ones before new ones are recorded
+        graphs = _graphs[model] = StepGraphs(model, state)
+    return graphs
+
+
 def release_cache(model: Transformer) -> None:
-    """Gives the memory of the model's cache, and of its laid-out weights, back."""
+    """Gives the memory of the model's cache, its recorded steps and its laid-out weights back."""
+    _graphs.pop(model, None)
     _caches.pop(model, None)
     release(model)
 
@@ -52,66 +63,6 @@ def sampling_mode(model: Transformer) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
-
-
-def decode_rows(model: Transformer, tokens: Tensor, special: int, rows: Rows, mask: Tensor | None) -> Tensor:
-    """One decode step: tokens (R, s), then `special` special tokens, to logits (R, s + special, V)."""
-    return model.head(model.decode(model.embed(tokens, special), rows, mask, causal=False))
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether the decode step can be compiled for a device: a GPU of CUDA, or a CPU beside a C++ compiler."""
-    if device.type == "cpu":
-        return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
-    return device.type == "cuda"
-
-
-@cache
-def compiled_decode_rows(on_cpu: bool) -> Callable[[Transformer, Tensor, int, Rows, Tensor | None], Tensor]:
-    """The compiled decode step. Made when needed, since the compiler takes long to import.
-
-    A step is compiled for a number of samples and of rows: with these open its loops are several times slower on a CPU.
-    There one serves every length; elsewhere steps are CUDA graphs, one for each length (read_stride).
-    """
-    import torch._dynamo.config as config
-
-    config.recompile_limit = max(config.recompile_limit, 64)
-    if not on_cpu:
-        return torch.compile(decode_rows, dynamic=False, mode="reduce-overhead")
-    compiled = torch.compile(decode_rows_up_to, dynamic=False)
-
-    def decode(model: Transformer, tokens: Tensor, special: int, rows: Rows, mask: Tensor | None) -> Tensor:
-        up_to = torch.empty(rows.length, 0)  # a size that may change; a plain number would be compiled in
-        torch._dynamo.mark_dynamic(up_to, 0)
-        if mask is not None:
-            torch._dynamo.mark_dynamic(mask, 3)
-        return compiled(model, tokens, special, rows.cache, rows.positions, up_to, mask)
-
-    return decode
-
-
-def decode_rows_up_to(
-    model: Transformer,
-    tokens: Tensor,
-    special: int,
-    cache: StaticCache,
-    positions: Tensor,
-    up_to: Tensor,
-    mask: Tensor | None,
-) -> Tensor:
-    """decode_rows, with as many rows to attend to as `up_to` has."""
-    return decode_rows(model, tokens, special, Rows(cache, positions, up_to.shape[0]), mask)
-
-
-def read_stride(device: torch.device, dtype: torch.dtype, compile: bool) -> int:
-    """Steps read the cache up to a multiple of so many rows, behind a mask: each length has a cost of its own.
-
-    That of a compiled step on an accelerator is a CUDA graph. On a CPU in half precision it is a kernel that oneDNN makes
-    for the shape; its compiled step has one loop for all.
-    """
-    if device.type != "cpu":
-        return 128 if compile else 1
-    return 1 if compile or dtype == torch.float32 else 32
 
 
 @torch.inference_mode()
@@ -168,38 +119,36 @@ def generate(
         if config.guided:
             cond = torch.cat([cond, model.cls_embedding.null(cond)])
             emb_masks = None if emb_masks is None else torch.cat([emb_masks, emb_masks])
-        cache = cache_for(model, len(cond), device, dtype)
-        seen = torch.ones(len(cond), layout.rows, dtype=torch.bool, device=device)
-        if emb_masks is not None:
-            seen[:, : layout.prefix] = emb_masks.to(device, torch.bool)
-
-        graphs = compile and device.type == "cuda"
-        if graphs:
-            cache.keep_addresses()
-        decode = compiled_decode_rows(device.type == "cpu") if compile else decode_rows
-        places, stride = torch.arange(layout.rows, device=device), read_stride(device, dtype, compile)
-        logits = prefill(model, cond, cache, emb_masks)  # (R, 1, V)
-        tokens = torch.zeros(batch, layout.tokens, dtype=torch.long, device=device)
-        tokens[:, :1] = pick(logits, batch, config, config.guided, noise[:, :1])
+        state = DecodeState(layout, cache_for(model, len(cond), device, dtype), batch)
+        decode, stride = (
+            decode_step.compiled_decode_rows() if compile else decode_step.decode_rows,
+            decode_step.read_stride(device, dtype, compile),
+        )
+        graphs = None
+        if compile and decode_step.records(device) and not torch.is_autocast_enabled(device.type):
+            graphs = graphs_for(model, state)
+            state = graphs.state
+        state.begin(config, noise, emb_masks)
+        tokens = state.tokens
+        logits = prefill(model, cond, state.cache, emb_masks)  # (R, 1, V)
+        tokens[:, :1] = decode_step.pick(logits, state, config.guided, state.noise[:, :1])
         if on_step:
             on_step(1, tokens)
+        places = torch.tensor([(s.rows.start, s.inputs.start, s.outputs.start) for s in steps]).to(device)
+        masked = emb_masks is not None or stride > 1
         for i, step in enumerate(steps):
-            copies = 2 if i <= last_guided else 1  # no later step is guided: the unconditional rows are done
-            inputs = tokens[:, step.inputs].repeat(copies, 1)
-            positions = torch.arange(step.rows.start, step.rows.stop, device=device)
             length = min(-(-step.rows.stop // stride) * stride, layout.rows)
-            mask = None
-            if emb_masks is not None or length > step.rows.stop:
-                mask = (seen & (places < step.rows.stop))[: len(inputs), None, None, :length]
+            streams = 2 if i <= last_guided else 1  # no later step is guided: the unconditional rows are done
+            kind = StepKind.of(step, length, masked, streams, config.guides(step.number))
+            state.at.copy_(places[i])
             if graphs:
-                torch.compiler.cudagraph_mark_step_begin()  # the last step's logits are read
-            logits = decode(model, inputs, step.special, Rows(cache, positions, length), mask)
-            guided = config.guides(step.number)
-            tokens[:, step.outputs] = pick(logits, batch, config, guided, noise[:, step.outputs])
+                graphs.run(kind, partial(decode_step.take_step, model, state, kind, decode))
+            else:
+                decode_step.take_step(model, state, kind, decode)
             if on_step:
                 on_step(step.outputs.stop, tokens)
     if total < layout.tokens:
-        return tokens[:, :total]
+        return tokens[:, :total].clone()
     return tokens[:, layout.raster.to(device)]
 
 
@@ -210,14 +159,6 @@ def prefill(model: Transformer, cond: Tensor, cache: StaticCache, emb_masks: Ten
     mask = None if emb_masks is None else model.attention_mask(rows, emb_masks, h.device)
     positions = torch.arange(rows, device=h.device)
     return model.head(model.decode(h, Rows(cache, positions, rows), mask, causal=mask is None)[:, -1:])
-
-
-def pick(logits: Tensor, batch: int, config: SamplingConfig, guided: bool, noise: Tensor) -> Tensor:
-    """Mixes the conditional rows (the first `batch`) with the unconditional ones where guided, and draws. (R, s, V) -> (B, s)."""
-    conditional = logits[:batch]
-    if guided:
-        conditional = guide(conditional, logits[batch : 2 * batch], config.cfg_scale)
-    return choose(conditional, config, noise)
 
 
 def check_labels(model: Transformer, cond: Tensor) -> None:

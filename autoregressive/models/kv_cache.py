@@ -28,13 +28,6 @@ class StaticCache:
         keys = self.keys[0]
         return len(keys) >= batch and keys.device == device and keys.dtype == dtype
 
-    def keep_addresses(self) -> None:
-        """Tells the compiler that these tensors stay where they are: a CUDA graph then writes into them, and copies none."""
-        import torch._dynamo
-
-        for tensor in self.keys + self.values:
-            torch._dynamo.mark_static_address(tensor)
-
     def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Stores k and v (b, H, s, D) at rows `positions` (s,) of the first b samples.
 

@@ -49,43 +49,69 @@ class SamplingConfig:
         """Whether unconditional rows are needed at all."""
         return self.cfg_scale > 1
 
+    @property
+    def way(self) -> tuple[bool, int, bool]:
+        """What is done with logits, whatever the numbers: whether a draw is made, top-k, and whether top-p filters."""
+        return self.sample_logits, int(self.top_k), self.top_p < 1
+
+    def numbers(self, device: torch.device) -> Tensor:
+        """Guidance scale, temperature (a trifle above 0 at least) and top-p as float32 (3,): other values, the same work."""
+        return torch.tensor(
+            [self.cfg_scale, max(self.temperature, 1e-5), self.top_p], dtype=torch.float32, device=device
+        )
+
     def guides(self, step: int) -> bool:
         """Whether the decode step of this number is guided (see TokenLayout.steps)."""
         return self.guided and (self.cfg_interval < 0 or step <= self.cfg_interval)
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """unconditional + (conditional - unconditional) * scale."""
     return unconditional + (conditional - unconditional) * scale
 
 
-def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+def filter_logits(logits: Tensor, top_k: int = 0, top_p: float | Tensor | None = None) -> Tensor:
     """Sets what top-k, then top-p, leave out to -inf. (…, V) -> (…, V).
 
+    top_k: 0 keeps all. top_p: None, or the number 1, keeps all.
     Top-p keeps the smallest set of most likely tokens whose mass reaches p, the one that crosses it included.
     """
     if 0 < top_k < logits.shape[-1]:
-        smallest_kept = torch.topk(logits, top_k, dim=-1).values[..., -1:]
+        smallest_kept = torch.topk(logits, top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
-    if top_p < 1:
+    if isinstance(top_p, Tensor) or (top_p is not None and top_p < 1):
         ordered, places = logits.sort(dim=-1, descending=True, stable=True)
-        reached = ordered.softmax(dim=-1).cumsum(dim=-1)[..., :-1] > top_p  # the mass before each token but the first
+        reached = running_sum(ordered.softmax(dim=-1))[..., :-1] > top_p  # the mass before each token but the first
         left_out = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, places[..., 1:], reached)
         logits = logits.masked_fill(left_out, float("-inf"))
     return logits
 
 
+def running_sum(x: Tensor) -> Tensor:
+    """The sums of each row up to each place, (…, V): the same every time.
+
+    CUDA sums a tensor of one row by another algorithm, whose order of additions changes from run to run.
+    """
+    if x.device.type == "cuda" and x.numel() == x.shape[-1]:
+        return x.reshape(1, -1).expand(2, -1).cumsum(dim=-1)[:1].view_as(x)
+    return x.cumsum(dim=-1)
+
+
 def draw(probabilities: Tensor, noise: Tensor) -> Tensor:
     """The token at which the cumulative distribution passes `noise`. (…, V), (…) in [0, 1) -> int64 (…)."""
     # Summed in parallel, the distribution may rise by a rounding at a token that has no mass: such tokens are passed over.
-    cumulative = probabilities.cumsum(dim=-1).masked_fill(probabilities == 0, 0)
+    cumulative = running_sum(probabilities).masked_fill(probabilities == 0, 0)
     target = noise.unsqueeze(-1).to(cumulative.dtype) * cumulative.amax(dim=-1, keepdim=True)
     return (cumulative > target).int().argmax(dim=-1)
 
 
-def choose(logits: Tensor, config: SamplingConfig, noise: Tensor) -> Tensor:
-    """Picks a token a row. logits: (…, V) float32; noise: (…) uniform in [0, 1). Returns int64 (…)."""
+def choose(logits: Tensor, config: SamplingConfig, noise: Tensor, numbers: Tensor | None = None) -> Tensor:
+    """Picks a token a row. logits: (…, V) float32; noise: (…) uniform in [0, 1). Returns int64 (…).
+
+    numbers: SamplingConfig.numbers(), from which temperature and top-p are read in place of the config's own.
+    """
     if not config.sample_logits:
         return logits.argmax(dim=-1)
-    logits = filter_logits(logits / max(config.temperature, 1e-5), int(config.top_k), config.top_p)
+    _, temperature, top_p = (config.numbers(logits.device) if numbers is None else numbers).unbind()
+    logits = filter_logits(logits / temperature, int(config.top_k), top_p if config.top_p < 1 else None)
     return draw(logits.softmax(dim=-1), noise)

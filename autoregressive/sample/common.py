@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from autoregressive.models.generate import SamplingConfig, can_compile
+from autoregressive.models.decode_step import can_compile
 from autoregressive.models.gpt import Transformer
+from autoregressive.models.sampling import SamplingConfig
 from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt, warn_of_long_features
 from autoregressive.quantization import quantize, require_torchao
 from tokenizer.tokenizer_image.load import load_tokenizer

@@ -7,8 +7,9 @@ import weakref
 import pytest
 import torch
 
+from autoregressive.models import decode_step
 from autoregressive.models import generate as generation
-from autoregressive.models.generate import generate
+from autoregressive.models.generate import generate, release_cache
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.sampling import SamplingConfig, choose
 from tests.helpers import randomize
@@ -221,8 +222,8 @@ def test_the_tokens_so_far_are_reported(n):
 
 def test_unconditional_rows_stop_with_the_last_guided_step(monkeypatch):
     model, rows = tiny(ar_token_num=4), []
-    pick = generation.pick
-    monkeypatch.setattr(generation, "pick", lambda logits, *args: rows.append(len(logits)) or pick(logits, *args))
+    pick = decode_step.pick
+    monkeypatch.setattr(decode_step, "pick", lambda logits, *args: rows.append(len(logits)) or pick(logits, *args))
     for interval, expected in ((-1, [8] * 7), (1, [8] * 5 + [4] * 2), (0, [8] * 5 + [4] * 2), (4, [8] * 6 + [4])):
         rows.clear()
         generate(model, LABELS, cfg_scale=2.0, cfg_interval=interval)
@@ -278,8 +279,10 @@ def test_a_row_gives_the_same_bits_at_any_place(n, dtype, threads, monkeypatch):
     model = tiny(ar_token_num=n, n_layer=1, dim=128).to(dtype)
     labels, noise = torch.arange(24) % 5, noise_for(24)
     logits = []
-    pick = generation.pick
-    monkeypatch.setattr(generation, "pick", lambda x, *args: logits.append(x[: args[0]]) or pick(x, *args))
+    pick = decode_step.pick
+    monkeypatch.setattr(
+        decode_step, "pick", lambda x, state, *args: logits.append(x[: state.batch]) or pick(x, state, *args)
+    )
 
     def run(rows):
         logits.clear()
@@ -304,8 +307,81 @@ def test_reading_the_cache_past_its_filled_part(kind, stride, monkeypatch):
     condition, mask = captions(6, 2, 1, 4) if kind is TEXT else (LABELS, None)
     settings = {"emb_masks": mask, "noise": noise_for(4), "cfg_scale": 3.0, "cfg_interval": 4}
     expected = generate(model, condition, **settings)
-    monkeypatch.setattr("autoregressive.models.generate.read_stride", lambda *_: stride)
+    monkeypatch.setattr("autoregressive.models.decode_step.read_stride", lambda *_: stride)
     assert torch.equal(generate(model, condition, **settings), expected)
+
+
+class Recording:
+    """What a CUDA graph does, on a CPU: the step of the time of recording again, with all that was a plain number then."""
+
+    made = 0
+
+    def __init__(self, step, pool):
+        self.step, self.state = step, step.args[1]
+        self.config = self.state.config
+        Recording.made += 1
+
+    def pool(self):
+        return 0, 1
+
+    def replay(self):
+        now, self.state.config = self.state.config, self.config
+        self.step()
+        self.state.config = now
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """Compiled steps are recorded, as on CUDA; nothing is compiled."""
+    monkeypatch.setattr(decode_step, "records", lambda device: True)
+    monkeypatch.setattr(decode_step, "record", Recording)
+    monkeypatch.setattr(decode_step, "compiled_decode_rows", lambda: decode_step.decode_rows)
+    monkeypatch.setattr(decode_step, "read_stride", lambda *_: 8)
+    Recording.made = 0
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "text", "text PAR-4"])
+def test_recorded_steps_change_nothing(kind, recording):
+    """One recording serves the later steps of its kind, and later calls with other images, scales and temperatures."""
+    kinds = KINDS | {"text": TEXT, "text PAR-4": {**TEXT, "ar_token_num": 4}}
+    model = tiny(**kinds[kind])
+    condition, mask = captions(6, 2, 1, 4) if "text" in kind else (LABELS, None)
+    generate(model, condition, emb_masks=mask, cfg_scale=2.0)  # makes the larger cache
+    made = []
+    for turn in range(3):
+        for settings in [*SETTINGS.values(), {"cfg_scale": 1.5, "temperature": 1.7, "top_k": 9, "top_p": 0.5}]:
+            noise = noise_for(4, model.layout.tokens).roll(turn)
+            asked = {"noise": noise, "emb_masks": mask, **settings}
+            given = generate(model, condition, compile=True, **asked)
+            assert torch.equal(given, without_cache(model, condition, **asked)), settings
+        made.append(Recording.made)
+    assert 0 < made[0] <= made[1] == made[2], "what comes once a call is recorded in the second"
+
+
+def test_when_steps_are_recorded_anew(recording):
+    model = tiny()
+
+    def draw(labels=LABELS, **settings):
+        before = Recording.made
+        expected = generate(copy.deepcopy(model), labels, noise=noise_for(len(labels)), **settings)
+        assert torch.equal(generate(model, labels, noise=noise_for(len(labels)), compile=True, **settings), expected)
+        return Recording.made - before
+
+    assert draw() == 2, "one for each eight rows of the cache, of which there are 17"
+    assert draw() == draw(temperature=0.5) == 0
+    assert draw(LABELS[:2]) == 2, "another batch"
+    assert draw() == 2, "the recordings of one batch are kept"
+    assert draw(top_k=4) == 2 and draw(top_k=5) == 2 and draw(top_k=4, top_p=0.5) == 2 and draw(top_k=4, top_p=0.9) == 0
+    with torch.no_grad():
+        model.output.weight.mul_(-1)
+    assert draw() == 0, "weights written in place"
+    model.output.weight.data = model.output.weight.data.clone()
+    assert draw() == 2, "weights elsewhere"
+    assert draw(cfg_scale=2.0) == 2 and draw(cfg_scale=3.0) == 0, "a larger cache"
+    release_cache(model)
+    assert model not in generation._graphs and draw(cfg_scale=3.0) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert draw(cfg_scale=3.0) == 0
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.models import generate as generation
+from autoregressive.models import decode_step
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.sampling import filter_logits
@@ -84,13 +84,13 @@ def test_greedy_decoding(name, run, monkeypatch):
     model, arrays, _ = build(name)
     cond, emb_masks = condition(arrays)
     calls = []
-    pick = generation.pick
+    pick = decode_step.pick
 
     def record(logits, *args):
         calls.append(logits)
         return pick(logits, *args)
 
-    monkeypatch.setattr(generation, "pick", record)
+    monkeypatch.setattr(decode_step, "pick", record)
     n = arrays["codes"].shape[1]
     codes = generate(model, cond, n, emb_masks=emb_masks, sample_logits=False, **RUNS[run])
     assert len(calls) == int(arrays[f"generate/{run}/calls"])

@@ -778,7 +778,7 @@ def test_released_text_models(tmp_path, name, size):
 
 
 def test_decoding_where_memory_is_short(pipeline, monkeypatch):
-    """Fewer at once; and the error itself where not even one fits."""
+    """Fewer at once; in strips where not even one fits; and the error itself where those do not."""
     codes = torch.randint(64, (5, 64), generator=torch.Generator().manual_seed(0))
     expected, decode, room, asked = pipeline.decode(codes), pipeline.tokenizer.decode_code, 1, []
 
@@ -788,10 +788,18 @@ def test_decoding_where_memory_is_short(pipeline, monkeypatch):
             raise torch.OutOfMemoryError("no room")
         return decode(codes, shape)
 
+    def no_room(*_):
+        raise torch.OutOfMemoryError("no room")
+
     monkeypatch.setattr(pipeline.tokenizer, "decode_code", decode_code)
     with pytest.warns(UserWarning, match="memory is short: 1 images are decoded at once"):
         assert np.abs(pipeline.decode(codes).astype(int) - expected).max() <= 1
     assert asked == [2, 1, 1, 1, 1, 1]
     room = 0
+    asked.clear()
+    with pytest.warns(UserWarning, match="memory is short: images are decoded in strips"):
+        assert np.abs(pipeline.decode(codes).astype(int) - expected).max() <= 1
+    assert asked == [2, 1]
+    monkeypatch.setattr("autoregressive.pipeline.decode_in_strips", no_room)
     with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="memory is short"):
         pipeline.decode(codes)

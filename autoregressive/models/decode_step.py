@@ -1,0 +1,213 @@
+"""One decode step: tokens in, rows computed, tokens drawn, all of it on the device and in memory that stays in place.
+
+    state = DecodeState(model.layout, cache, batch)
+    take_step(model, state, StepKind.of(step, …), decode_rows)      # reads and writes state.tokens at state.at
+
+What a step computes is fixed by its kind; where it stands, the noise and the numbers of the sampling are read from the
+state. So a step that was recorded as a CUDA graph (StepGraphs) serves all later ones of its kind, and of later calls.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from autoregressive.models.gpt import Rows, Transformer
+from autoregressive.models.kv_cache import StaticCache
+from autoregressive.models.layout import DecodeStep, TokenLayout
+from autoregressive.models.sampling import SamplingConfig, choose, guide
+
+Decode = Callable[[Transformer, Tensor, int, Rows, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """What fixes the work of a step, and so its kernels and the shapes they see.
+
+    inputs: sequence tokens fed; special: special tokens fed after them; as many tokens are drawn. length: rows attended
+    to. masked: whether not all of those rows may be seen. streams: 2 where the unconditional rows are computed too.
+    guided: whether these are mixed in.
+    """
+
+    inputs: int
+    special: int
+    length: int
+    masked: bool
+    streams: int
+    guided: bool
+
+    @classmethod
+    def of(cls, step: DecodeStep, length: int, masked: bool, streams: int, guided: bool) -> "StepKind":
+        """The kind of a layout's step."""
+        inputs = step.inputs.stop - step.inputs.start
+        return cls(inputs, step.special, length, masked, streams, guided)
+
+
+class DecodeState:
+    """What the steps of an image's batch read and write.
+
+    tokens: int64 (B, N), in the layout's order. noise: float32 (B, N). seen: bool (samples of the cache, rows), false where
+    a condition row is padding. at: int64 (3,): the step's first row, first input and first output.
+    numbers: SamplingConfig.numbers().
+    """
+
+    def __init__(self, layout: TokenLayout, cache: StaticCache, batch: int):
+        device = cache.keys[0].device
+        self.cache, self.batch = cache, batch
+        self.tokens = torch.zeros(batch, layout.tokens, dtype=torch.long, device=device)
+        self.noise = torch.zeros(batch, layout.tokens, device=device)
+        self.seen = torch.ones(len(cache.keys[0]), layout.rows, dtype=torch.bool, device=device)
+        self.at = torch.zeros(3, dtype=torch.long, device=device)
+        self.numbers = torch.zeros(3, device=device)
+        self.count = torch.arange(layout.rows, device=device)
+
+    def begin(self, config: SamplingConfig, noise: Tensor, prefix_mask: Tensor | None) -> None:
+        """Sets out for new images. noise: (B, N), or as much as is needed of it. prefix_mask: (R, T), nonzero where the condition row is real."""
+        self.config = config
+        self.numbers.copy_(config.numbers(self.numbers.device))
+        self.noise[:, : noise.shape[1]].copy_(noise)
+        self.tokens.zero_()
+        self.seen.fill_(True)
+        if prefix_mask is not None:
+            self.seen[: len(prefix_mask), : prefix_mask.shape[1]] = prefix_mask.to(self.seen.device, torch.bool)
+
+
+def take_step(model: Transformer, state: DecodeState, kind: StepKind, decode: Decode) -> None:
+    """Draws the tokens of the step at `state.at`, of this kind, into state.tokens."""
+    row, first_input, first_output = state.at.unbind()
+    width = kind.inputs + kind.special  # rows computed, and tokens drawn
+    inputs = state.tokens.index_select(1, first_input + state.count[: kind.inputs]).repeat(kind.streams, 1)
+    mask = None
+    if kind.masked:
+        mask = state.seen & (state.count < row + width)
+        mask = mask[: len(inputs), None, None, : kind.length]
+    rows = Rows(state.cache, row + state.count[:width], kind.length)
+    logits = decode(model, inputs, kind.special, rows, mask)
+    outputs = first_output + state.count[:width]
+    state.tokens.index_copy_(1, outputs, pick(logits, state, kind.guided, state.noise.index_select(1, outputs)))
+
+
+def pick(logits: Tensor, state: DecodeState, guided: bool, noise: Tensor) -> Tensor:
+    """Mixes the conditional rows (the first) with the unconditional ones where guided, and draws. (R, s, V) -> (B, s)."""
+    conditional = logits[: state.batch]
+    if guided:
+        conditional = guide(conditional, logits[state.batch : 2 * state.batch], state.numbers[0])
+    return choose(conditional, state.config, noise, state.numbers)
+
+
+def decode_rows(model: Transformer, tokens: Tensor, special: int, rows: Rows, mask: Tensor | None) -> Tensor:
+    """The model's part of a step: tokens (R, s), then `special` special tokens, to logits (R, s + special, V)."""
+    return model.head(model.decode(model.embed(tokens, special), rows, mask, causal=False))
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether steps can be compiled for a device: a GPU of CUDA, or a CPU beside a C++ compiler."""
+    if device.type == "cpu":
+        return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
+    return device.type == "cuda"
+
+
+@cache
+def compiled_decode_rows() -> Decode:
+    """decode_rows through the compiler. Made when needed, since that takes long to import.
+
+    It is compiled for a number of samples and of rows: with these open its loops are several times slower on a CPU. One
+    serves every length.
+    """
+    import torch._dynamo.config as config
+
+    config.recompile_limit = max(config.recompile_limit, 64)
+    compiled = torch.compile(decode_rows_up_to, dynamic=False)
+
+    def decode(model: Transformer, tokens: Tensor, special: int, rows: Rows, mask: Tensor | None) -> Tensor:
+        up_to = torch.empty(rows.length, 0)  # a size that may change; a plain number would be compiled in
+        torch._dynamo.mark_dynamic(up_to, 0)
+        if mask is not None:
+            torch._dynamo.mark_dynamic(mask, 3)
+        return compiled(model, tokens, special, rows.cache, rows.positions, up_to, mask)
+
+    return decode
+
+
+def decode_rows_up_to(
+    model: Transformer,
+    tokens: Tensor,
+    special: int,
+    cache: StaticCache,
+    positions: Tensor,
+    up_to: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """decode_rows, with as many rows to attend to as `up_to` has."""
+    return decode_rows(model, tokens, special, Rows(cache, positions, up_to.shape[0]), mask)
+
+
+def read_stride(device: torch.device, dtype: torch.dtype, compile: bool) -> int:
+    """Steps read the cache up to a multiple of so many rows, behind a mask: each length has a cost of its own.
+
+    That of a compiled step on an accelerator is a CUDA graph. On a CPU in half precision it is a kernel that oneDNN makes
+    for the shape; its compiled step has one loop for all.
+    """
+    if device.type != "cpu":
+        return 128 if compile else 1
+    return 1 if compile or dtype == torch.float32 else 32
+
+
+def records(device: torch.device) -> bool:
+    """Whether compiled steps are recorded for a device."""
+    return device.type == "cuda"
+
+
+class StepGraphs:
+    """Recorded steps over one state: run again as they are, at the cost of one launch.
+
+    A kind of step is run as it is the first time, which compiles it and makes its kernels ready, and recorded when it
+    comes again. The recordings hold addresses: of the state, and of the model's weights.
+    """
+
+    def __init__(self, model: Transformer, state: DecodeState):
+        self.state, self.weights = state, addresses(model)
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
+        self.pool = None  # of memory, one for all: no step needs what another left behind in it
+
+    def serve(self, model: Transformer, state: DecodeState) -> bool:
+        """Whether the recordings are of these weights, and of a state like this one."""
+        own = self.state
+        return own.cache is state.cache and own.batch == state.batch and self.weights == addresses(model)
+
+    def run(self, kind: StepKind, step: Callable[[], None]) -> None:
+        """Takes the step, which is of this kind and reads and writes nothing but the state."""
+        key = (kind, self.state.config.way)
+        if key not in self.graphs:
+            step()
+            self.graphs[key] = None
+            return
+        if self.graphs[key] is None:
+            self.graphs[key] = record(step, self.pool)
+            self.pool = self.graphs[key].pool()
+        self.graphs[key].replay()
+
+
+def record(step: Callable[[], None], pool: tuple[int, int] | None) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of what the step launches; it is not run. Other threads may use the device meanwhile."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        step()
+    return graph
+
+
+def addresses(model: Transformer) -> list[int]:
+    """Where the model's weights lie (what they are, where that is not told)."""
+
+    def address(weight: Tensor) -> int:
+        try:
+            return weight.data_ptr()
+        except RuntimeError:  # weights of a kind of their own, such as 8-bit ones
+            return id(weight)
+
+    return [address(weight) for weight in model.parameters()]

@@ -1,0 +1,78 @@
+"""Decoding in strips against the decoder itself."""
+
+import pytest
+import torch
+
+from tests.helpers import randomize
+from tokenizer.tokenizer_image.strips import Strips, decode_in_strips
+from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
+
+
+def tokenizer(name: str = "VQ-8") -> VQModel:
+    model = VQ_models[name](codebook_size=32, ch=32, z_channels=32)
+    return randomize(model, seed=2).eval()
+
+
+def latents(height: int, width: int, batch: int = 1) -> torch.Tensor:
+    return torch.randn(batch, 8, height, width, generator=torch.Generator().manual_seed(height))
+
+
+@pytest.mark.parametrize("numbers", [1, 5000, 60_000, 10**9])
+@pytest.mark.parametrize("height, width, batch", [(4, 4, 1), (1, 3, 1), (5, 2, 3)])
+def test_pixels_are_those_of_the_whole_image(height, width, batch, numbers):
+    """A row at a time, some at a time, all at once; levels that are cut and such that are not."""
+    model, quant = tokenizer(), latents(height, width, batch)
+    with torch.inference_mode():
+        expected = model.decode(quant)
+    images = decode_in_strips(model, quant, numbers)
+    assert images.shape == expected.shape == (batch, 3, 8 * height, 8 * width)
+    torch.testing.assert_close(images, expected, atol=2e-4 * float(expected.abs().max()), rtol=0)
+    assert expected.std() > 0.1, "otherwise the comparison says little"
+
+
+def test_tiles_would_be_other_pixels():
+    """The statistics of the norms and attention see all of the image: halves decoded apart are not its halves."""
+    model, quant = tokenizer(), latents(8, 4)
+    quant[:, :, 4:] *= 3
+    with torch.inference_mode():
+        expected, half = model.decode(quant), model.decode(quant[:, :, :4])
+    scale = expected.abs().max()
+    assert (half[:, :, :16] - expected[:, :, :16]).abs().max() > 0.01 * scale, "far from the cut"
+    assert (decode_in_strips(model, quant, 5000) - expected).abs().max() < 2e-4 * scale
+
+
+def test_in_bfloat16():
+    model, quant = tokenizer(), latents(4, 4)
+    with torch.inference_mode():
+        exact = model.decode(quant)
+        expected = model.decode_in_bfloat16().decode(quant)
+    images = decode_in_strips(model, quant, 5000)
+    assert images.dtype == torch.bfloat16
+    error = (images.float() - exact).square().mean()
+    assert error < 2 * (expected.float() - exact).square().mean(), "no further off than the decoder in bfloat16"
+
+
+def test_no_strip_is_larger_than_asked(monkeypatch):
+    """Of what a convolution reads beside its own rows there is a row on either side."""
+    sizes, to = [], torch.Tensor.to
+
+    def moved(self, *args, **kwargs):
+        if self.dim() == 4 and args and isinstance(args[0], torch.device):
+            sizes.append(tuple(self.shape))
+        return to(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", moved)
+    decode_in_strips(tokenizer(), latents(8, 8), 10_000)
+    assert len(sizes) > 50
+    for _, channels, height, width in sizes:
+        own = channels * width * max(1, 10_000 // (channels * width))
+        assert channels * height * width <= max(own + 2 * channels * width, 8 * 8 * channels), (
+            "or the deepest level whole"
+        )
+
+
+def test_how_many_rows_a_strip_has():
+    strips = Strips(torch.device("cpu"), 100)
+    assert strips.rows(torch.zeros(1, 2, 9, 5)) == 10
+    assert strips.rows(torch.zeros(1, 2, 9, 5), torch.zeros(1, 4, 9, 5)) == 5
+    assert strips.rows(torch.zeros(1, 200, 9, 5)) == 1

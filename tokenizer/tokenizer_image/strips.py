@@ -1,0 +1,96 @@
+"""Decoding where memory is short: feature maps stay on the host and pass the device in strips of a few rows.
+
+    images = decode_in_strips(tokenizer, quant)       # tokenizer.decode(quant) to rounding, on the CPU
+
+The strips of a convolution overlap by what it reads beyond its own rows, and group norms take their statistics from all
+strips, so that the pixels are those of the whole image: not blended tiles, whose norms would see a part each. The device
+holds the weights, some strips and, for attention, the maps of the deepest level; in turn each map crosses the bus.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer.tokenizer_image.vq_model import AttnBlock, ResnetBlock, VQModel, swish
+
+# Numbers of a feature map that a strip has, where a single row has no more than that.
+STRIP = 2**22
+
+
+@torch.inference_mode()
+def decode_in_strips(model: VQModel, quant: Tensor, numbers: int = STRIP) -> Tensor:
+    """Latents (B, codebook_embed_dim, h, w) to images (B, 3, h*f, w*f) on the CPU, in the decoder's dtype.
+
+    numbers: of a feature map, at once on the model's device.
+    """
+    weight = model.post_quant_conv.weight
+    decoder, run = model.decoder, Strips(weight.device, numbers)
+    h = run.whole(model.post_quant_conv, quant.to(weight.dtype))
+    h = run(decoder.conv_in, h)
+    for block in decoder.mid:
+        h = run.block(block, h)
+    for level in decoder.conv_blocks:
+        for i, block in enumerate(level.res):
+            h = run.block(block, h)
+            if level.attn:
+                h = run.block(level.attn[i], h)
+        if level is not decoder.conv_blocks[-1]:
+            h = run(level.upsample, h, scale=2)
+    norm = run.norm(decoder.norm_out, h)
+    return run(lambda x: decoder.conv_out(swish(norm(x))), h)
+
+
+class Strips:
+    """Runs what reads one row beyond its own over maps (B, C, H, W) on the host."""
+
+    def __init__(self, device: torch.device, numbers: int):
+        self.device, self.numbers = device, numbers
+
+    def rows(self, *maps: Tensor) -> int:
+        """Rows of a strip."""
+        return max(1, self.numbers // max(x[:, :, 0].numel() for x in maps))
+
+    def __call__(self, function: Callable[..., Tensor], *maps: Tensor, scale: int = 1) -> Tensor:
+        """function(*maps), whose output has `scale` rows for each row of the maps and reads one row on either side."""
+        height, rows = maps[0].shape[2], self.rows(*maps)
+        parts = []
+        for start in range(0, height, rows):
+            stop = min(start + rows, height)
+            before, after = min(start, 1), min(height - stop, 1)  # at the map's own edges the function pads
+            part = function(*(x[:, :, start - before : stop + after].to(self.device) for x in maps))
+            parts.append(part[:, :, scale * before : part.shape[2] - scale * after].cpu())
+        return torch.cat(parts, dim=2)
+
+    def whole(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """function(x), all rows at once."""
+        return function(x.to(self.device)).cpu()
+
+    def block(self, block: nn.Module, x: Tensor) -> Tensor:
+        """A block of the decoder on a map."""
+        if isinstance(block, AttnBlock):
+            return self.whole(block, x)
+        assert isinstance(block, ResnetBlock), type(block)
+        norm1 = self.norm(block.norm1, x)
+        h = self(lambda x: block.conv1(swish(norm1(x))), x)
+        norm2 = self.norm(block.norm2, h)
+        return self(lambda h, x: block.conv2(swish(norm2(h))) + block.nin_shortcut(x), h, x)
+
+    def norm(self, norm: nn.GroupNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """The group norm of a map, as a function of a strip of it: its statistics are those of the whole map."""
+        count, mean, squares = 0, torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        for part in x.split(self.rows(x), dim=2):  # the strips' statistics put together (Chan et al., 1979)
+            numbers = part.to(self.device).float().unflatten(1, (norm.num_groups, -1)).flatten(2)  # (B, G, n)
+            variance, own = torch.var_mean(numbers, dim=2, correction=0)
+            n, difference = numbers.shape[2], own - mean
+            mean = mean + difference * (n / (count + n))
+            squares = squares + variance * n + difference**2 * (count * n / (count + n))
+            count += n
+        scale = torch.rsqrt(squares / count + norm.eps).repeat_interleave(x.shape[1] // norm.num_groups, 1)  # (B, C)
+        scale = scale * norm.weight.float()
+        shift = norm.bias.float() - mean.repeat_interleave(x.shape[1] // norm.num_groups, 1) * scale
+
+        def apply(strip: Tensor) -> Tensor:
+            return (strip.float() * scale[:, :, None, None] + shift[:, :, None, None]).to(strip.dtype)
+
+        return apply
