@@ -61,10 +61,10 @@ class DecodeState:
         self.cache, self.batch = cache, batch
         self.tokens = torch.zeros(batch, layout.tokens, dtype=torch.long, device=device)
         self.noise = torch.zeros(batch, layout.tokens, device=device)
-        self.seen = torch.ones(len(cache.keys[0]), layout.rows, dtype=torch.bool, device=device)
+        self.seen = torch.ones(len(cache.keys[0]), cache.rows, dtype=torch.bool, device=device)
         self.at = torch.zeros(3, dtype=torch.long, device=device)
         self.numbers = torch.zeros(3, device=device)
-        self.count = torch.arange(layout.rows, device=device)
+        self.count = torch.arange(cache.rows, device=device)
 
     def begin(self, config: SamplingConfig, noise: Tensor, prefix_mask: Tensor | None) -> None:
         """Sets out for new images. noise: (B, N), or as much as is needed of it. prefix_mask: (R, T), nonzero where the condition row is real."""
@@ -156,6 +156,11 @@ def read_stride(device: torch.device, dtype: torch.dtype, compile: bool) -> int:
     if device.type != "cpu":
         return 128 if compile else 1
     return 1 if compile or dtype == torch.float32 else 32
+
+
+def cache_rows(layout: TokenLayout, device: torch.device) -> int:
+    """Rows of the cache: the sequence's, on an accelerator up to a multiple that its attention kernels need not pad."""
+    return layout.rows if device.type == "cpu" else -(-layout.rows // 16) * 16
 
 
 def records(device: torch.device) -> bool:

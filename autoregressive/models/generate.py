@@ -31,7 +31,7 @@ def cache_for(model: Transformer, batch: int, device: torch.device, dtype: torch
     if cache is None or not cache.fits(batch, device, dtype):
         _graphs.pop(model, None)
         _caches.pop(model, None)  # free the old one before the new one is allocated
-        args, rows = model.args, model.layout.rows
+        args, rows = model.args, decode_step.cache_rows(model.layout, device)
         cache = StaticCache(args.n_layer, batch, args.n_kv_head, rows, args.dim // args.n_head, device, dtype)
         _caches[model] = cache
     return cache
@@ -128,7 +128,17 @@ def generate(
         if compile and decode_step.records(device) and not torch.is_autocast_enabled(device.type):
             graphs = graphs_for(model, state)
             state = graphs.state
+        side_by_side = device.type == "cpu" and stride > 1 and not graphs
+        whole = state.cache.rows
+
+        def reach(rows: int) -> int:
+            """The length that a step up to this row attends to; the cache is laid out for it."""
+            length = min(-(-rows // stride) * stride, whole)
+            state.cache.lay_out(length if side_by_side else whole)
+            return length
+
         state.begin(config, noise, emb_masks)
+        reach(layout.prefix)
         tokens = state.tokens
         logits = prefill(model, cond, state.cache, emb_masks)  # (R, 1, V)
         tokens[:, :1] = decode_step.pick(logits, state, config.guided, state.noise[:, :1])
@@ -137,7 +147,7 @@ def generate(
         places = torch.tensor([(s.rows.start, s.inputs.start, s.outputs.start) for s in steps]).to(device)
         masked = emb_masks is not None or stride > 1
         for i, step in enumerate(steps):
-            length = min(-(-step.rows.stop // stride) * stride, layout.rows)
+            length = reach(step.rows.stop)
             streams = 2 if i <= last_guided else 1  # no later step is guided: the unconditional rows are done
             kind = StepKind.of(step, length, masked, streams, config.guides(step.number))
             state.at.copy_(places[i])

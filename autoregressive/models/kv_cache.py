@@ -15,18 +15,30 @@ class StaticCache:
         self, layers: int, batch: int, heads: int, rows: int, head_dim: int, device: torch.device, dtype: torch.dtype
     ):
         shape = (batch, heads, rows, head_dim)
+        self.rows = rows
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
-
-    @property
-    def rows(self) -> int:
-        """Rows there is room for."""
-        return self.keys[0].shape[2]
 
     def fits(self, batch: int, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether `batch` samples of this kind go in."""
         keys = self.keys[0]
         return len(keys) >= batch and keys.device == device and keys.dtype == dtype
+
+    def lay_out(self, length: int) -> None:
+        """Puts the first `length` rows of all samples and heads side by side, without the gap of those not reached yet.
+
+        So much are S and `update` limited to until the next call. Matrix products in half precision on a CPU copy what has
+        gaps, in every step; this copies when the length changes.
+        """
+        for tensors in (self.keys, self.values):
+            for i, tensor in enumerate(tensors):
+                batch, heads, rows, dim = tensor.shape
+                if rows == length:
+                    return
+                kept = tensor[:, :, :length].clone()
+                whole = tensor.as_strided((batch * heads * length * dim,), (1,), 0)
+                tensors[i] = whole.view(batch, heads, length, dim)
+                tensors[i][:, :, :rows] = kept
 
     def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Stores k and v (b, H, s, D) at rows `positions` (s,) of the first b samples.

@@ -11,6 +11,7 @@ from autoregressive.models import decode_step
 from autoregressive.models import generate as generation
 from autoregressive.models.generate import generate, release_cache
 from autoregressive.models.gpt import ModelArgs, Transformer
+from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.sampling import SamplingConfig, choose
 from tests.helpers import randomize
 
@@ -299,6 +300,22 @@ def test_a_row_gives_the_same_bits_at_any_place(n, dtype, threads, monkeypatch):
         torch.set_num_threads(before)
 
 
+def test_laying_the_cache_out_keeps_its_rows():
+    cache = StaticCache(2, 3, 2, 17, 4, torch.device("cpu"), FLOAT)
+    at, (k, v) = torch.arange(5), torch.randn(2, 3, 2, 5, 4)
+    addresses = [tensor.data_ptr() for tensor in cache.keys + cache.values]
+    cache.lay_out(5)
+    for layer in range(2):
+        cache.update(layer, at, k + layer, v + layer, 5)
+    for length in (8, 17, 8, 5, 16, 16, 17):
+        cache.lay_out(length)
+        for layer in range(2):
+            keys, values = cache.update(layer, torch.tensor([4]), k[:, :, 4:] + layer, v[:, :, 4:] + layer, length)
+            assert torch.equal(keys[:, :, :5], k + layer) and torch.equal(values[:, :, :5], v + layer)
+            assert keys.shape == (3, 2, length, 4) and keys.is_contiguous() and values.is_contiguous()
+    assert [tensor.data_ptr() for tensor in cache.keys + cache.values] == addresses and cache.rows == 17
+
+
 @pytest.mark.parametrize("stride", [3, 128])
 @pytest.mark.parametrize("kind", [{}, {"ar_token_num": 4}, TEXT], ids=["class", "PAR", "text"])
 def test_reading_the_cache_past_its_filled_part(kind, stride, monkeypatch):
@@ -337,6 +354,7 @@ def recording(monkeypatch):
     monkeypatch.setattr(decode_step, "record", Recording)
     monkeypatch.setattr(decode_step, "compiled_decode_rows", lambda: decode_step.decode_rows)
     monkeypatch.setattr(decode_step, "read_stride", lambda *_: 8)
+    monkeypatch.setattr(decode_step, "cache_rows", lambda layout, _: -(-layout.rows // 8) * 8)
     Recording.made = 0
 
 
