@@ -1,7 +1,7 @@
 """One decode step: tokens in, rows computed, tokens drawn, all of it on the device and in memory that stays in place.
 
     state = DecodeState(model.layout, cache, batch)
-    take_step(model, state, StepKind.of(step, …), decode_rows)      # reads and writes state.tokens at state.at
+    take_step(model, state, kind, decode_rows)            # reads and writes state.tokens at state.at
 
 What a step computes is fixed by its kind; where it stands, the noise and the numbers of the sampling are read from the
 state. So a step that was recorded as a CUDA graph (StepGraphs) serves all later ones of its kind, and of later calls.
@@ -10,7 +10,7 @@ state. So a step that was recorded as a CUDA graph (StepGraphs) serves all later
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -41,11 +41,27 @@ class StepKind:
     streams: int
     guided: bool
 
-    @classmethod
-    def of(cls, step: DecodeStep, length: int, masked: bool, streams: int, guided: bool) -> "StepKind":
-        """The kind of a layout's step."""
-        inputs = step.inputs.stop - step.inputs.start
-        return cls(inputs, step.special, length, masked, streams, guided)
+
+def kinds_of(
+    steps: Sequence[DecodeStep], config: SamplingConfig, stride: int, rows: int, masked: bool
+) -> list[StepKind]:
+    """The kinds of a layout's steps, which read a cache of so many rows up to multiples of `stride`.
+
+    The unconditional rows are computed as long as a later step is guided.
+    """
+    guided = [config.guides(step.number) for step in steps]
+    last = max((i for i, one in enumerate(guided) if one), default=-1)
+    return [
+        StepKind(
+            inputs=step.inputs.stop - step.inputs.start,
+            special=step.special,
+            length=min(-(-step.rows.stop // stride) * stride, rows),
+            masked=masked,
+            streams=2 if i <= last else 1,
+            guided=guided[i],
+        )
+        for i, step in enumerate(steps)
+    ]
 
 
 class DecodeState:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from autoregressive.models import decode_step
-from autoregressive.models.decode_step import DecodeState, StepGraphs, StepKind
+from autoregressive.models.decode_step import DecodeState, StepGraphs
 from autoregressive.models.gpt import Rows, Transformer
 from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.packed import packed, release
@@ -113,50 +113,40 @@ def generate(
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     with sampling_mode(model):
-        steps = [step for step in layout.steps if step.outputs.start < total]
-        guided_steps = [i for i, step in enumerate(steps) if config.guides(step.number)]
-        last_guided = guided_steps[-1] if guided_steps else -1
         if config.guided:
             cond = torch.cat([cond, model.cls_embedding.null(cond)])
             emb_masks = None if emb_masks is None else torch.cat([emb_masks, emb_masks])
-        state = DecodeState(layout, cache_for(model, len(cond), device, dtype), batch)
-        decode, stride = (
-            decode_step.compiled_decode_rows() if compile else decode_step.decode_rows,
-            decode_step.read_stride(device, dtype, compile),
-        )
-        graphs = None
+        cache = cache_for(model, len(cond), device, dtype)
+        state, graphs = DecodeState(layout, cache, batch), None
         if compile and decode_step.records(device) and not torch.is_autocast_enabled(device.type):
             graphs = graphs_for(model, state)
             state = graphs.state
-        side_by_side = device.type == "cpu" and stride > 1 and not graphs
-        whole = state.cache.rows
-
-        def reach(rows: int) -> int:
-            """The length that a step up to this row attends to; the cache is laid out for it."""
-            length = min(-(-rows // stride) * stride, whole)
-            state.cache.lay_out(length if side_by_side else whole)
-            return length
-
         state.begin(config, noise, emb_masks)
-        reach(layout.prefix)
-        tokens = state.tokens
-        logits = prefill(model, cond, state.cache, emb_masks)  # (R, 1, V)
-        tokens[:, :1] = decode_step.pick(logits, state, config.guided, state.noise[:, :1])
-        if on_step:
-            on_step(1, tokens)
+
+        decode = decode_step.compiled_decode_rows() if compile else decode_step.decode_rows
+        stride = decode_step.read_stride(device, dtype, compile)
+        side_by_side = stride > 1 and not compile
+        steps = [step for step in layout.steps if step.outputs.start < total]
+        kinds = decode_step.kinds_of(steps, config, stride, cache.rows, masked=emb_masks is not None or stride > 1)
         places = torch.tensor([(s.rows.start, s.inputs.start, s.outputs.start) for s in steps]).to(device)
-        masked = emb_masks is not None or stride > 1
-        for i, step in enumerate(steps):
-            length = reach(step.rows.stop)
-            streams = 2 if i <= last_guided else 1  # no later step is guided: the unconditional rows are done
-            kind = StepKind.of(step, length, masked, streams, config.guides(step.number))
-            state.at.copy_(places[i])
+
+        cache.lay_out(kinds[0].length if side_by_side and kinds else cache.rows)
+        logits = prefill(model, cond, cache, emb_masks)  # (R, 1, V)
+        state.tokens[:, :1] = decode_step.pick(logits, state, config.guided, state.noise[:, :1])
+        if on_step:
+            on_step(1, state.tokens)
+        for step, kind, place in zip(steps, kinds, places, strict=True):
+            if side_by_side:
+                cache.lay_out(kind.length)
+            state.at.copy_(place)
+            work = partial(decode_step.take_step, model, state, kind, decode)
             if graphs:
-                graphs.run(kind, partial(decode_step.take_step, model, state, kind, decode))
+                graphs.run(kind, work)
             else:
-                decode_step.take_step(model, state, kind, decode)
+                work()
             if on_step:
-                on_step(step.outputs.stop, tokens)
+                on_step(step.outputs.stop, state.tokens)
+    tokens = state.tokens
     if total < layout.tokens:
         return tokens[:, :total].clone()
     return tokens[:, layout.raster.to(device)]

@@ -25,7 +25,6 @@ from autoregressive.models.layout import TokenLayout
 from autoregressive.models.rope import apply_rope, rope_table_2d
 from autoregressive.models.sizes import GPT_SIZES
 
-
 # Rows of a step whose attention is, compiled for a CPU, faster as one loop over keys and values than as matrix products.
 FEW_ROWS = 4
 
