@@ -43,9 +43,9 @@ class StepKind:
 
 
 def kinds_of(
-    steps: Sequence[DecodeStep], config: SamplingConfig, stride: int, rows: int, masked: bool
+    steps: Sequence[DecodeStep], config: SamplingConfig, stride: int, longest: int, masked: bool
 ) -> list[StepKind]:
-    """The kinds of a layout's steps, which read a cache of so many rows up to multiples of `stride`.
+    """The kinds of a layout's steps, which read the cache up to multiples of `stride`, at most `longest` rows.
 
     The unconditional rows are computed as long as a later step is guided.
     """
@@ -55,7 +55,7 @@ def kinds_of(
         StepKind(
             inputs=step.inputs.stop - step.inputs.start,
             special=step.special,
-            length=min(-(-step.rows.stop // stride) * stride, rows),
+            length=min(-(-step.rows.stop // stride) * stride, longest),
             masked=masked,
             streams=2 if i <= last else 1,
             guided=guided[i],
@@ -175,8 +175,12 @@ def read_stride(device: torch.device, dtype: torch.dtype, compile: bool) -> int:
 
 
 def cache_rows(layout: TokenLayout, device: torch.device) -> int:
-    """Rows of the cache: the sequence's, on an accelerator up to a multiple that its attention kernels need not pad."""
-    return layout.rows if device.type == "cpu" else -(-layout.rows // 16) * 16
+    """Rows of the cache: one more than a step ever reads, since the compiler takes the whole of it for a fixed length.
+
+    What is predicted last is not read. On an accelerator the longest is a multiple that attention kernels need not pad.
+    """
+    longest = layout.rows - 1
+    return 1 + (longest if device.type == "cpu" else -(-longest // 16) * 16)
 
 
 def records(device: torch.device) -> bool:

@@ -127,7 +127,7 @@ def generate(
         stride = decode_step.read_stride(device, dtype, compile)
         side_by_side = stride > 1 and not compile
         steps = [step for step in layout.steps if step.outputs.start < total]
-        kinds = decode_step.kinds_of(steps, config, stride, cache.rows, masked=emb_masks is not None or stride > 1)
+        kinds = decode_step.kinds_of(steps, config, stride, cache.rows - 1, masked=emb_masks is not None or stride > 1)
         places = torch.tensor([(s.rows.start, s.inputs.start, s.outputs.start) for s in steps]).to(device)
 
         cache.lay_out(kinds[0].length if side_by_side and kinds else cache.rows)

@@ -348,14 +348,20 @@ class Recording:
 
 
 @pytest.fixture
-def recording(monkeypatch):
-    """Compiled steps are recorded, as on CUDA; nothing is compiled."""
+def recording_compiled(monkeypatch):
+    """Compiled steps are recorded, as on CUDA, over a cache of its size."""
+    cache_rows = decode_step.cache_rows
     monkeypatch.setattr(decode_step, "records", lambda device: True)
     monkeypatch.setattr(decode_step, "record", Recording)
-    monkeypatch.setattr(decode_step, "compiled_decode_rows", lambda: decode_step.decode_rows)
     monkeypatch.setattr(decode_step, "read_stride", lambda *_: 8)
-    monkeypatch.setattr(decode_step, "cache_rows", lambda layout, _: -(-layout.rows // 8) * 8)
+    monkeypatch.setattr(decode_step, "cache_rows", lambda layout, _: cache_rows(layout, torch.device("cuda")))
     Recording.made = 0
+
+
+@pytest.fixture
+def recording(recording_compiled, monkeypatch):
+    """The same with plain code for what is compiled."""
+    monkeypatch.setattr(decode_step, "compiled_decode_rows", lambda: decode_step.decode_rows)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "text", "text PAR-4"])
@@ -400,6 +406,23 @@ def test_when_steps_are_recorded_anew(recording):
     assert model not in generation._graphs and draw(cfg_scale=3.0) == 2
     with torch.autocast("cpu", torch.bfloat16):
         assert draw(cfg_scale=3.0) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["raster", "text PAR-4"])
+def test_recorded_compiled_steps_change_nothing(kind, recording_compiled, monkeypatch):
+    """What is compiled first for the last rows of the cache too: unguided steps come late, or the stride is long."""
+    model = tiny(**KINDS.get(kind, {**TEXT, "ar_token_num": 4}), n_layer=1)
+    condition, mask = captions(6, 2, 1, 4) if "text" in kind else (LABELS, None)
+    for stride in (8, 128):
+        torch._dynamo.reset()
+        monkeypatch.setattr(decode_step, "read_stride", lambda *_, stride=stride: stride)
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            for settings in ({"cfg_scale": 3.0, "cfg_interval": 11}, {"cfg_scale": 2.0, "cfg_interval": 2, "top_k": 9}):
+                asked = {"noise": noise_for(4), "emb_masks": mask, **settings}
+                given = generate(model, condition, compile=True, **asked)
+                assert torch.equal(given, without_cache(model, condition, **asked)), settings
+    assert Recording.made
 
 
 @pytest.mark.slow
