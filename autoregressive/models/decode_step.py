@@ -65,7 +65,7 @@ def kinds_of(
 
 
 class DecodeState:
-    """What the steps of an image's batch read and write.
+    """What the steps of a batch of images read and write.
 
     tokens: int64 (B, N), in the layout's order. noise: float32 (B, N). seen: bool (samples of the cache, rows), false where
     a condition row is padding. at: int64 (3,): the step's first row, first input and first output.
@@ -83,7 +83,10 @@ class DecodeState:
         self.count = torch.arange(cache.rows, device=device)
 
     def begin(self, config: SamplingConfig, noise: Tensor, prefix_mask: Tensor | None) -> None:
-        """Sets out for new images. noise: (B, N), or as much as is needed of it. prefix_mask: (R, T), nonzero where the condition row is real."""
+        """Sets out for new images.
+
+        noise: (B, N), or as much as is needed of it. prefix_mask: (R, T), nonzero where the condition row is real.
+        """
         self.config = config
         self.numbers.copy_(config.numbers(self.numbers.device))
         self.noise[:, : noise.shape[1]].copy_(noise)
