@@ -557,8 +557,8 @@ def decode_codes(
                 raise
         at_once //= 2
         torch.cuda.empty_cache()
-        how = f"{at_once} images are decoded at once" if at_once else "images are decoded in strips, which takes longer"
-        warnings.warn(f"memory is short: {how}; pixels may be rounded otherwise", stacklevel=2)
+        how = {0: "in strips, which takes longer", 1: "one at a time"}.get(at_once, f"{at_once} at once")
+        warnings.warn(f"memory is short: images are decoded {how}; pixels may be rounded otherwise", stacklevel=2)
 
 
 def _decode_so_many(

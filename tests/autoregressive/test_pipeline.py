@@ -792,7 +792,7 @@ def test_decoding_where_memory_is_short(pipeline, monkeypatch):
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(pipeline.tokenizer, "decode_code", decode_code)
-    with pytest.warns(UserWarning, match="memory is short: 1 images are decoded at once"):
+    with pytest.warns(UserWarning, match="memory is short: images are decoded one at a time"):
         assert np.abs(pipeline.decode(codes).astype(int) - expected).max() <= 1
     assert asked == [2, 1, 1, 1, 1, 1]
     room = 0
