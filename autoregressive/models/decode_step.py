@@ -43,11 +43,11 @@ class StepKind:
 
 
 def kinds_of(
-    steps: Sequence[DecodeStep], config: SamplingConfig, stride: int, longest: int, masked: bool
+    steps: Sequence[DecodeStep], config: SamplingConfig, stride: int, longest: int, padded: bool
 ) -> list[StepKind]:
     """The kinds of a layout's steps, which read the cache up to multiples of `stride`, at most `longest` rows.
 
-    The unconditional rows are computed as long as a later step is guided.
+    padded: whether some condition rows are padding. The unconditional rows are computed as long as a later step is guided.
     """
     guided = [config.guides(step.number) for step in steps]
     last = max((i for i, one in enumerate(guided) if one), default=-1)
@@ -56,7 +56,7 @@ def kinds_of(
             inputs=step.inputs.stop - step.inputs.start,
             special=step.special,
             length=min(-(-step.rows.stop // stride) * stride, longest),
-            masked=masked,
+            masked=padded or stride > 1,
             streams=2 if i <= last else 1,
             guided=guided[i],
         )
@@ -69,7 +69,7 @@ class DecodeState:
 
     tokens: int64 (B, N), in the layout's order. noise: float32 (B, N). seen: bool (samples of the cache, rows), false where
     a condition row is padding. at: int64 (3,): the step's first row, first input and first output.
-    numbers: SamplingConfig.numbers().
+    numbers: config.numbers, float32 (3,).
     """
 
     def __init__(self, layout: TokenLayout, cache: StaticCache, batch: int):
@@ -88,7 +88,7 @@ class DecodeState:
         noise: (B, N), or as much as is needed of it. prefix_mask: (R, T), nonzero where the condition row is real.
         """
         self.config = config
-        self.numbers.copy_(config.numbers(self.numbers.device))
+        self.numbers.copy_(torch.tensor(config.numbers))
         self.noise[:, : noise.shape[1]].copy_(noise)
         self.tokens.zero_()
         self.seen.fill_(True)
@@ -198,19 +198,18 @@ class StepGraphs:
     comes again. The recordings hold addresses: of the state, and of the model's weights.
     """
 
-    def __init__(self, model: Transformer, state: DecodeState):
-        self.state, self.weights = state, addresses(model)
+    def __init__(self, model: Transformer, cache: StaticCache, batch: int):
+        self.state, self.weights = DecodeState(model.layout, cache, batch), addresses(model)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
         self.pool = None  # of memory, one for all: no step needs what another left behind in it
 
-    def serve(self, model: Transformer, state: DecodeState) -> bool:
-        """Whether the recordings are of these weights, and of a state like this one."""
-        own = self.state
-        return own.cache is state.cache and own.batch == state.batch and self.weights == addresses(model)
+    def serve(self, model: Transformer, cache: StaticCache, batch: int) -> bool:
+        """Whether the recordings are of these weights, this cache and so many images."""
+        return self.state.cache is cache and self.state.batch == batch and self.weights == addresses(model)
 
     def run(self, kind: StepKind, step: Callable[[], None]) -> None:
         """Takes the step, which is of this kind and reads and writes nothing but the state."""
-        key = (kind, self.state.config.way)
+        key = (kind, self.state.config.operations)
         if key not in self.graphs:
             step()
             self.graphs[key] = None

@@ -37,12 +37,12 @@ def cache_for(model: Transformer, batch: int, device: torch.device, dtype: torch
     return cache
 
 
-def graphs_for(model: Transformer, state: DecodeState) -> StepGraphs:
-    """The model's recorded steps: those that are there if they are over a state like this one, else new ones over it."""
+def graphs_for(model: Transformer, cache: StaticCache, batch: int) -> StepGraphs:
+    """The model's recorded steps, begun anew where those that are there are for another cache, batch or other weights."""
     graphs = _graphs.get(model)
-    if graphs is None or not graphs.serve(model, state):
+    if graphs is None or not graphs.serve(model, cache, batch):
         _graphs.pop(model, None)  # free the old ones before new ones are recorded
-        graphs = _graphs[model] = StepGraphs(model, state)
+        graphs = _graphs[model] = StepGraphs(model, cache, batch)
     return graphs
 
 
@@ -117,17 +117,16 @@ def generate(
             cond = torch.cat([cond, model.cls_embedding.null(cond)])
             emb_masks = None if emb_masks is None else torch.cat([emb_masks, emb_masks])
         cache = cache_for(model, len(cond), device, dtype)
-        state, graphs = DecodeState(layout, cache, batch), None
-        if compile and decode_step.records(device) and not torch.is_autocast_enabled(device.type):
-            graphs = graphs_for(model, state)
-            state = graphs.state
+        recorded = compile and decode_step.records(device) and not torch.is_autocast_enabled(device.type)
+        graphs = graphs_for(model, cache, batch) if recorded else None
+        state = graphs.state if graphs else DecodeState(layout, cache, batch)
         state.begin(config, noise, emb_masks)
 
         decode = decode_step.compiled_decode_rows() if compile else decode_step.decode_rows
         stride = decode_step.read_stride(device, dtype, compile)
         side_by_side = stride > 1 and not compile
         steps = [step for step in layout.steps if step.outputs.start < total]
-        kinds = decode_step.kinds_of(steps, config, stride, cache.rows - 1, masked=emb_masks is not None or stride > 1)
+        kinds = decode_step.kinds_of(steps, config, stride, cache.rows - 1, padded=emb_masks is not None)
         places = torch.tensor([(s.rows.start, s.inputs.start, s.outputs.start) for s in steps]).to(device)
 
         cache.lay_out(kinds[0].length if side_by_side and kinds else cache.rows)

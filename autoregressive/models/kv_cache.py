@@ -30,11 +30,11 @@ class StaticCache:
         So much are S and `update` limited to until the next call. Matrix products in half precision on a CPU copy what has
         gaps, in every step; this copies when the length changes.
         """
+        batch, heads, rows, dim = self.keys[0].shape
+        if rows == length:
+            return
         for tensors in (self.keys, self.values):
             for i, tensor in enumerate(tensors):
-                batch, heads, rows, dim = tensor.shape
-                if rows == length:
-                    return
                 kept = tensor[:, :, :length].clone()
                 whole = tensor.as_strided((batch * heads * length * dim,), (1,), 0)
                 tensors[i] = whole.view(batch, heads, length, dim)

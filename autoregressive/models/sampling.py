@@ -50,15 +50,14 @@ class SamplingConfig:
         return self.cfg_scale > 1
 
     @property
-    def way(self) -> tuple[bool, int, bool]:
-        """What is done with logits, whatever the numbers: whether a draw is made, top-k, and whether top-p filters."""
+    def operations(self) -> tuple[bool, int, bool]:
+        """What is done to logits: whether a token is drawn at all, top-k, and whether top-p filters."""
         return self.sample_logits, int(self.top_k), self.top_p < 1
 
-    def numbers(self, device: torch.device) -> Tensor:
-        """Guidance scale, temperature (a trifle above 0 at least) and top-p as float32 (3,): other values, the same work."""
-        return torch.tensor(
-            [self.cfg_scale, max(self.temperature, 1e-5), self.top_p], dtype=torch.float32, device=device
-        )
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        """What the same operations may be done with: guidance scale, the temperature to divide by (above 0), top-p."""
+        return self.cfg_scale, max(self.temperature, 1e-5), self.top_p
 
     def guides(self, step: int) -> bool:
         """Whether the decode step of this number is guided (see TokenLayout.steps)."""
@@ -108,10 +107,10 @@ def draw(probabilities: Tensor, noise: Tensor) -> Tensor:
 def choose(logits: Tensor, config: SamplingConfig, noise: Tensor, numbers: Tensor | None = None) -> Tensor:
     """Picks a token a row. logits: (…, V) float32; noise: (…) uniform in [0, 1). Returns int64 (…).
 
-    numbers: SamplingConfig.numbers(), from which temperature and top-p are read in place of the config's own.
+    numbers: float32 (3,) on the logits' device, read in place of config.numbers: a recorded step follows what it holds.
     """
     if not config.sample_logits:
         return logits.argmax(dim=-1)
-    _, temperature, top_p = (config.numbers(logits.device) if numbers is None else numbers).unbind()
+    _, temperature, top_p = config.numbers if numbers is None else numbers.unbind()
     logits = filter_logits(logits / temperature, int(config.top_k), top_p if config.top_p < 1 else None)
     return draw(logits.softmax(dim=-1), noise)

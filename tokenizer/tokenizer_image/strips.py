@@ -86,11 +86,12 @@ class Strips:
             mean = mean + difference * (n / (count + n))
             squares = squares + variance * n + difference**2 * (count * n / (count + n))
             count += n
-        scale = torch.rsqrt(squares / count + norm.eps).repeat_interleave(x.shape[1] // norm.num_groups, 1)  # (B, C)
-        scale = scale * norm.weight.float()
-        shift = norm.bias.float() - mean.repeat_interleave(x.shape[1] // norm.num_groups, 1) * scale
+        deviation = torch.sqrt(squares / count + norm.eps)
+        mean, deviation = (y.repeat_interleave(x.shape[1] // norm.num_groups, 1) for y in (mean, deviation))  # (B, C)
+        scale = (norm.weight.float() / deviation)[:, :, None, None]
+        shift = norm.bias.float()[:, None, None] - mean[:, :, None, None] * scale
 
         def apply(strip: Tensor) -> Tensor:
-            return (strip.float() * scale[:, :, None, None] + shift[:, :, None, None]).to(strip.dtype)
+            return (strip.float() * scale + shift).to(strip.dtype)
 
         return apply
