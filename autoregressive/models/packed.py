@@ -4,8 +4,8 @@
         ...                                    # model's nn.Linear layers multiply with the laid-out weights
 
 A plain layer has its weight laid out anew in every step. A row's result is the same bits whatever the number of rows (from
-two on) and of threads; where a release of oneDNN computes otherwise, layers stay plain. The copies cost the weights' memory once more; they are kept for the next call and made anew where
-the weights have changed since.
+two on) and of threads; where a release of oneDNN computes otherwise, layers stay plain. The copies cost the weights' memory
+once more; they are kept for the next call and made anew where the weights have changed since.
 """
 
 from collections.abc import Iterator
