@@ -27,9 +27,9 @@ def main(args: argparse.Namespace) -> None:
     source = read.path
     if isinstance(read, ShardedCheckpoint):
         model, ema = whole_weights(source, "model"), whole_weights(source, "ema") or None
-        steps, flags = read.record["steps"], read.record["args"]
+        steps, flags, config = read.record["steps"], read.record["args"], read.record.get("config", {})
     else:
-        model, ema, steps, flags = read.model, read.ema, read.steps, read.args
+        model, ema, steps, flags, config = read.model, read.ema, read.steps, read.args, read.config
     if args.use_ema:
         if ema is None:
             raise ValueError(f"{source} has no averaged weights; leave out --use-ema")
@@ -42,11 +42,11 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"{target} is the checkpoint itself: give another --output")
     if args.format == "pt":
         averaged = {} if ema is None else {"ema": ema}
-        save_checkpoint(target, {"model": model, **averaged, "steps": steps, "args": flags})
+        save_checkpoint(target, {"model": model, **averaged, "steps": steps, "args": flags, "config": config})
     elif args.format == "consolidated":
         save_checkpoint(target, model)
     else:
-        known = {"args": flags, "steps": steps}
+        known = {"args": flags, "steps": steps, "config": config}
         save_safetensors(target, model, {key: value for key, value in known.items() if value is not None})
     print(f"{target}: {sum(tensor.numel() for tensor in model.values()):,} numbers of {source}")
 

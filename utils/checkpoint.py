@@ -46,7 +46,8 @@ class Checkpoint:
     `model` and `ema` are state dicts with the wrappers' prefixes and a stray `freqs_cis` removed. `args` are the flags
     of the run that wrote the file, `steps` its optimizer steps; both None where the file does not say. `format` is the
     layout: 'ddp', 'deepspeed', 'lightning', 'fsdp' (a bare state dict), 'tokenizer' ({"model"[, "ema"]}) or
-    'safetensors'. `extra` has the file's other entries as they are.
+    'safetensors'. `config` is the file's record of what its weights belong to (`tokenizer`, `classes`, …, with a
+    `version`); empty in published files. `extra` has the file's other entries as they are.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class Checkpoint:
     steps: int | None
     format: str
     extra: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def read_checkpoint(
@@ -98,6 +100,7 @@ def _add_companions(checkpoint: Checkpoint, map_location: str | torch.device, mm
         try:
             values = json.loads(record.read_bytes())
             checkpoint.args, checkpoint.steps = dict(values["args"]), int(values["steps"])
+            checkpoint.config = dict(values.get("config", {}))
         except (ValueError, KeyError, TypeError) as error:
             raise _damaged(record, error) from error
 
@@ -215,9 +218,10 @@ def _read_safetensors(path: Path, map_location: str | torch.device) -> Checkpoin
     try:
         args = json.loads(metadata.pop("args", "null"))
         steps = json.loads(metadata.pop("steps", "null"))
-    except ValueError as error:
-        raise ValueError(f"{path}: its metadata 'args' and 'steps' should be JSON ({error})") from error
-    return Checkpoint(path, _clean(state, path), None, None, args, steps, "safetensors", metadata)
+        config = dict(json.loads(metadata.pop("config", "{}")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: its metadata 'args', 'steps' and 'config' should be JSON ({error})") from error
+    return Checkpoint(path, _clean(state, path), None, None, args, steps, "safetensors", metadata, config)
 
 
 def _sort_out(path: Path, content: Any) -> Checkpoint:
@@ -243,6 +247,7 @@ def _sort_out(path: Path, content: Any) -> Checkpoint:
     ema = _clean(averaged, path) if _is_state(averaged) else None
     model = ema if source == "ema" else _clean(entries.pop(source), path, lightning=layout == "lightning")
     args = entries.pop("args", None)
+    config = entries.pop("config", None)
     steps = next((entries.pop(key) for key in ("steps", "global_step", "global_steps") if key in entries), None)
     return Checkpoint(
         path,
@@ -253,6 +258,7 @@ def _sort_out(path: Path, content: Any) -> Checkpoint:
         None if steps is None else int(steps),
         layout,
         entries,
+        dict(config) if isinstance(config, Mapping) else {},
     )
 
 
@@ -311,7 +317,7 @@ def require_fit(own: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[i
 def save_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
     """Writes `content` with torch.save, atomically, in the published layout: `args` becomes an argparse.Namespace.
 
-    `content` is {"model", "optimizer", "steps", "args"[, "ema", ...]}, or any tree of tensors and plain values.
+    `content` is {"model", "optimizer", "steps", "args", "config"[, "ema", ...]}, or any tree of tensors and plain values.
     Raises TypeError for a value that `read_checkpoint` would refuse, OSError that names the file where it cannot be
     written; what stood at `path` before then stays.
     """
@@ -353,8 +359,8 @@ def save_safetensors(
 ) -> None:
     """Writes a state dict as safetensors, atomically. Takes the weights' size in memory once more.
 
-    `metadata` goes into the header: strings as they are, anything else as JSON; `args` (a dict or a Namespace) and
-    `steps` come back from `read_checkpoint`. Raises OSError as `save_checkpoint` does.
+    `metadata` goes into the header: strings as they are, anything else as JSON; `args` (a dict or a Namespace),
+    `steps` and `config` come back from `read_checkpoint`. Raises OSError as `save_checkpoint` does.
     """
     header = {"format": "pt"}
     for key, value in (metadata or {}).items():

@@ -93,6 +93,7 @@ class Trainer:
     collate: makes a batch of the data set's items, where they are not all of one shape.
     prepare: called once a step on every process with its micro-batches on the device: returns what the losses get of each.
     tokens, flops: of a sample, for the log; model FLOPs by epoch.
+    config: the record of what the weights belong to (tokenizer, classes, …), written into every checkpoint.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Trainer:
         flops: Callable[[int], float] | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
         prepare: Callable[[list[Any]], list[Any]] | None = None,
+        config: dict[str, Any] | None = None,
     ):
         self.args, self.dist, self.models, self.phases, self.dataset = args, dist, models, phases, dataset
         self.collate, self.prepare = collate, prepare
@@ -129,7 +131,7 @@ class Trainer:
         self.ema = EMA(models["model"], args.ema_decay) if args.ema else None
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=args.mixed_precision == "fp16")
         optimizers = {phase.key: (models[phase.model], phase.optimizer) for phase in phases}
-        self.state = TrainingState(models, optimizers, self.ema, self.scaler)
+        self.state = TrainingState(models, optimizers, self.ema, self.scaler, config)
         self.meter = Meter(dist, args.global_batch_size, tokens, peak_flops(dist.device, args.mixed_precision))
         self.watch = FiniteWatch()
         self.agreement = Agreement(dist)

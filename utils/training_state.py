@@ -58,7 +58,7 @@ class TrainingState:
     """Models, optimizers, average, loss scale, and the place in the run: `step`, `samples_seen`.
 
     models: by their names in checkpoint files; "model" is the one that `ema` follows. optimizers: by name, each with the
-    model it moves.
+    model it moves. config: the record of what the weights belong to, written into every checkpoint (`Checkpoint.config`).
     """
 
     def __init__(
@@ -67,8 +67,10 @@ class TrainingState:
         optimizers: dict[str, tuple[nn.Module, torch.optim.Optimizer]],
         ema: EMA | None,
         scaler: torch.amp.GradScaler,
+        config: dict[str, Any] | None = None,
     ):
         self.models, self.optimizers, self.ema, self.scaler = models, optimizers, ema, scaler
+        self.config = config or {}
         self.step = self.samples_seen = 0
 
     @property
@@ -95,6 +97,7 @@ class TrainingState:
         return content | {
             "steps": self.step,
             "args": args,
+            "config": self.config,
             "trainer": {"samples_seen": self.samples_seen, "scaler": self.scaler.state_dict()},
         }
 
@@ -107,6 +110,7 @@ class TrainingState:
             "scaler": self.scaler.state_dict(),
             "processes": dist.world_size,
             "args": flags,
+            "config": self.config,
         }
 
     @staticmethod

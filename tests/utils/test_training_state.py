@@ -70,7 +70,8 @@ def make(dist, strategy="fsdp", ema=True, seed=0, **size):
         SeededNormal(seed)(model.output.weight, 0.1)
     average = EMA(model, 0.5) if ema else None
     optimizers = {"optimizer": (model, adamw(model, Namespace(**FLAGS)))}
-    return TrainingState({"model": model}, optimizers, average, torch.amp.GradScaler("cpu", enabled=False))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return TrainingState({"model": model}, optimizers, average, scaler, {"classes": ["a", "b"]})
 
 
 def train(state, steps=2):
@@ -244,6 +245,7 @@ def test_a_folder_and_its_record(alone, saver):
         "scaler": {},
         "processes": 1,
         "args": flags,
+        "config": {"classes": ["a", "b"]},
     }
     assert os.listdir(path.parent) == ["0000002"], "nothing unfinished is left"
 
@@ -257,6 +259,7 @@ def test_consolidated_files_are_the_weights(alone, saver):
         assert same(whole_weights(path, part), expected[part])
     read = read_checkpoint(path, prefer_ema=True)
     assert same(read.model, expected["ema"]) and read.steps == 2 and read.args["lr"] == 0.01
+    assert read.config == state.config
     assert whole_weights(path, "discriminator") == {}
 
 
