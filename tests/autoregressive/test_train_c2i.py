@@ -185,7 +185,7 @@ def test_it_learns(codes, tmp_path):
     assert metrics(tmp_path / "results", "val_loss")[80] < loss[80]
     assert f"codes: {codes} (2 views), 48 samples of 16 tokens, a random view of each" in output
     saved = load(last(tmp_path / "results"))
-    assert saved.keys() == {"model", "ema", "optimizer", "steps", "args", "trainer"} and saved["steps"] == 80
+    assert saved.keys() == {"model", "ema", "optimizer", "steps", "args", "config", "trainer"} and saved["steps"] == 80
     assert "Traceback" not in output and "Warning" not in output
 
 

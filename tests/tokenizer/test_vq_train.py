@@ -44,7 +44,7 @@ PLAIN = [
 ]
 PLAIN += ["--perceptual-weight", 0, "--lr", 1e-3]
 NO_DISC = ["--disc-weight", 0]
-KEYS = {"model", "ema", "optimizer", "discriminator", "optimizer_disc", "steps", "args", "trainer"}
+KEYS = {"model", "ema", "optimizer", "discriminator", "optimizer_disc", "steps", "args", "config", "trainer"}
 
 
 @pytest.fixture(autouse=True)

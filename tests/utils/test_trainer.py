@@ -593,7 +593,7 @@ def test_a_lost_process_is_told_with_the_way_to_go_on(tmp_path):
 def test_what_a_checkpoint_holds(tmp_path):
     build(tmp_path, "--ema", "--max-steps", 2).fit()
     saved = final(tmp_path)
-    assert saved.keys() == {"model", "ema", "optimizer", "steps", "args", "trainer"}
+    assert saved.keys() == {"model", "ema", "optimizer", "steps", "args", "config", "trainer"}
     assert saved["args"].global_batch_size == 8 and saved["steps"] == 2
     read = read_checkpoint(store(tmp_path) / "0000002.pt")
     assert read.format == "ddp" and read.steps == 2 and read.args["ema"] is True
