@@ -18,7 +18,7 @@ from language.captions import clean_caption
 from language.extract_t5_feature import encode_captions
 from language.prompts import PromptFeatures
 from language.t5 import T5Embedder
-from tests.helpers import ROOT, free_port
+from tests.helpers import free_port
 from tests.language.small_t5 import make_small_t5
 from tests.training import (
     check_published_flags,
@@ -507,19 +507,3 @@ FLAGS = """
 def test_published_flags():
     check_published_flags(extract_t5_feature, FLAGS, without_default=("--data-start", "--data-end"))
     assert flag_defaults(extract_t5_feature)["--published-layout"] is False
-
-
-@pytest.mark.parametrize(
-    "name, own",
-    [
-        ("laion_coco_stage1", "--caption-key blip"),
-        ("stage2", "--caption-key llava"),
-        ("trunc_stage2", "--caption-key llava --trunc-caption"),
-    ],
-)
-def test_wrappers(name, own):
-    wrapper = ROOT / "scripts" / "language" / f"extract_flan_t5_feat_{name}.sh"
-    assert wrapper.stat().st_mode & 0o111
-    assert wrapper.read_text().splitlines()[-1] == f'launch {SCRIPT.replace(".", "/")}.py {own} "$@"'
-    args = extract_t5_feature.flags().parse_args(["--data-path", "a", "--t5-path", "b", *own.split()])
-    assert (args.caption_key, args.trunc_caption) == (own.split()[1], "--trunc-caption" in own)
