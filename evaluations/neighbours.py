@@ -9,13 +9,14 @@ The first is exact. The second has the arithmetic of published evaluators, float
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import combinations_with_replacement, pairwise, product
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from utils.precision import full_float32
 
 _ROWS = 1024  # rows handled at once where a block is not sized by a limit
 _SEGMENT = 32  # distances of which the smallest is looked at first
@@ -39,7 +40,7 @@ def exact_inside(
 
     As by differences in float64. memory: bytes of distances held at once. bar: told of N (N - 1) / 2 + M (M - 1) / 2 + N M.
     """
-    with _full_float32(), torch.inference_mode():
+    with full_float32(), torch.inference_mode():
         engine = _Distances(sets, device, memory)
         first, second = engine.inside([engine.squared_radii(i, neighbours, bar) for i in range(2)], bar)
     return first, second
@@ -54,7 +55,7 @@ def float16_inside(
     summation, products are rounded once. bar: told of N² + M² + N M.
     """
     side = max(_SEGMENT, min(_SIDE, math.isqrt(memory // 16)))  # products, their sums, in two formats
-    with _full_float32(), torch.inference_mode():
+    with full_float32(), torch.inference_mode():
         points = [_RoundedPoints(features, device) for features in sets]
         radii = [_float16_radii(each, neighbours, side, bar) for each in points]
         inside = [torch.zeros(len(features), dtype=torch.bool, device=device) for features in sets]
@@ -164,17 +165,6 @@ def _parts(span: range, side: int) -> list[range]:
     """A range in consecutive parts of at most `side`."""
     edges = [*range(span.start, span.stop, side), span.stop]
     return [range(*edge) for edge in pairwise(edges)]
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """Products of float32 are those of float32: not TF32 or bfloat16, which a process may have allowed."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class _Distances:

@@ -316,7 +316,8 @@ def add_training_flags(
         "--mixed-precision",
         choices=["none", "fp32", "tf32", "fp16", "bf16"],
         default="bf16",
-        help="of the forward and backward pass (none is fp32); weights are kept in float32",
+        help="of the forward and backward pass; none and fp32: float32 without TF32, tf32: float32 rounded to TF32 on the GPU; "
+        "weights are kept in float32",
     )
     group.add_argument("--ema", action="store_true", help="keep an exponential moving average of the weights")
     group.add_argument("--ema-decay", type=float, default=0.9999, help="of that average")

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from utils.precision import use_tf32
+
 T = TypeVar("T")
 
 
@@ -100,10 +102,11 @@ class Distributed:
 
 
 def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
-    """The device called `name`, or the best there is: cuda, then mps, then cpu.
+    """Return the device called `name`, or the best there is (cuda, then mps, then cpu), and make float32 mean float32 on it.
 
-    Raises ValueError where a device is named that this machine does not have.
+    TF32 is turned off for the process: only `Parallel.apply` for --mixed-precision tf32 turns it on. Raises ValueError where a device is named that this machine does not have.
     """
+    use_tf32(False)
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

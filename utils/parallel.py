@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from utils.distributed import Distributed
 from utils.ema import local
+from utils.precision import use_tf32
 from utils.rng import item_seed
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -109,7 +110,7 @@ class Parallel:
         With sharding the module itself is changed, and may be on the meta device: see `materialize`. Without any blocks
         the whole module is compiled; compilation is for CUDA only (on a CPU it takes longer than it saves).
         """
-        torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
+        use_tf32(self.precision == "tf32")
         compiled = self.compile and self.dist.device.type == "cuda"
         if compiled:  # blocks share one graph, unless stochastic depth gives each its own
             config = torch._dynamo.config

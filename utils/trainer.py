@@ -41,6 +41,7 @@ from utils.logger import RunLogger
 from utils.meter import Meter, format_window
 from utils.optim import learning_rate
 from utils.parallel import Parallel, parameters_of
+from utils.precision import WORDS
 from utils.rng import item_seed
 from utils.runs import open_run
 from utils.stopping import Agreement, StopSignals
@@ -195,7 +196,7 @@ class Trainer:
         self.log.info(
             f"{self.run.folder}: {parameters:,} parameters, {len(self.dataset):,} samples, "
             f"{self.order.batches_per_epoch} steps an epoch, {self.total_steps} steps, {self.dist.world_size} process(es) "
-            f"on {self.dist.device} ({self.plan.strategy}, {self.args.mixed_precision})"
+            f"on {self.dist.device} ({self.plan.strategy}, {WORDS.get(self.plan.precision, self.plan.precision)})"
         )
         if self.step >= self.total_steps:
             self.log.info(f"nothing left to do: step {self.step} of {self.total_steps}")

@@ -10,8 +10,7 @@ channels_last, so that nothing is ever copied from one layout to the other.
 import difflib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from evaluations.c2i.graph_operations import (
     peak,
     scale_and_shift,
 )
+from utils.precision import full_float32
 
 # Values up to the first are nothing unusual; a result that is proven to stay below the second has not overflowed float32,
 # nor has any sum on the way to it.
@@ -109,7 +109,7 @@ class FrozenGraph:
             if expected is not None and value.dtype != expected:
                 raise ValueError(f"{name!r} of {self.path.name} is of {expected}, but {value.dtype} was fed")
         names = [self._known(name, "fetched") for name in fetches]
-        with torch.no_grad(), _full_precision():
+        with torch.no_grad(), full_float32():
             plan = self._plan(names, values, device, fused=True)
             results = self._execute(plan, names, values)
             if results is None:  # something may be NaN or infinite: the plain way finds where, or that it is not so
@@ -437,23 +437,6 @@ def _check_node(path: Path, node: NodeDef, count: int) -> None:
     layout = node.attr["data_format"].s if "data_format" in node.attr else b"NHWC"
     if layout != b"NHWC":
         raise ValueError(f"{path}: {node.op} {node.name!r} has the layout {layout.decode()}; only NHWC is supported")
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """float32 products and sums as such: TF32 keeps ten bits, which changes the fourth digit of features."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(
-            enabled=torch.backends.cudnn.enabled,
-            benchmark=torch.backends.cudnn.benchmark,
-            deterministic=torch.backends.cudnn.deterministic,
-            allow_tf32=False,
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _constant(path: Path, node: NodeDef) -> Tensor:

@@ -19,6 +19,7 @@ from utils.cli import add_parallel_flags, flag_parser
 from utils.distributed import Distributed, start
 from utils.ema import local
 from utils.parallel import Parallel, SeededNormal, copy_rows, materialize, parameters_of, rows_held
+from utils.precision import use_tf32
 
 CPU = Distributed(torch.device("cpu"))
 SHARDED = ["fsdp", "sdp", "hsdp"]
@@ -34,9 +35,8 @@ def alone():
 
 @pytest.fixture(autouse=True)
 def float32_products():
-    before = torch.get_float32_matmul_precision()
     yield
-    torch.set_float32_matmul_precision(before)
+    use_tf32(False)
 
 
 def gpt(dropout=0.0, **more):
@@ -134,10 +134,11 @@ def test_recomputing_activations_gives_bit_identical_gradients(alone, strategy):
     assert same(*results)
 
 
-def test_matrix_products_in_tf32_only_where_asked_for():
+def test_apply_products_and_convolutions_in_tf32_only_where_asked():
     for precision, expected in (("tf32", "high"), ("none", "highest"), ("bf16", "highest")):
         Parallel(CPU, precision=precision).apply(nn.Linear(2, 2))
         assert torch.get_float32_matmul_precision() == expected
+        assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
 
 
 def test_several_processes_of_plain_models_sum_gradients(alone):

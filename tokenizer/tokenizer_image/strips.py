@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.tokenizer_image.vq_model import AttnBlock, ResnetBlock, VQModel, swish
+from utils.precision import full_float32
 
 # Numbers of a feature map that a strip has, where a single row has no more than that.
 STRIP = 2**22
 
 
+@full_float32()
 @torch.inference_mode()
 def decode_in_strips(model: VQModel, quant: Tensor, numbers: int = STRIP) -> Tensor:
     """Latents (B, codebook_embed_dim, h, w) to images (B, 3, h*f, w*f) on the CPU, in the decoder's dtype.

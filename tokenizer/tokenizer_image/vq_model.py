@@ -9,7 +9,7 @@ width that the downsampling divides. `tokenizer.to(memory_format=torch.channels_
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tokenizer.tokenizer_image.quantizer import CodebookLosses, VectorQuantizer
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
+from utils.precision import full_float32
 
 NORM_GROUPS = 32
 
@@ -301,11 +302,17 @@ class VQModel(nn.Module):
                 f"images are {height} high and {width} wide; both must be multiples of {self.downsample}, the "
                 "downsampling of this tokenizer: resize or crop them"
             )
-        return self.quantize(self.quant_conv(self.encoder(x)))
+        with self._precision():
+            return self.quantize(self.quant_conv(self.encoder(x)))
 
     def decode(self, quant: Tensor) -> Tensor:
         """Latents (B, codebook_embed_dim, h, w) to images (B, 3, h*f, w*f), roughly in [-1, 1], not clamped."""
-        return self.decoder(self.post_quant_conv(quant.to(self.post_quant_conv.weight.dtype)))
+        with self._precision():
+            return self.decoder(self.post_quant_conv(quant.to(self.post_quant_conv.weight.dtype)))
+
+    def _precision(self) -> AbstractContextManager:
+        """Return the float32 to compute in: without TF32 in eval mode, in training what the run asks for."""
+        return nullcontext() if self.training else full_float32()
 
     def decode_in_bfloat16(self) -> "VQModel":
         """Turns what decodes into bfloat16 and channels-last, in place, and returns the model. What encodes stays as it is.

@@ -1,0 +1,51 @@
+"""What float32 means on a GPU: full float32 unless TF32 is asked for.
+
+use_tf32(False)                   # utils/distributed.py:pick_device does this for every script and pipeline
+with full_float32(): ...          # float32 as such, whatever the process allows
+
+PyTorch lets cuDNN's convolutions round float32 to the 10 bits of TF32 by default, so that a tokenizer's codes and pixels would
+depend on the card. Neither setting has an effect on a CPU or on half precision.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+WORDS = {
+    "none": "none: float32 without TF32",
+    "fp32": "fp32: float32 without TF32",
+    "tf32": "tf32: float32 with products and convolutions in TF32",
+}
+
+
+def use_tf32(allowed: bool) -> None:
+    """Set for the process whether float32 products and convolutions may round to TF32."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    _convolve_in_tf32(allowed)
+
+
+def _convolve_in_tf32(allowed: bool) -> None:
+    cudnn = torch.backends.cudnn
+    cudnn.allow_tf32 = allowed
+    for operation in (cudnn.conv, cudnn.rnn):  # decides over the line above where torch.backends.fp32_precision is set
+        operation.fp32_precision = "tf32" if allowed else "ieee"
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute without TF32 inside the block, then restore what the process allowed.
+
+    The setting is the process's: threads that enter the block should share a process where `use_tf32(False)` was called.
+    """
+    convolutions = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    try:
+        products = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set through torch.backends.fp32_precision, of which the older name knows nothing
+        products = "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+    use_tf32(False)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        _convolve_in_tf32(convolutions)
