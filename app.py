@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from autoregressive.models.sizes import GPT_SIZES
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
+    SEED,
+    Number,
     add_gpt_file_flags,
     add_gpt_flags,
     add_run_flags,
@@ -355,7 +357,7 @@ def drawing_tab(
 
 def flags() -> argparse.ArgumentParser:
     """The script's flags."""
-    parser = flag_parser(__doc__)
+    parser = flag_parser(__doc__, added=("--vq-ckpt", "--no-left-padding"))
     add_gpt_flags(parser, GPT_SIZES, gpt_model="GPT-XL")
     add_gpt_file_flags(parser)
     parser.add_argument(
@@ -369,7 +371,7 @@ def flags() -> argparse.ArgumentParser:
     )
     parser.add_argument("--class-names", default=None, help="file with the classes' names, one a line")
     add_sampling_flags(parser, cfg_scale=4.0, top_k=2000)
-    parser.add_argument("--seed", type=int, default=0, help="that the page begins with")
+    parser.add_argument("--seed", type=SEED, default=0, help="that the page begins with")
     add_run_flags(parser)
     parser.add_argument(
         "--batch-size", type=positive_int, default=None, help="images at once (default: 32, 8 on a CPU)"
@@ -378,7 +380,7 @@ def flags() -> argparse.ArgumentParser:
     group = parser.add_argument_group("page")
     group.add_argument("--quickstart", action="store_true", help="the models that scripts/quickstart.sh trained")
     group.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for other machines too")
-    group.add_argument("--port", type=positive_int, default=7860, help="port to listen at")
+    group.add_argument("--port", type=Number(int, above=0, most=65_535), default=7860, help="port to listen at")
     group.add_argument("--share", action="store_true", help="a public address for three days, through gradio's servers")
     return parser
 

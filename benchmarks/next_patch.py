@@ -10,7 +10,7 @@ import argparse
 import statistics
 
 from benchmarks.training_step import add_step_flags, project_step, random_batch, random_model, timed
-from utils.cli import flag_parser, grid_size, positive_int, run_script
+from utils.cli import PORTION, flag_parser, grid_size, positive_int, run_script
 
 
 def main(args: argparse.Namespace) -> None:
@@ -53,8 +53,10 @@ def flags() -> argparse.ArgumentParser:
     parser = flag_parser(__doc__)
     add_step_flags(parser)
     parser.add_argument("--epochs", type=positive_int, default=300, help="of the whole run")
-    parser.add_argument("--patch-level", type=int, default=2, help="stages of coarser to finer patches")
-    parser.add_argument("--epoch-rate", type=float, default=0.5, help="share of the epochs left at which a stage ends")
+    parser.add_argument("--patch-level", type=positive_int, default=2, help="stages of coarser to finer patches")
+    parser.add_argument(
+        "--epoch-rate", type=PORTION, default=0.5, help="share of the epochs left at which a stage ends"
+    )
     return parser
 
 

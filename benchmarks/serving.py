@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.cli import flag_parser, positive_int
+from utils.cli import CFG_SCALE, SHARE, flag_parser, nonnegative_float, nonnegative_int, positive_int
 
 ROOT = Path(__file__).parent.parent
 IMAGES = "/v1/images/generations"
@@ -232,12 +232,12 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--url", default=None, help="of a server that runs (default: one is started)")
     parser.add_argument("--requests", type=positive_int, default=200, help="in all")
     parser.add_argument("--bursts", type=positive_int, default=4, help="in how many bursts they come")
-    parser.add_argument("--pause", type=float, default=5.0, help="seconds between the bursts")
-    parser.add_argument("--hang-up", type=float, default=0.1, help="the share of clients that leave while they wait")
+    parser.add_argument("--pause", type=nonnegative_float, default=5.0, help="seconds between the bursts")
+    parser.add_argument("--hang-up", type=SHARE, default=0.1, help="the share of clients that leave while they wait")
     parser.add_argument("--attempts", type=positive_int, default=1, help="how often a client comes that gets 429")
     parser.add_argument("--n", type=positive_int, default=1, help="images of a request")
-    parser.add_argument("--cfg-scale", type=float, default=4.0, help="guidance scale, 1 for none")
-    parser.add_argument("--warmup", type=int, default=8, help="requests before the time is taken")
+    parser.add_argument("--cfg-scale", type=CFG_SCALE, default=4.0, help="guidance scale, 1 for none")
+    parser.add_argument("--warmup", type=nonnegative_int, default=8, help="requests before the time is taken")
     parser.add_argument("--max-queue", type=positive_int, default=64, help="of the server that is started")
     return parser
 

@@ -13,7 +13,7 @@ import argparse
 import time
 from types import SimpleNamespace
 
-from utils.cli import flag_parser, positive_int, run_script
+from utils.cli import flag_parser, positive_float, positive_int, run_script
 
 # layers, heads, width, feed-forward width; base and xl are flan-T5's own
 PRESETS = {"small": (4, 4, 256, 640), "base": (12, 12, 768, 2048), "xl": (24, 32, 2048, 5120)}
@@ -88,7 +88,7 @@ def flags() -> argparse.ArgumentParser:
     parser = flag_parser(__doc__)
     parser.add_argument("--preset", choices=list(PRESETS), default="small", help="size of the encoder")
     parser.add_argument("--captions", type=positive_int, default=256, help="captions encoded in a run")
-    parser.add_argument("--mean-length", type=float, default=18.0, help="their tokens, on average")
+    parser.add_argument("--mean-length", type=positive_float, default=18.0, help="their tokens, on average")
     parser.add_argument("--batch-size", type=positive_int, default=64, help="captions a batch")
     parser.add_argument("--dtype", choices=["none", "fp16", "bf16"], default="none", help="of the weights")
     parser.add_argument("--runs", type=positive_int, default=3, help="timed passes over the captions")

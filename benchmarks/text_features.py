@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.cli import flag_parser, positive_int, run_script
+from utils.cli import flag_parser, positive_float, positive_int, run_script
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +75,7 @@ def flags() -> argparse.ArgumentParser:
     """The script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--captions", type=positive_int, default=4000, help="captions in either layout")
-    parser.add_argument("--mean-length", type=float, default=18.0, help="their tokens, on average")
+    parser.add_argument("--mean-length", type=positive_float, default=18.0, help="their tokens, on average")
     parser.add_argument("--dim", type=positive_int, default=2048, help="width of the features")
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of packed ones"

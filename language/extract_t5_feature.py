@@ -16,7 +16,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from utils.cli import add_extraction_flags, flag_parser, positive_int, run_script
+from utils.cli import add_extraction_flags, flag_parser, nonnegative_int, positive_int, run_script
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -308,8 +308,12 @@ def flags() -> argparse.ArgumentParser:
         help="folder of *.jsonl lists, or of WebDataset *.tar shards; or a file of prompts",
     )
     parser.add_argument("--t5-path", required=True, help="folder to write the features to")
-    parser.add_argument("--data-start", type=int, default=0, help="number of the first file, in the order of names")
-    parser.add_argument("--data-end", type=int, default=None, help="number of the last file (default: of all)")
+    parser.add_argument(
+        "--data-start", type=nonnegative_int, default=0, help="number of the first file, in the order of names"
+    )
+    parser.add_argument(
+        "--data-end", type=nonnegative_int, default=None, help="number of the last file (default: of all)"
+    )
     parser.add_argument(
         "--index-path", default=None, help="where the index of WebDataset shards goes (default: beside them)"
     )

@@ -1,6 +1,7 @@
 """What several tests share: the recorded figures and weights rebuilt by name (see tests/golden/README.md)."""
 
 import json
+import re
 import socket
 import zlib
 from pathlib import Path
@@ -61,3 +62,11 @@ def randomize(model: torch.nn.Module, seed: int = 0, gain: float = 1.0) -> torch
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     model.load_state_dict(golden_state(shapes, seed, gain, keep=("codebook_used",)), strict=False)
     return model.eval()
+
+
+def scripts() -> list[str]:
+    """The modules that are scripts with flags, by name."""
+    rooms = ("autoregressive", "tokenizer", "dataset", "language", "evaluations", "tools", "utils", "benchmarks")
+    paths = [ROOT / "app.py", *(path for room in rooms for path in sorted((ROOT / room).rglob("*.py")))]
+    called = re.compile(r"^    (run_script\(main, flags\(\)\)|parser = flags\(\))$", re.MULTILINE)
+    return [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in paths if called.search(p.read_text())]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, scripts
 
 ROOMS = ("autoregressive", "tokenizer", "dataset", "language", "evaluations", "tools", "utils")
 # room: what its modules must not import
@@ -70,12 +70,7 @@ def test_modules_say_what_they_are_for(room):
 
 def test_help_needs_nothing_heavy():
     """All scripts in one process: what comes with a script is its own, or that of what it imports."""
-    paths = [path for room in (*ROOMS, "benchmarks", "app.py") for path in modules(room)]
-    names = [
-        ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for path in paths
-        if "    run_script(main, flags())" in path.read_text()
-    ]
+    names = scripts()
     assert {"app", "autoregressive.sample.sample_c2i", "benchmarks.t5", "tools.convert_codes"} <= {*names}
     command = [sys.executable, "-c", HELP, *names]
     done = subprocess.run(

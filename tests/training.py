@@ -17,6 +17,7 @@ from PIL import Image
 from dataset.augmentation import FLIP_VIEWS, TEN_CROP_VIEWS
 from dataset.shards import CodeSettings, CodeWriter
 from tests.helpers import ROOT, free_port
+from utils.cli import LLAMAGEN_FLAGS
 
 
 def command(module: str, *args: object, processes: int = 1) -> list[str]:
@@ -153,14 +154,24 @@ def published_flags(text: str) -> dict[str, tuple[str, list[str], str]]:
     return found
 
 
+def check_abbreviations(parser, published: list[str]) -> None:
+    """Check that every abbreviation that is unique in a published script means the same flag here."""
+    llamagen = [flag for flag in published if flag in LLAMAGEN_FLAGS and flag not in parser.added]
+    for flag in llamagen:
+        for abbreviation in (flag[:length] for length in range(3, len(flag))):
+            if [other for other in llamagen if other.startswith(abbreviation)] == [flag]:
+                assert [match[1] for match in parser._get_option_tuples(abbreviation)] == [flag], abbreviation
+
+
 def check_published_flags(script, text: str, without_default: tuple[str, ...] = ()) -> None:
-    """Every published flag is there, with its default, its kind and all of its choices.
+    """Every published flag is there, with its default, its kind, all of its choices and its abbreviations.
 
     without_default: those that are optional here, or have another default by agreement.
     """
     actions = {flag: action for action in script.flags()._actions for flag in action.option_strings}
     given = {"str": "x", "int": "7", "float": "0.25"}
     required = [word for flag, action in actions.items() if action.required for word in (flag, "x")]
+    check_abbreviations(script.flags(), [*published_flags(text)])
     for flag, (kind, choices, default) in published_flags(text).items():
         action = actions[flag]
         if flag not in without_default:

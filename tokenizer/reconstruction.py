@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from utils.cli import add_image_size_flags, add_switch, flag_parser, positive_int
+from utils.cli import SEED, add_image_size_flags, add_switch, flag_parser, nonnegative_int, positive_int
 
 if TYPE_CHECKING:
     import numpy as np
@@ -563,7 +563,7 @@ def reconstruction_flags(
     description: str | None, *, evaluation: int | None = None, model: bool = True
 ) -> argparse.ArgumentParser:
     """The flags of every reconstruction script. evaluation: what --image-size-eval is unless given (None: --image-size)."""
-    parser = flag_parser(description)
+    parser = flag_parser(description, added=["--precision"] if evaluation else ["--precision", "--image-size-eval"])
     parser.add_argument("--data-path", required=True, help="folder of images")
     parser.add_argument(
         "--dataset", default="imagenet", help="kind of data: imagenet, coco, pexels, openimage, t2i_image"
@@ -571,8 +571,10 @@ def reconstruction_flags(
     add_image_size_flags(parser, 256, downsample=False)
     parser.add_argument("--sample-dir", default="reconstructions", help="where the folder of images and the rest go")
     parser.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images at once on each process")
-    parser.add_argument("--global-seed", type=int, default=0, help="of what a model draws; most draw nothing")
-    parser.add_argument("--num-workers", type=int, default=4, help="loader processes (at most the processor's cores)")
+    parser.add_argument("--global-seed", type=SEED, default=0, help="of what a model draws; most draw nothing")
+    parser.add_argument(
+        "--num-workers", type=nonnegative_int, default=4, help="loader processes (at most the processor's cores)"
+    )
     add_switch(parser, "--npz", True, "gather the images into one .npz")
     parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
     if model:
@@ -596,11 +598,11 @@ def reconstruction_flags(
 
 def demo_flags(description: str | None) -> argparse.ArgumentParser:
     """The flags of the scripts that reconstruct one image."""
-    parser = flag_parser(description)
+    parser = flag_parser(description, added=["--suffix"])
     parser.add_argument("--image-path", default="assets/example.jpg", help="the image")
     parser.add_argument("--output-dir", default="output_vq_demo", help="where the reconstruction goes")
     parser.add_argument("--suffix", default=None, help="end of its name (default: the model's name)")
     add_image_size_flags(parser, 512, downsample=False)
-    parser.add_argument("--seed", type=int, default=0, help="of what the model draws; most draw nothing")
+    parser.add_argument("--seed", type=SEED, default=0, help="of what the model draws; most draw nothing")
     parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
     return parser

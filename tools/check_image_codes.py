@@ -10,7 +10,16 @@ import argparse
 from typing import TYPE_CHECKING
 
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
-from utils.cli import add_image_size_flags, add_tokenizer_flags, flag_parser, grid_size, positive_int, run_script
+from utils.cli import (
+    SEED,
+    add_image_size_flags,
+    add_tokenizer_flags,
+    flag_parser,
+    grid_size,
+    nonnegative_int,
+    positive_int,
+    run_script,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -177,8 +186,10 @@ def flags() -> argparse.ArgumentParser:
     )
     add_image_size_flags(parser, 256)
     parser.add_argument("--count", type=positive_int, default=8, help="samples to draw")
-    parser.add_argument("--seed", type=int, default=0, help="decides which")
-    parser.add_argument("--indices", type=int, nargs="+", default=None, help="these samples instead, by number")
+    parser.add_argument("--seed", type=SEED, default=0, help="decides which")
+    parser.add_argument(
+        "--indices", type=nonnegative_int, nargs="+", default=None, help="these samples instead, by number"
+    )
     parser.add_argument("--output", default="check_image_codes.png", help="the picture to write")
     parser.add_argument(
         "--verify", action="store_true", help="read the whole folder and compare checksums; needs no --vq-ckpt"

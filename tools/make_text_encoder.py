@@ -13,7 +13,7 @@ which one word of twelve is faint. With --context each feature tells of the whol
 import argparse
 from pathlib import Path
 
-from utils.cli import flag_parser, positive_int, run_script
+from utils.cli import SEED, flag_parser, nonnegative_float, positive_float, positive_int, run_script
 
 RECORD = "made_from.json"
 
@@ -147,10 +147,12 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="folder to write; an older one is replaced")
     parser.add_argument("--dim", type=positive_int, default=256, help="numbers a feature has")
     parser.add_argument("--layers", type=positive_int, default=2, help="of the encoder")
-    parser.add_argument("--scale", type=float, default=8.0, help="root mean square of a feature's numbers")
-    parser.add_argument("--context", type=float, default=10.0, help="how much a word's feature takes from the others'")
+    parser.add_argument("--scale", type=positive_float, default=8.0, help="root mean square of a feature's numbers")
+    parser.add_argument(
+        "--context", type=nonnegative_float, default=10.0, help="how much a word's feature takes from the others'"
+    )
     parser.add_argument("--pieces", type=positive_int, default=300, help="pieces of the vocabulary, at most")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the random weights")
     return parser
 
 

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from autoregressive.models.sizes import GPT_SIZES
 from utils.cli import (
+    PORTION,
     add_gpt_flags,
     add_image_size_flags,
     add_parallel_flags,
     flag_parser,
     grid_size,
     layout_numbers,
+    positive_float,
     positive_int,
     run_script,
 )
@@ -276,16 +278,18 @@ def flags() -> argparse.ArgumentParser:
         action="store_false",
         help="blocks are not compiled: they keep more for backward",
     )
-    group.add_argument("--patch-level", type=int, default=1, help="stages of Next-Patch-Prediction (1: off)")
-    group.add_argument("--epoch-rate", type=float, default=0.5, help="where its stages end")
+    group.add_argument("--patch-level", type=positive_int, default=1, help="stages of Next-Patch-Prediction (1: off)")
+    group.add_argument("--epoch-rate", type=PORTION, default=0.5, help="where its stages end")
     group.add_argument("--images", type=positive_int, default=1281167, help="samples of the data set")
     group.add_argument("--epochs", type=positive_int, default=300, help="passes over them")
     group = parser.add_argument_group("machine")
     group.add_argument("--gpus", type=positive_int, default=8, help="over all machines")
     group.add_argument("--gpus-per-node", type=positive_int, default=8, help="of one machine: hsdp's groups")
     group.add_argument("--gpu", default="H100", help="which accelerator, as utils/flops.py names it")
-    group.add_argument("--gpu-memory-gib", type=float, default=None, help="its memory (default: that of the card)")
-    group.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches")
+    group.add_argument(
+        "--gpu-memory-gib", type=positive_float, default=None, help="its memory (default: that of the card)"
+    )
+    group.add_argument("--mfu", type=PORTION, default=0.4, help="share of the peak that training reaches")
     parser.add_argument("--json", default=None, help="also write the figures to this file")
     return parser
 

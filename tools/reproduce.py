@@ -32,7 +32,7 @@ from tools.stages import (
     sampling_flags,
     sampling_stage,
 )
-from utils.cli import run_script
+from utils.cli import PORTION, nonnegative_int, positive_int, run_script
 from utils.hub import RELEASED, WEIGHTS, is_released
 
 FIGURES = {
@@ -512,19 +512,19 @@ def flags() -> argparse.ArgumentParser:
     group.add_argument("--dry-run", action="store_true", help="print commands, downloads, disk and time; do nothing")
     group.add_argument("--output", default="results_reproduced", help="a folder of the row's name is made in here")
     group.add_argument(
-        "--num-samples", type=int, default=None, help="draw fewer than 50,000 (the same as --num-fid-samples)"
+        "--num-samples", type=positive_int, default=None, help="draw fewer than 50,000 (the same as --num-fid-samples)"
     )
     group.add_argument("--reference", default=None, help=f"the reference batch (default: {REFERENCE}, looked for)")
     group.add_argument("--graph", default=None, help=f"the evaluator's graph (default: {GRAPH}, looked for)")
     group.add_argument("--data-path", default=None, help="ImageNet's validation set, for the tokenizers' rows")
     group.add_argument("--dataset", default="imagenet", help="kind of --data-path, as dataset/build.py names it")
-    group.add_argument("--num-workers", type=int, default=4, help="loader processes for --data-path")
+    group.add_argument("--num-workers", type=nonnegative_int, default=4, help="loader processes for --data-path")
     group.add_argument(
         "--gpu", default=None, help="--dry-run: estimate for this accelerator, as utils/flops.py names it"
     )
     group.add_argument(
         "--utilisation",
-        type=float,
+        type=PORTION,
         default=0.03,
         help="--dry-run: share of the peak assumed while decoding token by token",
     )

@@ -10,21 +10,67 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
 
 from utils.errors import AgreedError
 
 # A parser, or a group of one.
 Flags = argparse._ActionsContainer
 
+# The published flags, in the order in which an abbreviation looks for its flag.
+LLAMAGEN_FLAGS = """
+    --batch_size --beta1 --beta2 --caption-key --cfg-interval --cfg-scale --ckpt-every --clip_model4eval --cloud-save-path
+    --cls-token-num --code-path --codebook-embed-dim --codebook-l2-norm --codebook-size --codebook-weight --commit-loss-beta
+    --compile --crop-range --data-end --data-face-path --data-parallel --data-path --data-start --dataset --debug --disc-loss
+    --disc-start --disc-type --disc-weight --downsample-size --drop-path --drop-path-rate --dropout-p --ema
+    --entropy-loss-ratio --epochs --eval_res --fake_dir --finetune --from-fsdp --gen-loss --global-batch-size --global-seed
+    --gpt-ckpt --gpt-model --gpt-resume --gpt-type --grad-precision --gradient-accumulation-steps --how_many --image-path
+    --image-size --image-size-eval --log-every --lr --max-grad-norm --mixed-precision --no-compile --no-left-padding
+    --no-local-save --no-wandb --num-classes --num-fid-samples --num-workers --output-dir --per-proc-batch-size --perceptual-weight
+    --precision --prompt-csv --reconstruction-loss --reconstruction-weight --ref_data --ref_dir --ref_type --results-dir
+    --sample-dir --seed --short-t5-feat-path --suffix --t5-feat-path --t5-feature-dim --t5-feature-max-len --t5-model-path
+    --t5-model-type --t5-path --temperature --ten-crop --token-dropout-p --top-k --top-p --trunc-caption --vae --vocab-size
+    --vq-ckpt --vq-model --vqgan --wandb-project --weight-decay
+""".split()  # noqa: SIM905
+NPP_AND_PAR_FLAGS = """
+    --ar-token-num --decay-ratio --end-lr --epoch-rate --patch-level --scheduler --spe-token-num
+    --warmup-epochs
+""".split()  # noqa: SIM905
 
-def flag_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser whose help shows every default."""
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that takes the abbreviations that the published scripts take; flags that were added since make none ambiguous.
+
+    added: published flags that the published form of this script lacks.
+    """
+
+    def __init__(self, *args: object, added: Sequence[str] = (), **kwargs: object):
+        super().__init__(*args, **kwargs)
+        self.added = added
+
+    def _get_option_tuples(self, option_string: str) -> list[tuple]:
+        matches = super()._get_option_tuples(option_string)
+        first, last = [], []
+        for action, flag, *rest in matches:
+            extra = flag in self.added or (
+                flag.startswith("--no-") and isinstance(action, argparse.BooleanOptionalAction)
+            )
+            if flag in LLAMAGEN_FLAGS and not extra:
+                first.append((action, flag, *rest))
+            elif flag in LLAMAGEN_FLAGS + NPP_AND_PAR_FLAGS:
+                last.append((action, flag, *rest))
+        return first or last
+
+
+def flag_parser(description: str | None, added: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Return a parser whose help shows every default. added: published flags that its published form lacks."""
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
-    return argparse.ArgumentParser(description=description, formatter_class=Formatter, allow_abbrev=False)
+    return _Parser(description=description, formatter_class=Formatter, added=added)
 
 
 def add_switch(parser: Flags, name: str, default: bool, help: str) -> None:
@@ -32,12 +78,42 @@ def add_switch(parser: Flags, name: str, default: bool, help: str) -> None:
     parser.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=help)
 
 
-def positive_int(text: str) -> int:
-    """An argparse type: a whole number above zero."""
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {value}")
-    return value
+@dataclass(frozen=True)
+class Number:
+    """An argparse type: a finite number with its range; `least` and `most` belong to the range, `above` and `below` do not."""
+
+    kind: type[int] | type[float]
+    least: float = -inf
+    above: float = -inf
+    most: float = inf
+    below: float = inf
+
+    def __call__(self, text: str) -> int | float:
+        try:
+            value = self.kind(text)
+        except ValueError:
+            kind = "a whole number" if self.kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {kind} {self}, got {text}") from None
+        if not (self.least <= value <= self.most and self.above < value < self.below):
+            raise argparse.ArgumentTypeError(f"must be {self}, got {text}")
+        return value
+
+    def __str__(self) -> str:
+        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{words} {bound:,}" for words, bound in bounds.items() if abs(bound) != inf)
+
+
+positive_int = Number(int, above=0)
+nonnegative_int = Number(int, least=0)
+positive_float = Number(float, above=0)
+nonnegative_float = Number(float, least=0)
+PROBABILITY = Number(float, least=0, below=1)
+SHARE = Number(float, least=0, most=1)
+PORTION = Number(float, above=0, most=1)
+SEED = Number(int, least=-(2**63), most=2**63 - 1)
+PORT = Number(int, least=0, most=2**16 - 1)
+# Guidance is off at 1 and below; published command lines also write 0 or -1 for that.
+CFG_SCALE = Number(float, least=-1)
 
 
 def positive_int_or_auto(text: str) -> int | str:
@@ -55,19 +131,25 @@ def add_gpt_flags(
         "--gpt-type", choices=["c2i", "t2i"], default=gpt_type, help="conditioned on a class or a caption"
     )
     tokens = 1 if gpt_type == "c2i" else 120
-    group.add_argument("--cls-token-num", type=int, default=tokens, help="condition tokens before the image's")
+    group.add_argument("--cls-token-num", type=positive_int, default=tokens, help="condition tokens before the image's")
     group.add_argument("--num-classes", type=positive_int, default=1000, help="classes the model knows")
     group.add_argument(
-        "--ar-token-num", type=int, default=None, help="tokens a step predicts, a square number (PAR; 1: raster)"
+        "--ar-token-num",
+        type=positive_int,
+        default=None,
+        help="tokens a step predicts, a square number (PAR; 1: raster)",
     )
     group.add_argument(
-        "--spe-token-num", type=int, default=None, help="special tokens of PAR, one less than --ar-token-num"
+        "--spe-token-num",
+        type=nonnegative_int,
+        default=None,
+        help="special tokens of PAR, one less than --ar-token-num",
     )
     if training:
         group.add_argument("--vocab-size", type=positive_int, default=16384, help="codes in the tokenizer's codebook")
-        group.add_argument("--dropout-p", type=float, default=0.1, help="residual and feed-forward dropout")
-        group.add_argument("--token-dropout-p", type=float, default=0.1, help="dropout after the embedding")
-        group.add_argument("--drop-path-rate", type=float, default=0.0, help="stochastic depth of the last layer")
+        group.add_argument("--dropout-p", type=PROBABILITY, default=0.1, help="residual and feed-forward dropout")
+        group.add_argument("--token-dropout-p", type=PROBABILITY, default=0.1, help="dropout after the embedding")
+        group.add_argument("--drop-path-rate", type=PROBABILITY, default=0.0, help="stochastic depth of the last layer")
 
 
 def add_gpt_file_flags(parser: Flags, *, required: bool = False) -> None:
@@ -136,12 +218,21 @@ def add_image_size_flags(parser: Flags, size: int, *, downsample: bool = True, e
 def add_sampling_flags(parser: Flags, *, cfg_scale: float, top_k: int, interval: bool = True) -> None:
     """Guidance, temperature, top-k, top-p, greedy."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--cfg-scale", type=float, default=cfg_scale, help="guidance scale, 1 for none")
+    group.add_argument("--cfg-scale", type=CFG_SCALE, default=cfg_scale, help="guidance scale, 1 or less for none")
     if interval:
-        group.add_argument("--cfg-interval", type=float, default=-1, help="last guided decode step, -1 for all")
-    group.add_argument("--temperature", type=float, default=1.0, help="divides the logits")
-    group.add_argument("--top-k", type=int, default=top_k, help="keep the k most likely tokens, 0 for all")
-    group.add_argument("--top-p", type=float, default=1.0, help="keep the most likely tokens of this mass, 1 for all")
+        group.add_argument(
+            "--cfg-interval", type=Number(float, least=-1), default=-1, help="last guided decode step, -1 for all"
+        )
+    group.add_argument("--temperature", type=nonnegative_float, default=1.0, help="divides the logits")
+    group.add_argument(
+        "--top-k", type=Number(int, least=-1), default=top_k, help="keep the k most likely tokens, 0 or -1 for all"
+    )
+    group.add_argument(
+        "--top-p",
+        type=nonnegative_float,
+        default=1.0,
+        help="keep the most likely tokens of this mass: 1 or more for all, 0 for the likeliest",
+    )
     group.add_argument("--greedy", action="store_true", help="take the most likely token instead of drawing")
 
 
@@ -237,9 +328,11 @@ def add_extraction_flags(parser: Flags, *, items: str, shard_size: int, publishe
     )
     parser.add_argument("--published-layout", action="store_true", help=f"{published}, as the published scripts write")
     parser.add_argument(
-        "--global-seed", type=int, default=0, help="kept for published command lines; encoding draws nothing"
+        "--global-seed", type=SEED, default=0, help="kept for published command lines; encoding draws nothing"
     )
-    parser.add_argument("--num-workers", type=int, default=24, help="loader processes (at most the processor's cores)")
+    parser.add_argument(
+        "--num-workers", type=nonnegative_int, default=24, help="loader processes (at most the processor's cores)"
+    )
     parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
 
 
@@ -271,13 +364,13 @@ def add_vllm_flags(parser: Flags, *, places: bool = True) -> None:
         group.add_argument("--max-num-seqs", type=positive_int, default=32, help="images that are drawn at once")
     group.add_argument(
         "--kv-cache-gib",
-        type=float,
+        type=positive_float,
         default=None,
         help="memory of the keys and values (default: on a CPU what the images drawn at once need, on a GPU what is left)",
     )
     group.add_argument(
         "--gpu-memory-utilization",
-        type=float,
+        type=PORTION,
         default=None,
         help="the share of a GPU's memory that vLLM takes (default: vLLM's own, 0.9 or so)",
     )
@@ -296,13 +389,15 @@ def add_training_flags(
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the data")
     group.add_argument("--max-steps", type=positive_int, default=None, help="stop after this many steps, if sooner")
-    group.add_argument("--lr", type=float, default=1e-4, help="learning rate")
+    group.add_argument("--lr", type=positive_float, default=1e-4, help="learning rate")
     group.add_argument("--lr-schedule", choices=["constant", "cosine"], default="constant", help="after the warm-up")
-    group.add_argument("--warmup-steps", type=int, default=0, help="steps of linear warm-up")
-    group.add_argument("--weight-decay", type=float, default=0.05, help="of tensors with two or more dimensions")
-    group.add_argument("--beta1", type=float, default=0.9, help="Adam's first moment")
-    group.add_argument("--beta2", type=float, default=0.95, help="Adam's second moment")
-    group.add_argument("--max-grad-norm", type=float, default=1.0, help="gradient clipping, 0 for none")
+    group.add_argument("--warmup-steps", type=nonnegative_int, default=0, help="steps of linear warm-up")
+    group.add_argument(
+        "--weight-decay", type=nonnegative_float, default=0.05, help="of tensors with two or more dimensions"
+    )
+    group.add_argument("--beta1", type=PROBABILITY, default=0.9, help="Adam's first moment")
+    group.add_argument("--beta2", type=PROBABILITY, default=0.95, help="Adam's second moment")
+    group.add_argument("--max-grad-norm", type=nonnegative_float, default=1.0, help="gradient clipping, 0 for none")
     group.add_argument(
         "--global-batch-size", type=positive_int, default=batch, help="samples a step, over all processes"
     )
@@ -320,10 +415,13 @@ def add_training_flags(
         "weights are kept in float32",
     )
     group.add_argument("--ema", action="store_true", help="keep an exponential moving average of the weights")
-    group.add_argument("--ema-decay", type=float, default=0.9999, help="of that average")
-    group.add_argument("--global-seed", type=int, default=0, help="fixes every random choice")
+    group.add_argument("--ema-decay", type=SHARE, default=0.9999, help="of that average")
+    group.add_argument("--global-seed", type=SEED, default=0, help="fixes every random choice")
     group.add_argument(
-        "--num-workers", type=int, default=num_workers, help="loader processes (at most the processor's cores)"
+        "--num-workers",
+        type=nonnegative_int,
+        default=num_workers,
+        help="loader processes (at most the processor's cores)",
     )
 
     group = parser.add_argument_group("files")
@@ -335,7 +433,7 @@ def add_training_flags(
     )
     group.add_argument("--log-every", type=positive_int, default=100, help="steps between log lines")
     group.add_argument("--ckpt-every", type=positive_int, default=5000, help="steps between checkpoints")
-    group.add_argument("--keep-last", type=int, default=0, help="checkpoints to keep, 0 for all")
+    group.add_argument("--keep-last", type=nonnegative_int, default=0, help="checkpoints to keep, 0 for all")
     group.add_argument(
         "--sample-every",
         type=positive_int,
@@ -375,7 +473,10 @@ def add_parallel_flags(parser: Flags, default: str) -> None:
         "--activation-checkpointing", action="store_true", help="recompute each block: less memory, a third more work"
     )
     group.add_argument(
-        "--timeout-minutes", type=float, default=30, help="how long a process waits for the others before it gives up"
+        "--timeout-minutes",
+        type=Number(float, above=0, most=525_600),
+        default=30,
+        help="how long a process waits for the others before it gives up",
     )
 
 

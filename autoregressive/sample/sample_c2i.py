@@ -8,6 +8,7 @@ import argparse
 from autoregressive.models.sizes import GPT_SIZES
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
+    SEED,
     add_batch_size_flag,
     add_decode_precision_flag,
     add_gpt_file_flags,
@@ -18,6 +19,7 @@ from utils.cli import (
     add_sampling_flags,
     add_tokenizer_flags,
     flag_parser,
+    nonnegative_int,
     positive_int,
     run_script,
 )
@@ -59,7 +61,7 @@ def flags() -> argparse.ArgumentParser:
 
 def grid_flags(description: str, output: str, *, files_required: bool = False) -> argparse.ArgumentParser:
     """The flags of a script that draws a grid of classes, whatever draws it. output: the picture's default name."""
-    parser = flag_parser(description)
+    parser = flag_parser(description, added=["--cfg-interval"] if files_required else [])
     add_gpt_flags(parser, GPT_SIZES)
     add_gpt_file_flags(parser, required=files_required)
     add_tokenizer_flags(parser, VQ_SIZES, required=files_required)
@@ -67,9 +69,9 @@ def grid_flags(description: str, output: str, *, files_required: bool = False) -
     add_sampling_flags(parser, cfg_scale=4.0, top_k=2000)
     add_run_flags(parser)
     add_decode_precision_flag(parser)
-    parser.add_argument("--seed", type=int, default=0, help="image i is a function of the seed and i")
+    parser.add_argument("--seed", type=SEED, default=0, help="image i is a function of the seed and i")
     parser.add_argument(
-        "--labels", type=int, nargs="+", default=None, help="the classes to draw (default: eight of them)"
+        "--labels", type=nonnegative_int, nargs="+", default=None, help="the classes to draw (default: eight of them)"
     )
     parser.add_argument("--columns", type=positive_int, default=4, help="images in a row of the grid")
     parser.add_argument("--output", default=output, help="the picture to write")

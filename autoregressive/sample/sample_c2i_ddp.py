@@ -13,6 +13,7 @@ from pathlib import Path
 from autoregressive.models.sizes import GPT_SIZES
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
+    SEED,
     add_decode_precision_flag,
     add_gpt_file_flags,
     add_gpt_flags,
@@ -123,7 +124,7 @@ def flags() -> argparse.ArgumentParser:
     add_per_process_batch_size_flag(parser)
     add_decode_precision_flag(parser)
     parser.add_argument("--num-fid-samples", type=positive_int, default=50000, help="images to draw")
-    parser.add_argument("--global-seed", type=int, default=0, help="image i is a function of the seed and i")
+    parser.add_argument("--global-seed", type=SEED, default=0, help="image i is a function of the seed and i")
     parser.add_argument("--balanced", action="store_true", help="classes in turn instead of at random")
     add_switch(parser, "--npz", True, "gather the images into one .npz")
     return parser

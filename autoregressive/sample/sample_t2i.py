@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from autoregressive.models.sizes import GPT_SIZES
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
+    SEED,
     add_batch_size_flag,
     add_decode_precision_flag,
     add_gpt_file_flags,
@@ -105,7 +106,7 @@ def flags() -> argparse.ArgumentParser:
 
 def grid_flags(description: str, output: str, *, files_required: bool = False) -> argparse.ArgumentParser:
     """The flags of a script that draws a grid of prompts, whatever draws it. output: the picture's default name."""
-    parser = flag_parser(description)
+    parser = flag_parser(description, added=["--cfg-interval"])
     add_gpt_flags(parser, GPT_SIZES, gpt_type="t2i", gpt_model="GPT-XL")
     add_gpt_file_flags(parser, required=files_required)
     add_tokenizer_flags(parser, VQ_SIZES, required=files_required)
@@ -114,7 +115,7 @@ def grid_flags(description: str, output: str, *, files_required: bool = False) -
     add_sampling_flags(parser, cfg_scale=7.5, top_k=1000)
     add_run_flags(parser)
     add_decode_precision_flag(parser)
-    parser.add_argument("--seed", type=int, default=0, help="image i is a function of the seed, i and its prompt")
+    parser.add_argument("--seed", type=SEED, default=0, help="image i is a function of the seed, i and its prompt")
     parser.add_argument(
         "--prompt",
         action="append",

@@ -15,6 +15,7 @@ from pathlib import Path
 from autoregressive.models.sizes import GPT_SIZES
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
+    SEED,
     add_decode_precision_flag,
     add_gpt_file_flags,
     add_gpt_flags,
@@ -142,7 +143,7 @@ def run_settings(args: argparse.Namespace, prompts: list[str], gpt_path: Path, v
 
 def flags() -> argparse.ArgumentParser:
     """The script's flags."""
-    parser = flag_parser(__doc__)
+    parser = flag_parser(__doc__, added=["--cfg-interval"])
     parser.add_argument(
         "--prompt-csv",
         default="evaluations/t2i/PartiPrompts.tsv",
@@ -163,7 +164,7 @@ def flags() -> argparse.ArgumentParser:
         "--num-fid-samples", type=positive_int, default=30000, help="images to draw, at most one for each prompt"
     )
     parser.add_argument(
-        "--global-seed", type=int, default=0, help="image i is a function of the seed, i and its prompt"
+        "--global-seed", type=SEED, default=0, help="image i is a function of the seed, i and its prompt"
     )
     add_switch(parser, "--npz", False, "gather the images into one .npz too")
     return parser

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.cli import (
+    PORT,
     add_gpt_file_flags,
     add_run_flags,
     add_text_flags,
     add_vllm_flags,
     flag_parser,
+    positive_float,
     positive_int,
     run_script,
 )
@@ -267,7 +269,7 @@ def flags() -> argparse.ArgumentParser:
     add_vllm_flags(parser, places=False)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 for every one")
-    group.add_argument("--port", type=int, default=8000, help="0 takes one that is free, which the log tells")
+    group.add_argument("--port", type=PORT, default=8000, help="0 takes one that is free, which the log tells")
     group.add_argument(
         "--api-key", default=None, help="asked of every request to /v1 (SERVE_API_KEY in the environment does the same)"
     )
@@ -276,7 +278,9 @@ def flags() -> argparse.ArgumentParser:
     )
     group.add_argument("--max-n", type=positive_int, default=8, help="images of one request")
     group.add_argument("--max-prompt-length", type=positive_int, default=4000, help="characters of a prompt")
-    group.add_argument("--timeout", type=float, default=600, help="seconds a request may take; then it gets 504")
+    group.add_argument(
+        "--timeout", type=positive_float, default=600, help="seconds a request may take; then it gets 504"
+    )
     return parser
 
 

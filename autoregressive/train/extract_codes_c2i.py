@@ -18,6 +18,7 @@ from utils.cli import (
     add_switch,
     add_tokenizer_flags,
     flag_parser,
+    positive_float,
     positive_int,
     run_script,
 )
@@ -257,7 +258,10 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--ten-crop", action="store_true", help="ten views an image instead of two")
     add_switch(parser, "--flip", True, "mirror images too; not where left and right matter (digits, text, scans)")
     parser.add_argument(
-        "--crop-range", type=float, default=1.1, help="ten crops are cut from a centre crop this much larger"
+        "--crop-range",
+        type=positive_float,
+        default=1.1,
+        help="ten crops are cut from a centre crop this much larger",
     )
     parser.add_argument(
         "--batch-size",

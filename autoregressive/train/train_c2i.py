@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 
 from autoregressive.models.sizes import GPT_SIZES
 from utils.cli import (
+    CFG_SCALE,
+    PORTION,
+    SHARE,
     add_gpt_flags,
     add_image_size_flags,
     add_parallel_flags,
@@ -21,6 +24,9 @@ from utils.cli import (
     flag_parser,
     grid_size,
     layout_numbers,
+    nonnegative_float,
+    nonnegative_int,
+    positive_int,
     run_script,
 )
 
@@ -276,7 +282,8 @@ class CheckedCodes:
 
 def flags(sharded: bool = False) -> argparse.ArgumentParser:
     """The script's flags. sharded: with the defaults of train_c2i_fsdp.py."""
-    parser = flag_parser(__doc__)
+    added = "--vq-ckpt" if sharded else "--data-parallel --grad-precision --no-wandb --vq-ckpt --wandb-project"
+    parser = flag_parser(__doc__, added.split())
     parser.add_argument("--code-path", required=True, help="folder of codes, packed or in the published layout")
     parser.add_argument("--val-code-path", default=None, help="codes of held-out images: their loss is reported too")
     parser.add_argument("--dataset", default="imagenet_code", help="kind of data")
@@ -287,7 +294,7 @@ def flags(sharded: bool = False) -> argparse.ArgumentParser:
         "--no-compile", action="store_true", help="do not torch.compile each block (it is only on CUDA)"
     )
     parser.add_argument("--vq-ckpt", default=None, help="the codes' tokenizer: draws grids of samples with it")
-    parser.add_argument("--sample-cfg-scale", type=float, default=2.0, help="guidance scale of those samples")
+    parser.add_argument("--sample-cfg-scale", type=CFG_SCALE, default=2.0, help="guidance scale of those samples")
     add_gpt_flags(parser, GPT_SIZES, training=True)
     add_image_size_flags(parser, 256)
     add_training_flags(
@@ -301,15 +308,20 @@ def flags(sharded: bool = False) -> argparse.ArgumentParser:
     add_parallel_flags(parser, "fsdp" if sharded else "ddp")
     group = parser.add_argument_group("next-patch prediction")
     group.add_argument(
-        "--patch-level", type=int, default=1, help="stages of coarser to finer patches, 1 for none (NPP's own: 2)"
+        "--patch-level",
+        type=positive_int,
+        default=1,
+        help="stages of coarser to finer patches, 1 for none (NPP's own: 2)",
     )
     group.add_argument(
-        "--epoch-rate", type=float, default=0.5, help="share of the epochs left at which a stage of patches ends"
+        "--epoch-rate", type=PORTION, default=0.5, help="share of the epochs left at which a stage of patches ends"
     )
     add_switch(group, "--scheduler", False, "NPP's learning rate: warm-up, constant and decay in each stage")
-    group.add_argument("--warmup-epochs", type=int, default=1, help="of each stage, with --scheduler")
-    group.add_argument("--decay-ratio", type=float, default=0.2, help="last part of each stage, with --scheduler")
-    group.add_argument("--end-lr", type=float, default=1e-5, help="where a stage's decay ends, with --scheduler")
+    group.add_argument("--warmup-epochs", type=nonnegative_int, default=1, help="of each stage, with --scheduler")
+    group.add_argument("--decay-ratio", type=SHARE, default=0.2, help="last part of each stage, with --scheduler")
+    group.add_argument(
+        "--end-lr", type=nonnegative_float, default=1e-5, help="where a stage's decay ends, with --scheduler"
+    )
     return parser
 
 

@@ -17,6 +17,8 @@ from autoregressive.models.sizes import GPT_SIZES
 from autoregressive.train.train_c2i import agreed_tokenizer, lay_out, new_model, sample_grid
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
+    CFG_SCALE,
+    PROBABILITY,
     add_gpt_flags,
     add_image_size_flags,
     add_parallel_flags,
@@ -233,7 +235,8 @@ def starting_point(args: argparse.Namespace, dist: "Distributed") -> "Checkpoint
 
 def flags() -> argparse.ArgumentParser:
     """The script's flags."""
-    parser = flag_parser(__doc__)
+    added = "--data-parallel --drop-path-rate --ema --grad-precision --no-wandb --t5-feature-dim --wandb-project"
+    parser = flag_parser(__doc__, added.split())
     parser.add_argument("--data-path", required=True, help="folder of *.jsonl lists, or of WebDataset *.tar shards")
     parser.add_argument(
         "--t5-feat-path", required=True, help="folder of caption features, packed or in the published layout"
@@ -259,7 +262,7 @@ def flags() -> argparse.ArgumentParser:
         "--no-compile", action="store_true", help="do not torch.compile each block (it is only on CUDA)"
     )
     parser.add_argument(
-        "--sample-cfg-scale", type=float, default=7.5, help="guidance scale of pictures while it trains"
+        "--sample-cfg-scale", type=CFG_SCALE, default=7.5, help="guidance scale of pictures while it trains"
     )
     add_tokenizer_flags(parser, VQ_SIZES)
     add_switch(
@@ -269,7 +272,7 @@ def flags() -> argparse.ArgumentParser:
         "encode images in --mixed-precision: faster, but some codes differ from those of float32",
     )
     add_gpt_flags(parser, GPT_SIZES, training=True, gpt_type="t2i")
-    parser.add_argument("--drop-path", type=float, default=0.0, help="the same as --drop-path-rate")
+    parser.add_argument("--drop-path", type=PROBABILITY, default=0.0, help="the same as --drop-path-rate")
     parser.add_argument(
         "--t5-feature-dim", type=positive_int, default=2048, help="numbers a caption token's feature has"
     )

@@ -6,7 +6,7 @@ python3 tokenizer/tokenizer_image/vq_demo.py --image-path photo.jpg --vq-ckpt vq
 import argparse
 
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
-from utils.cli import add_image_size_flags, add_tokenizer_flags, flag_parser, run_script
+from utils.cli import SEED, add_image_size_flags, add_tokenizer_flags, flag_parser, run_script
 
 
 def main(args: argparse.Namespace) -> None:
@@ -62,7 +62,7 @@ def flags() -> argparse.ArgumentParser:
     add_tokenizer_flags(parser, VQ_SIZES)
     parser.add_argument("--use-ema", action="store_true", help="use the averaged weights where the file has them")
     add_image_size_flags(parser, 512, downsample=False)
-    parser.add_argument("--seed", type=int, default=0, help="kept for published command lines; nothing is drawn")
+    parser.add_argument("--seed", type=SEED, default=0, help="kept for published command lines; nothing is drawn")
     parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
     return parser
 

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING
 
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
+    PROBABILITY,
     add_image_size_flags,
     add_switch,
     add_tokenizer_flags,
     add_training_flags,
     flag_parser,
+    nonnegative_float,
+    nonnegative_int,
     positive_int,
     run_script,
 )
@@ -167,7 +170,7 @@ def comparison(model: "VQModel", images: "Tensor") -> "np.ndarray":
 
 def flags() -> argparse.ArgumentParser:
     """The script's flags."""
-    parser = flag_parser(__doc__)
+    parser = flag_parser(__doc__, added=["--no-wandb", "--wandb-project"])
     parser.add_argument("--data-path", required=True, help="folder of images, or of the lists that name them")
     parser.add_argument(
         "--data-face-path", default=None, help="a second folder of images, trained on together with the first"
@@ -184,16 +187,18 @@ def flags() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("loss")
     add_switch(group, "--codebook-l2-norm", True, "look codes up among normalised vectors")
-    group.add_argument("--codebook-weight", type=float, default=1.0, help="of the codebook's losses")
-    group.add_argument("--entropy-loss-ratio", type=float, default=0.0, help="of the entropy loss")
-    group.add_argument("--commit-loss-beta", type=float, default=0.25, help="of the commitment loss")
-    group.add_argument("--reconstruction-weight", type=float, default=1.0, help="of the pixels' loss")
+    group.add_argument("--codebook-weight", type=nonnegative_float, default=1.0, help="of the codebook's losses")
+    group.add_argument("--entropy-loss-ratio", type=nonnegative_float, default=0.0, help="of the entropy loss")
+    group.add_argument("--commit-loss-beta", type=nonnegative_float, default=0.25, help="of the commitment loss")
+    group.add_argument("--reconstruction-weight", type=nonnegative_float, default=1.0, help="of the pixels' loss")
     group.add_argument("--reconstruction-loss", choices=["l1", "l2"], default="l2", help="of the pixels")
-    group.add_argument("--perceptual-weight", type=float, default=1.0, help="of LPIPS; 0 needs no VGG16 weights")
     group.add_argument(
-        "--disc-weight", type=float, default=0.5, help="of the adversarial losses; 0 for no discriminator"
+        "--perceptual-weight", type=nonnegative_float, default=1.0, help="of LPIPS; 0 needs no VGG16 weights"
     )
-    group.add_argument("--disc-start", type=int, default=20000, help="first step with the discriminator")
+    group.add_argument(
+        "--disc-weight", type=nonnegative_float, default=0.5, help="of the adversarial losses; 0 for no discriminator"
+    )
+    group.add_argument("--disc-start", type=nonnegative_int, default=20000, help="first step with the discriminator")
     group.add_argument("--disc-type", choices=["patchgan", "stylegan"], default="patchgan", help="discriminator")
     group.add_argument(
         "--disc-loss", choices=["hinge", "vanilla", "non-saturating"], default="hinge", help="discriminator's loss"
@@ -201,7 +206,7 @@ def flags() -> argparse.ArgumentParser:
     group.add_argument(
         "--gen-loss", choices=["hinge", "non-saturating"], default="hinge", help="generator's adversarial loss"
     )
-    parser.add_argument("--dropout-p", type=float, default=0.0, help="dropout in the tokenizer's residual blocks")
+    parser.add_argument("--dropout-p", type=PROBABILITY, default=0.0, help="dropout in the tokenizer's residual blocks")
     add_switch(parser, "--compile", False, "torch.compile the tokenizer (on CUDA)")
     add_training_flags(parser, epochs=40, batch=128, results_dir="results_tokenizer_image", num_workers=16)
     return parser

@@ -1,0 +1,68 @@
+"""Ranges of numeric flags, and the published command lines that they have to let through."""
+
+import argparse
+from importlib import import_module
+
+import pytest
+
+from autoregressive.sample import sample_c2i, sample_t2i
+from autoregressive.train import train_c2i
+from tests.helpers import scripts
+from utils.cli import Number, positive_int_or_auto
+
+
+@pytest.mark.parametrize("name", scripts())
+def test_numeric_flags_of_every_script_have_a_range(name):
+    for action in import_module(name).flags()._actions:
+        kind, flag = action.type, (action.option_strings or [action.dest])[0]
+        if kind is None:
+            assert isinstance(action.default, bool) or not isinstance(action.default, int | float), flag
+            continue
+        assert isinstance(kind, Number) or kind is positive_int_or_auto, flag
+        for word in ("nan", "inf", "-inf", "-1e9", str(-(10**30)), ""):
+            with pytest.raises(argparse.ArgumentTypeError, match="must be"):
+                kind(word)
+
+
+@pytest.mark.parametrize(
+    "number, taken, refused",
+    [
+        (Number(float, above=0), ["1e-9", "5"], ["0", "-1"]),
+        (Number(float, least=0, below=1), ["0", "0.999"], ["1", "-0.1"]),
+        (Number(float, above=0, most=1), ["1", "0.5"], ["0", "1.001"]),
+        (Number(int, least=-1), ["-1", "7"], ["-2", "0.5", "x"]),
+        (Number(int, least=-(2**63), most=2**63 - 1), [str(2**63 - 1), str(-(2**63))], [str(2**63)]),
+    ],
+)
+def test_number_takes_its_range_and_nothing_else(number, taken, refused):
+    assert [number(word) for word in taken] == [number.kind(word) for word in taken]
+    for word in refused:
+        with pytest.raises(argparse.ArgumentTypeError):
+            number(word)
+
+
+def test_number_out_of_range_names_the_range_and_the_value(capsys):
+    with pytest.raises(SystemExit):
+        train_c2i.flags().parse_args(["--code-path", "codes", "--max-grad-norm", "-1"])
+    assert "argument --max-grad-norm: must be at least 0, got -1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "script, line, expected",
+    [
+        (sample_c2i, "--gpt-ckpt a.pt --top-k -1 --top-p 0 --cfg-scale 0.5", {"top_k": -1, "top_p": 0.0, "cfg_scale": 0.5}),
+        (sample_c2i, "--top-p 1.5 --cfg-interval -1 --temp 0.9", {"top_p": 1.5, "cfg_interval": -1.0, "temperature": 0.9}),
+        (sample_c2i, "--gpt-m GPT-L --image 256 --spe 3 --ar 4", {"gpt_model": "GPT-L", "image_size": 256, "ar_token_num": 4}),
+        (sample_t2i, "--cfg 7 --no-left --t5-path t5", {"cfg_scale": 7.0, "no_left_padding": True, "t5_path": "t5"}),
+        (train_c2i, "--code c --max-grad-norm 0 --epoch 30 --grad 2", {"epochs": 30, "gradient_accumulation_steps": 2}),
+        (train_c2i, "--code c --cloud /x --drop-path 0.1 --warmup 2 --w 0", {"warmup_epochs": 2, "weight_decay": 0.0}),
+    ],
+)  # fmt: skip
+def test_pasted_command_lines_parse_as_published(script, line, expected):
+    args = vars(script.flags().parse_args(line.split()))
+    assert {name: args[name] for name in expected} == expected
+
+
+def test_abbreviations_of_flags_that_were_not_published_are_refused():
+    with pytest.raises(SystemExit):
+        train_c2i.flags().parse_args(["--code-path", "codes", "--keep", "3"])
