@@ -320,7 +320,7 @@ def drawing_tab(
 ) -> None:
     """What both tabs have: what is asked for and the settings at the left, the gallery at the right."""
     at = settings_for(kind, args)
-    codes = painter.loaded.gpt.args.vocab_size if painter.loaded else args.codebook_size
+    codes = painter.loaded.gpt.args.vocab_size if painter.loaded else args.codebook_size or 16384
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             asked = make_asked()

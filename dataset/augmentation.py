@@ -8,6 +8,7 @@ Random crops and flips draw from Python's global `random`: seed it and they repe
 
 import math
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,7 +16,11 @@ from PIL import Image, ImageOps
 
 FLIP_VIEWS = ("center", "center_flip")
 _FIVE = ("top_left", "top_right", "bottom_left", "bottom_right", "center")
-TEN_CROP_VIEWS = (*_FIVE, *(f"{name}_flip" for name in _FIVE))
+# The mirrored image is cropped, so that its top left is the mirror of the top right.
+_MIRRORED = tuple(f"{name}_flip" for name in ("top_right", "top_left", "bottom_right", "bottom_left", "center"))
+TEN_CROP_VIEWS = (*_FIVE, *_MIRRORED)
+VIEWS = {len(names): names for names in (FLIP_VIEWS[:1], FLIP_VIEWS, _FIVE, TEN_CROP_VIEWS)}
+"""The names of an image's views by their number, in the order of extraction."""
 
 # A strip one pixel wide would be blown up to gigabytes before it is cropped.
 _MAX_RESIZED_PIXELS = 2**28
@@ -91,6 +96,13 @@ def ten_crop_views(pil_image: Image.Image, image_size: int, crop_range: float) -
 
     crops = TenCrop(image_size)(center_crop_arr(pil_image, int(image_size * crop_range)))
     return [to_tensor(crop) for crop in crops]
+
+
+def corrected_views(recorded: Sequence[str]) -> list[str]:
+    """Return the right names of recorded views: the first edition crossed ten crops' mirrors, and numbered five crops."""
+    crossed = [*_FIVE, *(f"{name}_flip" for name in _FIVE)]
+    numbered = [f"view_{k}" for k in range(len(recorded))]
+    return list(VIEWS.get(len(recorded), recorded) if list(recorded) in (crossed, numbered) else recorded)
 
 
 def code_view_names(ten_crop: bool, flip: bool = True) -> tuple[str, ...]:

@@ -71,7 +71,7 @@ def _text_images(args: Namespace, image_size: int, **kwargs: Any) -> TextImages:
         return TextImages(pairs, features, image_size=image_size, **kwargs)
     tokens = grid_size(image_size, getattr(args, "downsample_size", 16)) ** 2
     stems = [stem for stem, _ in pairs.files]
-    codes = TextCodes(_given(args, "code_path"), stems, tokens, getattr(args, "vocab_size", 16384))
+    codes = TextCodes(_given(args, "code_path"), stems, tokens, getattr(args, "vocab_size", None))
     return TextImages(pairs, features, codes=codes, **kwargs)
 
 

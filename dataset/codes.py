@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset.published import PublishedFolder, published_folders, published_sizes, write_published
+from dataset.published import PublishedFolder, published_folders, published_sizes, record_published, write_published
 from dataset.shards import INDEX_FILE, CodeSettings, CodeWriter, ShardFolder
+from utils.origin import require_same
 from utils.rng import item_seed
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "PackedCodes",
     "PublishedCodes",
     "open_codes",
+    "record_published",
     "write_published",
 ]
 
@@ -51,6 +53,14 @@ class CodeDataset(Dataset):
                     f"({len(source)} of {source.tokens}) are drawn from together but hold other images: "
                     "extract both from the same data set"
                 )
+            if first.settings and source.settings:
+                require_same(
+                    vars(first.settings),
+                    vars(source.settings),
+                    ("tokenizer", "classes", "num_classes", "images", "views", "image_size", "codebook_size"),
+                    (str(first.folder), str(source.folder)),
+                    "extract one of them again, or give the other folder another name",
+                )
         self.sources = sources
         self.seed = seed
         self.random_view = random_view
@@ -59,6 +69,15 @@ class CodeDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.sources[0])
+
+    @property
+    def settings(self) -> CodeSettings | None:
+        """What the folder records; None of published files that record nothing."""
+        return self.sources[0].settings
+
+    def identity(self) -> list[dict[str, str]]:
+        """What tells whether codes are still the same, of each source."""
+        return [source.identity() for source in self.sources]
 
     @property
     def tokens(self) -> int:
@@ -111,13 +130,8 @@ class PackedCodes(CodeDataset):
     def __init__(self, folder: str | Path, seed: int = 0, random_view: bool = True):
         sources = [ShardFolder(folder)]
         if random_view and (sibling := ten_crop_sibling(folder)) and (sibling / INDEX_FILE).exists():
-            sources.append(ShardFolder(sibling))
+            sources.append(checked_sibling(ShardFolder(sibling)))
         super().__init__(sources, seed, random_view)
-
-    @property
-    def settings(self) -> CodeSettings:
-        """What the folder's index.json says."""
-        return self.sources[0].settings
 
     def verify(self) -> None:
         """Reads every file and compares its checksum. Raises ValueError that names the damaged ones."""
@@ -137,7 +151,7 @@ class PublishedCodes(CodeDataset):
         sources = [PublishedFolder(code_path, image_size)]
         sibling = ten_crop_sibling(code_path) if random_view is not False else None
         if sibling and all(folder.is_dir() for folder in published_folders(sibling, image_size)):
-            sources.append(PublishedFolder(sibling, image_size))
+            sources.append(checked_sibling(PublishedFolder(sibling, image_size)))
         if random_view is None:
             random_view = "flip" in str(code_path)
             if not random_view and len(sources[0].view_names) > 1:
@@ -201,3 +215,14 @@ def ten_crop_sibling(folder: str | Path) -> Path | None:
         if Path(*candidate).is_dir():
             return Path(*candidate)
     return None
+
+
+def checked_sibling(source: ShardFolder | PublishedFolder) -> ShardFolder | PublishedFolder:
+    """Return the ten_crop_105 folder. Raises ValueError where it records another crop than its name tells."""
+    crop = source.settings.crop_range if source.settings else None
+    if crop not in (None, 1.05):
+        raise ValueError(
+            f"{source.folder} is of --crop-range {crop}, and its name has it drawn from as that of 1.05: rename it, or "
+            "extract it again with --crop-range 1.05"
+        )
+    return source

@@ -9,6 +9,7 @@ Every random choice of an item is a function of (seed, epoch, index): workers, r
 """
 
 import bisect
+import hashlib
 import logging
 import os
 import random
@@ -55,6 +56,11 @@ class PathList(Sequence[str]):
         """The paths as they were given."""
         return [self._relative(index) for index in range(len(self))]
 
+    def update(self, digest: "hashlib._Hash") -> None:
+        """Adds the relative paths to a digest."""
+        digest.update(self._ends.tobytes())
+        digest.update(self._bytes.tobytes())
+
     def _relative(self, index: int) -> str:
         start = self._ends[index - 1] if index else 0
         return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
@@ -72,6 +78,10 @@ class _Joined(Sequence[str]):
         part = bisect.bisect_right(self.ends, index)
         return self.parts[part][index - (self.ends[part - 1] if part else 0)]
 
+    def update(self, digest: "hashlib._Hash") -> None:
+        for part in self.parts:
+            part.update(digest)
+
 
 @dataclass
 class ImageList:
@@ -83,6 +93,14 @@ class ImageList:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def identity(self) -> str:
+        """Return 16 digits that change with the images' relative paths, their order and their labels."""
+        digest = hashlib.sha256()
+        self.paths.update(digest)
+        if self.labels is not None:
+            digest.update(self.labels.tobytes())
+        return digest.hexdigest()[:16]
 
     def label(self, index: int) -> int:
         return 0 if self.labels is None else int(self.labels[index])

@@ -4,6 +4,7 @@
     codes = PublishedFolder("codes_flip", 256).rows(positions, views)
 
 Codes: `{folder}/imagenet{size}_codes/{i}.npy` int64 (1, views, tokens); labels: `imagenet{size}_labels/{i}.npy` (1,).
+`imagenet{size}.json`, which folders of the published scripts and of the first edition lack, has the settings.
 """
 
 import os
@@ -13,8 +14,9 @@ from reprlib import repr as short
 
 import numpy as np
 
-from dataset.augmentation import FLIP_VIEWS, TEN_CROP_VIEWS
-from utils.files import atomic_write
+from dataset.augmentation import VIEWS
+from dataset.shards import CodeSettings, refuse_other_settings, samples_identity
+from utils.files import atomic_write, write_json
 
 _NAME = re.compile(r"(0|[1-9][0-9]*)\.npy")
 _SIZED = re.compile(r"imagenet([0-9]+)_codes")
@@ -30,6 +32,20 @@ def published_sizes(folder: str | Path) -> list[int]:
     if not Path(folder).is_dir():
         return []
     return sorted(int(found[1]) for name in os.listdir(folder) if (found := _SIZED.fullmatch(name)))
+
+
+def published_record(image_size: int) -> str:
+    """The name of the file with the settings of the codes of one image size."""
+    return f"imagenet{image_size}.json"
+
+
+def record_published(folder: str | Path, settings: CodeSettings) -> None:
+    """Writes the settings, before codes. Raises ValueError where the folder records others."""
+    file = Path(folder) / published_record(settings.image_size)
+    if file.exists():
+        refuse_other_settings(Path(folder), settings, file.name)
+    else:
+        write_json(file, settings.to_json())
 
 
 def write_published(folder: str | Path, image_size: int, i: int, codes: np.ndarray, label: int) -> None:
@@ -71,6 +87,14 @@ class PublishedFolder:
         if not len(self.numbers):
             raise ValueError(f"no codes ({{i}}.npy) in {self._codes}")
         self._shape = _load(self._codes / f"{self.numbers[0]}.npy", 3).shape
+        recorded = self.folder / published_record(image_size)
+        self.settings = CodeSettings.read(self.folder, recorded.name) if recorded.exists() else None
+        beyond = self.numbers[-1] if self.settings and self.numbers[-1] >= self.settings.num_images else None
+        if beyond is not None:
+            raise ValueError(
+                f"{self._codes} has {beyond}.npy, and {recorded} tells of {self.settings.num_images} images: remove "
+                "what is left of another extraction"
+            )
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -81,11 +105,13 @@ class PublishedFolder:
 
     @property
     def view_names(self) -> list[str]:
-        """Names by their number, as extraction orders them: the files carry none."""
-        for names in (FLIP_VIEWS, TEN_CROP_VIEWS):
-            if len(names) == self._shape[1]:
-                return list(names)
-        return [f"view_{k}" for k in range(self._shape[1])]
+        """Recorded names, or by their number, as extraction orders them: the files carry none."""
+        names = self.settings.views if self.settings else VIEWS.get(self._shape[1])
+        return list(names or [f"view_{k}" for k in range(self._shape[1])])
+
+    def identity(self) -> dict[str, str]:
+        """Digests that tell whether codes are still the same; those that both sides have are compared."""
+        return samples_identity(self)
 
     def all_views(self, position: int) -> np.ndarray:
         """The codes of one sample, (views, tokens) int64."""

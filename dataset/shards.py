@@ -11,6 +11,7 @@ Shard k holds the data set's images [k * shard_size, (k + 1) * shard_size), less
 a shard without it does not exist, whatever was left behind when a run was killed. `index.json` holds the settings.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -20,11 +21,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from reprlib import repr as short
+from typing import Any
 
 import numpy as np
 
-from dataset.augmentation import TEN_CROP_VIEWS
+from dataset.augmentation import TEN_CROP_VIEWS, corrected_views
 from utils.files import atomic_write, crc32_of, write_json
+from utils.origin import same_tokenizer
 
 INDEX_FILE = "index.json"
 FORMAT = 1
@@ -52,6 +55,7 @@ OPEN_MAPS = _open_maps()
 class CodeSettings:
     """What the codes of a folder are. `views` are names, such as FLIP_VIEWS; `tokenizer` a fingerprint of the weights.
 
+    images: the identity of the list of images and their labels (dataset/images.py:ImageList.identity).
     Raises ValueError for values that no codes can have.
     """
 
@@ -69,9 +73,10 @@ class CodeSettings:
     shard_size: int = SHARD_SIZE
     made_by: str = EXTRACTION
     extra: dict = field(default_factory=dict)
+    images: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "views", list(self.views))
+        object.__setattr__(self, "views", corrected_views(self.views))
         if self.classes is not None:
             object.__setattr__(self, "classes", list(self.classes))
             if self.num_classes is None:
@@ -98,14 +103,15 @@ class CodeSettings:
         return json.loads(json.dumps({"format": FORMAT, "dtype": self.dtype.name, **asdict(self)}))
 
     @classmethod
-    def read(cls, folder: str | Path) -> "CodeSettings":
+    def read(cls, folder: str | Path, name: str = INDEX_FILE) -> "CodeSettings":
         """Reads `index.json` of a folder. Raises FileNotFoundError or ValueError that names it."""
-        file = Path(folder) / INDEX_FILE
+        file = Path(folder) / name
         values = read_record(file)
         if values.pop("format", None) != FORMAT:
             raise ValueError(f"{file} is of a format this version does not read (it reads format {FORMAT})")
         values.pop("dtype", None)
         names = {f.name for f in fields(cls)}
+        values.setdefault("images", None)  # the first edition has none
         if values.keys() != names:
             raise ValueError(f"{file} lacks or has unknown settings: {', '.join(sorted(values.keys() ^ names))}")
         return cls(**values)
@@ -140,7 +146,7 @@ class CodeWriter:
         self.folder = Path(folder)
         self.settings = settings
         if (self.folder / INDEX_FILE).exists():
-            _refuse_other_settings(self.folder, settings)
+            refuse_other_settings(self.folder, settings)
         else:
             write_json(self.folder / INDEX_FILE, settings.to_json())
 
@@ -242,6 +248,7 @@ class ShardFolder:
             )
         sidecars = [_checked_sidecar(self.folder, k) for k in range(self.settings.num_shards)]
         self._skipped = [index for sidecar in sidecars for index in sidecar["skipped"]]
+        self._checksums = [file["crc32"] for sidecar in sidecars for _, file in sorted(sidecar["files"].items())]
         self._ends = np.cumsum([sidecar["samples"] for sidecar in sidecars])
         self.all_labels = np.concatenate(
             [_load(self.folder, self.settings, k, sidecar, "labels") for k, sidecar in enumerate(sidecars)]
@@ -269,6 +276,13 @@ class ShardFolder:
     def numbers(self) -> np.ndarray:
         """The data set index of every sample, (n,) ascending."""
         return np.delete(np.arange(self.settings.num_images), self._skipped)
+
+    def identity(self) -> dict[str, str]:
+        """Digests that tell whether codes are still the same; those that both sides have are compared."""
+        labels = hashlib.sha256(self.all_labels.tobytes()).hexdigest()[:16]
+        content = hashlib.sha256(repr(self._checksums).encode()).hexdigest()[:16]
+        size = self.settings.shard_size
+        return samples_identity(self) | {"labels": labels, f"checksums in shards of {size}": content}
 
     def labels(self, positions: np.ndarray) -> np.ndarray:
         """Labels (n,) int64 of the samples at these positions, 0 to len - 1."""
@@ -321,6 +335,14 @@ class ShardFolder:
         if len(self._maps) > OPEN_MAPS:
             self._maps.popitem(last=False)
         return self._maps[shard]
+
+
+def samples_identity(folder: Any) -> dict[str, str]:
+    """The part of an identity that every layout has: which samples there are, and of which images."""
+    digest = hashlib.sha256(np.ascontiguousarray(folder.numbers, np.int64).tobytes())
+    digest.update(repr((folder.tokens, folder.view_names)).encode())
+    images = folder.settings.images if folder.settings else None
+    return {"samples": digest.hexdigest()[:16]} | ({"images": images} if images else {})
 
 
 def _read_shard(folder: Path, settings: CodeSettings, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -389,8 +411,18 @@ def read_record(file: Path, damaged: Callable[[Path, str], ValueError] = _damage
     return values
 
 
-def _refuse_other_settings(folder: Path, settings: CodeSettings) -> None:
-    there, now = CodeSettings.read(folder).to_json(), settings.to_json()
-    if there != now:
-        listed = "\n  ".join(f"{k}: {short(there[k])} there, {short(now[k])} now" for k in now if there[k] != now[k])
-        raise ValueError(f"{folder} holds codes of other settings; use another folder, or the same ones:\n  {listed}")
+def refuse_other_settings(folder: Path, settings: CodeSettings, name: str = INDEX_FILE) -> None:
+    """Raises ValueError where the folder's record differs; what it lacks, in records of the first edition, may differ."""
+    recorded = CodeSettings.read(folder, name)
+    there, now = recorded.to_json(), settings.to_json()
+    if recorded.images is None:
+        there["images"] = now["images"]
+    if recorded.tokenizer and same_tokenizer(recorded.tokenizer, settings.tokenizer):
+        there["tokenizer"] = now["tokenizer"]
+    wrong = [f"{key}: {short(there[key])} there, {short(now[key])} now" for key in now if there[key] != now[key]]
+    if wrong:
+        moved = there["images"] != now["images"]
+        hint = " (images were added, removed, renamed or moved to another class)" if moved else ""
+        raise ValueError(
+            f"{folder} holds codes of other settings; use another folder, or the same ones: {'; '.join(wrong)}{hint}"
+        )

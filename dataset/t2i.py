@@ -29,6 +29,7 @@ from dataset.jsonl import JsonLines
 from dataset.shards import INDEX_FILE, ShardFolder
 from dataset.webdataset import Member, TarPairs
 from utils.files import atomic_write
+from utils.origin import require_same
 from utils.rng import item_seed
 
 logger = logging.getLogger(__name__)
@@ -127,13 +128,14 @@ class TextCodes:
     """Codes of pairs by (file stem, line): a folder per stem, of packed shards or of one file a pair (1, tokens).
 
     stems: whose codes are looked for. Packed folders are looked through at once, so that what is incomplete is told
-    before training. At most 64 folders are kept open.
+    before training. At most 64 folders are kept open. vocab_size: codes that the model has (default: as many as the codes
+    record, or 16384). tokenizer: the fingerprint of the tokenizer that made them, None where they do not say.
     Raises FileNotFoundError where the folder is missing, ValueError where it has codes of none of the stems, where packed
-    ones are incomplete, and where codes have not `tokens` tokens or may lie beyond `vocab_size`.
+    ones are incomplete, and where codes have not `tokens` tokens, may lie beyond `vocab_size`, or are of several tokenizers.
     """
 
-    def __init__(self, folder: str | Path, stems: Sequence[str], tokens: int, vocab_size: int):
-        self.folder, self.tokens, self.vocab_size = Path(folder), tokens, vocab_size
+    def __init__(self, folder: str | Path, stems: Sequence[str], tokens: int, vocab_size: int | None = None):
+        self.folder, self.tokens = Path(folder), tokens
         if not self.folder.is_dir():
             raise FileNotFoundError(
                 f"the code folder {folder} does not exist: check --code-path, or extract codes first\n  "
@@ -147,8 +149,19 @@ class TextCodes:
                 f"in it: {', '.join(inside) or 'nothing'}"
             )
         self.packed = {stem for stem in there if (self.folder / stem / INDEX_FILE).exists()}
-        for stem in self.packed:
-            self._check(self.folder / stem)
+        recorded = {stem: CodeSettings.read(self.folder / stem) for stem in sorted(self.packed)}
+        self.vocab_size = vocab_size or max((told.codebook_size for told in recorded.values()), default=16384)
+        first = next(iter(recorded), "")
+        for stem, settings in recorded.items():
+            self._check(self.folder / stem, settings)
+            require_same(
+                vars(recorded[first]),
+                vars(settings),
+                ("tokenizer", "codebook_size"),
+                (str(self.folder / first), str(self.folder / stem)),
+                "extract one of them again",
+            )
+        self.tokenizer = max((told.tokenizer or "" for told in recorded.values()), key=len, default="") or None
         if len(there) < len(stems):
             logger.warning(
                 "%s has codes of %d of %d files; the other pairs do not count", folder, len(there), len(stems)
@@ -193,8 +206,7 @@ class TextCodes:
         self._open.move_to_end(stem)
         return self._open[stem]
 
-    def _check(self, folder: Path) -> None:
-        settings = CodeSettings.read(folder)
+    def _check(self, folder: Path, settings: CodeSettings) -> None:
         if settings.tokens != self.tokens:
             raise ValueError(
                 f"codes in {folder} are of --image-size {settings.image_size} and have {settings.tokens} tokens an image; "

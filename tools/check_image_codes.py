@@ -36,7 +36,7 @@ DECODED_PIXELS = 8 * 256 * 256
 def main(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from dataset.codes import PackedCodes, open_codes
+    from dataset.codes import open_codes
     from tokenizer.tokenizer_image.load import load_tokenizer
     from utils.distributed import start
     from utils.images import make_grid, save_png
@@ -49,12 +49,12 @@ def main(args: argparse.Namespace) -> None:
     side = grid_size(args.image_size, args.downsample_size)
     codes_folder = open_codes(args.code_path, args.image_size, args.downsample_size, random_view=False)
     source = codes_folder.sources[0]
-    settings = codes_folder.settings if isinstance(codes_folder, PackedCodes) else None
+    settings = codes_folder.settings
     if settings:
         refuse_other_flags(args, settings)
     print(f"{args.code_path}: {len(source)} samples of {len(source.view_names)} views and {source.tokens} tokens")
     if args.verify:
-        print(verify(source, args.codebook_size))
+        print(verify(source, args.codebook_size or (settings.codebook_size if settings else 16384)))
     if args.vq_ckpt is None:
         return
 
@@ -67,6 +67,7 @@ def main(args: argparse.Namespace) -> None:
         device=dist.device,
         use_ema=args.use_ema,
     )
+    codebook_size = tokenizer.config.codebook_size
     if tokenizer.downsample != args.downsample_size:
         raise ValueError(
             f"--downsample-size {args.downsample_size} is not that of {args.vq_ckpt}, whose tokens are "
@@ -78,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
     views = len(source.view_names)
     codes = source.rows(np.repeat(positions, views), np.tile(np.arange(views), len(positions)))  # (n*views, N)
     codes = codes.astype(np.int64)
-    refuse_codes_outside(codes, args.codebook_size, f"the samples drawn from {args.code_path}")
+    refuse_codes_outside(codes, codebook_size, f"the samples drawn from {args.code_path}")
     labels = source.labels(positions).tolist()
     classes = settings.classes if settings else None
     for row, (number, label) in enumerate(zip(source.numbers[positions].tolist(), labels, strict=True)):
@@ -87,8 +88,8 @@ def main(args: argparse.Namespace) -> None:
     print(f"columns: {', '.join(source.view_names)}")
     used = len(np.unique(codes))
     print(
-        f"codes from {codes.min()} to {codes.max()}; {used} of {args.codebook_size} are used "
-        f"({100 * used / args.codebook_size:.1f}%) by the {codes.size} drawn"
+        f"codes from {codes.min()} to {codes.max()}; {used} of {codebook_size} are used "
+        f"({100 * used / codebook_size:.1f}%) by the {codes.size} drawn"
     )
     save_png(make_grid(decode(tokenizer, codes, side), columns=views), args.output)
     print(f"wrote {args.output}")
@@ -98,7 +99,7 @@ def refuse_other_flags(args: argparse.Namespace, settings: "CodeSettings") -> No
     """Raises ValueError where the flags are not what the index of packed shards records."""
     recorded = {"--codebook-size": settings.codebook_size, "--vq-model": settings.vq_model}
     given = {"--codebook-size": args.codebook_size, "--vq-model": args.vq_model}
-    wrong = [flag for flag, value in recorded.items() if value is not None and value != given[flag]]
+    wrong = [flag for flag, value in recorded.items() if None not in (value, given[flag]) and value != given[flag]]
     if wrong:
         raise ValueError(
             f"{args.code_path} was made with {' '.join(f'{flag} {recorded[flag]}' for flag in wrong)}, "
@@ -108,10 +109,11 @@ def refuse_other_flags(args: argparse.Namespace, settings: "CodeSettings") -> No
 
 def refuse_other_tokenizer(args: argparse.Namespace, settings: "CodeSettings", tokenizer: "VQModel") -> None:
     """Raises ValueError where the index records the fingerprint of another tokenizer: it would draw something else."""
-    from autoregressive.train.extract_codes_c2i import tokenizer_fingerprint
+    from tokenizer.tokenizer_image.fingerprint import tokenizer_fingerprint
+    from utils.origin import same_tokenizer
 
     found = tokenizer_fingerprint(tokenizer)
-    if settings.tokenizer not in (None, found):
+    if not same_tokenizer(settings.tokenizer, found):
         other = "without" if args.use_ema else "with"
         raise ValueError(
             f"{args.code_path} was made by the tokenizer {settings.tokenizer}, but {args.vq_ckpt} is {found}: give the "

@@ -132,7 +132,10 @@ def add_gpt_flags(
     )
     tokens = 1 if gpt_type == "c2i" else 120
     group.add_argument("--cls-token-num", type=positive_int, default=tokens, help="condition tokens before the image's")
-    group.add_argument("--num-classes", type=positive_int, default=1000, help="classes the model knows")
+    said_by = "the codes say" if training else "the file says"
+    group.add_argument(
+        "--num-classes", type=positive_int, default=None, help=f"classes the model knows (default: as {said_by})"
+    )
     group.add_argument(
         "--ar-token-num",
         type=positive_int,
@@ -146,7 +149,9 @@ def add_gpt_flags(
         help="special tokens of PAR, one less than --ar-token-num",
     )
     if training:
-        group.add_argument("--vocab-size", type=positive_int, default=16384, help="codes in the tokenizer's codebook")
+        group.add_argument(
+            "--vocab-size", type=positive_int, default=None, help="codes in the codebook (default: as the codes say)"
+        )
         group.add_argument("--dropout-p", type=PROBABILITY, default=0.1, help="residual and feed-forward dropout")
         group.add_argument("--token-dropout-p", type=PROBABILITY, default=0.1, help="dropout after the embedding")
         group.add_argument("--drop-path-rate", type=PROBABILITY, default=0.0, help="stochastic depth of the last layer")
@@ -198,7 +203,9 @@ def add_tokenizer_flags(parser: Flags, names: Iterable[str], *, required: bool =
         required=required,
         help="tokenizer weights: a file, a run's folder, or a released file's name",
     )
-    group.add_argument("--codebook-size", type=positive_int, default=16384, help="codes in the codebook")
+    group.add_argument(
+        "--codebook-size", type=positive_int, default=None, help="codes in the codebook (default: as the file says)"
+    )
     group.add_argument("--codebook-embed-dim", type=positive_int, default=8, help="numbers a code has")
 
 

@@ -10,6 +10,7 @@ import time
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from utils.files import write_json
 from utils.hub import resolve
@@ -34,11 +35,14 @@ class Run:
         found = [path for store in self.stores for path in checkpoints_in(store)]
         return sorted(found, key=lambda path: int(path.stem), reverse=True)
 
+    def flags(self) -> dict[str, Any]:
+        """The flags that the run began with."""
+        record = self.folder / "run.json"
+        return json.loads(record.read_text())["args"] if record.exists() else {}
+
     def changed_flags(self, args: Namespace) -> list[str]:
         """What `args` has otherwise than the run began with, as "--lr 0.0001 (was 0.0002)"."""
-        record = self.folder / "run.json"
-        began = json.loads(record.read_text())["args"] if record.exists() else {}
-        now = vars(args)
+        began, now = self.flags(), vars(args)
         return [
             f"--{name.replace('_', '-')} {now[name]} (was {began[name]})"
             for name in began

@@ -40,6 +40,7 @@ from utils.loading import loader_workers
 from utils.logger import RunLogger
 from utils.meter import Meter, format_window
 from utils.optim import learning_rate
+from utils.origin import require_same
 from utils.parallel import Parallel, parameters_of
 from utils.precision import WORDS
 from utils.rng import item_seed
@@ -145,6 +146,7 @@ class Trainer:
         if not resumed and initial is None and self.run.earlier:
             self.log.info(f"a run before this one stands at {self.run.earlier}; --resume would go on with it")
         if not (resumed and self._resume()) and initial is not None:
+            self._require_same_origin(initial, ("tokenizer", "classes"), "give weights of a run on such codes")
             whole = self.state.take(initial, args.global_batch_size)
             self.log.info(f"starting from {initial.path}" + (f", step {self.step}" if whole else ", its weights alone"))
         self.saver.saved_step = self.step
@@ -464,6 +466,11 @@ class Trainer:
             if failure:
                 self.log.warning(f"{failure} Trying the checkpoint before it.")
                 continue
+            self._require_same_origin(
+                saved,
+                ("tokenizer", "classes", "codes"),
+                "give the run's own codes, or begin a new run without --resume",
+            )
             try:
                 self.state.take(saved, self.args.global_batch_size)
             except ValueError as error:
@@ -480,6 +487,16 @@ class Trainer:
             raise ValueError(f"no checkpoint of {self.run.folder} can be read; to start anew, leave out --resume")
         self.log.info(f"{self.run.folder} has no checkpoint yet: starting at its beginning")
         return False
+
+    def _require_same_origin(self, saved: Checkpoint | ShardedCheckpoint, keys: tuple[str, ...], remedy: str) -> None:
+        """Raises AgreedError where a checkpoint's record of what it belongs to is not that of this run."""
+        names = (str(saved.path), getattr(self.args, "code_path", None) or "this run's data")
+        try:
+            unknown = require_same(saved.config, self.state.config, keys, names, remedy)
+        except ValueError as error:
+            raise AgreedError(str(error)) from error
+        if unknown:
+            self.log.info(f"{names[0]} or {names[1]} records no {' and no '.join(unknown)}: not compared")
 
 
 def _gradient_norm(parameters: list[nn.Parameter]) -> Tensor:

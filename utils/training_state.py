@@ -53,6 +53,11 @@ class ShardedCheckpoint:
     path: Path
     record: dict[str, Any]
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The record of what the weights belong to, as `Checkpoint.config`."""
+        return self.record.get("config", {})
+
 
 class TrainingState:
     """Models, optimizers, average, loss scale, and the place in the run: `step`, `samples_seen`.

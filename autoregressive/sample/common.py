@@ -148,6 +148,10 @@ def build_pipeline(
         raise ValueError(
             f"{gpt_path} takes text features of {gpt.args.caption_dim} numbers: pass --t5-feature-dim {gpt.args.caption_dim}"
         )
+    # What the flags left to the files: a folder of samples records it.
+    args.codebook_size = tokenizer.config.codebook_size
+    if args.gpt_type == "c2i":
+        args.num_classes = gpt.args.num_classes
     if quantized:
         quantize(gpt)
     compile = args.compile and compiles(device, images)

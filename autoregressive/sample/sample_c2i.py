@@ -39,16 +39,16 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("sample_c2i.py draws from class-conditional models; for captions there is sample_t2i.py")
     settings = sampling_settings(args)
     pipeline, _, _ = build_pipeline(args, pick_device(args.device), args.batch_size)
-    images = pipeline(labels_to_draw(args), seed=args.seed, **settings)
+    images = pipeline(labels_to_draw(args, pipeline.gpt.args.num_classes), seed=args.seed, **settings)
     save_png(make_grid(np.stack([np.asarray(image) for image in images]), columns=args.columns), args.output)
     print(f"wrote {args.output}: {len(images)} images of {pipeline.image_size}x{pipeline.image_size}")
 
 
-def labels_to_draw(args: argparse.Namespace) -> list[int]:
+def labels_to_draw(args: argparse.Namespace, num_classes: int) -> list[int]:
     """--labels, or eight classes of the model's."""
     if args.labels is not None:
         return args.labels
-    return IMAGENET_CLASSES if args.num_classes >= 1000 else [i % args.num_classes for i in range(8)]
+    return IMAGENET_CLASSES if num_classes >= 1000 else [i % num_classes for i in range(8)]
 
 
 def flags() -> argparse.ArgumentParser:

@@ -18,7 +18,8 @@ def main(args: argparse.Namespace) -> None:
     if args.gpt_type != "c2i":
         raise ValueError("sample_c2i.py draws from class-conditional models; for captions there is sample_t2i.py")
     models = open_models(args)
-    draw_grid(args, models, [ImageRequest(label=label, **models.settings) for label in labels_to_draw(args)])
+    labels = labels_to_draw(args, models.pipeline.gpt.args.num_classes)
+    draw_grid(args, models, [ImageRequest(label=label, **models.settings) for label in labels])
 
 
 def flags() -> argparse.ArgumentParser:

@@ -37,6 +37,7 @@ ENCODED_PIXELS = 32 * 256 * 256
 
 def main(args: argparse.Namespace) -> None:
     import time
+    from dataclasses import replace
     from functools import partial
 
     import torch
@@ -44,8 +45,8 @@ def main(args: argparse.Namespace) -> None:
 
     from dataset.augmentation import code_views
     from dataset.build import build_dataset
-    from dataset.codes import CodeWriter, write_published
-    from dataset.shards import ShardFolder
+    from dataset.codes import CodeWriter, record_published, write_published
+    from dataset.shards import SHARD_SIZE, ShardFolder
     from tokenizer.tokenizer_image.load import load_tokenizer
     from utils.distributed import start
     from utils.loading import loader_workers
@@ -96,6 +97,9 @@ def main(args: argparse.Namespace) -> None:
         dist.close()
         return
     if args.published_layout:
+        if dist.is_main:
+            record_published(args.code_path, replace(settings, shard_size=SHARD_SIZE))
+        dist.barrier()
         shards = list(range(settings.num_shards))
     else:
         # The first process looks for all: one that looked for itself would miss what a quicker one has written already.
@@ -213,26 +217,18 @@ def encode_views(
     return torch.cat(codes).view(*pixels.shape[:2], -1)
 
 
-def tokenizer_fingerprint(tokenizer: "VQModel") -> str:
-    """Sixteen characters that tell tokenizers apart by what decides their codes: the codebook and the first layer."""
-    import hashlib
-
-    digest = hashlib.sha256(tokenizer.quantize.embedding.weight.cpu().numpy().tobytes())
-    digest.update(tokenizer.encoder.conv_in.weight.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def code_settings(args: argparse.Namespace, dataset: "ImageDataset", tokenizer: "VQModel") -> "CodeSettings":
     """What the shards' index records of the codes."""
     from dataset.augmentation import code_view_names
     from dataset.codes import CodeSettings
+    from tokenizer.tokenizer_image.fingerprint import tokenizer_fingerprint
 
     return CodeSettings(
         dataset=args.dataset,
         image_size=args.image_size,
         tokens=(args.image_size // tokenizer.downsample) ** 2,
         views=code_view_names(args.ten_crop, args.flip),
-        codebook_size=args.codebook_size,
+        codebook_size=tokenizer.config.codebook_size,
         num_images=len(dataset),
         classes=dataset.classes or None,
         num_classes=len(dataset.classes) or 1,
@@ -241,6 +237,7 @@ def code_settings(args: argparse.Namespace, dataset: "ImageDataset", tokenizer: 
         crop_range=args.crop_range if args.ten_crop else None,
         shard_size=args.shard_size,
         extra={} if args.mixed_precision == "none" else {"mixed_precision": args.mixed_precision},
+        images=dataset.images.identity(),
     )
 
 

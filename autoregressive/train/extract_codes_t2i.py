@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from autoregressive.train.extract_codes_c2i import encode_shards, shard_batches, tokenizer_fingerprint
+from autoregressive.train.extract_codes_c2i import encode_shards, shard_batches
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
     add_encoder_precision_flag,
@@ -153,13 +153,14 @@ def code_settings(args: argparse.Namespace, file: tuple[str, int], tokenizer: "V
     """What the index of a file's shards records of the codes."""
     from dataset.codes import CodeSettings
     from dataset.t2i import CODE_VIEW, EXTRACTION
+    from tokenizer.tokenizer_image.fingerprint import tokenizer_fingerprint
 
     return CodeSettings(
         dataset="t2i",
         image_size=args.image_size,
         tokens=(args.image_size // tokenizer.downsample) ** 2,
         views=(CODE_VIEW,),
-        codebook_size=args.codebook_size,
+        codebook_size=tokenizer.config.codebook_size,
         num_images=file[1],
         vq_model=args.vq_model,
         tokenizer=tokenizer_fingerprint(tokenizer),

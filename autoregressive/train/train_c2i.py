@@ -8,8 +8,8 @@ Codes come from extract_codes_c2i.py. Recipe: LlamaGen (arXiv 2406.06525, sectio
 """
 
 import argparse
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from autoregressive.models.sizes import GPT_SIZES
 from utils.cli import (
@@ -31,11 +31,13 @@ from utils.cli import (
 )
 
 if TYPE_CHECKING:
+    from logging import Logger
+
     import numpy as np
     import torch
 
     from autoregressive.models.gpt import Transformer
-    from dataset.codes import CodeDataset
+    from dataset.codes import CodeDataset, CodeSettings
     from tokenizer.tokenizer_image.vq_model import VQModel
     from utils.distributed import Distributed
     from utils.parallel import Parallel
@@ -87,7 +89,11 @@ def main(args: argparse.Namespace) -> None:
         log.warning(
             f"patches of {side}x{side} tokens get no epoch of {args.epochs}: --patch-level {args.patch_level} skips them"
         )
-    dataset = CheckedCodes(build_dataset(args), args.code_path, args.num_classes, args.vocab_size)
+    codes = build_dataset(args)
+    args.num_classes, args.vocab_size = model_sizes(args, vars(codes.settings) if codes.settings else {})
+    dataset = CheckedCodes(codes, args.code_path, args.num_classes, args.vocab_size)
+    if codes.settings and codes.settings.classes:
+        log.info(f"classes: {listed_classes(codes.settings.classes)}")
 
     model = new_model(args, grid, args.drop_path_rate)
     sides = {patches.patch_side(epoch) for epoch in range(args.epochs)}
@@ -106,8 +112,9 @@ def main(args: argparse.Namespace) -> None:
 
     validate = None
     if args.val_code_path:
-        codes = open_codes(args.val_code_path, args.image_size, args.downsample_size, random_view=False)
-        held_out = CheckedCodes(codes, args.val_code_path, args.num_classes, args.vocab_size)
+        val_codes = open_codes(args.val_code_path, args.image_size, args.downsample_size, random_view=False)
+        held_out = CheckedCodes(val_codes, args.val_code_path, args.num_classes, args.vocab_size)
+        require_same_kind(args, codes.settings, val_codes.settings, log)
         at_once = args.global_batch_size // (dist.world_size * args.gradient_accumulation_steps)
 
         def validate(evaluated: torch.nn.Module) -> dict[str, float]:
@@ -115,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
 
     sample = None
     if args.vq_ckpt:
-        tokenizer = agreed_tokenizer(args, dist, everywhere=plan.sharded)
+        tokenizer = agreed_tokenizer(args, dist, plan.sharded, codes.settings and codes.settings.tokenizer)
         labels = torch.arange(8, device=dist.device) * args.num_classes // 8
         sample = sample_grid(tokenizer, args, dist, grid, labels)
 
@@ -133,6 +140,7 @@ def main(args: argparse.Namespace) -> None:
         rate=patches.learning_rate if args.scheduler else None,
         tokens=grid**2,
         flops=lambda epoch: training_flops_per_image(model.args, layouts[patches.patch_side(epoch)]),
+        config=code_origin(codes),
     )
     trainer.fit()
     dist.close()
@@ -176,9 +184,12 @@ def lay_out(model: "Transformer", plan: "Parallel", seed: int) -> "torch.nn.Modu
     return wrapped
 
 
-def agreed_tokenizer(args: argparse.Namespace, dist: "Distributed", everywhere: bool = False) -> "VQModel | None":
+def agreed_tokenizer(
+    args: argparse.Namespace, dist: "Distributed", everywhere: bool = False, fingerprint: str | None = None
+) -> "VQModel | None":
     """The tokenizer of --vq-ckpt on the first process, or `everywhere`; None on processes that need none.
 
+    fingerprint: of the tokenizer that made the codes, where they record it.
     Raises AgreedError on all of them where one cannot read it, or it is of other codes than the model's.
     """
     from tokenizer.tokenizer_image.load import load_tokenizer
@@ -191,9 +202,9 @@ def agreed_tokenizer(args: argparse.Namespace, dist: "Distributed", everywhere: 
     if dist.is_main or everywhere:
         try:
             flags = {name: getattr(args, name, None) for name in ("vq_model", "codebook_size", "codebook_embed_dim")}
-            tokenizer = load_tokenizer(path, device=dist.device, **flags)
+            tokenizer = load_tokenizer(path, device=dist.device, fingerprint=fingerprint, **flags)
             codes, pixels = tokenizer.config.codebook_size, tokenizer.downsample
-            if (codes, pixels) != (args.vocab_size, args.downsample_size):
+            if (codes, pixels) != (args.vocab_size or codes, args.downsample_size):
                 raise ValueError(
                     f"--vq-ckpt {path} has {codes} codes of {pixels}x{pixels} pixels, not --vocab-size {args.vocab_size} "
                     f"--downsample-size {args.downsample_size}"
@@ -236,6 +247,72 @@ def sample_grid(
     return sample
 
 
+def model_sizes(args: argparse.Namespace, recorded: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the classes and the codes that the model has rows for.
+
+    In this order: the flags; the run or file that training goes on from; what the codes record; the published numbers.
+    """
+    before = sizes_before(args)
+    return (
+        args.num_classes or before.get("num_classes") or recorded.get("num_classes") or 1000,
+        args.vocab_size or before.get("vocab_size") or recorded.get("codebook_size") or 16384,
+    )
+
+
+def sizes_before(args: argparse.Namespace) -> dict[str, int]:
+    """Return num_classes and vocab_size of the run or the file that training goes on from; empty for a new run."""
+    from utils.checkpoint import read_checkpoint
+    from utils.recognition import describe_gpt
+    from utils.runs import find_checkpoint, runs_in
+
+    runs = runs_in(args.results_dir, args.gpt_model) if args.resume else []
+    if runs:
+        return runs[0].flags()
+    path = getattr(args, "gpt_resume", None) or args.gpt_ckpt
+    if not path:
+        return {}
+    path = find_checkpoint(path)
+    return vars(describe_gpt(read_checkpoint(path).model, GPT_SIZES, path))
+
+
+def require_same_kind(
+    args: argparse.Namespace,
+    training: "CodeSettings | None",
+    held_out: "CodeSettings | None",
+    log: "Logger",
+) -> None:
+    """Raises ValueError where held-out codes are of another tokenizer or other classes than the codes of training."""
+    from utils.origin import require_same
+
+    keys = ("tokenizer", "classes", "num_classes")
+    one, other = ({} if recorded is None else vars(recorded) for recorded in (training, held_out))
+    unknown = require_same(
+        one,
+        other,
+        keys,
+        (f"--code-path {args.code_path}", f"--val-code-path {args.val_code_path}"),
+        f"extract the held-out images by the same tokenizer, with --classes-of {args.code_path}",
+    )
+    if unknown:
+        words = " and ".join(key.replace("_", " ") for key in unknown)
+        log.info(f"{args.val_code_path} and {args.code_path}: one of them records no {words}: not compared")
+
+
+def listed_classes(classes: "Sequence[str]", shown: int = 20) -> str:
+    """Return class names with their labels, for a line of the log."""
+    listed = [f"{label} {name}" for label, name in enumerate(classes)]
+    return ", ".join(listed if len(listed) <= shown else [*listed[: shown - 1], "…", listed[-1]])
+
+
+def code_origin(codes: "CodeDataset") -> dict:
+    """Return what the checkpoints of a run on these codes record (utils/origin.py)."""
+    from utils.origin import origin
+
+    recorded = codes.settings
+    told = {"tokenizer": recorded.tokenizer, "classes": recorded.classes} if recorded else {}
+    return origin(**told, codes=codes.identity())
+
+
 class CheckedCodes:
     """A data set of codes that the model has rows for; ValueError where it records others, or where one turns up.
 
@@ -244,7 +321,7 @@ class CheckedCodes:
 
     def __init__(self, data: "CodeDataset", path: str, num_classes: int, vocab_size: int):
         self.data, self.path, self.num_classes, self.vocab_size = data, path, num_classes, vocab_size
-        settings = getattr(data, "settings", None)
+        settings = data.settings
         if settings and (settings.num_classes or 0) > num_classes:
             raise ValueError(f"{path} has {settings.num_classes} classes; pass --num-classes {settings.num_classes}")
         if settings and settings.codebook_size > vocab_size:

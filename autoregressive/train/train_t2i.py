@@ -14,7 +14,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from autoregressive.models.sizes import GPT_SIZES
-from autoregressive.train.train_c2i import agreed_tokenizer, lay_out, new_model, sample_grid
+from autoregressive.train.train_c2i import agreed_tokenizer, lay_out, model_sizes, new_model, sample_grid
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
     CFG_SCALE,
@@ -57,9 +57,11 @@ def main(args: argparse.Namespace) -> None:
     from dataset.build import TEXT, TEXT_CODES, build_dataset
     from dataset.t2i import collate_t2i
     from language.features import left_padded, prefix_mask
+    from tokenizer.tokenizer_image.fingerprint import tokenizer_fingerprint
     from utils.distributed import start
     from utils.logger import console_logger
     from utils.optim import adamw
+    from utils.origin import origin, require_same
     from utils.parallel import Parallel
     from utils.rng import item_seed
     from utils.trainer import Micro, Phase, Trainer
@@ -89,9 +91,22 @@ def main(args: argparse.Namespace) -> None:
         dataset = build_dataset(args, random_crop=args.random_crop)
         held_out = build_dataset(held_out_flags(args)) if args.val_data_path else None
 
+    codes = dataset.codes
+    fingerprint = codes.tokenizer if codes else None
+    tokenizer = None
+    if args.vq_ckpt:
+        tokenizer = agreed_tokenizer(args, dist, on_the_fly or plan.sharded, fingerprint)
+    if on_the_fly:
+        fingerprint = tokenizer_fingerprint(tokenizer)
+    size = tokenizer.config.codebook_size if on_the_fly else codes.vocab_size
+    args.num_classes, args.vocab_size = model_sizes(args, {"codebook_size": size})
+    if held_out is not None and held_out.codes:
+        names = (f"--code-path {args.code_path}", f"--val-code-path {args.val_code_path}")
+        require_same(
+            {"tokenizer": fingerprint}, vars(held_out.codes), ("tokenizer",), names, "extract one of them again"
+        )
     model = new_model(args, grid, args.drop_path or args.drop_path_rate, caption_dim=args.t5_feature_dim)
     wrapped = lay_out(model, plan, args.global_seed)
-    tokenizer = agreed_tokenizer(args, dist, everywhere=on_the_fly or plan.sharded) if args.vq_ckpt else None
     initial = starting_point(args, dist)
     tokens, drop_probability = args.cls_token_num, model.args.class_dropout_prob
     collate = partial(collate_t2i, tokens=tokens, pad=left_padded)
@@ -155,6 +170,7 @@ def main(args: argparse.Namespace) -> None:
         flops=lambda epoch: training_flops_per_image(model.args, model.layout),
         collate=collate,
         prepare=prepare,
+        config=origin(tokenizer=fingerprint),
     )
     trainer.fit()
     dist.close()

@@ -152,7 +152,7 @@ def test_batches_and_workers_change_nothing(images, tokenizer, extracted, tmp_pa
 def test_the_published_layout(images, tokenizer, extracted, tmp_path):
     folder = extract(images, tmp_path / "flip", tokenizer, "--published-layout")
     codes, labels, _ = read(extracted)
-    assert sorted(os.listdir(folder)) == ["imagenet16_codes", "imagenet16_labels"]
+    assert sorted(os.listdir(folder)) == ["imagenet16.json", "imagenet16_codes", "imagenet16_labels"]
     for i in range(COUNT):
         array, label = (np.load(folder / f"imagenet16_{kind}" / f"{i}.npy") for kind in ("codes", "labels"))
         assert array.dtype == label.dtype == np.int64 and array.shape == (1, 2, TOKENS) and label.shape == (1,)

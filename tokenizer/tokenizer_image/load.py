@@ -5,12 +5,17 @@
 Flags need not be given; where they are, the file has to fit them.
 """
 
+import logging
 from pathlib import Path
 
 import torch
 
+from tokenizer.tokenizer_image.fingerprint import tokenizer_fingerprint
 from tokenizer.tokenizer_image.vq_model import VQModel, vq_args_from_state_dict, vq_model_name
-from utils.checkpoint import load_into, read_checkpoint
+from utils.checkpoint import Checkpoint, load_into, read_checkpoint
+from utils.origin import same_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(
@@ -22,15 +27,36 @@ def load_tokenizer(
     device: torch.device | str = "cpu",
     use_ema: bool = False,
     decode_precision: str = "none",
+    fingerprint: str | None = None,
 ) -> VQModel:
     """Builds the tokenizer that a checkpoint's weights describe, in eval mode and float32.
 
     decode_precision: bf16 for a decoder in bfloat16 (VQModel.decode_in_bfloat16).
-    Raises ValueError where the weights disagree with the flags given, or are not a tokenizer's; FileNotFoundError.
+    fingerprint: of the tokenizer that made some codes (fingerprint.py), where it is known. Of a file's raw and averaged
+    weights those that made the codes are taken, whatever `use_ema` says.
+    Raises ValueError where the weights disagree with the flags or the fingerprint given, or are not a tokenizer's;
+    FileNotFoundError.
     """
     if decode_precision not in ("none", "bf16"):
         raise ValueError(f"decode_precision is {decode_precision!r}: give 'none' (float32) or 'bf16'")
-    checkpoint = read_checkpoint(path, prefer_ema=use_ema)
+    flags = {"vq_model": vq_model, "codebook_size": codebook_size, "codebook_embed_dim": codebook_embed_dim}
+    model = _load(read_checkpoint(path, prefer_ema=use_ema), **flags)
+    if fingerprint is not None and not same_tokenizer(fingerprint, found := tokenizer_fingerprint(model)):
+        model = _load(read_checkpoint(path, prefer_ema=not use_ema), **flags)
+        if not same_tokenizer(fingerprint, tokenizer_fingerprint(model)):
+            raise ValueError(
+                f"{path} is the tokenizer {found}, and the codes are of the tokenizer {fingerprint}: give the tokenizer "
+                "that made them"
+            )
+        logger.info("%s: the %s weights made the codes and are used", path, "raw" if use_ema else "averaged")
+    model = model.to(device)
+    return model.decode_in_bfloat16() if decode_precision == "bf16" else model
+
+
+def _load(
+    checkpoint: Checkpoint, vq_model: str | None, codebook_size: int | None, codebook_embed_dim: int | None
+) -> VQModel:
+    path = checkpoint.path
     try:
         args = vq_args_from_state_dict(checkpoint.model)
     except ValueError as error:
@@ -48,5 +74,4 @@ def load_tokenizer(
     with torch.device("meta"):
         model = VQModel(args)
     load_into(model, checkpoint.model, path, assign=True)
-    model = model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
-    return model.decode_in_bfloat16() if decode_precision == "bf16" else model
+    return model.float().eval().requires_grad_(False)

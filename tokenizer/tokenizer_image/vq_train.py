@@ -182,6 +182,7 @@ def flags() -> argparse.ArgumentParser:
     add_switch(parser, "--flip", True, "mirror half of the images")
     parser.add_argument("--vq-width", type=positive_int, default=None, help="base channels (default: the model's own)")
     add_tokenizer_flags(parser, VQ_SIZES)
+    parser.set_defaults(codebook_size=16384)
     parser.add_argument(
         "--finetune", action="store_true", help="take only the weights of --vq-ckpt, and begin at step 0"
     )
