@@ -61,5 +61,7 @@ def test_load_tokenizer_fingerprint_chooses_the_weights(tmp_path, use_ema):
         assert tokenizer_fingerprint(loaded) == wanted
     other = tokenizer_fingerprint(tokenizer(3))
     chosen = tokenizer_fingerprint(averaged if use_ema else raw)
-    with pytest.raises(ValueError, match=f"vq.pt is the tokenizer {chosen}, and the codes are of the tokenizer {other}"):
+    with pytest.raises(
+        ValueError, match=f"vq.pt is the tokenizer {chosen}, and the codes are of the tokenizer {other}"
+    ):
         load_tokenizer(tmp_path / "vq.pt", use_ema=use_ema, fingerprint=other)
