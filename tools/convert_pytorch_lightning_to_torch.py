@@ -14,7 +14,7 @@ from utils.cli import flag_parser, run_script
 
 
 def main(args: argparse.Namespace) -> None:
-    from tokenizer.tokenizer_image.vq_model import vq_args_from_state_dict, vq_model_name
+    from tokenizer.tokenizer_image.vq_model import vq_args_from_state_dict, vq_model_name, vq_record
     from tokenizer.vqgan.load import from_taming, has_taming_names
     from utils.checkpoint import read_checkpoint, save_checkpoint
 
@@ -38,8 +38,8 @@ def main(args: argparse.Namespace) -> None:
         shape = vq_args_from_state_dict(model)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path} holds {error}") from error
-    # What the weights do not tell: --vq-ckpt would look codes up with l2-norm otherwise.
-    save_checkpoint(target, {"model": model, "args": {"codebook_l2_norm": False}})
+    shape.codebook_l2_norm = False  # which the weights do not show: --vq-ckpt would normalise the codes otherwise
+    save_checkpoint(target, {"model": model, "config": vq_record(shape)})
     print(
         f"{target}: {len(model)} tensors of {checkpoint.path} ({len(checkpoint.model) - len(model)} of its loss left out), for "
         f"--vqgan-ckpt, or --vq-ckpt with --vq-model {vq_model_name(shape)} --codebook-size {shape.codebook_size} "

@@ -4,7 +4,7 @@
 
 Reads a sharded checkpoint's folder, a file in any published format, or a run's folder (its newest checkpoint), without
 the processes that wrote it. Formats: `pt` (the published layout with model, ema, steps and args), `consolidated` (a bare
-state dict, for --from-fsdp) and `safetensors`.
+state dict, for --from-fsdp) and `safetensors`. Each keeps the record of what the weights belong to.
 """
 
 import argparse
@@ -18,8 +18,10 @@ SUFFIX = {"pt": ".pt", "consolidated": ".pth", "safetensors": ".safetensors"}
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from utils.checkpoint import save_checkpoint, save_safetensors
+    from tokenizer.tokenizer_image.load import recorded_l2_norm
+    from utils.checkpoint import save_bare_weights, save_checkpoint, save_safetensors
     from utils.distributed import Distributed
+    from utils.origin import origin
     from utils.runs import find_checkpoint
     from utils.training_state import ShardedCheckpoint, TrainingState, whole_weights
 
@@ -30,6 +32,8 @@ def main(args: argparse.Namespace) -> None:
         steps, flags, config = read.record["steps"], read.record["args"], read.record.get("config", {})
     else:
         model, ema, steps, flags, config = read.model, read.ema, read.steps, read.args, read.config
+        if (l2_norm := recorded_l2_norm(read)) is not None:  # a tokenizer's, also of files that say it in their flags
+            config = {**origin(vq={"codebook_l2_norm": l2_norm}), **config}
     if args.use_ema:
         if ema is None:
             raise ValueError(f"{source} has no averaged weights; leave out --use-ema")
@@ -44,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
         averaged = {} if ema is None else {"ema": ema}
         save_checkpoint(target, {"model": model, **averaged, "steps": steps, "args": flags, "config": config})
     elif args.format == "consolidated":
-        save_checkpoint(target, model)
+        save_bare_weights(target, model, config)
     else:
         known = {"args": flags, "steps": steps, "config": config}
         save_safetensors(target, model, {key: value for key, value in known.items() if value is not None})

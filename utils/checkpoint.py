@@ -100,7 +100,7 @@ def _add_companions(checkpoint: Checkpoint, map_location: str | torch.device, mm
         try:
             values = json.loads(record.read_bytes())
             checkpoint.args, checkpoint.steps = dict(values["args"]), int(values["steps"])
-            checkpoint.config = dict(values.get("config", {}))
+            checkpoint.config = dict(values.get("config") or checkpoint.config)
         except (ValueError, KeyError, TypeError) as error:
             raise _damaged(record, error) from error
 
@@ -229,7 +229,9 @@ def _sort_out(path: Path, content: Any) -> Checkpoint:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds no tensors by name: its content is a {type(content).__name__}")
     if _is_state(content):
-        return Checkpoint(path, _clean(content, path), None, None, None, None, "fsdp")
+        root = getattr(content, "_metadata", {}).get("", {})
+        config = dict(root.get("config", {}))
+        return Checkpoint(path, _clean(content, path), None, None, None, None, "fsdp", config=config)
     entries = {str(key): value for key, value in content.items()}
     if isinstance(entries.get("callbacks"), Mapping):
         named = entries["callbacks"].items()
@@ -327,6 +329,24 @@ def save_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
         args = vars(args) if isinstance(args, argparse.Namespace) else args
         content["args"] = argparse.Namespace(**{k: str(v) if isinstance(v, Path) else v for k, v in args.items()})
     _require_readable(content, "")
+    _save(path, content)
+
+
+def save_bare_weights(path: str | Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+    """Writes a state dict without anything around it (--from-fsdp), atomically.
+
+    `config` goes where PyTorch keeps the versions of a state dict's modules, which programs that load it pass over: unlike a
+    file beside it, it cannot be left behind. Raises as `save_checkpoint` does.
+    """
+    content = OrderedDict(state)
+    _require_readable(content, "")
+    _require_readable(dict(config), "[config]")
+    if config:
+        content._metadata = {"": {"config": dict(config)}}
+    _save(path, content)
+
+
+def _save(path: str | Path, content: Mapping[str, Any]) -> None:
     with atomic_write(path) as f:
         try:
             torch.save(content, f)

@@ -73,7 +73,7 @@ def flag_parser(description: str | None, added: Sequence[str] = ()) -> argparse.
     return _Parser(description=description, formatter_class=Formatter, added=added)
 
 
-def add_switch(parser: Flags, name: str, default: bool, help: str) -> None:
+def add_switch(parser: Flags, name: str, default: bool | None, help: str) -> None:
     """A switch with its --no-… form."""
     parser.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=help)
 

@@ -11,6 +11,7 @@ flags of training, which travel in the weights' header; and the card.
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -42,11 +43,13 @@ class HubModel(PyTorchModelHubMixin):
 
     The model's constructor takes one dataclass, `config`, which becomes config.json.
     training_args: the flags of the run that made the weights, steps: its optimizer steps; None where nobody knows.
+    file_config: the record of what the weights belong to (`Checkpoint.config`), which the weights' header carries.
     """
 
     config: Any
     training_args: dict[str, Any] | None = None
     steps: int | None = None
+    file_config: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
     def holding(cls, model: torch.nn.Module, args: Mapping[str, Any] | None = None, steps: int | None = None) -> Self:
@@ -58,7 +61,11 @@ class HubModel(PyTorchModelHubMixin):
         return made.train(model.training)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        known = {"args": publishable(self.training_args) or None, "steps": self.steps}
+        known = {
+            "args": publishable(self.training_args) or None,
+            "steps": self.steps,
+            "config": dict(self.file_config) or None,
+        }
         header = {key: value for key, value in known.items() if value is not None}
         save_safetensors(Path(save_directory) / SAFETENSORS_SINGLE_FILE, self.state_dict(), header)
 
@@ -86,6 +93,7 @@ class HubModel(PyTorchModelHubMixin):
             model = cls(config)
         load_into(model, checkpoint.model, file, assign=True)
         model.training_args, model.steps = checkpoint.args, checkpoint.steps
+        model.file_config = checkpoint.config or model.file_config
         return model.eval()
 
     def describe(self) -> str:

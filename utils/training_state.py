@@ -36,6 +36,7 @@ from utils.checkpoint import (
     prune_checkpoints,
     read_checkpoint,
     require_fit,
+    save_bare_weights,
     save_checkpoint,
 )
 from utils.distributed import Distributed
@@ -315,7 +316,7 @@ def consolidate(folder: Path) -> None:
     for part, name in (("model", CONSOLIDATED_FILE), ("ema", AVERAGED_FILE)):
         state = whole_weights(folder, part)
         if state:
-            save_checkpoint(folder / name, state)
+            save_bare_weights(folder / name, state, read_record(folder / RECORD_FILE).get("config", {}))
 
 
 def whole_weights(folder: Path, part: str) -> dict[str, Tensor]:

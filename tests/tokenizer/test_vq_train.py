@@ -26,6 +26,9 @@ from tests.training import (
     same,
 )
 from tokenizer.tokenizer_image import lpips, vq_demo, vq_train
+from tokenizer.tokenizer_image.hub import VQModelHF
+from tools import export_checkpoint
+from utils.checkpoint import save_safetensors
 from utils.images import make_grid, to_uint8
 
 SCRIPT = "tokenizer.tokenizer_image.vq_train"
@@ -44,6 +47,7 @@ PLAIN = [
 ]
 PLAIN += ["--perceptual-weight", 0, "--lr", 1e-3]
 NO_DISC = ["--disc-weight", 0]
+STILL = 1e-30  # a learning rate that moves no weight of float32
 KEYS = {"model", "ema", "optimizer", "discriminator", "optimizer_disc", "steps", "args", "config", "trainer"}
 
 
@@ -77,7 +81,7 @@ def log_of(results):
 def trained(images, tmp_path_factory):
     """A short run with everything: EMA, a discriminator from the third step on, a checkpoint every second step."""
     results = tmp_path_factory.mktemp("trained")
-    flags = ["--ema", "--ema-decay", 0.5, "--disc-start", 2, "--max-steps", 5, "--ckpt-every", 2, "--dropout-p", 0.1]
+    flags = ["--ema", "--ema-decay", 0.5, "--disc-start", 3, "--max-steps", 5, "--ckpt-every", 2, "--dropout-p", 0.1]
     return results, train(images, results, *flags), flags
 
 
@@ -103,6 +107,14 @@ def test_the_discriminator_begins_at_its_step(trained):
     assert before["optimizer_disc"]["state"] == {} and after["optimizer_disc"]["state"][0]["step"] == 3
     torch.manual_seed(0)
     assert not torch.equal(before["discriminator"]["main.0.weight"], after["discriminator"]["main.0.weight"])
+
+
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_disc_start_n_begins_with_the_nth_step_of_the_log(images, tmp_path, start):
+    train(images, tmp_path, "--disc-start", start, "--max-steps", 2, "--image-size", 24)
+    steps = {step for step in (1, 2) if step >= start}
+    assert set(metrics(tmp_path, "discriminator_loss")) == steps
+    assert {step for step, weight in metrics(tmp_path, "adversarial_weight").items() if weight} == steps
 
 
 def test_the_sum_of_the_losses(trained):
@@ -158,7 +170,7 @@ def test_every_weight_reaches_its_loss(images, tmp_path):
 @pytest.mark.slow
 def test_choices_that_change_the_first_loss(images, tmp_path):
     def first(name, *more):
-        path = train(images, tmp_path / name, *NO_DISC, "--max-steps", 1, "--lr", 0, "--image-size", 16, *more)
+        path = train(images, tmp_path / name, *NO_DISC, "--max-steps", 1, "--lr", STILL, "--image-size", 16, *more)
         return metrics(tmp_path / name, "reconstruction_loss")[1], load(path)["model"]["quantize.embedding.weight"]
 
     plain, codebook = first("plain")
@@ -177,7 +189,7 @@ def test_choices_that_change_the_first_loss(images, tmp_path):
 
 @pytest.mark.slow
 def test_stylegan_in_the_recipe_s_precision(images, tmp_path):
-    flags = ["--disc-type", "stylegan", "--image-size", 16, "--disc-start", 1, "--max-steps", 2]
+    flags = ["--disc-type", "stylegan", "--image-size", 16, "--disc-start", 2, "--max-steps", 2]
     path = train(images, tmp_path, *flags, "--mixed-precision", "bf16")
     assert set(metrics(tmp_path, "discriminator_loss")) == {2}
     assert "blocks.2.conv_res.weight" in load(path)["discriminator"]
@@ -198,7 +210,7 @@ def test_two_processes_give_the_losses_of_one(images, tmp_path):
 
     Adam's first steps are near to signs, so that roundings grow tenfold a step; what is not averaged is off by far more.
     """
-    flags = ["--disc-type", "stylegan", "--image-size", 8, "--disc-start", 1, "--max-steps", 3]
+    flags = ["--disc-type", "stylegan", "--image-size", 8, "--disc-start", 2, "--max-steps", 3]
     one = tmp_path / "one"
     train(images, one, *flags)
     run_script(
@@ -218,7 +230,7 @@ def test_two_processes_with_batch_statistics_and_a_damaged_image(tmp_path):
     folder = make_images(tmp_path / "train", classes=1, per_class=8)
     (folder / "class0" / "3.png").write_bytes(b"not a picture")
     output = run_script(
-        *(SCRIPT, "--data-path", folder, "--results-dir", tmp_path / "results", *MODEL, *PLAIN, "--disc-start", 1),
+        *(SCRIPT, "--data-path", folder, "--results-dir", tmp_path / "results", *MODEL, *PLAIN, "--disc-start", 2),
         *("--epochs", 2, "--ema", "--num-workers", 1),
         processes=2,
     )
@@ -230,14 +242,127 @@ def test_two_processes_with_batch_statistics_and_a_damaged_image(tmp_path):
 # Weights to start from
 
 
-def test_finetuning_takes_the_weights_and_begins_anew(trained, images, tmp_path):
-    flags = ["--finetune", "--vq-ckpt", trained[1], "--lr", 0, "--max-steps", 2, *NO_DISC]
-    path = train(images, tmp_path, *flags)
+def tokenizer_parts(state):
+    """The weights of a tokenizer without its count of codes."""
+    return {name: tensor for name, tensor in state.items() if name != "quantize.codebook_used"}
+
+
+def test_finetune_keeps_discriminator_and_optimizers_and_begins_at_step_0(trained, images, tmp_path):
+    path = train(
+        images, tmp_path, "--finetune", "--vq-ckpt", trained[1], "--lr", STILL, "--max-steps", 2, "--disc-start", 0
+    )
     first, second = load(trained[1]), load(path)
     assert list(metrics(tmp_path, "generator_loss")) == [1, 2] and second["steps"] == 2
-    parameters = [name for name in first["model"] if name != "quantize.codebook_used"]
-    assert all(torch.equal(first["model"][name], second["model"][name]) for name in parameters)
-    assert second["optimizer"]["state"][0]["step"] == 2
+    assert second["trainer"]["samples_seen"] == 8
+    assert same(tokenizer_parts(first["model"]), tokenizer_parts(second["model"]))
+    name = "main.0.weight"
+    assert torch.equal(first["discriminator"][name], second["discriminator"][name])
+    for key, before in (("optimizer", 5), ("optimizer_disc", 3)):
+        assert first[key]["state"][0]["step"] == before and second[key]["state"][0]["step"] == before + 2
+        assert second[key]["param_groups"][0]["lr"] == STILL
+
+
+def test_finetune_without_keep_discriminator_takes_the_tokenizer_alone(trained, images, tmp_path):
+    flags = ["--finetune", "--vq-ckpt", trained[1], "--lr", STILL, "--max-steps", 1, "--disc-start", 0]
+    path = train(images, tmp_path, *flags, "--no-keep-discriminator")
+    first, second = load(trained[1]), load(path)
+    assert same(tokenizer_parts(first["model"]), tokenizer_parts(second["model"]))
+    assert not torch.equal(first["discriminator"]["main.0.weight"], second["discriminator"]["main.0.weight"])
+    assert second["optimizer"]["state"][0]["step"] == second["optimizer_disc"]["state"][0]["step"] == 1
+
+
+def test_finetune_with_another_discriminator_is_refused(trained, images, tmp_path):
+    flags = ["--finetune", "--vq-ckpt", trained[1], "--disc-type", "stylegan", "--max-steps", 1]
+    with pytest.raises(ValueError, match=r"another discriminator than --disc-type stylegan .*--no-keep-discriminator"):
+        train(images, tmp_path, *flags)
+    train(images, tmp_path, *flags, "--no-keep-discriminator")
+
+
+@pytest.mark.slow
+def test_finetune_resumes_bit_identically(trained, images, tmp_path):
+    flags = ["--finetune", "--vq-ckpt", trained[1], "--disc-start", 2, "--ema", "--dropout-p", 0.1, "--ckpt-every", 1]
+    whole = load(train(images, tmp_path / "whole", *flags, "--max-steps", 3))
+    train(images, tmp_path / "parts", *flags, "--max-steps", 1)
+    parts = load(train(images, tmp_path / "parts", *flags, "--max-steps", 3, "--resume"))
+    for key in KEYS - {"args"}:
+        assert same(whole[key], parts[key]), key
+
+
+# Settings that the shapes of weights do not show
+
+
+@pytest.fixture(scope="module")
+def unnormalised(images, tmp_path_factory):
+    """The checkpoint of a run without l2-normalised codes."""
+    results = tmp_path_factory.mktemp("unnormalised")
+    return train(images, results, *NO_DISC, "--no-codebook-l2-norm", "--max-steps", 1, "--image-size", 16)
+
+
+def codes_of(path):
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.inference_mode():
+        return load_tokenizer(path).encode(images)[2][2]
+
+
+@pytest.fixture(scope="module")
+def first_edition(unnormalised, tmp_path_factory):
+    """The same file as the first edition wrote it: the setting is in the flags alone."""
+    path = tmp_path_factory.mktemp("first_edition") / "vq.pt"
+    torch.save({key: value for key, value in load(unnormalised).items() if key != "config"}, path)
+    return path
+
+
+@pytest.mark.parametrize("format", ["pt", "consolidated", "safetensors"])
+@pytest.mark.parametrize("edition", ["unnormalised", "first_edition"])
+def test_exported_tokenizer_gives_the_codes_of_its_checkpoint(request, edition, format, tmp_path):
+    source = request.getfixturevalue(edition)
+    run_here(export_checkpoint, "--checkpoint", source, "--format", format, "--output", tmp_path / "exported")
+    assert torch.equal(codes_of(tmp_path / "exported"), codes_of(source))
+    run_here(
+        export_checkpoint, "--checkpoint", tmp_path / "exported", "--format", "consolidated", "--output", tmp_path / "b"
+    )
+    assert torch.equal(codes_of(tmp_path / "b"), codes_of(source))
+    bare = load(source)["model"]
+    torch.save(bare, tmp_path / "bare.pth")
+    assert not torch.equal(codes_of(tmp_path / "bare.pth"), codes_of(source)), "the setting matters"
+
+
+def test_tokenizer_saved_for_the_hub_gives_the_codes_of_its_checkpoint(unnormalised, tmp_path):
+    VQModelHF.holding(load_tokenizer(unnormalised)).save_pretrained(tmp_path / "new")
+    assert torch.equal(codes_of(tmp_path / "new"), codes_of(unnormalised))
+    (tmp_path / "old").mkdir()  # the first edition's: nothing in the header of the weights
+    (tmp_path / "old" / "config.json").write_bytes((tmp_path / "new" / "config.json").read_bytes())
+    save_safetensors(tmp_path / "old" / "model.safetensors", load_tokenizer(unnormalised).state_dict())
+    assert torch.equal(codes_of(tmp_path / "old"), codes_of(unnormalised))
+
+
+@pytest.mark.parametrize("edition, how", [("unnormalised", []), ("first_edition", ["--finetune"])])
+def test_training_goes_on_with_the_setting_of_its_file(request, edition, images, tmp_path, how):
+    source = request.getfixturevalue(edition)
+    flags = ["--vq-ckpt", source, *how, *NO_DISC, "--max-steps", 2, "--image-size", 16, "--lr", STILL]
+    path = train(images, tmp_path, *flags)
+    assert torch.equal(codes_of(path), codes_of(source)) and load(path)["args"].codebook_l2_norm is False
+    assert "codes are looked up among vectors that are not normalised" in log_of(tmp_path)
+    with pytest.raises(ValueError, match=r"--codebook-l2-norm: \S+ was trained with --no-codebook-l2-norm"):
+        train(images, tmp_path, *flags, "--codebook-l2-norm")
+
+
+def test_resume_keeps_the_setting_of_its_run(images, tmp_path):
+    flags = [*NO_DISC, "--image-size", 16, "--ckpt-every", 1]
+    train(images, tmp_path, *flags, "--max-steps", 1, "--no-codebook-l2-norm")
+    path = train(images, tmp_path, *flags, "--max-steps", 2, "--resume")
+    assert path.stem == "0000002" and not load_tokenizer(path).config.codebook_l2_norm
+    with pytest.raises(ValueError, match="was trained with --no-codebook-l2-norm; leave the flag out"):
+        train(images, tmp_path, *flags, "--max-steps", 3, "--resume", "--codebook-l2-norm")
+
+
+def test_l2_norm_of_a_file_that_does_not_say_is_as_asked(trained, images, tmp_path):
+    torch.save({"model": load(trained[1])["model"]}, tmp_path / "vq.pt")
+    flags = ["--finetune", "--vq-ckpt", tmp_path / "vq.pt", *NO_DISC, "--max-steps", 1, "--image-size", 16]
+    for more, expected in (([], True), (["--no-codebook-l2-norm"], False)):
+        path = train(images, tmp_path / "".join(more), *flags, *more)
+        assert load_tokenizer(path).config.codebook_l2_norm == expected
+        assert load(path)["config"] == {"version": 1, "vq": {"codebook_l2_norm": expected}}
 
 
 @pytest.mark.slow
@@ -254,7 +379,9 @@ def test_without_finetune_the_training_goes_on(trained, images, tmp_path):
 def test_weights_alone(trained, images, tmp_path):
     """What the released files are: {"model": ...}."""
     torch.save({"model": load(trained[1])["model"]}, tmp_path / "vq.pt")
-    path = train(images, tmp_path / "results", "--vq-ckpt", tmp_path / "vq.pt", "--max-steps", 1, "--lr", 0, "--ema")
+    path = train(
+        images, tmp_path / "results", "--vq-ckpt", tmp_path / "vq.pt", "--max-steps", 1, "--lr", STILL, "--ema"
+    )
     name = "encoder.conv_in.weight"
     assert torch.equal(load(path)["model"][name], load(trained[1])["model"][name])
     assert torch.equal(load(path)["ema"][name], load(trained[1])["model"][name])
@@ -449,6 +576,6 @@ DEMO_FLAGS = """
 
 
 def test_published_flags():
-    check_published_flags(vq_train, TRAIN_FLAGS, ("--cloud-save-path",))
+    check_published_flags(vq_train, TRAIN_FLAGS, ("--cloud-save-path", "--codebook-l2-norm"))
     assert vq_train.flags().parse_args(["--data-path", "x"]).cloud_save_path is None
     check_published_flags(vq_demo, DEMO_FLAGS)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
-from tokenizer.tokenizer_image.vq_model import VQModel, VQModelArgs, vq_model_name
+from tokenizer.tokenizer_image.vq_model import VQModel, VQModelArgs, vq_model_name, vq_record
 from utils.pretrained import HubModel
 from utils.recognition import count_parameters, format_count
 
@@ -27,6 +27,7 @@ class VQModelHF(
 
     def __init__(self, config: VQModelArgs):
         super().__init__(config)
+        self.file_config = vq_record(config)
 
     def describe(self) -> str:
         config = self.config

@@ -5,6 +5,7 @@
 Flags need not be given; where they are, the file has to fit them.
 """
 
+import json
 import logging
 from pathlib import Path
 
@@ -16,6 +17,18 @@ from utils.checkpoint import Checkpoint, load_into, read_checkpoint
 from utils.origin import same_tokenizer
 
 logger = logging.getLogger(__name__)
+
+
+def recorded_l2_norm(checkpoint: Checkpoint) -> bool | None:
+    """Return whether a tokenizer's codes are l2-normalised, which its shapes do not show; None where the file does not say.
+
+    Files of the first edition say it in the flags of their run, or in the hub's config.json beside the weights.
+    """
+    beside = checkpoint.path.with_name("config.json")
+    hub = json.loads(beside.read_bytes()) if checkpoint.format == "safetensors" and beside.is_file() else {}
+    sources = (checkpoint.config.get("vq"), checkpoint.args, hub)
+    found = (source["codebook_l2_norm"] for source in sources if source and "codebook_l2_norm" in source)
+    return next(found, None)
 
 
 def load_tokenizer(
@@ -70,7 +83,7 @@ def _load(
             f"{path} does not fit the flags {', '.join(f'{flag} {given[flag]}' for flag in wrong)}; "
             f"it holds {', '.join(f'{flag} {held[flag]}' for flag in wrong)}"
         )
-    args.codebook_l2_norm = (checkpoint.args or {}).get("codebook_l2_norm", True)
+    args.codebook_l2_norm = recorded_l2_norm(checkpoint) is not False  # released files say nothing and have it
     with torch.device("meta"):
         model = VQModel(args)
     load_into(model, checkpoint.model, path, assign=True)

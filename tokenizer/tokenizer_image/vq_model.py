@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from tokenizer.tokenizer_image.quantizer import CodebookLosses, VectorQuantizer
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
+from utils.origin import origin
 from utils.precision import full_float32
 
 NORM_GROUPS = 32
@@ -363,10 +365,15 @@ def vq_model_name(args: VQModelArgs) -> str | None:
     return next(iter(same + similar), None)
 
 
+def vq_record(config: VQModelArgs) -> dict[str, Any]:
+    """Return what a tokenizer's file records of the settings that its weights do not show (`Checkpoint.config`)."""
+    return origin(vq={"codebook_l2_norm": config.codebook_l2_norm})
+
+
 def vq_args_from_state_dict(state: Mapping[str, Tensor]) -> VQModelArgs:
     """Reads the shape of a tokenizer off its weights, so that a file can be loaded without flags.
 
-    What leaves no trace in the weights (l2 normalisation, loss factors, dropout) keeps its default.
+    What leaves no trace in the weights (l2 normalisation, loss factors, dropout) keeps its default; see `recorded_l2_norm`.
     Raises ValueError that names the entry if one is missing, or if a width is not a multiple of the first one.
     """
 

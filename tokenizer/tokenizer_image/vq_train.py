@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 
     import numpy as np
     from torch import Tensor
+    from torch.nn import Module
 
     from dataset.images import ImageDataset
     from tokenizer.tokenizer_image.vq_model import VQModel
+    from utils.checkpoint import Checkpoint
 
 
 def main(args: argparse.Namespace) -> None:
@@ -45,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
     from dataset.augmentation import center_view, random_view
     from dataset.build import build_dataset
     from tokenizer.tokenizer_image.vq_loss import VQLoss
-    from tokenizer.tokenizer_image.vq_model import VQ_models
+    from tokenizer.tokenizer_image.vq_model import VQ_models, vq_record
     from utils.checkpoint import read_checkpoint
     from utils.distributed import start
     from utils.logger import console_logger
@@ -58,6 +60,8 @@ def main(args: argparse.Namespace) -> None:
     dist = start(args.device)
     console_logger("dataset", dist.is_main)
     torch.manual_seed(args.global_seed)
+    initial = read_checkpoint(find_checkpoint(args.vq_ckpt), mmap=False) if args.vq_ckpt else None
+    args.codebook_l2_norm = choose_l2_norm(args, initial)
     width = {} if args.vq_width is None else {"ch": args.vq_width}
     tokenizer = VQ_models[args.vq_model](
         **width,
@@ -90,12 +94,9 @@ def main(args: argparse.Namespace) -> None:
         perceptual_weight=args.perceptual_weight,
     ).to(dist.device)
     dataset = build_dataset(args, transform=partial(random_view, image_size=args.image_size, flip=args.flip))
-    initial = None
-    if args.vq_ckpt:
-        initial = read_checkpoint(find_checkpoint(args.vq_ckpt), mmap=False)
-        if args.finetune:  # other data, the same weights: the optimizers and the step begin anew
-            initial.optimizer, initial.extra = None, {}
     discriminator = losses.discriminator
+    if args.finetune:
+        begin_anew(initial, discriminator, args)
     plan = Parallel(dist, precision=args.mixed_precision, compile=args.compile)
     generator = plan.apply(tokenizer)
     losses.discriminator = replace(plan, compile=False).apply(discriminator)
@@ -106,10 +107,10 @@ def main(args: argparse.Namespace) -> None:
         images, _ = batch
         recons, codebook_losses = generator(images)
         reconstructions[place.number] = recons.detach()
-        return losses.generator_loss(codebook_losses, images, recons, place.step)
+        return losses.generator_loss(codebook_losses, images, recons, place.step + 1)
 
     def discriminator_loss(batch: list[torch.Tensor], place: Micro) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return losses.discriminator_loss(batch[0], reconstructions[place.number], place.step)
+        return losses.discriminator_loss(batch[0], reconstructions[place.number], place.step + 1)
 
     def adam(module: torch.nn.Module) -> torch.optim.Adam:
         return torch.optim.Adam(module.parameters(), lr=args.lr, betas=(args.beta1, args.beta2))
@@ -136,7 +137,7 @@ def main(args: argparse.Namespace) -> None:
                 losses.discriminator,
                 adam(discriminator),
                 discriminator_loss,
-                losses.discriminator_active,
+                lambda step: losses.discriminator_active(step + 1),
                 model="discriminator",
             ),
         ],
@@ -144,9 +145,52 @@ def main(args: argparse.Namespace) -> None:
         plan=plan,
         initial=initial,
         sample=sample,
+        config=vq_record(tokenizer.config),
     )
+    if not args.codebook_l2_norm:
+        trainer.log.info("codes are looked up among vectors that are not normalised (--no-codebook-l2-norm)")
     trainer.fit()
     dist.close()
+
+
+def choose_l2_norm(args: argparse.Namespace, initial: "Checkpoint | None") -> bool:
+    """Return whether codes are l2-normalised: as in the run or file to go on from, else as the flag says, else True.
+
+    Raises ValueError where the flag contradicts the run or the file.
+    """
+    from tokenizer.tokenizer_image.load import recorded_l2_norm
+    from utils.runs import runs_in
+
+    asked, known = args.codebook_l2_norm, None if initial is None else recorded_l2_norm(initial)
+    source = args.vq_ckpt
+    for run in runs_in(args.results_dir, args.vq_model)[:1] if args.resume else []:
+        known, source = run.flags().get("codebook_l2_norm", known), run.folder
+    if None not in (asked, known) and asked != known:
+        raise ValueError(
+            f"--{'' if asked else 'no-'}codebook-l2-norm: {source} was trained with --{'' if known else 'no-'}codebook-l2-norm; "
+            "leave the flag out"
+        )
+    return next((value for value in (known, asked) if value is not None), True)
+
+
+def begin_anew(initial: "Checkpoint", discriminator: "Module", args: argparse.Namespace) -> None:
+    """Set a checkpoint back to step 0, for --finetune; without --keep-discriminator nothing but its tokenizer stays.
+
+    Raises ValueError where the file's discriminator is another than the run's.
+    """
+    if not args.keep_discriminator:
+        initial.optimizer, initial.extra = None, {}
+    own, found = (
+        {name: tensor.shape for name, tensor in state.items()}
+        for state in (discriminator.state_dict(), initial.extra.get("discriminator") or {})
+    )
+    if found and found != own:
+        raise ValueError(
+            f"{initial.path} has another discriminator than --disc-type {args.disc_type} at --image-size {args.image_size}; "
+            "--no-keep-discriminator begins with a new one"
+        )
+    initial.steps = 0
+    initial.extra.pop("trainer", None)
 
 
 def center_view_of(dataset: "ImageDataset", index: int, transform: "Callable") -> "Tensor":
@@ -184,10 +228,18 @@ def flags() -> argparse.ArgumentParser:
     add_tokenizer_flags(parser, VQ_SIZES)
     parser.set_defaults(codebook_size=16384)
     parser.add_argument(
-        "--finetune", action="store_true", help="take only the weights of --vq-ckpt, and begin at step 0"
+        "--finetune",
+        action="store_true",
+        help="begin at step 0 with the tokenizer of --vq-ckpt, and its discriminator and optimizers where it has them",
     )
+    add_switch(parser, "--keep-discriminator", True, "--finetune takes the file's discriminator and both optimizers")
     group = parser.add_argument_group("loss")
-    add_switch(group, "--codebook-l2-norm", True, "look codes up among normalised vectors")
+    add_switch(
+        group,
+        "--codebook-l2-norm",
+        None,
+        "look codes up among normalised vectors (default: as --vq-ckpt or the resumed run does, else on)",
+    )
     group.add_argument("--codebook-weight", type=nonnegative_float, default=1.0, help="of the codebook's losses")
     group.add_argument("--entropy-loss-ratio", type=nonnegative_float, default=0.0, help="of the entropy loss")
     group.add_argument("--commit-loss-beta", type=nonnegative_float, default=0.25, help="of the commitment loss")
@@ -199,7 +251,12 @@ def flags() -> argparse.ArgumentParser:
     group.add_argument(
         "--disc-weight", type=nonnegative_float, default=0.5, help="of the adversarial losses; 0 for no discriminator"
     )
-    group.add_argument("--disc-start", type=nonnegative_int, default=20000, help="first step with the discriminator")
+    group.add_argument(
+        "--disc-start",
+        type=nonnegative_int,
+        default=20000,
+        help="first step with the discriminator, as the log counts them",
+    )
     group.add_argument("--disc-type", choices=["patchgan", "stylegan"], default="patchgan", help="discriminator")
     group.add_argument(
         "--disc-loss", choices=["hinge", "vanilla", "non-saturating"], default="hinge", help="discriminator's loss"

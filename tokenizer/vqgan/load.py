@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tokenizer.tokenizer_image.load import recorded_l2_norm
 from tokenizer.tokenizer_image.vq_model import VQModel, vq_args_from_state_dict
 from tokenizer.vqgan.sizes import VQGAN_FROM_TAMING
 from utils.checkpoint import load_into, read_checkpoint
@@ -95,6 +96,10 @@ def load_vqgan(path: str | Path, name: str | None = None, device: torch.device |
                 f"{path} is not {name}, which has {known.codebook_size} codes of {known.embed_dim} numbers and levels "
                 f"{list(known.ch_mult)}; it has {found[0]} codes of {found[1]} and levels {list(found[2])}{advice}"
             )
+    if recorded_l2_norm(checkpoint):
+        raise ValueError(
+            f"{path} is no VQGAN of taming-transformers: its codes are l2-normalised; give it as --vq-ckpt of the tokenizer's scripts"
+        )
     args.codebook_l2_norm = False
     with torch.device("meta"):
         model = VQModel(args)
