@@ -6,6 +6,7 @@
 Only the place of each line is held in memory: fifty million pairs are 400 MB of offsets, and as strings ten times that.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -32,7 +33,8 @@ class JsonLines(Sequence[tuple[str, int, dict]]):
         self._files = sorted(p for p in self.folder.glob("*.jsonl") if not p.name.startswith("."))
         if not self._files:
             raise ValueError(f"no *.jsonl files in {self.folder}")
-        self._starts = [_line_starts(file) for file in self._files]  # per file: (lines + 1,), the last is its length
+        # Per file: (lines + 1,), the last is its length.
+        self._starts, self._digests = zip(*[_line_starts(file) for file in self._files])
         self._ends = np.cumsum([len(starts) - 1 for starts in self._starts])
         for file, starts, end in zip(self._files, self._starts, self._ends):
             if len(starts) < 2:
@@ -80,11 +82,15 @@ def jsonl_images(folder: str | Path) -> ImageList:
     return ImageList(_ImagePaths(JsonLines(folder)))
 
 
-def _line_starts(file: Path) -> np.ndarray:
-    """The offset of every line and of the end of the file, (lines + 1,); empty lines at the end do not count."""
-    starts, position, last_text = [np.zeros(1, np.int64)], 0, 0
+def _line_starts(file: Path) -> tuple[np.ndarray, str]:
+    """Return the offset of every line and of the end of the file, (lines + 1,), and the file's digest.
+
+    Empty lines at the end do not count.
+    """
+    starts, position, last_text, digest = [np.zeros(1, np.int64)], 0, 0, hashlib.blake2b(digest_size=16)
     with open(file, "rb") as f:
         while chunk := f.read(_CHUNK):
+            digest.update(chunk)
             ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
             starts.append(ends + position + 1)
             if text := chunk.rstrip():
@@ -92,4 +98,4 @@ def _line_starts(file: Path) -> np.ndarray:
             position += len(chunk)
     starts = np.concatenate(starts)
     starts = starts[starts < last_text]
-    return np.append(starts, position) if last_text else np.zeros(1, np.int64)
+    return np.append(starts, position) if last_text else np.zeros(1, np.int64), digest.hexdigest()

@@ -26,6 +26,7 @@ from dataset.augmentation import UnusableImage, center_crop_arr, random_crop_arr
 from dataset.codes import CodeSettings, CodeWriter
 from dataset.images import drawing_from, load_rgb
 from dataset.jsonl import JsonLines
+from dataset.lines import CaptionLines, ImageLines, compare_folder, digest
 from dataset.shards import INDEX_FILE, ShardFolder
 from dataset.webdataset import Member, TarPairs
 from utils.files import atomic_write
@@ -49,7 +50,10 @@ _OPEN_FOLDERS = 64
 class Features(Protocol):
     """Where caption features come from, by (file stem, line): dataset/text_features.py."""
 
+    folder: Path
     dim: int
+
+    def lines(self, stem: str) -> int | None: ...
 
     def get(self, stem: str, line: int) -> Tensor | None: ...
 
@@ -64,10 +68,16 @@ class Pairs(Protocol):
     def image_file(self, index: int) -> str | Member: ...
     def texts(self, index: int) -> list[str]: ...
     def where(self, index: int) -> str: ...
+    def list_digest(self, k: int) -> str: ...
+    def image_digest(self, index: int) -> int: ...
+
+    image_kind: str
 
 
 class JsonPairs(JsonLines):
     """The pairs of a folder's jsonl files: identity (file stem, line number from 0). Raises as JsonLines does."""
+
+    image_kind = "image paths"
 
     @property
     def files(self) -> list[tuple[str, int]]:
@@ -83,6 +93,14 @@ class JsonPairs(JsonLines):
     def image_file(self, index: int) -> str:
         """The path of a pair's image. Raises ValueError for a damaged line."""
         return self.image_path(self[index][2])
+
+    def image_digest(self, index: int) -> int:
+        """Return what the image's path in the line comes to. Raises ValueError for a damaged line."""
+        return digest(self[index][2]["image_path"])
+
+    def list_digest(self, k: int) -> str:
+        """Return what the bytes of file number `k` come to."""
+        return self._digests[k]
 
     def texts(self, index: int) -> list[str]:
         """A pair's captions. Raises ValueError for a damaged line, or one whose `text` is neither a string nor a list of them."""
@@ -162,10 +180,6 @@ class TextCodes:
                 "extract one of them again",
             )
         self.tokenizer = max((told.tokenizer or "" for told in recorded.values()), key=len, default="") or None
-        if len(there) < len(stems):
-            logger.warning(
-                "%s has codes of %d of %d files; the other pairs do not count", folder, len(there), len(stems)
-            )
         self._open: OrderedDict[str, tuple[ShardFolder, np.ndarray]] = OrderedDict()
 
     def __getstate__(self) -> dict:
@@ -196,6 +210,10 @@ class TextCodes:
         if not 0 <= codes.min() <= codes.max() < self.vocab_size:
             raise ValueError(f"{file} has codes to {codes.max()}, not below --vocab-size {self.vocab_size}")
         return torch.from_numpy(codes[0].astype(np.int64))
+
+    def lines(self, stem: str) -> int | None:
+        """Return how many lines a stem's file had when its codes were made; None where that is not known."""
+        return CodeSettings.read(self.folder / stem).num_images if stem in self.packed else None
 
     def _folder(self, stem: str) -> tuple[ShardFolder, np.ndarray]:
         if stem not in self._open:
@@ -342,7 +360,7 @@ class TextImages(_PairItems):
     features: of every pair's caption; short_features: those of shorter captions, which are taken with probability 0.3
     where there are any. codes: given, items have codes; else crops of `image_size` pixels, centred unless random_crop.
     Captions speak of left and right, so nothing is mirrored. Every draw is a function of (seed, epoch, index).
-    Raises ValueError where 256 different pairs in a row (or all), over all workers, cannot be used.
+    Raises ValueError where features or codes were made of other lines than the pairs', and where 256 different pairs in a row (or all), over all workers, cannot be used.
     """
 
     def __init__(
@@ -360,6 +378,10 @@ class TextImages(_PairItems):
             raise ValueError("items are crops of image_size pixels or codes: give one of the two")
         super().__init__(pairs, image_size, seed, random_crop)
         self.features, self.short_features, self.codes = features, short_features, codes
+        for store in filter(None, (features, short_features)):
+            compare_folder(store.folder, CaptionLines(pairs), store.lines)
+        if codes is not None:
+            compare_folder(codes.folder, ImageLines(pairs), codes.lines)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, bool]:
         return self.__getitems__([range(len(self))[index]])[0]

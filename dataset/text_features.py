@@ -9,7 +9,7 @@
 A caption is known by its jsonl file's stem and its line there, from 0. Shard k of a stem holds its lines
 [k * shard_size, (k + 1) * shard_size): `{stem}/shard-{k:06d}.npy` (sum of lengths, D), `.ends.npy` uint32 (lines,), where
 each line's rows end (a line without features has no rows), and `.json`, which is written last: a shard without it does
-not exist. `index.json` holds the settings. `open_features` reads the published layout too, `{stem}/{line}.npy` float32
+not exist. `index.json` holds the settings, `lines-*.npz` what captions they are of (dataset/lines.py). `open_features` reads the published layout too, `{stem}/{line}.npy` float32
 (1, length, D).
 """
 
@@ -215,6 +215,10 @@ class FeatureStore(ABC):
         In the published layout, which does not say how many lines there are, up to the last that has features.
         """
 
+    def lines(self, stem: str) -> int | None:
+        """Return how many lines a stem's file had when its features were made; None where that is not known."""
+        return None
+
     @abstractmethod
     def __len__(self) -> int:
         """How many captions have features."""
@@ -298,6 +302,9 @@ class PackedFeatures(FeatureStore):
         # A copy: what is made of it may outlive the map, and pages are read here, not in the middle of a step.
         rows = torch.from_numpy(np.array(self._map(stem, shard)[start:end]))
         return rows.view(_TORCH[self._index.dtype])
+
+    def lines(self, stem: str) -> int | None:
+        return len(self._ends[stem]) if stem in self._ends else None
 
     def present(self, stem: str) -> np.ndarray:
         ends = self._ends.get(stem, np.zeros(0, np.uint32))

@@ -6,7 +6,7 @@
 
 The format is WebDataset's (uncompressed tar; `000123.jpg` beside `000123.json` or `000123.txt`), its way of reading is not:
 streams are shuffled in a buffer and cannot be taken up where they were left. Where every member lies is found out once
-and kept in an index file of 40 bytes a sample; a sample is then one read at an offset. So the data order, the exact
+and kept in an index file of 56 bytes a sample; a sample is then one read at an offset. So the data order, the exact
 resume and the moves between numbers of processes of all other data hold for shards too. What it costs: reads at random
 places, which local disks do well and a network's object store does not (copy the shards to a disk first).
 """
@@ -17,22 +17,27 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
 from dataset.images import IMAGE_EXTENSIONS
+from dataset.lines import digest, digest_all
 from utils.files import atomic_write, crc32_of, write_json
 
 logger = logging.getLogger(__name__)
 
 INDEX_NAME = "webdataset-index"
-FORMAT = 1
-_COLUMNS = 5  # image offset, image bytes, text offset, text bytes, whether the text is JSON
-_NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")
+FORMAT = 2
+_COLUMNS = 7  # offset and bytes of image, .json and .txt; what the image comes to
+_NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # path up to the first dot of the name, extension
+_DOTTED = re.compile(r"(.*)\.([^/.]*)")  # up to the last
+_TEXTS = ("json", "txt")
 _READERS = 8
+_BEGINNING = 4096  # bytes of an image that tell it from others, with its name and size
 
 
 class Member(io.BytesIO):
@@ -49,11 +54,16 @@ class Member(io.BytesIO):
 class TarPairs:
     """The samples of a folder's *.tar files: identity (file stem, number in the file from 0), image and texts.
 
+    A sample's members follow each other and share their path up to the first dot of the name, as WebDataset's do. Where
+    no image is among them (`a.v1.jpg`, `a.v1.txt`, `a.v2.jpg`), they share it up to the last dot.
+
     Opening looks at every shard's size and time and indexes the new and changed ones. The index lies in the folder, or in
     `index_path` where the folder is not writable; processes share its pages.
     Raises FileNotFoundError where the folder is missing, ValueError where it has no *.tar, or one is damaged or has no
     image, OSError where the index cannot be written.
     """
+
+    image_kind = "tar members"
 
     def __init__(self, folder: str | Path, index_path: str | Path | None = None):
         self.folder = Path(folder)
@@ -65,7 +75,7 @@ class TarPairs:
             packed = sorted(p.name for p in self.folder.glob("*.tar.*"))
             hint = f"; {packed[0]} is compressed, and samples are read at their offsets: unpack it" if packed else ""
             raise ValueError(f"no *.tar files in {self.folder}{hint}")
-        self._counts = _open_index(self._shards, self.index_path)
+        self._counts, self._digests = _open_index(self._shards, self.index_path)
         self._ends = np.cumsum(self._counts)
         self._map: np.ndarray | None = None
 
@@ -97,18 +107,25 @@ class TarPairs:
 
         Raises ValueError where there is neither, or it is damaged.
         """
-        offset, size, is_json = self._rows[index, 2:].tolist()
-        content = self._read(index, offset, size)
+        json_offset, json_size, offset, size = self._rows[index, 2:6].tolist()
         try:
-            value = json.loads(content) if is_json else content.decode()
+            value = json.loads(self._read(index, json_offset, json_size)) if json_size else {}
+            found = [value.get(key) for key in ("text", "caption")] if isinstance(value, dict) else []
+            found += [self._read(index, offset, size).decode()] if size else []
         except ValueError as error:
             raise ValueError(f"the text of {self.where(index)} is damaged: {error}") from error
-        if is_json:
-            value = value.get("text", value.get("caption")) if isinstance(value, dict) else None
-        texts = [value] if isinstance(value, str) else value
-        if not size or not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{self.where(index)} has no caption: neither `text` nor `caption` in a .json, nor a .txt")
-        return texts
+        for texts in ([text] if isinstance(text, str) else text for text in found):
+            if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+                return texts
+        raise ValueError(f"{self.where(index)} has no caption: neither `text` nor `caption` in a .json, nor a .txt")
+
+    def image_digest(self, index: int) -> int:
+        """Return what the image's name, size and first bytes come to; 0 for a sample without one."""
+        return int(self._rows[index, 6])
+
+    def list_digest(self, k: int) -> str:
+        """Return what all images and texts of shard number `k` come to."""
+        return self._digests[k]
 
     def where(self, index: int) -> str:
         """A sample's place, for messages."""
@@ -133,33 +150,36 @@ class TarPairs:
         return content
 
 
-def _open_index(shards: Sequence[Path], index_path: Path) -> list[int]:
-    """Brings the index up to date; returns the samples of each shard."""
+def _open_index(shards: Sequence[Path], index_path: Path) -> tuple[list[int], list[str]]:
+    """Brings the index up to date; returns the samples of each shard and what they come to."""
     rows_file, record_file = (index_path / f"{INDEX_NAME}{ending}" for ending in (".npy", ".json"))
     states = [(shard.name, os.stat(shard)) for shard in shards]
     now = {name: [state.st_size, state.st_mtime_ns] for name, state in states}
     known = _known_rows(rows_file, record_file)
-    kept = {name: rows for name, (state, rows) in known.items() if now.get(name) == state}
+    kept = {name: (rows, digest) for name, (state, rows, digest) in known.items() if now.get(name) == state}
     new = [shard for shard in shards if shard.name not in kept]
     if not new and list(known) == list(now):
-        return [len(kept[name]) for name in now]
+        return [len(kept[name][0]) for name in now], [kept[name][1] for name in now]
     logger.info("indexing %d of the %d shards in %s", len(new), len(shards), shards[0].parent)
     with ThreadPoolExecutor(_READERS) as pool:
         kept |= zip([shard.name for shard in new], pool.map(shard_rows, new))
-    rows = np.concatenate([kept[name] for name in now])
+    rows = np.concatenate([kept[name][0] for name in now])
     try:
         with atomic_write(rows_file) as f:
             np.save(f, rows)
-        counts = [{"name": name, "state": state, "samples": len(kept[name])} for name, state in now.items()]
+        counts = [
+            {"name": name, "state": state, "samples": len(kept[name][0]), "digest": kept[name][1]}
+            for name, state in now.items()
+        ]
         # Written last: rows without their record, or with another's, count for nothing.
         write_json(record_file, {"format": FORMAT, "crc32": crc32_of(rows_file), "shards": counts})
     except OSError as error:
         raise OSError(error.errno, f"{error}; give --index-path a folder that can be written to") from error
-    return [len(kept[name]) for name in now]
+    return [len(kept[name][0]) for name in now], [kept[name][1] for name in now]
 
 
-def _known_rows(rows_file: Path, record_file: Path) -> dict[str, tuple[list[int], np.ndarray]]:
-    """{shard name: (its size and time, its rows)} of an index; nothing where it is missing, damaged or half written."""
+def _known_rows(rows_file: Path, record_file: Path) -> dict[str, tuple[list[int], np.ndarray, str]]:
+    """{shard name: (its size and time, its rows, their digest)} of an index; nothing where it is missing, damaged or half written."""
     try:
         record = json.loads(record_file.read_bytes())
         if record["format"] != FORMAT or record["crc32"] != crc32_of(rows_file):
@@ -167,40 +187,87 @@ def _known_rows(rows_file: Path, record_file: Path) -> dict[str, tuple[list[int]
         rows = np.load(rows_file, mmap_mode="r")
         ends = np.cumsum([shard["samples"] for shard in record["shards"]]).tolist()
         parts = np.split(rows, ends[:-1]) if ends and ends[-1] == len(rows) else []
-        return {shard["name"]: (shard["state"], part) for shard, part in zip(record["shards"], parts)}
+        return {shard["name"]: (shard["state"], part, shard["digest"]) for shard, part in zip(record["shards"], parts)}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def shard_rows(shard: Path) -> np.ndarray:
-    """Where the image and the text of every sample of a shard are: int64 (samples, 5), see _COLUMNS.
+def shard_rows(shard: Path) -> tuple[np.ndarray, str]:
+    """Return where the image and the texts of every sample of a shard are, int64 (samples, 7), and what all of them come to.
 
-    Samples are WebDataset's: members that follow each other and have the same path up to the first dot of the name.
     Raises ValueError for a file that is no tar or is cut off, that has two members of one name, or no image at all.
     """
-    rows, key, seen = [], None, set()
-    for name, offset, size in _members(shard):
-        match = _NAME.fullmatch(name)
-        if not match:
-            continue
-        if match[1] != key:
-            key, seen = match[1], set()
-            rows.append([0] * _COLUMNS)
-        extension = match[2].lower()
-        if extension in seen:
-            raise ValueError(f"{shard} has two members {name}: a sample's members have names of their own")
-        seen.add(extension)
-        row = rows[-1]
-        if f".{extension}" in IMAGE_EXTENSIONS:
-            row[:2] = offset, size
-        elif extension == "json" or (extension == "txt" and not row[4]):
-            row[2:] = offset, size, extension == "json"
+    rows, contents = [], []
+    with open(shard, "rb") as f:
+
+        def read(offset: int, size: int) -> bytes:
+            f.seek(offset)
+            return f.read(size)
+
+        for sample in _samples(shard):
+            row = [0] * _COLUMNS
+            for extension, (name, offset, size) in sample.items():
+                if f".{extension}" in IMAGE_EXTENSIONS:
+                    row[:2] = offset, size
+                    beginning = read(offset, min(size, _BEGINNING))
+                    row[6] = digest(f"{os.path.basename(name)} {size} ".encode() + beginning)
+                elif extension in _TEXTS:
+                    place = 2 + 2 * _TEXTS.index(extension)
+                    row[place : place + 2] = offset, size
+            rows.append(row)
+            contents += [str(row[6]), read(*row[2:4]), read(*row[4:6])]
     if not any(row[1] for row in rows):
         raise ValueError(f"{shard} has no images: {len(rows)} samples, none with {', '.join(IMAGE_EXTENSIONS)}")
-    return np.asarray(rows, np.int64)
+    return np.asarray(rows, np.int64), digest_all(contents)
 
 
-def _members(shard: Path) -> Iterator[tuple[str, int, int]]:
+Entry = tuple[str, int, int]
+"""A member's name, offset and bytes."""
+
+Sample = dict[str, Entry]
+"""Members by extension, in lower case."""
+
+
+def _samples(shard: Path) -> list[Sample]:
+    """Return the samples of a shard, in order. Warns of pairs that WebDataset's names make parts of another sample."""
+    samples, hidden = [], []
+    for key, group in _grouped(shard, _members(shard), _NAME):
+        dotted = list(_grouped(shard, group.values(), _DOTTED))
+        pairs = [name for name, part in dotted if _has_image(part) and not part.keys().isdisjoint(_TEXTS)]
+        if pairs and not _has_image(group):
+            samples += [part for _, part in dotted]
+        else:
+            samples.append(group)
+            hidden += [name for name in pairs if name != key]
+    if hidden:
+        logger.warning(
+            "%s: image and text of %s%s count as parts of the sample named by what is before their first dot; rename them if "
+            "they are pairs",
+            shard,
+            hidden[0],
+            f" (and of {len(hidden) - 1} more)" if len(hidden) > 1 else "",
+        )
+    return samples
+
+
+def _grouped(shard: Path, members: Iterable[Entry], name: re.Pattern) -> Iterator[tuple[str, Sample]]:
+    """Yields names and the members that follow each other under them."""
+    matched = ((match, member) for member in members if (match := name.fullmatch(member[0])))
+    for key, group in groupby(matched, key=lambda item: item[0][1]):
+        sample: Sample = {}
+        for match, member in group:
+            extension = match[2].lower()
+            if extension in sample:
+                raise ValueError(f"{shard} has two members {member[0]}: a sample's members have names of their own")
+            sample[extension] = member
+        yield key, sample
+
+
+def _has_image(sample: Sample) -> bool:
+    return any(f".{extension}" in IMAGE_EXTENSIONS for extension in sample)
+
+
+def _members(shard: Path) -> Iterator[Entry]:
     """(name, offset, bytes) of the files in a tar."""
     end = 0
     try:

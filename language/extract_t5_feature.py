@@ -16,6 +16,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from dataset.caption_keys import CAPTION_KEYS, caption_of
 from utils.cli import add_extraction_flags, flag_parser, nonnegative_int, positive_int, run_script
 
 if TYPE_CHECKING:
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from dataset.t2i import Pairs
     from language.prompts import PromptList
     from language.t5 import T5Embedder
-
-CAPTION_KEYS = ("blip", "llava", "llava_first")
-"""What stands at which place of a line's `text`."""
 
 MAX_LENGTH = 120
 LINES_AT_ONCE = 256  # that a loader process reads and cleans before it hands them over
@@ -43,10 +41,12 @@ Unit = tuple[int, int]
 
 def main(args: argparse.Namespace) -> None:
     import time
+    from pathlib import Path
 
     import torch
     from tqdm import tqdm
 
+    from dataset.lines import CaptionLines, compare_before_writing, record_lines
     from dataset.t2i import chosen_files, open_pairs
     from dataset.text_features import FeatureWriter, published_lines, shard_lines, write_published_features
     from language.t5 import T5Embedder, find_t5, without_fork_warnings
@@ -62,6 +62,7 @@ def main(args: argparse.Namespace) -> None:
         pairs = open_prompts(args.data_path) or open_pairs(args.data_path, args.index_path)
         folder = find_t5(args.t5_model_path, args.t5_model_type)
     chosen = chosen_files(pairs, args.data_start, args.data_end)
+    lines, kind = CaptionLines(pairs), CaptionLines.kind(args.caption_key, args.trunc_caption)
     embedder = T5Embedder(
         dist.device, folder, torch_dtype=getattr(torch, _DTYPES[args.precision]), model_max_length=MAX_LENGTH
     )
@@ -75,6 +76,8 @@ def main(args: argparse.Namespace) -> None:
         make |= {"settings": feature_settings(args, embedder), "shard_size": args.shard_size}
         writer = FeatureWriter(args.t5_path, **make) if dist.is_main else None
         missing = [(k, shard) for k in chosen for shard in writer.missing_shards(*pairs.files[k])] if writer else None
+    if dist.is_main:
+        compare_before_writing(Path(args.t5_path), lines, chosen, kind)
     missing = dist.broadcast(missing)
     if not args.published_layout:
         writer = writer or FeatureWriter(args.t5_path, **make)
@@ -87,8 +90,8 @@ def main(args: argparse.Namespace) -> None:
         captions = Captions(pairs, embedder.tokenizer, args.caption_key, args.trunc_caption)
         read = read_shards(captions, mine, args.shard_size, loader_workers(args.num_workers, dist))
         for (k, shard), items in read:
-            stem, lines = pairs.files[k]
-            lines_here = shard_lines(shard, lines, args.shard_size)
+            stem, count = pairs.files[k]
+            lines_here = shard_lines(shard, count, args.shard_size)
             for reason in (item for item in items if isinstance(item, str)):
                 log.warning(f"skipped: {reason}")
             ids = [None if isinstance(item, str) else item for item in items]
@@ -98,25 +101,28 @@ def main(args: argparse.Namespace) -> None:
                 # All of the shard where any is missing: what is encoded together, and so rounded, does not depend on it.
                 features = encode_captions(embedder, ids, args.batch_size, progress) if wanted else []
                 encoded += sum(rows is not None for rows in features)
+                record_lines(Path(args.t5_path, stem), lines, k, kind, lines_here, made=wanted)
                 for line in wanted:
                     write_published_features(args.t5_path, stem, line, features[line - lines_here.start])
             else:
                 features = encode_captions(embedder, ids, args.batch_size, progress)
                 encoded += sum(rows is not None for rows in features)
-                writer.write_shard(stem, shard, features, lines)
+                made = [line for line, i in zip(lines_here, ids, strict=True) if i is not None]
+                record_lines(Path(args.t5_path, stem), lines, k, kind, lines_here, made)
+                writer.write_shard(stem, shard, features, count)
             progress.update(sum(i is None for i in ids) if features else len(ids))
     encoded, skipped = (sum(dist.gather(value)) for value in (encoded, captions.skipped))
-    lines = sum(pairs.files[k][1] for k in chosen)
+    count = sum(pairs.files[k][1] for k in chosen)
     if writer and dist.is_main:  # some shards may be an earlier run's
         skipped = sum(writer.skipped(*pairs.files[k]) for k in chosen)
-    nothing = dist.is_main and skipped == lines
+    nothing = dist.is_main and skipped == count
     if nothing and not writer:
         nothing = not any(published_lines(args.t5_path, *pairs.files[k]).any() for k in chosen)
     if dist.broadcast(nothing):
         first = captions[sum(count for _, count in pairs.files[: chosen[0]])]
         another = f" and give another --t5-path, or remove {args.t5_path}" if writer else ""
         raise AgreedError(
-            f"none of the {lines} lines has a caption: check --data-path and --caption-key{another}; the first: {first}"
+            f"none of the {count} lines has a caption: check --data-path and --caption-key{another}; the first: {first}"
         )
     if dist.is_main:
         seconds = time.monotonic() - started
@@ -124,7 +130,7 @@ def main(args: argparse.Namespace) -> None:
             log.info(
                 f"encoded {encoded} captions in {seconds:.1f} s, {encoded / seconds:.1f} captions/s over all processes"
             )
-        log.info(f"{args.t5_path}: features of {lines - skipped} captions, {skipped} lines without a caption skipped")
+        log.info(f"{args.t5_path}: features of {count - skipped} captions, {skipped} lines without a caption skipped")
     dist.close()
 
 
@@ -169,13 +175,8 @@ class Captions:
         return items
 
     def text(self, index: int) -> str:
-        """A line's caption as it is written there. Raises ValueError where the line is damaged or has none of this key."""
-        texts, place = self.pairs.texts(index), CAPTION_KEYS.index(self.key)
-        if place >= len(texts):
-            raise ValueError(
-                f"{self.pairs.where(index)} has {len(texts)} texts, --caption-key {self.key} is number {place + 1}"
-            )
-        return texts[place].split(".")[0] if self.truncate else texts[place]
+        """A line's caption as it is written there. Raises ValueError as caption_of does."""
+        return caption_of(self.pairs, index, self.key, self.truncate)
 
 
 def read_shards(

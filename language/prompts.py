@@ -2,7 +2,7 @@
 
     prompts = read_prompts("PartiPrompts.tsv")                    # a table with a column Prompt, or a prompt a line
     pairs = PromptList("parti.tsv", prompts)                      # what extraction reads where --data-path is a file
-    features = PromptFeatures("t5_features", "parti.tsv", len(prompts), dim=2048)
+    features = PromptFeatures("t5_features", "parti.tsv", prompts, dim=2048)
     rows = features[17]                                           # (length, 2048), of prompt 17
 
 Features lie under the file's name without its ending and the prompt's number from 0.
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dataset.lines import CaptionLines, compare_folder, digest_all
 from dataset.text_features import EXTRACTION, open_features
 
 # A longer cell is a quotation mark that is closed far below, not a prompt.
@@ -130,6 +131,10 @@ class PromptList(Sequence[str]):
         """The prompt as the only text."""
         return [self.prompts[index]]
 
+    def list_digest(self, k: int) -> str:
+        """Return what the prompts come to."""
+        return digest_all(self.prompts)
+
     def where(self, index: int) -> str:
         """A prompt's place, for messages."""
         return f"prompt {index} (from 0) of {self.path}"
@@ -138,12 +143,12 @@ class PromptList(Sequence[str]):
 class PromptFeatures:
     """The features of every prompt of a file, packed or in the published layout, by the prompt's number.
 
-    folder: as extraction wrote it of the file at `path`, or of a list of the same name. count: how many prompts there are.
-    Raises FileNotFoundError where the folder is missing, ValueError where it has no features of such a file, of another
-    number of prompts, not of each of them, or of another width than `dim`.
+    folder: as extraction wrote it of the file at `path`, or of a list of the same name. prompts: those of the file now.
+    Raises FileNotFoundError where the folder is missing, ValueError where it has no features of such a file, of other
+    prompts, of another number, not of each of them, or of another width than `dim`.
     """
 
-    def __init__(self, folder: str | Path, path: str | Path, count: int, dim: int | None = None):
+    def __init__(self, folder: str | Path, path: str | Path, prompts: Sequence[str], dim: int | None = None):
         self.stem, self.store = Path(path).stem, open_features(folder, dim=dim)
         self.folder = self.store.folder / self.stem
         there = self.store.present(self.stem)
@@ -152,6 +157,7 @@ class PromptFeatures:
             raise ValueError(
                 f"{folder} has no features of {path}: a folder {self.stem}/ is looked for. To get them, {again}"
             )
+        count = len(prompts)
         if len(there) != count:
             raise ValueError(f"{self.folder} has features of {len(there)} prompts and {path} has {count}: {again}")
         missing = (~there).nonzero()[0].tolist()
@@ -160,6 +166,7 @@ class PromptFeatures:
             raise ValueError(
                 f"{self.folder} has no features of {len(missing)} of {count} prompts ({listed}, from 0): {again}"
             )
+        compare_folder(self.store.folder, CaptionLines(PromptList(path, prompts)), self.store.lines)
 
     def __getitem__(self, index: int) -> Tensor:
         return self.store.get(self.stem, index)

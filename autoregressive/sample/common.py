@@ -6,6 +6,7 @@ save_images(pipeline.batches(labels, indices=mine, ahead=True), png, len(mine), 
 """
 
 import argparse
+import os
 import platform
 import threading
 from collections import deque
@@ -28,6 +29,7 @@ from tokenizer.tokenizer_image.load import load_tokenizer
 from utils.cli import grid_size, layout_numbers
 from utils.distributed import Distributed, pick_device
 from utils.images import is_whole_png, save_png
+from utils.logger import console_logger
 from utils.runs import find_checkpoint
 
 if TYPE_CHECKING:
@@ -180,13 +182,14 @@ def text_settings(args: argparse.Namespace) -> dict:
     }
 
 
-def open_prompt_features(args: argparse.Namespace, file: str | Path, count: int) -> "PromptFeatures | None":
-    """What --t5-feat-path has of the file's `count` prompts; None without the flag. Raises as PromptFeatures does."""
+def open_prompt_features(args: argparse.Namespace, file: str | Path, prompts: Sequence[str]) -> "PromptFeatures | None":
+    """What --t5-feat-path has of the file's prompts; None without the flag. Raises as PromptFeatures does."""
     if not args.t5_feat_path:
         return None
     from language.prompts import PromptFeatures
 
-    return PromptFeatures(args.t5_feat_path, file, count, dim=args.t5_feature_dim)
+    console_logger("dataset", os.environ.get("RANK", "0") == "0")  # which tells what could not be compared
+    return PromptFeatures(args.t5_feat_path, file, prompts, dim=args.t5_feature_dim)
 
 
 def features_of(stored: "PromptFeatures", numbers: Sequence[int], tokens: int) -> list[torch.Tensor]:

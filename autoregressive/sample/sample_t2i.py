@@ -79,7 +79,7 @@ def prompts_to_draw(args: argparse.Namespace) -> "tuple[list[str], list[Tensor]]
         prompts += read_prompt_lines(args.prompt_file)
     prompts = prompts or PROMPTS
     check_prompts(prompts)
-    stored = open_prompt_features(args, args.prompt_file, len(prompts))
+    stored = open_prompt_features(args, args.prompt_file, prompts)
     return prompts, features_of(stored, range(len(prompts)), args.t5_feature_max_len) if stored else []
 
 

@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
     settings = sampling_settings(args)
     prompts = read_prompt_table(args.prompt_csv)
     check_prompts(prompts)
-    stored = open_prompt_features(args, args.prompt_csv, len(prompts))
+    stored = open_prompt_features(args, args.prompt_csv, prompts)
     count = min(args.num_fid_samples, len(prompts))
     automatic = args.per_proc_batch_size == "auto"
     dist = start(args.device)

@@ -39,11 +39,13 @@ Unit = tuple[int, int]
 def main(args: argparse.Namespace) -> None:
     import time
     from itertools import accumulate
+    from pathlib import Path
 
     import numpy as np
     from tqdm import tqdm
 
     from dataset.codes import CodeWriter
+    from dataset.lines import ImageLines, compare_before_writing, record_lines
     from dataset.t2i import PairViews, chosen_files, open_pairs, write_text_codes
     from tokenizer.tokenizer_image.load import load_tokenizer
     from utils.distributed import start
@@ -71,11 +73,13 @@ def main(args: argparse.Namespace) -> None:
     starts = [0, *accumulate(count for _, count in pairs.files)]
     settings = {k: code_settings(args, pairs.files[k], tokenizer) for k in chosen}
     folders = {k: f"{args.code_path}/{pairs.files[k][0]}" for k in chosen}
+    source = ImageLines(pairs)
     # The first process looks for all: one that looked for itself would miss what a quicker one has written already.
     batches = None
     if dist.is_main:
         look = missing_published if args.published_layout else missing_packed
         batches = [batch for k in chosen for batch in look(args, k, starts[k], settings[k], folders[k])]
+        compare_before_writing(Path(args.code_path), source, chosen, pairs.image_kind)
     batches = dist.broadcast(batches)
     # Dealt out in turn, so that no process has more than one shard more than another, in a resumed run either.
     units = list(dict.fromkeys(unit for unit, _ in batches))[dist.rank :: dist.world_size]
@@ -98,11 +102,13 @@ def main(args: argparse.Namespace) -> None:
         )
         for (k, shard), codes, labels, numbers in encoded:
             lines = (numbers - starts[k]).numpy()
+            shard_lines = settings[k].images_of(shard)
+            record_lines(Path(folders[k]), source, k, pairs.image_kind, shard_lines, lines.tolist())
             if args.published_layout:
                 for line, code in zip(lines.tolist(), codes[:, 0].numpy(), strict=True):
                     write_text_codes(args.code_path, pairs.files[k][0], line, code)
             else:
-                skipped = np.setdiff1d(np.asarray(settings[k].images_of(shard)), lines).tolist()
+                skipped = np.setdiff1d(np.asarray(shard_lines), lines).tolist()
                 CodeWriter(folders[k], settings[k]).write_shard(shard, codes, labels, lines, skipped)
     total, skipped = (sum(dist.gather(value)) for value in (total, data.skipped))
     if dist.is_main:

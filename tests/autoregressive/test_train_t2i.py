@@ -406,6 +406,26 @@ def test_data_that_is_wrong(data, tmp_path):
         train(data, tmp_path / "results", "--image-size", 64, kind="images")
 
 
+def test_pairs_whose_list_lost_a_line_are_refused(data, tmp_path):
+    """The reported slip: every caption would train with the next image, all of them valid."""
+    pairs = shutil.copytree(data / "pairs", tmp_path / "pairs")
+    lines = (pairs / "part-b.jsonl").read_text().splitlines()
+    (pairs / "part-b.jsonl").write_text("\n".join(lines[1:]))
+    for kind, message in (
+        ("codes", r"part-b was made of 12 lines, now there are 11"),
+        ("images", r"patchy/part-b was made"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(data, tmp_path / "results", "--data-path", pairs, kind=kind)
+    (pairs / "part-b.jsonl").write_text("\n".join(lines[::-1]))
+    with pytest.raises(ValueError, match=r"codes/part-b was made of other lines: the image of line 0 "):
+        train(data, tmp_path / "results", "--data-path", pairs)
+    held_out = ["--val-data-path", pairs, "--val-t5-feat-path", data / "patchy", "--val-code-path", data / "codes"]
+    with pytest.raises(ValueError, match=r"codes/part-b was made of other lines: the image of line 0 "):
+        train(data, tmp_path / "results", *held_out)
+    assert not (tmp_path / "results").exists()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("more", [[], ["--max-steps", 2]], ids=["a pass", "two steps"])
 def test_images_that_are_all_too_small_end_the_first_pass(data, tmp_path, workers, more, monkeypatch):

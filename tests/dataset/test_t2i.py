@@ -294,7 +294,8 @@ def test_codes_of_some_files_only(data, tmp_path, caplog):
     shutil.rmtree(tmp_path / "codes" / "part-a")
     codes = TextCodes(tmp_path / "codes", list(COUNTS), GRID**2, 50)
     assert codes.get("part-a", 0) is None and codes.get("part-b", 0).tolist() == codes_of(9).tolist()
-    assert "has codes of 1 of 2 files" in caplog.text
+    TextImages(open_pairs(data / "pairs"), open_features(data / "features"), codes=codes)
+    assert f"{codes.folder} has a folder of 1 of 2 files" in caplog.text
 
 
 def test_many_files_are_opened_in_turn(tmp_path, monkeypatch):

@@ -202,3 +202,62 @@ def test_files_that_are_no_shards(tmp_path):
     write_tar(tmp_path / "b.tar", [("1.png", b"x"), ("1.PNG", b"y")])
     with pytest.raises(ValueError, match=r"b\.tar has two members 1\.PNG"):
         shard_rows(tmp_path / "b.tar")
+
+
+# Captions in either place, names with dots
+
+
+@pytest.mark.parametrize("content", [b"{}", b'{"width": 3}', b'{"text": null}', b'{"caption": []}', b"[1]"])
+def test_texts_of_a_json_without_a_caption_are_those_of_the_txt(tmp_path, content):
+    write_tar(tmp_path / "x.tar", [("1.json", content), ("1.png", png(picture(0))), ("1.txt", b"a bee")])
+    assert TarPairs(tmp_path).texts(0) == ["a bee"]
+
+
+def test_texts_come_from_the_json_where_both_have_some(tmp_path):
+    image = png(picture(0))
+    members = [("1.png", image), ("1.txt", b""), ("1.json", b'{"text": null, "caption": "a bee"}')]
+    members += [("2.png", image), ("2.txt", b"not this"), ("2.json", b'{"text": ["a", "b"]}')]
+    write_tar(tmp_path / "x.tar", members)
+    assert [TarPairs(tmp_path).texts(i) for i in range(2)] == [["a bee"], ["a", "b"]]
+
+
+def test_members_with_dotted_names_are_pairs_up_to_the_last_dot(tmp_path, caplog):
+    members = []
+    for i, name in enumerate(["a.b", "a.c", "d/v1.0/e.f.g", "plain"]):
+        members += [(f"{name}.png", png(picture(i))), (f"{name}.txt", name.encode())]
+    write_tar(tmp_path / "x.tar", members)
+    pairs = TarPairs(tmp_path)
+    assert [pairs.texts(i) for i in range(len(pairs))] == [["a.b"], ["a.c"], ["d/v1.0/e.f.g"], ["plain"]]
+    assert [pairs.image_file(i).getvalue() for i in range(4)] == [png(picture(i)) for i in range(4)]
+    assert not caplog.records or "rename" not in caplog.text
+
+
+def test_parts_of_a_sample_stay_parts_beside_its_image(tmp_path, caplog):
+    """As the webdataset package reads them; a part that looks like a pair is told."""
+    image, other = png(picture(0)), png(picture(1))
+    members = [("1.png", image), ("1.seg.png", other), ("1.txt", b"one"), ("2.png", image), ("2.txt", b"two")]
+    write_tar(tmp_path / "x.tar", [*members, ("2.old.png", other), ("2.old.txt", b"old")])
+    pairs = TarPairs(tmp_path)
+    assert [pairs.texts(i) for i in range(len(pairs))] == [["one"], ["two"]]
+    assert pairs.image_file(1).getvalue() == image
+    assert "image and text of 2.old count as parts" in caplog.text and caplog.text.count("rename them") == 1
+
+
+def test_image_and_text_of_different_dotted_names_are_no_pair(tmp_path):
+    write_tar(tmp_path / "x.tar", [("a.b.png", png(picture(0))), ("a.c.txt", b"another's"), ("b.png", b"x")])
+    pairs = TarPairs(tmp_path)
+    with pytest.raises(ValueError, match="has no image"):
+        pairs.image_file(0)
+
+
+def test_digests_tell_shards_with_other_images_or_texts(folder, tmp_path):
+    pairs = TarPairs(folder)
+    same = make_shards(tmp_path / "same", COUNTS)
+    assert TarPairs(same).list_digest(0) == pairs.list_digest(0) != pairs.list_digest(1)
+    members = [("1.png", png(picture(0))), ("1.txt", b"one")]
+    digests = set()
+    for changed in (members, [members[0], ("1.txt", b"two")], [("1.png", png(picture(1))), members[1]], members[::-1]):
+        write_tar(tmp_path / "x.tar", changed)
+        opened = shard_rows(tmp_path / "x.tar")
+        digests.add((opened[1], int(opened[0][0, 6])))
+    assert len(digests) == 3 and len({image for _, image in digests}) == 2

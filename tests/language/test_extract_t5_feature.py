@@ -99,10 +99,10 @@ def directly(embedder, texts_of, key=0):
     return found
 
 
-def digests(folder):
+def digests(folder, files="*"):
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
+        for path in sorted(folder.rglob(files))
         if path.is_file()
     }
 
@@ -152,7 +152,7 @@ def test_what_the_index_records(extracted):
 def test_the_published_layout(lists, t5, extracted, tmp_path):
     folder = extract(lists, tmp_path / "published", t5, "--published-layout")
     expected = sorted(f"{line}.npy" for line in range(9) if line != 2)
-    assert sorted(path.name for path in (folder / "part-01").iterdir()) == expected
+    assert sorted(path.name for path in (folder / "part-01").glob("*.npy")) == expected
     packed, published = open_features(extracted), open_features(folder, dim=32)
     for stem, count in CAPTIONS.items():
         for line in range(count):
@@ -201,7 +201,8 @@ def test_captions_of_tar_shards(t5, extracted, tmp_path):
                     info.size = len(content)
                     tar.addfile(info, BytesIO(content))
                 number += 1
-    assert digests(extract(tmp_path / "tars", tmp_path / "features", t5)) == digests(extracted)
+    folder = extract(tmp_path / "tars", tmp_path / "features", t5)
+    assert digests(folder, "*.npy") == digests(extracted, "*.npy")
 
 
 @pytest.mark.slow
@@ -315,8 +316,10 @@ def test_a_run_without_any_caption(t5, tmp_path, more):
     if more:  # there are some of an earlier run
         for line in (3, 4):
             (tmp_path / "others" / "a" / f"{line}.npy").unlink()
-        extract(tmp_path, tmp_path / "others", t5, "--caption-key", "llava", *more)
-        assert len(list((tmp_path / "others" / "a").iterdir())) == 10
+        with pytest.raises(
+            ValueError, match=r"others/a was made of 'blip', now it is 'llava': write to another folder"
+        ):
+            extract(tmp_path, tmp_path / "others", t5, "--caption-key", "llava", *more)
 
 
 @pytest.mark.slow
@@ -341,7 +344,7 @@ def test_prompts_of_a_file(t5, embedder, tmp_path, name, more):
     (tmp_path / name).write_text("\n".join([*heading, *prompts]) + "\n")
     folder = extract(tmp_path / name, tmp_path / "features", t5, *more)
     assert open_features(folder).present("own.prompts").tolist() == [True] * 3
-    features = PromptFeatures(folder, tmp_path / name, 3, dim=32)
+    features = PromptFeatures(folder, tmp_path / name, prompts, dim=32)
     for i, prompt in enumerate(prompts):
         expected, mask = embedder.get_text_embeddings([prompt])
         torch.testing.assert_close(features[i], expected[0, : int(mask.sum())], **CLOSE)
@@ -361,9 +364,9 @@ def test_prompts_whose_features_do_not_fit(t5, tmp_path, more):
         ("prompts.txt", 4, r"features/prompts has no features of 1 of 4 prompts \(1, from 0\): extract them anew"),
     ):
         with pytest.raises(ValueError, match=message):
-            PromptFeatures(folder, name, count)
+            PromptFeatures(folder, name, ["a map"] * count)
     with pytest.raises(ValueError, match=r"of width 32, but 64 are needed"):
-        PromptFeatures(folder, "prompts.txt", 4, dim=64)
+        PromptFeatures(folder, "prompts.txt", ["a map"] * 4, dim=64)
 
 
 # Once more, killed, on more processes
@@ -507,3 +510,19 @@ FLAGS = """
 def test_published_flags():
     check_published_flags(extract_t5_feature, FLAGS, without_default=("--data-start", "--data-end"))
     assert flag_defaults(extract_t5_feature)["--published-layout"] is False
+
+
+@pytest.mark.parametrize("more", [[], ["--published-layout"]], ids=["packed", "published"])
+def test_extraction_is_not_continued_with_another_list(lists, t5, tmp_path, more):
+    """Neither what is missing nor what is there may be of two lists."""
+    changed = make_lists(tmp_path / "lists")
+    folder = extract(lists, tmp_path / "features", t5, *more, "--data-end", 0)
+    text = (changed / "part-00.jsonl").read_text().splitlines()
+    (changed / "part-00.jsonl").write_text("\n".join([text[1], text[0], *text[2:]]))
+    with pytest.raises(
+        ValueError, match=r"features/part-00 was made of other lines: the caption of line 0 .*and 1 more"
+    ):
+        extract(changed, folder, t5, *more)
+    (changed / "part-00.jsonl").write_text("\n".join(line.replace(".jpg", ".png") for line in text))
+    extract(changed, folder, t5, *more)
+    assert len(open_features(folder)) == 30

@@ -1,0 +1,202 @@
+"""The record of the lines that features and codes were made of, and its comparison with the lines of today.
+
+    captions = CaptionLines(pairs)
+    record_lines(folder / "part-0", captions, 0, "blip", range(2048), made=range(2048))    # lines-00000000.npz there
+    compare_lines(folder / "part-0", captions, 0)                       # ValueError for the first line that differs
+
+A feature depends on its caption, a code on its image: an edit of the rest of a line is no difference. A record also has
+the digest of its list as a whole. Where that is the same still, no line is read.
+"""
+
+import hashlib
+import logging
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from dataset.caption_keys import CAPTION_KEYS, TextSource, caption_of
+from utils.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+_TRUNCATED = " truncated"
+_REMEDY = "give the list it was made of, or make it anew in another folder"
+
+
+class ImageSource(TextSource, Protocol):
+    """Files of lines with images."""
+
+    image_kind: str
+
+    def image_digest(self, index: int) -> int: ...
+
+
+class Lines(ABC):
+    """The lines of a source's files by what decides something made of them. kind: which of several such things it is."""
+
+    part: str
+
+    def __init__(self, source: TextSource):
+        self.source, self.files = source, list(source.files)
+        self.starts = [0, *accumulate(count for _, count in self.files)]
+
+    @abstractmethod
+    def reads(self, kind: str) -> bool:
+        """Tell whether records of this kind can be compared."""
+
+    @abstractmethod
+    def digest(self, kind: str, index: int) -> int:
+        """Return what a line comes to, by its number among all. Raises ValueError where it is damaged or has nothing."""
+
+
+class CaptionLines(Lines):
+    """The captions that features are made of. A kind is a caption key, and whether captions are truncated."""
+
+    part = "caption"
+
+    @staticmethod
+    def kind(key: str, truncated: bool) -> str:
+        """Return the kind that two flags of extraction stand for."""
+        return key + _TRUNCATED * truncated
+
+    def reads(self, kind: str) -> bool:
+        return kind.removesuffix(_TRUNCATED) in CAPTION_KEYS
+
+    def digest(self, kind: str, index: int) -> int:
+        return digest(caption_of(self.source, index, kind.removesuffix(_TRUNCATED), kind.endswith(_TRUNCATED)))
+
+
+class ImageLines(Lines):
+    """The images that codes are made of: their paths in a list; name, size and beginning of a tar's members."""
+
+    part = "image"
+    source: ImageSource
+
+    def reads(self, kind: str) -> bool:
+        return kind == self.source.image_kind
+
+    def digest(self, kind: str, index: int) -> int:
+        return self.source.image_digest(index)
+
+
+def digest(content: bytes | str) -> int:
+    """Return a number of 63 bits that stands for a text; never 0, which stands for none."""
+    content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1 or 1
+
+
+def digest_all(contents: Iterable[bytes | str]) -> str:
+    """Return hexadecimal digits that stand for a sequence of texts."""
+    numbers = np.fromiter(map(digest, contents), np.int64)
+    return hashlib.blake2b(numbers.tobytes(), digest_size=16).hexdigest()
+
+
+def record_lines(folder: Path, lines: Lines, k: int, kind: str, shard: range, made: Iterable[int]) -> None:
+    """Records what the lines `made` of a shard of file `k` are made of; what is recorded of its other lines stays.
+
+    Call it before the shard is written: features or codes without a record would pass for those of any list.
+    """
+    file = folder / f"lines-{shard.start:08d}.npz"
+    digests = np.zeros(len(shard), np.int64)
+    if file.exists():
+        earlier = _read(file)[2][: len(shard)]
+        digests[: len(earlier)] = earlier
+    for line in made:
+        digests[line - shard.start] = lines.digest(kind, lines.starts[k] + line)
+    with atomic_write(file) as f:
+        np.savez(f, kind=kind, list=lines.source.list_digest(k), digests=digests)
+
+
+def compare_lines(folder: Path, lines: Lines, k: int, kind: str | None = None) -> int:
+    """Compares what a folder records with the lines of file `k` as they are now. Returns how many lines are recorded.
+
+    kind: the only one allowed, where more is going to be written. Raises ValueError that names the first line that
+    differs, or for another kind.
+    """
+    recorded, differing, start, count = 0, [], lines.starts[k], lines.files[k][1]
+    for file in sorted(folder.glob("lines-*.npz")):
+        its_kind, its_list, digests = _read(file)
+        if kind not in (None, its_kind):
+            raise ValueError(f"{folder} was made of {its_kind!r}, now it is {kind!r}: write to another folder")
+        if not lines.reads(its_kind):
+            continue
+        recorded += len(digests)
+        if its_list == lines.source.list_digest(k):
+            continue
+        for line, made_of in enumerate(digests[: max(count - (first := _first(file)), 0)].tolist(), start=first):
+            if made_of and _digest_or_none(lines, its_kind, start + line) != made_of:
+                differing.append(line)
+    if differing:
+        raise ValueError(
+            f"{folder} was made of other lines: the {lines.part} of {lines.source.where(start + differing[0])} is another now, "
+            f"and {len(differing) - 1} more are; {_REMEDY} (without {folder}/lines-*.npz nothing is compared)"
+        )
+    return recorded
+
+
+def compare_before_writing(folder: Path, lines: Lines, chosen: Iterable[int], kind: str) -> None:
+    """Compares what there is in a folder already of the `chosen` files, whose missing parts are going to be written.
+
+    Raises ValueError as compare_lines does.
+    """
+    unknown = 0
+    for stem, count, recorded in (
+        (*lines.files[k], compare_lines(folder / lines.files[k][0], lines, k, kind)) for k in chosen
+    ):
+        if not recorded and any((folder / stem).glob("*.npy")):
+            unknown += count
+    _tell_unknown(folder, lines, unknown)
+
+
+def compare_folder(folder: Path, lines: Lines, count_of: Callable[[str], int | None]) -> None:
+    """Compares the folder of every file in `folder` with its lines, and logs what could not be compared.
+
+    count_of: how many lines a stem's file had, None where that is not known. Raises ValueError as compare_lines does, and
+    where the number of lines is another and nothing tells which they were.
+    """
+    there = [k for k, (stem, _) in enumerate(lines.files) if (folder / stem).is_dir()]
+    if 0 < len(there) < len(lines.files):
+        logger.warning(
+            "%s has a folder of %d of %d files; it has nothing of the others", folder, len(there), len(lines.files)
+        )
+    unknown = 0
+    for k in there:
+        stem, count = lines.files[k]
+        made_of, recorded = count_of(stem) or count, compare_lines(folder / stem, lines, k)
+        if made_of != count:
+            other = f"{folder / stem} was made of {made_of} lines, now there are {count}"
+            if recorded < made_of:
+                raise ValueError(f"{other}, and it does not record which they were: {_REMEDY}")
+            logger.warning("%s; all but the last are the same", other)
+        unknown += max(made_of - recorded, 0)
+    _tell_unknown(folder, lines, unknown)
+
+
+def _tell_unknown(folder: Path, lines: Lines, unknown: int) -> None:
+    if unknown:
+        logger.info("%s does not record the %ss of %d lines: they could not be compared", folder, lines.part, unknown)
+
+
+def _digest_or_none(lines: Lines, kind: str, index: int) -> int:
+    try:
+        return lines.digest(kind, index)
+    except ValueError:
+        return 0
+
+
+def _read(file: Path) -> tuple[str, str, np.ndarray]:
+    """Return the kind, the list's digest and the lines' digests of a record."""
+    try:
+        with np.load(file) as record:
+            return str(record["kind"]), str(record["list"]), record["digests"]
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} is damaged ({error}): without it its lines are not compared") from error
+
+
+def _first(file: Path) -> int:
+    return int(file.stem.removeprefix("lines-"))
