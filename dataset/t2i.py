@@ -360,7 +360,8 @@ class TextImages(_PairItems):
     features: of every pair's caption; short_features: those of shorter captions, which are taken with probability 0.3
     where there are any. codes: given, items have codes; else crops of `image_size` pixels, centred unless random_crop.
     Captions speak of left and right, so nothing is mirrored. Every draw is a function of (seed, epoch, index).
-    Raises ValueError where features or codes were made of other lines than the pairs', and where 256 different pairs in a row (or all), over all workers, cannot be used.
+    Raises ValueError where features or codes were made of other lines, and where 256 different pairs in a row (or all),
+    over all workers, cannot be used.
     """
 
     def __init__(
