@@ -396,7 +396,7 @@ def add_training_flags(
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the data")
     group.add_argument("--max-steps", type=positive_int, default=None, help="stop after this many steps, if sooner")
-    group.add_argument("--lr", type=positive_float, default=1e-4, help="learning rate")
+    group.add_argument("--lr", type=nonnegative_float, default=1e-4, help="learning rate")
     group.add_argument("--lr-schedule", choices=["constant", "cosine"], default="constant", help="after the warm-up")
     group.add_argument("--warmup-steps", type=nonnegative_int, default=0, help="steps of linear warm-up")
     group.add_argument(
@@ -423,6 +423,13 @@ def add_training_flags(
     )
     group.add_argument("--ema", action="store_true", help="keep an exponential moving average of the weights")
     group.add_argument("--ema-decay", type=SHARE, default=0.9999, help="of that average")
+    add_switch(
+        group,
+        "--ema-warmup",
+        None,
+        "begin with a smaller decay, (1 + step) / (10 + step), without which the average of a short run is its initial weights "
+        "(default: on; averages that began without it go on without it)",
+    )
     group.add_argument("--global-seed", type=SEED, default=0, help="fixes every random choice")
     group.add_argument(
         "--num-workers",

@@ -19,6 +19,14 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def warmed_up(decay: float, step: int) -> float:
+    """Return the decay at a step (from 0): small at first, so that the initial weights are soon forgotten.
+
+    With (1 + step) / (10 + step) the average spans the last tenth or so of the steps; it reaches 0.9999 at step 89,990.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
 class EMA:
     """`averages` has a tensor for every parameter of `model`, by name; buffers are those of the model."""
 
@@ -30,10 +38,10 @@ class EMA:
         return [local(t) for t in self.averages.values()], [local(p.detach()) for p in self.model.parameters()]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """average = decay * average + (1 - decay) * weight, for every parameter."""
+    def update(self, decay: float | None = None) -> None:
+        """average = decay * average + (1 - decay) * weight, for every parameter. decay: in the place of the usual one."""
         averages, weights = self._pairs()
-        torch._foreach_lerp_(averages, weights, 1 - self.decay)
+        torch._foreach_lerp_(averages, weights, 1 - (self.decay if decay is None else decay))
 
     @torch.no_grad()
     def restart(self) -> None:

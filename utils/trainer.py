@@ -32,7 +32,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from utils.checkpoint import Checkpoint
 from utils.data_order import BatchOrder
 from utils.distributed import Distributed
-from utils.ema import EMA, local
+from utils.ema import EMA, local, warmed_up
 from utils.errors import AgreedError
 from utils.finite import FiniteWatch, NotFinite
 from utils.flops import peak_flops
@@ -147,7 +147,7 @@ class Trainer:
             self.log.info(f"a run before this one stands at {self.run.earlier}; --resume would go on with it")
         if not (resumed and self._resume()) and initial is not None:
             self._require_same_origin(initial, ("tokenizer", "classes"), "give weights of a run on such codes")
-            whole = self.state.take(initial, args.global_batch_size)
+            whole = self._take(initial)
             self.log.info(f"starting from {initial.path}" + (f", step {self.step}" if whole else ", its weights alone"))
         self.saver.saved_step = self.step
         ahead = args.epochs * self.order.batches_per_epoch - self._batches_done
@@ -200,6 +200,11 @@ class Trainer:
             f"{self.order.batches_per_epoch} steps an epoch, {self.total_steps} steps, {self.dist.world_size} process(es) "
             f"on {self.dist.device} ({self.plan.strategy}, {WORDS.get(self.plan.precision, self.plan.precision)})"
         )
+        if self.ema:
+            how = "fixed" if self.args.ema_warmup is False else "at most, (1 + step) / (10 + step) before"
+            self.log.info(
+                f"averaged weights (--ema): decay {self.ema.decay} {how}; held-out figures and pictures are theirs"
+            )
         if self.step >= self.total_steps:
             self.log.info(f"nothing left to do: step {self.step} of {self.total_steps}")
         for model in self.models.values():
@@ -296,7 +301,8 @@ class Trainer:
             self.scaler.step(phase.optimizer)
         self.scaler.update()
         if self.ema:
-            self.ema.update()
+            fixed = self.args.ema_warmup is False
+            self.ema.update(None if fixed else warmed_up(self.ema.decay, self.step))
         self.watch.add(self.step, watched)
         self.state.step += 1
         self.state.samples_seen += self.args.global_batch_size
@@ -437,7 +443,8 @@ class Trainer:
             model.eval()
             if self.validate and figures:
                 values = self.validate(model)
-                self.log.info(f"(step={self.step:07d}) " + ", ".join(f"{k}: {v:.4f}" for k, v in values.items()))
+                of = " of the averaged weights (--ema)" if self.ema else ""
+                self.log.info(f"(step={self.step:07d}) " + ", ".join(f"{k}: {v:.4f}" for k, v in values.items()) + of)
                 self.log.scalars(self.step, values)
             # With shards on every process: passes that one alone made would put it out of step with the others' exchanges.
             if pictures and (self.dist.is_main or self.plan.sharded):
@@ -449,6 +456,18 @@ class Trainer:
         self.saver.save()
         if final:
             self.saver.wait(final=True)
+
+    def _take(self, saved: Checkpoint | ShardedCheckpoint) -> bool:
+        """Takes over a checkpoint; False where it has weights alone. Averages that began with a fixed decay keep it."""
+        whole = self.state.take(saved, self.args.global_batch_size)
+        flags = (saved.record["args"] if isinstance(saved, ShardedCheckpoint) else saved.args) or {}
+        began_fixed = flags.get("ema") and flags.get("ema_warmup", False) is False
+        if whole and self.ema and began_fixed and self.args.ema_warmup is None:
+            self.args.ema_warmup = False
+            self.log.info(
+                f"averages go on with the fixed decay {self.ema.decay} they began with; --ema-warmup warms it up"
+            )
+        return whole
 
     def _resume(self) -> bool:
         """Goes on from the run's newest readable checkpoint; False where the run was stopped before its first.
@@ -472,7 +491,7 @@ class Trainer:
                 "give the run's own codes, or begin a new run without --resume",
             )
             try:
-                self.state.take(saved, self.args.global_batch_size)
+                self._take(saved)
             except ValueError as error:
                 raise ValueError(
                     f"{error}\n--resume goes on with the newest {self.run.folder.name.split('-', 1)[1]} of "

@@ -239,16 +239,20 @@ def test_decay_is_for_matrices_only(tmp_path):
     assert not any(p is model[2].bias for group in optimizer.param_groups for p in group["params"])
 
 
-def test_the_average_follows_every_step(tmp_path):
+@pytest.mark.parametrize("flag, first", [("--ema-warmup", 0.1), ("--no-ema-warmup", 0.8)])
+def test_the_average_follows_every_step(tmp_path, flag, first):
     model = network()
-    trainer = build(tmp_path, "--ema", "--ema-decay", 0.8, model=model)
+    trainer = build(tmp_path, "--ema", "--ema-decay", 0.8, flag, model=model)
+    decay = [0.8] * 10 if first == 0.8 else [min(0.8, (1 + step) / (10 + step)) for step in range(10)]
+    assert decay[0] == first
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
     step = trainer._train_step
 
     def watched(batch):
         step(batch)
         for name, p in model.named_parameters():
-            expected[name] = 0.8 * expected[name] + 0.2 * p.detach()
+            d = decay[trainer.step - 1]
+            expected[name] = d * expected[name] + (1 - d) * p.detach()
 
     trainer._train_step = watched
     trainer.fit()
@@ -459,6 +463,23 @@ def test_resuming_with_another_batch_size_still_ends_with_the_epochs(tmp_path):
 def test_max_steps_ends_early(tmp_path):
     last = build(tmp_path, "--max-steps", 7, "--ckpt-every", 7).fit()
     assert last == store(tmp_path) / "0000007.pt" and os.listdir(store(tmp_path)) == ["0000007.pt"]
+
+
+@pytest.mark.parametrize("began", ["--no-ema-warmup", "before the flag"])
+def test_resume_of_averages_with_a_fixed_decay_keeps_it(tmp_path, began):
+    fixed = ["--ema", "--ema-decay", 0.9, "--no-ema-warmup", "--ckpt-every", 5]
+    build(tmp_path / "whole", *fixed).fit()
+    build(tmp_path / "parts", *fixed, "--max-steps", 5).fit()
+    if began != "--no-ema-warmup":  # as a file of the first edition, whose flags have no word of it
+        path = store(tmp_path / "parts") / "0000005.pt"
+        saved = load(path)
+        del saved["args"].ema_warmup
+        torch.save(saved, path)
+    for _ in range(2):  # a second resume finds it in the files of the first
+        build(tmp_path / "parts", "--ema", "--ema-decay", 0.9, "--ckpt-every", 2, "--max-steps", 7, "--resume").fit()
+        assert "go on with the fixed decay 0.9" in log_of(tmp_path / "parts")
+    build(tmp_path / "parts", "--ema", "--ema-decay", 0.9, "--resume").fit()
+    assert same(final(tmp_path / "parts")["ema"], final(tmp_path / "whole")["ema"])
 
 
 def test_starting_from_weights_and_from_a_whole_state(tmp_path):
