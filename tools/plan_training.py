@@ -169,8 +169,6 @@ def make_plan(args: argparse.Namespace, setup: "Setup | None" = None) -> Plan:
     peak = card.peak_flops(setup.precision)
     if peak is None:
         raise ValueError(f"{card.name} has no {setup.precision} units; choose another --mixed-precision")
-    if not 0 < args.mfu <= 1:
-        raise ValueError(f"--mfu is a share of the peak, above 0 and at most 1, got {args.mfu}")
     if args.images < args.global_batch_size:
         raise ValueError(f"--images {args.images} are fewer than --global-batch-size {args.global_batch_size}")
     with torch.device("meta"):

@@ -8,11 +8,13 @@ run_script(main, parser)
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import NoReturn
 
 from utils.errors import AgreedError
 
@@ -63,6 +65,11 @@ class _Parser(argparse.ArgumentParser):
                 last.append((action, flag, *rest))
         return first or last
 
+    def error(self, message: str) -> NoReturn:
+        """Ends with one line, as every other mistake of a user does (see `run_script`)."""
+        said = re.sub(r"^argument (\S+): must", r"\1 must", message)
+        self.exit(2, f"error: {said} ({self.prog} --help lists the flags)\n")
+
 
 def flag_parser(description: str | None, added: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Return a parser whose help shows every default. added: published flags that its published form lacks."""
@@ -95,12 +102,17 @@ class Number:
             kind = "a whole number" if self.kind is int else "a number"
             raise argparse.ArgumentTypeError(f"must be {kind} {self}, got {text}") from None
         if not (self.least <= value <= self.most and self.above < value < self.below):
-            raise argparse.ArgumentTypeError(f"must be {self}, got {text}")
+            raise argparse.ArgumentTypeError(f"must be {self}, got {value}")
         return value
 
     def __str__(self) -> str:
-        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        return " and ".join(f"{words} {bound:,}" for words, bound in bounds.items() if abs(bound) != inf)
+        words = {
+            "{:,} or more": self.least,
+            "above {:,}": self.above,
+            "at most {:,}": self.most,
+            "below {:,}": self.below,
+        }
+        return " and ".join(form.format(bound) for form, bound in words.items() if abs(bound) != inf)
 
 
 positive_int = Number(int, above=0)
@@ -496,7 +508,10 @@ def add_parallel_flags(parser: Flags, default: str) -> None:
 
 def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Parses, runs, and ends a user's mistake with one clear line and exit code 1 (TRACEBACK=1 shows where it arose)."""
-    args = parser.parse_args()
+    try:
+        args = parser.parse_args()
+    except SystemExit as ended:  # 2 of argparse, 0 of --help
+        sys.exit(min(ended.code, 1))
     try:
         main(args)
     except KeyboardInterrupt:

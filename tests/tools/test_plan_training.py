@@ -304,7 +304,6 @@ def test_script_prints_and_writes_the_plan(tmp_path, capsys):
         (("--patch-level", 5), "patch-level"),
         (("--image-size", 144, "--patch-level", 2), "patches of 2x2"),
         (("--images", 10), "fewer than"),
-        (("--mfu", 0), "--mfu is a share"),
     ],
 )
 def test_mistakes(words, message):

@@ -208,8 +208,6 @@ def test_a_plan_knows_the_machine(capsys):
     assert "1 x A100" in one and "1 x H100" in eight
     with pytest.raises(ValueError, match="--gpu Z80 is not known; known are"):
         plan(capsys, "c2i_L_384", "--gpu", "Z80")
-    with pytest.raises(ValueError, match=r"--utilisation .* got 3\.0"):
-        plan(capsys, "c2i_L_384", "--gpu", "H100", "--utilisation", 3)
     assert "2.0 hours" in reproduce.format_hours(7200) and reproduce.format_hours(10) == "1 minutes"
     assert reproduce.format_hours(40 * 86400) == "40 days"
 
@@ -233,7 +231,6 @@ def test_a_tokenizers_plan(capsys, small_files):
         (["c2i_B_256", "--reference", "nowhere.npz"], r"--reference nowhere\.npz does not exist"),
         (["c2i_B_256", "--graph", "nowhere.pb"], r"--graph nowhere\.pb does not exist"),
         (["c2i_B_256", "--data-path", "."], "--data-path is for tokenizers' rows"),
-        (["c2i_B_256", "--num-samples", "0"], "--num-samples 0"),
         (["c2i_B_256", "--dry-run", "--device", "cuda:x"], "--device cuda:x is not a device"),
         (["vq_ds16_c2i"], "give --data-path /path/to/imagenet/val"),
         (["vq_ds16_c2i", "--data-path", "nowhere"], "--data-path nowhere is not a folder"),
