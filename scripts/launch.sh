@@ -1,6 +1,6 @@
 # Sourced by the wrappers: `launch SCRIPT "$@"` is torchrun over nnodes x nproc_per_node processes, all read from the
 # environment (nnodes, nproc_per_node, node_rank, master_addr, master_port). The default is one node and every GPU of it,
-# or one process where there is none.
+# or one process where there is none. Under srun one task per node is a node of torchrun's; of several, each is a process.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -d "$root/.venv/bin" ]; then PATH="$root/.venv/bin:$PATH"; fi
@@ -10,6 +10,11 @@ export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,
 launch() {
     local script=$1 gpus
     shift
+    if [ -z "${nnodes:-}" ] && [ "${SLURM_STEP_NUM_TASKS:-1}" -gt 1 ]; then
+        [ "$SLURM_STEP_NUM_TASKS" = "${SLURM_STEP_NUM_NODES:-1}" ] || exec python3 "$root/$script" "$@"
+        nnodes=$SLURM_STEP_NUM_NODES node_rank=$SLURM_PROCID
+        master_addr=${master_addr:-$(sed -E 's/\[([0-9]+)[^]]*\]?/\1/; s/,.*//' <<<"$SLURM_STEP_NODELIST")}
+    fi
     gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU || true)
     exec torchrun --nnodes="${nnodes:-1}" --nproc_per_node="${nproc_per_node:-$((gpus > 0 ? gpus : 1))}" \
         --node_rank="${node_rank:-0}" --master_addr="${master_addr:-127.0.0.1}" --master_port="${master_port:-12345}" \

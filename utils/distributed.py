@@ -1,4 +1,4 @@
-"""Processes and devices: the same code under torchrun with many processes and under plain python3 with one.
+"""Processes and devices: the same code under torchrun, srun or mpirun with many processes and under plain python3 with one.
 
 dist = start()                       # device, rank, world size; the process group where torchrun set one up
 mean = dist.mean(loss)
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from utils.launchers import adopt_launcher
 from utils.precision import use_tf32
 
 T = TypeVar("T")
@@ -121,11 +122,12 @@ def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
 
 
 def start(device: str | None = None, group: bool = False, timeout_minutes: float = 30) -> Distributed:
-    """Joins the process group torchrun describes in the environment, or stands alone without one.
+    """Joins the process group that torchrun, srun or mpirun describe in the environment, or stands alone without one.
 
     group: make a process group for a single process too, which sharding needs. timeout_minutes: how long a process waits
     for the others before it gives up.
     """
+    adopt_launcher()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))

@@ -1,0 +1,120 @@
+"""Processes that Slurm's srun or MPI's mpirun started, described by torchrun's variables.
+
+adopt_launcher()        # sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT where RANK is missing
+"""
+
+import os
+import re
+import sys
+import zlib
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+# Numbers from here on are Slurm's names for what is no step of srun: a batch script, an interactive shell.
+_FIRST_SPECIAL_STEP = 2**32 - 16
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process's place among those of its launcher. job: what they, and no others on their machines, have in common."""
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    job: str
+
+
+def adopt_launcher(env: MutableMapping[str, str] = os.environ) -> None:
+    """Describe this process's place by torchrun's variables, unless they are there or it stands alone.
+
+    Raises ValueError where the processes are on several machines and nothing tells where the first one is.
+    """
+    if "RANK" in env:
+        return
+    place = _open_mpi(env) or _pmi(env) or _slurm(env)
+    if place is None or place.world_size == 1:
+        return
+    env |= {
+        "RANK": str(place.rank),
+        "WORLD_SIZE": str(place.world_size),
+        "LOCAL_RANK": str(place.local_rank),
+        "LOCAL_WORLD_SIZE": str(place.local_world_size),
+        "MASTER_ADDR": env.get("MASTER_ADDR") or _address(env, place),
+        # Below the ports that a system gives away, another one for every job.
+        "MASTER_PORT": env.get("MASTER_PORT") or str(15_000 + zlib.crc32(place.job.encode()) % 15_000),
+    }
+    if place.rank == 0:
+        where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+        print(f"{place.world_size} processes of {place.launcher} meet at {where}", file=sys.stderr, flush=True)
+
+
+def first_host(nodes: str) -> str:
+    """Return the first host of a list as Slurm writes it: "gpu[003-005,007],login1" -> "gpu003"."""
+    return re.match(r"[^,]*", re.sub(r"\[(\w+)[^]]*\]", r"\1", nodes))[0]
+
+
+def _address(env: MutableMapping[str, str], place: Place) -> str:
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
+    if place.local_world_size == place.world_size:
+        return "127.0.0.1"
+    if not nodes:
+        raise ValueError(
+            f"{place.launcher} started {place.world_size} processes, {place.local_world_size} of them here, and MASTER_ADDR is "
+            "not set; set it to the host of the first process: mpirun -x MASTER_ADDR=HOST ..."
+        )
+    return first_host(nodes)
+
+
+def _open_mpi(env: MutableMapping[str, str]) -> Place | None:
+    if "OMPI_COMM_WORLD_RANK" not in env:
+        return None
+    rank, world = int(env["OMPI_COMM_WORLD_RANK"]), int(env["OMPI_COMM_WORLD_SIZE"])
+    local_rank = int(env.get("OMPI_COMM_WORLD_LOCAL_RANK", rank))
+    job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or str(os.getppid())
+    return Place("mpirun", rank, world, local_rank, int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", world)), job)
+
+
+def _pmi(env: MutableMapping[str, str]) -> Place | None:
+    """MPICH, Intel MPI, and srun --mpi=pmi2."""
+    if "PMI_RANK" not in env or "PMI_SIZE" not in env:
+        return None
+    if "MPI_LOCALRANKID" not in env and "SLURM_LOCALID" in env:
+        return _slurm(env)
+    rank, world = int(env["PMI_RANK"]), int(env["PMI_SIZE"])
+    local_rank, local_world = int(env.get("MPI_LOCALRANKID", rank)), int(env.get("MPI_LOCALNRANKS", world))
+    return Place("mpirun", rank, world, local_rank, local_world, env.get("SLURM_JOB_ID") or str(os.getppid()))
+
+
+def _slurm(env: MutableMapping[str, str]) -> Place | None:
+    """None where srun did not start this process: a batch script has a rank, 0, and the job's number of tasks as well."""
+    if "SLURM_PROCID" not in env:
+        return None
+    rank, step = int(env["SLURM_PROCID"]), env.get("SLURM_STEP_ID", env.get("SLURM_STEPID"))
+    world = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or env.get("SLURM_NPROCS") or 1)
+    if step is None:
+        started_by_srun = rank > 0 or not ("SLURM_JOB_ID" in env or env.get("ENVIRONMENT") == "BATCH")
+    else:
+        started_by_srun = step.isdigit() and int(step) < _FIRST_SPECIAL_STEP
+    if not started_by_srun:
+        if world > 1:
+            print(
+                f"Slurm's job has {world} tasks and this process is none of them: it runs alone; srun python3 ... starts all",
+                file=sys.stderr,
+            )
+        return None
+    here = _tasks_of_nodes(env.get("SLURM_STEP_TASKS_PER_NODE", "")) or _tasks_of_nodes(
+        env.get("SLURM_TASKS_PER_NODE", "")
+    )
+    node = int(env.get("SLURM_NODEID", 0))
+    per_node = env.get("SLURM_NTASKS_PER_NODE") or world // int(env.get("SLURM_NNODES", 1))
+    local_world = here[node] if node < len(here) else int(per_node)
+    job = f"{env.get('SLURM_JOB_ID') or os.getppid()}.{step}"
+    return Place("srun", rank, world, int(env.get("SLURM_LOCALID", rank)), min(local_world, world), job)
+
+
+def _tasks_of_nodes(text: str) -> list[int]:
+    """ "2(x3),1" -> [2, 2, 2, 1]."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
