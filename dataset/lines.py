@@ -177,6 +177,12 @@ def compare_folder(folder: Path, lines: Lines, count_of: Callable[[str], int | N
     _tell_unknown(folder, lines, unknown)
 
 
+def recorded_digest(folder: Path, stems: Iterable[str]) -> str | None:
+    """Return what the records of all lines come to; None where there are none."""
+    found = [_read(file) for stem in stems for file in sorted((folder / stem).glob("lines-*.npz"))]
+    return digest_all(part for kind, _, digests in found for part in (kind, digests.tobytes())) if found else None
+
+
 def _tell_unknown(folder: Path, lines: Lines, unknown: int) -> None:
     if unknown:
         logger.info("%s does not record the %ss of %d lines: they could not be compared", folder, lines.part, unknown)

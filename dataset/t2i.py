@@ -26,7 +26,7 @@ from dataset.augmentation import UnusableImage, center_crop_arr, random_crop_arr
 from dataset.codes import CodeSettings, CodeWriter
 from dataset.images import drawing_from, load_rgb
 from dataset.jsonl import JsonLines
-from dataset.lines import CaptionLines, ImageLines, compare_folder, digest
+from dataset.lines import CaptionLines, ImageLines, compare_folder, digest, digest_all, recorded_digest
 from dataset.shards import INDEX_FILE, ShardFolder
 from dataset.webdataset import Member, TarPairs
 from utils.files import atomic_write
@@ -52,6 +52,7 @@ class Features(Protocol):
 
     folder: Path
     dim: int
+    encoder: str | None
 
     def lines(self, stem: str) -> int | None: ...
 
@@ -140,6 +141,15 @@ def chosen_files(pairs: Pairs, first: int, last: int | None) -> list[int]:
             f"--data-start {first} --data-end {last} selects none of the {count} files: they are numbered 0 to {count - 1}"
         )
     return chosen
+
+
+def require_same_encoder(features: Features, others: Features) -> None:
+    """Raises ValueError where two folders record that different text encoders made them."""
+    if None not in (features.encoder, others.encoder) and features.encoder != others.encoder:
+        raise ValueError(
+            f"{features.folder} and {others.folder} were made by different text encoders ({features.encoder} and "
+            f"{others.encoder}): extract one of them again"
+        )
 
 
 class TextCodes:
@@ -379,10 +389,24 @@ class TextImages(_PairItems):
             raise ValueError("items are crops of image_size pixels or codes: give one of the two")
         super().__init__(pairs, image_size, seed, random_crop)
         self.features, self.short_features, self.codes = features, short_features, codes
+        if short_features is not None:
+            require_same_encoder(features, short_features)
         for store in filter(None, (features, short_features)):
             compare_folder(store.folder, CaptionLines(pairs), store.lines)
         if codes is not None:
             compare_folder(codes.folder, ImageLines(pairs), codes.lines)
+
+    def identity(self) -> list[dict[str, str]]:
+        """Digests that tell whether pairs, captions and codes are still the same; those that both sides have are compared."""
+        files = self.pairs.files
+        stores = {"captions": self.features, "short captions": self.short_features, "images": self.codes}
+        found = {
+            name: recorded_digest(store.folder, dict(files)) for name, store in stores.items() if store is not None
+        }
+        if self.codes is None:
+            found["lists"] = digest_all(self.pairs.list_digest(k) for k in range(len(files)))
+        found["files"] = digest_all(f"{count} {stem}" for stem, count in files)
+        return [{name: value for name, value in found.items() if value is not None}]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, bool]:
         return self.__getitems__([range(len(self))[index]])[0]

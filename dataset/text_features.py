@@ -196,10 +196,11 @@ class FeatureWriter:
 
 
 class FeatureStore(ABC):
-    """Features of captions by (stem, line). `dim` is the width of a row."""
+    """Features of captions by (stem, line). `dim` is the width of a row, `encoder` the encoder's fingerprint if recorded."""
 
     folder: Path
     dim: int
+    encoder: str | None = None
 
     @abstractmethod
     def get(self, stem: str, line: int) -> Tensor | None:
@@ -285,6 +286,10 @@ class PackedFeatures(FeatureStore):
     def settings(self) -> dict:
         """What the features are, as their writer was told."""
         return self._index.settings
+
+    @property
+    def encoder(self) -> str | None:
+        return self.settings.get("fingerprint")
 
     @property
     def max_length(self) -> int:

@@ -1,6 +1,7 @@
 """The record of what a GPT's weights belong to (`Checkpoint.config`), and its comparison.
 
-    {"version": 1, "tokenizer": fingerprint, "classes": [names by label], "codes": [identity of each code folder]}
+    {"version": 1, "tokenizer": fingerprint, "classes": [names by label], "codes": [identity of each code folder],
+     "text_encoder": fingerprint}
 
 Every entry may be absent: published files have none, files of the first edition lack them. What one side lacks is not
 compared.

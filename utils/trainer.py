@@ -146,7 +146,9 @@ class Trainer:
         if not resumed and initial is None and self.run.earlier:
             self.log.info(f"a run before this one stands at {self.run.earlier}; --resume would go on with it")
         if not (resumed and self._resume()) and initial is not None:
-            self._require_same_origin(initial, ("tokenizer", "classes"), "give weights of a run on such codes")
+            self._require_same_origin(
+                initial, ("tokenizer", "classes", "text_encoder"), "give weights of a run on such codes"
+            )
             whole = self._take(initial)
             self.log.info(f"starting from {initial.path}" + (f", step {self.step}" if whole else ", its weights alone"))
         self.saver.saved_step = self.step
@@ -487,8 +489,8 @@ class Trainer:
                 continue
             self._require_same_origin(
                 saved,
-                ("tokenizer", "classes", "codes"),
-                "give the run's own codes, or begin a new run without --resume",
+                ("tokenizer", "classes", "text_encoder", "codes"),
+                "give the run's own data, or begin a new run without --resume",
             )
             try:
                 self._take(saved)

@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
     from autoregressive.train.flops import training_flops_per_image
     from autoregressive.train.loss import TokenLoss, dropped_conditions, mean_over, share_of_valid
     from dataset.build import TEXT, TEXT_CODES, build_dataset
-    from dataset.t2i import collate_t2i
+    from dataset.t2i import collate_t2i, require_same_encoder
     from language.features import left_padded, prefix_mask
     from tokenizer.tokenizer_image.fingerprint import tokenizer_fingerprint
     from utils.distributed import start
@@ -100,6 +100,8 @@ def main(args: argparse.Namespace) -> None:
         fingerprint = tokenizer_fingerprint(tokenizer)
     size = tokenizer.config.codebook_size if on_the_fly else codes.vocab_size
     args.num_classes, args.vocab_size = model_sizes(args, {"codebook_size": size})
+    if held_out is not None:
+        require_same_encoder(dataset.features, held_out.features)
     if held_out is not None and held_out.codes:
         names = (f"--code-path {args.code_path}", f"--val-code-path {args.val_code_path}")
         require_same(
@@ -170,7 +172,7 @@ def main(args: argparse.Namespace) -> None:
         flops=lambda epoch: training_flops_per_image(model.args, model.layout),
         collate=collate,
         prepare=prepare,
-        config=origin(tokenizer=fingerprint),
+        config=origin(tokenizer=fingerprint, text_encoder=dataset.features.encoder, codes=dataset.identity()),
     )
     trainer.fit()
     dist.close()

@@ -129,7 +129,7 @@ def weights(results):
 
 def test_the_first_steps_by_hand(data, tmp_path):
     """Codes, left padding, dropped captions, pairs that do not count and the mean: everything once more in plain steps."""
-    train(data, tmp_path, *EXACT, "--max-steps", 2, "--lr", 0, kind="images")
+    train(data, tmp_path, *EXACT, "--max-steps", 2, "--lr", 1e-30, kind="images")
     model = GPT_models["GPT-XS"](
         model_type="t2i", cls_token_num=TOKENS, caption_dim=DIM, vocab_size=VOCAB, block_size=N
     ).eval()
@@ -284,6 +284,28 @@ def test_killed_and_resumed_gives_the_same_bits(data, tmp_path, kind, parallel):
     assert metrics(whole, "loss") == metrics(killed, "loss") and metrics(whole, "valid") == metrics(killed, "valid")
 
 
+@pytest.mark.parametrize("kind", ["images", "codes"])
+def test_resume_with_other_pairs_is_refused(data, tmp_path, kind):
+    """Lists, features and codes that fit each other, but not the run; the same data under other paths is the same."""
+    for name in ("pairs", "codes", "patchy"):
+        shutil.copytree(data / name, tmp_path / name)
+    source = ["--data-path", tmp_path / "pairs", "--t5-feat-path", tmp_path / "patchy"]
+    source += ["--code-path", tmp_path / "codes"] if kind == "codes" else []
+    flags = ["--ckpt-every", 1, "--resume"]
+    train(data, tmp_path / "results", *flags, "--max-steps", 1, kind=kind)
+    train(data, tmp_path / "results", *flags, "--max-steps", 2, *source, kind=kind)
+    assert list(metrics(tmp_path / "results", "loss")) == [1, 2]
+    file = tmp_path / "pairs" / "part-a.jsonl"
+    file.write_text("\n".join(reversed(file.read_text().splitlines())) + "\n")
+    shutil.rmtree(tmp_path / "codes")
+    extraction = ["--data-path", tmp_path / "pairs", "--code-path", tmp_path / "codes", "--vq-ckpt", data / "vq.pt"]
+    run_here(extract_codes_t2i, *extraction, "--vq-model", "VQ-4", "--codebook-size", VOCAB, "--image-size", 16)
+    with pytest.raises(
+        ValueError, match=rf"do not belong together: codes' {'images' if kind == 'codes' else 'lists'} "
+    ):
+        train(data, tmp_path / "results", *flags, "--max-steps", 3, *source, kind=kind)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["shards", "codes"])
 def test_the_order_goes_on_over_other_numbers_of_processes(data, tmp_path, kind):
@@ -319,7 +341,7 @@ def test_stage_2_begins_with_the_weights_of_stage_1(data, tmp_path):
         life(data, tmp_path / "ddp", "--max-steps", 4, "--ema"),
         life(data, tmp_path / "fsdp", "--max-steps", 4, "--ema", "--data-parallel", "fsdp", world=2),
     )
-    large = ["--image-size", 20, "--max-steps", 1, "--lr", 0, *EXACT, "--ema"]
+    large = ["--image-size", 20, "--max-steps", 1, "--lr", 1e-30, *EXACT, "--ema"]
     for name in ("ddp", "fsdp"):
         stage2 = train(data, tmp_path / f"{name}2", *large, "--gpt-ckpt", tmp_path / name, kind="images")
         assert same(weights(stage2), weights(tmp_path / name))
