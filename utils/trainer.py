@@ -202,6 +202,10 @@ class Trainer:
             f"{self.order.batches_per_epoch} steps an epoch, {self.total_steps} steps, {self.dist.world_size} process(es) "
             f"on {self.dist.device} ({self.plan.strategy}, {WORDS.get(self.plan.precision, self.plan.precision)})"
         )
+        if not self.rate and self.args.warmup_steps >= self.total_steps:
+            self.log.warning(
+                f"--warmup-steps {self.args.warmup_steps} is no shorter than the run: --lr is not reached before its end"
+            )
         if self.ema:
             how = "fixed" if self.args.ema_warmup is False else "at most, (1 + step) / (10 + step) before"
             self.log.info(

@@ -15,10 +15,10 @@ from math import isfinite
 
 @dataclass(frozen=True)
 class Stage:
-    """Epochs `start` to `end` - 1, which train with patches of `patch_side` x `patch_side` tokens."""
+    """Epochs from `start` up to `end`, which train with patches of `patch_side` x `patch_side` tokens."""
 
-    start: int
-    end: int
+    start: float
+    end: float
     patch_side: int
 
 
@@ -29,6 +29,7 @@ class PatchSchedule:
     patch_level: how many stages there are; each halves the patch side, the last one's is 1.
     epoch_rate: the share of a stage's end at which the one before it ends; the last one ends at `epochs`.
     warmup_epochs, decay_ratio, lr, end_lr: the learning rate with --scheduler, see `learning_rate`.
+    max_steps: where the run ends before `epochs`, of steps_per_epoch steps: the stages are then shares of these steps.
     A stage whose epochs round to none is left out. Raises ValueError for values out of their range and where no epoch is
     left for single tokens.
     """
@@ -40,6 +41,8 @@ class PatchSchedule:
     decay_ratio: float = 0.2
     lr: float = 1e-4
     end_lr: float = 1e-5
+    max_steps: int | None = None
+    steps_per_epoch: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.patch_level <= 4:
@@ -61,8 +64,11 @@ class PatchSchedule:
             )
 
     @cached_property
-    def _ends(self) -> list[int]:
-        return [int(self.epochs * self.epoch_rate**later) for later in range(self.patch_level - 1, -1, -1)]
+    def _ends(self) -> list[float]:
+        shares = [self.epoch_rate**later for later in range(self.patch_level - 1, -1, -1)]
+        if self.max_steps is None:
+            return [int(self.epochs * share) for share in shares]
+        return [int(self.max_steps * share) / self.steps_per_epoch for share in shares]
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -92,16 +98,24 @@ class PatchSchedule:
         shortest = min(self.stages, key=lambda stage: stage.end - stage.start)
         if self.warmup_epochs > shortest.end - shortest.start:
             raise ValueError(
-                f"--warmup-epochs {self.warmup_epochs} is longer than the {shortest.end - shortest.start} epoch(s) with "
+                f"--warmup-epochs {self.warmup_epochs} is longer than the {shortest.end - shortest.start:.4g} epoch(s) with "
                 f"patches of {shortest.patch_side}x{shortest.patch_side} tokens, which would never reach --lr"
             )
 
-    def stage(self, epoch: int) -> Stage:
-        """The stage of an epoch, from 0; past the end, the last one."""
+    def describe(self) -> str:
+        """Return the stages in words, "patches of 2x2 tokens to epoch 150, single tokens to epoch 300"."""
+        return ", ".join(
+            (f"patches of {s.patch_side}x{s.patch_side} tokens" if s.patch_side > 1 else "single tokens")
+            + f" to epoch {s.end:.6g}"
+            for s in self.stages
+        )
+
+    def stage(self, epoch: float) -> Stage:
+        """The stage of an epoch, from 0, or of a place in one; past the end, the last one."""
         return next((stage for stage in self.stages if epoch < stage.end), self.stages[-1])
 
-    def patch_side(self, epoch: int) -> int:
-        """Side of the patches that an epoch trains with."""
+    def patch_side(self, epoch: float) -> int:
+        """Side of the patches that an epoch, or a place in one, trains with."""
         return self.stage(epoch).patch_side
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
@@ -110,7 +124,7 @@ class PatchSchedule:
         Inside each stage: from 0 up to `lr` over warmup_epochs, constant, then down over the last decay_ratio of the
         stage towards `end_lr`, which the step after its last would have.
         """
-        stage = self.stage(step // steps_per_epoch)
+        stage = self.stage(step / steps_per_epoch)
         done = step - stage.start * steps_per_epoch
         steps = (stage.end - stage.start) * steps_per_epoch
         warmup, decay = self.warmup_epochs * steps_per_epoch, self.decay_ratio * steps

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import torch
 
     from autoregressive.models.gpt import Transformer
+    from autoregressive.train.next_patch import PatchSchedule
     from dataset.codes import CodeDataset, CodeSettings
     from tokenizer.tokenizer_image.vq_model import VQModel
     from utils.distributed import Distributed
@@ -76,38 +77,41 @@ def main(args: argparse.Namespace) -> None:
         end_lr=args.end_lr,
     )
     patches.check_grid(grid)
-    if args.scheduler:
-        if args.lr_schedule != "constant" or args.warmup_steps:
-            raise ValueError(
-                "--scheduler is a learning-rate schedule of its own: leave out --lr-schedule and --warmup-steps"
-            )
-        patches.check_scheduler()
+    if args.scheduler and (args.lr_schedule != "constant" or args.warmup_steps):
+        raise ValueError(
+            "--scheduler is a learning-rate schedule of its own: leave out --lr-schedule and --warmup-steps"
+        )
     dist = start(args.device, group=args.data_parallel != "ddp", timeout_minutes=args.timeout_minutes)
     plan = Parallel.from_args(args, dist, compile=not args.no_compile)
     log = console_logger("dataset", dist.is_main)
-    for side in patches.skipped_sides if dist.is_main else ():
-        log.warning(
-            f"patches of {side}x{side} tokens get no epoch of {args.epochs}: --patch-level {args.patch_level} skips them"
-        )
     codes = build_dataset(args)
     args.num_classes, args.vocab_size = model_sizes(args, vars(codes.settings) if codes.settings else {})
     dataset = CheckedCodes(codes, args.code_path, args.num_classes, args.vocab_size)
     if codes.settings and codes.settings.classes:
         log.info(f"classes: {listed_classes(codes.settings.classes)}")
+    per_epoch = max(len(dataset) // args.global_batch_size, 1)
+    ends_early = args.max_steps is not None and args.max_steps < args.epochs * per_epoch
+    if ends_early:
+        patches = replace(patches, max_steps=args.max_steps, steps_per_epoch=per_epoch)
+    if args.scheduler:
+        patches.check_scheduler()
 
     model = new_model(args, grid, args.drop_path_rate)
-    sides = {patches.patch_side(epoch) for epoch in range(args.epochs)}
+    sides = {stage.patch_side for stage in patches.stages}
     layouts = {side: replace(model.layout, patch_side=side) for side in sides}  # refuses patches with groups
     wrapped = lay_out(model, plan, args.global_seed)
     start_from = args.gpt_resume or args.gpt_ckpt
     initial = TrainingState.read(find_checkpoint(start_from), dist, whole=False) if start_from else None
     drop_probability = model.args.class_dropout_prob
 
+    def patch_side(step: int, epoch: int) -> int:
+        return patches.patch_side(step / per_epoch if ends_early else epoch)
+
     def loss(batch: list[torch.Tensor], place: Micro) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         codes, labels = batch
         seed = item_seed(args.global_seed, place.step)
         drop = dropped_conditions(seed, place.global_batch, place.positions, drop_probability)
-        value = wrapped(codes, labels, drop=drop.to(codes.device), patch_side=patches.patch_side(place.epoch))
+        value = wrapped(codes, labels, drop=drop.to(codes.device), patch_side=patch_side(place.step, place.epoch))
         return value, {"loss": value}
 
     validate = None
@@ -139,11 +143,28 @@ def main(args: argparse.Namespace) -> None:
         sample=sample,
         rate=patches.learning_rate if args.scheduler else None,
         tokens=grid**2,
-        flops=lambda epoch: training_flops_per_image(model.args, layouts[patches.patch_side(epoch)]),
+        flops=lambda epoch: training_flops_per_image(model.args, layouts[patch_side(trainer.step - 1, epoch)]),
         config=code_origin(codes),
     )
+    trainer.log.info(order_in_words(patches, model.layout.group_size))
+    for side in patches.skipped_sides:
+        trainer.log.warning(
+            f"patches of {side}x{side} tokens get no part of the training: --patch-level {args.patch_level} skips them"
+        )
     trainer.fit()
     dist.close()
+
+
+def order_in_words(patches: "PatchSchedule", group_size: int) -> str:
+    """Return what is predicted together and when, beside what PAR's and NPP's own scripts do without a flag."""
+    if group_size > 1:
+        return f"parallel layout: {group_size} tokens a step (--ar-token-num {group_size})"
+    if patches.patch_level > 1:
+        return f"next-patch prediction: {patches.describe()}"
+    return (
+        "raster order, single tokens; PAR's own default is --ar-token-num 4 --image-size 384, NPP's own is --patch-level 2 "
+        "(its train_c2i_fsdp.py: --patch-level 4 --epoch-rate 0.67)"
+    )
 
 
 def new_model(args: argparse.Namespace, grid: int, drop_path_rate: float, **more: object) -> "Transformer":

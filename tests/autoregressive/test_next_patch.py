@@ -1,6 +1,7 @@
 """The schedule of next-patch prediction against recorded runs, by hand at its edges, and what a user gets wrong."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -114,3 +115,27 @@ def test_learning_rates_that_do_not_fit():
         PatchSchedule(300, lr=1e-3, end_lr=1e-2).check_scheduler()
     with pytest.raises(ValueError, match=r"--warmup-epochs 3 is longer than the 2 epoch\(s\) with patches of 8x8"):
         PatchSchedule(20, 4, warmup_epochs=3).check_scheduler()
+
+
+def test_schedule_of_a_run_that_ends_early_takes_shares_of_its_steps():
+    whole = PatchSchedule(300, 2, 0.5, warmup_epochs=1, decay_ratio=0.2, lr=8.0, end_lr=4.0)
+    early = replace(whole, max_steps=250, steps_per_epoch=45)
+    sides = [early.patch_side(step / 45) for step in range(250)]
+    assert sides == [2] * 125 + [1] * 125
+    rates = [early.learning_rate(step, 45) for step in range(250)]
+    assert (
+        rates[0] == rates[125] == 0 and rates[44] < 8 == rates[45] == rates[100] and rates[249] == pytest.approx(4.16)
+    )
+    assert early.describe() == "patches of 2x2 tokens to epoch 2.77778, single tokens to epoch 5.55556"
+    tiny = replace(whole, max_steps=1, steps_per_epoch=45)
+    assert tiny.patch_side(0) == 1 and tiny.skipped_sides == [2]
+    with pytest.raises(ValueError, match=r"--warmup-epochs 1 is longer than the 0\.02222 epoch"):
+        tiny.check_scheduler()
+
+
+@pytest.mark.parametrize("level, rate, steps", [(2, 0.5, 3), (3, 0.67, 101), (4, 0.5, 77), (2, 0.9, 44)])
+def test_schedule_that_ends_early_ends_with_single_tokens(level, rate, steps):
+    early = PatchSchedule(300, level, rate, max_steps=steps, steps_per_epoch=45)
+    sides = [early.patch_side(step / 45) for step in range(steps)]
+    assert sides == sorted(sides, reverse=True) and sides[-1] == 1
+    assert sides.count(1) == steps - int(steps * rate)

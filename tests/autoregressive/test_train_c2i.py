@@ -358,6 +358,34 @@ def test_patches_by_stages(codes, tmp_path):
     assert rates == pytest.approx([2e-3 * share for share in stage * 2])
 
 
+def test_patches_of_a_run_that_max_steps_ends_go_over_to_single_tokens(codes, tmp_path):
+    """--max-steps 6 of 40 epochs of 3 steps: three steps in patches, three of single tokens; resumed exactly."""
+    flags = ["--patch-level", 2, "--epochs", 40, "--max-steps", 6, "--ckpt-every", 2, *EXACT]
+    flags += ["--scheduler", "--warmup-epochs", 0, "--decay-ratio", 0.7, "--end-lr", 0]
+    results = train(codes, tmp_path, *flags)
+    rates = [metrics(results, "lr")[step] / 2e-3 for step in range(1, 7)]
+    assert rates == pytest.approx([1, 2 / 2.1, 1 / 2.1] * 2)
+    log = (run_folder(results) / "log.txt").read_text()
+    assert "patches of 2x2 tokens to epoch 1, single tokens to epoch 2" in log
+    whole = load(last(results))
+    for step in (4, 6):
+        (run_folder(results) / f"checkpoints/000000{step}.pt").unlink()
+    train(codes, tmp_path, *flags, "--resume")
+    assert same(load(last(results))["model"], whole["model"])
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ([], "raster order, single tokens; PAR's own default is --ar-token-num 4"),
+        (["--ar-token-num", 4], "parallel layout: 4 tokens a step"),
+    ],
+)
+def test_log_tells_the_order_of_tokens(codes, tmp_path, words, said):
+    results = train(codes, tmp_path, "--max-steps", 1, *words)
+    assert said in (run_folder(results) / "log.txt").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [train_c2i, train_c2i_fsdp])
 def test_pictures_while_it_trains(codes, tmp_path, small_files, script):
