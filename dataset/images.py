@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dataset.augmentation import UnusableImage
 from utils.rng import item_seed
@@ -121,7 +121,7 @@ class ImageDataset(Dataset):
     A file that cannot be read is logged once, counted in `skipped` (over all workers), and
     - `unreadable="replace"` (training): another image drawn from (seed, epoch, index) takes its place;
     - `unreadable="omit"` (extraction): items are (transform(image), label, index), and None for such a file;
-      `collate_present` makes batches of them.
+      `present_batches` makes batches of them.
     ValueError with the paths where 20 images in a row cannot be read.
     """
 
@@ -142,7 +142,6 @@ class ImageDataset(Dataset):
         # image instead of a counter: no lock, and an image met twice counts once.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._skipped = torch.zeros(len(images), dtype=torch.uint8).share_memory_()
-        self._failed_in_a_row: list[str] = []
 
     def __len__(self) -> int:
         return len(self.images)
@@ -184,15 +183,24 @@ class ImageDataset(Dataset):
 
     def _item_or_none(self, index: int) -> tuple | None:
         try:
-            item = self._read(index, index)
-        except _Unreadable as error:
-            self._failed_in_a_row.append(str(error))
-            # One bad file is an accident; a run of them is a disk that went away, and must not pass for an empty one.
-            if len(self._failed_in_a_row) >= TRIES:
-                raise ValueError(_nothing_readable(self._failed_in_a_row)) from None
+            return (*self._read(index, index), index)
+        except _Unreadable:
             return None
-        self._failed_in_a_row.clear()
-        return (*item, index)
+
+    def require_readable(self, missing: Sequence[int]) -> None:
+        """Raises ValueError with paths and reasons where the images `missing` in a row are too many for accidents.
+
+        One bad file is an accident; a run of them is a disk that went away, and must not pass for an empty one.
+        """
+        if len(missing) < TRIES:
+            return
+        failures = []
+        for index in missing:
+            try:
+                self._read(index, index)
+            except _Unreadable as error:
+                failures.append(str(error))
+        raise ValueError(_nothing_readable(failures))
 
     def _read(self, place: int, index: int) -> tuple[Any, int]:
         """The image at `place`, augmented with the draws of `index`."""
@@ -240,6 +248,37 @@ def collate_present(items: Sequence[tuple | None]) -> tuple[torch.Tensor, torch.
         return None
     stacked = [(torch.stack(pixels) if isinstance(pixels, list) else pixels, *rest) for pixels, *rest in present]
     return tuple(default_collate(stacked))
+
+
+class Omitting(Protocol):
+    """A data set whose items are None for what cannot be used: `ImageDataset(unreadable="omit")`, PairViews."""
+
+    def __len__(self) -> int: ...
+    def require_readable(self, missing: Sequence[int]) -> None: ...
+
+
+def present_batches(
+    dataset: Omitting, batches: Sequence[Sequence[int]], workers: int, pin_memory: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:
+    """Yields what collate_present makes of the items of each batch of indices.
+
+    Raises ValueError as `dataset.require_readable` does, which is asked about those that are missing in a row, in the
+    order of the batches, whatever the number of loader processes.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=min(workers, len(batches)),
+        collate_fn=collate_present,
+        pin_memory=pin_memory,
+    )
+    missing: list[int] = []
+    for indices, batch in zip(batches, loader, strict=True):
+        present = set() if batch is None else set(batch[2].tolist())
+        for index in indices:
+            missing = [] if index in present else [*missing, index]
+            dataset.require_readable(missing)
+        yield batch
 
 
 def load_rgb(path: str | os.PathLike) -> Image.Image:

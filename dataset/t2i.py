@@ -279,11 +279,7 @@ class _PairItems(Dataset):
         # Shared memory: persistent workers see a new epoch, and the main process sees what workers skipped.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._skipped = torch.zeros(len(pairs), dtype=torch.uint8).share_memory_()
-        # How many in a row each reading process has found unusable, in a place of its own, so that no lock is needed. A
-        # pair that counts sets all of them to zero, by which the others learn of it.
-        self._rows = torch.zeros(1 + _MOST_READERS, dtype=torch.int64).share_memory_()
         self._told = 0
-        self._in_a_row: dict[int, str] = {}  # of this process: by index, so that a pair met twice counts once
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -299,8 +295,11 @@ class _PairItems(Dataset):
 
     def examples(self) -> list[str]:
         """Places and reasons of a few pairs that were found unusable so far, which are looked at once more."""
+        return self._reasons(self._skipped.nonzero().flatten()[-_SHOWN:].tolist())
+
+    def _reasons(self, indices: Sequence[int]) -> list[str]:
         found = []
-        for index in self._skipped.nonzero().flatten()[-_SHOWN:].tolist():
+        for index in indices:
             try:
                 self._read(index)
             except _Unusable as error:
@@ -333,30 +332,16 @@ class _PairItems(Dataset):
     def _crop(self, image: Image.Image) -> Image.Image:
         return (random_crop_arr if self.random_crop else center_crop_arr)(image, self.image_size)
 
-    def _note(self, index: int, reason: str | None) -> None:
-        """Keeps account of whether a pair was usable. Raises ValueError where so many in a row, over all workers, were not."""
-        if reason is None:
-            if self._rows.any():
-                self._rows.zero_()
-            self._in_a_row.clear()
+    def _tell(self, index: int, reason: str) -> None:
+        """Counts a pair that is not usable, and logs the first ones."""
+        if self._skipped[index]:
             return
-        worker = get_worker_info()
-        place = 0 if worker is None else 1 + worker.id % _MOST_READERS
-        if not self._rows[place]:  # another process has met one that counts
-            self._in_a_row.clear()
-        self._in_a_row[index] = reason
-        self._rows[place] = len(self._in_a_row)
-        if not self._skipped[index]:
-            self._skipped[index] = 1
-            if self._told < _TOLD:
-                logger.warning("%s does not count (%s)", self.pairs.where(index), reason)
-            elif self._told == _TOLD:
-                logger.warning("further pairs that do not count are not told one by one; %d so far", self.skipped)
-            self._told += 1
-        in_a_row, limit = int(self._rows.sum()), min(_UNUSABLE_IN_A_ROW, len(self))
-        if in_a_row >= limit and self.skipped >= limit:  # in later epochs two processes may have met the same pair
-            listed = [f"{self.pairs.where(i)} ({why})" for i, why in list(self._in_a_row.items())[-_SHOWN:]]
-            raise ValueError(none_usable(f"none of {in_a_row} pairs in a row could be used", listed))
+        self._skipped[index] = 1
+        if self._told < _TOLD:
+            logger.warning("%s does not count (%s)", self.pairs.where(index), reason)
+        elif self._told == _TOLD:
+            logger.warning("further pairs that do not count are not told one by one; %d so far", self.skipped)
+        self._told += 1
 
 
 def none_usable(what: str, examples: Sequence[str]) -> str:
@@ -389,6 +374,10 @@ class TextImages(_PairItems):
             raise ValueError("items are crops of image_size pixels or codes: give one of the two")
         super().__init__(pairs, image_size, seed, random_crop)
         self.features, self.short_features, self.codes = features, short_features, codes
+        # How many in a row each reading process has found unusable, in a place of its own, so that no lock is needed. A
+        # pair that counts sets all of them to zero, by which the others learn of it.
+        self._rows = torch.zeros(1 + _MOST_READERS, dtype=torch.int64).share_memory_()
+        self._in_a_row: dict[int, str] = {}  # of this process: by index, so that a pair met twice counts once
         if short_features is not None:
             require_same_encoder(features, short_features)
         for store in filter(None, (features, short_features)):
@@ -446,6 +435,25 @@ class TextImages(_PairItems):
             raise _Unusable("no codes")
         return codes
 
+    def _note(self, index: int, reason: str | None) -> None:
+        """Keeps account of whether a pair was usable. Raises ValueError where so many in a row, over all workers, were not."""
+        if reason is None:
+            if self._rows.any():
+                self._rows.zero_()
+            self._in_a_row.clear()
+            return
+        worker = get_worker_info()
+        place = 0 if worker is None else 1 + worker.id % _MOST_READERS
+        if not self._rows[place]:  # another process has met one that counts
+            self._in_a_row.clear()
+        self._in_a_row[index] = reason
+        self._rows[place] = len(self._in_a_row)
+        self._tell(index, reason)
+        in_a_row, limit = int(self._rows.sum()), min(_UNUSABLE_IN_A_ROW, len(self))
+        if in_a_row >= limit and self.skipped >= limit:  # in later epochs two processes may have met the same pair
+            listed = [f"{self.pairs.where(i)} ({why})" for i, why in list(self._in_a_row.items())[-_SHOWN:]]
+            raise ValueError(none_usable(f"none of {in_a_row} pairs in a row could be used", listed))
+
     def _nothing(self) -> Tensor:
         if self.codes is None:
             return torch.zeros(3, self.image_size, self.image_size)
@@ -453,19 +461,23 @@ class TextImages(_PairItems):
 
 
 class PairViews(_PairItems):
-    """What extraction encodes: items ([centre crop (3, H, W)], 0, index) for `collate_present`, None for unusable pairs."""
+    """What extraction encodes: items ([centre crop (3, H, W)], 0, index) for `present_batches`, None for unusable pairs."""
 
     def __init__(self, pairs: Pairs, image_size: int):
         super().__init__(pairs, image_size, seed=0, random_crop=False)
 
     def __getitem__(self, index: int) -> tuple[list[Tensor], int, int] | None:
         try:
-            pixels = self._pixels(index)
+            return [self._pixels(index)], 0, index
         except _Unusable as error:
-            self._note(index, str(error))
+            self._tell(index, str(error))
             return None
-        self._note(index, None)
-        return [pixels], 0, index
+
+    def require_readable(self, missing: Sequence[int]) -> None:
+        """Raises ValueError with places and reasons where the pairs `missing` in a row are 256, or all."""
+        if len(missing) >= min(_UNUSABLE_IN_A_ROW, len(self)):
+            examples = self._reasons(missing[-_SHOWN:])
+            raise ValueError(none_usable(f"none of {len(missing)} pairs in a row could be used", examples))
 
 
 def collate_t2i(

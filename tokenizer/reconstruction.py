@@ -429,19 +429,11 @@ def load(
     dataset: "ImageDataset", batches: Sequence[range], args: argparse.Namespace, dist: "Distributed"
 ) -> "Iterator[tuple[range, Tensor | None, list[int]]]":
     """Yields each batch with its images (n, 3, H, W) and their numbers, those that could be read; (batch, None, []) for none."""
-    from torch.utils.data import DataLoader
-
-    from dataset.images import collate_present
+    from dataset.images import present_batches
     from utils.loading import loader_workers
 
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=min(loader_workers(args.num_workers, dist), len(batches)),
-        collate_fn=collate_present,
-        pin_memory=dist.device.type == "cuda",
-    )
-    for batch, loaded in zip(batches, loader, strict=True):
+    present = present_batches(dataset, batches, loader_workers(args.num_workers, dist), dist.device.type == "cuda")
+    for batch, loaded in zip(batches, present, strict=True):
         if loaded is None:
             yield batch, None, []
         else:

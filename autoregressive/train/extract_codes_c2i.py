@@ -161,19 +161,12 @@ def encode_shards(
     from itertools import groupby
 
     import torch
-    from torch.utils.data import DataLoader
 
-    from dataset.images import collate_present
+    from dataset.images import present_batches
 
     device = tokenizer.quantize.embedding.weight.device
-    loader = DataLoader(
-        dataset,
-        batch_sampler=[images for _, images in batches],
-        num_workers=min(workers, len(batches)),
-        collate_fn=collate_present,
-        pin_memory=device.type == "cuda",
-    )
-    for shard, loaded in groupby(zip(batches, loader, strict=True), key=lambda pair: pair[0][0]):
+    present = present_batches(dataset, [images for _, images in batches], workers, device.type == "cuda")
+    for shard, loaded in groupby(zip(batches, present, strict=True), key=lambda pair: pair[0][0]):
         codes = [torch.empty(0, len(settings.views), settings.tokens, dtype=torch.int32)]
         labels, numbers = ([torch.empty(0, dtype=torch.int64)] for _ in range(2))
         for (_, images), batch in loaded:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from dataset.augmentation import center_view, flip_views, random_view
 from dataset.folders import class_folders, find_images, flat_folder, listed_images, nested_folder
-from dataset.images import ImageDataset, collate_present, load_rgb
+from dataset.images import ImageDataset, collate_present, load_rgb, present_batches
 from dataset.jsonl import JsonLines, jsonl_images
 from utils.rng import item_seed
 
@@ -327,9 +327,24 @@ def test_a_folder_of_unreadable_images_stops_the_run(tmp_path):
     data = ImageDataset(images, partial(center_view, image_size=SIZE))
     with pytest.raises(ValueError, match=r"none of 20 images(.|\n)*05\.jpg \(UnidentifiedImageError"):
         data[5]
-    omitting = ImageDataset(images, partial(center_view, image_size=SIZE), unreadable="omit")
-    with pytest.raises(ValueError, match=r"none of 20 images(.|\n)*19\.jpg"):
-        list(omitting)
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_present_batches_unreadable_images_in_a_row_end_the_pass_with_any_number_of_workers(tmp_path, workers):
+    """Twenty, however they fall into batches; nineteen are accidents."""
+    for i in range(46):
+        (tmp_path / f"{i:02d}.jpg").write_bytes(b"x")
+    for i in (19, 20, 40):
+        save(tmp_path / f"{i:02d}.jpg")
+    data = ImageDataset(flat_folder(tmp_path), partial(center_view, image_size=SIZE), unreadable="omit")
+    batches = [range(first, min(first + 3, 46)) for first in range(0, 46, 3)]
+    assert sum(batch is not None for batch in present_batches(data, batches, workers, pin_memory=False)) == 3
+    (tmp_path / "40.jpg").write_bytes(b"x")
+    with pytest.raises(
+        ValueError, match=r"none of 20 images in a row(.|\n)*21\.jpg (.|\n)*40\.jpg \(Unid[^\n]*$"
+    ) as told:
+        list(present_batches(data, batches, workers, pin_memory=False))
+    assert str(told.value).count("UnidentifiedImageError") == 20
 
 
 def test_the_one_good_image_of_a_small_folder_is_found(tmp_path):
