@@ -212,7 +212,11 @@ def settings_for(kind: str, args: argparse.Namespace) -> dict[str, float]:
     parser = flags()
     values = {name: getattr(args, name) for name in ("cfg_scale", "cfg_interval", "top_k", "top_p", "temperature")}
     own = QUICKSTART_SETTINGS if args.quickstart else TEXT_SETTINGS if kind == "text" else {}
-    return {name: own.get(name, v) if v == parser.get_default(name) else v for name, v in values.items()}
+    values = {name: own.get(name, v) if v == parser.get_default(name) else v for name, v in values.items()}
+    # A slider ends where a value stops to matter.
+    return values | {
+        "cfg_scale": max(values["cfg_scale"], 1), "top_k": max(values["top_k"], 0), "top_p": min(values["top_p"], 1)
+    }  # fmt: skip
 
 
 def respond(
@@ -335,8 +339,10 @@ def drawing_tab(
                 interval = gr.Number(at["cfg_interval"], label="Last guided step (-1: all are)")
             with gr.Row():
                 top_k = gr.Slider(0, codes, value=min(at["top_k"], codes), step=1, label="Top-k (0: all)")
-                top_p = gr.Slider(0.01, 1, value=at["top_p"], step=0.01, label="Top-p (1: all)")
-            temperature = gr.Slider(0, 2, value=at["temperature"], step=0.05, label="Temperature")
+                top_p = gr.Slider(0, 1, value=at["top_p"], step=0.01, label="Top-p (1: all)")
+            temperature = gr.Slider(
+                0, 2, value=at["temperature"], step=0.05, label="Temperature (0: the likeliest token)"
+            )
         with gr.Column(scale=3, min_width=320):
             status = gr.HTML(problem, elem_id=f"{kind}-status")
             gallery = gr.Gallery(

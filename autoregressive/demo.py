@@ -244,9 +244,9 @@ class _Drawing:
         words = [f"seed {self.seed}", f"guidance {config.cfg_scale:g}" if config.guided else "no guidance"]
         if config.guided and config.cfg_interval >= 0:
             words[-1] += f" to step {config.cfg_interval:g}"
-        if not config.sample_logits:
+        if config.greedy:
             return " · ".join([*words, "greedy"])
-        top_k = f"top-k {config.top_k:g}" if config.top_k else "top-k all"
+        top_k = f"top-k {config.top_k:g}" if config.top_k > 0 else "top-k all"
         return " · ".join([*words, top_k, f"top-p {config.top_p:g}", f"temperature {config.temperature:g}"])
 
 

@@ -29,7 +29,7 @@ from autoregressive.models.decode_step import can_compile
 from autoregressive.models.generate import check_labels, generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.packed import can_pack
-from autoregressive.models.sampling import SamplingConfig
+from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
 from autoregressive.models.sizes import GPT_SIZES
 from language.captions import clean_caption
 from language.features import left_padded, prefix_mask
@@ -260,8 +260,8 @@ class ImagePipeline:
         seed: of the run. indices: each image's number in the run (0, 1, … by default); an image is a function of (seed,
         number, label or prompt). size: pixels a side, where other than the model's.
         sampling: the fields of SamplingConfig (cfg_scale, cfg_interval, temperature, top_k, top_p, sample_logits).
-        Raises ValueError for a label, a prompt, features or a setting that the model cannot take, FileNotFoundError for
-        features or a T5 that are not there.
+        Raises ValueError for a label, a prompt, features or a setting that the model cannot take, and for logits or pixels
+        that are not finite; FileNotFoundError for features or a T5 that are not there.
         """
         drawn = self.batches(
             asked, features=features, seed=seed, indices=indices, progress=progress, size=size, **sampling
@@ -413,6 +413,7 @@ class ImagePipeline:
 
         cond, emb_masks: labels (B,), or what condition_rows gives. indices: the images' numbers. seed: of the run, or of
         each image's own run.
+        Raises NotFiniteLogits where some of the images were drawn from logits that are not finite.
         """
         indices = range(len(cond)) if indices is None else indices
         tokens = self.gpt.layout.tokens
@@ -426,10 +427,15 @@ class ImagePipeline:
             noise = torch.cat([noise, noise.new_zeros(padding, tokens)])
             if emb_masks is not None:
                 emb_masks = torch.cat([emb_masks, emb_masks[-1:].expand(padding, -1)])
-        codes = generate(
-            self.gpt, cond, tokens, emb_masks, noise=noise, compile=self.compile, on_step=on_step, **sampling
-        )
-        return codes[: len(indices)]
+        asked = slice(len(indices))
+        try:
+            return generate(
+                self.gpt, cond, tokens, emb_masks, noise=noise, compile=self.compile, on_step=on_step, **sampling
+            )[asked]
+        except NotFiniteLogits as error:
+            if found := error.of(asked):
+                raise found from None
+            return error.tokens[asked]  # only the padding is broken
 
     @torch.inference_mode()
     def decode(self, codes: Tensor, size: int | None = None) -> np.ndarray:
@@ -576,7 +582,7 @@ def _decode_so_many(
                 images = tokenizer.decode_code(filled, shape).float()
         if size is not None and size != images.shape[-1]:
             images = torch.nn.functional.interpolate(images, size=(size, size), mode="bicubic")
-        arrays.append(to_uint8(images)[: len(part)])
+        arrays.append(to_uint8(images[: len(part)]))
     return np.concatenate(arrays)
 
 

@@ -170,6 +170,8 @@ def test_where_the_sliders_stand():
     assert app.settings_for("text", parse()) | {"cfg_scale": 7.5, "top_k": 1000} == app.settings_for("text", parse())
     assert app.settings_for("text", parse("--cfg-scale", 3))["cfg_scale"] == 3
     assert app.settings_for("class", parse("--quickstart"))["temperature"] == 0.8
+    ends = app.settings_for("class", parse("--cfg-scale", 0.5, "--top-k", -1, "--top-p", 3, "--temperature", 0))
+    assert [ends[name] for name in ("cfg_scale", "top_k", "top_p", "temperature")] == [1, 0, 1, 0]
 
 
 # What the page is told
@@ -189,7 +191,7 @@ def test_mistakes_become_messages(small_files, tmp_path, caplog):
         ("11", {}, "Class 11 is out of range"),
         ("", {}, "No class is chosen"),
         ("3", {"seed": None}, "The seed is missing"),
-        ("3", {"top_p": 0}, "--top-p must be above 0"),
+        ("3", {"top_p": -1}, "--top-p must be 0"),
         ("3", {"cfg_interval": None}, "No value is given for cfg interval"),
     ):
         assert respond(painter, asked, **settings) == [([], app_error(message, respond(painter, asked, **settings)))]

@@ -242,7 +242,7 @@ def add_sampling_flags(parser: Flags, *, cfg_scale: float, top_k: int, interval:
         group.add_argument(
             "--cfg-interval", type=Number(float, least=-1), default=-1, help="last guided decode step, -1 for all"
         )
-    group.add_argument("--temperature", type=nonnegative_float, default=1.0, help="divides the logits")
+    group.add_argument("--temperature", type=nonnegative_float, default=1.0, help="divides the logits, 0 as --greedy")
     group.add_argument(
         "--top-k", type=Number(int, least=-1), default=top_k, help="keep the k most likely tokens, 0 or -1 for all"
     )
@@ -250,9 +250,9 @@ def add_sampling_flags(parser: Flags, *, cfg_scale: float, top_k: int, interval:
         "--top-p",
         type=nonnegative_float,
         default=1.0,
-        help="keep the most likely tokens of this mass: 1 or more for all, 0 for the likeliest",
+        help="keep the most likely tokens of this mass: 1 or more for all, 0 as --greedy",
     )
-    group.add_argument("--greedy", action="store_true", help="take the most likely token instead of drawing")
+    group.add_argument("--greedy", action="store_true", help="take the likeliest token, the first of equal ones")
 
 
 def add_text_flags(parser: Flags) -> None:

@@ -14,11 +14,21 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from utils.errors import NotFiniteError
 from utils.files import atomic_write
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """clamp(127.5 x + 128, 0, 255), truncated. (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)."""
+    """clamp(127.5 x + 128, 0, 255), truncated. (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3).
+
+    Raises NotFiniteError where a pixel is NaN or infinite.
+    """
+    if not images.isfinite().all():
+        count = int((~images.isfinite()).flatten(1).any(1).sum())
+        raise NotFiniteError(
+            f"the pixels of {count} of {len(images)} images are not finite, in {str(images.dtype).removeprefix('torch.')}: "
+            "give other tokenizer weights, or --decode-precision none"
+        )
     values = (127.5 * images.float() + 128.0).clamp(0, 255)
     return values.permute(0, 2, 3, 1).byte().cpu().numpy()
 

@@ -33,7 +33,7 @@ from utils.checkpoint import Checkpoint
 from utils.data_order import BatchOrder
 from utils.distributed import Distributed
 from utils.ema import EMA, local, warmed_up
-from utils.errors import AgreedError
+from utils.errors import AgreedError, NotFiniteError
 from utils.finite import FiniteWatch, NotFinite
 from utils.flops import peak_flops
 from utils.loading import loader_workers
@@ -454,8 +454,11 @@ class Trainer:
                 self.log.scalars(self.step, values)
             # With shards on every process: passes that one alone made would put it out of step with the others' exchanges.
             if pictures and (self.dist.is_main or self.plan.sharded):
-                for name, image in self.sample(model).items():
-                    self.log.image(self.step, name, image)
+                try:
+                    for name, image in self.sample(model).items():
+                        self.log.image(self.step, name, image)
+                except NotFiniteError as error:
+                    self.log.warning(f"(step={self.step:07d}) no pictures: {error}")
             model.train()
 
     def _save(self, final: bool) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from autoregressive.models.gpt import Rows, Transformer
 from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.layout import DecodeStep, TokenLayout
-from autoregressive.models.sampling import SamplingConfig, choose, guide
+from autoregressive.models.sampling import SamplingConfig, choose, guide, spread
 
 Decode = Callable[[Transformer, Tensor, int, Rows, Tensor | None], Tensor]
 
@@ -69,7 +69,7 @@ class DecodeState:
 
     tokens: int64 (B, N), in the layout's order. noise: float32 (B, N). seen: bool (samples of the cache, rows), false where
     a condition row is padding. at: int64 (3,): the step's first row, first input and first output.
-    numbers: config.numbers, float32 (3,).
+    numbers: config.numbers, float32 (3,). spread: float32 (B, N), that of the logits each token was drawn from.
     """
 
     def __init__(self, layout: TokenLayout, cache: StaticCache, batch: int):
@@ -80,6 +80,7 @@ class DecodeState:
         self.seen = torch.ones(len(cache.keys[0]), cache.rows, dtype=torch.bool, device=device)
         self.at = torch.zeros(3, dtype=torch.long, device=device)
         self.numbers = torch.zeros(3, device=device)
+        self.spread = torch.zeros(batch, layout.tokens, device=device)
         self.count = torch.arange(cache.rows, device=device)
 
     def begin(self, config: SamplingConfig, noise: Tensor, prefix_mask: Tensor | None) -> None:
@@ -91,6 +92,7 @@ class DecodeState:
         self.numbers.copy_(torch.tensor(config.numbers))
         self.noise[:, : noise.shape[1]].copy_(noise)
         self.tokens.zero_()
+        self.spread.zero_()
         self.seen.fill_(True)
         if prefix_mask is not None:
             self.seen[: len(prefix_mask), : prefix_mask.shape[1]] = prefix_mask.to(self.seen.device, torch.bool)
@@ -107,16 +109,17 @@ def take_step(model: Transformer, state: DecodeState, kind: StepKind, decode: De
         mask = mask[: len(inputs), None, None, : kind.length]
     rows = Rows(state.cache, row + state.count[:width], kind.length)
     logits = decode(model, inputs, kind.special, rows, mask)
-    outputs = first_output + state.count[:width]
-    state.tokens.index_copy_(1, outputs, pick(logits, state, kind.guided, state.noise.index_select(1, outputs)))
+    draw_tokens(logits, state, kind.guided, first_output + state.count[:width])
 
 
-def pick(logits: Tensor, state: DecodeState, guided: bool, noise: Tensor) -> Tensor:
-    """Mixes the conditional rows (the first) with the unconditional ones where guided, and draws. (R, s, V) -> (B, s)."""
+def draw_tokens(logits: Tensor, state: DecodeState, guided: bool, outputs: Tensor) -> None:
+    """Draws the tokens at `outputs` (s,) from logits (R, s, V): the conditional rows, then the unconditional ones."""
     conditional = logits[: state.batch]
     if guided:
         conditional = guide(conditional, logits[state.batch : 2 * state.batch], state.numbers[0])
-    return choose(conditional, state.config, noise, state.numbers)
+    tokens = choose(conditional, state.config, state.noise.index_select(1, outputs), state.numbers)
+    state.tokens.index_copy_(1, outputs, tokens)
+    state.spread.index_copy_(1, outputs, spread(conditional))
 
 
 def decode_rows(model: Transformer, tokens: Tensor, special: int, rows: Rows, mask: Tensor | None) -> Tensor:

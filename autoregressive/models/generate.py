@@ -18,8 +18,9 @@ from autoregressive.models import decode_step
 from autoregressive.models.decode_step import DecodeState, StepGraphs
 from autoregressive.models.gpt import Rows, Transformer
 from autoregressive.models.kv_cache import StaticCache
+from autoregressive.models.layout import TokenLayout
 from autoregressive.models.packed import packed, release
-from autoregressive.models.sampling import SamplingConfig
+from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
 
 _caches: WeakKeyDictionary[Transformer, StaticCache] = WeakKeyDictionary()
 _graphs: WeakKeyDictionary[Transformer, StepGraphs] = WeakKeyDictionary()
@@ -95,7 +96,7 @@ def generate(
 
     Returns: int64 (B, max_new_tokens) in raster order.
     Raises ValueError for settings out of range (SamplingConfig), a label that the model does not have, or a
-    max_new_tokens that the layout cannot stop at.
+    max_new_tokens that the layout cannot stop at; NotFiniteLogits where images were drawn from logits that are not finite.
     """
     config = SamplingConfig(cfg_scale, cfg_interval, temperature, top_k, top_p, sample_logits)
     layout, device = model.layout, model.tok_embeddings.weight.device
@@ -129,26 +130,47 @@ def generate(
         kinds = decode_step.kinds_of(steps, config, stride, cache.rows - 1, padded=emb_masks is not None)
         places = torch.tensor([(s.rows.start, s.inputs.start, s.outputs.start) for s in steps]).to(device)
 
-        cache.lay_out(kinds[0].length if side_by_side and kinds else cache.rows)
-        logits = prefill(model, cond, cache, emb_masks)  # (R, 1, V)
-        state.tokens[:, :1] = decode_step.pick(logits, state, config.guided, state.noise[:, :1])
-        if on_step:
-            on_step(1, state.tokens)
-        for step, kind, place in zip(steps, kinds, places, strict=True):
-            if side_by_side:
-                cache.lay_out(kind.length)
-            state.at.copy_(place)
-            work = partial(decode_step.take_step, model, state, kind, decode)
-            if graphs:
-                graphs.run(kind, work)
-            else:
-                work()
+        with cleared_after_errors(cache):
+            cache.lay_out(kinds[0].length if side_by_side and kinds else cache.rows)
+            logits = prefill(model, cond, cache, emb_masks)  # (R, 1, V)
+            decode_step.draw_tokens(logits, state, config.guided, state.count[:1])
             if on_step:
-                on_step(step.outputs.stop, state.tokens)
-    tokens = state.tokens
-    if total < layout.tokens:
-        return tokens[:, :total].clone()
-    return tokens[:, layout.raster.to(device)]
+                on_step(1, state.tokens)
+            for step, kind, place in zip(steps, kinds, places, strict=True):
+                if side_by_side:
+                    cache.lay_out(kind.length)
+                state.at.copy_(place)
+                work = partial(decode_step.take_step, model, state, kind, decode)
+                if graphs:
+                    graphs.run(kind, work)
+                else:
+                    work()
+                if on_step:
+                    on_step(step.outputs.stop, state.tokens)
+            whole = total == layout.tokens
+            tokens = state.tokens[:, layout.raster.to(device)] if whole else state.tokens[:, :total].clone()
+            finite = state.spread.isfinite()
+            if not finite.all():  # the one place that waits for the device
+                raise NotFiniteLogits(broken_steps(finite.tolist(), layout), tokens, dtype)
+    return tokens
+
+
+@contextmanager
+def cleared_after_errors(cache: StaticCache) -> Iterator[None]:
+    """Clears the cache where the block raises: a NaN in it would reach later images even through masked rows."""
+    try:
+        yield
+    except BaseException:
+        cache.clear()
+        raise
+
+
+def broken_steps(finite: list[list[bool]], layout: TokenLayout) -> list[int | None]:
+    """By image, the first decode step (from 1) with a token that is not of finite logits; None for none."""
+    step_of = [1] * layout.tokens
+    for number, step in enumerate(layout.steps, start=2):
+        step_of[step.outputs] = [number] * (step.outputs.stop - step.outputs.start)
+    return [step_of[row.index(False)] if False in row else None for row in finite]
 
 
 def prefill(model: Transformer, cond: Tensor, cache: StaticCache, emb_masks: Tensor | None) -> Tensor:

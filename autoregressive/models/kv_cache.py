@@ -40,6 +40,12 @@ class StaticCache:
                 tensors[i] = whole.view(batch, heads, length, dim)
                 tensors[i][:, :, :rows] = kept
 
+    def clear(self) -> None:
+        """Sets every row to zero, also those that `lay_out` has set apart."""
+        for tensor in (*self.keys, *self.values):
+            numbers = tensor.untyped_storage().nbytes() // tensor.itemsize
+            tensor.as_strided((numbers,), (1,), 0).zero_()
+
     def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Stores k and v (b, H, s, D) at rows `positions` (s,) of the first b samples.
 

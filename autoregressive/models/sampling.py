@@ -9,11 +9,14 @@ number and its own row alone, whatever else is in the batch.
 Top-p: arXiv 1904.09751. Guidance: 2207.12598.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite, isnan
 
 import torch
 from torch import Tensor
+
+from utils.errors import NotFiniteError
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class SamplingConfig:
     """How tokens are chosen.
 
     cfg_scale: guidance scale; 1 or less is none. cfg_interval: the last guided decode step, -1 for all.
-    temperature: 0 or more. top_k: 0 keeps all. top_p: in (0, 1], 1 keeps all. sample_logits: False takes the argmax.
+    temperature: 0 or more. top_k: 0 or less keeps all. top_p: 0 or more; 1 or more keeps all. sample_logits: whether to draw.
+    sample_logits False, temperature 0, top_k 1 and top_p 0 each take the likeliest token, the first of equal ones.
     Raises ValueError for a value outside these.
     """
 
@@ -35,12 +39,12 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if not (isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"--temperature must be 0 or more, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top-p must be above 0 and at most 1 (1 keeps every token), got {self.top_p}")
-        if not (self.top_k >= 0 and isfinite(self.top_k) and int(self.top_k) == self.top_k):
-            raise ValueError(f"--top-k must be a whole number, 0 (keep every token) or more, got {self.top_k}")
-        if not (isfinite(self.cfg_scale) and self.cfg_scale >= 0):
-            raise ValueError(f"--cfg-scale must be 0 or more (1: no guidance), got {self.cfg_scale}")
+        if not (isfinite(self.top_p) and self.top_p >= 0):
+            raise ValueError(f"--top-p must be 0 (the likeliest token) to 1 (every token), got {self.top_p}")
+        if not (isfinite(self.top_k) and int(self.top_k) == self.top_k):
+            raise ValueError(f"--top-k must be a whole number (0 or -1: every token), got {self.top_k}")
+        if not isfinite(self.cfg_scale):
+            raise ValueError(f"--cfg-scale must be a number (1 or less: no guidance), got {self.cfg_scale}")
         if isnan(self.cfg_interval):
             raise ValueError("--cfg-interval must be a decode step, or -1 to guide all of them, got nan")
 
@@ -50,9 +54,14 @@ class SamplingConfig:
         return self.cfg_scale > 1
 
     @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, whatever the noise."""
+        return not self.sample_logits or self.temperature == 0 or self.top_k == 1 or self.top_p == 0
+
+    @property
     def operations(self) -> tuple[bool, int, bool]:
-        """What is done to logits: whether a token is drawn at all, top-k, and whether top-p filters."""
-        return self.sample_logits, int(self.top_k), self.top_p < 1
+        """What is done to logits: whether the likeliest token is taken, else top-k and whether top-p filters."""
+        return (True, 0, False) if self.greedy else (False, int(self.top_k), self.top_p < 1)
 
     @property
     def numbers(self) -> tuple[float, float, float]:
@@ -64,6 +73,39 @@ class SamplingConfig:
         return self.guided and (self.cfg_interval < 0 or step <= self.cfg_interval)
 
 
+class NotFiniteLogits(NotFiniteError):
+    """Images of a batch whose logits are NaN or infinite, while the others of the batch are whole.
+
+    steps: by image, the first decode step (from 1) with such logits, None for none. tokens: of all images, int64 (B, N).
+    dtype: in which the model was computed.
+    """
+
+    def __init__(self, steps: Sequence[int | None], tokens: Tensor, dtype: torch.dtype):
+        self.steps, self.tokens, self.dtype = list(steps), tokens, dtype
+        found = [step for step in steps if step is not None]
+        count = f" of {len(found)} of {len(steps)} images" if len(steps) > 1 else ""
+        precision, advice = _PRECISIONS.get(dtype, (str(dtype), "give --precision none"))
+        super().__init__(f"the logits{count} are not finite from decode step {min(found)} on, in {precision}: {advice}")
+
+    def of(self, images: slice) -> "NotFiniteLogits | None":
+        """The same of a part of the batch; None where all of its images are whole."""
+        steps = self.steps[images]
+        return NotFiniteLogits(steps, self.tokens[images], self.dtype) if set(steps) != {None} else None
+
+
+# What --precision calls a dtype, and what to do where its range or the weights are at fault.
+_PRECISIONS = {
+    torch.float16: ("fp16", "give --precision bf16 or none"),
+    torch.bfloat16: ("bf16", "give --precision none, or other weights"),
+    torch.float32: ("float32", "give other weights, or a smaller --cfg-scale"),
+}
+
+
+def spread(logits: Tensor) -> Tensor:
+    """The largest logit of a row less the smallest, (…, V) -> (…): a finite number where all of them are finite."""
+    return logits.amax(dim=-1) - logits.amin(dim=-1)
+
+
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """unconditional + (conditional - unconditional) * scale."""
     return unconditional + (conditional - unconditional) * scale
@@ -72,7 +114,7 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float | Tensor | None = None) -> Tensor:
     """Sets what top-k, then top-p, leave out to -inf. (…, V) -> (…, V).
 
-    top_k: 0 keeps all. top_p: None, or the number 1, keeps all.
+    top_k: 0 or less keeps all. top_p: None, or the number 1 or more, keeps all.
     Top-p keeps the smallest set of most likely tokens whose mass reaches p, the one that crosses it included.
     """
     if 0 < top_k < logits.shape[-1]:
@@ -80,7 +122,9 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float | Tensor | None =
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
     if isinstance(top_p, Tensor) or (top_p is not None and top_p < 1):
         ordered, places = logits.sort(dim=-1, descending=True, stable=True)
-        reached = running_sum(ordered.softmax(dim=-1))[..., :-1] > top_p  # the mass before each token but the first
+        reached = (
+            running_sum(ordered.softmax(dim=-1, dtype=torch.float32))[..., :-1] > top_p
+        )  # the mass before each token but the first
         left_out = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, places[..., 1:], reached)
         logits = logits.masked_fill(left_out, float("-inf"))
     return logits
@@ -99,18 +143,19 @@ def running_sum(x: Tensor) -> Tensor:
 def draw(probabilities: Tensor, noise: Tensor) -> Tensor:
     """The token at which the cumulative distribution passes `noise`. (…, V), (…) in [0, 1) -> int64 (…)."""
     # Summed in parallel, the distribution may rise by a rounding at a token that has no mass: such tokens are passed over.
-    cumulative = running_sum(probabilities).masked_fill(probabilities == 0, 0)
-    target = noise.unsqueeze(-1).to(cumulative.dtype) * cumulative.amax(dim=-1, keepdim=True)
+    cumulative = running_sum(probabilities.float()).masked_fill(probabilities == 0, 0)
+    target = noise.unsqueeze(-1).float() * cumulative.amax(dim=-1, keepdim=True)
     return (cumulative > target).int().argmax(dim=-1)
 
 
 def choose(logits: Tensor, config: SamplingConfig, noise: Tensor, numbers: Tensor | None = None) -> Tensor:
-    """Picks a token a row. logits: (…, V) float32; noise: (…) uniform in [0, 1). Returns int64 (…).
+    """Picks a token a row. logits: (…, V); noise: (…) uniform in [0, 1). Returns int64 (…).
 
     numbers: float32 (3,) on the logits' device, read in place of config.numbers: a recorded step follows what it holds.
     """
-    if not config.sample_logits:
+    if config.greedy:
         return logits.argmax(dim=-1)
     _, temperature, top_p = config.numbers if numbers is None else numbers.unbind()
-    logits = filter_logits(logits / temperature, int(config.top_k), top_p if config.top_p < 1 else None)
+    logits = logits.float() / temperature  # sums of half precision have too few steps for a codebook
+    logits = filter_logits(logits, int(config.top_k), top_p if config.top_p < 1 else None)
     return draw(logits.softmax(dim=-1), noise)

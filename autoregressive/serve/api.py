@@ -253,7 +253,7 @@ class EventStream(StreamingResponse):
                 rows -= rows % asked.partial_rows
                 try:
                     png = await self._service.decoder.png(self._newest[: rows * grid], asked.size)
-                except RuntimeError:  # the whole image, which comes the same way, will tell
+                except (RuntimeError, ValueError):  # the whole image, which comes the same way, will tell
                     continue
                 partial = {"partial_image_index": sent, "rows": rows, "of_rows": grid}
                 yield _event("image_generation.partial_image", png, **partial, **common)

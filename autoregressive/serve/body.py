@@ -66,7 +66,9 @@ class ImageBody(BaseModel):
     guidance_scale: float | None = Field(None, ge=0, le=100, description="Guidance; 1 or less is none.")
     cfg_scale: float | None = Field(None, ge=0, le=100, description="Another name of guidance_scale.")
     cfg_interval: float | None = Field(None, ge=-1, le=1e6, description="The last guided decode step, -1 for all.")
-    temperature: float | None = Field(None, ge=0, le=100, description="Divides the logits. Default 1.")
+    temperature: float | None = Field(
+        None, ge=0, le=100, description="Divides the logits; 0 takes the likeliest. Default 1."
+    )
     top_k: int | None = Field(None, ge=0, le=10**6, description="Keep the k most likely tokens, 0 for all.")
     top_p: float | None = Field(None, gt=0, le=1, description="Keep the most likely tokens of this mass. Default 1.")
     response_format: Literal["b64_json", "png"] | None = Field(

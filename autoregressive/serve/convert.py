@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive.models.gpt import Transformer
@@ -25,7 +26,7 @@ from utils.files import write_json
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_FORMAT = 1  # of the folder; a folder of another one is made anew
+_FORMAT = 2  # of the folder; a folder of another one is made anew
 
 
 def model_folder(
@@ -144,7 +145,8 @@ def engine_config(gpt: Transformer, dtype: torch.dtype, image_size: int) -> dict
         "num_attention_heads": 2 * args.n_head,
         "num_key_value_heads": 2 * args.n_kv_head,
         "head_dim": args.dim // args.n_head,
-        "vocab_size": args.vocab_size + (args.num_classes + 1 if args.model_type == "c2i" else 0),
+        # Past the codes stand the classes, or one id: the first of these marks a token that could not be drawn.
+        "vocab_size": args.vocab_size + (args.num_classes + 1 if args.model_type == "c2i" else 1),
         "max_position_embeddings": gpt.layout.rows,
         "rms_norm_eps": args.norm_eps,
         "tie_word_embeddings": False,
@@ -169,7 +171,7 @@ def engine_config(gpt: Transformer, dtype: torch.dtype, image_size: int) -> dict
 def engine_weights(gpt: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights under the model's names, but for the conditions.
 
-    `embed.weight` has the codes and then the classes, `null_condition` (prefix, dim) the embedded "no class" or "no caption";
+    `embed.weight` has the codes and then the classes, or a row of zeros, `null_condition` (prefix, dim) the embedded "no class" or "no caption";
     `caption.fc1`, `caption.fc2` project features in the process that takes the requests.
     """
     state = {name: tensor.to(dtype) for name, tensor in gpt.state_dict().items()}
@@ -181,4 +183,4 @@ def engine_weights(gpt: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
     null = project(state.pop("cls_embedding.uncond_embedding"))
     for part in ("fc1", "fc2"):
         state[f"caption.{part}"] = state.pop(f"cls_embedding.cap_proj.{part}.weight")
-    return {**state, "embed.weight": embed, "null_condition": null}
+    return {**state, "embed.weight": F.pad(embed, (0, 0, 0, 1)), "null_condition": null}

@@ -15,6 +15,7 @@ from PIL import Image
 
 from autoregressive.pipeline import decode_codes
 from tokenizer.tokenizer_image.vq_model import VQModel
+from utils.errors import NotFiniteError
 
 GREY = 128
 
@@ -79,25 +80,29 @@ class Decoder:
                 kind = _kind(self._waiting[0][0])
                 batch = [item for item in self._waiting if _kind(item[0]) == kind][: self.batch_size]
                 self._waiting = [item for item in self._waiting if item not in batch]
-                try:
-                    images = await loop.run_in_executor(
-                        self._thread, self._compute, [tokens for (tokens, _), _ in batch], kind[1]
-                    )
-                except Exception as error:
-                    for _, future in batch:
-                        if not future.done():
-                            future.set_exception(RuntimeError(f"decoding failed: {error}"))
-                else:
-                    for (_, future), image in zip(batch, images):
-                        if not future.done():
-                            future.set_result(image)
+                tokens = [tokens for (tokens, _), _ in batch]
+                results = await loop.run_in_executor(self._thread, self._compute, tokens, kind[1])
+                for (_, future), result in zip(batch, results):
+                    if future.done():
+                        continue
+                    if isinstance(result, Exception):
+                        future.set_exception(result)
+                    else:
+                        future.set_result(result)
         finally:
             self._busy = None
 
-    def _compute(self, tokens: list[list[int]], size: int | None) -> np.ndarray:
-        return decode_codes(
-            self.tokenizer, torch.tensor(tokens), width=self.grid_size, size=size, batch_size=self.batch_size
-        )
+    def _compute(self, tokens: list[list[int]], size: int | None) -> "list[np.ndarray | Exception]":
+        """The images; where decoding them together fails, each alone, an error in the place of one that fails."""
+        try:
+            codes = torch.tensor(tokens)
+            return list(
+                decode_codes(self.tokenizer, codes, width=self.grid_size, size=size, batch_size=self.batch_size)
+            )
+        except Exception as error:
+            if len(tokens) > 1:
+                return [result for one in tokens for result in self._compute([one], size)]
+            return [error if isinstance(error, NotFiniteError) else RuntimeError(f"decoding failed: {error}")]
 
     async def close(self) -> None:
         """Ends the thread, after what it is at."""

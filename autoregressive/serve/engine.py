@@ -58,7 +58,8 @@ class Engine(Protocol):
     def generate(self, request: ImageRequest) -> AsyncIterator[list[int]]:
         """Yields the tokens so far, in raster order, growing; the last has all. Closing it early gives the place up.
 
-        An engine that is not `raster` yields once. Raises RuntimeError where the engine has died.
+        An engine that is not `raster` yields once. Raises RuntimeError where the engine has died, NotFiniteError where the
+        image's logits are NaN or infinite.
         """
 
     async def close(self) -> None:

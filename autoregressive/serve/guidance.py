@@ -6,7 +6,8 @@
 vLLM keeps its processors informed of which request is which row of a batch. The model (serve/model.py) asks here how
 to mix the two streams of guidance; what vLLM then does to logits (bias, allowed tokens) comes after guidance, as it
 should. `apply` draws the token itself, by models/sampling.py and the noise that ImagePipeline would use, and leaves only
-that one finite, so that vLLM, which is told to be greedy, takes it.
+that one finite, so that vLLM, which is told to be greedy, takes it. A token of logits that are not finite becomes the id
+after the codes: an exception here would end the engine with all of its requests.
 """
 
 from collections import defaultdict
@@ -18,7 +19,7 @@ from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from autoregressive.models.sampling import choose, guide
+from autoregressive.models.sampling import choose, guide, spread
 from autoregressive.serve.plugin import ARCHITECTURE
 from autoregressive.serve.settings import DrawSettings
 
@@ -99,6 +100,12 @@ class GuidedDraw(LogitsProcessor):
             rows = torch.tensor(members).to(logits.device, non_blocking=True)
             codes = logits[rows, : self.codes]
             drawn = choose(codes, config, noise.to(logits.device, non_blocking=True))
+            drawn = drawn.masked_fill(codes.amax(dim=-1).isnan(), self.codes)  # see mark_broken
             logits[rows] = float("-inf")
             logits[rows, drawn] = 0
         return logits
+
+
+def mark_broken(logits: Tensor) -> Tensor:
+    """The logits (B, V) with rows of NaN for those that are not finite. Before vLLM rules tokens out by -inf."""
+    return logits.masked_fill(~spread(logits).isfinite()[:, None], float("nan"))

@@ -25,7 +25,7 @@ from vllm.sequence import IntermediateTensors
 from autoregressive.models.gpt import RMSNorm
 from autoregressive.models.layout import TokenLayout
 from autoregressive.models.rope import apply_rope, rope_table_2d
-from autoregressive.serve.guidance import GuidedDraw
+from autoregressive.serve.guidance import GuidedDraw, mark_broken
 
 STREAMS = 2  # conditional, unconditional
 
@@ -171,7 +171,7 @@ class ImageGPT(nn.Module):
         if logits is None:
             return None
         conditional, unconditional = logits.float().view(len(hidden_states), STREAMS, -1).unbind(1)
-        mixed = GuidedDraw.current.mix(conditional, unconditional)
+        mixed = mark_broken(GuidedDraw.current.mix(conditional, unconditional))
         return F.pad(mixed, (0, self.config.vocab_size - mixed.shape[1]), value=float("-inf"))
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list) -> tuple[Tensor, int]:

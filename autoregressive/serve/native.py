@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from autoregressive.models.generate import check_labels
-from autoregressive.models.sampling import SamplingConfig
+from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
 from autoregressive.pipeline import ImagePipeline
 from autoregressive.serve.engine import ImageRequest, ModelInfo
 
@@ -211,6 +211,10 @@ class NativeEngine:
         except _Abandoned:
             for job in batch:
                 job.tell([], RuntimeError("the engine was closed"))
+        except NotFiniteLogits as error:
+            for i, job in enumerate(batch):
+                broken = error.of(slice(i, i + 1))
+                job.tell([] if broken else error.tokens[i].tolist(), broken)
         except Exception as error:  # whatever it is, the next batch may do well
             log.exception("a micro-batch failed")
             for job in batch:

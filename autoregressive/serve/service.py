@@ -20,6 +20,7 @@ from autoregressive.serve.engine import Engine, ImageRequest
 from autoregressive.serve.errors import RequestError
 from autoregressive.serve.metrics import Metrics
 from autoregressive.serve.prompts import PromptEncoder
+from utils.errors import NotFiniteError
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,8 @@ class Service:
     async def draw(self, job: Job, on_rows: Callable[[list[int]], None] | None = None) -> list[bytes]:
         """The PNG of each of its images. on_rows: told of the first image's tokens so far, as they come.
 
-        Raises RequestError: 400 where the model refuses the request, 503 where the engine fails, 504 for a timeout.
+        Raises RequestError: 400 where the model refuses the request, 500 for logits or pixels that are not finite, 503 where
+        the engine fails, 504 for a timeout.
         """
         asked = job.asked
         try:
@@ -136,6 +138,9 @@ class Service:
             raise RequestError(
                 504, f"there was no time for it within {self.limits.timeout:g} s", code="timeout"
             ) from None
+        except NotFiniteError as error:
+            log.error("an image is broken", extra={"fields": {"error": str(error)}})
+            raise RequestError(500, str(error), code="not_finite") from error
         except ValueError as error:
             param = "prompt" if asked.prompt is not None else None
             raise RequestError(400, str(error), param=param, code="invalid_value") from error

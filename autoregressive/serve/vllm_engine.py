@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autoregressive.models.sampling import NotFiniteLogits
 from autoregressive.pipeline import shorten
 from autoregressive.serve.convert import WEIGHTS_FILE, is_whole, read_config
 from autoregressive.serve.engine import ImageRequest, ModelInfo
@@ -100,6 +101,12 @@ class ServedModel:
             **fields,
         )
 
+    def check_tokens(self, tokens: Sequence[int]) -> None:
+        """Raises NotFiniteLogits where the plugin (serve/guidance.py) marked a token that it could not draw."""
+        steps = [step for step, token in enumerate(tokens, start=1) if token >= self.config["codes"]]
+        if steps:
+            raise NotFiniteLogits(steps[:1], torch.tensor([tokens]), self.dtype)
+
     def _check_label(self, request: ImageRequest) -> None:
         label, classes = request.label, self.info.num_classes
         if request.features is not None or label is None:
@@ -167,7 +174,7 @@ class VllmEngine:
         """Yields the tokens so far, in raster order, growing; the last has all. Closing it early gives the place up.
 
         index: the image's number in the run of the request's seed, as ImagePipeline has it.
-        Raises ValueError as check does, RuntimeError where the engine has died or was closed.
+        Raises ValueError as check does, NotFiniteLogits, RuntimeError where the engine has died or was closed.
         """
         from vllm.sampling_params import RequestOutputKind
 
@@ -179,7 +186,9 @@ class VllmEngine:
         with self._request_errors():
             async with aclosing(self._engine.generate(prompt, params, f"image-{next(self._numbers)}")) as outputs:
                 async for output in outputs:
-                    yield list(output.outputs[0].token_ids)
+                    tokens = list(output.outputs[0].token_ids)
+                    self._model.check_tokens(tokens)
+                    yield tokens
 
     @contextmanager
     def _request_errors(self) -> Iterator[None]:
@@ -314,7 +323,7 @@ def draw(
 
     indices: each image's number in the run of its seed (0, 1, … by default). on_tokens: called after each step with the
     number of tokens that it drew. settings: see engine_settings.
-    Returns codes, int64 (B, N) in raster order. Raises as VllmEngine.start and check do.
+    Returns codes, int64 (B, N) in raster order. Raises as VllmEngine.start and check do, and NotFiniteLogits.
     """
     require_vllm()
     model = ServedModel(folder)
@@ -334,13 +343,16 @@ def draw(
         engine.add_request(str(number), model.prompt(request), model.params(request, index))
     codes = torch.zeros(len(requests), model.info.tokens, dtype=torch.long)
     done = [0] * len(requests)
-    while engine.has_unfinished_requests():
-        before = sum(done)
-        for output in engine.step():
-            number, tokens = int(output.request_id), output.outputs[0].token_ids
-            codes[number, : len(tokens)] = torch.tensor(tokens)
-            done[number] = len(tokens)
-        if on_tokens:
-            on_tokens(sum(done) - before)
-    engine.engine_core.shutdown()
+    try:
+        while engine.has_unfinished_requests():
+            before = sum(done)
+            for output in engine.step():
+                number, tokens = int(output.request_id), output.outputs[0].token_ids
+                model.check_tokens(tokens)
+                codes[number, : len(tokens)] = torch.tensor(tokens)
+                done[number] = len(tokens)
+            if on_tokens:
+                on_tokens(sum(done) - before)
+    finally:
+        engine.engine_core.shutdown()
     return codes

@@ -248,7 +248,7 @@ def test_a_program_that_ends_does_not_wait_for_its_images(pipeline):
         (3, {"seed": float("nan")}, "the seed must be a whole number, got nan"),
         (3, {"temperature": None}, "no value is given for temperature"),
         (3, {"temperature": -1}, "--temperature must be 0 or more"),
-        (3, {"top_p": 0}, "--top-p must be above 0"),
+        (3, {"top_p": -1}, "--top-p must be 0"),
         (3, {"top_k": 0.5}, "--top-k must be a whole number"),
         (3, {"cfg_scale": float("inf")}, "--cfg-scale"),
     ],

@@ -12,7 +12,7 @@ from autoregressive.models import generate as generation
 from autoregressive.models.generate import generate, release_cache
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.kv_cache import StaticCache
-from autoregressive.models.sampling import SamplingConfig, choose
+from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig, choose
 from tests.helpers import randomize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -223,8 +223,10 @@ def test_the_tokens_so_far_are_reported(n):
 
 def test_unconditional_rows_stop_with_the_last_guided_step(monkeypatch):
     model, rows = tiny(ar_token_num=4), []
-    pick = decode_step.pick
-    monkeypatch.setattr(decode_step, "pick", lambda logits, *args: rows.append(len(logits)) or pick(logits, *args))
+    draw_tokens = decode_step.draw_tokens
+    monkeypatch.setattr(
+        decode_step, "draw_tokens", lambda logits, *args: rows.append(len(logits)) or draw_tokens(logits, *args)
+    )
     for interval, expected in ((-1, [8] * 7), (1, [8] * 5 + [4] * 2), (0, [8] * 5 + [4] * 2), (4, [8] * 6 + [4])):
         rows.clear()
         generate(model, LABELS, cfg_scale=2.0, cfg_interval=interval)
@@ -280,9 +282,11 @@ def test_a_row_gives_the_same_bits_at_any_place(n, dtype, threads, monkeypatch):
     model = tiny(ar_token_num=n, n_layer=1, dim=128).to(dtype)
     labels, noise = torch.arange(24) % 5, noise_for(24)
     logits = []
-    pick = decode_step.pick
+    draw_tokens = decode_step.draw_tokens
     monkeypatch.setattr(
-        decode_step, "pick", lambda x, state, *args: logits.append(x[: state.batch]) or pick(x, state, *args)
+        decode_step,
+        "draw_tokens",
+        lambda x, state, *args: logits.append(x[: state.batch]) or draw_tokens(x, state, *args),
     )
 
     def run(rows):
@@ -464,4 +468,100 @@ def test_captions_of_the_wrong_shape(shape):
 
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="--top-p"):
-        generate(tiny(), LABELS, top_p=0.0)
+        generate(tiny(), LABELS, top_p=-0.5)
+
+
+def broken(label: int, value: float, **more) -> Transformer:
+    """A model whose embedding of one class is not finite, and so its logits and its part of the cache."""
+    model = tiny(**more)
+    model.cls_embedding.embedding_table.weight.data[label, 0] = value
+    return model
+
+
+@pytest.mark.parametrize(
+    "n, settings, value",
+    [(1, "plain", "inf"), (1, "interval 2", "-inf"), (4, "guided", "nan"), (4, "greedy", "nan"), (1, "filters", "nan")],
+)
+def test_generate_with_logits_that_are_not_finite_raises_for_their_images_alone(n, settings, value):
+    settings, value = SETTINGS[settings], float(value)
+    whole, labels, noise = tiny(ar_token_num=n), torch.tensor([3, 0, 3, 1]), noise_for(4)
+    expected = generate(whole, labels, noise=noise, **settings)
+    with pytest.raises(NotFiniteLogits, match=r"of 2 of 4 images .* decode step 1 on, in float32: ") as caught:
+        generate(broken(3, value, ar_token_num=n), labels, noise=noise, **settings)
+    assert caught.value.steps == [1, None, 1, None]
+    assert torch.equal(caught.value.tokens[[1, 3]], expected[[1, 3]])
+    assert caught.value.of(slice(1, 2)) is None and caught.value.of(slice(2, 4)).steps == [1, None]
+
+
+@pytest.mark.parametrize("n, step", [(1, 6), (4, 5)])
+def test_generate_with_a_broken_code_names_the_first_step_that_reads_it(n, step):
+    """Of PAR's sixteen tokens four come singly and the others in three steps, the first of which is the fifth."""
+    model, noise = tiny(ar_token_num=n), noise_for(1)
+    drawn = generate(model, LABELS[:1], noise=noise)[0, model.layout.order]
+    first = next(
+        token for token in drawn[3 if n > 1 else 4 :] if int((drawn == token).nonzero()[0]) == (3 if n > 1 else 4)
+    )
+    model.tok_embeddings.weight.data[first] = float("nan")
+    with pytest.raises(NotFiniteLogits) as caught:
+        generate(model, LABELS[:1], noise=noise)
+    assert caught.value.steps == [step]
+
+
+def test_generate_in_fp16_that_overflows_names_the_precision():
+    model = tiny()
+    model.layers[0].feed_forward.w2.weight.data *= 1e5
+    generate(model, LABELS, noise=noise_for(4))
+    with pytest.raises(NotFiniteLogits, match="in fp16: give --precision bf16 or none"):
+        generate(copy.deepcopy(model).half(), LABELS, noise=noise_for(4))
+    generate(model.bfloat16(), LABELS, noise=noise_for(4))
+
+
+def test_generate_with_guidance_that_overflows_raises():
+    with pytest.raises(NotFiniteLogits, match="a smaller --cfg-scale"):
+        generate(tiny(), LABELS, noise=noise_for(4), cfg_scale=3e38)
+
+
+def test_recorded_steps_with_logits_that_are_not_finite_raise_and_go_on(recording):
+    model, noise, labels = broken(3, float("nan")), noise_for(4), torch.tensor([2, 0, 4, 1])
+    expected = generate(tiny(), labels, noise=noise, cfg_scale=2.0)
+    for _ in range(3):  # plain, recorded, replayed
+        with pytest.raises(NotFiniteLogits) as caught:
+            generate(model, LABELS, noise=noise, cfg_scale=2.0, compile=True)
+        assert caught.value.steps == [1, None, None, None]
+        assert torch.equal(generate(model, labels, noise=noise, cfg_scale=2.0, compile=True), expected)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("kind", ["raster", "text"])
+def test_generate_after_a_broken_image_draws_as_before(kind, stopped, monkeypatch):
+    """Where the cache is read past its filled part, a NaN that is left there would count through the mask."""
+    monkeypatch.setattr(decode_step, "read_stride", lambda *_: 8)
+    model, noise = tiny(**(TEXT if kind == "text" else {})), noise_for(4)
+    condition, mask = captions(6, 2, 1, 4) if kind == "text" else (LABELS, None)
+    expected = generate(model, condition, emb_masks=mask, noise=noise)
+    last = model.layers[-1].attention.wqkv.weight
+
+    def end(done, _):
+        if stopped and done == 12:
+            raise KeyboardInterrupt
+
+    kept = last.detach().clone()
+    with torch.no_grad():
+        last[-1] = float("nan")
+    with pytest.raises(KeyboardInterrupt if stopped else NotFiniteLogits):
+        generate(model, condition, emb_masks=mask, noise=noise, on_step=end)
+    with torch.no_grad():
+        last.copy_(kept)
+    assert torch.equal(generate(model, condition, emb_masks=mask, noise=noise), expected)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.0}, {"sample_logits": False}])
+@pytest.mark.parametrize("compile", [False, True])
+def test_generate_of_the_likeliest_tokens_does_not_depend_on_the_noise(compile, settings, recording):
+    """In bf16 many logits tie."""
+    model = tiny().bfloat16()
+    model.output.weight.data.mul_(0.01).round_(decimals=2)
+    greedy = generate(model, LABELS, sample_logits=False, cfg_scale=1.5)
+    for seed in range(4):
+        noise = torch.rand(4, 16, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(generate(model, LABELS, noise=noise, cfg_scale=1.5, compile=compile, **settings), greedy)

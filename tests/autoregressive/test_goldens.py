@@ -84,13 +84,13 @@ def test_greedy_decoding(name, run, monkeypatch):
     model, arrays, _ = build(name)
     cond, emb_masks = condition(arrays)
     calls = []
-    pick = decode_step.pick
+    draw_tokens = decode_step.draw_tokens
 
     def record(logits, *args):
         calls.append(logits)
-        return pick(logits, *args)
+        return draw_tokens(logits, *args)
 
-    monkeypatch.setattr(decode_step, "pick", record)
+    monkeypatch.setattr(decode_step, "draw_tokens", record)
     n = arrays["codes"].shape[1]
     codes = generate(model, cond, n, emb_masks=emb_masks, sample_logits=False, **RUNS[run])
     assert len(calls) == int(arrays[f"generate/{run}/calls"])

@@ -495,7 +495,7 @@ def test_settings(pipeline):
     with pytest.raises(ValueError, match="2 labels for 3 image numbers"):
         pipeline([1, 2], indices=[1, 2, 3])
     with pytest.raises(ValueError, match="--top-p"):
-        pipeline([1, 2], top_p=2.0)
+        pipeline([1, 2], top_p=-2.0)
     with pytest.raises(TypeError, match="top_q"):
         pipeline([1, 2], top_q=0.5)
     assert isinstance(pipeline([1], top_k=3, progress=False)[0], Image.Image)

@@ -400,7 +400,7 @@ MISTAKES = {
     "width": (["--t5-feature-dim", 2048], r"takes text features of 32 numbers: pass --t5-feature-dim 32"),
     "text tokens": (["--t5-feature-max-len", 17], r"--t5-feature-max-len 17 is more than the model's --cls-token-num 16"),
     "another size": (["--image-size", 32], r"--image-size 32 \(file: 16\)"),
-    "top-p": (["--top-p", 0], r"--top-p must be above 0"),
+    "top-p": (["--top-p", -1], r"--top-p must be 0"),
     "device of the T5": (["--t5-device", "nonsense"], r"--device nonsense is not a device"),
 }  # fmt: skip
 

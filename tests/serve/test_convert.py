@@ -45,7 +45,7 @@ def test_a_class_conditional_file(small_files, tmp_path):
 def test_a_text_conditional_file(t2i_file, tmp_path):
     folder = model_folder(t2i_file, dtype=torch.bfloat16, cache=tmp_path)
     config, weights = read_config(folder), safetensors.torch.load_file(folder / WEIGHTS_FILE)
-    assert (config["vocab_size"], config["max_position_embeddings"], config["prefix"]) == (64, 120 + 64, 120)
+    assert (config["vocab_size"], config["max_position_embeddings"], config["prefix"]) == (64 + 1, 120 + 64, 120)
     assert config["rope_parameters"]["mrope_section"] == [16, 0, 0]
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
     gpt = load_gpt(t2i_file, dtype=torch.bfloat16)

@@ -1,6 +1,7 @@
 """The native engine: a request's image is the pipeline's own, alone, in company, and where others hang up."""
 
 import asyncio
+import copy
 import json
 from contextlib import aclosing
 from itertools import pairwise
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from autoregressive.models.sampling import NotFiniteLogits
 from autoregressive.pipeline import ImagePipeline, load_gpt
 from autoregressive.serve.decoder import GREY, Decoder
 from autoregressive.serve.engine import ImageRequest
@@ -16,6 +18,7 @@ from autoregressive.serve.native import NativeEngine
 from tests.helpers import ROOT
 from tests.serve.small import text_pipeline
 from tokenizer.tokenizer_image.load import load_tokenizer
+from utils.errors import NotFiniteError
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +47,8 @@ def by_pipeline(pipeline: ImagePipeline, request: ImageRequest) -> np.ndarray:
     return np.asarray(pipeline(**asked, seed=request.seed, progress=False, **sampling(request))[0])
 
 
-def serve(pipeline: ImagePipeline, requests: list[ImageRequest], **options) -> list[list[list[int]]]:
-    """What the engine yields for each of them, asked for at once."""
+def serve(pipeline: ImagePipeline, requests: list[ImageRequest], failures=False, **options) -> list:
+    """What the engine yields for each of them, asked for at once, or with `failures` what it raises."""
 
     async def main():
         engine = NativeEngine(pipeline, **options)
@@ -54,7 +57,7 @@ def serve(pipeline: ImagePipeline, requests: list[ImageRequest], **options) -> l
             return [list(tokens) async for tokens in engine.generate(request)]
 
         try:
-            return await asyncio.gather(*map(one, requests))
+            return await asyncio.gather(*map(one, requests), return_exceptions=failures)
         finally:
             await engine.close()
 
@@ -109,8 +112,8 @@ def test_prompts(small_files, tokenizer):
         (ImageRequest(label=-1), "label -1 is out of range"),
         (ImageRequest(), "give a label, 0 to 9"),
         (ImageRequest(features=torch.zeros(1, 3)), "give a label, 0 to 9"),
-        (ImageRequest(label=1, cfg_scale=float("nan")), "must be 0 or more"),
-        (ImageRequest(label=1, top_p=0), "must be above 0"),
+        (ImageRequest(label=1, cfg_scale=float("nan")), "--cfg-scale must be a number"),
+        (ImageRequest(label=1, top_p=-1), "--top-p must be 0"),
     ],
 )
 def test_requests_that_are_refused(raster, request_, message):
@@ -198,6 +201,32 @@ def test_closing_ends_what_runs_and_what_waits(raster):
         assert not engine._thread.is_alive()
 
     asyncio.run(main())
+
+
+def test_native_engine_with_one_broken_image_draws_the_others_of_its_batch(small_files, tokenizer):
+    whole, gpt = load_gpt(small_files.gpt), load_gpt(small_files.gpt)
+    gpt.cls_embedding.embedding_table.weight.data[3] = float("nan")
+    requests = [ImageRequest(label=label, seed=label, cfg_scale=2.0) for label in (1, 3, 2)]
+    expected = serve(ImagePipeline(whole, tokenizer), requests, gather=0.2)
+    first, broken, third = serve(ImagePipeline(gpt, tokenizer), requests, failures=True, gather=0.2)
+    assert [first[-1], third[-1]] == [expected[0][-1], expected[2][-1]]
+    assert isinstance(broken, NotFiniteLogits) and broken.steps == [1]
+
+
+def test_decoder_with_one_broken_image_decodes_the_others_of_its_batch(raster):
+    tokenizer = copy.deepcopy(raster.tokenizer)
+    tokenizer.quantize.embedding.weight.data[9] = float("nan")
+
+    async def main():
+        decoder = Decoder(tokenizer, 8)
+        images = [decoder.decode([code] * 64) for code in (1, 9, 2)]
+        results = await asyncio.gather(*images, return_exceptions=True)
+        await decoder.close()
+        return results
+
+    first, broken, third = asyncio.run(main())
+    assert np.array_equal(first, decoded(raster, [1] * 64)) and np.array_equal(third, decoded(raster, [2] * 64))
+    assert isinstance(broken, NotFiniteError) and "1 of 1 images" in str(broken)
 
 
 def test_a_batch_that_fails_leaves_the_next_alone(raster, monkeypatch):

@@ -1,6 +1,7 @@
 """The HTTP interface: what it answers, what it refuses and how, and that nobody waits for what nobody wants."""
 
 import asyncio
+import copy
 import json
 import logging
 import subprocess
@@ -98,9 +99,11 @@ def test_settings_reach_the_engine(tokenizer):
     async def work(client, service):
         await post(client, prompt="1", guidance_scale=2, cfg_interval=9, temperature=0.5, top_k=7, top_p=0.9)
         await post(client, prompt="1", cfg_scale=3.5, user="someone", quality="auto", output_format="png")
-        first, second = service.engine.asked
+        await post(client, prompt="1", temperature=0)
+        first, second, third = service.engine.asked
         assert (first.cfg_scale, first.cfg_interval, first.temperature, first.top_k, first.top_p) == (2, 9, 0.5, 7, 0.9)
         assert (second.cfg_scale, second.cfg_interval, second.top_k, second.top_p) == (3.5, -1, 2000, 1.0)
+        assert third.temperature == 0
 
     with_client(tokenizer, work)
 
@@ -473,6 +476,29 @@ def test_an_engine_that_fails(tokenizer):
         assert health.status_code == 503 and health.json()["status"] == "the engine has died"
 
     with_client(tokenizer, work, engine)
+
+
+def test_server_with_an_image_that_is_not_finite_answers_500_and_goes_on(tokenizer, small_files):
+    gpt = load_gpt(small_files.gpt)
+    gpt.cls_embedding.embedding_table.weight.data[3] = float("nan")
+    tokenizer = copy.deepcopy(tokenizer)
+    pipeline = ImagePipeline(gpt, tokenizer)
+
+    async def work(client, service):
+        both = await asyncio.gather(post(client, class_label=3), post(client, class_label=1, seed=5))
+        assert [response.status_code for response in both] == [500, 200]
+        error = both[0].json()["error"]
+        assert error["code"] == "not_finite" and "decode step 1 on, in float32" in error["message"]
+        expected = pipeline([1], seed=5, cfg_scale=4.0, top_k=2000, progress=False)[0]
+        assert np.array_equal(pixels(both[1].json()["data"][0]), expected)
+        ((name, data),) = events(await post(client, class_label=3, stream=True, partial_images=0))
+        assert name == "error" and data["error"]["code"] == "not_finite"
+        tokenizer.decoder.conv_out.bias.data[0] = float("nan")
+        response = await post(client, class_label=1)
+        assert response.status_code == 500 and "pixels" in response.json()["error"]["message"]
+        assert (await client.get("/health")).status_code == 200
+
+    with_client(tokenizer, work, NativeEngine(pipeline, gather=0.2))
 
 
 def test_what_nobody_thought_of(tokenizer, caplog):

@@ -34,7 +34,7 @@ def test_the_last_guided_token():
         ({"cfg_scale": True}, "cfg_scale is a number"),
         ({"temperature": [1.0]}, "temperature is a number"),
         ({"top_k": math.nan}, "top_k is a whole number"),
-        ({"top_k": -1}, "--top-k"),
+        ({"top_p": -1}, "--top-p"),
         ({"seed": 2**63}, "seed is between"),
         ({"index": None}, "index is a number"),
         ({"sample_logits": "no"}, "sample_logits is true or false"),

@@ -72,11 +72,11 @@ def test_the_number_of_an_image_in_its_run(running, small_files):
         (ImageRequest(label=True), "a label is a whole number, got True"),
         (ImageRequest(label="3"), "a label is a whole number, got '3'"),
         (ImageRequest(), "it takes a label, 0 to 9"),
-        (ImageRequest(label=1, cfg_scale=math.nan), "--cfg-scale must be 0 or more"),
+        (ImageRequest(label=1, cfg_scale=math.nan), "--cfg-scale --cfg-scale must be a number"),
         (ImageRequest(label=1, cfg_scale="4"), "cfg_scale is a number, got '4'"),
         (ImageRequest(label=1, cfg_interval=math.nan), "--cfg-interval must be a decode step"),
         (ImageRequest(label=1, temperature=-1), "--temperature must be 0 or more"),
-        (ImageRequest(label=1, top_p=0), "--top-p must be above 0"),
+        (ImageRequest(label=1, top_p=-1), "--top-p must be 0"),
         (ImageRequest(label=1, top_k=1.5), "top_k is a whole number"),
         (ImageRequest(label=1, seed=2**64), "seed is between"),
     ],
@@ -99,7 +99,7 @@ def test_what_the_engine_is_asked_past_the_check(running, small_files):
         stream = running.engine._engine.generate({"prompt_token_ids": [id_]}, params, f"raw-{id_}-{extra}")
         return [len(output.outputs[0].token_ids) async for output in stream][-1]
 
-    with pytest.raises(VLLMValidationError, match="--cfg-scale must be 0 or more"):
+    with pytest.raises(VLLMValidationError, match="--cfg-scale must be a number"):
         running.runner.run(ask(64, cfg_scale=math.nan))
     with pytest.raises(VLLMValidationError, match="seed is a whole number"):
         running.runner.run(ask(64, seed=0.5))

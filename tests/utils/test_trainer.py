@@ -28,7 +28,7 @@ from utils.checkpoint import read_checkpoint
 from utils.cli import add_training_flags, flag_parser
 from utils.data_order import BatchOrder
 from utils.distributed import Distributed
-from utils.errors import AgreedError
+from utils.errors import AgreedError, NotFiniteError
 from utils.loading import loader_workers
 from utils.optim import adamw, learning_rate
 from utils.rng import item_seed
@@ -968,6 +968,15 @@ def test_pictures_at_steps_of_their_own(tmp_path):
     assert torch.equal(seen[10], final(tmp_path)["ema"]["0.weight"]) and model.training
     build(tmp_path / "without", *flags, dropout=0.5).fit()
     assert same(final(tmp_path)["model"], final(tmp_path / "without")["model"])
+
+
+def test_trainer_with_pictures_that_are_not_finite_warns_and_trains(tmp_path):
+    def sample(model):
+        raise NotFiniteError("the logits are not finite")
+
+    build(tmp_path, "--ckpt-every", 5, sample=sample).fit()
+    assert log_of(tmp_path).count("no pictures: the logits are not finite") == 2
+    assert sorted(os.listdir(store(tmp_path))) == ["0000005.pt", "0000010.pt"]
 
 
 @pytest.mark.parametrize("terminal", [False, True])
