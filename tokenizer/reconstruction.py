@@ -1,6 +1,6 @@
 """Images through a tokenizer and back: the one loop behind every reconstruction script.
 
-    evaluate(args, dist, VQCodec(tokenizer), name="VQ-16-imagenet-size-256", weights=path)
+    evaluate(args, dist, VQCodec(tokenizer), name=folder_name(args, "VQ-16"), weights=path)
 
 A script gives the loop a `Codec`, something that encodes and decodes, and a name. What comes out:
 
@@ -9,6 +9,7 @@ A script gives the loop a `Codec`, something that encodes and decodes, and a nam
   tokenizer/validation/val_ddp.py writes;
 - `{sample_dir}/{name}_results.txt` and `_results.json`: PSNR, SSIM, LPIPS, how the codebook is used.
 
+Names are the published ones, which leave out the checkpoint and more: the folder's settings.json refuses another run's images.
 The same command again does what is missing. Batches are cut from the data set in one way whoever computes them, and the
 figures of each are kept in `{name}/figures/`: results are the same for any number of processes and of interruptions.
 """
@@ -91,11 +92,17 @@ class VQCodec:
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """A batch before and after: uint8 (B, H, W, 3) each, and codes, int64 (B, N), or None."""
+    """A batch before and after.
+
+    originals, recons: uint8 (B, H, W, 3)
+    codes: int64 (B, N), or None
+    unrounded: the originals before rounding to 8 bits, float32 (B, H, W, 3) in [0, 1] but for what resizing overshoots
+    """
 
     originals: "np.ndarray"
     recons: "np.ndarray"
     codes: "np.ndarray | None"
+    unrounded: "np.ndarray"
 
 
 def round_trip(
@@ -113,15 +120,16 @@ def round_trip(
     from utils.images import to_uint8
     from utils.parallel import HALF
 
-    def finished(pixels: "Tensor") -> "np.ndarray":
+    def resized(pixels: "Tensor") -> "Tensor":
         if size is not None and pixels.shape[-2:] != (size, size):
             pixels = F.interpolate(pixels.float(), size=(size, size), mode="bicubic")
-        return to_uint8(pixels)
+        return pixels
 
     with torch.inference_mode():
-        originals = finished(images)
+        before = resized(images)
+        originals, unrounded = to_uint8(before), ((before.float() + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
         if codec is None:
-            return RoundTrip(originals, originals, None)
+            return RoundTrip(originals, originals, None, unrounded)
         dtype = HALF.get(precision)
         with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
             recons, codes = codec(images, indices)
@@ -130,7 +138,8 @@ def round_trip(
                 f"the reconstructions of images {indices[0]} to {indices[-1]} are not finite: are the weights whole? "
                 "With --precision fp16 some models overflow; try bf16 or none"
             )
-        return RoundTrip(originals, finished(recons), None if codes is None else codes.cpu().numpy())
+        codes = None if codes is None else codes.cpu().numpy()
+        return RoundTrip(originals, to_uint8(resized(recons)), codes, unrounded)
 
 
 def reconstruct(
@@ -148,18 +157,33 @@ def reconstruct(
 
 
 def structural_similarity(a: "np.ndarray", b: "np.ndarray") -> float:
-    """SSIM of two uint8 images (H, W, 3): scikit-image's, 7x7 windows, the channels' mean, and a range of 255.
-
-    The range decides the two constants of the index (Wang et al. 2004, equation 13): with images in [0, 1] and a range of 1
-    the figure is the same, while a range of 2 for such images, that of [-1, 1], gives a higher one.
-    """
+    """SSIM of two uint8 images (H, W, 3): scikit-image's, 7x7 windows, the channels' mean, and a range of 255."""
     from skimage.metrics import structural_similarity as ssim
 
     return float(ssim(a, b, data_range=255, channel_axis=-1))
 
 
+def published_figures(restored: "np.ndarray", original: "np.ndarray") -> tuple[float, float]:
+    """Return PSNR in dB and SSIM as the published scripts computed them.
+
+    They compare with the original before it is rounded to 8 bits, and give SSIM a range of 2 for images in [0, 1]. The range
+    decides the two constants of the index (Wang et al. 2004, equation 13): this SSIM is higher than that of range 1.
+
+    Args:
+        restored: uint8 (H, W, 3)
+        original: float (H, W, 3) in [0, 1]
+    """
+    import numpy as np
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    restored, original = restored / 255, original.astype(np.float64)
+    with np.errstate(divide="ignore"):
+        psnr = peak_signal_noise_ratio(restored, original, data_range=1.0)
+    return float(psnr), float(structural_similarity(restored, original, data_range=2.0, channel_axis=-1))
+
+
 def batch_figures(trip: RoundTrip, lpips: "LPIPS | None", device: "torch.device") -> "dict[str, np.ndarray]":
-    """PSNR in dB (infinite where nothing differs), SSIM and, with its network, LPIPS of each image: float64 (B,) each."""
+    """PSNR in dB (infinite where nothing differs), SSIM, both as published too, and, with its network, LPIPS: float64 (B,) each."""
     import numpy as np
     import torch
 
@@ -170,6 +194,8 @@ def batch_figures(trip: RoundTrip, lpips: "LPIPS | None", device: "torch.device"
         "psnr": np.array([peak_signal_to_noise_ratio(a, b) for a, b in pairs]),
         "ssim": np.array([structural_similarity(a, b) for a, b in pairs]),
     }
+    published = [published_figures(b, a) for a, b in zip(trip.unrounded, trip.recons, strict=True)]
+    figures["psnr_published"], figures["ssim_published"] = np.array(published).T
     if lpips is not None:
         with torch.inference_mode():  # of the 8-bit images, as the other two
             a, b = (
@@ -190,7 +216,8 @@ class ReconstructionFolder:
         self.folder = folder
         self.count = count
         self.batches = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
-        self.wanted = {"indices"} | ({"psnr", "ssim"} if codec else set()) | ({"lpips"} if lpips else set())
+        figures = {"psnr", "ssim", "psnr_published", "ssim_published"} if codec else set()
+        self.wanted = {"indices"} | figures | ({"lpips"} if lpips else set())
 
     def png(self, index: int) -> Path:
         """Where image `index` is."""
@@ -284,6 +311,9 @@ class ReconstructionFolder:
             figures["images_without_a_difference"] = int((~finite).sum())
             figures["ssim"] = float(arrays["ssim"].mean())
             figures["lpips"] = float(arrays["lpips"].mean()) if "lpips" in arrays else None
+            finite = np.isfinite(arrays["psnr_published"])
+            figures["psnr_db_published"] = float(arrays["psnr_published"][finite].mean()) if finite.any() else None
+            figures["ssim_published"] = float(arrays["ssim_published"].mean())
         if codebook_size is not None and times.sum():
             p = times[times > 0] / times.sum()
             figures["codebook_size"] = codebook_size
@@ -508,7 +538,9 @@ def describe(results: dict[str, Any]) -> str:
     counted = f"{results['images']} images of {results['image_size']}x{results['image_size']}"
     if "ssim" in results:
         lines = [
-            f"PSNR: {figure('psnr_db', 4, ' dB')}, SSIM: {figure('ssim', 4)}, LPIPS: {figure('lpips', 4)} ({counted})"
+            f"PSNR: {figure('psnr_db', 4, ' dB')}, SSIM: {figure('ssim', 4)}, LPIPS: {figure('lpips', 4)} ({counted})",
+            f"as published (SSIM with a data range of 2, originals not rounded): PSNR: {figure('psnr_db_published', 4, ' dB')}, "
+            f"SSIM: {figure('ssim_published', 4)}",
         ]
     else:
         lines = [f"reference: {counted}, no model"]
@@ -586,6 +618,11 @@ def reconstruction_flags(
     else:
         parser.set_defaults(image_size_eval=None, lpips=False)
     return parser
+
+
+def folder_name(args: argparse.Namespace, model: str, details: str = "") -> str:
+    """Return the published name of a folder of reconstructions. details: what stands between the size and the seed."""
+    return f"{model}-{args.dataset}-size-{args.image_size}{details}-seed-{args.global_seed}"
 
 
 def demo_flags(description: str | None) -> argparse.ArgumentParser:

@@ -130,7 +130,7 @@ def test_where_a_vqgan_is_looked_for(tmp_path, monkeypatch, vqgan_file):
 def test_vqgan_scripts(images, vqgan_file, tmp_path, capsys):
     words = ["--vqgan", SMALL, "--vqgan-ckpt", vqgan_file]
     run_here(reconstruction_vqgan_ddp, *line(images, tmp_path, *words))
-    name = f"{SMALL}-imagenet-size-32-size-32"
+    name = f"{SMALL}-imagenet-size-32-seed-0"
     found = json.loads((tmp_path / f"{name}_results.json").read_text())
     assert found["codebook_size"] == 256 and 0 < found["codebook_usage"] <= 16 * 4 / 256
     assert np.load(tmp_path / f"{name}.npz")["arr_0"].shape == (4, 32, 32, 3)
@@ -300,12 +300,16 @@ def test_the_consistency_decoders_noise_is_a_function_of_seed_and_image(cd_folde
 
 def test_vae_scripts(images, vae_folder, tmp_path):
     run_here(reconstruction_vae_ddp, *line(images, tmp_path, "--vae-path", vae_folder))
-    found = json.loads((tmp_path / "sd-vae-ft-mse-imagenet-size-32-size-32_results.json").read_text())
+    name = "stabilityai-sd-vae-ft-mse-imagenet-size-32-seed-0"
+    found = json.loads((tmp_path / f"{name}_results.json").read_text())
     assert found["images"] == 4 and "diffusers" in found["versions"] and "codebook_usage" not in found
     words = ["--vae-path", vae_folder, "--posterior", "sample", "--image-size-eval", 24]
-    run_here(reconstruction_vae_ddp, *line(images, tmp_path, *words))
-    name = "sd-vae-ft-mse-imagenet-size-32-size-24-sample-seed-0"
-    assert np.load(tmp_path / f"{name}.npz")["arr_0"].shape == (4, 24, 24, 3)
+    with pytest.raises(
+        ValueError, match=r"other settings \(image_size_eval: 32, now 24; .*choose another --sample-dir"
+    ):
+        run_here(reconstruction_vae_ddp, *line(images, tmp_path, *words))
+    run_here(reconstruction_vae_ddp, *line(images, tmp_path / "sample", *words))
+    assert np.load(tmp_path / "sample" / f"{name}.npz")["arr_0"].shape == (4, 24, 24, 3)
     run_here(sd_vae_demo, *demo_line(tmp_path, "--vae-path", vae_folder, "--suffix", "x"))
     assert Image.open(tmp_path / "example_x.png").size == (32, 32)
 
@@ -316,7 +320,7 @@ def test_consistency_decoder_scripts(images, cd_folder, tmp_path):
     for seed, batch in ((0, 4), (0, 2), (1, 4)):
         words = ["--cd-path", cd_folder, "--global-seed", seed, "--per-proc-batch-size", batch]
         run_here(reconstruction_cd_ddp, *line(images, tmp_path / str(len(arrays)), *words))
-        name = f"consistency-decoder-imagenet-size-32-size-32-seed-{seed}"
+        name = f"openai-consistencydecoder-imagenet-size-32-seed-{seed}"
         arrays.append(np.load(tmp_path / str(len(arrays)) / f"{name}.npz")["arr_0"].astype(int))
     assert np.abs(arrays[0] - arrays[1]).max() <= 1
     assert np.abs(arrays[0] - arrays[2]).max() > 1

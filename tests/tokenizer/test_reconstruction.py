@@ -12,17 +12,18 @@ import torch
 from PIL import Image
 
 from dataset.augmentation import center_view
-from tests.helpers import ROOT
+from tests.helpers import ROOT, randomize
 from tests.training import check_published_flags, environment, make_images, run_here
 from tests.training import run_script as run_in_processes
 from tokenizer import reconstruction
 from tokenizer.reconstruction import VQCodec, batch_figures, reconstruct, round_trip, structural_similarity
 from tokenizer.tokenizer_image import lpips, reconstruction_vq_ddp
 from tokenizer.tokenizer_image.load import load_tokenizer
+from tokenizer.tokenizer_image.vq_model import VQ_models
 from tokenizer.validation import val_ddp
 from utils.images import is_whole_png, to_uint8
 
-NAME = "VQ-4-vq-imagenet-size-32-size-32"
+NAME = "VQ-4-imagenet-size-32-size-32-codebook-size-64-dim-8-seed-0"
 
 
 def line(small_files, images, folder, *more) -> list:
@@ -73,7 +74,7 @@ def pixels_of(images: Path, size: int = 32) -> torch.Tensor:
 # Figures
 
 
-def ssim_by_hand(a: np.ndarray, b: np.ndarray) -> float:
+def ssim_by_hand(a: np.ndarray, b: np.ndarray, span: int = 255) -> float:
     """Equation 13 of Wang et al. 2004 in 7x7 windows that lie within the image, with unbiased variances."""
     values = []
     for channel in range(3):
@@ -82,7 +83,7 @@ def ssim_by_hand(a: np.ndarray, b: np.ndarray) -> float:
             for left in range(x.shape[1] - 6):
                 p, q = (image[top : top + 7, left : left + 7].ravel() for image in (x, y))
                 (vp, cov), (_, vq) = np.cov(p, q)
-                c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+                c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
                 numerator = (2 * p.mean() * q.mean() + c1) * (2 * cov + c2)
                 values.append(numerator / ((p.mean() ** 2 + q.mean() ** 2 + c1) * (vp + vq + c2)))
     return float(np.mean(values))
@@ -97,12 +98,18 @@ def random_pair(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def test_ssim_and_psnr_by_hand():
     pairs = [random_pair(seed) for seed in range(3)]
     a, b = (np.stack(part) for part in zip(*pairs))
-    figures = batch_figures(reconstruction.RoundTrip(a, b, None), None, torch.device("cpu"))
-    assert set(figures) == {"psnr", "ssim"}
+    rng = np.random.default_rng(0)
+    exact = ((a + rng.uniform(-0.5, 0.5, a.shape)) / 255).astype(np.float32)
+    figures = batch_figures(reconstruction.RoundTrip(a, b, None, exact), None, torch.device("cpu"))
+    assert set(figures) == {"psnr", "ssim", "psnr_published", "ssim_published"}
     for i, (x, y) in enumerate(pairs):
         error = sum((int(p) - int(q)) ** 2 for p, q in zip(x.ravel(), y.ravel())) / x.size
         assert figures["psnr"][i] == pytest.approx(20 * np.log10(255 / error**0.5))
         assert figures["ssim"][i] == pytest.approx(ssim_by_hand(x, y), abs=1e-9)
+        before = 255 * exact[i].astype(float)
+        assert figures["psnr_published"][i] == pytest.approx(10 * np.log10(255**2 / np.mean((before - y) ** 2)))
+        assert figures["ssim_published"][i] == pytest.approx(ssim_by_hand(before, y, span=510), abs=1e-9)
+        assert figures["ssim_published"][i] > figures["ssim"][i]
 
 
 def test_the_range_of_ssim():
@@ -157,7 +164,7 @@ def test_npz(done):
 def test_other_evaluation_size(small_files, images, tmp_path):
     """Both sides are resized in the same way, and everything is written at that size."""
     run_here(reconstruction_vq_ddp, *line(small_files, images, tmp_path, "--image-size-eval", 24))
-    name = "VQ-4-vq-imagenet-size-32-size-24"
+    name = "VQ-4-imagenet-size-32-size-24-codebook-size-64-dim-8-seed-0"
     written = np.load(tmp_path / f"{name}.npz")["arr_0"]
     assert written.shape == (8, 24, 24, 3)
     pixels = pixels_of(images)[:3]
@@ -171,7 +178,7 @@ def test_other_evaluation_size(small_files, images, tmp_path):
 
 def test_the_reference(images, tmp_path, capsys):
     run_here(val_ddp, *val_line(images, tmp_path))
-    name = "val-imagenet-size-32"
+    name = "val_imagenet"
     arrays = np.load(tmp_path / f"{name}.npz")["arr_0"]
     assert np.array_equal(arrays, to_uint8(pixels_of(images)))
     found = results(tmp_path, name)
@@ -186,7 +193,8 @@ def test_images_that_come_back_as_they_were(images, tmp_path):
     files = reconstruction.ReconstructionFolder(tmp_path, 3, 2, codec=True, lpips=False)
     a, b = random_pair()
     for batch, recons in ((range(0, 2), [a, b]), (range(2, 3), [a])):
-        trip = reconstruction.RoundTrip(np.stack([a] * len(batch)), np.stack(recons), None)
+        originals = np.stack([a] * len(batch))
+        trip = reconstruction.RoundTrip(originals, np.stack(recons), None, originals / 255)
         files.write(batch, list(batch), trip, batch_figures(trip, None, torch.device("cpu")))
     indices, figures = files.summary(None)
     assert indices.tolist() == [0, 1, 2]
@@ -396,6 +404,40 @@ def test_nothing_readable(small_files, tmp_path):
         run_here(reconstruction_vq_ddp, *line(small_files, folder, tmp_path / "out"))
 
 
+# Which weights
+
+
+def test_reconstruction_is_by_the_averaged_weights_where_the_file_has_them(small_files, images, tmp_path, capsys):
+    model = torch.load(small_files.vq, weights_only=True)["model"]
+    averaged = randomize(VQ_models["VQ-4"](codebook_size=64), seed=4).state_dict()
+    files = {"ema": {"model": model, "ema": averaged}, "raw": {"model": model}, "lightning": {"state_dict": model}}
+    for name, content in files.items():
+        torch.save(content, tmp_path / f"{name}.pt")
+    written = {}
+    for name, file, more, which in (
+        ("averaged", "ema.pt", [], "averaged"),
+        ("asked for", "ema.pt", ["--no-use-ema"], "raw"),
+        ("raw", "raw.pt", [], "raw"),
+        ("lightning", "lightning.pt", [], "raw"),
+    ):
+        run_here(
+            reconstruction_vq_ddp, *line(small_files, images, tmp_path / name, "--vq-ckpt", tmp_path / file, *more)
+        )
+        assert f"{file}: its {which} weights" in capsys.readouterr().out
+        written[name] = np.load(tmp_path / name / f"{NAME}.npz")["arr_0"]
+        assert results(tmp_path / name)["settings"]["use_ema"] == (which == "averaged")
+    tokenizer = load_tokenizer(tmp_path / "ema.pt", use_ema=True)
+    expected = round_trip(VQCodec(tokenizer), pixels_of(images)[:3], [0, 1, 2]).recons
+    assert np.array_equal(written["averaged"][:3], expected)
+    assert not np.array_equal(written["averaged"], written["raw"])
+    assert np.array_equal(written["raw"], written["asked for"]) and np.array_equal(written["raw"], written["lightning"])
+    with pytest.raises(ValueError, match=r"other settings \(use_ema: True, now False\)"):
+        run_here(
+            reconstruction_vq_ddp,
+            *line(small_files, images, tmp_path / "averaged", "--vq-ckpt", tmp_path / "ema.pt", "--no-use-ema"),
+        )
+
+
 # A user's mistakes
 
 
@@ -433,7 +475,7 @@ def test_the_same_folder_from_elsewhere_goes_on(small_files, images, done, tmp_p
     """A relative path to the data is the same data, and neither the device nor the workers matter."""
     monkeypatch.chdir(images.parent)
     before = contents(done)
-    run_here(reconstruction_vq_ddp, *line(small_files, "val", done, "--global-seed", 7, "--num-workers", 1))
+    run_here(reconstruction_vq_ddp, *line(small_files, "val", done, "--num-workers", 1))
     assert "0 of 8 images to do" in capsys.readouterr().out
     assert contents(done) == before
 

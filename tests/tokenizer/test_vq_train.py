@@ -523,7 +523,7 @@ def demo(*more):
 def test_the_demo_writes_the_reconstruction(trained, images, tmp_path, capsys):
     photo = tmp_path / "a photo.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(photo)
-    demo("--image-path", photo, "--vq-ckpt", trained[1], "--output-dir", tmp_path / "out" / "deep")
+    demo("--image-path", photo, "--vq-ckpt", trained[1], "--output-dir", tmp_path / "out" / "deep", "--no-use-ema")
     written = tmp_path / "out" / "deep" / "a photo_tokenizer_image.png"
     with torch.inference_mode():
         recon = load_tokenizer(trained[1])(center_view(load_rgb(photo), 32)[None])[0]
@@ -531,7 +531,8 @@ def test_the_demo_writes_the_reconstruction(trained, images, tmp_path, capsys):
     assert np.abs(picture - to_uint8(recon)[0].astype(int)).max() <= 1
     printed = capsys.readouterr().out
     assert f"wrote {written}: 32x32 from 64 codes" in printed and "PSNR" in printed
-    demo("--image-path", photo, "--vq-ckpt", trained[0], "--output-dir", tmp_path, "--suffix", "mine", "--use-ema")
+    demo("--image-path", photo, "--vq-ckpt", trained[0], "--output-dir", tmp_path, "--suffix", "mine")
+    assert f"{trained[1]}: its averaged weights" in capsys.readouterr().out
     assert not np.array_equal(np.asarray(Image.open(tmp_path / "a photo_mine.png")), picture)
 
 

@@ -12,16 +12,14 @@ from utils.cli import run_script
 
 
 def main(args: argparse.Namespace) -> None:
-    from tokenizer.consistencydecoder.decoder import NAME, load_consistency_decoder
-    from tokenizer.reconstruction import evaluate
+    from tokenizer.consistencydecoder.decoder import load_consistency_decoder
+    from tokenizer.reconstruction import evaluate, folder_name
     from utils.distributed import start
 
     dist = start(args.device)
     with dist.main_first():
         codec, weights = load_consistency_decoder(args.cd_path, dist.device, args.global_seed)
-    size = args.image_size_eval or args.image_size
-    name = f"{NAME}-{args.dataset}-size-{args.image_size}-size-{size}-seed-{args.global_seed}"
-    evaluate(args, dist, codec, name=name, weights=weights)
+    evaluate(args, dist, codec, name=folder_name(args, "openai-consistencydecoder"), weights=weights)
     dist.close()
 
 

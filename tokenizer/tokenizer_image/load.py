@@ -66,6 +66,14 @@ def load_tokenizer(
     return model.decode_in_bfloat16() if decode_precision == "bf16" else model
 
 
+def choose_weights(path: str | Path, use_ema: bool, told: bool = True) -> bool:
+    """Return whether a file's averaged weights are to be used: if asked for and there. told: print which are used."""
+    averaged = use_ema and read_checkpoint(path).ema is not None
+    if told:
+        print(f"{path}: its {'averaged' if averaged else 'raw'} weights")
+    return averaged
+
+
 def _load(
     checkpoint: Checkpoint, vq_model: str | None, codebook_size: int | None, codebook_embed_dim: int | None
 ) -> VQModel:

@@ -10,12 +10,12 @@ import argparse
 
 from tokenizer.reconstruction import reconstruction_flags
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
-from utils.cli import add_tokenizer_flags, run_script
+from utils.cli import add_switch, add_tokenizer_flags, run_script
 
 
 def main(args: argparse.Namespace) -> None:
-    from tokenizer.reconstruction import VQCodec, evaluate
-    from tokenizer.tokenizer_image.load import load_tokenizer
+    from tokenizer.reconstruction import VQCodec, evaluate, folder_name
+    from tokenizer.tokenizer_image.load import choose_weights, load_tokenizer
     from utils.distributed import start
     from utils.runs import find_checkpoint
 
@@ -26,6 +26,7 @@ def main(args: argparse.Namespace) -> None:
     dist = start(args.device)
     with dist.main_first():
         path = find_checkpoint(args.vq_ckpt)
+    args.use_ema = choose_weights(path, args.use_ema, told=dist.is_main)
     tokenizer = load_tokenizer(
         path,
         vq_model=args.vq_model,
@@ -34,8 +35,9 @@ def main(args: argparse.Namespace) -> None:
         device=dist.device,
         use_ema=args.use_ema,
     )
-    name = f"{args.vq_model}-{path.stem}{'-ema' if args.use_ema else ''}-{args.dataset}-size-{args.image_size}"
-    evaluate(args, dist, VQCodec(tokenizer), name=f"{name}-size-{args.image_size_eval}", weights=path)
+    shape = tokenizer.config
+    details = f"-size-{args.image_size_eval}-codebook-size-{shape.codebook_size}-dim-{shape.codebook_embed_dim}"
+    evaluate(args, dist, VQCodec(tokenizer), name=folder_name(args, args.vq_model, details), weights=path)
     dist.close()
 
 
@@ -43,7 +45,7 @@ def flags() -> argparse.ArgumentParser:
     """The script's flags."""
     parser = reconstruction_flags(__doc__, evaluation=256)
     add_tokenizer_flags(parser, VQ_SIZES)
-    parser.add_argument("--use-ema", action="store_true", help="use the averaged weights where the file has them")
+    add_switch(parser, "--use-ema", True, "reconstruct by the averaged weights where the file has them")
     return parser
 
 

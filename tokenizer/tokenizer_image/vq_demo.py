@@ -6,7 +6,7 @@ python3 tokenizer/tokenizer_image/vq_demo.py --image-path photo.jpg --vq-ckpt vq
 import argparse
 
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
-from utils.cli import SEED, add_image_size_flags, add_tokenizer_flags, flag_parser, run_script
+from utils.cli import SEED, add_image_size_flags, add_switch, add_tokenizer_flags, flag_parser, run_script
 
 
 def main(args: argparse.Namespace) -> None:
@@ -16,7 +16,7 @@ def main(args: argparse.Namespace) -> None:
 
     from dataset.augmentation import center_view
     from dataset.images import load_rgb
-    from tokenizer.tokenizer_image.load import load_tokenizer
+    from tokenizer.tokenizer_image.load import choose_weights, load_tokenizer
     from utils.distributed import pick_device
     from utils.images import peak_signal_to_noise_ratio, save_png, to_uint8
     from utils.runs import find_checkpoint
@@ -28,13 +28,14 @@ def main(args: argparse.Namespace) -> None:
     if not Path(args.image_path).is_file():
         raise FileNotFoundError(f"--image-path {args.image_path}: there is no such file")
     device = pick_device(args.device)
+    path = find_checkpoint(args.vq_ckpt)
     tokenizer = load_tokenizer(
-        find_checkpoint(args.vq_ckpt),
+        path,
         vq_model=args.vq_model,
         codebook_size=args.codebook_size,
         codebook_embed_dim=args.codebook_embed_dim,
         device=device,
-        use_ema=args.use_ema,
+        use_ema=choose_weights(path, args.use_ema),
     )
     try:
         image = load_rgb(args.image_path)
@@ -60,7 +61,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--output-dir", default="output_vq_demo", help="where the reconstruction goes")
     parser.add_argument("--suffix", default="tokenizer_image", help="end of its name")
     add_tokenizer_flags(parser, VQ_SIZES)
-    parser.add_argument("--use-ema", action="store_true", help="use the averaged weights where the file has them")
+    add_switch(parser, "--use-ema", True, "reconstruct by the averaged weights where the file has them")
     add_image_size_flags(parser, 512, downsample=False)
     parser.add_argument("--seed", type=SEED, default=0, help="kept for published command lines; nothing is drawn")
     parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")

@@ -14,7 +14,7 @@ from utils.cli import run_script
 
 
 def main(args: argparse.Namespace) -> None:
-    from tokenizer.reconstruction import evaluate
+    from tokenizer.reconstruction import evaluate, folder_name
     from tokenizer.vae.sd_vae import load_vae
     from utils.distributed import start
 
@@ -22,10 +22,7 @@ def main(args: argparse.Namespace) -> None:
     sample = args.posterior == "sample"
     with dist.main_first():
         codec, weights = load_vae(args.vae, args.vae_path, dist.device, sample, args.global_seed)
-    name = f"{args.vae}-{args.dataset}-size-{args.image_size}-size-{args.image_size_eval or args.image_size}"
-    if sample:
-        name += f"-sample-seed-{args.global_seed}"
-    evaluate(args, dist, codec, name=name, weights=weights)
+    evaluate(args, dist, codec, name=folder_name(args, f"stabilityai-{args.vae}"), weights=weights)
     dist.close()
 
 

@@ -16,7 +16,7 @@ def main(args: argparse.Namespace) -> None:
     from utils.distributed import start
 
     dist = start(args.device)
-    evaluate(args, dist, None, name=f"val-{args.dataset}-size-{args.image_size}")
+    evaluate(args, dist, None, name=f"val_{args.dataset}")
     dist.close()
 
 

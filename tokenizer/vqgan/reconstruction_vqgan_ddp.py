@@ -14,16 +14,14 @@ from utils.cli import run_script
 
 
 def main(args: argparse.Namespace) -> None:
-    from tokenizer.reconstruction import VQCodec, evaluate
+    from tokenizer.reconstruction import VQCodec, evaluate, folder_name
     from tokenizer.vqgan.load import find_vqgan, load_vqgan
     from utils.distributed import start
 
     dist = start(args.device)
     path = find_vqgan(args.vqgan, args.vqgan_ckpt)
     codec = VQCodec(load_vqgan(path, args.vqgan, dist.device))
-    size = args.image_size_eval or args.image_size
-    name = f"{args.vqgan}-{args.dataset}-size-{args.image_size}-size-{size}"
-    evaluate(args, dist, codec, name=name, weights=path)
+    evaluate(args, dist, codec, name=folder_name(args, args.vqgan), weights=path)
     dist.close()
 
 
