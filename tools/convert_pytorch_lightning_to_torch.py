@@ -14,7 +14,8 @@ from utils.cli import flag_parser, run_script
 
 
 def main(args: argparse.Namespace) -> None:
-    from tokenizer.tokenizer_image.vq_model import vq_args_from_state_dict, vq_model_name, vq_record
+    from tokenizer.tokenizer_image.load import vq_record
+    from tokenizer.tokenizer_image.vq_model import vq_args_from_state_dict, vq_model_name
     from tokenizer.vqgan.load import from_taming, has_taming_names
     from utils.checkpoint import read_checkpoint, save_checkpoint
 

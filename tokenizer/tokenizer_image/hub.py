@@ -9,8 +9,9 @@ tools/push_vae_to_hf.py makes one of any checkpoint. A VQModelHF is a VQModel: I
 from collections.abc import Callable
 from functools import partial
 
+from tokenizer.tokenizer_image.load import vq_record
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
-from tokenizer.tokenizer_image.vq_model import VQModel, VQModelArgs, vq_model_name, vq_record
+from tokenizer.tokenizer_image.vq_model import VQModel, VQModelArgs, vq_model_name
 from utils.pretrained import HubModel
 from utils.recognition import count_parameters, format_count
 

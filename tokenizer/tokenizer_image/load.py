@@ -8,15 +8,21 @@ Flags need not be given; where they are, the file has to fit them.
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tokenizer.tokenizer_image.fingerprint import tokenizer_fingerprint
-from tokenizer.tokenizer_image.vq_model import VQModel, vq_args_from_state_dict, vq_model_name
+from tokenizer.tokenizer_image.vq_model import VQModel, VQModelArgs, vq_args_from_state_dict, vq_model_name
 from utils.checkpoint import Checkpoint, load_into, read_checkpoint
-from utils.origin import same_tokenizer
+from utils.origin import origin, same_tokenizer
 
 logger = logging.getLogger(__name__)
+
+
+def vq_record(config: VQModelArgs) -> dict[str, Any]:
+    """Return what a tokenizer's file records of the settings that its weights do not show (`Checkpoint.config`)."""
+    return origin(vq={"codebook_l2_norm": config.codebook_l2_norm})
 
 
 def recorded_l2_norm(checkpoint: Checkpoint) -> bool | None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 from tokenizer.tokenizer_image.quantizer import CodebookLosses, VectorQuantizer
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
-from utils.origin import origin
 from utils.precision import full_float32
 
 NORM_GROUPS = 32
@@ -363,11 +361,6 @@ def vq_model_name(args: VQModelArgs) -> str | None:
     same = [name for name, size in VQ_SIZES.items() if [size["encoder_ch_mult"], size["decoder_ch_mult"]] == mults]
     similar = [name for name, size in VQ_SIZES.items() if len(size["encoder_ch_mult"]) == len(mults[0])]
     return next(iter(same + similar), None)
-
-
-def vq_record(config: VQModelArgs) -> dict[str, Any]:
-    """Return what a tokenizer's file records of the settings that its weights do not show (`Checkpoint.config`)."""
-    return origin(vq={"codebook_l2_norm": config.codebook_l2_norm})
 
 
 def vq_args_from_state_dict(state: Mapping[str, Tensor]) -> VQModelArgs:

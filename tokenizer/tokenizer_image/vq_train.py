@@ -46,8 +46,9 @@ def main(args: argparse.Namespace) -> None:
 
     from dataset.augmentation import center_view, random_view
     from dataset.build import build_dataset
+    from tokenizer.tokenizer_image.load import vq_record
     from tokenizer.tokenizer_image.vq_loss import VQLoss
-    from tokenizer.tokenizer_image.vq_model import VQ_models, vq_record
+    from tokenizer.tokenizer_image.vq_model import VQ_models
     from utils.checkpoint import read_checkpoint
     from utils.distributed import start
     from utils.logger import console_logger
