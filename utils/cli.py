@@ -80,6 +80,14 @@ def flag_parser(description: str | None, added: Sequence[str] = ()) -> argparse.
     return _Parser(description=description, formatter_class=Formatter, added=added)
 
 
+class _StoreGiven(argparse.Action):
+    """Stores a value, and as `…_given` that the command line has it."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: object, option: object = None) -> None:
+        setattr(namespace, self.dest, values)
+        setattr(namespace, f"{self.dest}_given", True)
+
+
 def add_switch(parser: Flags, name: str, default: bool | None, help: str) -> None:
     """A switch with its --no-… form."""
     parser.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=help)
@@ -403,8 +411,9 @@ def add_training_flags(
     results_dir: str,
     num_workers: int,
     wandb_project: str | None = None,
+    decays: bool = True,
 ) -> None:
-    """Everything utils/trainer.py reads."""
+    """Everything utils/trainer.py reads. decays: whether --weight-decay is used where it is not given."""
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the data")
     group.add_argument("--max-steps", type=positive_int, default=None, help="stop after this many steps, if sooner")
@@ -412,7 +421,13 @@ def add_training_flags(
     group.add_argument("--lr-schedule", choices=["constant", "cosine"], default="constant", help="after the warm-up")
     group.add_argument("--warmup-steps", type=nonnegative_int, default=0, help="steps of linear warm-up")
     group.add_argument(
-        "--weight-decay", type=nonnegative_float, default=0.05, help="of tensors with two or more dimensions"
+        "--weight-decay",
+        type=nonnegative_float,
+        action="store" if decays else _StoreGiven,
+        default=0.05,
+        help="of tensors with two or more dimensions"
+        if decays
+        else "of all tensors, where it is given; published runs have none",
     )
     group.add_argument("--beta1", type=PROBABILITY, default=0.9, help="Adam's first moment")
     group.add_argument("--beta2", type=PROBABILITY, default=0.95, help="Adam's second moment")

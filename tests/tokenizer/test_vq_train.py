@@ -98,6 +98,24 @@ def test_what_a_checkpoint_holds(trained):
     assert not torch.equal(saved["model"]["decoder.conv_out.weight"], saved["ema"]["decoder.conv_out.weight"])
 
 
+def test_weight_decay_that_is_given_decays_and_the_default_does_not(images, tmp_path):
+    """One step by hand: AdamW takes lr * decay * weight besides Adam's step."""
+    runs = {"start": ["--lr", 0], "plain": [], "none": ["--weight-decay", 0], "decayed": ["--weight-decay", 10]}
+    flags = ["--max-steps", 1, "--disc-weight", 0, "--lr", 0.01]
+    start, plain, none, decayed = (
+        load(train(images, tmp_path / name, *flags, *more))["model"] for name, more in runs.items()
+    )
+    for name in ("decoder.conv_out.weight", "encoder.conv_in.bias"):
+        torch.testing.assert_close(none[name], plain[name])
+        torch.testing.assert_close(decayed[name], plain[name] - 0.01 * 10 * start[name])
+    assert "ends at step 1, before --disc-start" not in log_of(tmp_path / "plain")
+
+
+def test_run_that_ends_before_its_discriminator_says_so(images, tmp_path):
+    train(images, tmp_path, "--max-steps", 1, "--lr", 0)
+    assert "ends at step 1, before --disc-start 20000" in log_of(tmp_path)
+
+
 def test_the_discriminator_begins_at_its_step(trained):
     results, path, _ = trained
     assert set(metrics(results, "discriminator_loss")) == set(metrics(results, "logits_real")) == {3, 4, 5}

@@ -114,7 +114,10 @@ def main(args: argparse.Namespace) -> None:
         return losses.discriminator_loss(batch[0], reconstructions[place.number], place.step + 1)
 
     def adam(module: torch.nn.Module) -> torch.optim.Adam:
-        return torch.optim.Adam(module.parameters(), lr=args.lr, betas=(args.beta1, args.beta2))
+        betas = (args.beta1, args.beta2)
+        if getattr(args, "weight_decay_given", False):
+            return torch.optim.AdamW(module.parameters(), lr=args.lr, betas=betas, weight_decay=args.weight_decay)
+        return torch.optim.Adam(module.parameters(), lr=args.lr, betas=betas)
 
     shown = torch.stack(
         [
@@ -150,6 +153,11 @@ def main(args: argparse.Namespace) -> None:
     )
     if not args.codebook_l2_norm:
         trainer.log.info("codes are looked up among vectors that are not normalised (--no-codebook-l2-norm)")
+    if args.disc_weight and trainer.total_steps < args.disc_start:
+        trainer.log.warning(
+            f"the run ends at step {trainer.total_steps}, before --disc-start {args.disc_start}: nothing is trained against the "
+            "discriminator"
+        )
     trainer.fit()
     dist.close()
 
@@ -267,7 +275,9 @@ def flags() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dropout-p", type=PROBABILITY, default=0.0, help="dropout in the tokenizer's residual blocks")
     add_switch(parser, "--compile", False, "torch.compile the tokenizer (on CUDA)")
-    add_training_flags(parser, epochs=40, batch=128, results_dir="results_tokenizer_image", num_workers=16)
+    add_training_flags(
+        parser, epochs=40, batch=128, results_dir="results_tokenizer_image", num_workers=16, decays=False
+    )
     return parser
 
 
