@@ -162,23 +162,29 @@ def load_pipeline(
     from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt
     from tokenizer.tokenizer_image.hub import VQModelHF
     from tokenizer.tokenizer_image.load import load_tokenizer
+    from utils.checkpoint import read_checkpoint
     from utils.distributed import pick_device
     from utils.runs import find_checkpoint
 
     device, given = pick_device(args.device), dict(given)
     precision = "none" if args.quickstart else args.precision
     beliefs = {name: given.pop(name) for name in ("vq_model", "codebook_embed_dim") if name in given}
+    path = None if is_on_hub(gpt) else find_checkpoint(gpt)
+    if path is None:
+        model = TransformerHF.from_pretrained(str(gpt)).to(device, PRECISIONS[precision]).requires_grad_(False)
+        fingerprint = model.file_config.get("tokenizer")
+    else:
+        fingerprint = read_checkpoint(path).config.get("tokenizer")
     if is_on_hub(vq):
         tokenizer = VQModelHF.from_pretrained(str(vq)).to(device).float().requires_grad_(False)
     else:
         size = {"codebook_size": given["codebook_size"]} if "codebook_size" in given else {}
-        tokenizer = load_tokenizer(find_checkpoint(vq), **beliefs, **size, device=device, use_ema=args.use_ema)
-    if is_on_hub(gpt):
-        model = TransformerHF.from_pretrained(str(gpt)).to(device, PRECISIONS[precision]).requires_grad_(False)
-    else:
+        tokenizer = load_tokenizer(
+            find_checkpoint(vq), **beliefs, **size, device=device, use_ema=args.use_ema, fingerprint=fingerprint
+        )
+    if path is not None:
         given.setdefault("downsample_size", tokenizer.downsample)
         dtype = PRECISIONS[precision]
-        path = find_checkpoint(gpt)
         model = load_gpt(path, device=device, dtype=dtype, use_ema=args.use_ema, gpt_type=kind, **given)
     if model.args.model_type != kind:
         raise ValueError(f"{gpt} is {model.args.model_type}: give --gpt-type {model.args.model_type}")

@@ -5,12 +5,10 @@ for view in painter.draw("golden retriever", count=4, seed=0, cfg_scale=4.0):
     view.pictures, view.done, view.total                    # uint8 (side, side, 3) with captions, tokens
 """
 
-import difflib
-import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from html import escape
@@ -20,58 +18,14 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from autoregressive.class_names import class_choice, class_names, find_class
 from autoregressive.models.sampling import SamplingConfig
 from autoregressive.pipeline import ImagePipeline, shorten
 
 MOST_IMAGES = 64
-_IMAGENET = Path(__file__).resolve().parent / "serve" / "imagenet_classes.json"
 
 # One at a time, in one thread for good: models share a machine, and compiled steps belong to the thread that made them.
 _WORKER = ThreadPoolExecutor(1, thread_name_prefix="drawing")
-
-
-def class_names(num_classes: int, file: str | Path | None = None) -> list[str]:
-    """The names of a model's classes: a file's lines, ImageNet's where there are a thousand, else their numbers.
-
-    Raises FileNotFoundError, and ValueError where the file has another number of lines.
-    """
-    if file is not None:
-        names = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
-        if len(names) != num_classes:
-            raise ValueError(f"{file} has {len(names)} names, one a line, and the model {num_classes} classes")
-        return names
-    if num_classes == 1000:
-        return json.loads(_IMAGENET.read_text())["names"]
-    return [str(i) for i in range(num_classes)]
-
-
-def class_choice(number: int, name: str) -> str:
-    """How a class is listed: "207: golden retriever"."""
-    return name if name == str(number) else f"{number}: {name}"
-
-
-def find_class(asked: str | int | None, names: Sequence[str]) -> int:
-    """The class that a number, a name, or a choice of the list stands for.
-
-    Raises ValueError for a number out of range, a name that is no class's or several classes', or nothing.
-    """
-    text = "" if asked is None else str(asked).strip()
-    if not text:
-        raise ValueError("no class is chosen: type a name or a number, and choose one of the list")
-    head = text.split(":")[0].strip()
-    if head.lstrip("+-").isdecimal():
-        if not 0 <= int(head) < len(names):
-            raise ValueError(f"class {int(head)} is out of range: the model has classes 0 to {len(names) - 1}")
-        return int(head)
-    same = [i for i, name in enumerate(names) if name.casefold() == text.casefold()]
-    if len(same) == 1:
-        return same[0]
-    if same:
-        raise ValueError(f"{text!r} names the classes {' and '.join(map(str, same))}: give the number")
-    inside = [class_choice(i, name) for i, name in enumerate(names) if text.casefold() in name.casefold()]
-    close = inside[:5] or difflib.get_close_matches(text, names, n=3, cutoff=0.6)
-    hint = f"; close to it: {', '.join(close)}" if close else f"; the model has classes 0 to {len(names) - 1}"
-    raise ValueError(f"no class is called {shorten(text)!r}{hint}")
 
 
 @dataclass(frozen=True)
@@ -117,7 +71,7 @@ class Painter:
             if self._pipeline is None:
                 made = self._load()
                 if not made.is_text:
-                    self.names = class_names(made.gpt.args.num_classes, self._file)
+                    self.names = class_names(made.gpt.args.num_classes, self._file, made.gpt.file_config.get("classes"))
                 self._pipeline = made
             return self._pipeline
 

@@ -33,12 +33,14 @@ from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
 from autoregressive.models.sizes import GPT_SIZES
 from language.captions import clean_caption
 from language.features import left_padded, prefix_mask
+from tokenizer.tokenizer_image.fingerprint import tokenizer_fingerprint
 from tokenizer.tokenizer_image.load import load_tokenizer
 from tokenizer.tokenizer_image.strips import decode_in_strips
 from tokenizer.tokenizer_image.vq_model import VQModel, independent_of_threads
 from utils.checkpoint import load_into, read_checkpoint
 from utils.distributed import pick_device
 from utils.images import to_uint8
+from utils.origin import same_tokenizer
 from utils.overlap import one_behind
 from utils.recognition import check_gpt_flags, describe_gpt, image_size_in_name
 from utils.rng import image_noise
@@ -106,6 +108,7 @@ def load_gpt(
     with torch.device("meta"):
         model = Transformer(args)
     load_into(model, checkpoint.model, path, assign=True)
+    model.file_config = checkpoint.config
     # The model alone holds the weights now: each tensor that is cast or moved gives the memory of the old one back, and what
     # else the file has (an optimizer, averaged weights) goes at once.
     del checkpoint
@@ -153,6 +156,12 @@ class ImagePipeline:
             raise ValueError(
                 f"the GPT has {gpt.args.vocab_size} codes and the tokenizer {tokenizer.config.codebook_size}: "
                 "they were not trained together"
+            )
+        recorded = gpt.file_config.get("tokenizer")
+        if recorded and not same_tokenizer(recorded, found := tokenizer_fingerprint(tokenizer)):
+            raise ValueError(
+                f"the GPT speaks the codes of the tokenizer {recorded}, and the tokenizer given is {found}: give the one "
+                "that made the codes it was trained on"
             )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it is at least 1")
@@ -220,7 +229,13 @@ class ImagePipeline:
             vq_path = find(vq) if (folder / vq).exists() else find_checkpoint(vq)
         else:
             vq_path = find(vq)
-        tokenizer = load_tokenizer(vq_path, device=device, use_ema=use_ema, decode_precision=decode_precision)
+        tokenizer = load_tokenizer(
+            vq_path,
+            device=device,
+            use_ema=use_ema,
+            decode_precision=decode_precision,
+            fingerprint=read_checkpoint(gpt_path).config.get("tokenizer"),
+        )
         model = load_gpt(
             gpt_path,
             image_size=image_size,

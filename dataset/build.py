@@ -36,7 +36,7 @@ def build_dataset(args: Namespace, **kwargs: Any) -> Dataset:
     `args.data_face_path` where that is given: an ImageDataset. `transform` takes a PIL image; without it items are
     centre crops of `args.image_size` pixels (256 unless given). Codes (imagenet_code) are read from `args.code_path`
     for `args.image_size` and `args.downsample_size`: PackedCodes or PublishedCodes. `args.global_seed` seeds the draws.
-    Further keyword arguments go to ImageDataset or `open_codes`.
+    Further keyword arguments go to `class_folders` (classes, order), ImageDataset or `open_codes`.
     Image-text pairs (t2i, t2i_code) are those of `args.data_path`, jsonl or WebDataset shards, with the features in
     `args.t5_feat_path` and now and then of `args.short_t5_feat_path`, `args.t5_feature_dim` wide: TextImages, of pixels
     (t2i) or of the codes in `args.code_path` (t2i_code). Further keyword arguments go to TextImages.
@@ -55,7 +55,11 @@ def build_dataset(args: Namespace, **kwargs: Any) -> Dataset:
     if name not in IMAGE_LISTS:
         known = ", ".join([*IMAGE_LISTS, CODES, TEXT, TEXT_CODES])
         raise ValueError(f"unknown --dataset {name!r}; choose one of {known}")
-    images = IMAGE_LISTS[name](_given(args, "data_path"))
+    by_class = {key: kwargs.pop(key) for key in ("classes", "order") if key in kwargs}
+    if by_class.get("classes") is not None and IMAGE_LISTS[name] is not class_folders:
+        raise ValueError(f"--dataset {name} has no classes, and those of other codes are asked for: use imagenet")
+    by_class = by_class if IMAGE_LISTS[name] is class_folders else {}
+    images = IMAGE_LISTS[name](_given(args, "data_path"), **by_class)
     if getattr(args, "data_face_path", None):
         images += nested_folder(args.data_face_path)
     transform = kwargs.pop("transform", None) or partial(center_view, image_size=image_size)

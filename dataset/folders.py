@@ -5,6 +5,8 @@ images = class_folders("imagenet/train")    # an ImageList: paths, labels, class
 
 import json
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +17,27 @@ IMAGE_PATHS_FILE = "image_paths.json"
 _SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
-def class_folders(folder: str | Path) -> ImageList:
-    """Images at any depth below one sub-folder per class; a label is the place of its class among the sorted names.
+def class_folders(folder: str | Path, classes: Sequence[str] | None = None, order: str = "natural") -> ImageList:
+    """Images at any depth below one sub-folder per class; a label is the place of its class among the names.
 
-    Order: by class, then folder, then file name. Hidden files and folders are left out. Raises FileNotFoundError where
-    the folder is missing, ValueError where it holds no images, images outside class folders, or a class without images.
+    Order: by class, then folder, then file name. Hidden files and folders are left out.
+    classes: the names by label, of which some may have no folder. Without them the folders' own, in `order`: natural (2
+    before 10) or text (10 before 2), which is the published one.
+    Raises FileNotFoundError where the folder is missing, ValueError where it holds no images, images outside class
+    folders, a class without images, or a class that is not among `classes`.
     """
     folder = _existing(folder)
-    loose, classes = _children(folder)
-    if loose and classes:
+    loose, there = _children(folder)
+    unknown = [name for name in there if classes is not None and name not in classes]
+    if unknown:
         raise ValueError(
-            f"{folder} mixes loose images ({loose[0]}) with class folders ({classes[0]}): "
+            f"{folder} has a class folder {unknown[0]!r}, which is none of the {len(classes)} classes given"
+        )
+    if classes is None:
+        classes = sorted(there, key=natural_key) if order == "natural" else there
+    if loose and there:
+        raise ValueError(
+            f"{folder} mixes loose images ({loose[0]}) with class folders ({there[0]}): "
             "move the images into class folders or elsewhere"
         )
     if loose:
@@ -33,24 +45,32 @@ def class_folders(folder: str | Path) -> ImageList:
             f"{len(loose)} images lie directly in {folder} ({loose[0]}): use --dataset coco, or put them in one "
             "folder per class"
         )
-    if not classes:
+    if not there:
         raise _no_images(folder)
     # The parent of the splits is an easy slip that would train on the classes 'train' and 'val'.
-    if _SPLITS.issuperset(classes) and all(_children(folder / name)[1] for name in classes):
-        raise ValueError(f"{folder} holds the splits {', '.join(classes)}: give one of them, {folder / classes[0]}")
+    if _SPLITS.issuperset(there) and all(_children(folder / name)[1] for name in there):
+        raise ValueError(f"{folder} holds the splits {', '.join(there)}: give one of them, {folder / there[0]}")
     relative, labels, empty = [], [], []
     for label, name in enumerate(classes):
+        if name not in there:
+            continue
         found = find_images(folder / name)
         relative += [f"{name}/{path}" for path in found]
         labels.append(np.full(len(found), label, np.int64))
         if not found:
             empty.append(name)
-    if len(empty) == len(classes):
+    if len(empty) == len(there):
         raise _no_images(folder)
     if empty:
         more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
         raise ValueError(f"the class folder {folder / empty[0]}{more} has no images: fill it, or remove it")
-    return ImageList(PathList(folder, relative), np.concatenate(labels), classes)
+    return ImageList(PathList(folder, relative), np.concatenate(labels), list(classes))
+
+
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """Return a sorting key by which numbers inside names count as numbers: 2 before 10."""
+    parts = re.split(r"([0-9]+)", name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
 def flat_folder(folder: str | Path) -> ImageList:

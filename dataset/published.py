@@ -15,7 +15,7 @@ from reprlib import repr as short
 import numpy as np
 
 from dataset.augmentation import VIEWS
-from dataset.shards import CodeSettings, refuse_other_settings, samples_identity
+from dataset.shards import INDEX_FILE, CodeSettings, refuse_other_settings, samples_identity
 from utils.files import atomic_write, write_json
 
 _NAME = re.compile(r"(0|[1-9][0-9]*)\.npy")
@@ -37,6 +37,14 @@ def published_sizes(folder: str | Path) -> list[int]:
 def published_record(image_size: int) -> str:
     """The name of the file with the settings of the codes of one image size."""
     return f"imagenet{image_size}.json"
+
+
+def recorded_settings(folder: str | Path, image_size: int) -> CodeSettings | None:
+    """What a folder of either layout records of its codes; None where it is not there or records nothing."""
+    for name in (INDEX_FILE, published_record(image_size)):
+        if (Path(folder) / name).exists():
+            return CodeSettings.read(folder, name)
+    return None
 
 
 def record_published(folder: str | Path, settings: CodeSettings) -> None:

@@ -56,14 +56,14 @@ def of_classes(args: argparse.Namespace) -> dict:
     dist = start("cpu")
     judge = Judge(args.digits)
 
-    tokenizer = load_tokenizer(find_checkpoint(args.vq_ckpt))
+    gpt = load_gpt(find_checkpoint(args.gpt_ckpt))
+    tokenizer = load_tokenizer(find_checkpoint(args.vq_ckpt), fingerprint=gpt.file_config.get("tokenizer"))
     pixels = torch.from_numpy(judge.held_images).permute(0, 3, 1, 2).float() / 127.5 - 1
     parts = list(reconstruct(tokenizer, ((batch, batch) for batch in pixels.split(64)), dist.device))
     originals, recons, codes = (np.concatenate(part) for part in zip(*parts, strict=True))
     shown = np.random.default_rng(0).permutation(len(originals))[:16]
     save_png(make_grid(np.concatenate([originals[shown], recons[shown]]), columns=16), output / "reconstructions.png")
 
-    gpt = load_gpt(find_checkpoint(args.gpt_ckpt))
     nll = mean_loss(gpt, PackedCodes(args.codes, random_view=False), 64, dist)
 
     archives = sorted(Path(args.samples).glob("*.npz"), key=lambda path: path.stat().st_mtime)

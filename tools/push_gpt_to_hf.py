@@ -41,7 +41,11 @@ def main(args: argparse.Namespace) -> None:
     path = find_checkpoint(args.gpt_ckpt)
     gpt = load_gpt_of_flags(args, path, PRECISIONS[args.precision])
     if args.vq_ckpt is not None:
-        flags = {"vq_model": args.vq_model, "codebook_size": args.codebook_size}
+        flags = {
+            "vq_model": args.vq_model,
+            "codebook_size": args.codebook_size,
+            "fingerprint": gpt.file_config.get("tokenizer"),
+        }
         ImagePipeline(gpt, load_tokenizer(find_checkpoint(args.vq_ckpt), **flags))  # raises where they do not fit
 
     # The feed-forward width by the rule of the table of sizes, where it is that.

@@ -58,6 +58,7 @@ class HubModel(PyTorchModelHubMixin):
             made = cls(model.config)
         made.load_state_dict(model.state_dict(), assign=True)
         made.training_args, made.steps = publishable(args) or None, steps
+        made.file_config = getattr(model, "file_config", made.file_config)
         return made.train(model.training)
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -110,6 +111,8 @@ class HubModel(PyTorchModelHubMixin):
         data.license = license or data.license
         parts = [f"---\n{data.to_yaml()}\n---", f"# {repo_id.split('/')[-1]}", self.describe()]
         parts += ["## How to load it", f"```python\n{self.how_to_load(repo_id)}\n```"]
+        if classes := self.file_config.get("classes"):
+            parts += ["## Classes", ", ".join(f"{label} {name}" for label, name in enumerate(classes))]
         args = publishable(self.training_args)
         if self.steps is not None or args:
             parts.append("## Training")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import isqrt
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -242,11 +243,13 @@ class Transformer(nn.Module):
     """A GPT over image tokens, conditioned on a class or a caption.
 
     `layout` says in which order tokens are read and which of them one step predicts. Decoding always goes by it;
-    training may read by another one.
+    training may read by another one. `file_config` is the record of what the weights belong to (utils/origin.py), where
+    the file that they were read from has one.
     """
 
     def __init__(self, args: ModelArgs):
         super().__init__()
+        self.file_config: dict[str, Any] = {}
         self.args = self.config = args
         self.layout = TokenLayout(isqrt(args.block_size), args.ar_token_num, args.cls_token_num)
         if args.model_type == "c2i":

@@ -26,6 +26,7 @@ from autoregressive.models.sampling import SamplingConfig
 from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt, warn_of_long_features
 from autoregressive.quantization import quantize, require_torchao
 from tokenizer.tokenizer_image.load import load_tokenizer
+from utils.checkpoint import read_checkpoint
 from utils.cli import grid_size, layout_numbers
 from utils.distributed import Distributed, pick_device
 from utils.images import is_whole_png, save_png
@@ -140,6 +141,7 @@ def build_pipeline(
         device=device,
         use_ema=args.use_ema,
         decode_precision=args.decode_precision,
+        fingerprint=read_checkpoint(gpt_path).config.get("tokenizer"),
     )
     if args.downsample_size != tokenizer.downsample:
         raise ValueError(

@@ -4,6 +4,8 @@ python3 autoregressive/sample/sample_c2i.py --gpt-ckpt c2i_L_384.pt --vq-ckpt vq
 """
 
 import argparse
+import re
+from typing import TYPE_CHECKING
 
 from autoregressive.models.sizes import GPT_SIZES
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
@@ -24,6 +26,9 @@ from utils.cli import (
     run_script,
 )
 
+if TYPE_CHECKING:
+    from autoregressive.models.gpt import Transformer
+
 # golden retriever, otter, red panda, geyser, macaw, valley, balloon, Arctic fox
 IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]
 
@@ -39,16 +44,29 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("sample_c2i.py draws from class-conditional models; for captions there is sample_t2i.py")
     settings = sampling_settings(args)
     pipeline, _, _ = build_pipeline(args, pick_device(args.device), args.batch_size)
-    images = pipeline(labels_to_draw(args, pipeline.gpt.args.num_classes), seed=args.seed, **settings)
+    labels = labels_to_draw(args, pipeline.gpt)
+    images = pipeline(labels, seed=args.seed, **settings)
     save_png(make_grid(np.stack([np.asarray(image) for image in images]), columns=args.columns), args.output)
     print(f"wrote {args.output}: {len(images)} images of {pipeline.image_size}x{pipeline.image_size}")
 
 
-def labels_to_draw(args: argparse.Namespace, num_classes: int) -> list[int]:
-    """--labels, or eight classes of the model's."""
-    if args.labels is not None:
-        return args.labels
-    return IMAGENET_CLASSES if num_classes >= 1000 else [i % num_classes for i in range(8)]
+def labels_to_draw(args: argparse.Namespace, gpt: "Transformer") -> list[int]:
+    """--labels, or eight classes of the model's; prints what they are called. Raises ValueError for an unknown name."""
+    from autoregressive.class_names import class_choice, class_names, find_class
+
+    count = gpt.args.num_classes
+    names = class_names(count, recorded=gpt.file_config.get("classes"))
+    default = IMAGENET_CLASSES if count >= 1000 else [i % count for i in range(8)]
+    labels = (
+        default if args.labels is None else [i if isinstance(i, int) else find_class(i, names) for i in args.labels]
+    )
+    print("classes:", ", ".join(class_choice(label, names[label]) for label in labels if 0 <= label < count))
+    return labels
+
+
+def label_or_name(text: str) -> int | str:
+    """An argparse type: a class by its number, or by its name."""
+    return nonnegative_int(text) if re.fullmatch(r"[+-]?[0-9]+", text) else text
 
 
 def flags() -> argparse.ArgumentParser:
@@ -71,7 +89,11 @@ def grid_flags(description: str, output: str, *, files_required: bool = False) -
     add_decode_precision_flag(parser)
     parser.add_argument("--seed", type=SEED, default=0, help="image i is a function of the seed and i")
     parser.add_argument(
-        "--labels", type=nonnegative_int, nargs="+", default=None, help="the classes to draw (default: eight of them)"
+        "--labels",
+        type=label_or_name,
+        nargs="+",
+        default=None,
+        help="the classes to draw, by number or name (default: eight of them)",
     )
     parser.add_argument("--columns", type=positive_int, default=4, help="images in a row of the grid")
     parser.add_argument("--output", default=output, help="the picture to write")

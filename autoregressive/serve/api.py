@@ -117,6 +117,7 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
             "image_size": info.image_size,
             "tokens": info.tokens,
             "num_classes": info.num_classes,
+            "classes": service.classes.names,
         }
 
     @app.get("/v1/models")

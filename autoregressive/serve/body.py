@@ -3,20 +3,20 @@
     body = read_body(b'{"prompt": "golden retriever", "n": 2, "seed": 3}')
     asked = ask(body, info, Limits(), ClassNames(1000))            # asked.label == 207, asked.seeds == [3, 4]
 
-Both raise RequestError for what a client got wrong. The names of ImageNet's classes come from torchvision's table
-(imagenet_classes.json tells which).
+Both raise RequestError for what a client got wrong.
 """
 
 import json
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from math import ceil
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from autoregressive.class_names import class_names, find_class
 from autoregressive.serve.engine import ImageRequest, ModelInfo
 from autoregressive.serve.errors import RequestError
 
@@ -139,34 +139,18 @@ def read_body(content: bytes) -> ImageBody:
 
 
 class ClassNames:
-    """The names of a model's classes: ImageNet's for 1,000 classes, else their numbers."""
+    """The names of a model's classes (autoregressive/class_names.py), for requests."""
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int, recorded: Sequence[str] | None = None):
         self.num_classes = num_classes
-        self.names = [str(label) for label in range(num_classes)]
-        if num_classes == 1000:
-            path = Path(__file__).with_name("imagenet_classes.json")
-            self.names = json.loads(path.read_text(encoding="utf-8"))["names"]
-        self._labels = {name.casefold(): label for label, name in enumerate(self.names)}
+        self.names = class_names(num_classes, recorded=recorded)
 
     def label(self, text: str, param: str) -> int:
         """The class that a name or a number tells. Raises RequestError 400 with names that are near."""
-        name = " ".join(text.split()).casefold()
-        if name in self._labels:
-            return self._labels[name]
-        if name.isascii() and name.isdigit() and len(name) < 10:
-            return self.check(int(name), param)
-        near = get_close_matches(name[:60], self._labels, n=3)
-        near += [
-            one
-            for one in self._labels
-            if len(name) > 2 and one not in near and (name in one or f" {one} " in f" {name[:200]} ")
-        ]
-        if near:
-            hint = "did you mean " + " or ".join(repr(self.names[self._labels[one]]) for one in near[:3]) + "?"
-        else:
-            hint = f"this model has {self.num_classes} classes, such as {self.names[0]!r}; a number from 0 works too"
-        raise RequestError(400, f"no class is called {_shown(text)}: {hint}", param=param, code="unknown_class")
+        try:
+            return find_class(text, self.names)
+        except ValueError as error:
+            raise RequestError(400, f"{param}: {error}", param=param, code="unknown_class") from error
 
     def check(self, label: int, param: str) -> int:
         """The label. Raises RequestError 400 where the model does not have it."""

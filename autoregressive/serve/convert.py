@@ -159,6 +159,7 @@ def engine_config(gpt: Transformer, dtype: torch.dtype, image_size: int) -> dict
         "caption_dim": args.caption_dim if args.model_type == "t2i" else 0,
         "image_size": image_size,
         "rope_base": args.rope_base,
+        "origin": gpt.file_config,
     }
     if args.model_type == "t2i":
         # Has vLLM ask the model for positions: a caption's rows end where the image begins, however few they are.

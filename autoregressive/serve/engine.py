@@ -15,7 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a server tells of its model. name: as `GET /v1/models` has it. kind: "c2i" or "t2i"."""
+    """What a server tells of its model. name: as `GET /v1/models` has it. kind: "c2i" or "t2i".
+
+    classes: names that the checkpoint records, by label.
+    """
 
     name: str
     kind: str
@@ -23,6 +26,7 @@ class ModelInfo:
     tokens: int  # of an image
     num_classes: int  # 0 where it draws from prompts
     raster: bool  # tokens come in raster order, so that the first rows of an image can be shown
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ class NativeEngine:
             tokens=layout.tokens,
             num_classes=0 if pipeline.is_text else args.num_classes,
             raster=layout.group_size == 1,
+            classes=tuple(pipeline.gpt.file_config.get("classes", ())),
         )
         self.pipeline = pipeline
         self._gather = gather

@@ -18,7 +18,7 @@ def main(args: argparse.Namespace) -> None:
     if args.gpt_type != "c2i":
         raise ValueError("sample_c2i.py draws from class-conditional models; for captions there is sample_t2i.py")
     models = open_models(args)
-    labels = labels_to_draw(args, models.pipeline.gpt.args.num_classes)
+    labels = labels_to_draw(args, models.pipeline.gpt)
     draw_grid(args, models, [ImageRequest(label=label, **models.settings) for label in labels])
 
 

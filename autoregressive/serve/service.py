@@ -77,7 +77,7 @@ class Service:
         self.engine, self.decoder, self.encoder = engine, decoder, encoder
         self.limits = limits or Limits()
         self.info = engine.info
-        self.classes = ClassNames(engine.info.num_classes)
+        self.classes = ClassNames(engine.info.num_classes, engine.info.classes)
         self.metrics = Metrics()
         self.draining = False
         self._jobs: set[Job] = set()

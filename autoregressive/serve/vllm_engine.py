@@ -70,6 +70,7 @@ class ServedModel:
             tokens=config["grid_size"] ** 2,
             num_classes=config["num_classes"],
             raster=True,
+            classes=tuple(config["origin"].get("classes", ())),
         )
         self.dtype = getattr(torch, config["torch_dtype"])
         self._projection = read_projection(self.folder) if self.info.kind == "t2i" else None

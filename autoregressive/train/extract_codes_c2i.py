@@ -51,6 +51,7 @@ def main(args: argparse.Namespace) -> None:
     from utils.distributed import start
     from utils.loading import loader_workers
     from utils.logger import console_logger
+    from utils.origin import listed_classes
     from utils.runs import find_checkpoint
 
     if args.ten_crop and args.crop_range < 1:
@@ -74,7 +75,11 @@ def main(args: argparse.Namespace) -> None:
     views = partial(
         code_views, image_size=args.image_size, ten_crop=args.ten_crop, crop_range=args.crop_range, flip=args.flip
     )
-    dataset = build_dataset(args, transform=views, unreadable="omit")
+    dataset = build_dataset(
+        args, transform=views, unreadable="omit", classes=classes_by_label(args), order=args.class_order
+    )
+    if dataset.classes:
+        log.info(f"classes: {listed_classes(dataset.classes)}")
     settings = code_settings(args, dataset, tokenizer)
     encode = partial(
         encode_shards,
@@ -210,6 +215,22 @@ def encode_views(
     return torch.cat(codes).view(*pixels.shape[:2], -1)
 
 
+def classes_by_label(args: argparse.Namespace) -> list[str] | None:
+    """Return the names that decide the labels: of --classes-of, or of this extraction where it has begun. None for a new one.
+
+    Raises ValueError where --classes-of records none.
+    """
+    from dataset.published import recorded_settings
+
+    if args.classes_of is None:
+        begun = recorded_settings(args.code_path, args.image_size)
+        return begun.classes if begun else None
+    told = recorded_settings(args.classes_of, args.image_size)
+    if told is None or told.classes is None:
+        raise ValueError(f"--classes-of {args.classes_of} records no classes: give a folder of codes of class folders")
+    return told.classes
+
+
 def code_settings(args: argparse.Namespace, dataset: "ImageDataset", tokenizer: "VQModel") -> "CodeSettings":
     """What the shards' index records of the codes."""
     from dataset.augmentation import code_view_names
@@ -258,6 +279,17 @@ def flags() -> argparse.ArgumentParser:
         type=positive_int,
         default=16,
         help="images a batch, with all their views (in parts where those are many)",
+    )
+    parser.add_argument(
+        "--classes-of",
+        default=None,
+        help="folder of codes whose classes and labels these images share, as held-out ones do: some may be absent",
+    )
+    parser.add_argument(
+        "--class-order",
+        choices=["natural", "text"],
+        default="natural",
+        help="of the class folders: 2 before 10, or 10 before 2 as in the published scripts",
     )
     add_encoder_precision_flag(parser)
     add_extraction_flags(parser, items="images", shard_size=4096, published="one .npy an image")

@@ -57,6 +57,7 @@ def main(args: argparse.Namespace) -> None:
     from utils.distributed import start
     from utils.logger import console_logger
     from utils.optim import adamw
+    from utils.origin import listed_classes
     from utils.parallel import Parallel
     from utils.rng import item_seed
     from utils.runs import find_checkpoint
@@ -317,12 +318,6 @@ def require_same_kind(
     if unknown:
         words = " and ".join(key.replace("_", " ") for key in unknown)
         log.info(f"{args.val_code_path} and {args.code_path}: one of them records no {words}: not compared")
-
-
-def listed_classes(classes: "Sequence[str]", shown: int = 20) -> str:
-    """Return class names with their labels, for a line of the log."""
-    listed = [f"{label} {name}" for label, name in enumerate(classes)]
-    return ", ".join(listed if len(listed) <= shown else [*listed[: shown - 1], "…", listed[-1]])
 
 
 def code_origin(codes: "CodeDataset") -> dict:

@@ -11,10 +11,7 @@ from autoregressive.demo import (
     MOST_IMAGES,
     Painter,
     View,
-    class_choice,
-    class_names,
     error_html,
-    find_class,
     status_html,
 )
 from autoregressive.models.gpt import GPT_models
@@ -52,50 +49,6 @@ def painter_of(pipeline, **settings) -> Painter:
 
 
 EVERY_STEP = {"interval": 0, "preview_share": 1e9}  # a view after each step, with a preview
-
-
-# Names
-
-
-def test_the_thousand_names():
-    names = class_names(1000)
-    assert (
-        len(names) == 1000
-        and names[207] == "golden retriever"
-        and names[0] == "tench"
-        and names[999] == "toilet tissue"
-    )
-    assert find_class("Golden Retriever", names) == find_class("207", names) == find_class(207, names) == 207
-    assert all(find_class(class_choice(i, name), names) == i for i, name in enumerate(names))
-    with pytest.raises(ValueError, match="'crane' names the classes 0 and 2: give the number"):
-        find_class("crane", ["crane", "heron", "Crane"])
-    with pytest.raises(ValueError, match="'retriever'; close to it: 205: flat-coated retriever, 206: curly-coated"):
-        find_class("retriever", names)
-    with pytest.raises(ValueError, match="'golden retreiver'; close to it: golden retriever"):
-        find_class("golden retreiver", names)
-    with pytest.raises(ValueError, match="class 1000 is out of range: the model has classes 0 to 999"):
-        find_class("1000", names)
-
-
-@pytest.mark.parametrize(
-    "asked, message",
-    [("-1", "class -1 is out of range"), ("10", "0 to 9"), ("", "no class is chosen"), (None, "no class is chosen"),
-     (" ", "no class"), ("horse", "no class is called 'horse'; the model has classes 0 to 9"), ("1.5", "'1.5'"),
-     ("x" * 10_000, "no class is called 'x+…'")],
-)  # fmt: skip
-def test_classes_that_are_not_there(asked, message):
-    with pytest.raises(ValueError, match=message):
-        find_class(asked, class_names(10))
-
-
-def test_names_from_a_file(tmp_path):
-    file = tmp_path / "names.txt"
-    file.write_text("ant\n\n bee \n")
-    assert class_names(2, file) == ["ant", "bee"] and class_names(3) == ["0", "1", "2"]
-    with pytest.raises(ValueError, match=r"names\.txt has 2 names, one a line, and the model 3 classes"):
-        class_names(3, file)
-    with pytest.raises(FileNotFoundError):
-        class_names(3, tmp_path / "no.txt")
 
 
 # Views

@@ -42,12 +42,12 @@ def test_the_published_flags():
     args = push_gpt_to_hf.flags().parse_args([])
     published = {
         "gpt_model": "GPT-B", "gpt_ckpt": None, "gpt_type": "c2i", "from_fsdp": False, "cls_token_num": 1, "precision": "bf16",
-        "compile": True, "vq_model": "VQ-16", "vq_ckpt": None, "codebook_size": 16384, "codebook_embed_dim": 8,
-        "image_size": 384, "image_size_eval": 256, "downsample_size": 16, "num_classes": 1000,
+        "compile": True, "vq_model": "VQ-16", "vq_ckpt": None, "codebook_size": None, "codebook_embed_dim": 8,
+        "image_size": 384, "image_size_eval": 256, "downsample_size": 16, "num_classes": None,
     }  # fmt: skip
     assert {name: getattr(args, name) for name in published} == published
     args = push_vae_to_hf.flags().parse_args([])
-    published = {"gpt_model": "GPT-XL", "vq_model": "VQ-16", "codebook_size": 16384, "codebook_embed_dim": 8}
+    published = {"gpt_model": "GPT-XL", "vq_model": "VQ-16", "codebook_size": None, "codebook_embed_dim": 8}
     assert {name: getattr(args, name) for name in published} == published
 
 
