@@ -26,6 +26,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dataset.augmentation import UnusableImage
+from utils.loading import batches_of
 from utils.rng import item_seed
 
 logger = logging.getLogger(__name__)
@@ -273,7 +274,7 @@ def present_batches(
         pin_memory=pin_memory,
     )
     missing: list[int] = []
-    for indices, batch in zip(batches, loader, strict=True):
+    for indices, batch in zip(batches, batches_of(loader), strict=True):
         present = set() if batch is None else set(batch[2].tolist())
         for index in indices:
             missing = [] if index in present else [*missing, index]

@@ -191,6 +191,7 @@ def read_shards(
     from torch.utils.data import DataLoader
 
     from dataset.text_features import shard_lines
+    from utils.loading import batches_of
 
     starts = [0, *accumulate(count for _, count in captions.pairs.files)]
     batches = []
@@ -205,7 +206,7 @@ def read_shards(
         num_workers=min(workers, len(batches)),
         collate_fn=list,
     )
-    for unit, loaded in groupby(zip(batches, loader, strict=True), key=lambda pair: pair[0][0]):
+    for unit, loaded in groupby(zip(batches, batches_of(loader), strict=True), key=lambda pair: pair[0][0]):
         items = [item for _, batch in loaded for item in batch]
         reasons = [item for item in items if isinstance(item, str)]
         if len(reasons) == len(items) >= NONE_OF:

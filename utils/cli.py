@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import NoReturn
 
-from utils.errors import AgreedError
+from utils.errors import AgreedError, words_of
 
 # A parser, or a group of one.
 Flags = argparse._ActionsContainer
@@ -538,13 +538,5 @@ def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.Argu
         if isinstance(error, AgreedError) and os.environ.get("RANK", "0") != "0":
             time.sleep(1)  # torchrun ends the others with the first to leave: the one that tells goes first
         else:
-            print(f"error: {_words(error)}", file=sys.stderr, flush=True)
+            print(f"error: {words_of(error)}", file=sys.stderr, flush=True)
         sys.exit(1)
-
-
-def _words(error: Exception) -> str:
-    """What an error says; of one that a loader process raised without the traceback that torch puts before it."""
-    text = str(error)
-    if not text.startswith(f"Caught {type(error).__name__} in DataLoader worker"):
-        return text
-    return text.rpartition(f"\n{type(error).__name__}: ")[2].strip()

@@ -1,4 +1,4 @@
-"""Errors that several parts of the project raise and catch."""
+"""Errors that several parts of the project raise and catch, and what an error says to a user."""
 
 
 class AgreedError(ValueError):
@@ -7,3 +7,11 @@ class AgreedError(ValueError):
 
 class NotFiniteError(ValueError):
     """What a network computed for some images is NaN or infinite."""
+
+
+def words_of(error: BaseException) -> str:
+    """Return an error's message; of one raised in a loader process without the traceback that torch puts before it."""
+    text = str(error)
+    if not text.startswith(f"Caught {type(error).__name__} in "):
+        return text
+    return text.rpartition(f"\n{type(error).__name__}: ")[2].strip()

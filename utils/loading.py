@@ -1,8 +1,28 @@
-"""How many loader processes a run gets."""
+"""Loader processes: how many a run gets, and how their death reaches the run.
+
+for batch in batches_of(loader): ...          # LoaderKilled where the system killed a loader process
+ahead = ReadAhead(batches); ahead.failure     # known two batches before the last good one is used up
+"""
 
 import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING, Any
 
 from utils.distributed import Distributed
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+_CAUSES = {signal.SIGKILL: "most often because memory ran out", signal.SIGBUS: "/dev/shm is full"}
+
+
+class LoaderKilled(ChildProcessError):
+    """Raised where a loader process is gone: killed by the system, or ended by a library's crash."""
 
 
 def loader_workers(asked: int, dist: Distributed) -> int:
@@ -10,3 +30,72 @@ def loader_workers(asked: int, dist: Distributed) -> int:
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = processors // max(dist.local_world_size, 1)
     return max(0, min(asked, share))
+
+
+def batches_of(loader: "DataLoader") -> Iterator[Any]:
+    """Yields a loader's batches. Raises LoaderKilled where a batch is asked for that a dead loader process had to read.
+
+    torch tells of a death by a signal handler that raises in the middle of whatever the run does at that moment, a step
+    or the writing of a file. That handler is removed; the loader itself finds a dead process within seconds.
+    """
+    batches = iter(())
+    try:
+        batches = iter(loader)
+        _remove_torch_handler()
+        yield from batches
+    except Exception as error:
+        workers = {worker.sentinel: worker for worker in getattr(batches, "_workers", ())}
+        # The connection to a process breaks before the process is gone; one whose item raised lives on.
+        ended = [workers[sentinel] for sentinel in wait(workers, timeout=0 if _of_an_item(error) else 1)]
+        for worker in ended:
+            worker.join()
+        codes = [worker.exitcode for worker in ended if worker.exitcode]
+        if not codes:
+            raise
+        raise LoaderKilled(
+            f"a loader process {_ending(codes[0])}; rerun with fewer --num-workers, finished work is kept"
+        ) from error
+
+
+def _of_an_item(error: Exception) -> bool:
+    return " in DataLoader worker process" in str(error)
+
+
+def _ending(code: int) -> str:
+    if code > 0:
+        return f"ended with code {code}"
+    cause = _CAUSES.get(-code)
+    return f"was killed by {signal.Signals(-code).name}" + (f" ({cause})" if cause else "")
+
+
+def _remove_torch_handler() -> None:
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        return  # where torch sets none
+    if getattr(signal.getsignal(signal.SIGCHLD), "__module__", "").startswith("torch.utils.data"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+class ReadAhead:
+    """Batches, each given while the two after it are at hand or known not to come.
+
+    failure: what ended reading; the batches before it are given all the same. Processes that work in step tell each other
+    of a failure after a step and hear of it one step later: the process that fails still has that step's batch.
+    """
+
+    def __init__(self, batches: Iterable[Any]):
+        self.failure: Exception | None = None
+        self._batches, self._ready = iter(batches), deque()
+        self._read(2)
+
+    def _read(self, count: int) -> None:
+        try:
+            if self.failure is None:
+                self._ready.extend(islice(self._batches, count))
+        except Exception as error:
+            self.failure = error
+
+    def __iter__(self) -> Iterator[Any]:
+        while self._ready:
+            batch = self._ready.popleft()
+            self._read(1)
+            yield batch

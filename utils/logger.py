@@ -40,6 +40,19 @@ class _StandardOutput(logging.StreamHandler):
         return sys.stdout
 
 
+class _LogFile(logging.FileHandler):
+    """log.txt. A line that cannot be written is one short line on the terminal, once."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self._told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._told:
+            print(f"could not write to {self.baseFilename} ({sys.exc_info()[1]}); training goes on", file=sys.stderr)
+        self._told = True
+
+
 class RunLogger:
     """Writes to a run's folder from the first process; says nothing on the others."""
 
@@ -53,7 +66,7 @@ class RunLogger:
         if folder is None or not main:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
+        self.file = _LogFile(folder / "log.txt")
         self.file.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
         for logger in self.loggers:
             logger.addHandler(self.file)
@@ -78,6 +91,11 @@ class RunLogger:
 
     def warning(self, message: str) -> None:
         self.logger.warning(message)
+
+    def record(self, message: str) -> None:
+        """Writes a line to log.txt alone, where the terminal has it from somewhere else."""
+        if self.file is not None:
+            self.file.emit(logging.makeLogRecord({"msg": message, "levelno": logging.ERROR, "levelname": "ERROR"}))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Records numbers of a step."""

@@ -5,7 +5,7 @@
         if signals.asked: save and leave
 
 The processes of a run have to stop at the same step. `Agreement` tells each of them, one step later, what any of them had
-to say; it costs a message of two numbers beside the step and never waits for an accelerator.
+to say; it costs a message of a few numbers beside the step and never waits for an accelerator.
 """
 
 import mmap
@@ -68,20 +68,20 @@ class StopSignals:
 
 
 class Agreement:
-    """Exchanges two flags, `stop` and `broken`, among the processes without waiting for the slowest within a step."""
+    """Exchanges a few flags among the processes without waiting for the slowest within a step."""
 
     def __init__(self, dist: Distributed):
         self.dist = dist
-        self._flags, self._work = torch.zeros(2), None
+        self._flags: torch.Tensor | None = None
+        self._work = None
 
-    def exchange(self, stop: bool, broken: bool) -> tuple[bool, bool]:
+    def exchange(self, *flags: bool) -> tuple[bool, ...]:
         """Every process calls it once a step; all get the same answer, from what each said at the call before."""
         if self.dist.world_size == 1:
-            return stop, broken
-        if self._work is not None:
-            self._work.wait()
-        answer = bool(self._flags[0] > 0), bool(self._flags[1] > 0)
-        self._flags = torch.tensor([float(stop), float(broken)])
+            return flags
+        self.close()
+        answer = tuple((self._flags > 0).tolist()) if self._flags is not None else (False,) * len(flags)
+        self._flags = torch.tensor([float(flag) for flag in flags])
         self._work = torch_dist.all_reduce(self._flags, async_op=True)
         return answer
 

@@ -15,7 +15,7 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from math import isfinite
@@ -33,10 +33,10 @@ from utils.checkpoint import Checkpoint
 from utils.data_order import BatchOrder
 from utils.distributed import Distributed
 from utils.ema import EMA, local, warmed_up
-from utils.errors import AgreedError, NotFiniteError
+from utils.errors import AgreedError, words_of
 from utils.finite import FiniteWatch, NotFinite
 from utils.flops import peak_flops
-from utils.loading import loader_workers
+from utils.loading import ReadAhead, batches_of, loader_workers
 from utils.logger import RunLogger
 from utils.meter import Meter, format_window
 from utils.optim import learning_rate
@@ -173,27 +173,37 @@ class Trainer:
         """Trains to the end, or until a signal asks it to stop, and returns the last checkpoint's path (None on processes
         other than the first).
 
-        Raises AgreedError where a loss is not finite, ConnectionError where another process is gone, OSError where the
-        last checkpoint cannot be written, KeyboardInterrupt after Ctrl-C, once the state is saved.
+        Raises AgreedError where a loss is not finite, or once the state is saved where data cannot be read or the held-out
+        loss fails, ConnectionError where another process is gone, OSError where the last checkpoint cannot be written,
+        KeyboardInterrupt after Ctrl-C, once the state is saved. Whatever it raises is in log.txt too.
         """
         with closing(self.log), StopSignals() as signals:
             try:
-                self._fit(signals)
-            except RuntimeError as error:
-                if self.dist.world_size == 1 or not _LOST_PROCESS.search(str(error)):
-                    raise
-                reason = str(error).strip().splitlines()[0][:200]
-                self.saver.wait()
-                raise ConnectionError(
-                    f"process {self.dist.rank} lost the others at step {self.step} ({reason}): one of them has ended, "
-                    f"see what it said itself. {self._last_checkpoint()} --resume goes on from there"
-                ) from error
+                with self._lost_processes_named():
+                    self._fit(signals)
+            except Exception as error:
+                self.log.record(f"ended at step {self.step} by {type(error).__name__}: {words_of(error)}")
+                raise
             finally:
                 self.saver.finish()
             if signals.asked == signal.SIGINT:
                 raise KeyboardInterrupt
         checkpoints = self.run.checkpoints()
         return checkpoints[0] if self.dist.is_main and checkpoints else None
+
+    @contextmanager
+    def _lost_processes_named(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if self.dist.world_size == 1 or not _LOST_PROCESS.search(str(error)):
+                raise
+            reason = str(error).strip().splitlines()[0][:200]
+            self.saver.wait()
+            raise ConnectionError(
+                f"process {self.dist.rank} lost the others at step {self.step} ({reason}): one of them has ended, "
+                f"see what it said itself; {self._way_on()}"
+            ) from error
 
     def _fit(self, signals: StopSignals) -> None:
         parameters = sum(p.numel() for p in self.models["model"].parameters())
@@ -218,10 +228,13 @@ class Trainer:
         self.sums: dict[str, tuple[Tensor, int]] = {}
         self.meter.start_window()
         with self._progress() as bar, logging_redirect_tqdm(self.log.loggers) if not bar.disable else nullcontext():
-            for batch in self._batches():
+            batches = ReadAhead(self._batches())
+            if any(self.dist.gather(batches.failure is not None)):
+                self._require_data(batches.failure)
+            for batch in batches:
                 self._train_step(batch)
                 bar.update()
-                if self._agree_to_stop(signals):
+                if self._agree_to_stop(signals, batches):
                     return
                 if self.step % self.args.log_every == 0 or self.step == self.total_steps:
                     bar.set_postfix_str(self._log_window())
@@ -253,18 +266,19 @@ class Trainer:
             prefetch_factor=4 if workers else None,
             persistent_workers=workers > 0,
         )
-        while self.step < self.total_steps:
-            epoch, batch = divmod(self._batches_done, self.order.batches_per_epoch)
-            self.order.start_at(epoch, batch)
+        batch, end = self._batches_done, self._batches_done + self.total_steps - self.step
+        while batch < end:
+            epoch, first = divmod(batch, self.order.batches_per_epoch)
+            self.order.start_at(epoch, first)
             if hasattr(self.dataset, "set_epoch"):
                 self.dataset.set_epoch(epoch)
-            with self.meter.waiting():
-                micros = iter(loader)
-            while self.step < self.total_steps:
+            micros = batches_of(loader)
+            while batch < end:
                 with self.meter.waiting():
                     group = list(islice(micros, self.args.gradient_accumulation_steps))
                 if not group:
                     break
+                batch += 1
                 yield group
 
     def _train_step(self, batch: list[Any]) -> None:
@@ -348,12 +362,15 @@ class Trainer:
                 value = torch.where(torch.isfinite(value), value, 0)
             self.sums[name] = total + value, count + 1
 
-    def _agree_to_stop(self, signals: StopSignals) -> bool:
-        """Whether a process was asked to stop: then the state is saved. Raises AgreedError where a loss was not finite."""
-        stop, broken = self.agreement.exchange(signals.asked is not None, self.watch.first(wait=False) is not None)
+    def _agree_to_stop(self, signals: StopSignals, batches: ReadAhead) -> bool:
+        """Whether a process was asked to stop: then the state is saved. Raises AgreedError where a loss was not finite, or
+        where a process has no further data, once the state is saved."""
+        stop, broken, starved = self.agreement.exchange(
+            signals.asked is not None, self.watch.first(wait=False) is not None, batches.failure is not None
+        )
         if broken:
             self._require_finite_losses()
-        if not stop or self.step >= self.total_steps:
+        if not (stop or starved) or self.step >= self.total_steps:
             return False
         self._require_finite_losses()
         self._require_finite_weights()
@@ -361,9 +378,20 @@ class Trainer:
             self._save(final=True)
         self.saver.wait(final=True)
         self.agreement.close()
+        if starved:
+            self._require_data(batches.failure)
         asked = next((name for name in self.dist.gather(signals.asked and signals.asked.name) if name), "a signal")
         self.log.info(f"stopped by {asked} after step {self.step} of {self.total_steps}; --resume goes on from there")
         return True
+
+    def _require_data(self, failure: Exception | None) -> None:
+        """Raises AgreedError on every process where one of them could not read its data; a mistake in code as it is."""
+        if failure is not None and not isinstance(failure, ValueError | OSError | MemoryError):
+            raise failure
+        reasons = self.dist.gather(None if failure is None else words_of(failure) or type(failure).__name__)
+        rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason)
+        where = f" by process {rank}" if self.dist.world_size > 1 else ""
+        raise AgreedError(f"no more data could be read{where} after step {self.step}: {reason}; {self._way_on()}")
 
     def _log_window(self) -> str:
         """Writes down the means and rates since the last time; returns them short, for the bar."""
@@ -391,6 +419,10 @@ class Trainer:
         last = self.run.checkpoints()[:1]
         return f"The last checkpoint is {last[0]}." if last else "There is no checkpoint yet."
 
+    def _way_on(self) -> str:
+        last = self.run.checkpoints()[:1]
+        return f"--resume goes on from {last[0]}" if last else "there is no checkpoint yet"
+
     def _require_finite_losses(self) -> None:
         """Every process calls it; all raise the same AgreedError where one had a loss that is no number."""
         found = self.dist.gather(self.watch.first(wait=True))
@@ -417,7 +449,7 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate_and_save(self, final: bool = False) -> None:
-        """What is due at this step: pictures, figures and a checkpoint; none of a model that a loss has spoilt."""
+        """What is due at this step: a checkpoint, then figures and pictures; none of a model that a loss has spoilt."""
         checkpoint = final or self.step % self.args.ckpt_every == 0
         every = self.args.sample_every or self.args.ckpt_every
         pictures = self.sample is not None and (final or self.step % every == 0)
@@ -426,10 +458,10 @@ class Trainer:
         with self.meter.paused_for():
             self._require_finite_losses()
             self._require_finite_weights()
-            if pictures or self.validate:
-                self._evaluate(figures=checkpoint, pictures=pictures)
             if checkpoint:
                 self._save(final)
+            if pictures or self.validate:
+                self._evaluate(figures=checkpoint, pictures=pictures)
 
     @torch.no_grad()
     def _require_finite_weights(self) -> None:
@@ -446,20 +478,37 @@ class Trainer:
         with ExitStack() as stack:
             stack.enter_context(self.ema.applied() if self.ema else nullcontext())
             stack.enter_context(self.plan.gathered(self.phases[0].module))
+            stack.callback(model.train)
             model.eval()
             if self.validate and figures:
-                values = self.validate(model)
-                of = " of the averaged weights (--ema)" if self.ema else ""
-                self.log.info(f"(step={self.step:07d}) " + ", ".join(f"{k}: {v:.4f}" for k, v in values.items()) + of)
-                self.log.scalars(self.step, values)
+                self._measure(model)
             # With shards on every process: passes that one alone made would put it out of step with the others' exchanges.
             if pictures and (self.dist.is_main or self.plan.sharded):
-                try:
-                    for name, image in self.sample(model).items():
-                        self.log.image(self.step, name, image)
-                except NotFiniteError as error:
-                    self.log.warning(f"(step={self.step:07d}) no pictures: {error}")
-            model.train()
+                self._draw(model)
+
+    def _measure(self, model: nn.Module) -> None:
+        """Logs the held-out figures. Raises AgreedError on every process where they cannot be had."""
+        try:
+            values = self.validate(model)
+        except (ValueError, OSError) as error:
+            self.saver.wait()
+            raise AgreedError(
+                f"the held-out loss failed after step {self.step}: {words_of(error)}; mend the held-out data or leave it "
+                f"out, {self._way_on()}"
+            ) from error
+        of = " of the averaged weights (--ema)" if self.ema else ""
+        self.log.info(f"(step={self.step:07d}) " + ", ".join(f"{k}: {v:.4f}" for k, v in values.items()) + of)
+        self.log.scalars(self.step, values)
+
+    def _draw(self, model: nn.Module) -> None:
+        """Logs pictures; where they cannot be drawn, a warning in their place."""
+        try:
+            images = self.sample(model)
+        except Exception as error:
+            self.log.warning(f"(step={self.step:07d}) no pictures: {type(error).__name__}: {words_of(error)}")
+            return
+        for name, image in images.items():
+            self.log.image(self.step, name, image)
 
     def _save(self, final: bool) -> None:
         self.saver.save()

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.layout import TokenLayout
 from utils.distributed import Distributed
+from utils.errors import AgreedError
 
 # Of a chunk's logits in float32. On CUDA, where they are never in float32, more rows make up for the pass over the weight's
 # gradient that each chunk costs.
@@ -233,6 +234,21 @@ def share_of_valid(counts: Tensor, dist: Distributed) -> Tensor:
     return counts * (dist.world_size * len(counts)) / total.clamp(min=1)
 
 
+def require_readable(dataset: Dataset, dist: Distributed) -> None:
+    """Reads every item of a held-out set once, each process a share: a damaged one is found before training begins.
+
+    Raises AgreedError on every process.
+    """
+    failure = None
+    try:
+        for index in range(dist.rank, len(dataset), dist.world_size):
+            dataset[index]
+    except (ValueError, OSError) as error:
+        failure = error
+    if failure := dist.first_failure(failure):
+        raise AgreedError(failure)
+
+
 @torch.no_grad()
 def mean_loss(model: Transformer, dataset: Dataset, batch_size: int, dist: Distributed) -> float:
     """The loss over a whole data set of (codes, label), each process reading a share (nats per token)."""
@@ -253,14 +269,21 @@ def mean_over(
     """The mean of a loss over a whole data set, each process reading a share.
 
     loss: takes a batch's items, returns their mean loss and how many it is the mean of. NaN where that is none in all.
+    Raises AgreedError on every process where one of them cannot read its share.
     """
     total = torch.zeros(2, dtype=torch.float64)
     share = range(dist.rank, len(dataset), dist.world_size)  # of one process it may be empty
-    # As many passes on every process: sharded weights are exchanged by the number of passes a process has made.
-    for start in range(0, -(-len(dataset) // dist.world_size), batch_size):
-        items = [dataset[i] for i in share[start : start + batch_size]]
-        value, count = loss(items or [dataset[0]])
-        if items:
-            total += torch.tensor([float(value) * float(count), float(count)], dtype=torch.float64)
+    failure = None
+    try:
+        # As many passes on every process: sharded weights are exchanged by the number of passes a process has made.
+        for start in range(0, -(-len(dataset) // dist.world_size), batch_size):
+            items = [dataset[i] for i in share[start : start + batch_size]]
+            value, count = loss(items or [dataset[0]])
+            if items:
+                total += torch.tensor([float(value) * float(count), float(count)], dtype=torch.float64)
+    except (ValueError, OSError) as error:
+        failure = error
+    if failure := dist.first_failure(failure):
+        raise AgreedError(failure)
     total = dist.sum(total.to(dist.device) if dist.device.type == "cuda" else total)
     return float(total[0] / total[1])

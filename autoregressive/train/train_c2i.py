@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     import torch
 
     from autoregressive.train.flops import training_flops_per_image
-    from autoregressive.train.loss import dropped_conditions, mean_loss
+    from autoregressive.train.loss import dropped_conditions, mean_loss, require_readable
     from autoregressive.train.next_patch import PatchSchedule
     from dataset.build import build_dataset
     from dataset.codes import open_codes
@@ -120,6 +120,7 @@ def main(args: argparse.Namespace) -> None:
         val_codes = open_codes(args.val_code_path, args.image_size, args.downsample_size, random_view=False)
         held_out = CheckedCodes(val_codes, args.val_code_path, args.num_classes, args.vocab_size)
         require_same_kind(args, codes.settings, val_codes.settings, log)
+        require_readable(held_out, dist)
         at_once = args.global_batch_size // (dist.world_size * args.gradient_accumulation_steps)
 
         def validate(evaluated: torch.nn.Module) -> dict[str, float]:
@@ -254,13 +255,18 @@ def sample_grid(
     import torch
 
     from autoregressive.models.generate import generate, release_cache
+    from autoregressive.models.sampling import SamplingConfig
     from utils.images import make_grid, to_uint8
     from utils.rng import image_noise
 
+    SamplingConfig(cfg_scale=args.sample_cfg_scale)  # refuses a scale that no picture can be drawn with
+
     def sample(model: "Transformer") -> dict[str, "np.ndarray"]:
         noise = image_noise(args.global_seed, range(len(cond)), grid**2).to(dist.device)
-        drawn = generate(model, cond, grid**2, emb_masks=emb_masks, cfg_scale=args.sample_cfg_scale, noise=noise)
-        release_cache(model)
+        try:
+            drawn = generate(model, cond, grid**2, emb_masks=emb_masks, cfg_scale=args.sample_cfg_scale, noise=noise)
+        finally:
+            release_cache(model)
         width = tokenizer.config.codebook_embed_dim
         with torch.inference_mode():
             images = tokenizer.decode_code(drawn, (len(drawn), width, grid, grid))

@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     import torch
 
     from autoregressive.train.flops import training_flops_per_image
-    from autoregressive.train.loss import TokenLoss, dropped_conditions, mean_over, share_of_valid
+    from autoregressive.train.loss import TokenLoss, dropped_conditions, mean_over, require_readable, share_of_valid
     from dataset.build import TEXT, TEXT_CODES, build_dataset
     from dataset.t2i import collate_t2i, require_same_encoder
     from language.features import left_padded, prefix_mask
@@ -138,6 +138,7 @@ def main(args: argparse.Namespace) -> None:
 
     validate = None
     if held_out is not None:
+        require_readable(held_out, dist)
         at_once = args.global_batch_size // (dist.world_size * args.gradient_accumulation_steps)
 
         def validate(evaluated: torch.nn.Module) -> dict[str, float]:

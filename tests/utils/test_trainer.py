@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import TensorDataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from tests.training import load, metrics, quiet_loggers, run_folder, same
 from utils import training_state
@@ -29,7 +30,6 @@ from utils.cli import add_training_flags, flag_parser
 from utils.data_order import BatchOrder
 from utils.distributed import Distributed
 from utils.errors import AgreedError, NotFiniteError
-from utils.loading import loader_workers
 from utils.optim import adamw, learning_rate
 from utils.rng import item_seed
 from utils.trainer import Micro, Phase, Trainer
@@ -577,7 +577,7 @@ def test_loader_processes_that_get_the_signal_too_let_the_run_save(tmp_path):
 
     def at(place):
         if place.step == 4:
-            (worker,) = multiprocessing.active_children()
+            worker = max(multiprocessing.active_children(), key=lambda child: child.pid)
             os.kill(worker.pid, signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.1)  # in which the loader would tell of a worker's death
@@ -595,7 +595,7 @@ def test_a_lost_process_is_told_with_the_way_to_go_on(tmp_path):
 
     trainer = build(tmp_path, "--ckpt-every", 3, at=lost)
     with pytest.raises(
-        ConnectionError, match=r"process 0 lost the others at step 4 \(.*closed by peer.*0000003\.pt.*--resume"
+        ConnectionError, match=r"process 0 lost the others at step 4 \(.*closed by peer.*--resume .*0000003\.pt"
     ):
         trainer.fit()
 
@@ -606,6 +606,106 @@ def test_a_lost_process_is_told_with_the_way_to_go_on(tmp_path):
     other = build(tmp_path / "other", at=mistake)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         other.fit()
+
+
+# Runs that fail in the middle
+
+
+class Broken(TensorDataset):
+    """Data of which one item cannot be read until it is mended."""
+
+    def __init__(self, index, error):
+        super().__init__(*data(80).tensors)
+        self.index, self.error = index, error
+
+    def __getitem__(self, index):
+        if index == self.index:
+            raise self.error
+        return super().__getitem__(index)
+
+
+def item_of_step(folder, step):
+    """The number of a sample of that step."""
+    return build(folder / "order", dataset=data(80)).order.samples(0, step)[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [ValueError("shard 3 is damaged"), OSError(5, "Input/output error")], ids=type)
+def test_fit_unreadable_item_saves_the_state_and_resumes_bit_identically(tmp_path, workers, error):
+    flags = ["--num-workers", workers, "--ema", "--epochs", 1]
+    build(tmp_path / "whole", *flags, dataset=data(80)).fit()
+    damaged = Broken(item_of_step(tmp_path, 6), error)
+    with pytest.raises(AgreedError, match=r"after step 5: .*(damaged|Input/output).*--resume .*0000005\.pt"):
+        build(tmp_path, *flags, dataset=damaged).fit()
+    assert os.listdir(store(tmp_path)) == ["0000005.pt"]
+    assert "ended at step 5" in log_of(tmp_path) and "Traceback" not in log_of(tmp_path)
+    build(tmp_path, *flags, "--resume", dataset=data(80)).fit()
+    whole, resumed = final(tmp_path / "whole"), final(tmp_path)
+    assert whole.pop("args") and resumed.pop("args") and same(whole, resumed)
+
+
+def test_fit_mistake_in_a_data_set_saves_the_state_and_keeps_its_traceback(tmp_path):
+    with pytest.raises(KeyError, match="colour"):
+        build(tmp_path, dataset=Broken(item_of_step(tmp_path, 6), KeyError("colour"))).fit()
+    assert os.listdir(store(tmp_path)) == ["0000005.pt"] and "KeyError" in log_of(tmp_path)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_fit_unreadable_first_items_end_the_run_at_once(tmp_path, step):
+    with pytest.raises(AgreedError, match=r"shard 3 is damaged"):
+        build(tmp_path, dataset=Broken(item_of_step(tmp_path, step), ValueError("shard 3 is damaged"))).fit()
+    assert len(list(store(tmp_path).glob("*"))) == (step == 2)
+
+
+@pytest.mark.parametrize(
+    "number, cause", [(signal.SIGKILL, "memory"), (signal.SIGSEGV, "SIGSEGV")], ids=["KILL", "SEGV"]
+)
+def test_fit_killed_loader_process_saves_the_state_and_resumes_bit_identically(tmp_path, number, cause, monkeypatch):
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
+
+    def at(place):
+        if place.step == 3:
+            worker = max(multiprocessing.active_children(), key=lambda child: child.pid)
+            os.kill(worker.pid, number)
+            worker.join()  # in the middle of a step, which has to be finished all the same
+
+    flags = ["--num-workers", 1, "--epochs", 8, "--ema"]
+    with pytest.raises(AgreedError, match=rf"loader process .*{cause}.*--resume .*\.pt"):
+        build(tmp_path, *flags, at=at).fit()
+    assert cause in log_of(tmp_path)
+    build(tmp_path, *flags, "--resume").fit()
+    build(tmp_path / "whole", *flags).fit()
+    whole, resumed = final(tmp_path / "whole"), final(tmp_path)
+    assert whole.pop("args") and resumed.pop("args") and same(whole, resumed)
+
+
+def test_fit_failing_pictures_are_a_warning_after_the_checkpoint(tmp_path):
+    saved = []
+
+    def sample(model):
+        trainer.saver.wait()
+        saved.append(sorted(os.listdir(store(tmp_path))))
+        raise RuntimeError("CUDA out of memory")
+
+    trainer = build(tmp_path, "--ckpt-every", 4, "--ema", sample=sample)
+    trainer.fit()
+    assert saved == [["0000004.pt"], ["0000004.pt", "0000008.pt"], ["0000004.pt", "0000008.pt", "0000010.pt"]]
+    assert log_of(tmp_path).count("no pictures: RuntimeError") == 3 and trainer.models["model"].training
+    build(tmp_path / "without", "--ckpt-every", 4, "--ema").fit()
+    assert same(final(tmp_path)["model"], final(tmp_path / "without")["model"])
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError])
+def test_fit_failing_validation_ends_the_run_after_the_checkpoint(tmp_path, kind):
+    def validate(model):
+        raise kind("shard-000001.npy is damaged")
+
+    with pytest.raises(AgreedError, match=r"held-out loss failed after step 4.*damaged.*--resume .*0000004\.pt"):
+        build(tmp_path, "--ckpt-every", 4, "--ema", validate=validate).fit()
+    assert os.listdir(store(tmp_path)) == ["0000004.pt"]
+    build(tmp_path, "--ckpt-every", 4, "--ema", "--resume").fit()
+    build(tmp_path / "without", "--ema").fit()
+    assert same(final(tmp_path)["ema"], final(tmp_path / "without")["ema"])
 
 
 # Files
@@ -1039,20 +1139,6 @@ def test_the_log_is_closed_whatever_happens(tmp_path):
     events.Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2]
     assert trainer.log.file not in trainer.log.logger.handlers
-
-
-def test_loader_processes_share_the_processors(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
-    asked = {
-        (asked, world): loader_workers(asked, replace(CPU, local_world_size=world))
-        for asked in (0, 3, 24)
-        for world in (1, 8, 16)
-    }
-    assert asked == {
-        **{(0, world): 0 for world in (1, 8, 16)},
-        **{(3, 1): 3, (3, 8): 1, (3, 16): 0},
-        **{(24, 1): 12, (24, 8): 1, (24, 16): 0},
-    }
 
 
 def test_weights_and_biases(tmp_path, monkeypatch):
