@@ -505,7 +505,7 @@ class Trainer:
         try:
             images = self.sample(model)
         except Exception as error:
-            self.log.warning(f"(step={self.step:07d}) no pictures: {type(error).__name__}: {words_of(error)}")
+            self.log.warning(f"(step={self.step:07d}) no pictures: {words_of(error)} ({type(error).__name__})")
             return
         for name, image in images.items():
             self.log.image(self.step, name, image)
