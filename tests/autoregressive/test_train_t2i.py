@@ -423,7 +423,8 @@ def test_data_that_is_wrong(data, tmp_path):
     ):
         train(data, tmp_path / "results", "--data-path", pairs)
     with pytest.raises(
-        ValueError, match=r"none of (the first 32 pairs|48 pairs in a row) could be used(.|\n)*smaller than --image-size 64"
+        ValueError,
+        match=r"none of (the first 32 pairs|48 pairs in a row) could be used(.|\n)*smaller than --image-size 64",
     ):
         train(data, tmp_path / "results", "--image-size", 64, kind="images")
 
