@@ -118,8 +118,8 @@ def _peak_memory(device: torch.device) -> float:
 
 
 def format_window(values: dict[str, float]) -> str:
-    """The figures of a window as a log line shows them."""
-    parts = [f"steps/sec: {values['steps_per_second']:.2f}", f"images/sec: {values['images_per_second']:,.0f}"]
+    """The figures of a window as a log line shows them, after its steps per second."""
+    parts = [f"images/sec: {values['images_per_second']:,.0f}"]
     if "tokens_per_second" in values:
         parts.append(f"tokens/sec: {values['tokens_per_second']:,.0f}")
     if "mfu" in values:

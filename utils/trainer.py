@@ -400,14 +400,20 @@ class Trainer:
         values = self._window_means()
         rates = self.meter.close_window()
         lr = self.phases[0].optimizer.param_groups[0]["lr"]
-        shown = ", ".join(f"{name}: {value:.4f}" for name, value in values.items())
-        self.log.info(f"(step={self.step:07d}) {shown}, lr: {lr:.3g}, {format_window(rates)}")
+        shown = {name: f"{value:.4f}" for name, value in values.items()}
+        words = ", ".join(f"{name}: {value}" for name, value in shown.items())
+        loss = shown.pop(next(name for name in ("loss", "generator_loss", *shown) if name in shown))  # published: first
+        rest = "".join(f"{name}: {value}, " for name, value in shown.items())
+        self.log.info(
+            f"(step={self.step:07d}) Train Loss: {loss}, Train Steps/Sec: {rates['steps_per_second']:.2f}, {rest}"
+            f"lr: {lr:.3g}, {format_window(rates)}"
+        )
         self.log.scalars(self.step, {**values, "lr": lr, **rates})
         if self.meter.slowest:
             self.log.info(self.meter.slowest)
         self._require_finite_losses()
         self.sums = {}
-        return shown
+        return words
 
     def _window_means(self) -> dict[str, float]:
         """The means of what the losses told since the last log line, each over the steps it took part in."""

@@ -1029,7 +1029,7 @@ def test_the_records_of_a_run(tmp_path):
     text = (folder / "log.txt").read_text()
     assert "83 parameters, 40 samples, 5 steps an epoch, 10 steps, 1 process(es) on cpu (ddp, none: " in text
     line = (
-        r"\(step=(\d{7})\) loss: \d\.\d{4}, grad_norm: \d\.\d{4}, lr: 0\.01, steps/sec: [\d.]+, images/sec: [\d,]+, "
+        r"\(step=(\d{7})\) Train Loss: \d\.\d{4}, Train Steps/Sec: [\d.]+, grad_norm: \d\.\d{4}, lr: 0\.01, images/sec: [\d,]+, "
         r"tokens/sec: [\d,]+, data wait: \d+%, memory: \d+\.\d\d GiB\n"
     )
     assert re.findall(line, text) == ["0000003", "0000006", "0000009", "0000010"]
