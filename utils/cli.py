@@ -523,6 +523,8 @@ def add_parallel_flags(parser: Flags, default: str) -> None:
 
 def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Parses, runs, and ends a user's mistake with one clear line and exit code 1 (TRACEBACK=1 shows where it arose)."""
+    for stream in (sys.stdout, sys.stderr):  # a file name's bytes that are no UTF-8 are escaped
+        stream.reconfigure(errors="backslashreplace")
     try:
         args = parser.parse_args()
     except SystemExit as ended:  # 2 of argparse, 0 of --help

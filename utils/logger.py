@@ -24,9 +24,19 @@ def console_logger(name: str = "run", main: bool = True) -> logging.Logger:
     logger.setLevel(logging.INFO if main else logging.WARNING)
     if not logger.handlers:
         handler = _StandardOutput()
-        handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
+        handler.setFormatter(_Lines())
         logger.addHandler(handler)
     return logger
+
+
+class _Lines(logging.Formatter):
+    """Times and messages, in which bytes of file names that are not UTF-8 are escaped: every stream can write them."""
+
+    def __init__(self):
+        super().__init__("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).encode("utf-8", "backslashreplace").decode()
 
 
 class _StandardOutput(logging.StreamHandler):
@@ -67,7 +77,7 @@ class RunLogger:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self.file = _LogFile(folder / "log.txt")
-        self.file.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self.file.setFormatter(_Lines())
         for logger in self.loggers:
             logger.addHandler(self.file)
         self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - open as long as the run

@@ -170,12 +170,20 @@ def order_in_words(patches: "PatchSchedule", group_size: int) -> str:
 
 
 def new_model(args: argparse.Namespace, grid: int, drop_path_rate: float, **more: object) -> "Transformer":
-    """The model that the flags describe, on the meta device. more: further fields of ModelArgs."""
+    """The model that the flags describe, on the meta device. more: further fields of ModelArgs.
+
+    Raises ValueError where the first group of --ar-token-num, whose tokens are read one by one, is the whole image.
+    """
     import torch
 
     from autoregressive.models.gpt import GPT_models
 
     ar_token_num, spe_token_num = layout_numbers(args)
+    if (ar_token_num or 1) == grid**2 > 1:
+        raise ValueError(
+            f"--ar-token-num {ar_token_num} is all of the {grid}x{grid} tokens: the first {ar_token_num} are predicted one by "
+            "one, and none would be left to predict together; choose a smaller square, or 1 for raster"
+        )
     dropout = 0.0 if drop_path_rate > 0 else args.dropout_p  # stochastic depth replaces them
     with torch.device("meta"):
         return GPT_models[args.gpt_model](

@@ -434,6 +434,7 @@ def published(tmp_path):
         (["--gpt-type", "t2i"], r"train_t2i\.py"),
         (["--ar-token-num", 4, "--spe-token-num", 2], r"--ar-token-num 4 goes with --spe-token-num 3"),
         (["--ar-token-num", 9], r"cannot be cut into 3x3 regions"),
+        (["--ar-token-num", 16], r"--ar-token-num 16 is all of the 4x4 tokens"),
         (["--cls-token-num", 2], r"--cls-token-num 2"),
         (["--dataset", "imagenette"], r"unknown --dataset 'imagenette'"),
         (["--no-local-save"], r"--cloud-save-path"),

@@ -389,6 +389,7 @@ def test_half_precision_and_stochastic_depth(data, tmp_path):
         (["--vocab-size", 63], r"was made with 64 codes; pass --vocab-size 64"),
         (["--image-size", 20], r"are of --image-size 16 and have 16 tokens an image; 25 are needed"),
         (["--ar-token-num", 9], r"cannot be cut into 3x3 regions"),
+        (["--ar-token-num", 16], r"--ar-token-num 16 is all of the 4x4 tokens"),
         (["--ar-token-num", 4, "--spe-token-num", 2], r"--ar-token-num 4 goes with --spe-token-num 3"),
         (["--global-batch-size", 64], r"48 samples, fewer than --global-batch-size 64"),
         (["--val-data-path", "x"], r"--val-data-path x needs --val-t5-feat-path too"),

@@ -329,7 +329,7 @@ def test_a_folder_of_unreadable_images_stops_the_run(tmp_path):
         data[5]
 
 
-@pytest.mark.parametrize("workers", [0, 2, 3])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_present_batches_unreadable_images_in_a_row_end_the_pass_with_any_number_of_workers(tmp_path, workers):
     """Twenty, however they fall into batches; nineteen are accidents."""
     for i in range(46):
@@ -338,7 +338,8 @@ def test_present_batches_unreadable_images_in_a_row_end_the_pass_with_any_number
         save(tmp_path / f"{i:02d}.jpg")
     data = ImageDataset(flat_folder(tmp_path), partial(center_view, image_size=SIZE), unreadable="omit")
     batches = [range(first, min(first + 3, 46)) for first in range(0, 46, 3)]
-    assert sum(batch is not None for batch in present_batches(data, batches, workers, pin_memory=False)) == 3
+    found = [batch[2].tolist() for batch in present_batches(data, batches, workers, pin_memory=False) if batch]
+    assert found == [[19, 20], [40]]
     (tmp_path / "40.jpg").write_bytes(b"x")
     with pytest.raises(
         ValueError, match=r"none of 20 images in a row(.|\n)*21\.jpg (.|\n)*40\.jpg \(Unid[^\n]*$"
