@@ -80,6 +80,13 @@ def flag_parser(description: str | None, added: Sequence[str] = ()) -> argparse.
     return _Parser(description=description, formatter_class=Formatter, added=added)
 
 
+class _Unused(argparse.Action):
+    """Takes a flag that old command lines have and says on stderr why it changes nothing (`const`)."""
+
+    def __call__(self, parser: object, namespace: object, values: object, option: str | None = None) -> None:
+        print(f"{option} is not used: {self.const}", file=sys.stderr)
+
+
 class _StoreGiven(argparse.Action):
     """Stores a value, and as `…_given` that the command line has it."""
 
@@ -167,6 +174,10 @@ def add_gpt_flags(
         type=nonnegative_int,
         default=None,
         help="special tokens of PAR, one less than --ar-token-num",
+    )
+    why = "rotary tables are made for the grid of --image-size, as those of the released models"
+    group.add_argument(
+        "--rescale-rope", action=_Unused, nargs="?", const=why, default=argparse.SUPPRESS, help="not used"
     )
     if training:
         group.add_argument(
