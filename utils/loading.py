@@ -28,7 +28,9 @@ class LoaderKilled(ChildProcessError):
 def loader_workers(asked: int, dist: Distributed) -> int:
     """`asked`, but no more than this process's share of the processors it may use; 0 loads in the process itself."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = processors // max(dist.local_world_size, 1)
+    # srun --cpus-per-task gives each task processors of its own.
+    own = "SLURM_CPUS_PER_TASK" in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS") == str(dist.world_size)
+    share = processors if own else processors // max(dist.local_world_size, 1)
     return max(0, min(asked, share))
 
 

@@ -31,6 +31,14 @@ def test_loader_processes_share_the_processors(monkeypatch):
     }
 
 
+def test_loader_processes_of_tasks_with_processors_of_their_own(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    assert loader_workers(24, replace(CPU, world_size=8, local_world_size=8)) == 12
+    assert loader_workers(24, replace(CPU, world_size=64, local_world_size=8)) == 1  # torchrun's, in a task per machine
+
+
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """torch looks every 5 seconds whether its loader processes live."""
