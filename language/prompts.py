@@ -52,9 +52,9 @@ def read_prompt_table(path: str | Path) -> list[str]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"no file of prompts at {path}: --prompt-csv takes any table with tabs between its columns and a column named "
-            "Prompt in its first line; PartiPrompts.tsv is in https://github.com/google-research/parti, captions of COCO "
-            "are in https://cocodataset.org"
+            f"no file of prompts at {path}: `python3 tools/prompt_tables.py parti` gets the one of "
+            "https://github.com/google-research/parti, `python3 tools/prompt_tables.py coco` makes one of COCO's captions; "
+            "any table with tabs between its columns and a column named Prompt in its first line will do"
         )
     lines = _lines(path)
     if not any(map(str.strip, lines)):
