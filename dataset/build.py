@@ -3,6 +3,7 @@
 data = build_dataset(args, transform=partial(random_view, image_size=256))
 """
 
+import logging
 from argparse import Namespace
 from functools import partial
 from typing import Any
@@ -14,9 +15,12 @@ from dataset.codes import open_codes
 from dataset.folders import class_folders, flat_folder, listed_images, nested_folder
 from dataset.images import ImageDataset
 from dataset.jsonl import jsonl_images
+from dataset.pixels import Reading
 from dataset.t2i import TextCodes, TextImages, open_pairs
 from dataset.text_features import open_features
 from utils.cli import grid_size
+
+logger = logging.getLogger(__name__)
 
 IMAGE_LISTS = {
     "imagenet": class_folders,
@@ -34,7 +38,7 @@ def build_dataset(args: Namespace, **kwargs: Any) -> Dataset:
 
     Images (imagenet, pexels, coco, openimage, t2i_image) are read from `args.data_path`, followed by those below
     `args.data_face_path` where that is given: an ImageDataset. `transform` takes a PIL image; without it items are
-    centre crops of `args.image_size` pixels (256 unless given). Codes (imagenet_code) are read from `args.code_path`
+    centre crops of `args.image_size` pixels (256 unless given); `args.exif` and `args.background` say how files are read. Codes (imagenet_code) are read from `args.code_path`
     for `args.image_size` and `args.downsample_size`: PackedCodes or PublishedCodes. `args.global_seed` seeds the draws.
     Further keyword arguments go to `class_folders` (classes, order), ImageDataset or `open_codes`.
     Image-text pairs (t2i, t2i_code) are those of `args.data_path`, jsonl or WebDataset shards, with the features in
@@ -63,7 +67,9 @@ def build_dataset(args: Namespace, **kwargs: Any) -> Dataset:
     if getattr(args, "data_face_path", None):
         images += nested_folder(args.data_face_path)
     transform = kwargs.pop("transform", None) or partial(center_view, image_size=image_size)
-    return ImageDataset(images, transform, seed=seed, **kwargs)
+    reading = kwargs.pop("reading", None) or Reading.of(args)
+    logger.info(reading)
+    return ImageDataset(images, transform, seed=seed, reading=reading, **kwargs)
 
 
 def _text_images(args: Namespace, image_size: int, **kwargs: Any) -> TextImages:
@@ -72,6 +78,8 @@ def _text_images(args: Namespace, image_size: int, **kwargs: Any) -> TextImages:
     features = open_features(_given(args, "t5_feat_path"), dim=width)
     kwargs["short_features"] = open_features(short, dim=features.dim) if short else None
     if args.dataset == TEXT:
+        kwargs["reading"] = Reading.of(args)
+        logger.info(kwargs["reading"])
         return TextImages(pairs, features, image_size=image_size, **kwargs)
     tokens = grid_size(image_size, getattr(args, "downsample_size", 16)) ** 2
     stems = [stem for stem, _ in pairs.files]

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from dataset.pixels import Reading
 from dataset.published import PublishedFolder, published_folders, published_sizes, record_published, write_published
 from dataset.shards import INDEX_FILE, CodeSettings, CodeWriter, ShardFolder
 from utils.origin import require_same
@@ -55,9 +56,18 @@ class CodeDataset(Dataset):
                 )
             if first.settings and source.settings:
                 require_same(
-                    vars(first.settings),
-                    vars(source.settings),
-                    ("tokenizer", "classes", "num_classes", "images", "views", "image_size", "codebook_size"),
+                    *(vars(s) | Reading.recorded(s.extra).record() for s in (first.settings, source.settings)),
+                    (
+                        "tokenizer",
+                        "classes",
+                        "num_classes",
+                        "images",
+                        "views",
+                        "image_size",
+                        "codebook_size",
+                        "exif",
+                        "background",
+                    ),
                     (str(first.folder), str(source.folder)),
                     "extract one of them again, or give the other folder another name",
                 )

@@ -1,17 +1,27 @@
 """Images found in folders: one folder per class (ImageNet, Pexels), one flat folder (COCO), or a list (OpenImages).
 
 images = class_folders("imagenet/train")    # an ImageList: paths, labels, classes
+
+Images are regular files, or links to such, whose names end as one of IMAGE_EXTENSIONS. Links to folders are followed, but
+a folder is read once: a second way to it is an error, as is a link that leads nowhere. A link to an image that is gone is
+kept, as an image that cannot be read. Whatever else is there is counted in one line of the log.
 """
 
+import errno
 import json
+import logging
 import os
 import re
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from dataset.images import IMAGE_EXTENSIONS, ImageList, PathList
+from dataset.images import ImageList, PathList
+from dataset.pixels import IMAGE_EXTENSIONS
+
+logger = logging.getLogger(__name__)
 
 IMAGE_PATHS_FILE = "image_paths.json"
 _SPLITS = {"train", "val", "valid", "validation", "test"}
@@ -24,10 +34,12 @@ def class_folders(folder: str | Path, classes: Sequence[str] | None = None, orde
     classes: the names by label, of which some may have no folder. Without them the folders' own, in `order`: natural (2
     before 10) or text (10 before 2), which is the published one.
     Raises FileNotFoundError where the folder is missing, ValueError where it holds no images, images outside class
-    folders, a class without images, or a class that is not among `classes`.
+    folders, a class without images, a class that is not among `classes`, a link that leads nowhere, or a folder that two
+    links lead to.
     """
     folder = _existing(folder)
-    loose, there = _children(folder)
+    tree = _Tree(folder)
+    loose, there = tree.children("")
     unknown = [name for name in there if classes is not None and name not in classes]
     if unknown:
         raise ValueError(
@@ -37,34 +49,35 @@ def class_folders(folder: str | Path, classes: Sequence[str] | None = None, orde
         classes = sorted(there, key=natural_key) if order == "natural" else there
     if loose and there:
         raise ValueError(
-            f"{folder} mixes loose images ({loose[0]}) with class folders ({there[0]}): "
+            f"{folder} mixes loose images ({next(iter(loose))}) with class folders ({there[0]}): "
             "move the images into class folders or elsewhere"
         )
     if loose:
         raise ValueError(
-            f"{len(loose)} images lie directly in {folder} ({loose[0]}): use --dataset coco, or put them in one "
+            f"{len(loose)} images lie directly in {folder} ({next(iter(loose))}): use --dataset coco, or put them in one "
             "folder per class"
         )
     if not there:
-        raise _no_images(folder)
+        raise _no_images(tree)
     # The parent of the splits is an easy slip that would train on the classes 'train' and 'val'.
-    if _SPLITS.issuperset(there) and all(_children(folder / name)[1] for name in there):
+    if _SPLITS.issuperset(there) and all(_Tree(folder / name).children("")[1] for name in there):
         raise ValueError(f"{folder} holds the splits {', '.join(there)}: give one of them, {folder / there[0]}")
-    relative, labels, empty = [], [], []
+    relative: dict[str, int] = {}
+    labels, empty = [], []
     for label, name in enumerate(classes):
         if name not in there:
             continue
-        found = find_images(folder / name)
-        relative += [f"{name}/{path}" for path in found]
+        found = tree.images(name)
+        relative |= found
         labels.append(np.full(len(found), label, np.int64))
         if not found:
             empty.append(name)
     if len(empty) == len(there):
-        raise _no_images(folder)
+        raise _no_images(tree)
     if empty:
         more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
         raise ValueError(f"the class folder {folder / empty[0]}{more} has no images: fill it, or remove it")
-    return ImageList(PathList(folder, relative), np.concatenate(labels), list(classes))
+    return ImageList(PathList(folder, tree.report(relative)), np.concatenate(labels), list(classes))
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
@@ -79,20 +92,24 @@ def flat_folder(folder: str | Path) -> ImageList:
     Raises FileNotFoundError where the folder is missing, ValueError where no image lies directly in it.
     """
     folder = _existing(folder)
-    loose, folders = _children(folder)
+    tree = _Tree(folder)
+    loose, folders = tree.children("")
     if not loose:
         inside = f"; it has sub-folders ({folders[0]}): give one of them, or use --dataset imagenet" if folders else ""
-        raise _no_images(folder, inside)
-    return ImageList(PathList(folder, loose))
+        raise _no_images(tree, inside)
+    if folders:
+        tree.left_out["sub-folders"] = len(folders)
+    return ImageList(PathList(folder, tree.report(loose)))
 
 
 def nested_folder(folder: str | Path) -> ImageList:
     """The images at any depth below a folder, all with label 0. Raises FileNotFoundError, or ValueError for none."""
     folder = _existing(folder)
-    found = find_images(folder)
+    tree = _Tree(folder)
+    found = tree.images("")
     if not found:
-        raise _no_images(folder)
-    return ImageList(PathList(folder, found))
+        raise _no_images(tree)
+    return ImageList(PathList(folder, tree.report(found)))
 
 
 def listed_images(folder: str | Path) -> ImageList:
@@ -121,32 +138,112 @@ def listed_images(folder: str | Path) -> ImageList:
 def find_images(folder: str | Path) -> list[str]:
     """Relative paths, with '/', of the images at any depth, by folder, then file name; hidden ones are left out.
 
-    Links to folders are followed. Raises OSError for a folder that cannot be listed.
+    Raises OSError for a folder that cannot be listed, ValueError for links as the module says.
     """
-    folder = str(folder)
-    found = []
-    for place, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        prefix = os.path.relpath(place, folder).replace(os.sep, "/")
-        found.append((place, "" if prefix == "." else f"{prefix}/", sorted(filter(_is_image, files))))
-    return [prefix + name for _, prefix, names in sorted(found) for name in names]
+    tree = _Tree(folder)
+    return tree.report(tree.images(""))
 
 
-def _children(folder: Path) -> tuple[list[str], list[str]]:
-    """The names of the images and of the sub-folders directly in a folder, sorted, without hidden ones."""
-    images, folders = [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                if not entry.name.startswith("."):
+class _Tree:
+    """One reading of a folder: which folders were entered, what was left out, and which file each image is.
+
+    Paths are relative to the folder, with '/'.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = os.fspath(folder)
+        self.left_out: Counter[str] = Counter()
+        self._above = set(map(str, Path(os.path.realpath(self.folder)).parents))
+        self._entered: dict[str, str] = {}  # real path -> path
+
+    def images(self, start: str) -> dict[str, int]:
+        """Return the images (path: inode) at any depth below a folder of the tree, by folder, then file name."""
+        found, waiting = {}, [start]
+        while waiting:
+            place = waiting.pop()
+            images, folders = self.children(place)
+            prefix = f"{place}/" if place else ""
+            found[place] = {prefix + name: inode for name, inode in images.items()}
+            waiting += [prefix + name for name in folders]
+        return {path: inode for place in sorted(found) for path, inode in found[place].items()}
+
+    def children(self, place: str) -> tuple[dict[str, int], list[str]]:
+        """Return the images (name: inode, 0 for a link to nothing) and the sub-folders directly in a folder, sorted."""
+        path = self._enter(place)
+        images, folders = {}, []
+        with os.scandir(path) as entries:
+            for entry in entries:
+                kind, ending = _kind(entry), os.path.splitext(entry.name)[1].lower()
+                if entry.name.startswith("."):
+                    self.left_out["hidden"] += 1
+                elif kind == "folder":
                     folders.append(entry.name)
-            elif _is_image(entry.name):
-                images.append(entry.name)
-    return sorted(images), sorted(folders)
+                elif kind == "dangling" and ending not in IMAGE_EXTENSIONS:
+                    raise ValueError(
+                        f"the link {entry.path} leads nowhere (to {os.readlink(entry.path)}): mend or remove it"
+                    )
+                elif kind == "special":
+                    self.left_out["no regular file"] += 1
+                elif ending not in IMAGE_EXTENSIONS:
+                    self.left_out[ending or "without an ending"] += 1
+                elif kind == "dangling":
+                    images[entry.name] = 0
+                else:
+                    images[entry.name] = entry.stat().st_ino if entry.is_symlink() else entry.inode()
+        return dict(sorted(images.items())), sorted(folders)
+
+    def report(self, found: dict[str, int]) -> list[str]:
+        """Say in the log what was left out, and which of the images found are one file. Returns the images."""
+        if self.left_out:
+            logger.info("%s: %d images; left out: %s", self.folder, len(found), self.contents())
+        groups = self._repeated(found)
+        if groups:
+            apart = [group for group in groups if group[0].split("/")[0] != group[-1].split("/")[0]]
+            first = (apart or groups)[0]
+            logger.warning(
+                "%s: images that are there under several names: %d, of which in several folders: %d (%s and %s are one file)",
+                *(self.folder, len(groups), len(apart), first[0], first[-1]),
+            )
+        return list(found)
+
+    def contents(self) -> str:
+        """Return what was left out, as '3 .heic, 1 hidden'."""
+        return ", ".join(f"{count} {what}" for what, count in self.left_out.most_common())
+
+    def _enter(self, place: str) -> str:
+        """Return the path of a folder of the tree. Raises ValueError where it was entered by another way."""
+        path = os.path.join(self.folder, place) if place else self.folder
+        real = os.path.realpath(path)
+        before = self._entered.setdefault(real, path)
+        if real in self._above or (before != path and f"{path}/".startswith(f"{before}/")):
+            raise ValueError(f"{path} leads back to {real}, a folder above it: remove the link")
+        if before != path:
+            raise ValueError(f"{before} and {path} are one folder, whose images would be taken twice: remove a link")
+        return path
+
+    def _repeated(self, found: dict[str, int]) -> list[list[str]]:
+        """Return the images that are there under several names, by links or hard links: all the names of each."""
+        times = Counter(found.values())
+        same = defaultdict(list)
+        for path, inode in found.items():
+            if inode and times[inode] > 1:
+                status = os.stat(os.path.join(self.folder, path))
+                same[status.st_dev, status.st_ino].append(path)
+        return [paths for paths in same.values() if len(paths) > 1]
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
+def _kind(entry: os.DirEntry) -> str:
+    """Return folder, file, dangling (a link to nothing, or to itself) or special (a pipe, a socket, a device)."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return "dangling"
+    return "dangling" if entry.is_symlink() and not os.path.exists(entry.path) else "special"
 
 
 def _existing(folder: str | Path) -> Path:
@@ -157,9 +254,8 @@ def _existing(folder: str | Path) -> Path:
     return folder
 
 
-def _no_images(folder: Path, more: str = "") -> ValueError:
-    return ValueError(f"no images ({', '.join(IMAGE_EXTENSIONS)}) in {folder}{more}")
-
-
-def _raise(error: OSError) -> None:
-    raise error
+def _no_images(tree: _Tree, more: str = "") -> ValueError:
+    held = f" (in it: {tree.contents()})" if tree.left_out else ""
+    return ValueError(
+        f"no images in {tree.folder}{held}{more}; their names end in {', '.join(IMAGE_EXTENSIONS[:12])}, …"
+    )

@@ -13,7 +13,6 @@ import hashlib
 import logging
 import os
 import random
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,12 +25,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dataset.augmentation import UnusableImage
+from dataset.pixels import DEFAULT, Reading, load_rgb
 from utils.loading import batches_of
 from utils.rng import item_seed
 
 logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 TRIES = 20
 
 
@@ -117,7 +116,7 @@ class ImageList:
 
 
 class ImageDataset(Dataset):
-    """Items (transform(image), label int) of an ImageList; `transform` takes an RGB PIL image.
+    """Items (transform(image), label int) of an ImageList; `transform` takes an RGB PIL image, read as `reading` says.
 
     A file that cannot be read is logged once, counted in `skipped` (over all workers), and
     - `unreadable="replace"` (training): another image drawn from (seed, epoch, index) takes its place;
@@ -132,6 +131,7 @@ class ImageDataset(Dataset):
         transform: Callable[[Image.Image], Any],
         seed: int = 0,
         unreadable: Literal["replace", "omit"] = "replace",
+        reading: Reading = DEFAULT,
     ):
         if unreadable not in ("replace", "omit"):
             raise ValueError(f"unreadable must be 'replace' or 'omit', got {unreadable!r}")
@@ -139,6 +139,7 @@ class ImageDataset(Dataset):
         self.transform = transform
         self.seed = seed
         self.unreadable = unreadable
+        self.reading = reading
         # Shared memory: persistent workers see a new epoch, and the main process sees what workers skipped. A byte per
         # image instead of a counter: no lock, and an image met twice counts once.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
@@ -208,7 +209,7 @@ class ImageDataset(Dataset):
         path = f"image {place}"
         try:
             path = self.images.paths[place]
-            image = load_rgb(path)
+            image = load_rgb(path, self.reading)
         except Exception as error:
             # For damaged files Pillow's decoders raise OSError, SyntaxError, struct.error, TypeError and more.
             raise self._skip(place, path, error) from error
@@ -280,27 +281,6 @@ def present_batches(
             missing = [] if index in present else [*missing, index]
             dataset.require_readable(missing)
         yield batch
-
-
-def load_rgb(path: str | os.PathLike) -> Image.Image:
-    """Reads an image file of any mode as RGB. EXIF rotation is not applied and transparency is dropped.
-
-    Raises OSError, DecompressionBombError and what else Pillow's decoders raise for missing, damaged or huge files.
-    """
-    with Image.open(path) as image:
-        image.load()
-        return to_rgb(image)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in mode RGB; 16-bit grey is scaled to 8 bits, where Pillow would clip it to white."""
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray((wide >> 8).astype(np.uint8))
-    with warnings.catch_warnings():
-        # Dropping the transparency of a palette image is what is meant.
-        warnings.filterwarnings("ignore", message="Palette images with Transparency")
-        return image.convert("RGB")
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from dataset.augmentation import TEN_CROP_VIEWS, corrected_views
+from dataset.pixels import Reading
 from utils.files import atomic_write, crc32_of, write_json
 from utils.origin import same_tokenizer
 
@@ -130,10 +131,16 @@ class CodeSettings:
         crops += f" --shard-size {self.shard_size}" if self.shard_size != SHARD_SIZE else ""
         precision = self.extra.get("mixed_precision")
         crops += f" --mixed-precision {precision}" if precision else ""
+        crops += Reading.recorded(self.extra).flags()
         return (
             "bash scripts/autoregressive/extract_codes_c2i.sh --data-path THE_IMAGES --vq-ckpt THE_TOKENIZER "
             f"--code-path {folder} --dataset {self.dataset} {common}{crops}"
         )
+
+
+def recorded_extra(folder: str | Path, name: str = INDEX_FILE) -> dict | None:
+    """Return the extra settings that a folder records; None where it has no record."""
+    return CodeSettings.read(folder, name).extra if (Path(folder) / name).exists() else None
 
 
 class CodeWriter:
@@ -417,6 +424,8 @@ def refuse_other_settings(folder: Path, settings: CodeSettings, name: str = INDE
     there, now = recorded.to_json(), settings.to_json()
     if recorded.images is None:
         there["images"] = now["images"]
+    for side in (there, now):
+        side["extra"] = Reading.recorded(side["extra"]).record() | side["extra"]
     if recorded.tokenizer and same_tokenizer(recorded.tokenizer, settings.tokenizer):
         there["tokenizer"] = now["tokenizer"]
     wrong = [f"{key}: {short(there[key])} there, {short(now[key])} now" for key in now if there[key] != now[key]]

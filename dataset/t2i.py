@@ -24,9 +24,10 @@ from torch.utils.data import Dataset, get_worker_info
 
 from dataset.augmentation import UnusableImage, center_crop_arr, random_crop_arr, to_tensor
 from dataset.codes import CodeSettings, CodeWriter
-from dataset.images import drawing_from, load_rgb
+from dataset.images import drawing_from
 from dataset.jsonl import JsonLines
 from dataset.lines import CaptionLines, ImageLines, compare_folder, digest, digest_all, recorded_digest
+from dataset.pixels import DEFAULT, Reading, load_rgb
 from dataset.shards import INDEX_FILE, ShardFolder
 from dataset.webdataset import Member, TarPairs
 from utils.files import atomic_write
@@ -253,6 +254,7 @@ class TextCodes:
                 f"--vq-ckpt THE_TOKENIZER --vq-model {settings.vq_model} --codebook-size {settings.codebook_size} "
                 f"--image-size {settings.image_size} --shard-size {settings.shard_size}"
                 + (f" --mixed-precision {precision}" if precision else "")
+                + Reading.recorded(settings.extra).flags()
             )
 
 
@@ -274,8 +276,9 @@ class _Unusable(Exception):
 class _PairItems(Dataset):
     """What the two data sets of pairs share: reading a crop, and keeping account of pairs that are not usable."""
 
-    def __init__(self, pairs: Pairs, image_size: int | None, seed: int, random_crop: bool):
+    def __init__(self, pairs: Pairs, image_size: int | None, seed: int, random_crop: bool, reading: Reading):
         self.pairs, self.image_size, self.seed, self.random_crop = pairs, image_size, seed, random_crop
+        self.reading = reading
         # Shared memory: persistent workers see a new epoch, and the main process sees what workers skipped.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._skipped = torch.zeros(len(pairs), dtype=torch.uint8).share_memory_()
@@ -317,7 +320,7 @@ class _PairItems(Dataset):
     def _pixels(self, index: int) -> Tensor:
         """The crop (3, H, W) of a pair's image. Raises _Unusable."""
         try:
-            image = load_rgb(self.pairs.image_file(index))
+            image = load_rgb(self.pairs.image_file(index), self.reading)
         except Exception as error:
             # For damaged files Pillow's decoders raise OSError, SyntaxError, struct.error, TypeError and more.
             raise _Unusable(f"{type(error).__name__}: {error}") from error
@@ -369,10 +372,11 @@ class TextImages(_PairItems):
         short_features: Features | None = None,
         seed: int = 0,
         random_crop: bool = False,
+        reading: Reading = DEFAULT,
     ):
         if (image_size is None) == (codes is None):
             raise ValueError("items are crops of image_size pixels or codes: give one of the two")
-        super().__init__(pairs, image_size, seed, random_crop)
+        super().__init__(pairs, image_size, seed, random_crop, reading)
         self.features, self.short_features, self.codes = features, short_features, codes
         # How many in a row each reading process has found unusable, in a place of its own, so that no lock is needed. A
         # pair that counts sets all of them to zero, by which the others learn of it.
@@ -463,8 +467,8 @@ class TextImages(_PairItems):
 class PairViews(_PairItems):
     """What extraction encodes: items ([centre crop (3, H, W)], 0, index) for `present_batches`, None for unusable pairs."""
 
-    def __init__(self, pairs: Pairs, image_size: int):
-        super().__init__(pairs, image_size, seed=0, random_crop=False)
+    def __init__(self, pairs: Pairs, image_size: int, reading: Reading = DEFAULT):
+        super().__init__(pairs, image_size, seed=0, random_crop=False, reading=reading)
 
     def __getitem__(self, index: int) -> tuple[list[Tensor], int, int] | None:
         try:

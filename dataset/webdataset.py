@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.images import IMAGE_EXTENSIONS
 from dataset.lines import digest, digest_all
+from dataset.pixels import IMAGE_EXTENSIONS
 from utils.files import atomic_write, crc32_of, write_json
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.lib import format as npy
 
 from dataset.folders import find_images
-from dataset.images import load_rgb
+from dataset.pixels import DEFAULT, LOSSY_EXTENSIONS, Reading, load_rgb
+from utils.files import require_regular
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 FEATURES = "pool"
@@ -34,7 +35,7 @@ class ImageSet(ABC):
     count: images to read, 0 where only statistics are there. size: (height, width). labels: int64 (count,), or None.
     statistics: the arrays called mu, sigma, mu_s, sigma_s, float64, where the file has them. features: pool features
     (n, D) recorded with these, which stand for images, where the file has them. lossy: images in JPEG files or other
-    lossy formats.
+    lossy formats. reading: how files become pixels, None where there are none.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class ImageSet(ABC):
     statistics: dict[str, np.ndarray] | None = None
     features: np.ndarray | None = None
     lossy: int = 0
+    reading: Reading | None = None
 
     @abstractmethod
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
@@ -61,21 +63,23 @@ class ImageSet(ABC):
             "dtype": "uint8" if self.count else None,
             "classes": None if self.labels is None else len(np.unique(self.labels)),
             "lossy_files": self.lossy,
+            "reading": self.reading and self.reading.record(),
             "recorded_statistics": sorted(self.statistics or ()),
         }
 
 
-def open_images(path: str | Path) -> ImageSet:
-    """The images at a path, once it is clear that they can be used.
+def open_images(path: str | Path, reading: Reading = DEFAULT) -> ImageSet:
+    """The images at a path, once it is clear that they can be used; files of a folder are read as `reading` says.
 
     Raises FileNotFoundError (nothing there), ValueError (no .npz or damaged, no arr_0, another dtype or shape than uint8
     (N, H, W, 3), an empty folder, images of different sizes).
     """
     path = Path(path)
     if path.is_dir():
-        return ImageFolder(path)
+        return ImageFolder(path, reading)
     if not path.exists():
         raise FileNotFoundError(f"no images at {path}: give an .npz of images or statistics, or a folder of images")
+    require_regular(path)
     return ImageArchive(path)
 
 
@@ -167,13 +171,13 @@ class ImageArchive(ImageSet):
 class ImageFolder(ImageSet):
     """Images of a folder at any depth, ordered by folder and name; class folders give labels."""
 
-    def __init__(self, path: Path):
-        self.path, self.kind = path, "folder"
+    def __init__(self, path: Path, reading: Reading = DEFAULT):
+        self.path, self.kind, self.reading = path, "folder", reading
         self._names = find_images(path)
         self.count = len(self._names)
         if not self.count:
             raise ValueError(f"the folder {path} has no images")
-        self.lossy = sum(name.lower().endswith((".jpg", ".jpeg", ".webp")) for name in self._names)
+        self.lossy = sum(name.lower().endswith(LOSSY_EXTENSIONS) for name in self._names)
         folders = [name.split("/")[0] if "/" in name else None for name in self._names]
         classes = sorted(set(folders) - {None})
         if None not in folders and len(classes) > 1:
@@ -184,7 +188,7 @@ class ImageFolder(ImageSet):
     def _read(self, name: str, size: tuple[int, int] | None = None) -> np.ndarray:
         file = self.path / name
         try:
-            image = np.asarray(load_rgb(file))
+            image = np.asarray(load_rgb(file, self.reading))
         except Exception as error:  # decoders fail in arbitrary ways
             raise ValueError(f"{file} is not a readable image ({error}): remove it or write it again") from error
         if size is not None and image.shape[:2] != size:

@@ -93,7 +93,7 @@ def of_prompts(args: argparse.Namespace) -> dict:
     import numpy as np
     from PIL import Image
 
-    from dataset.images import load_rgb
+    from dataset.pixels import load_rgb
     from tools.draw_training import read_curves
     from tools.make_digit_captions import attribute_limits
     from utils.images import make_grid, save_png
@@ -191,7 +191,7 @@ def read_digits(folder: Path) -> "tuple[np.ndarray, np.ndarray]":
     import numpy as np
 
     from dataset.folders import class_folders
-    from dataset.images import load_rgb
+    from dataset.pixels import load_rgb
 
     images = class_folders(folder)
     return np.stack([np.asarray(load_rgb(path)) for path in images.paths]), np.asarray(images.labels)

@@ -33,7 +33,9 @@ def main(args: argparse.Namespace) -> None:
     """Writes the list into the folder. Raises as `list_images` does."""
     from dataset.folders import IMAGE_PATHS_FILE
     from utils.files import write_json
+    from utils.logger import console_logger
 
+    console_logger("dataset")
     paths = list_images(args.data_path)
     file = Path(args.data_path) / IMAGE_PATHS_FILE
     write_json(file, paths)

@@ -6,6 +6,7 @@ with atomic_write("report.json") as f:
 
 import json
 import os
+import stat
 import tempfile
 import threading
 import zlib
@@ -53,6 +54,12 @@ def write_json(path: str | Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically."""
     with atomic_write(path) as f:
         f.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def require_regular(path: str | os.PathLike) -> None:
+    """Raise ValueError for a pipe, socket, device or folder, which may keep a reader waiting for ever; OSError for no file."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{os.fspath(path)} is not a regular file: give a file, or remove it")
 
 
 def crc32_of(path: str | Path) -> int:

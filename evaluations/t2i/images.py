@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.folders import find_images
-from dataset.images import IMAGE_EXTENSIONS, load_rgb
+from dataset.pixels import DEFAULT, LOSSY_EXTENSIONS, Reading, load_rgb
 from evaluations.image_sets import ImageFolder
 
 _THREADS = 8
@@ -23,15 +23,18 @@ _THREADS = 8
 class SquareImages(ImageFolder):
     """Files of a folder in the order given, as squares of `resolution` pixels.
 
-    `sizes` counts what the files are, (width, height). Raises ValueError for no files, or one that is no image.
+    `sizes` counts what the files are, (width, height); `total` is how many images their folder has. Raises ValueError for
+    no files, or one that is no image.
     """
 
-    def __init__(self, path: Path, names: Sequence[str], resolution: int):
+    def __init__(self, path: Path, names: Sequence[str], resolution: int, reading: Reading = DEFAULT):
         if not names:
-            raise ValueError(f"the folder {path} has no images ({', '.join(IMAGE_EXTENSIONS)}): check the path")
+            raise ValueError(f"the folder {path} has no images: check the path")
+        self.reading = reading
         self.path, self.kind, self._names, self.count = path, "folder", list(names), len(names)
+        self.total = self.count
         self.size = (resolution, resolution)
-        self.lossy = sum(name.lower().endswith((".jpg", ".jpeg", ".webp")) for name in self._names)
+        self.lossy = sum(name.lower().endswith(LOSSY_EXTENSIONS) for name in self._names)
         with ThreadPoolExecutor(_THREADS) as threads:
             self.sizes = Counter(threads.map(self._stored_size, self._names))
 
@@ -45,7 +48,7 @@ class SquareImages(ImageFolder):
 
     def _read(self, name: str, size: tuple[int, int] | None = None) -> np.ndarray:
         try:
-            image = load_rgb(self.path / name)
+            image = load_rgb(self.path / name, self.reading)
         except Exception as error:
             raise _unreadable(self.path / name, error) from error
         return np.asarray(square(image, self.size[0]))
@@ -76,7 +79,7 @@ def square(image: Image.Image, resolution: int) -> Image.Image:
     return image.crop((left, top, left + side, top + side)).resize((resolution, resolution), Image.Resampling.LANCZOS)
 
 
-def generated_images(folder: str | Path, resolution: int, limit: int) -> SquareImages:
+def generated_images(folder: str | Path, resolution: int, limit: int, reading: Reading = DEFAULT) -> SquareImages:
     """The first `limit` images directly in a folder, in natural order: 2.png before 10.png.
 
     Raises FileNotFoundError for no folder, ValueError for no images or an unreadable one.
@@ -88,15 +91,17 @@ def generated_images(folder: str | Path, resolution: int, limit: int) -> SquareI
             "as sample_t2i_ddp.py writes it"
         )
     names = sorted((name for name in find_images(folder) if "/" not in name), key=natural_order)
-    return SquareImages(folder, names[:limit], resolution)
+    images = SquareImages(folder, names[:limit], resolution, reading)
+    images.total = len(names)
+    return images
 
 
-def reference_images(folder: str | Path, resolution: int) -> SquareImages:
+def reference_images(folder: str | Path, resolution: int, reading: Reading = DEFAULT) -> SquareImages:
     """All images of a folder, at any depth. Raises FileNotFoundError, ValueError as `generated_images` does."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of reference images at {folder}: check --ref_dir")
-    return SquareImages(folder, find_images(folder), resolution)
+    return SquareImages(folder, find_images(folder), resolution, reading)
 
 
 def natural_order(name: str) -> tuple:

@@ -13,7 +13,7 @@ import pytest
 import webdataset
 
 from dataset import webdataset as shards
-from dataset.images import load_rgb
+from dataset.pixels import load_rgb
 from dataset.webdataset import INDEX_NAME, TarPairs, shard_rows
 from tests.text_training import make_shards, picture, png
 

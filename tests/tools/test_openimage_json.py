@@ -9,7 +9,8 @@ from PIL import Image
 
 from dataset.folders import listed_images
 from tests.helpers import ROOT
-from tools.openimage_json import flags, main
+from tests.training import run_here
+from tools import openimage_json
 
 
 @pytest.mark.slow
@@ -25,12 +26,12 @@ def test_lists_images_in_natural_order(tmp_path):
     expected = ["a/9/x.png", "a/10/x.png", "b/1.webp", "img02.png", "img3.JPG", "img10.png"]
     assert json.loads((tmp_path / "image_paths.json").read_text()) == expected
     assert len(listed_images(tmp_path)) == 6
-    main(flags().parse_args(["--data-path", str(tmp_path)]))
+    run_here(openimage_json, "--data-path", tmp_path)
     assert len(listed_images(tmp_path)) == 6  # its own list is no image
 
 
 def test_errors(tmp_path):
     for folder, message in [(tmp_path / "nowhere", "does not exist"), (tmp_path, "no images")]:
         with pytest.raises((ValueError, OSError), match=message):
-            main(flags().parse_args(["--data-path", str(folder)]))
+            run_here(openimage_json, "--data-path", folder)
     assert not list(tmp_path.iterdir())
