@@ -38,8 +38,9 @@ def build_dataset(args: Namespace, **kwargs: Any) -> Dataset:
 
     Images (imagenet, pexels, coco, openimage, t2i_image) are read from `args.data_path`, followed by those below
     `args.data_face_path` where that is given: an ImageDataset. `transform` takes a PIL image; without it items are
-    centre crops of `args.image_size` pixels (256 unless given); `args.exif` and `args.background` say how files are read. Codes (imagenet_code) are read from `args.code_path`
-    for `args.image_size` and `args.downsample_size`: PackedCodes or PublishedCodes. `args.global_seed` seeds the draws.
+    centre crops of `args.image_size` pixels (256 unless given). `args.exif` and `args.background` say how files are read.
+    Codes (imagenet_code) are read from `args.code_path` for `args.image_size` and `args.downsample_size`: PackedCodes or
+    PublishedCodes. `args.global_seed` seeds the draws.
     Further keyword arguments go to `class_folders` (classes, order), ImageDataset or `open_codes`.
     Image-text pairs (t2i, t2i_code) are those of `args.data_path`, jsonl or WebDataset shards, with the features in
     `args.t5_feat_path` and now and then of `args.short_t5_feat_path`, `args.t5_feature_dim` wide: TextImages, of pixels

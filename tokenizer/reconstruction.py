@@ -20,7 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from utils.cli import SEED, add_image_size_flags, add_switch, flag_parser, nonnegative_int, positive_int
+from utils.cli import (
+    SEED,
+    add_image_size_flags,
+    add_reading_flags,
+    add_switch,
+    flag_parser,
+    nonnegative_int,
+    positive_int,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +54,8 @@ IMMATERIAL = {
     "vqgan_ckpt",
     "vae_path",
     "cd_path",
+    "exif",
+    "background",
 }
 # SSIM compares windows of 7x7 pixels; LPIPS halves an image four times.
 SMALLEST, SMALLEST_FOR_LPIPS = 7, 16
@@ -342,22 +352,28 @@ def evaluate(
 
     from dataset.augmentation import center_view
     from dataset.build import build_dataset
+    from dataset.pixels import PUBLISHED, Reading
     from utils.errors import AgreedError
     from utils.logger import console_logger
-    from utils.sample_folder import claim_folder
+    from utils.sample_folder import claim_folder, recorded_settings
 
     size = args.image_size_eval or args.image_size
     check_size(codec, args.image_size, size)
     console_logger("dataset", dist.is_main)
-    dataset = build_dataset(args, transform=partial(center_view, image_size=args.image_size), unreadable="omit")
-    lpips, without_lpips = find_lpips(args, dist, codec, size)
     folder = Path(args.sample_dir) / name
+    dataset = build_dataset(
+        args,
+        transform=partial(center_view, image_size=args.image_size),
+        unreadable="omit",
+        reading=Reading.of(args, recorded_settings(folder)),
+    )
+    lpips, without_lpips = find_lpips(args, dist, codec, size)
     files = ReconstructionFolder(folder, len(dataset), args.per_proc_batch_size, codec is not None, lpips is not None)
     settings = run_settings(args, dataset, codec, weights)
     error, missing = None, None
     if dist.is_main:
         try:
-            claim_folder(folder, settings)
+            claim_folder(folder, settings, unrecorded=PUBLISHED.record())
             missing = files.missing()
         except (ValueError, OSError) as caught:
             error = caught
@@ -443,6 +459,7 @@ def run_settings(
     from utils.sample_folder import file_identity
 
     settings = {key: value for key, value in vars(args).items() if key not in IMMATERIAL}
+    settings |= dataset.reading.record()
     settings["image_size_eval"] = args.image_size_eval or args.image_size
     names = 0
     for path in dataset.images.paths:
@@ -565,14 +582,14 @@ def demonstrate(args: argparse.Namespace, codec: Codec, device: "torch.device", 
     Raises FileNotFoundError or ValueError where the image is not there, not readable or of a size that does not fit.
     """
     from dataset.augmentation import center_view
-    from dataset.images import load_rgb
+    from dataset.pixels import Reading, load_rgb
     from utils.images import peak_signal_to_noise_ratio, save_png
 
     if not Path(args.image_path).is_file():
         raise FileNotFoundError(f"--image-path {args.image_path}: there is no such file")
     check_size(codec, args.image_size, args.image_size)
     try:
-        pixels = center_view(load_rgb(args.image_path), args.image_size)[None].to(device)
+        pixels = center_view(load_rgb(args.image_path, Reading.of(args)), args.image_size)[None].to(device)
     except Exception as error:  # decoders fail in arbitrary ways
         raise ValueError(f"--image-path {args.image_path} is not a readable image ({error})") from error
     trip = round_trip(codec, pixels, [0])
@@ -592,6 +609,7 @@ def reconstruction_flags(
     parser.add_argument(
         "--dataset", default="imagenet", help="kind of data: imagenet, coco, pexels, openimage, t2i_image"
     )
+    add_reading_flags(parser)
     add_image_size_flags(parser, 256, downsample=False)
     parser.add_argument("--sample-dir", default="reconstructions", help="where the folder of images and the rest go")
     parser.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images at once on each process")
@@ -629,6 +647,7 @@ def demo_flags(description: str | None) -> argparse.ArgumentParser:
     """The flags of the scripts that reconstruct one image."""
     parser = flag_parser(description, added=["--suffix"])
     parser.add_argument("--image-path", default="assets/example.jpg", help="the image")
+    add_reading_flags(parser)
     parser.add_argument("--output-dir", default="output_vq_demo", help="where the reconstruction goes")
     parser.add_argument("--suffix", default=None, help="end of its name (default: the model's name)")
     add_image_size_flags(parser, 512, downsample=False)

@@ -143,6 +143,16 @@ PORT = Number(int, least=0, most=2**16 - 1)
 CFG_SCALE = Number(float, least=-1)
 
 
+def colour(text: str) -> str:
+    """An argparse type: a colour's name or #rrggbb, as '#rrggbb'; or 'none'."""
+    from PIL import ImageColor
+
+    try:
+        return text if text == "none" else "#{:02x}{:02x}{:02x}".format(*ImageColor.getcolor(text, "RGB"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no colour: give a name, #rrggbb, or none") from error
+
+
 def positive_int_or_auto(text: str) -> int | str:
     """An argparse type: a whole number above zero, or "auto"."""
     return text if text == "auto" else positive_int(text)
@@ -251,6 +261,17 @@ def add_image_size_flags(parser: Flags, size: int, *, downsample: bool = True, e
         parser.add_argument(
             "--image-size-eval", type=positive_int, default=evaluation, help="pixels a side of the saved images"
         )
+
+
+def add_reading_flags(parser: Flags) -> None:
+    """--exif and --background of the scripts that read image files; `dataset/pixels.py:Reading.of` takes them."""
+    add_switch(parser, "--exif", None, "turn images as their EXIF says (on unless --no-exif, the published way)")
+    parser.add_argument(
+        "--background",
+        type=colour,
+        default=None,
+        help="colour laid under transparent pixels, a name or #rrggbb (white unless given); none drops transparency, as published",
+    )
 
 
 def add_sampling_flags(parser: Flags, *, cfg_scale: float, top_k: int, interval: bool = True) -> None:

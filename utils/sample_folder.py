@@ -64,21 +64,31 @@ def text_identity(texts: list[str]) -> dict[str, Any]:
     return {"count": len(texts), "sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
 
 
-def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Records in `folder`/settings.json what its images are made with, plain values that JSON gives back as they were.
-
-    Raises ValueError where the folder holds images made with other settings, or its record cannot be read.
-    """
+def recorded_settings(folder: Path) -> dict[str, Any] | None:
+    """Return what `folder`/settings.json records; None where there is none. Raises ValueError for a damaged one."""
     record = folder / SETTINGS_FILE
     if not record.exists():
-        write_json(record, settings)
-        return
+        return None
     try:
-        before = dict(json.loads(record.read_text()))
+        return dict(json.loads(record.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{record} is not the record of a run ({error}); remove {folder}, or choose another"
         ) from error
+
+
+def claim_folder(folder: Path, settings: dict[str, Any], unrecorded: dict[str, Any] | None = None) -> None:
+    """Records in `folder`/settings.json what its images are made with, plain values that JSON gives back as they were.
+
+    unrecorded: settings that folders of earlier editions had without recording them.
+
+    Raises ValueError where the folder holds images made with other settings, or its record cannot be read.
+    """
+    before = recorded_settings(folder)
+    if before is None:
+        write_json(folder / SETTINGS_FILE, settings)
+        return
+    before = (unrecorded or {}) | before
     changed = [key for key in settings if before.get(key) != settings[key]]
     if changed:
         described = "; ".join(f"{key}: {before.get(key)}, now {settings[key]}" for key in changed)

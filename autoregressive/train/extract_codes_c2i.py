@@ -15,6 +15,7 @@ from utils.cli import (
     add_encoder_precision_flag,
     add_extraction_flags,
     add_image_size_flags,
+    add_reading_flags,
     add_switch,
     add_tokenizer_flags,
     flag_parser,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from dataset.codes import CodeSettings
     from dataset.images import ImageDataset
+    from dataset.pixels import Reading
     from tokenizer.tokenizer_image.vq_model import VQModel
 
 # Pixels that go through the encoder at once: 32 views of 256x256, some 6 GB of float32 activations at VQ-16's widths.
@@ -46,6 +48,8 @@ def main(args: argparse.Namespace) -> None:
     from dataset.augmentation import code_views
     from dataset.build import build_dataset
     from dataset.codes import CodeWriter, record_published, write_published
+    from dataset.pixels import Reading
+    from dataset.published import recorded_settings
     from dataset.shards import SHARD_SIZE, ShardFolder
     from tokenizer.tokenizer_image.load import load_tokenizer
     from utils.distributed import start
@@ -75,8 +79,14 @@ def main(args: argparse.Namespace) -> None:
     views = partial(
         code_views, image_size=args.image_size, ten_crop=args.ten_crop, crop_range=args.crop_range, flip=args.flip
     )
+    begun = recorded_settings(args.code_path, args.image_size)
     dataset = build_dataset(
-        args, transform=views, unreadable="omit", classes=classes_by_label(args), order=args.class_order
+        args,
+        transform=views,
+        unreadable="omit",
+        classes=classes_by_label(args),
+        order=args.class_order,
+        reading=Reading.of(args, begun.extra if begun else None),
     )
     if dataset.classes:
         log.info(f"classes: {listed_classes(dataset.classes)}")
@@ -231,6 +241,11 @@ def classes_by_label(args: argparse.Namespace) -> list[str] | None:
     return told.classes
 
 
+def extra_settings(mixed_precision: str, reading: "Reading") -> dict:
+    """Return what the index records of the encoder's precision and of how files were read."""
+    return ({} if mixed_precision == "none" else {"mixed_precision": mixed_precision}) | reading.record()
+
+
 def code_settings(args: argparse.Namespace, dataset: "ImageDataset", tokenizer: "VQModel") -> "CodeSettings":
     """What the shards' index records of the codes."""
     from dataset.augmentation import code_view_names
@@ -250,7 +265,7 @@ def code_settings(args: argparse.Namespace, dataset: "ImageDataset", tokenizer: 
         tokenizer=tokenizer_fingerprint(tokenizer),
         crop_range=args.crop_range if args.ten_crop else None,
         shard_size=args.shard_size,
-        extra={} if args.mixed_precision == "none" else {"mixed_precision": args.mixed_precision},
+        extra=extra_settings(args.mixed_precision, dataset.reading),
         images=dataset.images.identity(),
     )
 
@@ -265,6 +280,7 @@ def flags() -> argparse.ArgumentParser:
         "--use-ema", action="store_true", help="encode with the averaged weights where the file has them"
     )
     parser.add_argument("--dataset", default="imagenet", help="kind of image folder")
+    add_reading_flags(parser)
     add_image_size_flags(parser, 256, downsample=False)
     parser.add_argument("--ten-crop", action="store_true", help="ten views an image instead of two")
     add_switch(parser, "--flip", True, "mirror images too; not where left and right matter (digits, text, scans)")

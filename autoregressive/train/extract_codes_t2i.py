@@ -13,12 +13,13 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from autoregressive.train.extract_codes_c2i import encode_shards, shard_batches
+from autoregressive.train.extract_codes_c2i import encode_shards, extra_settings, shard_batches
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
     add_encoder_precision_flag,
     add_extraction_flags,
     add_image_size_flags,
+    add_reading_flags,
     add_tokenizer_flags,
     flag_parser,
     nonnegative_int,
@@ -28,6 +29,7 @@ from utils.cli import (
 
 if TYPE_CHECKING:
     from dataset.codes import CodeSettings
+    from dataset.pixels import Reading
     from tokenizer.tokenizer_image.vq_model import VQModel
 
 RELEASED_TOKENIZER = "vq_ds16_t2i.pt"
@@ -46,6 +48,8 @@ def main(args: argparse.Namespace) -> None:
 
     from dataset.codes import CodeWriter
     from dataset.lines import ImageLines, compare_before_writing, record_lines
+    from dataset.pixels import Reading
+    from dataset.shards import recorded_extra
     from dataset.t2i import PairViews, chosen_files, open_pairs, write_text_codes
     from tokenizer.tokenizer_image.load import load_tokenizer
     from utils.distributed import start
@@ -71,9 +75,12 @@ def main(args: argparse.Namespace) -> None:
             f"--image-size {args.image_size} is not a multiple of {tokenizer.downsample}, the pixels a side of a token"
         )
     starts = [0, *accumulate(count for _, count in pairs.files)]
-    settings = {k: code_settings(args, pairs.files[k], tokenizer) for k in chosen}
     folders = {k: f"{args.code_path}/{pairs.files[k][0]}" for k in chosen}
     source = ImageLines(pairs)
+    begun = [extra for k in chosen if (extra := recorded_extra(folders[k])) is not None]
+    reading = Reading.of(args, next((extra for extra in begun if "exif" not in extra), begun[0] if begun else None))
+    log.info(reading)
+    settings = {k: code_settings(args, pairs.files[k], tokenizer, reading) for k in chosen}
     # The first process looks for all: one that looked for itself would miss what a quicker one has written already.
     batches = None
     if dist.is_main:
@@ -86,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     mine = set(units)
     batches = [batch for batch in batches if batch[0] in mine]
 
-    data = PairViews(pairs, args.image_size)
+    data = PairViews(pairs, args.image_size, reading)
     total = sum(len(images) for _, images in batches)
     of_all = f" (process 1 of {dist.world_size})" if dist.world_size > 1 else ""
     started = time.monotonic()
@@ -155,7 +162,9 @@ def _moved(batches: Sequence[tuple[int, range]], k: int, start: int) -> list[tup
     return [((k, shard), range(images.start + start, images.stop + start)) for shard, images in batches]
 
 
-def code_settings(args: argparse.Namespace, file: tuple[str, int], tokenizer: "VQModel") -> "CodeSettings":
+def code_settings(
+    args: argparse.Namespace, file: tuple[str, int], tokenizer: "VQModel", reading: "Reading"
+) -> "CodeSettings":
     """What the index of a file's shards records of the codes."""
     from dataset.codes import CodeSettings
     from dataset.t2i import CODE_VIEW, EXTRACTION
@@ -172,7 +181,7 @@ def code_settings(args: argparse.Namespace, file: tuple[str, int], tokenizer: "V
         tokenizer=tokenizer_fingerprint(tokenizer),
         shard_size=args.shard_size,
         made_by=EXTRACTION,
-        extra={} if args.mixed_precision == "none" else {"mixed_precision": args.mixed_precision},
+        extra=extra_settings(args.mixed_precision, reading),
     )
 
 
@@ -192,6 +201,7 @@ def flags() -> argparse.ArgumentParser:
     )
     add_tokenizer_flags(parser, VQ_SIZES)
     add_image_size_flags(parser, 512, downsample=False)
+    add_reading_flags(parser)
     parser.add_argument("--batch-size", type=positive_int, default=32, help="images a batch")
     add_encoder_precision_flag(parser)
     add_extraction_flags(parser, items="images", shard_size=4096, published="one .npy a pair")

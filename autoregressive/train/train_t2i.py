@@ -22,6 +22,7 @@ from utils.cli import (
     add_gpt_flags,
     add_image_size_flags,
     add_parallel_flags,
+    add_reading_flags,
     add_switch,
     add_tokenizer_flags,
     add_training_flags,
@@ -296,6 +297,7 @@ def flags() -> argparse.ArgumentParser:
         "--t5-feature-dim", type=positive_int, default=2048, help="numbers a caption token's feature has"
     )
     add_image_size_flags(parser, 384)
+    add_reading_flags(parser)
     add_training_flags(parser, epochs=300, batch=256, results_dir="results", num_workers=24)
     add_parallel_flags(parser, "ddp")
     return parser

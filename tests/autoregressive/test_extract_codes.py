@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from autoregressive.pipeline import load_tokenizer
@@ -21,7 +22,7 @@ from autoregressive.train import extract_codes_c2i
 from dataset.augmentation import FLIP_VIEWS, TEN_CROP_VIEWS, code_views
 from dataset.codes import PublishedCodes, open_codes
 from dataset.folders import class_folders
-from dataset.images import load_rgb
+from dataset.pixels import Reading, load_rgb
 from dataset.shards import CodeSettings, CodeWriter, ShardFolder
 from tests.helpers import free_port
 from tests.training import (
@@ -196,14 +197,16 @@ def test_mixed_precision_is_of_the_encoder_alone(images, tokenizer, extracted, t
     codes, _, _ = read(folder)
     same = (codes == read(extracted)[0]).mean()
     assert 0.5 < same < 1
-    assert ShardFolder(folder).settings.extra == {"mixed_precision": precision}
-    with pytest.raises(ValueError, match=r"holds codes of other settings(.|\n)*extra: .*there, \{\} now"):
+    assert ShardFolder(folder).settings.extra == {"mixed_precision": precision, **Reading().record()}
+    with pytest.raises(
+        ValueError, match=r"holds codes of other settings(.|\n)*extra: .*'mixed_precision'.* there, \{[^m]*\} now"
+    ):
         extract(images, folder, tokenizer)
 
 
 def test_float32_is_the_default(extracted):
     assert flag_defaults(extract_codes_c2i)["--mixed-precision"] == "none"
-    assert ShardFolder(extracted).settings.extra == {}
+    assert ShardFolder(extracted).settings.extra == Reading().record()
 
 
 def test_latents_that_are_not_finite(images, tokenizer, tmp_path):
@@ -482,3 +485,52 @@ FLAGS = """
 def test_published_flags():
     check_published_flags(extract_codes_c2i, FLAGS)
     assert flag_defaults(extract_codes_c2i)["--published-layout"] is False
+
+
+# How files are read
+
+
+@pytest.fixture
+def turned(images, tmp_path):
+    """The images with one that EXIF turns and one with transparency, as two more files of the first class."""
+    data = shutil.copytree(images, tmp_path / "data")
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    noise = np.random.RandomState(5).randint(0, 256, (24, 24, 4), np.uint8)
+    Image.fromarray(noise[..., :3]).save(data / "class0" / "y.png", exif=exif)
+    Image.fromarray(noise).save(data / "class0" / "z.png")
+    return data
+
+
+def test_extraction_reads_upright_on_white_or_as_published(turned, tokenizer, tmp_path):
+    usual, published = tmp_path / "usual", tmp_path / "published"
+    extract(turned, usual, tokenizer)
+    extract(turned, published, tokenizer, "--no-exif", "--background", "none")
+    different = (read(usual)[0] != read(published)[0]).any(axis=(1, 2)).nonzero()[0].tolist()
+    assert different == [6, 7]
+    assert CodeSettings.read(usual).extra == {"exif": True, "background": "#ffffff"}
+    for folder, words in ((usual, ["--no-exif"]), (usual, ["--background", "black"]), (published, [])):
+        with pytest.raises(ValueError, match=r"codes of other settings.*extra"):
+            extract(turned, folder, tokenizer, *words)
+
+
+def test_extraction_begun_by_the_first_edition_goes_on_as_published(turned, tokenizer, tmp_path, capsys):
+    folder = tmp_path / "codes"
+    extract(turned, folder, tokenizer, "--no-exif", "--background", "none")
+    expected = read(folder)[0]
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**index, "extra": {}}))
+    (folder / "shard-000001.json").unlink()
+    with pytest.raises(ValueError, match="codes of other settings"):
+        extract(turned, folder, tokenizer, "--exif")
+    capsys.readouterr()
+    extract(turned, folder, tokenizer)
+    assert "images are read as published, as it was begun" in capsys.readouterr().out
+    assert np.array_equal(read(folder)[0], expected)
+
+
+def test_ten_crop_sibling_read_in_another_way_is_refused(turned, tokenizer, tmp_path):
+    extract(turned, tmp_path / "ten_crop", tokenizer, "--ten-crop")
+    extract(turned, tmp_path / "ten_crop_105", tokenizer, "--ten-crop", "--crop-range", 1.05, "--no-exif")
+    with pytest.raises(ValueError, match="do not belong together: exif True and False"):
+        open_codes(tmp_path / "ten_crop", 16, 4)

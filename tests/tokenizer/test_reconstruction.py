@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from dataset.augmentation import center_view
+from dataset.images import ImageDataset, ImageList
 from tests.helpers import ROOT, randomize
 from tests.training import check_published_flags, environment, make_images, run_here
 from tests.training import run_script as run_in_processes
@@ -534,8 +535,8 @@ def test_settings_are_plain_values(done):
     settings = results(done)["settings"]
     assert settings == json.loads((done / NAME / "settings.json").read_text())
     assert set(settings) == {
-        "codebook_embed_dim", "codebook_size", "data", "dataset", "image_size", "image_size_eval", "precision", "use_ema",
-        "vq_model", "weights",
+        "background", "codebook_embed_dim", "codebook_size", "data", "dataset", "exif", "image_size", "image_size_eval",
+        "precision", "use_ema", "vq_model", "weights",
     }  # fmt: skip
 
 
@@ -544,6 +545,32 @@ def test_a_model_that_draws_has_its_seed_in_the_settings(images):
         draws = True
 
     args = Namespace(data_path=str(images), image_size_eval=None, image_size=32, global_seed=5)
-    data = type("Data", (), {"images": Namespace(paths=[str(images / "a.png")]), "__len__": lambda self: 1})()
+    data = ImageDataset(ImageList([str(images / "a.png")]), None)
     settings = reconstruction.run_settings(args, data, Draws(), None)
     assert settings["global_seed"] == 5 and settings["image_size_eval"] == 32
+
+
+def test_reference_of_turned_images_is_upright_or_as_published(tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    halves = np.zeros((32, 32, 3), np.uint8)
+    halves[:16] = 255
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    Image.fromarray(halves).save(tmp_path / "data" / "a" / "1.png", exif=exif)
+
+    def made(name: str, *words: str) -> np.ndarray:
+        run_here(val_ddp, *val_line(tmp_path / "data", tmp_path / name, *words))
+        (file,) = (tmp_path / name).glob("*/000000.png")
+        return np.asarray(Image.open(file))
+
+    assert np.array_equal(made("usual"), halves[::-1])
+    assert np.array_equal(made("published", "--no-exif", "--background", "none"), halves)
+    for name, words in (("usual", ["--no-exif"]), ("published", [])):
+        with pytest.raises(ValueError, match=r"exif: (True, now False|False, now True)"):
+            made(name, *words)
+    (record,) = (tmp_path / "published").glob("*/settings.json")
+    settings = json.loads(record.read_text())
+    record.write_text(json.dumps({key: settings[key] for key in settings.keys() - {"exif", "background"}}))
+    record.with_name("000000.png").unlink()
+    assert np.array_equal(made("published"), halves)  # begun by the first edition
+    assert "images are read as published, as it was begun" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from autoregressive.pipeline import load_tokenizer
 from dataset.augmentation import center_view
 from dataset.folders import class_folders
-from dataset.images import load_rgb
+from dataset.pixels import load_rgb
 from tests.training import (
     check_published_flags,
     load,

@@ -6,7 +6,15 @@ python3 tokenizer/tokenizer_image/vq_demo.py --image-path photo.jpg --vq-ckpt vq
 import argparse
 
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
-from utils.cli import SEED, add_image_size_flags, add_switch, add_tokenizer_flags, flag_parser, run_script
+from utils.cli import (
+    SEED,
+    add_image_size_flags,
+    add_reading_flags,
+    add_switch,
+    add_tokenizer_flags,
+    flag_parser,
+    run_script,
+)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -15,7 +23,7 @@ def main(args: argparse.Namespace) -> None:
     import torch
 
     from dataset.augmentation import center_view
-    from dataset.images import load_rgb
+    from dataset.pixels import Reading, load_rgb
     from tokenizer.tokenizer_image.load import choose_weights, load_tokenizer
     from utils.distributed import pick_device
     from utils.images import peak_signal_to_noise_ratio, save_png, to_uint8
@@ -38,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
         use_ema=choose_weights(path, args.use_ema),
     )
     try:
-        image = load_rgb(args.image_path)
+        image = load_rgb(args.image_path, Reading.of(args))
     except Exception as error:  # decoders fail in arbitrary ways
         raise ValueError(f"--image-path {args.image_path} is not a readable image ({error})") from error
     pixels = center_view(image, args.image_size)[None].to(device)
@@ -58,6 +66,7 @@ def flags() -> argparse.ArgumentParser:
     """The script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--image-path", default="assets/example.jpg", help="the image")
+    add_reading_flags(parser)
     parser.add_argument("--output-dir", default="output_vq_demo", help="where the reconstruction goes")
     parser.add_argument("--suffix", default="tokenizer_image", help="end of its name")
     add_tokenizer_flags(parser, VQ_SIZES)

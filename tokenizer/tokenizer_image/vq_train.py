@@ -13,6 +13,7 @@ from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
     PROBABILITY,
     add_image_size_flags,
+    add_reading_flags,
     add_switch,
     add_tokenizer_flags,
     add_training_flags,
@@ -232,6 +233,7 @@ def flags() -> argparse.ArgumentParser:
         "--dataset", default="imagenet", help="kind of data: imagenet, pexels, coco, openimage, t2i_image"
     )
     add_image_size_flags(parser, 256, downsample=False)
+    add_reading_flags(parser)
     add_switch(parser, "--flip", True, "mirror half of the images")
     parser.add_argument("--vq-width", type=positive_int, default=None, help="base channels (default: the model's own)")
     add_tokenizer_flags(parser, VQ_SIZES)
