@@ -10,7 +10,7 @@ figures go to SAMPLES.txt, and with the whole protocol to SAMPLES.json. Under to
 import argparse
 from typing import TYPE_CHECKING
 
-from utils.cli import add_switch, flag_parser, positive_int, run_script
+from utils.cli import add_reading_flags, add_switch, flag_parser, positive_int, run_script
 
 if TYPE_CHECKING:
     from evaluations.c2i.inception import TensorFlowInception, TorchInception
@@ -35,11 +35,14 @@ FIGURES = {
 
 
 def main(args: argparse.Namespace) -> None:
+    import os
     import time
 
+    from dataset.pixels import Reading
     from evaluations.image_sets import open_images
-    from evaluations.judgement import judge
+    from evaluations.judgement import judge, same_images
     from utils.distributed import start
+    from utils.logger import console_logger
 
     if args.ref_batch is None or args.sample_batch is None:
         raise ValueError(
@@ -47,7 +50,9 @@ def main(args: argparse.Namespace) -> None:
             "(evaluator.py VIRTUAL_imagenet256_labeled.npz samples/….npz)"
         )
     begin = time.perf_counter()
-    reference, samples = open_images(args.ref_batch), open_images(args.sample_batch)
+    console_logger("dataset", os.environ.get("RANK", "0") == "0")
+    reading = Reading.of(args)
+    reference, samples = open_images(args.ref_batch, reading), open_images(args.sample_batch, reading)
     require_enough(reference, samples, args)
     output = output_stem(args)
     require_writable(output)
@@ -77,6 +82,8 @@ def main(args: argparse.Namespace) -> None:
             if features.inspection
             for warning in features.inspection.warnings(name, images.lossy)
         ]
+        scale = sum(float(features.statistics[0].covariance.trace()) for features in (seen, sampled))
+        late += same_images(seen.inspection, sampled.inspection, figures["fid"], scale)
         warnings += late
         if args.save_statistics:
             save_statistics(args.save_statistics, seen)
@@ -350,6 +357,7 @@ def flags() -> argparse.ArgumentParser:
         help="classify_image_graph_def.pb (default: in the working directory or pretrained_models/, else downloaded)",
     )
     parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
+    add_reading_flags(parser)
     parser.add_argument("--batch-size", type=positive_int, default=64, help="images at once on each process")
     parser.add_argument("--output", default=None, help="path of the reports, without .txt (default: that of SAMPLES)")
     parser.add_argument(

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from utils.cli import add_switch, flag_parser, positive_int, run_script
+from utils.cli import add_reading_flags, add_switch, flag_parser, positive_int, run_script
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from evaluations.c2i.evaluator import Inception
     from evaluations.features import Features
-    from evaluations.metrics import Statistics
     from evaluations.t2i.clip import CLIP
     from evaluations.t2i.images import SquareImages
     from evaluations.t2i.reference import RecordedReference
@@ -34,14 +33,18 @@ INCEPTION_SIZE = 299
 
 
 def main(args: argparse.Namespace) -> None:
+    import os
     import time
 
+    from dataset.pixels import Reading
     from evaluations.c2i.evaluator import open_backend, require_writable, strict_message
     from evaluations.features import read_features
+    from evaluations.judgement import same_images
     from evaluations.t2i.clip import find_clip, load_clip
     from evaluations.t2i.images import generated_images
     from evaluations.t2i.reference import save_reference
     from utils.distributed import start
+    from utils.logger import console_logger
 
     if not (args.clip or args.fid):
         raise ValueError("--no-clip and --no-fid leave nothing to compute: give one of them")
@@ -55,7 +58,8 @@ def main(args: argparse.Namespace) -> None:
     folder = fake_folder(args)
     output = (args.output or f"{folder}/score").removesuffix(".txt")
     require_writable(output)
-    fakes = generated_images(folder / "images", args.eval_res, args.how_many)
+    console_logger("dataset", os.environ.get("RANK", "0") == "0")
+    fakes = generated_images(folder / "images", args.eval_res, args.how_many, Reading.of(args))
     captions = read_captions(folder, fakes, args) if args.clip else []
     reference = open_reference(args) if args.fid else None
     require_enough(fakes, reference)
@@ -91,18 +95,22 @@ def main(args: argparse.Namespace) -> None:
     texts, cut = embed(captions, clip, args.batch_size, dist) if args.clip else (None, 0)
     seen = None
     if args.fid:
-        seen = reference_statistics(reference, inception, args, dist)
+        seen = reference_features(reference, inception, args, dist)
     late = []
     if dist.is_main:
         if args.save_statistics:
-            save_reference(args.save_statistics, seen, reference_protocol(args, reference, backend))
+            save_reference(args.save_statistics, seen.statistics[0], reference_protocol(args, reference, backend))
             print(f"wrote {args.save_statistics}: give it as --ref_dir next time")
         late = drawn.inspection.warnings("generated images", fakes.lossy)
         if cut:
             late.append(f"{cut:,} captions are longer than CLIP's {clip.length} tokens: their ends were not read")
+        figures = compare(drawn, texts, seen, args)
+        if args.fid:
+            scale = sum(float(one.covariance.trace()) for one in (seen.statistics[0], drawn.statistics[-1]))
+            late += same_images(seen.inspection, drawn.inspection, figures["fid"], scale)
         warnings += late
         report = {
-            **compare(drawn, texts, seen, args),
+            **figures,
             "warnings": warnings,
             "protocol": protocol(args, fakes, captions, reference, clip, backend, dist),
             "seconds": round(time.perf_counter() - begin, 1),
@@ -150,13 +158,15 @@ def reference_folder(args: argparse.Namespace) -> "Path":
 
 def open_reference(args: argparse.Namespace) -> "SquareImages | RecordedReference":
     """What --ref_dir names: an .npz of statistics, or a folder of images. Raises as RecordedReference and `reference_images` do."""
+    from dataset.pixels import Reading
     from evaluations.t2i.images import reference_images
     from evaluations.t2i.reference import RecordedReference
 
     if not args.ref_dir.endswith(".npz"):
-        return reference_images(reference_folder(args), args.eval_res)
+        return reference_images(reference_folder(args), args.eval_res, Reading.of(args))
     reference = RecordedReference(args.ref_dir)
-    reference.require(eval_res=args.eval_res, inception_resize=args.inception_resize)
+    reading = Reading.of(args).record()
+    reference.require(eval_res=args.eval_res, inception_resize=args.inception_resize, reading=reading)
     return reference
 
 
@@ -187,8 +197,6 @@ def read_captions(folder: "Path", fakes: "SquareImages", args: argparse.Namespac
 
     Raises FileNotFoundError, or ValueError where there are not as many as images, or the file is not UTF-8.
     """
-    from dataset.folders import find_images
-
     file = folder / "captions.txt"
     again = "sample_t2i_ddp.py, run again, completes an interrupted folder"
     if not file.is_file():
@@ -201,7 +209,7 @@ def read_captions(folder: "Path", fakes: "SquareImages", args: argparse.Namespac
         raise ValueError(f"{file} is not UTF-8 ({error}): save it as such") from error
     if lines[-1] == "":
         lines.pop()
-    images = sum("/" not in name for name in find_images(folder / "images"))
+    images = fakes.total
     if len(lines) != images:
         raise ValueError(
             f"{file} has {len(lines):,} lines and {folder / 'images'} {images:,} images: every image needs its caption, in "
@@ -345,18 +353,18 @@ def inception_features(backend: "Inception", resize: str) -> "Callable[[np.ndarr
     return extract
 
 
-def reference_statistics(
+def reference_features(
     reference: "SquareImages | RecordedReference",
     inception: "Callable[[np.ndarray], np.ndarray]",
     args: argparse.Namespace,
     dist: "Distributed",
-) -> "Statistics | None":
-    """Of the reference's features, on the first process; None on the others."""
-    from evaluations.features import read_features
+) -> "Features | None":
+    """Return the reference's statistics, and what its pixels showed, on the first process; None on the others."""
+    from evaluations.features import Features, read_features
 
     if reference.kind == "statistics":
-        return reference.statistics if dist.is_main else None
-    features = read_features(
+        return Features([reference.statistics]) if dist.is_main else None
+    return read_features(
         reference,
         lambda batch: (inception(batch),),
         dist,
@@ -364,7 +372,6 @@ def reference_statistics(
         keep=False,
         name="reference",
     )
-    return features.statistics[0] if dist.is_main else None
 
 
 def reference_protocol(args: argparse.Namespace, reference: "SquareImages", backend: "Inception") -> dict:
@@ -374,6 +381,7 @@ def reference_protocol(args: argparse.Namespace, reference: "SquareImages", back
         "data": args.ref_data,
         "eval_res": args.eval_res,
         "inception_resize": args.inception_resize,
+        "reading": reference.reading.record(),
         "graph": backend.sha256,
     }
 
@@ -397,7 +405,7 @@ def embed(captions: list[str], clip: "CLIP", batch_size: int, dist: "Distributed
 
 
 def compare(
-    drawn: "Features", texts: "np.ndarray | None", seen: "Statistics | None", args: argparse.Namespace
+    drawn: "Features", texts: "np.ndarray | None", seen: "Features | None", args: argparse.Namespace
 ) -> dict[str, float]:
     """The figures: clip_score, the mean cosine of image and caption, and fid."""
     from evaluations.metrics import frechet_distance
@@ -406,7 +414,7 @@ def compare(
     if args.clip:
         figures["clip_score"] = float((drawn.rows.astype("float64") * texts).sum(axis=1).mean())
     if args.fid:
-        figures["fid"] = frechet_distance(seen, drawn.statistics[-1])
+        figures["fid"] = frechet_distance(seen.statistics[0], drawn.statistics[-1])
     return figures
 
 
@@ -511,6 +519,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--how_many", type=positive_int, default=30000, help="generated images to look at, at most")
     parser.add_argument("--clip_model4eval", default="ViT-B/32", help="ViT-B/32, ViT-G/14 or ViT-bigG/14")
     parser.add_argument("--eval_res", type=positive_int, default=256, help="pixels a side at which images are compared")
+    add_reading_flags(parser)
     parser.add_argument("--batch_size", type=positive_int, default=8, help="images at once on each process")
     parser.add_argument("--clip_path", default=None, help="folder of CLIP's weights (default: looked for by name)")
     add_switch(parser, "--clip", True, "the CLIP score")

@@ -12,6 +12,7 @@ from PIL import Image
 
 from evaluations.c2i import evaluator
 from tests.helpers import GOLDEN, ROOT, free_port
+from tests.training import run_here
 
 RECORDED = GOLDEN / "evaluator"
 GRAPH = RECORDED / "standin_graph.pb"
@@ -40,7 +41,7 @@ def save_folder(images: np.ndarray, folder: Path) -> Path:
 
 
 def evaluate(*words, graph: Path = GRAPH) -> None:
-    evaluator.main(evaluator.flags().parse_args([*map(str, words), "--graph", str(graph), "--device", "cpu"]))
+    run_here(evaluator, *words, "--graph", graph, "--device", "cpu")
 
 
 def report_of(samples: Path) -> dict:
@@ -181,6 +182,21 @@ def test_a_set_against_itself(batches):
     report = report_of(reference)
     assert report["fid"] == pytest.approx(0, abs=1e-2)
     assert (report["precision"], report["recall"]) == (1, 1)
+    assert any("are both" in warning for warning in report["warnings"])
+
+
+def test_evaluator_given_the_samples_again_in_another_form_warns(batches, tmp_path):
+    _, samples = batches
+    np.savez(tmp_path / "shuffled.npz", arr_0=images_of(samples)[::-1])
+    evaluate(tmp_path / "shuffled.npz", samples, "--save-statistics", tmp_path / "recorded.npz")
+    assert any(
+        "140 of the 140 samples are exact copies of images of the ref" in text
+        for text in report_of(samples)["warnings"]
+    )
+    evaluate(tmp_path / "recorded.npz", samples, "--no-precision-recall")
+    assert any(
+        "statistics of the reference were made of these samples" in text for text in report_of(samples)["warnings"]
+    )
 
 
 @pytest.mark.slow
