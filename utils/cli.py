@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite, nan
 from typing import NoReturn
 
 from utils.errors import AgreedError, words_of
@@ -114,8 +114,10 @@ class Number:
         try:
             value = self.kind(text)
         except ValueError:
-            kind = "a whole number" if self.kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {kind} {self}, got {text}") from None
+            value = nan
+        if isinstance(value, float) and not isfinite(value):
+            kind = "a whole number" if self.kind is int else "a finite number"
+            raise argparse.ArgumentTypeError(f"must be {kind} {self}, got {text}")
         if not (self.least <= value <= self.most and self.above < value < self.below):
             raise argparse.ArgumentTypeError(f"must be {self}, got {value}")
         return value
