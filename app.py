@@ -1,4 +1,4 @@
-"""The demo: a page that draws images of a class or of a prompt while one looks on. Needs gradio (scripts/setup.sh installs it).
+"""The demo: a page that draws images of a class or of a prompt while one looks on. Needs gradio (bash scripts/setup.sh demo).
 
     python app.py --quickstart                                       # the models of scripts/quickstart.sh, on any machine
     python app.py --gpt-ckpt c2i_L_384.pt --vq-ckpt vq_ds16_c2i.pt   # files, runs, released files, or owner/name on the hub
@@ -59,10 +59,7 @@ QUICKSTART_PROMPTS = ["bold strokes, leaning right: seven", "thin strokes, uprig
 
 def main(args: argparse.Namespace) -> None:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    try:
-        import gradio
-    except ImportError as error:
-        raise ValueError(f"app.py needs gradio, which is not installed here ({error}): pip install gradio") from error
+    import gradio
 
     from autoregressive.demo import error_html
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import unquote_plus
 
+from utils.extras import optional_imports
+
 TIMES = 2
 """What one pass uncovers (an address inside escaped markup), the second removes."""
 
@@ -50,8 +52,9 @@ def _without_markup(text: str) -> str:
     """The text between HTML tags, entities decoded."""
     if "<" not in text and "&" not in text:
         return text
-    from bs4 import BeautifulSoup
-    from bs4.builder import ParserRejectedMarkup
+    with optional_imports():
+        from bs4 import BeautifulSoup
+        from bs4.builder import ParserRejectedMarkup
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it takes a caption that is an address or a file name for a mistake
@@ -68,7 +71,8 @@ def _spaces_for_many_hyphens(text: str) -> str:
 
 def _mended(text: str) -> str:
     """Mangled encodings mended, entities decoded that were encoded twice."""
-    import ftfy
+    with optional_imports():
+        import ftfy
 
     try:
         return html.unescape(html.unescape(ftfy.fix_text(text))).strip()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from language.captions import clean_caption
+from utils.extras import optional_imports
 from utils.hub import BY_HAND, resolve
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ def find_t5(t5_path: str | Path | None = None, model_type: str = "flan-t5-xl") -
     Where none of them is there and the released flan-t5-xl is asked for, pretrained_models/ and the hub, as
     utils/hub.py looks for released files. Raises FileNotFoundError or ConnectionError with the command that gets it.
     """
+    with optional_imports():
+        import transformers  # noqa: F401 - what is absent is told before gigabytes are downloaded
+
     asked = [Path(t5_path, model_type), Path(t5_path)] if t5_path else []
     for folder in [*asked, Path(model_type)]:
         folder = folder.expanduser()

@@ -17,7 +17,7 @@ for word in "$@"; do
         *) echo "error: $word is neither text nor --fresh" >&2 && exit 1 ;;
     esac
 done
-bash scripts/setup.sh
+bash scripts/setup.sh quickstart $([ "$left" = "$out" ] || echo text)
 source .venv/bin/activate
 [ -z "$fresh" ] || rm -rf "$left"
 mkdir -p "$left"

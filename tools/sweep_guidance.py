@@ -29,6 +29,8 @@ from utils.cli import flag_parser, run_script
 
 
 def main(args: argparse.Namespace) -> None:
+    from evaluations import metrics  # noqa: F401 - the evaluator's packages, told before hours of sampling
+    from evaluations.c2i import frozen_graph  # noqa: F401
     from evaluations.c2i.inception import find_graph
     from utils.files import atomic_write, write_json
     from utils.runs import find_checkpoint

@@ -568,7 +568,7 @@ def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.Argu
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, FileNotFoundError, ConnectionError, OSError) as error:
+    except (ValueError, ModuleNotFoundError, OSError) as error:
         if os.environ.get("TRACEBACK"):
             raise
         if isinstance(error, AgreedError) and os.environ.get("RANK", "0") != "0":

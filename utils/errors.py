@@ -1,5 +1,7 @@
 """Errors that several parts of the project raise and catch, and what an error says to a user."""
 
+from utils.extras import explain
+
 
 class AgreedError(ValueError):
     """Raised by every process with the same words: the first one tells them, the others leave quietly."""
@@ -11,7 +13,7 @@ class NotFiniteError(ValueError):
 
 def words_of(error: BaseException) -> str:
     """Return an error's message; of one raised in a loader process without the traceback that torch puts before it."""
-    text = str(error)
+    text = explain(error) if isinstance(error, ModuleNotFoundError) else str(error)
     if not text.startswith(f"Caught {type(error).__name__} in "):
         return text
     return text.rpartition(f"\n{type(error).__name__}: ")[2].strip()

@@ -75,13 +75,12 @@ class RunLogger:
         self.folder = folder
         if folder is None or not main:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        self.board = _tensorboard_writer(folder / "tensorboard")
         self.file = _LogFile(folder / "log.txt")
         self.file.setFormatter(_Lines())
         for logger in self.loggers:
             logger.addHandler(self.file)
         self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - open as long as the run
-        self.board = _tensorboard_writer(folder / "tensorboard")
         if wandb_project:
             self._start_wandb(wandb_project, config)
 

@@ -51,14 +51,9 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--timeout {args.timeout:g}: it is above 0 seconds")
     if args.max_n > args.max_queue:
         raise ValueError(f"--max-n {args.max_n} is more than --max-queue {args.max_queue} has room for")
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            f"{error.name} is not installed: the server needs what requirements-serve.txt lists (scripts/serve.sh)"
-        ) from error
+    import fastapi  # noqa: F401 - what is absent is told before a model is loaded
+    import prometheus_client  # noqa: F401
+    import uvicorn  # noqa: F401
 
     from autoregressive.serve.metrics import log_as_json
 

@@ -38,6 +38,8 @@ def main(args: argparse.Namespace) -> None:
     import os
     import time
 
+    import scipy  # noqa: F401 - what is absent is told before images are read
+
     from dataset.pixels import Reading
     from evaluations.image_sets import open_images
     from evaluations.judgement import judge, same_images

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from utils.download import download, sha256_of
+from utils.extras import how_to_install
 from utils.hub import WEIGHTS
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ class TensorFlowInception(_Inception):
 def import_tensorflow() -> ModuleType:
     """TensorFlow, imported late (it takes seconds) and told to speak of errors only."""
     if importlib.util.find_spec("tensorflow") is None:
-        raise ValueError("TensorFlow is not installed: `pip install tensorflow`, or take --backend torch")
+        raise ValueError(f"{how_to_install('tensorflow')}, or take --backend torch")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # Both bring a compiler (LLVM) whose second copy ends the process where Triton, which torch loads now and then, comes last.
     if importlib.util.find_spec("triton") is not None:

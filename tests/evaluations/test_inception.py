@@ -136,7 +136,7 @@ def test_features_that_are_not_finite(tmp_path, backend):
 
 def test_without_tensorflow(monkeypatch):
     monkeypatch.setattr(inception.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install tensorflow.*--backend torch"):
+    with pytest.raises(ValueError, match=r"tensorflow .*\[eval\].*--backend torch"):
         TensorFlowInception(STANDIN)
 
 
