@@ -145,15 +145,23 @@ class Trainer:
         self.saver = Saver(self.state, self.run, args, dist, self.log)
         if not resumed and initial is None and self.run.earlier:
             self.log.info(f"a run before this one stands at {self.run.earlier}; --resume would go on with it")
+        continued = None
         if not (resumed and self._resume()) and initial is not None:
             self._require_same_origin(
-                initial, ("tokenizer", "classes", "text_encoder"), "give weights of a run on such codes"
+                initial, ("tokenizer", "classes", "text_encoder"), "give weights of a run on such codes, or --finetune"
             )
-            whole = self._take(initial)
-            self.log.info(f"starting from {initial.path}" + (f", step {self.step}" if whole else ", its weights alone"))
+            continued = initial.path if self._take(initial) else None
+            place = f"step {self.step}" if continued else "its weights alone"
+            self.log.info(f"starting from {initial.path}, {place}")
         self.saver.saved_step = self.step
         ahead = args.epochs * self.order.batches_per_epoch - self._batches_done
         self.total_steps = min(self.step + max(ahead, 0), args.max_steps or float("inf"))
+        if continued and self.step >= self.total_steps:
+            asked = f"--max-steps {args.max_steps}" if args.max_steps else f"--epochs {args.epochs}"
+            raise AgreedError(
+                f"{continued} has done {self.step} steps, all that {asked} asks for with this data: give more of them to "
+                "continue it, or --finetune to begin at step 0 with its weights"
+            )
 
     @property
     def step(self) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autoregressive.models.sizes import GPT_SIZES
+from autoregressive.train.start import add_finetune_flags, starting_point
 from utils.cli import (
     CFG_SCALE,
     PORTION,
@@ -60,9 +61,7 @@ def main(args: argparse.Namespace) -> None:
     from utils.origin import listed_classes
     from utils.parallel import Parallel
     from utils.rng import item_seed
-    from utils.runs import find_checkpoint
     from utils.trainer import Micro, Phase, Trainer
-    from utils.training_state import TrainingState
 
     grid = grid_size(args.image_size, args.downsample_size)
     layout_numbers(args)  # refuses two that do not go together
@@ -101,8 +100,8 @@ def main(args: argparse.Namespace) -> None:
     sides = {stage.patch_side for stage in patches.stages}
     layouts = {side: replace(model.layout, patch_side=side) for side in sides}  # refuses patches with groups
     wrapped = lay_out(model, plan, args.global_seed)
-    start_from = args.gpt_resume or args.gpt_ckpt
-    initial = TrainingState.read(find_checkpoint(start_from), dist, whole=False) if start_from else None
+    config = code_origin(codes)
+    initial, note = starting_point(args, dist, model, config)
     drop_probability = model.args.class_dropout_prob
 
     def patch_side(step: int, epoch: int) -> int:
@@ -146,8 +145,10 @@ def main(args: argparse.Namespace) -> None:
         rate=patches.learning_rate if args.scheduler else None,
         tokens=grid**2,
         flops=lambda epoch: training_flops_per_image(model.args, layouts[patch_side(trainer.step - 1, epoch)]),
-        config=code_origin(codes),
+        config=config,
     )
+    if note:
+        trainer.log.info(note)
     trainer.log.info(order_in_words(patches, model.layout.group_size))
     for side in patches.skipped_sides:
         trainer.log.warning(
@@ -287,10 +288,14 @@ def model_sizes(args: argparse.Namespace, recorded: Mapping[str, Any]) -> tuple[
     """Return the classes and the codes that the model has rows for.
 
     In this order: the flags; the run or file that training goes on from; what the codes record; the published numbers.
+    With --finetune the classes are those of the codes.
     """
     before = sizes_before(args)
+    classes = [before.get("num_classes"), recorded.get("num_classes")]
+    if args.finetune:
+        classes.reverse()
     return (
-        args.num_classes or before.get("num_classes") or recorded.get("num_classes") or 1000,
+        args.num_classes or classes[0] or classes[1] or 1000,
         args.vocab_size or before.get("vocab_size") or recorded.get("codebook_size") or 16384,
     )
 
@@ -402,6 +407,7 @@ def flags(sharded: bool = False) -> argparse.ArgumentParser:
     )
     parser.add_argument("--vq-ckpt", default=None, help="the codes' tokenizer: draws grids of samples with it")
     parser.add_argument("--sample-cfg-scale", type=CFG_SCALE, default=2.0, help="guidance scale of those samples")
+    add_finetune_flags(parser, classes=True)
     add_gpt_flags(parser, GPT_SIZES, training=True)
     add_image_size_flags(parser, 256)
     add_training_flags(

@@ -14,6 +14,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from autoregressive.models.sizes import GPT_SIZES
+from autoregressive.train.start import add_finetune_flags, starting_point
 from autoregressive.train.train_c2i import agreed_tokenizer, lay_out, model_sizes, new_model, sample_grid
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
@@ -38,9 +39,7 @@ if TYPE_CHECKING:
 
     from dataset.t2i import TextImages
     from tokenizer.tokenizer_image.vq_model import VQModel
-    from utils.checkpoint import Checkpoint
     from utils.distributed import Distributed
-    from utils.training_state import ShardedCheckpoint
 
 SHOWN_CAPTIONS = 8
 # Of so many pairs at the beginning of a run one has to count. Pairs come in random order: of a list of which nine in ten
@@ -110,7 +109,8 @@ def main(args: argparse.Namespace) -> None:
         )
     model = new_model(args, grid, args.drop_path or args.drop_path_rate, caption_dim=args.t5_feature_dim)
     wrapped = lay_out(model, plan, args.global_seed)
-    initial = starting_point(args, dist)
+    config = origin(tokenizer=fingerprint, text_encoder=dataset.features.encoder, codes=dataset.identity())
+    initial, note = starting_point(args, dist, model, config)
     tokens, drop_probability = args.cls_token_num, model.args.class_dropout_prob
     collate = partial(collate_t2i, tokens=tokens, pad=left_padded)
 
@@ -174,8 +174,10 @@ def main(args: argparse.Namespace) -> None:
         flops=lambda epoch: training_flops_per_image(model.args, model.layout),
         collate=collate,
         prepare=prepare,
-        config=origin(tokenizer=fingerprint, text_encoder=dataset.features.encoder, codes=dataset.identity()),
+        config=config,
     )
+    if note:
+        trainer.log.info(note)
     trainer.fit()
     dist.close()
 
@@ -230,29 +232,6 @@ def held_out_flags(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **paths, "short_t5_feat_path": None, "index_path": index_path})
 
 
-def starting_point(args: argparse.Namespace, dist: "Distributed") -> "Checkpoint | ShardedCheckpoint | None":
-    """What --gpt-ckpt holds: weights, and where it has them optimizer and step.
-
-    Of a run of another --image-size the weights alone: the next stage begins at its own first step. The weights are the
-    same for every image size, since the rotary table is not one of them.
-    """
-    from dataclasses import replace
-
-    from utils.checkpoint import read_checkpoint
-    from utils.runs import find_checkpoint
-    from utils.training_state import ShardedCheckpoint, TrainingState
-
-    if not args.gpt_ckpt:
-        return None
-    path = find_checkpoint(args.gpt_ckpt)
-    saved = TrainingState.read(path, dist, whole=False)
-    flags = saved.record["args"] if isinstance(saved, ShardedCheckpoint) else saved.args
-    if (flags or {}).get("image_size", args.image_size) == args.image_size:
-        return saved
-    weights = read_checkpoint(path, mmap=True) if isinstance(saved, ShardedCheckpoint) else saved
-    return replace(weights, optimizer=None, steps=None, extra={})
-
-
 def flags() -> argparse.ArgumentParser:
     """The script's flags."""
     added = "--data-parallel --drop-path-rate --ema --grad-precision --no-wandb --t5-feature-dim --wandb-project"
@@ -291,6 +270,7 @@ def flags() -> argparse.ArgumentParser:
         False,
         "encode images in --mixed-precision: faster, but some codes differ from those of float32",
     )
+    add_finetune_flags(parser, classes=False)
     add_gpt_flags(parser, GPT_SIZES, training=True, gpt_type="t2i")
     parser.add_argument("--drop-path", type=PROBABILITY, default=0.0, help="the same as --drop-path-rate")
     parser.add_argument(

@@ -333,6 +333,21 @@ def read_steps(file):
     return [[i for rank in sorted(parts) for i in parts[rank][step]] for step in range(len(parts[0]))]
 
 
+def test_finetune_begins_at_step_0_with_the_weights_of_the_same_image_size(data, tmp_path):
+    first = train(data, tmp_path / "first", "--max-steps", 2)
+    with pytest.raises(ValueError, match=r"has done 2 steps, all that --max-steps 2 asks for.*--finetune"):
+        train(data, tmp_path / "again", "--max-steps", 2, "--gpt-ckpt", first)
+    still = ["--max-steps", 1, "--lr", 1e-30, *EXACT]
+    tuned = train(data, tmp_path / "tuned", *still, "--finetune", "--gpt-ckpt", first)
+    assert same(weights(tuned), weights(first)) and list(metrics(tuned, "loss")) == [1]
+    wide = tmp_path / "wide.pt"
+    state = dict(weights(first))
+    state["cls_embedding.uncond_embedding"] = torch.zeros(len(state["cls_embedding.uncond_embedding"]), 48)
+    torch.save({"model": state}, wide)
+    with pytest.raises(ValueError, match=r"features of width 48, not --t5-feature-dim"):
+        train(data, tmp_path / "other", *still, "--finetune", "--gpt-ckpt", wide)
+
+
 @pytest.mark.slow
 def test_stage_2_begins_with_the_weights_of_stage_1(data, tmp_path):
     """From a file and from a sharded folder: another image size, the same weights, step and optimizer of its own."""

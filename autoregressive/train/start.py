@@ -1,0 +1,153 @@
+"""What the training of a GPT starts from: a state to go on with, or with --finetune weights for other data.
+
+initial, note = starting_point(args, dist, model, config)
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from autoregressive.models.sizes import GPT_SIZES
+from utils.cli import layout_numbers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autoregressive.models.gpt import Transformer
+    from utils.checkpoint import Checkpoint
+    from utils.distributed import Distributed
+    from utils.training_state import ShardedCheckpoint
+
+CLASS_TABLE = "cls_embedding.embedding_table.weight"
+
+
+def add_finetune_flags(parser: argparse.ArgumentParser, *, classes: bool) -> None:
+    """Adds --finetune and --use-ema; with `classes` --class-rows too."""
+    group = parser.add_argument_group("fine-tuning")
+    help = "take only the weights of --gpt-ckpt, and begin at step 0: other data, classes or image size"
+    group.add_argument("--finetune", action="store_true", help=help)
+    group.add_argument("--use-ema", action="store_true", help="with --finetune: begin with the file's averaged weights")
+    if classes:
+        help = (
+            "with --finetune, whose row a class begins with: that of the class of its name, of its number, or a new one"
+        )
+        group.add_argument("--class-rows", choices=["name", "number", "new"], default="name", help=help)
+
+
+def starting_point(
+    args: argparse.Namespace, dist: "Distributed", model: "Transformer", config: dict[str, Any]
+) -> "tuple[Checkpoint | ShardedCheckpoint | None, str | None]":
+    """Return what --gpt-ckpt holds for a new run, and a line for the log where it is fine-tuned.
+
+    Without --finetune that is all of a training state; of a text-conditional run of another --image-size the weights alone,
+    since the next stage begins at its own first step. A run that --resume goes on with needs nothing: None.
+    config: what the weights of this run belong to. Every process calls it together.
+    Raises ValueError where the file is of no GPT or of another than the flags describe.
+    """
+    from dataclasses import replace
+
+    from utils.checkpoint import read_checkpoint
+    from utils.recognition import describe_gpt
+    from utils.runs import find_checkpoint, runs_in
+    from utils.training_state import ShardedCheckpoint, TrainingState
+
+    name = getattr(args, "gpt_resume", None) or args.gpt_ckpt
+    for flag in ("finetune", "use_ema"):
+        if getattr(args, flag) and not (name and args.finetune):
+            raise ValueError(f"--{flag.replace('_', '-')} needs --{'finetune' if name else 'gpt-ckpt'} too")
+    resumed = runs_in(args.results_dir, args.gpt_model)[:1] if args.resume else []
+    if not name or (resumed and resumed[0].checkpoints()):
+        return None, None
+    path = find_checkpoint(name)
+    if not args.finetune:
+        saved = TrainingState.read(path, dist, whole=False)
+        flags = saved.record["args"] if isinstance(saved, ShardedCheckpoint) else saved.args
+        if args.gpt_type == "c2i" or (flags or {}).get("image_size", args.image_size) == args.image_size:
+            return saved, None
+    weights = read_checkpoint(path)
+    describe_gpt(weights.model, GPT_SIZES, path)
+    if not args.finetune:
+        return _weights_alone(weights), None
+    if args.use_ema and weights.ema is None:
+        raise ValueError(f"{path} has no averaged weights: leave out --use-ema")
+    weights = replace(weights, model=weights.ema if args.use_ema else weights.model, ema=None)
+    _require_shape(args, weights, path)
+    note = [f"fine-tuning {path}{' (averaged weights)' if args.use_ema else ''} from step 0"]
+    if args.gpt_type == "c2i":
+        names = weights.config.get("classes"), config.get("classes")
+        weights.model = dict(weights.model)
+        weights.model[CLASS_TABLE], rows = _class_rows(args.class_rows, weights.model[CLASS_TABLE], model, *names, path)
+        note.append(rows)
+    for key in ("tokenizer", "text_encoder"):
+        if (
+            (before := weights.config.get(key))
+            and (now := config.get(key))
+            and before[: len(now)] != now[: len(before)]
+        ):
+            note.append(
+                f"its {key.replace('_', ' ')} was another one ({before}, now {now}), whose codes it has to unlearn"
+            )
+    return replace(_weights_alone(weights), config={}), "; ".join(note)
+
+
+def _weights_alone(saved: "Checkpoint") -> "Checkpoint":
+    from dataclasses import replace
+
+    return replace(saved, optimizer=None, steps=None, extra={})
+
+
+def _require_shape(args: argparse.Namespace, weights: "Checkpoint", path: Any) -> None:
+    """Raises ValueError where the weights differ from the flags in more than classes and image size."""
+    from utils.recognition import check_gpt_flags, describe_gpt
+
+    description = describe_gpt(weights.model, GPT_SIZES, path)
+    ar_token_num, spe_token_num = layout_numbers(args)
+    check_gpt_flags(
+        description,
+        path,
+        sizes=GPT_SIZES,
+        gpt_model=args.gpt_model,
+        gpt_type=args.gpt_type,
+        vocab_size=args.vocab_size,
+        cls_token_num=args.cls_token_num,
+        spe_token_num=spe_token_num or 0,
+        ar_token_num=ar_token_num or 1,
+    )
+    if description.caption_dim not in (None, width := getattr(args, "t5_feature_dim", None)):
+        raise ValueError(
+            f"{path} reads text features of width {description.caption_dim}, not --t5-feature-dim {width}: "
+            "extract the features with the T5 it was trained with"
+        )
+
+
+def _class_rows(
+    rows: str,
+    saved: "Tensor",
+    model: "Transformer",
+    before: Sequence[str] | None,
+    now: Sequence[str] | None,
+    path: Any,
+) -> "tuple[Tensor, str]":
+    """Return the class table that a run begins with, float32 (classes + 1, dim), and a line about it.
+
+    rows: --class-rows. saved: the file's table. before, now: names of the file's classes and of this run's. The last row,
+    of "no class", stays the last.
+    """
+    own = model.state_dict()[CLASS_TABLE]
+    table = (own.full_tensor() if hasattr(own, "full_tensor") else own).detach().float().cpu().clone()
+    classes = len(table) - 1
+    if rows == "name":
+        if not (before and now):
+            where = f"{path} records no names of its classes" if not before else "the codes record no names of classes"
+            raise ValueError(
+                f"{where}, so rows cannot be found by name: give --class-rows number (class i begins with row i) or "
+                "--class-rows new"
+            )
+        numbers = {name: number for number, name in enumerate(before)}
+        sources = {label: numbers[name] for label, name in enumerate(now) if name in numbers}
+    else:
+        sources = {label: label for label in range(min(classes, len(saved) - 1))} if rows == "number" else {}
+    for label, row in sources.items():
+        table[label] = saved[row]
+    table[classes] = saved[-1]
+    return table, f"{len(sources)} of {classes} classes begin with a row of its {len(saved) - 1}, the others anew"

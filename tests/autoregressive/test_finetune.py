@@ -1,0 +1,162 @@
+"""Fine-tuning of GPTs: weights from a file, a run or shards, class rows by name, fresh optimizer and step."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from autoregressive.train import train_c2i
+from tests.autoregressive.test_training_processes import last as newest
+from tests.autoregressive.test_training_processes import live
+from tests.training import load, make_codes, metrics, quiet_loggers, repetitive_codes, run_folder, run_here, same
+from utils.checkpoint import read_checkpoint
+
+VOCAB, TOKENS = 64, 16
+FLAGS = ["--gpt-model", "GPT-XS", "--downsample-size", 4, "--global-batch-size", 8, "--num-workers", 0, "--no-wandb"]
+FLAGS += ["--mixed-precision", "none", "--log-every", 1, "--weight-decay", 0]
+STILL = ["--max-steps", 1, "--lr", 1e-12]  # a step that moves nothing, so that the file has what training began with
+TABLE = "cls_embedding.embedding_table.weight"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with quiet_loggers():
+        yield
+
+
+def codes_of(folder, *names, image_size=16, classes=None):
+    """Packed codes of a few classes; without names they record none."""
+    tokens, count = (image_size // 4) ** 2, 24
+    classes = classes or len(names)
+    array, labels = repetitive_codes(count, 2, tokens, VOCAB), np.arange(count) % classes
+    make_codes(folder, array, labels, image_size=image_size, vocab=VOCAB, classes=classes)
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(index | {"classes": list(names) or None}))
+    return folder
+
+
+def train(codes, results, *more):
+    run_here(train_c2i, "--code-path", codes, "--results-dir", results, "--image-size", 16, *FLAGS, *more)
+    return max((run_folder(results) / "checkpoints").glob("0*"))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The file of a run of two steps on three classes, with averaged weights."""
+    folder = tmp_path_factory.mktemp("source")
+    with quiet_loggers():
+        return train(codes_of(folder / "codes", "cat", "dog", "owl"), folder / "results", "--max-steps", 2, "--ema")
+
+
+def fresh(tmp_path, classes):
+    """The table of a new model."""
+    return load(train(codes_of(tmp_path / "new codes", classes=classes), tmp_path / "new", *STILL))["model"][TABLE]
+
+
+@pytest.mark.parametrize(
+    "rows, expected",
+    [
+        ([], [2, None, 0, None]),
+        (["--class-rows", "number"], [0, 1, 2, None]),
+        (["--class-rows", "new"], [None] * 4),
+    ],
+    ids=["name", "number", "new"],
+)
+def test_finetune_maps_class_rows_and_keeps_the_row_of_no_class_last(source, tmp_path, rows, expected):
+    codes = codes_of(tmp_path / "codes", "owl", "bee", "cat", "fox")
+    saved = load(train(codes, tmp_path / "results", "--finetune", "--gpt-ckpt", source, *STILL, *rows))
+    before, new = load(source)["model"], fresh(tmp_path, 4)
+    wanted = torch.stack([new[i] if row is None else before[TABLE][row] for i, row in enumerate(expected)])
+    torch.testing.assert_close(saved["model"][TABLE], torch.cat([wanted, before[TABLE][-1:]]), rtol=0, atol=1e-9)
+    for name, tensor in before.items():
+        if name != TABLE:
+            torch.testing.assert_close(saved["model"][name], tensor, rtol=0, atol=1e-9)
+    assert saved["steps"] == 1 and saved["optimizer"]["state"][0]["step"] == 1
+    assert saved["config"]["classes"] == ["owl", "bee", "cat", "fox"] and saved["args"].num_classes == 4
+
+
+def test_finetune_use_ema_begins_with_the_averaged_weights_and_so_does_the_average(source, tmp_path):
+    codes = codes_of(tmp_path / "codes", "cat", "dog", "owl")
+    flags = ["--finetune", "--gpt-ckpt", source, "--ema", *STILL]
+    for name, more, key in (("raw", [], "model"), ("averaged", ["--use-ema"], "ema")):
+        saved, begun = load(train(codes, tmp_path / name, *flags, *more)), load(source)[key]
+        for weights in (saved["model"], saved["ema"]):
+            torch.testing.assert_close(weights["norm.weight"], begun["norm.weight"], rtol=0, atol=1e-9)
+            torch.testing.assert_close(weights[TABLE], begun[TABLE], rtol=0, atol=1e-9)
+    assert not torch.equal(load(source)["ema"][TABLE], load(source)["model"][TABLE])
+
+
+def test_finetune_other_image_size_takes_the_weights(source, tmp_path):
+    codes = codes_of(tmp_path / "codes", "cat", "dog", "owl", image_size=32)
+    saved = load(train(codes, tmp_path / "results", "--image-size", 32, "--finetune", "--gpt-ckpt", source, *STILL))
+    torch.testing.assert_close(saved["model"][TABLE], load(source)["model"][TABLE], rtol=0, atol=1e-9)
+
+
+def test_finetune_resumes_bit_identically_also_without_the_file(source, tmp_path):
+    codes = codes_of(tmp_path / "codes", "owl", "bee")
+    file = tmp_path / "weights.pt"
+    file.write_bytes(source.read_bytes())
+    flags = ["--finetune", "--gpt-ckpt", file, "--ema", "--resume"]
+    train(codes, tmp_path / "whole", *flags, "--max-steps", 4)
+    train(codes, tmp_path / "parts", *flags, "--max-steps", 2)
+    file.unlink()
+    whole, parts = (load(train(codes, tmp_path / name, *flags, "--max-steps", 4)) for name in ("whole", "parts"))
+    assert whole.pop("args") and parts.pop("args") and same(whole, parts)
+
+
+@pytest.mark.slow
+def test_finetune_in_shards_from_a_file_and_from_shards(source, tmp_path):
+    codes = codes_of(tmp_path / "codes", "owl", "bee", "cat", "fox")
+    fsdp = "autoregressive.train.train_c2i_fsdp"
+
+    def life(name, start, *more):
+        words = ["--code-path", codes, "--results-dir", tmp_path / name, "--image-size", 16, *FLAGS, *more, *STILL]
+        return {"module": fsdp, "args": list(map(str, [*words, "--finetune", "--gpt-ckpt", start])), "world": 2}
+
+    live(tmp_path, life("one", source), life("two", tmp_path / "one"))
+    train(codes, tmp_path / "alone", "--finetune", "--gpt-ckpt", source, *STILL)
+    alone, *others = (read_checkpoint(newest(tmp_path / name)).model[TABLE] for name in ("alone", "one", "two"))
+    for table in others:
+        torch.testing.assert_close(table, alone, rtol=0, atol=1e-8)
+    assert [list(metrics(tmp_path / name, "loss")) for name in ("one", "two")] == [[1], [1]]
+
+
+@pytest.mark.parametrize(
+    "names, more, message",
+    [
+        ([], [], r"codes record no names of classes.*--class-rows number"),
+        (["cat", "dog", "owl"], ["--ar-token-num", 4], r"does not fit the flags: --ar-token-num 4 \(file: 1\)"),
+        (["cat", "dog", "owl"], ["--gpt-model", "GPT-B"], r"--gpt-model GPT-B \(file: GPT-XS\)"),
+    ],
+    ids=["no names", "layout", "size"],
+)
+def test_finetune_weights_that_do_not_fit_are_refused(source, tmp_path, names, more, message):
+    codes = codes_of(tmp_path / "codes", *names, classes=3)
+    with pytest.raises(ValueError, match=message):
+        train(codes, tmp_path / "results", "--finetune", "--gpt-ckpt", source, *more)
+    assert not (tmp_path / "results").exists()
+
+
+def test_finetune_flags_that_miss_others_are_refused(source, small_files, tmp_path):
+    codes = codes_of(tmp_path / "codes", "cat", "dog", "owl")
+    plain = tmp_path / "plain.pt"
+    torch.save({"model": load(source)["model"]}, plain)
+    for flags, message in (
+        (["--finetune"], "--finetune needs --gpt-ckpt"),
+        (["--use-ema", "--gpt-ckpt", source], "--use-ema needs --finetune"),
+        (["--use-ema", "--finetune", "--gpt-ckpt", plain], "has no averaged weights"),
+        (["--finetune", "--gpt-ckpt", plain], r"plain\.pt records no names of its classes"),
+        (["--finetune", "--gpt-ckpt", small_files.vq], "looks like a VQ image tokenizer"),
+        (["--gpt-ckpt", small_files.vq], "looks like a VQ image tokenizer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(codes, tmp_path / "results", *flags)
+
+
+@pytest.mark.parametrize("more", [[], ["--max-steps", 2]])
+def test_gpt_ckpt_of_a_finished_run_names_finetune(source, tmp_path, more):
+    codes = codes_of(tmp_path / "codes", "cat", "dog", "owl")
+    finished = train(codes, tmp_path / "first", "--epochs", 1)
+    with pytest.raises(ValueError, match=r"has done 3 steps, all that --.* asks for.*--finetune"):
+        train(codes, tmp_path / "second", "--epochs", 1, "--gpt-ckpt", finished, *more)
