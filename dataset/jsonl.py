@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset.images import ImageList
+from utils.files import require_regular
 
 _CHUNK = 1 << 24
 
@@ -33,6 +34,8 @@ class JsonLines(Sequence[tuple[str, int, dict]]):
         self._files = sorted(p for p in self.folder.glob("*.jsonl") if not p.name.startswith("."))
         if not self._files:
             raise ValueError(f"no *.jsonl files in {self.folder}")
+        for file in self._files:
+            require_regular(file)
         # Per file: (lines + 1,), the last is its length.
         self._starts, self._digests = zip(*[_line_starts(file) for file in self._files])
         self._ends = np.cumsum([len(starts) - 1 for starts in self._starts])

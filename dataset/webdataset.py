@@ -26,7 +26,7 @@ import numpy as np
 
 from dataset.lines import digest, digest_all
 from dataset.pixels import IMAGE_EXTENSIONS
-from utils.files import atomic_write, crc32_of, write_json
+from utils.files import atomic_write, crc32_of, require_regular, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,8 @@ class TarPairs:
             packed = sorted(p.name for p in self.folder.glob("*.tar.*"))
             hint = f"; {packed[0]} is compressed, and samples are read at their offsets: unpack it" if packed else ""
             raise ValueError(f"no *.tar files in {self.folder}{hint}")
+        for shard in self._shards:
+            require_regular(shard)
         self._counts, self._digests = _open_index(self._shards, self.index_path)
         self._ends = np.cumsum(self._counts)
         self._map: np.ndarray | None = None
@@ -197,7 +199,7 @@ def shard_rows(shard: Path) -> tuple[np.ndarray, str]:
 
     Raises ValueError for a file that is no tar or is cut off, that has two members of one name, or no image at all.
     """
-    rows, contents = [], []
+    rows, contents, several = [], [], 0
     with open(shard, "rb") as f:
 
         def read(offset: int, size: int) -> bytes:
@@ -206,8 +208,11 @@ def shard_rows(shard: Path) -> tuple[np.ndarray, str]:
 
         for sample in _samples(shard):
             row = [0] * _COLUMNS
+            images = [extension for extension in sample if f".{extension}" in IMAGE_EXTENSIONS]
+            several += len(images) > 1
+            image = min(images, key=lambda extension: IMAGE_EXTENSIONS.index(f".{extension}"), default=None)
             for extension, (name, offset, size) in sample.items():
-                if f".{extension}" in IMAGE_EXTENSIONS:
+                if extension == image:
                     row[:2] = offset, size
                     beginning = read(offset, min(size, _BEGINNING))
                     row[6] = digest(f"{os.path.basename(name)} {size} ".encode() + beginning)
@@ -216,8 +221,12 @@ def shard_rows(shard: Path) -> tuple[np.ndarray, str]:
                     row[place : place + 2] = offset, size
             rows.append(row)
             contents += [str(row[6]), read(*row[2:4]), read(*row[4:6])]
+    if several:
+        logger.warning(
+            "%s has %d samples with several images: of jpg, png and others the first is taken", shard, several
+        )
     if not any(row[1] for row in rows):
-        raise ValueError(f"{shard} has no images: {len(rows)} samples, none with {', '.join(IMAGE_EXTENSIONS)}")
+        raise ValueError(f"{shard} has no images: {len(rows)} samples, none with {', '.join(IMAGE_EXTENSIONS[:12])}, …")
     return np.asarray(rows, np.int64), digest_all(contents)
 
 

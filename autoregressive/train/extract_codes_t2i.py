@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from dataset.pixels import Reading
     from tokenizer.tokenizer_image.vq_model import VQModel
 
+RECORD = "extraction.json"  # of the published layout, which has no index
 RELEASED_TOKENIZER = "vq_ds16_t2i.pt"
 
 Unit = tuple[int, int]
@@ -49,7 +50,6 @@ def main(args: argparse.Namespace) -> None:
     from dataset.codes import CodeWriter
     from dataset.lines import ImageLines, compare_before_writing, record_lines
     from dataset.pixels import Reading
-    from dataset.shards import recorded_extra
     from dataset.t2i import PairViews, chosen_files, open_pairs, write_text_codes
     from tokenizer.tokenizer_image.load import load_tokenizer
     from utils.distributed import start
@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> None:
     starts = [0, *accumulate(count for _, count in pairs.files)]
     folders = {k: f"{args.code_path}/{pairs.files[k][0]}" for k in chosen}
     source = ImageLines(pairs)
-    begun = [extra for k in chosen if (extra := recorded_extra(folders[k])) is not None]
+    begun = [extra for k in chosen if (extra := recorded_settings(folders[k], args.published_layout)) is not None]
     reading = Reading.of(args, next((extra for extra in begun if "exif" not in extra), begun[0] if begun else None))
     log.info(reading)
     settings = {k: code_settings(args, pairs.files[k], tokenizer, reading) for k in chosen}
@@ -129,6 +129,21 @@ def main(args: argparse.Namespace) -> None:
     dist.close()
 
 
+def recorded_settings(folder: str, published: bool) -> dict | None:
+    """Return what a file's folder of codes records beside them, {} where it has codes alone; None where it has none."""
+    import json
+    from pathlib import Path
+
+    from dataset.shards import recorded_extra
+
+    if not published:
+        return recorded_extra(folder)
+    record = Path(folder) / RECORD
+    if record.exists():
+        return json.loads(record.read_bytes())
+    return {} if any(Path(folder).glob("[0-9]*.npy")) else None
+
+
 def missing_packed(
     args: argparse.Namespace, k: int, start: int, settings: "CodeSettings", folder: str
 ) -> list[tuple[Unit, range]]:
@@ -147,12 +162,23 @@ def missing_published(
 
     import numpy as np
 
+    from dataset.pixels import Reading
+    from utils.files import write_json
+
     there = {path.stem for path in Path(folder).glob("[0-9]*.npy")}
     if there:
         file = Path(folder) / f"{min(there)}.npy"
         shape = np.load(file, mmap_mode="r").shape
         if shape != (1, settings.tokens):
             raise ValueError(f"{file} has shape {shape}, these codes (1, {settings.tokens}): write to another folder")
+    before = recorded_settings(folder, True)
+    if before is None:
+        write_json(Path(folder) / RECORD, settings.extra)
+    elif Reading.recorded(before) != Reading.recorded(settings.extra):
+        raise ValueError(
+            f"the codes in {folder} were made with{Reading.recorded(before).flags() or ' --exif --background white'}: give the "
+            "same flags, or another --code-path"
+        )
     batches = shard_batches(settings, range(settings.num_shards), args.batch_size)
     return _moved([(shard, images) for shard, images in batches if not there.issuperset(map(str, images))], k, start)
 

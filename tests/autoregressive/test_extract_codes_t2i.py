@@ -243,3 +243,30 @@ FLAGS = """
 
 def test_published_flags():
     check_published_flags(extract_codes_t2i, FLAGS, ("--data-start", "--data-end"))
+
+
+@pytest.mark.parametrize("layout", [[], ["--published-layout"]], ids=["packed", "published"])
+def test_turned_images_are_read_in_one_way_in_one_folder(data, tmp_path, layout, capsys):
+    pairs = shutil.copytree(data / "pairs", tmp_path / "pairs")
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    with Image.open(pairs / "images" / "0.png") as image:
+        image.load()
+        image.save(pairs / "images" / "0.png", exif=exif)
+    usual = extract(data, tmp_path / "usual", *layout, pairs=pairs)
+    old = extract(data, tmp_path / "old", "--no-exif", "--background", "none", *layout, pairs=pairs)
+    with pytest.raises(ValueError, match=r"codes in .* made with|codes of other settings"):
+        extract(data, usual, "--no-exif", *layout, pairs=pairs)
+    kept = digests(old)
+    assert kept != digests(usual)
+    for record in old.glob("*/*.json"):  # as the first edition left it
+        if record.name == "index.json":
+            record.write_text(json.dumps({**json.loads(record.read_text()), "extra": {}}))
+        elif record.name == "extraction.json":
+            record.unlink()
+    next(old.glob("*/0.npy" if layout else "*/shard-000000.json")).unlink()
+    capsys.readouterr()
+    extract(data, old, *layout, pairs=pairs)
+    assert "images are read as published, as it was begun" in capsys.readouterr().out
+    codes = [{name: value for name, value in each.items() if name.endswith(".npy")} for each in (kept, digests(old))]
+    assert codes[0] == codes[1]

@@ -54,6 +54,26 @@ def test_faces_are_mixed_in(images):
         build_dataset(args)
 
 
+@pytest.mark.parametrize("name", ["imagenet", "coco", "openimage", "t2i_image"])
+def test_build_dataset_reads_as_the_flags_say(images, name, caplog):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    halves = Image.new("RGBA", (16, 16), (0, 0, 255, 255))
+    halves.paste((255, 0, 0, 0), (0, 0, 16, 8))
+    for place in ("classes/ant/1.png", "classes/bee/1.png", "classes/bee/2.png", "flat/1.png"):
+        halves.save(images / place, exif=exif)
+    args = Namespace(dataset=name, data_path=images / ("flat" if name == "coco" else "classes"), image_size=16)
+    corners = {}
+    with caplog.at_level("INFO", logger="dataset"):
+        for words in ({}, {"exif": False, "background": "none"}, {"background": "#00ff00"}):
+            pixels = build_dataset(Namespace(**vars(args), **words))[0][0]
+            corners[str(words)] = [pixels[:, y, 0].tolist() for y in (0, 15)]
+    blue, white, red, green = [-1, -1, 1], [1, 1, 1], [1, -1, -1], [-1, 1, -1]
+    assert list(corners.values()) == [[blue, white], [red, blue], [blue, green]]
+    assert "images are turned as EXIF says; transparency is laid on #ffffff" in caplog.text
+    assert "images are as they lie in the file, whatever EXIF says; transparency is dropped" in caplog.text
+
+
 def test_transform_seed_and_omission(images):
     args = Namespace(dataset="imagenet", data_path=images / "classes", global_seed=7)
     assert build_dataset(args)[0][0].shape == (3, 256, 256)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pickle
 import random
 from functools import partial
@@ -181,6 +182,26 @@ def test_json_lines_of_a_bad_file(tmp_path, content, message):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
         JsonLines(tmp_path)
+
+
+def test_a_pipe_among_the_lists_does_not_wait(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match=r"a\.jsonl is not a regular file"):
+        JsonLines(tmp_path)
+
+
+def test_images_of_lists_that_are_no_files_are_skipped(tmp_path, caplog):
+    """Pipes, folders and links to nothing."""
+    save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    (tmp_path / "c.png").mkdir()
+    (tmp_path / "d.png").symlink_to("gone.png")
+    names = ["a.png", "b.png", "c.png", "d.png"]
+    (tmp_path / "image_paths.json").write_text(json.dumps(names))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"image_path": name}) + "\n" for name in names))
+    for read in (listed_images, jsonl_images):
+        data = ImageDataset(read(tmp_path), partial(center_view, image_size=SIZE), unreadable="omit")
+        assert [data[i] is None for i in range(4)] == [False, True, True, True]
 
 
 def test_no_jsonl(tmp_path):

@@ -261,3 +261,18 @@ def test_digests_tell_shards_with_other_images_or_texts(folder, tmp_path):
         opened = shard_rows(tmp_path / "x.tar")
         digests.add((opened[1], int(opened[0][0, 6])))
     assert len(digests) == 3 and len({image for _, image in digests}) == 2
+
+
+def test_shard_rows_of_several_images_takes_the_first_of_the_kinds_and_says_so(tmp_path, caplog):
+    members = [("a.tif", b"tif"), ("a.png", b"png"), ("a.jpg", b"jpg"), ("a.gif", b"gif"), ("b.tif", b"tif")]
+    rows, _ = shard_rows(write_tar(tmp_path / "a.tar", members))
+    with open(tmp_path / "a.tar", "rb") as f:
+        contents = [(f.seek(offset), f.read(size))[1] for offset, size in rows[:, :2].tolist()]
+    assert contents == [b"jpg", b"tif"]
+    assert "1 samples with several images" in caplog.text
+
+
+def test_a_pipe_among_the_shards_does_not_wait(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(ValueError, match=r"a\.tar is not a regular file"):
+        TarPairs(tmp_path)

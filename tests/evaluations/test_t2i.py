@@ -282,6 +282,7 @@ def test_statistics_stand_for_the_reference(folders, clip_folder, tmp_path):
             "data": "coco2014",
             "eval_res": 16,
             "inception_resize": "clean",
+            "reading": {"exif": True, "background": "#ffffff"},
             "graph": made["protocol"]["graph"]["sha256"],
         },
         "data": "coco2014",
@@ -578,3 +579,18 @@ def test_vectors_do_not_depend_on_the_batch(clip_folder):
     alone = np.concatenate([clip.texts([caption]) for caption in CAPTIONS])
     assert np.allclose(together, alone, atol=1e-6)
     assert np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
+
+
+def test_generated_images_that_are_the_reference_are_said(folders, tmp_path):
+    fake, ref = folders
+    for file in (ref / "val2014").iterdir():
+        file.unlink()
+    for file in files_of(fake / "images"):
+        (ref / "val2014" / f"copy_{file.name}").write_bytes(file.read_bytes())
+    recorded = tmp_path / "recorded.npz"
+    made = evaluate(fake, ref, None, "--no-clip", "--save_statistics", str(recorded))
+    assert any(f"{COUNT} of the {COUNT} samples are exact copies" in warning for warning in made["warnings"])
+    again = evaluate(fake, recorded, None, "--no-clip")
+    assert any("statistics of the reference were made of these samples" in warning for warning in again["warnings"])
+    with pytest.raises(ValueError, match=r"was made with reading .*'exif': True.*this evaluation has .*'exif': False"):
+        evaluate(fake, recorded, None, "--no-clip", "--no-exif")
