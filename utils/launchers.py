@@ -13,6 +13,13 @@ from dataclasses import dataclass
 # Numbers from here on are Slurm's names for what is no step of srun: a batch script, an interactive shell.
 _FIRST_SPECIAL_STEP = 2**32 - 16
 
+# Rank, size, rank and size on this machine: of Open MPI, MVAPICH, and MPICH or Intel MPI.
+_MPI = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -33,7 +40,7 @@ def adopt_launcher(env: MutableMapping[str, str] = os.environ) -> None:
     """
     if "RANK" in env:
         return
-    place = _open_mpi(env) or _pmi(env) or _slurm(env)
+    place = _mpi(env) or _slurm(env)
     if place is None or place.world_size == 1:
         return
     env |= {
@@ -67,24 +74,17 @@ def _address(env: MutableMapping[str, str], place: Place) -> str:
     return first_host(nodes)
 
 
-def _open_mpi(env: MutableMapping[str, str]) -> Place | None:
-    if "OMPI_COMM_WORLD_RANK" not in env:
-        return None
-    rank, world = int(env["OMPI_COMM_WORLD_RANK"]), int(env["OMPI_COMM_WORLD_SIZE"])
-    local_rank = int(env.get("OMPI_COMM_WORLD_LOCAL_RANK", rank))
-    job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or str(os.getppid())
-    return Place("mpirun", rank, world, local_rank, int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", world)), job)
-
-
-def _pmi(env: MutableMapping[str, str]) -> Place | None:
-    """MPICH, Intel MPI, and srun --mpi=pmi2."""
-    if "PMI_RANK" not in env or "PMI_SIZE" not in env:
-        return None
-    if "MPI_LOCALRANKID" not in env and "SLURM_LOCALID" in env:
-        return _slurm(env)
-    rank, world = int(env["PMI_RANK"]), int(env["PMI_SIZE"])
-    local_rank, local_world = int(env.get("MPI_LOCALRANKID", rank)), int(env.get("MPI_LOCALNRANKS", world))
-    return Place("mpirun", rank, world, local_rank, local_world, env.get("SLURM_JOB_ID") or str(os.getppid()))
+def _mpi(env: MutableMapping[str, str]) -> Place | None:
+    for rank, size, local_rank, local_size in _MPI:
+        if rank not in env or size not in env:
+            continue
+        if local_rank not in env and "SLURM_LOCALID" in env:  # srun --mpi=pmi2
+            return _slurm(env)
+        here = int(env.get(local_rank, env[rank])), int(env.get(local_size, env[size]))
+        parent = str(os.getppid()) if env[size] == env.get(local_size, env[size]) else ""
+        job = env.get("PMIX_NAMESPACE") or env.get("SLURM_JOB_ID") or parent
+        return Place("mpirun", int(env[rank]), int(env[size]), *here, job)
+    return None
 
 
 def _slurm(env: MutableMapping[str, str]) -> Place | None:
