@@ -14,7 +14,7 @@ from utils.cli import flag_parser, run_script
 
 
 def main(args: argparse.Namespace) -> None:
-    from tokenizer.tokenizer_image.load import vq_record
+    from tokenizer.tokenizer_image.load import kept_config, vq_record
     from tokenizer.tokenizer_image.vq_model import vq_args_from_state_dict, vq_model_name
     from tokenizer.vqgan.load import from_taming, has_taming_names
     from utils.checkpoint import read_checkpoint, save_checkpoint
@@ -26,7 +26,8 @@ def main(args: argparse.Namespace) -> None:
     if target.exists() and target.samefile(checkpoint.path):
         raise ValueError(f"{target} is the checkpoint itself: give another --output")
     if args.keep_names:
-        save_checkpoint(target, {"model": owned(checkpoint.model)})
+        config = kept_config(checkpoint)
+        save_checkpoint(target, {"model": owned(checkpoint.model), **({"config": config} if config else {})})
         print(f"{target}: {len(checkpoint.model)} tensors of {checkpoint.path}, names kept")
         return
     if not has_taming_names(checkpoint.model):

@@ -18,10 +18,9 @@ SUFFIX = {"pt": ".pt", "consolidated": ".pth", "safetensors": ".safetensors"}
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from tokenizer.tokenizer_image.load import recorded_l2_norm
+    from tokenizer.tokenizer_image.load import kept_config
     from utils.checkpoint import save_bare_weights, save_checkpoint, save_safetensors
     from utils.distributed import Distributed
-    from utils.origin import origin
     from utils.runs import find_checkpoint
     from utils.training_state import ShardedCheckpoint, TrainingState, whole_weights
 
@@ -31,9 +30,7 @@ def main(args: argparse.Namespace) -> None:
         model, ema = whole_weights(source, "model"), whole_weights(source, "ema") or None
         steps, flags, config = read.record["steps"], read.record["args"], read.record.get("config", {})
     else:
-        model, ema, steps, flags, config = read.model, read.ema, read.steps, read.args, read.config
-        if (l2_norm := recorded_l2_norm(read)) is not None:  # a tokenizer's, also of files that say it in their flags
-            config = {**origin(vq={"codebook_l2_norm": l2_norm}), **config}
+        model, ema, steps, flags, config = read.model, read.ema, read.steps, read.args, kept_config(read)
     if args.use_ema:
         if ema is None:
             raise ValueError(f"{source} has no averaged weights; leave out --use-ema")

@@ -27,6 +27,7 @@ from tests.training import (
 )
 from tokenizer.tokenizer_image import lpips, vq_demo, vq_train
 from tokenizer.tokenizer_image.hub import VQModelHF
+from tools import convert_pytorch_lightning_to_torch as convert
 from tools import export_checkpoint
 from utils.checkpoint import save_safetensors
 from utils.images import make_grid, to_uint8
@@ -340,6 +341,8 @@ def test_exported_tokenizer_gives_the_codes_of_its_checkpoint(request, edition, 
         export_checkpoint, "--checkpoint", tmp_path / "exported", "--format", "consolidated", "--output", tmp_path / "b"
     )
     assert torch.equal(codes_of(tmp_path / "b"), codes_of(source))
+    run_here(convert, "--input", source, "--output", tmp_path / "c", "--keep-names")
+    assert torch.equal(codes_of(tmp_path / "c"), codes_of(source))
     bare = load(source)["model"]
     torch.save(bare, tmp_path / "bare.pth")
     assert not torch.equal(codes_of(tmp_path / "bare.pth"), codes_of(source)), "the setting matters"

@@ -37,6 +37,13 @@ def recorded_l2_norm(checkpoint: Checkpoint) -> bool | None:
     return next(found, None)
 
 
+def kept_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the record that a copy of a checkpoint in another format needs: its own, with what it says elsewhere."""
+    l2_norm = recorded_l2_norm(checkpoint)
+    found = {} if l2_norm is None else origin(vq={"codebook_l2_norm": l2_norm})
+    return {**found, **checkpoint.config}
+
+
 def load_tokenizer(
     path: str | Path,
     *,
