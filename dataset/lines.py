@@ -1,8 +1,8 @@
 """The record of the lines that features and codes were made of, and its comparison with the lines of today.
 
-    captions = CaptionLines(pairs)
-    record_lines(folder / "part-0", captions, 0, "blip", range(2048), made=range(2048))    # lines-00000000.npz there
-    compare_lines(folder / "part-0", captions, 0)                       # ValueError for the first line that differs
+    captions = CaptionLines(pairs, kind="blip", maker=fingerprint)
+    record_lines(folder / "part-0", captions, 0, range(2048), made=range(2048))    # lines-00000000.npz there
+    compare_lines(folder / "part-0", CaptionLines(pairs), 0)                       # ValueError for the first line that differs
 
 A feature depends on its caption, a code on its image: an edit of the rest of a line is no difference. A record also has
 the digest of its list as a whole. Where that is the same still, no line is read.
@@ -37,12 +37,16 @@ class ImageSource(TextSource, Protocol):
 
 
 class Lines(ABC):
-    """The lines of a source's files by what decides something made of them. kind: which of several such things it is."""
+    """The lines of a source's files by what decides something made of them.
+
+    kind: which of several such things it is. maker: a fingerprint of the model that makes something of them. Both are
+    given where something is going to be made, and then refuse what others made.
+    """
 
     part: str
 
-    def __init__(self, source: TextSource):
-        self.source, self.files = source, list(source.files)
+    def __init__(self, source: TextSource, kind: str | None = None, maker: str | None = None):
+        self.source, self.files, self.kind, self.maker = source, list(source.files), kind, maker
         self.starts = [0, *accumulate(count for _, count in self.files)]
 
     @abstractmethod
@@ -60,7 +64,7 @@ class CaptionLines(Lines):
     part = "caption"
 
     @staticmethod
-    def kind(key: str, truncated: bool) -> str:
+    def kind_of(key: str, truncated: bool) -> str:
         """Return the kind that two flags of extraction stand for."""
         return key + _TRUNCATED * truncated
 
@@ -96,7 +100,7 @@ def digest_all(contents: Iterable[bytes | str]) -> str:
     return hashlib.blake2b(numbers.tobytes(), digest_size=16).hexdigest()
 
 
-def record_lines(folder: Path, lines: Lines, k: int, kind: str, shard: range, made: Iterable[int]) -> None:
+def record_lines(folder: Path, lines: Lines, k: int, shard: range, made: Iterable[int]) -> None:
     """Records what the lines `made` of a shard of file `k` are made of; what is recorded of its other lines stays.
 
     Call it before the shard is written: features or codes without a record would pass for those of any list.
@@ -104,29 +108,30 @@ def record_lines(folder: Path, lines: Lines, k: int, kind: str, shard: range, ma
     file = folder / f"lines-{shard.start:08d}.npz"
     digests = np.zeros(len(shard), np.int64)
     if file.exists():
-        earlier = _read(file)[2][: len(shard)]
+        earlier = _read(file)["digests"][: len(shard)]
         digests[: len(earlier)] = earlier
     for line in made:
-        digests[line - shard.start] = lines.digest(kind, lines.starts[k] + line)
+        digests[line - shard.start] = lines.digest(lines.kind, lines.starts[k] + line)
     with atomic_write(file) as f:
-        np.savez(f, kind=kind, list=lines.source.list_digest(k), digests=digests)
+        np.savez(f, kind=lines.kind, maker=lines.maker or "", list=lines.source.list_digest(k), digests=digests)
 
 
-def compare_lines(folder: Path, lines: Lines, k: int, kind: str | None = None) -> int:
+def compare_lines(folder: Path, lines: Lines, k: int) -> int:
     """Compares what a folder records with the lines of file `k` as they are now. Returns how many lines are recorded.
 
-    kind: the only one allowed, where more is going to be written. Raises ValueError that names the first line that
-    differs, or for another kind.
+    Raises ValueError that names the first line that differs, or another kind or maker.
     """
     recorded, differing, start, count = 0, [], lines.starts[k], lines.files[k][1]
     for file in sorted(folder.glob("lines-*.npz")):
-        its_kind, its_list, digests = _read(file)
-        if kind not in (None, its_kind):
-            raise ValueError(f"{folder} was made of {its_kind!r}, now it is {kind!r}: write to another folder")
+        record = _read(file)
+        its_kind, digests = record["kind"].item(), record["digests"]
+        for now, there in ((lines.kind, its_kind), (lines.maker, record["maker"].item())):
+            if None not in (now, there) and there and now != there:
+                raise ValueError(f"{folder} was made with {there!r}, now it is {now!r}: write to another folder")
         if not lines.reads(its_kind):
             continue
         recorded += len(digests)
-        if its_list == lines.source.list_digest(k):
+        if record["list"].item() == lines.source.list_digest(k):
             continue
         for line, made_of in enumerate(digests[: max(count - (first := _first(file)), 0)].tolist(), start=first):
             if made_of and _digest_or_none(lines, its_kind, start + line) != made_of:
@@ -139,14 +144,14 @@ def compare_lines(folder: Path, lines: Lines, k: int, kind: str | None = None) -
     return recorded
 
 
-def compare_before_writing(folder: Path, lines: Lines, chosen: Iterable[int], kind: str) -> None:
+def compare_before_writing(folder: Path, lines: Lines, chosen: Iterable[int]) -> None:
     """Compares what there is in a folder already of the `chosen` files, whose missing parts are going to be written.
 
     Raises ValueError as compare_lines does.
     """
     unknown = 0
     for stem, count, recorded in (
-        (*lines.files[k], compare_lines(folder / lines.files[k][0], lines, k, kind)) for k in chosen
+        (*lines.files[k], compare_lines(folder / lines.files[k][0], lines, k)) for k in chosen
     ):
         if not recorded and any((folder / stem).glob("*.npy")):
             unknown += count
@@ -180,7 +185,25 @@ def compare_folder(folder: Path, lines: Lines, count_of: Callable[[str], int | N
 def recorded_digest(folder: Path, stems: Iterable[str]) -> str | None:
     """Return what the records of all lines come to; None where there are none."""
     found = [_read(file) for stem in stems for file in sorted((folder / stem).glob("lines-*.npz"))]
-    return digest_all(part for kind, _, digests in found for part in (kind, digests.tobytes())) if found else None
+    return (
+        digest_all(part for one in found for part in (one["kind"].item(), one["digests"].tobytes())) if found else None
+    )
+
+
+def recorded_maker(folder: Path, stems: Iterable[str]) -> str | None:
+    """Return the fingerprint of the model that made what a folder has of these files; None where that is not recorded.
+
+    Raises ValueError where two made it.
+    """
+    makers = {}
+    for stem in stems:
+        for file in sorted((folder / stem).glob("lines-*.npz"))[:1]:
+            makers.setdefault(_read(file)["maker"].item(), folder / stem)
+    makers.pop("", None)
+    if len(makers) > 1:
+        (one, there), (other, here), *_ = makers.items()
+        raise ValueError(f"{there} was made with {one}, {here} with {other}: extract one of them again")
+    return next(iter(makers), None)
 
 
 def _tell_unknown(folder: Path, lines: Lines, unknown: int) -> None:
@@ -195,11 +218,11 @@ def _digest_or_none(lines: Lines, kind: str, index: int) -> int:
         return 0
 
 
-def _read(file: Path) -> tuple[str, str, np.ndarray]:
-    """Return the kind, the list's digest and the lines' digests of a record."""
+def _read(file: Path) -> dict[str, np.ndarray]:
+    """Return a record's kind, maker, list and digests."""
     try:
         with np.load(file) as record:
-            return str(record["kind"]), str(record["list"]), record["digests"]
+            return {name: record[name] for name in ("kind", "maker", "list", "digests")}
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} is damaged ({error}): without it its lines are not compared") from error
 

@@ -26,7 +26,7 @@ from dataset.augmentation import UnusableImage, center_crop_arr, random_crop_arr
 from dataset.codes import CodeSettings, CodeWriter
 from dataset.images import drawing_from
 from dataset.jsonl import JsonLines
-from dataset.lines import CaptionLines, ImageLines, compare_folder, digest, digest_all, recorded_digest
+from dataset.lines import CaptionLines, ImageLines, compare_folder, digest, digest_all, recorded_digest, recorded_maker
 from dataset.pixels import DEFAULT, Reading, load_rgb
 from dataset.shards import INDEX_FILE, ShardFolder
 from dataset.webdataset import Member, TarPairs
@@ -191,6 +191,7 @@ class TextCodes:
                 "extract one of them again",
             )
         self.tokenizer = max((told.tokenizer or "" for told in recorded.values()), key=len, default="") or None
+        self.tokenizer = self.tokenizer or recorded_maker(self.folder, there)
         self._open: OrderedDict[str, tuple[ShardFolder, np.ndarray]] = OrderedDict()
 
     def __getstate__(self) -> dict:

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dataset.lines import recorded_maker
 from dataset.shards import INDEX_FILE, OPEN_MAPS, read_record
 from utils.files import atomic_write, crc32_of, write_json
 
@@ -369,6 +370,7 @@ class PublishedFeatures(FeatureStore):
                 f"published layout; {EXTRACTION} makes them"
             )
         self.dim = self._read(first).shape[2]
+        self.encoder = recorded_maker(self.folder, self._stems())
 
     def _stems(self) -> list[str]:
         return sorted(entry.path for entry in os.scandir(self.folder) if entry.is_dir())

@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
     from dataset.lines import CaptionLines, compare_before_writing, record_lines
     from dataset.t2i import chosen_files, open_pairs
     from dataset.text_features import FeatureWriter, published_lines, shard_lines, write_published_features
-    from language.t5 import T5Embedder, find_t5, without_fork_warnings
+    from language.t5 import T5Embedder, find_t5, fingerprint, without_fork_warnings
     from utils.distributed import start
     from utils.errors import AgreedError
     from utils.loading import loader_workers
@@ -62,7 +62,6 @@ def main(args: argparse.Namespace) -> None:
         pairs = open_prompts(args.data_path) or open_pairs(args.data_path, args.index_path)
         folder = find_t5(args.t5_model_path, args.t5_model_type)
     chosen = chosen_files(pairs, args.data_start, args.data_end)
-    lines, kind = CaptionLines(pairs), CaptionLines.kind(args.caption_key, args.trunc_caption)
     embedder = T5Embedder(
         dist.device, folder, torch_dtype=getattr(torch, _DTYPES[args.precision]), model_max_length=MAX_LENGTH
     )
@@ -76,8 +75,9 @@ def main(args: argparse.Namespace) -> None:
         make |= {"settings": feature_settings(args, embedder), "shard_size": args.shard_size}
         writer = FeatureWriter(args.t5_path, **make) if dist.is_main else None
         missing = [(k, shard) for k in chosen for shard in writer.missing_shards(*pairs.files[k])] if writer else None
+    lines = CaptionLines(pairs, CaptionLines.kind_of(args.caption_key, args.trunc_caption), fingerprint(embedder))
     if dist.is_main:
-        compare_before_writing(Path(args.t5_path), lines, chosen, kind)
+        compare_before_writing(Path(args.t5_path), lines, chosen)
     missing = dist.broadcast(missing)
     if not args.published_layout:
         writer = writer or FeatureWriter(args.t5_path, **make)
@@ -101,14 +101,14 @@ def main(args: argparse.Namespace) -> None:
                 # All of the shard where any is missing: what is encoded together, and so rounded, does not depend on it.
                 features = encode_captions(embedder, ids, args.batch_size, progress) if wanted else []
                 encoded += sum(rows is not None for rows in features)
-                record_lines(Path(args.t5_path, stem), lines, k, kind, lines_here, made=wanted)
+                record_lines(Path(args.t5_path, stem), lines, k, lines_here, made=wanted)
                 for line in wanted:
                     write_published_features(args.t5_path, stem, line, features[line - lines_here.start])
             else:
                 features = encode_captions(embedder, ids, args.batch_size, progress)
                 encoded += sum(rows is not None for rows in features)
                 made = [line for line, i in zip(lines_here, ids, strict=True) if i is not None]
-                record_lines(Path(args.t5_path, stem), lines, k, kind, lines_here, made)
+                record_lines(Path(args.t5_path, stem), lines, k, lines_here, made)
                 writer.write_shard(stem, shard, features, count)
             progress.update(sum(i is None for i in ids) if features else len(ids))
     encoded, skipped = (sum(dist.gather(value)) for value in (encoded, captions.skipped))

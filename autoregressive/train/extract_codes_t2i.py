@@ -76,17 +76,17 @@ def main(args: argparse.Namespace) -> None:
         )
     starts = [0, *accumulate(count for _, count in pairs.files)]
     folders = {k: f"{args.code_path}/{pairs.files[k][0]}" for k in chosen}
-    source = ImageLines(pairs)
     begun = [extra for k in chosen if (extra := recorded_settings(folders[k], args.published_layout)) is not None]
     reading = Reading.of(args, next((extra for extra in begun if "exif" not in extra), begun[0] if begun else None))
     log.info(reading)
     settings = {k: code_settings(args, pairs.files[k], tokenizer, reading) for k in chosen}
+    source = ImageLines(pairs, pairs.image_kind, settings[chosen[0]].tokenizer)
     # The first process looks for all: one that looked for itself would miss what a quicker one has written already.
     batches = None
     if dist.is_main:
         look = missing_published if args.published_layout else missing_packed
         batches = [batch for k in chosen for batch in look(args, k, starts[k], settings[k], folders[k])]
-        compare_before_writing(Path(args.code_path), source, chosen, pairs.image_kind)
+        compare_before_writing(Path(args.code_path), source, chosen)
     batches = dist.broadcast(batches)
     # Dealt out in turn, so that no process has more than one shard more than another, in a resumed run either.
     units = list(dict.fromkeys(unit for unit, _ in batches))[dist.rank :: dist.world_size]
@@ -110,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
         for (k, shard), codes, labels, numbers in encoded:
             lines = (numbers - starts[k]).numpy()
             shard_lines = settings[k].images_of(shard)
-            record_lines(Path(folders[k]), source, k, pairs.image_kind, shard_lines, lines.tolist())
+            record_lines(Path(folders[k]), source, k, shard_lines, lines.tolist())
             if args.published_layout:
                 for line, code in zip(lines.tolist(), codes[:, 0].numpy(), strict=True):
                     write_text_codes(args.code_path, pairs.files[k][0], line, code)

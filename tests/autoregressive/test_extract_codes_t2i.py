@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -11,15 +12,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from autoregressive.pipeline import load_tokenizer
 from autoregressive.train import extract_codes_t2i
 from dataset.augmentation import center_view
 from dataset.shards import ShardFolder
-from dataset.t2i import TextCodes
+from dataset.t2i import PairViews, TextCodes
 from tests.helpers import ROOT
 from tests.text_training import make_pairs, make_shards, picture
 from tests.training import check_published_flags, environment, quiet_loggers, run_here
+from tokenizer.tokenizer_image.fingerprint import tokenizer_fingerprint
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.cli import run_script
 
@@ -222,6 +226,48 @@ def test_another_size_in_the_same_folder(data, extracted, published, tmp_path):
     folder = shutil.copytree(published, tmp_path / "published")
     with pytest.raises(ValueError, match=r"has shape \(1, 16\), these codes \(1, 25\): write to another folder"):
         extract(data, folder, "--image-size", 20, "--published-layout")
+
+
+def test_published_codes_of_another_tokenizer_are_refused(data, published, tmp_path):
+    """Where their extraction is continued; training knows whose they are."""
+    torch.save({"model": VQ_models["VQ-4"](codebook_size=64).state_dict()}, tmp_path / "other.pt")
+    folder = shutil.copytree(published, tmp_path / "codes")
+    (folder / "part-b" / "2.npy").unlink()
+    with pytest.raises(ValueError, match=r"part-a was made with '[0-9a-f]{32}', now it is '[0-9a-f]{32}'"):
+        extract(data, folder, "--published-layout", "--vq-ckpt", tmp_path / "other.pt")
+    assert TextCodes(folder, list(COUNTS), TOKENS, 64).tokenizer == tokenizer_fingerprint(
+        load_tokenizer(data / "vq.pt")
+    )
+
+
+def killed_at(index, view):
+    """A read that ends its loader process at one pair."""
+
+    def read(self, at):
+        if at == index and get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return view(self, at)
+
+    return read
+
+
+def test_extraction_keeps_what_is_finished_when_a_loader_process_is_killed(
+    data, extracted, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("utils.loading.os.sched_getaffinity", lambda pid: range(4), raising=False)
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
+    flags = words(data, tmp_path / "codes", "--num-workers", 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(PairViews, "__getitem__", killed_at(13, PairViews.__getitem__))
+        patched.setattr(sys, "argv", ["script.py", *map(str, flags)])
+        with quiet_loggers(), pytest.raises(SystemExit):
+            run_script(extract_codes_t2i.main, extract_codes_t2i.flags())
+    told = capsys.readouterr().err
+    told = told[told.index("error: ") :]
+    assert "was killed by SIGKILL" in told and "finished work is kept" in told and "Traceback" not in told
+    assert (tmp_path / "codes" / "part-a" / "shard-000000.json").exists()
+    run_here(extract_codes_t2i, *flags)
+    assert digests(tmp_path / "codes") == digests(extracted)
 
 
 def test_the_released_tokenizer_is_the_default(data, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from dataset.lines import CaptionLines, ImageLines, compare_before_writing, record_lines
+from dataset.lines import CaptionLines, ImageLines, compare_before_writing, record_lines, recorded_maker
 from dataset.t2i import TextCodes, TextImages, open_pairs
 from dataset.text_features import open_features
 from language.prompts import PromptFeatures, PromptList
@@ -17,12 +17,12 @@ from tests.dataset.test_t2i import COUNTS, GRID, SIZE, make_codes
 from tests.text_training import make_features, make_pairs, make_shards
 
 
-def record(folder, lines, kind, shard=4):
+def record(folder, lines, shard=4):
     """What extraction records, shard by shard."""
     for k, (stem, count) in enumerate(lines.files):
         for start in range(0, count, shard):
             here = range(start, min(start + shard, count))
-            record_lines(folder / stem, lines, k, kind, here, made=here)
+            record_lines(folder / stem, lines, k, here, made=here)
     return folder
 
 
@@ -31,8 +31,8 @@ def data(tmp_path, request):
     """Pairs, and features and codes that record them."""
     make = make_pairs if request.param == "pairs" else make_shards
     pairs = open_pairs(make(tmp_path / "data", COUNTS))
-    record(make_features(tmp_path / "features", COUNTS), CaptionLines(pairs), "blip")
-    record(make_codes(tmp_path / "codes", without=()), ImageLines(pairs), pairs.image_kind)
+    record(make_features(tmp_path / "features", COUNTS), CaptionLines(pairs, "blip"))
+    record(make_codes(tmp_path / "codes", without=()), ImageLines(pairs, pairs.image_kind))
     return tmp_path
 
 
@@ -95,10 +95,10 @@ def test_files_that_changed_names_are_refused(data):
 
 def test_short_features_of_other_lines_are_refused(data):
     pairs = open_pairs(data / "data")
-    record(make_features(data / "short", COUNTS), CaptionLines(pairs), "blip truncated")
+    record(make_features(data / "short", COUNTS), CaptionLines(pairs, "blip truncated"))
     opened(data, short_features=open_features(data / "short"))
     edit(data, SLIPS["swapped"])
-    record(data / "features", CaptionLines(open_pairs(data / "data")), "blip")
+    record(data / "features", CaptionLines(open_pairs(data / "data"), "blip"))
     with pytest.raises(ValueError, match=r"short/part-a was made of other lines"):
         opened(data, codes=False, short_features=open_features(data / "short"))
 
@@ -119,7 +119,7 @@ def test_edits_of_what_was_not_read_are_accepted(data):
     edit(data, lambda lines: [line.replace("thing", "cat") for line in lines])
     with pytest.raises(ValueError, match="features/part-a was made of other lines: the caption of line 0"):
         opened(data)
-    compare_before_writing(data / "codes", ImageLines(open_pairs(data / "data")), [0, 1], "image paths")
+    compare_before_writing(data / "codes", ImageLines(open_pairs(data / "data"), "image paths"), [0, 1])
 
 
 def test_folders_without_records_are_accepted_unless_their_number_of_lines_differs(data, caplog):
@@ -137,22 +137,23 @@ def test_folders_without_records_are_accepted_unless_their_number_of_lines_diffe
 
 
 def test_an_extraction_is_not_continued_with_another_list(data):
-    lines = CaptionLines(open_pairs(data / "data"))
-    compare_before_writing(data / "features", lines, [0, 1], "blip")
-    with pytest.raises(ValueError, match=r"was made of 'blip', now it is 'llava truncated'"):
-        compare_before_writing(data / "features", lines, [0], CaptionLines.kind("llava", True))
+    lines = CaptionLines(open_pairs(data / "data"), "blip")
+    compare_before_writing(data / "features", lines, [0, 1])
+    other = CaptionLines(open_pairs(data / "data"), CaptionLines.kind_of("llava", True))
+    with pytest.raises(ValueError, match=r"was made with 'blip', now it is 'llava truncated'"):
+        compare_before_writing(data / "features", other, [0])
     edit(data, SLIPS["swapped"])
-    lines = CaptionLines(open_pairs(data / "data"))
-    compare_before_writing(data / "features", lines, [1], "blip")
+    lines = CaptionLines(open_pairs(data / "data"), "blip")
+    compare_before_writing(data / "features", lines, [1])
     with pytest.raises(ValueError, match=r"the caption of (line|sample) 0 .*is another now, and 1 more are"):
-        compare_before_writing(data / "features", lines, [0, 1], "blip")
+        compare_before_writing(data / "features", lines, [0, 1])
 
 
 def test_record_lines_keeps_what_earlier_runs_recorded_of_a_shard(data, tmp_path):
-    lines = CaptionLines(open_pairs(data / "data"))
-    whole = record(tmp_path / "whole", lines, "blip")
+    lines = CaptionLines(open_pairs(data / "data"), "blip")
+    whole = record(tmp_path / "whole", lines)
     for made in ([0, 2], [3], [1]):
-        record_lines(tmp_path / "parts" / "part-a", lines, 0, "blip", range(4), made)
+        record_lines(tmp_path / "parts" / "part-a", lines, 0, range(4), made)
     (one, other) = (
         np.load(folder / "part-a" / "lines-00000000.npz")["digests"] for folder in (whole, tmp_path / "parts")
     )
@@ -162,7 +163,7 @@ def test_record_lines_keeps_what_earlier_runs_recorded_of_a_shard(data, tmp_path
 def test_prompts_that_changed_are_refused(tmp_path):
     prompts = ["a map", "a fox", "two cats"]
     folder = make_features(tmp_path / "features", {"prompts": 3})
-    record(folder, CaptionLines(PromptList("prompts.txt", prompts)), "blip")
+    record(folder, CaptionLines(PromptList("prompts.txt", prompts), "blip"))
     PromptFeatures(folder, "prompts.txt", prompts)
     for changed in (prompts[::-1], ["a map", "a fox", "two dogs"]):
         with pytest.raises(
@@ -176,3 +177,16 @@ def test_damaged_record_is_named(data):
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"lines-00000004\.npz is damaged"):
         opened(data)
+
+
+def test_recorded_maker_is_the_one_that_made_all_files(tmp_path):
+    pairs = open_pairs(make_pairs(tmp_path / "data", COUNTS))
+    folder = record(tmp_path / "codes", CaptionLines(pairs, "blip", "one"))
+    assert recorded_maker(folder, COUNTS) == "one" and recorded_maker(tmp_path / "nothing", COUNTS) is None
+    compare_before_writing(folder, CaptionLines(pairs, "blip", "one"), [0, 1])
+    with pytest.raises(ValueError, match="part-a was made with 'one', now it is 'two'"):
+        compare_before_writing(folder, CaptionLines(pairs, "blip", "two"), [0, 1])
+    shutil.rmtree(folder / "part-b")
+    record_lines(folder / "part-b", CaptionLines(pairs, "blip", "two"), 1, range(5), made=range(5))
+    with pytest.raises(ValueError, match=r"part-a was made with one, .*part-b with two"):
+        recorded_maker(folder, COUNTS)

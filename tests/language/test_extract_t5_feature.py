@@ -317,7 +317,7 @@ def test_a_run_without_any_caption(t5, tmp_path, more):
         for line in (3, 4):
             (tmp_path / "others" / "a" / f"{line}.npy").unlink()
         with pytest.raises(
-            ValueError, match=r"others/a was made of 'blip', now it is 'llava': write to another folder"
+            ValueError, match=r"others/a was made with 'blip', now it is 'llava': write to another folder"
         ):
             extract(tmp_path, tmp_path / "others", t5, "--caption-key", "llava", *more)
 
