@@ -159,7 +159,7 @@ def load_pipeline(
     from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt
     from tokenizer.tokenizer_image.hub import VQModelHF
     from tokenizer.tokenizer_image.load import load_tokenizer
-    from utils.checkpoint import read_checkpoint
+    from utils.checkpoint import has_averages, read_checkpoint
     from utils.distributed import pick_device
     from utils.runs import find_checkpoint
 
@@ -168,6 +168,8 @@ def load_pipeline(
     beliefs = {name: given.pop(name) for name in ("vq_model", "codebook_embed_dim") if name in given}
     path = None if is_on_hub(gpt) else find_checkpoint(gpt)
     if path is None:
+        if args.use_ema:
+            raise ValueError(f"{gpt} has no averaged weights, for which --use-ema asks; leave the flag out")
         model = TransformerHF.from_pretrained(str(gpt)).to(device, PRECISIONS[precision]).requires_grad_(False)
         fingerprint = model.file_config.get("tokenizer")
     else:
@@ -176,9 +178,9 @@ def load_pipeline(
         tokenizer = VQModelHF.from_pretrained(str(vq)).to(device).float().requires_grad_(False)
     else:
         size = {"codebook_size": given["codebook_size"]} if "codebook_size" in given else {}
-        tokenizer = load_tokenizer(
-            find_checkpoint(vq), **beliefs, **size, device=device, use_ema=args.use_ema, fingerprint=fingerprint
-        )
+        vq_path = find_checkpoint(vq)
+        averaged = args.use_ema and has_averages(vq_path)
+        tokenizer = load_tokenizer(vq_path, **beliefs, **size, device=device, use_ema=averaged, fingerprint=fingerprint)
     if path is not None:
         given.setdefault("downsample_size", tokenizer.downsample)
         dtype = PRECISIONS[precision]

@@ -37,7 +37,7 @@ from tokenizer.tokenizer_image.fingerprint import tokenizer_fingerprint
 from tokenizer.tokenizer_image.load import load_tokenizer
 from tokenizer.tokenizer_image.strips import decode_in_strips
 from tokenizer.tokenizer_image.vq_model import VQModel, independent_of_threads
-from utils.checkpoint import load_into, read_checkpoint
+from utils.checkpoint import has_averages, load_into, read_checkpoint
 from utils.distributed import pick_device
 from utils.images import to_uint8
 from utils.origin import same_tokenizer
@@ -72,9 +72,12 @@ def load_gpt(
 
     image_size, downsample_size: pixels a side of the image and of a token; where not given, what the file records or
     its name tells. flags: what the caller believes the file holds (gpt_model, num_classes, …; None for no belief).
-    Raises ValueError where the weights disagree with these, or are not a GPT's; FileNotFoundError.
+    Raises ValueError where the weights disagree with these, are not a GPT's, or not averaged although `use_ema` asks for
+    that; FileNotFoundError.
     """
     checkpoint = read_checkpoint(path, prefer_ema=use_ema)
+    if use_ema:
+        checkpoint.require_averages()
     recorded = checkpoint.args or {}
     found = describe_gpt(checkpoint.model, GPT_SIZES, path)
     check_gpt_flags(
@@ -202,6 +205,7 @@ class ImagePipeline:
         `gpt` left out, the GPT's file itself. gpt, vq: file names, paths, or run folders (their newest checkpoint).
         `vq` defaults to the released tokenizer of the GPT's kind.
         dtype: of the GPT's weights (bfloat16 on an accelerator, float32 on a CPU).
+        use_ema: take the GPT's averaged weights, and the tokenizer's where its file has some.
         decode_precision: none, or bf16 for pixels sooner that are not quite the same (VQModel.decode_in_bfloat16).
         text: how prompts are encoded, as the constructor takes it (text_encoder, t5_path, t5_device, t5_dtype, …).
         Raises FileNotFoundError, ConnectionError, and ValueError where the two models do not fit together.
@@ -232,7 +236,7 @@ class ImagePipeline:
         tokenizer = load_tokenizer(
             vq_path,
             device=device,
-            use_ema=use_ema,
+            use_ema=use_ema and has_averages(vq_path),
             decode_precision=decode_precision,
             fingerprint=read_checkpoint(gpt_path).config.get("tokenizer"),
         )

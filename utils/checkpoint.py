@@ -27,6 +27,15 @@ import torch
 from utils.files import atomic_write
 
 State = dict[str, torch.Tensor]
+WEIGHTS_ENTRIES = ("model", "module", "state_dict", "model_state_dict", "ema")
+# Where a folder keeps weights: this project's and FSDP's, transformers', diffusers'; an index lists the shards beside it.
+_NAMES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+)
+_SHARD = re.compile(r"(.+-)(\d{5})-of-(\d{5})(\.\w+)")
 CONSOLIDATED_FILE, AVERAGED_FILE, RECORD_FILE = "consolidated.pth", "consolidated_ema.pth", "training.json"
 _LISTED = 20
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -48,6 +57,7 @@ class Checkpoint:
     layout: 'ddp', 'deepspeed', 'lightning', 'fsdp' (a bare state dict), 'tokenizer' ({"model"[, "ema"]}) or
     'safetensors'. `config` is the file's record of what its weights belong to (`tokenizer`, `classes`, …, with a
     `version`); empty in published files. `extra` has the file's other entries as they are.
+    `files` are the files read: one, or all shards.
     """
 
     path: Path
@@ -59,12 +69,20 @@ class Checkpoint:
     format: str
     extra: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+
+    def require_averages(self) -> None:
+        """Raises ValueError where the file has no averaged weights."""
+        if self.ema is None:
+            raise ValueError(
+                f"{self.path} has no averaged weights, for which --use-ema asks; leave the flag out to use its raw weights"
+            )
 
 
 def read_checkpoint(
     path: str | Path, map_location: str | torch.device = "cpu", prefer_ema: bool = False, mmap: bool = True
 ) -> Checkpoint:
-    """Reads a .pt, .pth, .bin, .ckpt or .safetensors file, or a folder with `consolidated.pth` or `model.safetensors`.
+    """Reads a .pt, .pth, .bin, .ckpt or .safetensors file, a folder of one, or shards by folder, index or any one of them.
 
     With `prefer_ema` the averaged weights become `model` where the file has them. With `mmap` the tensors are read from
     the disk when first used, so that looking at a file's shapes costs nothing; without, their checksums are compared.
@@ -73,17 +91,22 @@ def read_checkpoint(
     LFS pointer instead of weights, no weights inside, or a pickle that asks to run code).
     """
     path = _locate(Path(path))
+    files = _files_of(path)
     torch.empty(0, device=map_location)  # an absent device is not to be mistaken for a damaged file
-    start = _first_bytes(path)
-    if start[8:9] == b"{":
-        checkpoint = _read_safetensors(path, map_location)
+    starts = [_first_bytes(file) for file in files]
+    if starts[0][8:9] == b"{":
+        checkpoint = _read_safetensors(path, files, map_location)
     else:
-        zipped = start[:2] == b"PK"
-        if zipped and not mmap:
-            _compare_checksums(path)
-        checkpoint = _sort_out(path, _read_pickle(path, map_location, mmap and zipped))
+        contents = []
+        for file, start in zip(files, starts, strict=True):
+            zipped = start[:2] == b"PK"
+            if zipped and not mmap:
+                _compare_checksums(file)
+            contents.append(_read_pickle(file, map_location, mmap and zipped))
+        checkpoint = _sort_out(path, contents[0] if len(files) == 1 else _merged(files, contents))
         if checkpoint.format == "fsdp":
             _add_companions(checkpoint, map_location, mmap)
+    checkpoint.files = files
     if prefer_ema and checkpoint.ema is not None:
         checkpoint.model = checkpoint.ema
     return checkpoint
@@ -105,18 +128,59 @@ def _add_companions(checkpoint: Checkpoint, map_location: str | torch.device, mm
             raise _damaged(record, error) from error
 
 
+def has_averages(path: str | Path) -> bool:
+    """Return whether a checkpoint has averaged weights beside its raw ones. Raises as `read_checkpoint` does."""
+    return read_checkpoint(path).ema is not None
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The files that hold the weights named by `path`: itself, or all shards of its index or of the shard it is."""
+    if path.name.endswith(".index.json"):
+        try:
+            names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(path, error) from error
+    elif shard := _SHARD.fullmatch(path.name):
+        names = [f"{shard[1]}{number:05d}-of-{shard[3]}{shard[4]}" for number in range(1, int(shard[3]) + 1)]
+    else:
+        return [path]
+    files = [path.with_name(name) for name in names]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        raise FileNotFoundError(
+            f"{path} is of {len(files)} files, of which {len(missing)} are not beside it: {_listing(missing)}"
+        )
+    return files
+
+
+def _merged(files: list[Path], contents: list[Any]) -> State:
+    merged: State = {}
+    for file, content in zip(files, contents, strict=True):
+        if not _is_state(content):
+            raise ValueError(f"{file} is a shard that is no state dict: give the whole checkpoint's file")
+        twice = [name for name in content if name in merged]
+        if twice:
+            raise ValueError(f"{file} has weights that another shard has too: {_listing(twice)}")
+        merged |= content
+    return merged
+
+
 def _locate(path: Path) -> Path:
     if path.is_dir():
-        for name in (CONSOLIDATED_FILE, "model.safetensors"):
+        for name in (CONSOLIDATED_FILE, *_NAMES, *(f"{name}.index.json" for name in _NAMES)):
             if (path / name).is_file():
                 return path / name
+        first = [file for file in path.iterdir() if (found := _SHARD.fullmatch(file.name)) and int(found[2]) == 1]
+        if len(first) == 1:
+            return first[0]
         if (path / ".metadata").is_file():
             raise FileNotFoundError(
                 f"{path} holds shards without {CONSOLIDATED_FILE}; write it with "
                 f"`python3 tools/export_checkpoint.py --checkpoint {path} --format consolidated`"
             )
         inside = _listing(sorted(p.name for p in path.iterdir())) or "nothing"
-        raise FileNotFoundError(f"{path} is a folder without consolidated.pth or model.safetensors; it holds: {inside}")
+        known = " or ".join((CONSOLIDATED_FILE, *_NAMES[:2]))
+        raise FileNotFoundError(f"{path} is a folder without {known} (or their shards); it holds: {inside}")
     if path.exists():
         return path
     if path.is_symlink():
@@ -206,15 +270,18 @@ def _globals_in_raw_pickle(path: Path) -> list[str]:
     return list(dict.fromkeys(names))[:_LISTED]
 
 
-def _read_safetensors(path: Path, map_location: str | torch.device) -> Checkpoint:
-    try:
-        with safetensors.safe_open(path, framework="pt", device=str(map_location)) as f:
-            state = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (a handle, not a dict)
-            metadata = dict(f.metadata() or {})
-    except safetensors.SafetensorError as error:
-        raise _damaged(path, error) from error
-    if not state:
-        raise ValueError(f"{path} holds no tensors")
+def _read_safetensors(path: Path, files: list[Path], map_location: str | torch.device) -> Checkpoint:
+    states, metadata = [], {}
+    for file in files:
+        try:
+            with safetensors.safe_open(file, framework="pt", device=str(map_location)) as f:
+                states.append({name: f.get_tensor(name) for name in f.keys()})  # noqa: SIM118 (a handle, not a dict)
+                metadata |= f.metadata() or {}
+        except safetensors.SafetensorError as error:
+            raise _damaged(file, error) from error
+        if not states[-1]:
+            raise ValueError(f"{file} holds no tensors")
+    state = _merged(files, states)
     try:
         args = json.loads(metadata.pop("args", "null"))
         steps = json.loads(metadata.pop("steps", "null"))
@@ -236,18 +303,20 @@ def _sort_out(path: Path, content: Any) -> Checkpoint:
     if isinstance(entries.get("callbacks"), Mapping):
         named = entries["callbacks"].items()
         entries["callbacks"] = {_LIGHTNING_CALLBACK if key is _StandIn else key: value for key, value in named}
-    source = next((key for key in ("model", "module", "state_dict", "ema") if _is_state(entries.get(key))), None)
+    source = next((key for key in WEIGHTS_ENTRIES if _is_state(entries.get(key))), None)
+    if source is None and {"state", "param_groups"} <= entries.keys():
+        raise ValueError(f"{path} is the state of an optimizer and holds no weights: give the checkpoint of its model")
     if source is None:
         raise ValueError(
-            f"{path} holds no weights: expected a state dict, or one under 'model', 'module', 'state_dict' or 'ema', "
-            f"and found {_listing([f'{key} ({type(value).__name__})' for key, value in entries.items()]) or 'nothing'}"
+            f"{path} holds no weights: expected a state dict, or one under {', '.join(WEIGHTS_ENTRIES)}, and found "
+            f"{_listing([f'{key} ({type(value).__name__})' for key, value in entries.items()]) or 'nothing'}"
         )
     layouts = {"module": "deepspeed", "state_dict": "lightning"}
     trained = {"optimizer", "args", "steps"} & entries.keys()
     layout = layouts.get(source, "ddp" if trained else "tokenizer")
     averaged = entries.pop("ema", None)
     ema = _clean(averaged, path) if _is_state(averaged) else None
-    model = ema if source == "ema" else _clean(entries.pop(source), path, lightning=layout == "lightning")
+    model = ema if source == "ema" else _clean(entries.pop(source), path)
     args = entries.pop("args", None)
     config = entries.pop("config", None)
     steps = next((entries.pop(key) for key in ("steps", "global_step", "global_steps") if key in entries), None)
@@ -268,15 +337,15 @@ def _is_state(value: Any) -> bool:
     return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(v, torch.Tensor) for v in value.values())
 
 
-def _clean(state: Mapping[str, torch.Tensor], path: Path, lightning: bool = False) -> State:
-    """The names as the bare model has them: without the components that DDP, FSDP, compile and Lightning put in."""
+def _clean(state: Mapping[str, torch.Tensor], path: Path) -> State:
+    """The names as the bare model has them: without what DDP, FSDP, compile, Lightning and other wrappers put in."""
+    state = {key: tensor for key, tensor in state.items() if key.rpartition(".")[2] != "freqs_cis"}
     names = {key: ".".join(part for part in key.split(".") if part not in _WRAPPERS) for key in state}
-    for prefix in ("module.", "model.") if lightning else ("module.",):
-        while all(name.startswith(prefix) for name in names.values()):
-            names = {key: name.removeprefix(prefix) for key, name in names.items()}
+    while names and all(name.startswith(("module.", "model.")) for name in names.values()):
+        names = {key: name.partition(".")[2] for key, name in names.items()}
     if len(set(names.values())) < len(names):
         raise ValueError(f"{path}: some of its weights have the same name once wrappers' prefixes are removed")
-    return {names[key]: tensor for key, tensor in state.items() if names[key] != "freqs_cis"}
+    return {names[key]: tensor for key, tensor in state.items()}
 
 
 def _listing(items: list[str], separator: str = ", ") -> str:

@@ -206,7 +206,7 @@ def add_gpt_file_flags(parser: Flags, *, required: bool = False) -> None:
     parser.add_argument("--gpt-ckpt", default=None, required=required, help=help)
     help = "a bare state dict (recognised without the flag too); sample folders are named after its folder"
     parser.add_argument("--from-fsdp", action="store_true", help=help)
-    help = "sample from the averaged weights where the files have them"
+    help = "sample from the GPT's averaged weights, and the tokenizer's where its file has some"
     parser.add_argument("--use-ema", action="store_true", help=help)
 
 

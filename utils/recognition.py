@@ -77,7 +77,7 @@ def describe_gpt(state: Mapping[str, torch.Tensor], sizes: Sizes, path: str | Pa
     if not absent and class_table not in state and no_caption not in state:
         absent = [f"{class_table} or {no_caption}"]
     if absent:
-        raise ValueError(f"{path} is not a GPT checkpoint: {_looks_like(state)}; a GPT has {', '.join(absent)}")
+        raise ValueError(f"{path} is not a GPT checkpoint: {looks_like(state)}; a GPT has {', '.join(absent)}")
 
     vocab_size, dim = state["tok_embeddings.weight"].shape
     n_layer = 1 + max(int(match[1]) for match in (re.match(r"layers\.(\d+)\.", name) for name in state) if match)
@@ -107,19 +107,31 @@ def describe_gpt(state: Mapping[str, torch.Tensor], sizes: Sizes, path: str | Pa
     )
 
 
-def _looks_like(state: Mapping[str, torch.Tensor]) -> str:
+def looks_like(state: Mapping[str, torch.Tensor]) -> str:
+    """Return what a state dict seems to be of, as a clause of an error's message."""
+
     def has(prefix: str) -> bool:
         return any(name.startswith(prefix) for name in state)
 
+    if "quantize.embedding.weight" in state and has("encoder.down."):
+        return "it looks like a VQGAN of taming-transformers (tokenizer/vqgan/reconstruction_vqgan_ddp.py reads it)"
     if "quantize.embedding.weight" in state and has("encoder."):
         rows, width = state["quantize.embedding.weight"].shape
         return f"it looks like a VQ image tokenizer with {rows} codes of {width} (give it as --vq-ckpt)"
-    if "layers.0.attention.wqkv.weight" in state:
-        return "it looks like a part of one"
+    if {"layers.0.attention.wqkv.weight", "tok_embeddings.weight"} <= state.keys() and has("cls_embedding."):
+        return "it looks like a GPT (give it as --gpt-ckpt)"
+    if any(re.match(r"layers\.\d+\.attention\.wqkv\.weight", name) for name in state):
+        return "it looks like a part of a GPT"
     if "main.0.weight" in state or (has("blocks.") and has("final_linear.")):
         return "it looks like a discriminator"
     if "shared.weight" in state and has("encoder.block."):
-        return "it looks like a T5 text encoder"
+        return "it looks like a T5 text encoder (give it as --t5-path)"
+    if has("encoder.down_blocks."):
+        return "it looks like an autoencoder of diffusers (tokenizer/vae/reconstruction_vae_ddp.py reads it)"
+    if has("visual.") or has("vision_model."):
+        return "it looks like a CLIP"
+    if any("self_attn" in name for name in state):
+        return "it looks like a language model of transformers"
     return f"its first weights are {', '.join(list(state)[:5]) or 'none'}"
 
 

@@ -26,7 +26,7 @@ from autoregressive.models.sampling import SamplingConfig
 from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt, warn_of_long_features
 from autoregressive.quantization import quantize, require_torchao
 from tokenizer.tokenizer_image.load import load_tokenizer
-from utils.checkpoint import read_checkpoint
+from utils.checkpoint import has_averages, read_checkpoint
 from utils.cli import grid_size, layout_numbers
 from utils.distributed import Distributed, pick_device
 from utils.images import is_whole_png, save_png
@@ -139,7 +139,7 @@ def build_pipeline(
         codebook_size=args.codebook_size,
         codebook_embed_dim=args.codebook_embed_dim,
         device=device,
-        use_ema=args.use_ema,
+        use_ema=args.use_ema and has_averages(vq_path),
         decode_precision=args.decode_precision,
         fingerprint=read_checkpoint(gpt_path).config.get("tokenizer"),
     )

@@ -54,7 +54,7 @@ def model_folder(
             "with `--engine native`, or draw with autoregressive/sample/sample_c2i.py"
         )
     side = (downsample_size or (checkpoint.args or {}).get("downsample_size") or 16) * gpt.layout.grid_size
-    key = _identity(checkpoint.path, image_size=side, tokens=gpt.layout.tokens, dtype=DTYPES[dtype], use_ema=use_ema)
+    key = _identity(checkpoint.files, image_size=side, tokens=gpt.layout.tokens, dtype=DTYPES[dtype], use_ema=use_ema)
     folder = (Path(cache) if cache else default_cache()) / f"{checkpoint.path.stem}-{DTYPES[dtype]}-{key}"
     if not is_whole(folder):
         _place(folder, gpt, dtype, side, checkpoint.path.name)
@@ -87,13 +87,12 @@ def read_config(folder: str | Path) -> dict:
     return config
 
 
-def _identity(path: Path, **settings: object) -> str:
-    """Sixteen digits that change with the file, what stands beside it, and the settings."""
-    names = [path.name]
-    if path.name == CONSOLIDATED_FILE:
-        names += [AVERAGED_FILE, RECORD_FILE]
-    files = [(path.with_name(name).resolve(), name) for name in names]
-    stats = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file, _ in files if file.exists()]
+def _identity(files: list[Path], **settings: object) -> str:
+    """Sixteen digits that change with the weights' files, what stands beside them, and the settings."""
+    if files[0].name == CONSOLIDATED_FILE:
+        files = [*files, *(files[0].with_name(name) for name in (AVERAGED_FILE, RECORD_FILE))]
+    resolved = [file.resolve() for file in files]
+    stats = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in resolved if file.exists()]
     return hashlib.sha256(json.dumps([_FORMAT, stats, settings]).encode()).hexdigest()[:16]
 
 

@@ -60,6 +60,9 @@ class GuidedAttention(nn.Module):
         qkv = qkv.view(len(x), STREAMS, -1, self.head_dim)
         q, k, v = (t.flatten(1, 2) for t in qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2))  # (T, 2H, D)
         q, k = (apply_rope(t[None], rope)[0] for t in (q, k))
+        # A block of the cache outlives its request, and a NaN in it would reach the next one through the mask. The request's
+        # own logits are not finite all the same: the rows of `x` are kept.
+        k, v = (t.nan_to_num(0.0, posinf=0.0, neginf=0.0) for t in (k, v))
         out = self.attn(q.flatten(1), k.flatten(1), v.flatten(1))  # (T, 2H D)
         out, _ = self.wo(out.view(-1, self.heads * self.head_dim))
         return out.view_as(x)

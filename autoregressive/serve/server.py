@@ -165,7 +165,7 @@ async def load_vllm(args: argparse.Namespace) -> tuple:
     from autoregressive.serve.vllm_engine import MAX_NUM_SEQS, VllmEngine, require_vllm
     from language.t5 import T5Embedder, find_t5
     from tokenizer.tokenizer_image.load import load_tokenizer
-    from utils.checkpoint import read_checkpoint
+    from utils.checkpoint import has_averages, read_checkpoint
     from utils.distributed import pick_device
     from utils.runs import find_checkpoint
 
@@ -179,7 +179,7 @@ async def load_vllm(args: argparse.Namespace) -> tuple:
     device = pick_device(args.device)
     gpt, vq = find_checkpoint(args.gpt_ckpt), find_checkpoint(args.vq_ckpt)
     fingerprint = read_checkpoint(gpt).config.get("tokenizer")
-    tokenizer = load_tokenizer(vq, device=device, use_ema=args.use_ema, fingerprint=fingerprint)
+    tokenizer = load_tokenizer(vq, device=device, use_ema=args.use_ema and has_averages(vq), fingerprint=fingerprint)
     dtype = PRECISIONS[args.precision or ("none" if device.type == "cpu" else "bf16")]
     folder = model_folder(
         gpt, image_size=args.image_size, downsample_size=tokenizer.downsample, dtype=dtype, use_ema=args.use_ema

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zlib
 from argparse import Namespace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -330,6 +331,30 @@ def test_averaged_weights(small_files, tmp_path):
         assert torch.equal(pipeline.tokenizer.decoder.conv_out.bias, vq["decoder.conv_out.bias"] + shift)
 
 
+@pytest.mark.parametrize("use", ["gpt", "vq", "neither"])
+def test_from_pretrained_with_use_ema_needs_the_gpts_averages_and_takes_the_tokenizers(small_files, tmp_path, use):
+    for name in ("gpt", "vq"):
+        saved = torch.load(small_files.folder / f"{name}.pt", weights_only=False)
+        if name == use:
+            saved["ema"] = {key: value + 1 for key, value in saved["model"].items()}
+        torch.save(saved, tmp_path / f"{name}.pt")
+    load = partial(ImagePipeline.from_pretrained, tmp_path, gpt="gpt.pt", vq="vq.pt", device="cpu")
+    if use == "gpt":
+        averaged = load(use_ema=True).gpt.output.weight
+        assert torch.equal(averaged, load().gpt.output.weight + 1)
+    else:
+        with pytest.raises(ValueError, match=r"gpt\.pt has no averaged weights, for which --use-ema asks"):
+            load(use_ema=True)
+    if use == "vq":
+        assert torch.equal(
+            load_tokenizer(tmp_path / "vq.pt", use_ema=True).decoder.conv_in.bias,
+            load_tokenizer(tmp_path / "vq.pt").decoder.conv_in.bias + 1,
+        )
+    else:
+        with pytest.raises(ValueError, match=r"vq\.pt has no averaged weights"):
+            load_tokenizer(tmp_path / "vq.pt", use_ema=True)
+
+
 def test_safetensors(small_files, tmp_path):
     state = torch.load(small_files.bare)
     save_safetensors(tmp_path / "model.safetensors", state, {"args": {"image_size": 32, "downsample_size": 4}})
@@ -449,7 +474,9 @@ def test_unknown_names(small_files, tmp_path, monkeypatch):
 def test_files_of_the_wrong_kind(small_files):
     with pytest.raises(ValueError, match=r"vq\.pt is not a GPT checkpoint: it looks like a VQ image tokenizer"):
         ImagePipeline.from_pretrained(small_files.folder, gpt="vq.pt", vq="vq.pt")
-    with pytest.raises(ValueError, match=r"gpt\.pt holds not the weights of an image tokenizer"):
+    with pytest.raises(
+        ValueError, match=r"gpt\.pt is not an image tokenizer.* it looks like a GPT \(give it as --gpt-ckpt\)"
+    ):
         ImagePipeline.from_pretrained(small_files.folder, gpt="gpt.pt", vq="gpt.pt")
 
 

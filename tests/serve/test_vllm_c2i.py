@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed here (bash scripts/serve.sh)")
 
+from autoregressive.models.sampling import NotFiniteLogits
 from autoregressive.pipeline import ImagePipeline
 from autoregressive.serve.engine import ImageRequest
 from autoregressive.serve.vllm_engine import VllmEngine, engine_settings
@@ -63,6 +64,14 @@ def test_the_number_of_an_image_in_its_run(running, small_files):
     assert running.runner.run(third()) == expected.tolist()
 
 
+def test_vllm_engine_with_one_broken_image_draws_the_others(running, small_files):
+    requests = SAMPLED[:6]
+    expected = running.expected(small_files.vq, requests)
+    *drawn, broken = running.draw([*requests, ImageRequest(label=1, cfg_scale=3e38)], failures=True)
+    assert drawn == expected
+    assert isinstance(broken, NotFiniteLogits) and broken.steps == [1] and not running.engine.dead
+
+
 @pytest.mark.parametrize(
     "request_, message",
     [
@@ -72,7 +81,7 @@ def test_the_number_of_an_image_in_its_run(running, small_files):
         (ImageRequest(label=True), "a label is a whole number, got True"),
         (ImageRequest(label="3"), "a label is a whole number, got '3'"),
         (ImageRequest(), "it takes a label, 0 to 9"),
-        (ImageRequest(label=1, cfg_scale=math.nan), "--cfg-scale --cfg-scale must be a number"),
+        (ImageRequest(label=1, cfg_scale=math.nan), "--cfg-scale must be a number"),
         (ImageRequest(label=1, cfg_scale="4"), "cfg_scale is a number, got '4'"),
         (ImageRequest(label=1, cfg_interval=math.nan), "--cfg-interval must be a decode step"),
         (ImageRequest(label=1, temperature=-1), "--temperature must be 0 or more"),

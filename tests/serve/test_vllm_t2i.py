@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed here (bash scripts/serve.sh)")
 
 from autoregressive.models.gpt import GPT_models
+from autoregressive.models.sampling import NotFiniteLogits
 from autoregressive.serve.engine import ImageRequest
 from tests.helpers import randomize
 from tests.serve.vllm_engines import Running, preemptions
@@ -52,6 +53,15 @@ def test_drawn_tokens_with_late_arrivals(running, small_files):
     ]
     drawn = running.draw(requests, [0.03 * i for i in range(16)])
     assert drawn == running.expected(small_files.vq, requests)
+
+
+def test_vllm_engine_with_one_broken_image_draws_the_others(running, small_files):
+    requests = [ImageRequest(features=features(i), cfg_scale=2.0, seed=i) for i in range(6)]
+    expected = running.expected(small_files.vq, requests)
+    overflowing = ImageRequest(features=torch.full((7, WIDTH), 3e38))  # leaves NaN in the engine's cache
+    *drawn, broken = running.draw([*requests, overflowing], failures=True)
+    assert drawn == expected == running.draw(requests)
+    assert isinstance(broken, NotFiniteLogits) and broken.steps == [1] and not running.engine.dead
 
 
 @pytest.mark.parametrize(

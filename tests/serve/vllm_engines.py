@@ -30,8 +30,8 @@ class Running:
         self.runner.run(self.engine.close())
         self.runner.close()
 
-    def draw(self, requests: Sequence[ImageRequest], delays: Sequence[float] | None = None) -> list[list[int]]:
-        """The tokens of requests that come all at once, or each so many seconds after the first."""
+    def draw(self, requests: Sequence[ImageRequest], delays: Sequence[float] | None = None, failures=False) -> list:
+        """The tokens of requests that come all at once, or each so many seconds after the first; with `failures` errors."""
 
         async def one(request: ImageRequest, delay: float) -> list[int]:
             await asyncio.sleep(delay)
@@ -42,7 +42,8 @@ class Running:
             return last
 
         async def all_of_them() -> list[list[int]]:
-            return await asyncio.gather(*map(one, requests, delays or [0.0] * len(requests)))
+            work = map(one, requests, delays or [0.0] * len(requests))
+            return await asyncio.gather(*work, return_exceptions=failures)
 
         return self.runner.run(all_of_them())
 

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import json
 import os
 import pickle
 import re
@@ -537,10 +538,12 @@ def test_the_recorded_models():
         (lambda: {"main.0.weight": torch.zeros(1)}, "looks like a discriminator"),
         (lambda: {"blocks.0.weight": torch.zeros(1), "final_linear.0.weight": torch.zeros(1)}, "a discriminator"),
         (lambda: {"shared.weight": torch.zeros(1), "encoder.block.0.a": torch.zeros(1)}, "a T5 text encoder"),
+        (lambda: {"encoder.down_blocks.0.a": torch.zeros(1)}, "an autoencoder of diffusers"),
+        (lambda: {"visual.proj": torch.zeros(1)}, "a CLIP"),
         (lambda: {"foo": torch.zeros(1), "bar": torch.zeros(1)}, r"its first weights are foo, bar; a GPT has tok_emb"),
         (
             lambda: {k: v for k, v in golden("c2i").items() if "cls_embedding" not in k},
-            r"looks like a part of one; a GPT has cls_embedding\.embedding_table\.weight or",
+            r"looks like a part of a GPT; a GPT has cls_embedding\.embedding_table\.weight or",
         ),
     ],
 )
@@ -548,6 +551,102 @@ def test_other_models_are_no_gpt(other, expected):
     with pytest.raises(ValueError, match=expected) as caught:
         describe_gpt(other(), SIZES, "runs/a.pt")
     assert str(caught.value).startswith("runs/a.pt is not a GPT checkpoint")
+
+
+# What other programs write
+
+
+@pytest.mark.parametrize(
+    "prefix", ["model.", "module.model.", "model._orig_mod.", "_orig_mod.module.", "model.module."]
+)
+@pytest.mark.parametrize("entry", [None, "model", "state_dict", "model_state_dict", "module", "ema"])
+def test_read_checkpoint_of_wrapped_weights_gives_the_models_names(tmp_path, state, prefix, entry):
+    wrapped = prefixed(state, prefix)
+    content = {entry: wrapped, "epoch": 3} if entry else {**wrapped, f"{prefix}freqs_cis": torch.zeros(2)}
+    torch.save(content, tmp_path / "a.pt")
+    assert_same(read_checkpoint(tmp_path / "a.pt").model, state)
+
+
+def save_shards(folder: Path, state: dict, name: str, suffix: str, index: bool, metadata: dict | None = None) -> None:
+    """Writes a state dict in three shards, as transformers and diffusers name them."""
+    folder.mkdir()
+    keys, where = list(state), {}
+    for number in range(3):
+        file = f"{name}-{number + 1:05d}-of-00003{suffix}"
+        part = {key: state[key] for key in keys[number::3]}
+        where |= dict.fromkeys(part, file)
+        if suffix == ".safetensors":
+            safetensors.torch.save_file(part, folder / file, metadata)
+        else:
+            torch.save(part, folder / file)
+    if index:
+        text = json.dumps({"metadata": {"total_size": 1}, "weight_map": where})
+        (folder / f"{name}{suffix}.index.json").write_text(text)
+
+
+SHARDED = [
+    ("model", ".safetensors"),
+    ("pytorch_model", ".bin"),
+    ("diffusion_pytorch_model", ".safetensors"),
+    ("diffusion_pytorch_model", ".bin"),
+]
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("name, suffix", SHARDED)
+def test_read_checkpoint_of_shards_takes_folder_index_or_any_shard(tmp_path, state, name, suffix, prefix):
+    folder = tmp_path / "sharded"
+    save_shards(folder, prefixed(state, prefix), name, suffix, index=True)
+    files = sorted(folder.glob(f"*{suffix}"))
+    for given in (folder, folder / f"{name}{suffix}.index.json", *files):
+        found = read_checkpoint(given)
+        assert found.files == files and found.model.keys() == state.keys()
+        assert_same({key: found.model[key] for key in state}, state)
+    (folder / f"{name}{suffix}.index.json").unlink()
+    assert read_checkpoint(folder).model.keys() == state.keys(), "their names tell that they belong together"
+
+
+def test_read_checkpoint_of_sharded_safetensors_keeps_flags_and_config(tmp_path, state):
+    header = {"args": json.dumps({"image_size": 384}), "steps": "7", "config": json.dumps({"version": 1})}
+    save_shards(tmp_path / "a", state, "model", ".safetensors", index=True, metadata=header)
+    found = read_checkpoint(tmp_path / "a")
+    assert (found.args, found.steps, found.config) == ({"image_size": 384}, 7, {"version": 1})
+
+
+@pytest.mark.parametrize("name, suffix", SHARDED[:2])
+def test_read_checkpoint_without_one_of_its_shards_names_it(tmp_path, state, name, suffix):
+    save_shards(tmp_path / "a", state, name, suffix, index=True)
+    absent = tmp_path / "a" / f"{name}-00002-of-00003{suffix}"
+    absent.unlink()
+    for given in (tmp_path / "a", tmp_path / "a" / f"{name}-00003-of-00003{suffix}"):
+        with pytest.raises(FileNotFoundError, match=f"of 3 files, of which 1 are not beside it: {absent.name}"):
+            read_checkpoint(given)
+
+
+def test_read_checkpoint_of_shards_that_repeat_a_weight_is_refused(tmp_path, state):
+    save_shards(tmp_path / "a", state, "model", ".safetensors", index=False)
+    second = tmp_path / "a" / "model-00002-of-00003.safetensors"
+    safetensors.torch.save_file({next(iter(state)): torch.zeros(2)}, second)
+    with pytest.raises(ValueError, match="another shard has too"):
+        read_checkpoint(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "diffusion_pytorch_model.bin"])
+def test_read_checkpoint_of_a_folder_with_one_bin_file_reads_it(tmp_path, state, name):
+    torch.save(state, tmp_path / name)
+    assert_same(read_checkpoint(tmp_path).model, state)
+
+
+def test_read_checkpoint_of_a_damaged_index_is_refused(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weights": 3}')
+    with pytest.raises(ValueError, match="is damaged or not a checkpoint"):
+        read_checkpoint(tmp_path)
+
+
+def test_read_checkpoint_of_an_optimizer_says_so(tmp_path):
+    torch.save(torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))]).state_dict(), tmp_path / "optimizer.pt")
+    with pytest.raises(ValueError, match="is the state of an optimizer and holds no weights"):
+        read_checkpoint(tmp_path / "optimizer.pt")
 
 
 # Flags

@@ -16,6 +16,7 @@ from tokenizer.tokenizer_image.fingerprint import tokenizer_fingerprint
 from tokenizer.tokenizer_image.vq_model import VQModel, VQModelArgs, vq_args_from_state_dict, vq_model_name
 from utils.checkpoint import Checkpoint, load_into, read_checkpoint
 from utils.origin import origin, same_tokenizer
+from utils.recognition import looks_like
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,10 @@ def load_tokenizer(
     if decode_precision not in ("none", "bf16"):
         raise ValueError(f"decode_precision is {decode_precision!r}: give 'none' (float32) or 'bf16'")
     flags = {"vq_model": vq_model, "codebook_size": codebook_size, "codebook_embed_dim": codebook_embed_dim}
-    model = _load(read_checkpoint(path, prefer_ema=use_ema), **flags)
+    checkpoint = read_checkpoint(path, prefer_ema=use_ema)
+    if use_ema and fingerprint is None:
+        checkpoint.require_averages()
+    model = _load(checkpoint, **flags)
     if fingerprint is not None and not same_tokenizer(fingerprint, found := tokenizer_fingerprint(model)):
         model = _load(read_checkpoint(path, prefer_ema=not use_ema), **flags)
         if not same_tokenizer(fingerprint, tokenizer_fingerprint(model)):
@@ -94,7 +98,9 @@ def _load(
     try:
         args = vq_args_from_state_dict(checkpoint.model)
     except ValueError as error:
-        raise ValueError(f"{path} holds {error}") from error
+        known = "quantize.embedding.weight" in checkpoint.model and "encoder.conv_in.weight" in checkpoint.model
+        what = f"it holds {error}" if known else looks_like(checkpoint.model)
+        raise ValueError(f"{path} is not an image tokenizer's checkpoint: {what}") from error
     name = vq_model_name(args)
     held = {"--vq-model": name, "--codebook-size": args.codebook_size, "--codebook-embed-dim": args.codebook_embed_dim}
     given = {"--vq-model": vq_model, "--codebook-size": codebook_size, "--codebook-embed-dim": codebook_embed_dim}
