@@ -21,7 +21,7 @@ def test_numeric_flags_of_every_script_have_a_range(name):
         assert kind not in (int, float), flag
         words = ["nan", "inf", "-inf", "-1e9", "", "1e400"] if isinstance(kind, Number) else []
         for word in (*words, str(-(10**30))):
-            with pytest.raises(argparse.ArgumentTypeError, match="must be"):
+            with pytest.raises(argparse.ArgumentTypeError):
                 kind(word)
 
 
