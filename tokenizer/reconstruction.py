@@ -453,6 +453,7 @@ def run_settings(
     args: argparse.Namespace, dataset: "ImageDataset", codec: Codec | None, weights: Path | None
 ) -> dict[str, Any]:
     """What decides the images and the figures, as plain values."""
+    import hashlib
     import os
     import zlib
 
@@ -461,10 +462,18 @@ def run_settings(
     settings = {key: value for key, value in vars(args).items() if key not in IMMATERIAL}
     settings |= dataset.reading.record()
     settings["image_size_eval"] = args.image_size_eval or args.image_size
-    names = 0
+    names, content = 0, hashlib.sha256()
     for path in dataset.images.paths:
-        names = zlib.crc32(os.fsencode(os.path.relpath(path, args.data_path)) + b"\n", names)
-    settings["data"] = {"folder": str(Path(args.data_path).resolve()), "images": len(dataset), "names": f"{names:08x}"}
+        name = os.fsencode(os.path.relpath(path, args.data_path)) + b"\n"
+        names = zlib.crc32(name, names)
+        size = os.stat(path).st_size if os.path.exists(path) else 0  # of one that is gone, as one that cannot be read
+        content.update(name + b"%d\n" % size)
+    settings["data"] = {
+        "folder": str(Path(args.data_path).resolve()),
+        "images": len(dataset),
+        "names": f"{names:08x}",
+        "content": content.hexdigest()[:16],
+    }
     if codec is not None and codec.draws:
         settings["global_seed"] = args.global_seed
     if weights is not None:

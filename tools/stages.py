@@ -25,6 +25,7 @@ from autoregressive.sample import sample_c2i_ddp
 from evaluations.published import REFERENCE, REFERENCE_URL
 from utils.files import write_json
 from utils.hub import WEIGHTS
+from utils.sample_folder import content_of
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a stage that is asked to stop may take: torchrun itself waits 30 s for its processes.
@@ -109,7 +110,14 @@ class Stages:
     def is_done(self, stage: Stage) -> bool:
         """Whether it ran with these settings and inputs, and its output is still the file it left."""
         before = self._state().get(stage.name)
-        return before is not None and before["ran"] == _ran(stage) and before["left"] == fingerprint(stage.result)
+        if before is None or not stage.result.exists():
+            return False
+        inputs = before["ran"].pop("inputs")
+        return (
+            before["ran"] == _asked(stage)
+            and len(inputs) == len(stage.inputs)
+            and all(map(is_content_of, [*inputs, before["left"]], [*stage.inputs, stage.result]))
+        )
 
     def seconds(self) -> dict[str, float]:
         """What each finished stage took, the last time it ran (less what a killed run had done before)."""
@@ -134,23 +142,27 @@ class Stages:
         if not result.exists():
             raise FileNotFoundError(f"the stage {stage.name!r} ended well and left no {stage.output}")
         seconds = round(time.monotonic() - begin, 1)
-        done = {"ran": ran, "left": fingerprint(result), "seconds": seconds}
+        done = {"ran": ran, "left": content_of(result), "seconds": seconds}
         write_json(self.record, {**self._state(), stage.name: done})
         return result
 
 
-def fingerprint(path: Path) -> dict[str, Any] | None:
-    """Name, size and time of change of a file or folder; None where there is none. A file's content is not read."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return {"name": path.name, "bytes": status.st_size, "modified": status.st_mtime_ns}
+def is_content_of(recorded: Any, path: Path) -> bool:
+    """Compare a record of `_ran` with what is there now; the first edition recorded name, size and time of change."""
+    if not isinstance(recorded, dict):
+        return path.exists() and recorded == content_of(path)
+    status = path.stat() if path.exists() else None
+    now = status and {"name": path.name, "bytes": status.st_size, "modified": status.st_mtime_ns}
+    return recorded == now
 
 
 def _ran(stage: Stage) -> dict[str, Any]:
-    ran = {"script": stage.script, "settings": stage.settings, "inputs": [fingerprint(path) for path in stage.inputs]}
-    return json.loads(json.dumps(ran))  # as it reads back
+    return {**_asked(stage), "inputs": [content_of(path) if path.exists() else None for path in stage.inputs]}
+
+
+def _asked(stage: Stage) -> dict[str, Any]:
+    asked = {"script": stage.script, "settings": stage.settings}
+    return json.loads(json.dumps(asked))  # as it reads back
 
 
 def launch(command: Sequence[str]) -> int:
@@ -284,7 +296,7 @@ def evaluation_stage(
 def reconstruction_stage(name: str, words: Sequence[str], processes: int, *weights: Path) -> Stage:
     """What reconstruction_vq_ddp.py, or for a stage called "reference" val_ddp.py, writes. Its output is the .npz.
 
-    A change inside --data-path is seen where it changes the time of the folder itself.
+    A change inside --data-path is seen where it changes a name or a size (utils/sample_folder.py:content_of).
     """
     from tokenizer.reconstruction import IMMATERIAL
     from tokenizer.tokenizer_image import reconstruction_vq_ddp

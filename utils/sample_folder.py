@@ -8,7 +8,9 @@ write_image_npz(target, read_images(paths), shape, labels)
 import argparse
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 SETTINGS_FILE = "settings.json"
+# Files of a folder that are read to know it, and the size up to which a JSON file may be a record of checksums.
+_MOST_READ, _SMALL = 256, 2**20
 
 
 def folder_name(args: argparse.Namespace, gpt_path: Path, vq_path: Path) -> str:
@@ -32,31 +36,66 @@ def folder_name(args: argparse.Namespace, gpt_path: Path, vq_path: Path) -> str:
 
 
 def file_identity(path: Path) -> dict[str, Any]:
-    """What tells one state of a file from another, as plain values: its place, its size and when it was written."""
-    status = path.stat()
-    return {"file": str(path.resolve()), "bytes": status.st_size, "modified": status.st_mtime_ns}
+    """Describe a file or a folder by its content; where it lies is for the reader and not compared."""
+    return {"file": str(path.resolve()), "content": content_of(path)}
 
 
-def folder_identity(folder: Path) -> dict[str, Any]:
-    """What tells one state of a model's folder from another: its place, its files' sizes, when the last was written."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    written = max((path.stat().st_mtime_ns for path in files), default=0)
-    return {
-        "folder": str(folder.resolve()),
-        "bytes": {path.name: path.stat().st_size for path in files},
-        "modified": written,
-    }
+def content_of(path: Path) -> str:
+    """Return sixteen digits of what a file holds, or the files of a folder, whatever their place, name and time.
+
+    Of a zip (what torch.save and numpy.savez write) its table of contents is read, which has the checksum of every tensor;
+    of shards the checksums beside them. Of a folder of more than 256 other files so many are read, and of all the names and
+    sizes compared.
+    """
+    digest = hashlib.sha256()
+    if path.is_dir():
+        files = sorted(found for found in path.rglob("*") if found.is_file() and not found.name.startswith("."))
+        vouched = _vouched_files(files)
+        read = [file for file in files if file not in vouched]
+        read = set(read[:: -(-len(read) // _MOST_READ) or 1])
+        for file in files:
+            content = content_of(file) if file in read else ""
+            digest.update(repr((file.relative_to(path).as_posix(), file.stat().st_size, content)).encode())
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:  # names begin with the name that the file had when it was written
+            entries = [(entry.filename.split("/", 1)[-1], entry.CRC, entry.file_size) for entry in archive.infolist()]
+        digest.update(repr([entry for entry in entries if not entry[0].endswith("serialization_id")]).encode())
+    else:
+        with path.open("rb") as f:
+            digest = hashlib.file_digest(f, "sha256")
+    return digest.hexdigest()[:16]
 
 
-def tree_identity(folder: Path) -> dict[str, Any]:
-    """What tells one state of a folder of very many files from another: its place, their number and bytes, the last one's time."""
-    states = [path.stat() for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
-    return {
-        "folder": str(folder.resolve()),
-        "files": len(states),
-        "bytes": sum(state.st_size for state in states),
-        "modified": max((state.st_mtime_ns for state in states), default=0),
-    }
+def _vouched_files(files: Iterable[Path]) -> set[Path]:
+    """Return the files whose checksums a small JSON file beside them has: shards of weights, codes and features."""
+    vouched: set[Path] = set()
+    for file in files:
+        if file.suffix == ".json" and file.stat().st_size < _SMALL:
+            with suppress(ValueError):
+                values = json.loads(file.read_bytes())
+                names = values if file.name.endswith(".crc32.json") else values.get("files", {})
+                vouched.update(file.with_name(name) for name in names)
+    return vouched
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Compare two settings. Files of the first edition's records are known by their time of change, wherever they lie now."""
+    if not (isinstance(before, dict) and isinstance(now, dict) and "content" in now):
+        return before == now
+    if "content" in before:
+        return before["content"] == now["content"]
+    if "modified" in before:
+        path = Path(now["file"])
+        times = [each.stat().st_mtime_ns for each in (path.iterdir() if path.is_dir() else [path]) if each.is_file()]
+        return before["modified"] in (path.stat().st_mtime_ns, max(times, default=0))
+    return all(now.get(key) == value for key, value in before.items())
+
+
+def _described(value: Any) -> Any:
+    if not (isinstance(value, dict) and {"file", "folder"} & value.keys()):
+        return value
+    content = f" (content {value['content']})" if "content" in value else ""
+    return f"{value.get('file', value.get('folder'))}{content}"
 
 
 def text_identity(texts: list[str]) -> dict[str, Any]:
@@ -89,12 +128,16 @@ def claim_folder(folder: Path, settings: dict[str, Any], unrecorded: dict[str, A
         write_json(folder / SETTINGS_FILE, settings)
         return
     before = (unrecorded or {}) | before
-    changed = [key for key in settings if before.get(key) != settings[key]]
+    changed = [key for key in settings if not _same(before.get(key), settings[key])]
     if changed:
-        described = "; ".join(f"{key}: {before.get(key)}, now {settings[key]}" for key in changed)
+        described = "; ".join(
+            f"{key}: {_described(before.get(key))}, now {_described(settings[key])}" for key in changed
+        )
         raise ValueError(
             f"{folder} holds images drawn with other settings ({described}); remove it, or choose another --sample-dir"
         )
+    if any(before.get(key) != settings[key] for key in settings):  # written at another place, or by the first edition
+        write_json(folder / SETTINGS_FILE, {**before, **settings})
 
 
 def write_captions(folder: Path, captions: list[str], images: Iterable[Path]) -> None:

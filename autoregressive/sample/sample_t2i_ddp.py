@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
     from language.prompts import read_prompt_table
     from utils.distributed import start
     from utils.images import is_whole_png, write_image_npz
-    from utils.sample_folder import claim_folder, folder_identity, read_images, tree_identity, write_captions
+    from utils.sample_folder import claim_folder, file_identity, read_images, write_captions
 
     if args.gpt_type != "t2i":
         raise ValueError("sample_t2i_ddp.py draws from text-conditional models; for classes there is sample_c2i_ddp.py")
@@ -86,9 +86,9 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.sample_dir) / folder_name(args, gpt_path, vq_path)
     if dist.is_main:
         text = (
-            {"t5": None, "t5_features": tree_identity(stored.folder)}
+            {"t5": None, "t5_features": file_identity(stored.folder)}
             if stored
-            else {"t5": folder_identity(pipeline.t5_path)}
+            else {"t5": file_identity(pipeline.t5_path)}
         )
         claim_folder(folder, {**run_settings(args, prompts, gpt_path, vq_path), **text})
     dist.barrier()

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -252,12 +253,25 @@ def test_an_interrupted_run_goes_on(small_files, drawn, tmp_path, capsys):
 def test_a_folder_of_other_settings_is_refused(small_files, drawn, tmp_path, monkeypatch, words, key):
     """Those that the folder's name does not tell."""
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "gpt.pt").write_bytes(small_files.gpt.read_bytes())
+    other = torch.load(small_files.gpt, weights_only=False)
+    other["model"]["norm.weight"] += 1
+    torch.save(other, tmp_path / "other" / "gpt.pt")
     monkeypatch.chdir(tmp_path)
     before = contents(drawn)
     with pytest.raises(ValueError, match=rf"seed-0 holds images drawn with other settings \({key}"):
         run_here(sample_c2i_ddp, *ddp_line(small_files, drawn, *words))
     assert contents(drawn) == before
+
+
+def test_sample_folder_and_weights_that_were_copied_go_on(small_files, drawn, tmp_path):
+    shutil.copytree(drawn, tmp_path / "samples")
+    for name, file in (("gpt.pt", small_files.gpt), ("vq.pt", small_files.vq)):
+        (tmp_path / name).write_bytes(file.read_bytes())
+    (tmp_path / "samples" / NAME / "000003.png").unlink()
+    weights = ["--gpt-ckpt", tmp_path / "gpt.pt", "--vq-ckpt", tmp_path / "vq.pt"]
+    run_here(sample_c2i_ddp, *ddp_line(small_files, tmp_path / "samples", *weights))
+    after, before = contents(tmp_path / "samples"), contents(drawn)
+    assert all(after[name] == content for name, content in before.items() if not name.endswith("settings.json"))
 
 
 @pytest.mark.slow

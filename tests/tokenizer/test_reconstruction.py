@@ -1,6 +1,7 @@
 """Reconstruction scripts: the figures by hand, what is written, runs that go on, several processes, a user's mistakes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -459,12 +460,26 @@ def test_reconstruction_is_by_the_averaged_weights_where_the_file_has_them(small
 def test_mistakes(small_files, images, done, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     Path("copy").mkdir()
-    Path("copy/vq.pt").write_bytes(small_files.vq.read_bytes())
+    other = torch.load(small_files.vq, weights_only=False)
+    other["model"]["quantize.embedding.weight"] += 1
+    torch.save(other, "copy/vq.pt")
     make_images(Path("other"))
+    with next(Path("other").rglob("*.png")).open("ab") as f:
+        f.write(b"longer")
     before = contents(done)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_here(reconstruction_vq_ddp, *line(small_files, images, done, *words))
     assert contents(done) == before
+
+
+def test_reconstructions_weights_and_data_that_were_copied_go_on(small_files, images, done, tmp_path, capsys):
+    shutil.copytree(done, tmp_path / "samples")
+    shutil.copytree(images, tmp_path / "data")
+    weights = tmp_path / "vq.pt"
+    weights.write_bytes(small_files.vq.read_bytes())
+    words = line(small_files, tmp_path / "data", tmp_path / "samples", "--vq-ckpt", weights)
+    run_here(reconstruction_vq_ddp, *words)
+    assert "0 of 8 images to do" in capsys.readouterr().out
 
 
 def test_a_tokenizer_is_needed(images, tmp_path):

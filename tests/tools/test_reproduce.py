@@ -330,6 +330,33 @@ def test_a_stage_runs_again_where_something_changed(tmp_path, change):
         assert chain.is_done(stage)
 
 
+def test_stage_moved_and_copied_files_are_known_by_their_content(tmp_path):
+    stage = script_stage(tmp_path, APPEND)
+    with Stages(tmp_path / "record") as chain:
+        chain.run(stage)
+        for path in (*stage.inputs, stage.output):
+            os.utime(path, ns=(7, 7))
+        assert chain.is_done(stage)
+
+
+def test_stage_record_of_the_first_edition_is_known_by_name_size_and_time(tmp_path):
+    stage = script_stage(tmp_path, APPEND)
+    with Stages(tmp_path / "record") as chain:
+        chain.run(stage)
+        state = json.loads(chain.record.read_text())
+
+        def old(path):
+            status = path.stat()
+            return {"name": path.name, "bytes": status.st_size, "modified": status.st_mtime_ns}
+
+        state["work"]["left"] = old(stage.output)
+        state["work"]["ran"]["inputs"] = [old(path) for path in stage.inputs]
+        chain.record.write_text(json.dumps(state))
+        assert chain.is_done(stage)
+        os.utime(stage.output, ns=(7, 7))
+        assert not chain.is_done(stage)
+
+
 def test_an_output_may_be_a_pattern(tmp_path):
     stage = script_stage(tmp_path, APPEND, output=tmp_path / "*.txt", inputs=())
     with Stages(tmp_path / "record") as chain:
