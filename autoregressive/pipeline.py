@@ -40,7 +40,7 @@ from tokenizer.tokenizer_image.vq_model import VQModel, independent_of_threads
 from utils.checkpoint import has_averages, load_into, read_checkpoint
 from utils.distributed import pick_device
 from utils.images import to_uint8
-from utils.origin import same_tokenizer
+from utils.origin import require_encoder, same_tokenizer
 from utils.overlap import one_behind
 from utils.recognition import check_gpt_flags, describe_gpt, image_size_in_name
 from utils.rng import image_noise
@@ -549,12 +549,14 @@ class ImagePipeline:
         if not self.is_text:
             raise ValueError("this GPT is class-conditional: it has no text encoder")
         if self.text_encoder is None:
-            from language.t5 import T5Embedder, find_t5
+            from language.t5 import T5Embedder, encoder_identity, find_t5
 
             folder = find_t5(self.t5_path and str(self.t5_path), self.t5_model_type)
             self.text_encoder = T5Embedder(
                 self.t5_device, str(folder), torch_dtype=self.t5_dtype, model_max_length=self.t5_tokens
             )
+            if "text_encoder" in self.gpt.file_config:
+                require_encoder(self.gpt.file_config, encoder_identity(self.text_encoder), str(folder))
         dim, width = getattr(self.text_encoder, "dim", None), self.gpt.args.caption_dim
         if dim not in (None, width):
             raise ValueError(f"the text encoder has features of {dim} numbers and the GPT takes {width}")

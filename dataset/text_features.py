@@ -197,7 +197,7 @@ class FeatureWriter:
 
 
 class FeatureStore(ABC):
-    """Features of captions by (stem, line). `dim` is the width of a row, `encoder` the encoder's fingerprint if recorded."""
+    """Features of captions by (stem, line). `dim` is the width of a row, `encoder` what the encoder comes to, if recorded."""
 
     folder: Path
     dim: int
@@ -250,6 +250,7 @@ class PackedFeatures(FeatureStore):
         self._captions = 0
         for stem in sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir()):
             self._open_stem(stem)
+        self.encoder = recorded_maker(self.folder, self._ends)
         if not self._captions:
             raise ValueError(f"{self.folder} has no features yet: run {EXTRACTION} to its end")
 
@@ -287,10 +288,6 @@ class PackedFeatures(FeatureStore):
     def settings(self) -> dict:
         """What the features are, as their writer was told."""
         return self._index.settings
-
-    @property
-    def encoder(self) -> str | None:
-        return self.settings.get("fingerprint")
 
     @property
     def max_length(self) -> int:

@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
     from dataset.lines import CaptionLines, compare_before_writing, record_lines
     from dataset.t2i import chosen_files, open_pairs
     from dataset.text_features import FeatureWriter, published_lines, shard_lines, write_published_features
-    from language.t5 import T5Embedder, find_t5, fingerprint, without_fork_warnings
+    from language.t5 import T5Embedder, encoder_identity, find_t5, without_fork_warnings
     from utils.distributed import start
     from utils.errors import AgreedError
     from utils.loading import loader_workers
@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
         make |= {"settings": feature_settings(args, embedder), "shard_size": args.shard_size}
         writer = FeatureWriter(args.t5_path, **make) if dist.is_main else None
         missing = [(k, shard) for k in chosen for shard in writer.missing_shards(*pairs.files[k])] if writer else None
-    lines = CaptionLines(pairs, CaptionLines.kind_of(args.caption_key, args.trunc_caption), fingerprint(embedder))
+    lines = CaptionLines(pairs, CaptionLines.kind_of(args.caption_key, args.trunc_caption), encoder_identity(embedder))
     if dist.is_main:
         compare_before_writing(Path(args.t5_path), lines, chosen)
     missing = dist.broadcast(missing)

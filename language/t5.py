@@ -218,6 +218,17 @@ def fingerprint(embedder: T5Embedder) -> str:
     return digest.hexdigest()[:16]
 
 
+def encoder_identity(embedder: T5Embedder) -> str:
+    """Return sixteen digits that are equal for one encoder in any precision: of its vocabulary and its weights' signs."""
+    import hashlib
+
+    stack = embedder.model.encoder
+    digest = hashlib.sha256(repr(sorted(embedder.tokenizer.get_vocab().items())).encode())
+    for weight in (embedder.model.shared.weight[:64], stack.block[0].layer[0].SelfAttention.q.weight):
+        digest.update(weight.detach().signbit().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def without_fork_warnings() -> None:
     """Keeps the tokenizer's threads off: loader processes are forked from one that has used it, and each has its own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

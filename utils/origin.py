@@ -25,6 +25,15 @@ def same_tokenizer(one: str | None, other: str | None) -> bool:
     return (one or "")[:digits] == (other or "")[:digits]
 
 
+def require_encoder(config: Mapping[str, Any], encoder: str | None, name: str) -> None:
+    """Raises ValueError where a GPT records that it was trained with another text encoder. name: whose `encoder` is."""
+    trained = config.get("text_encoder")
+    if None not in (trained, encoder) and trained != encoder:
+        raise ValueError(
+            f"the GPT was trained with text encoder {trained}, {name} is of {encoder}: give the one it was trained with"
+        )
+
+
 def require_same(
     one: Mapping[str, Any], other: Mapping[str, Any], keys: Sequence[str], names: tuple[str, str], remedy: str
 ) -> list[str]:

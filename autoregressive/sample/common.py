@@ -31,6 +31,7 @@ from utils.cli import grid_size, layout_numbers
 from utils.distributed import Distributed, pick_device
 from utils.images import is_whole_png, save_png
 from utils.logger import console_logger
+from utils.origin import require_encoder
 from utils.runs import find_checkpoint
 
 if TYPE_CHECKING:
@@ -191,7 +192,11 @@ def open_prompt_features(args: argparse.Namespace, file: str | Path, prompts: Se
     from language.prompts import PromptFeatures
 
     console_logger("dataset", os.environ.get("RANK", "0") == "0")  # which tells what could not be compared
-    return PromptFeatures(args.t5_feat_path, file, prompts, dim=args.t5_feature_dim)
+    stored = PromptFeatures(args.t5_feat_path, file, prompts, dim=args.t5_feature_dim)
+    if args.gpt_ckpt:
+        config = read_checkpoint(find_checkpoint(args.gpt_ckpt)).config
+        require_encoder(config, stored.store.encoder, args.t5_feat_path)
+    return stored
 
 
 def features_of(stored: "PromptFeatures", numbers: Sequence[int], tokens: int) -> list[torch.Tensor]:

@@ -19,7 +19,7 @@ from language.extract_t5_feature import encode_captions
 from language.prompts import PromptFeatures
 from language.t5 import T5Embedder
 from tests.helpers import free_port
-from tests.language.small_t5 import make_small_t5
+from tests.language.small_t5 import SENTENCES, make_small_t5
 from tests.training import (
     check_published_flags,
     command,
@@ -29,6 +29,7 @@ from tests.training import (
     run_here,
     run_script,
 )
+from utils.origin import require_encoder
 
 SCRIPT = "language.extract_t5_feature"
 SENTENCE = "a red lantern hangs over the street two cats sleep on green chair next to window map of fox"
@@ -526,3 +527,17 @@ def test_extraction_is_not_continued_with_another_list(lists, t5, tmp_path, more
     (changed / "part-00.jsonl").write_text("\n".join(line.replace(".jpg", ".png") for line in text))
     extract(changed, folder, t5, *more)
     assert len(open_features(folder)) == 30
+
+
+def test_features_know_their_encoder_in_any_precision(lists, t5, extracted, tmp_path):
+    """Another encoder's are not mixed in, in either layout."""
+    encoder = open_features(extracted).encoder
+    assert encoder == open_features(extract(lists, tmp_path / "half", t5, "--precision", "bf16")).encoder
+    other = make_small_t5(tmp_path / "other" / "flan-t5-xl", sentences=[*SENTENCES, "zebra"])
+    folder = extract(lists, tmp_path / "published", t5, "--published-layout", "--data-end", 0)
+    assert open_features(folder).encoder == encoder != open_features(extract(lists, tmp_path / "b", other)).encoder
+    with pytest.raises(ValueError, match=rf"part-00 was made with '{encoder}', now it is '[0-9a-f]{{16}}'"):
+        extract(lists, folder, other, "--published-layout")
+    require_encoder({"text_encoder": encoder}, encoder, "features")
+    with pytest.raises(ValueError, match=f"trained with text encoder 0123, features is of {encoder}"):
+        require_encoder({"text_encoder": "0123"}, encoder, "features")
