@@ -91,7 +91,7 @@ def read_checkpoint(
     LFS pointer instead of weights, no weights inside, or a pickle that asks to run code).
     """
     path = _locate(Path(path))
-    files = _files_of(path)
+    files = files_of(path)
     torch.empty(0, device=map_location)  # an absent device is not to be mistaken for a damaged file
     starts = [_first_bytes(file) for file in files]
     if starts[0][8:9] == b"{":
@@ -133,7 +133,7 @@ def has_averages(path: str | Path) -> bool:
     return read_checkpoint(path).ema is not None
 
 
-def _files_of(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
     """The files that hold the weights named by `path`: itself, or all shards of its index or of the shard it is."""
     if path.name.endswith(".index.json"):
         try:

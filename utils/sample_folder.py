@@ -24,20 +24,24 @@ SETTINGS_FILE = "settings.json"
 _MOST_READ, _SMALL = 256, 2**20
 
 
-def folder_name(args: argparse.Namespace, gpt_path: Path, vq_path: Path) -> str:
-    """The published name of a folder of samples; args has the sampling scripts' flags."""
+def folder_name(args: argparse.Namespace, gpt_path: Path, vq_path: Path, prompts: str | None = None) -> str:
+    """The published name of a folder of samples; args has the sampling scripts' flags. prompts: their file's name."""
     folder = gpt_path if gpt_path.is_dir() else gpt_path.parent
     checkpoint = folder.absolute().name if args.from_fsdp else gpt_path.stem
     size = getattr(args, "image_size_eval", args.image_size)  # images from prompts are saved as they are drawn
+    asked = f"{prompts.partition('.')[0].lower()}-" if prompts else ""
     return (
-        f"{args.gpt_model}-{checkpoint}-size-{args.image_size}-size-{size}-{args.vq_model}-"
+        f"{args.gpt_model}-{checkpoint}-{asked}size-{args.image_size}-size-{size}-{args.vq_model}-"
         f"topk-{args.top_k}-topp-{args.top_p}-temperature-{args.temperature}-cfg-{args.cfg_scale}-seed-{args.global_seed}"
     )
 
 
 def file_identity(path: Path) -> dict[str, Any]:
     """Describe a file or a folder by its content; where it lies is for the reader and not compared."""
-    return {"file": str(path.resolve()), "content": content_of(path)}
+    from utils.checkpoint import files_of  # imports torch
+
+    files = [path] if path.is_dir() else files_of(path)  # an index, or a shard, stands for all of them
+    return {"file": str(path.resolve()), "content": "-".join(map(content_of, files))}
 
 
 def content_of(path: Path) -> str:
@@ -140,16 +144,26 @@ def claim_folder(folder: Path, settings: dict[str, Any], unrecorded: dict[str, A
         write_json(folder / SETTINGS_FILE, {**before, **settings})
 
 
+def rename_earlier(earlier: Path, folder: Path, settings: dict[str, Any]) -> None:
+    """Gives a folder that an earlier edition named otherwise its present name, where it was drawn with these settings."""
+    if folder.exists() or not earlier.exists():
+        return
+    before = recorded_settings(earlier)
+    if before and all(_same(before.get(key), value) for key, value in settings.items()):
+        earlier.rename(folder)
+        print(f"{earlier} is named {folder.name} now")
+
+
 def write_captions(folder: Path, captions: list[str], images: Iterable[Path]) -> None:
     """Writes `folder`/captions.txt, a caption a line with its white space made single spaces, and result.jsonl.
 
-    result.jsonl has {"text": the caption as it is, "image": the file's place in the folder} on each line.
+    result.jsonl has {"text": the caption as it is, "image_path": where the image is} on each line.
     """
     with atomic_write(folder / "captions.txt") as f:
         f.write("".join(" ".join(caption.split()) + "\n" for caption in captions).encode())
     with atomic_write(folder / "result.jsonl") as f:
         for caption, image in zip(captions, images, strict=True):
-            line = {"text": caption, "image": image.relative_to(folder).as_posix()}
+            line = {"text": caption, "image_path": image.as_posix()}
             f.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
 
 

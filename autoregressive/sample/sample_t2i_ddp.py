@@ -5,7 +5,7 @@
 
 Image i depends on the seed, i and prompt i alone. The same command again draws what is missing, so that an interrupted
 run goes on where it stopped, on as many processes as there are then. In the folder of the run: images/{i:06d}.png; and
-once all are there captions.txt, a prompt on each line, and result.jsonl, {"text": …, "image": …} on each. With
+once all are there captions.txt, a prompt on each line, and result.jsonl, {"text": …, "image_path": …} on each. With
 --t5-feat-path, features that language/extract_t5_feature.py --data-path PartiPrompts.tsv made, no T5 is needed.
 """
 
@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
     from language.prompts import read_prompt_table
     from utils.distributed import start
     from utils.images import is_whole_png, write_image_npz
-    from utils.sample_folder import claim_folder, file_identity, read_images, write_captions
+    from utils.sample_folder import claim_folder, file_identity, read_images, rename_earlier, write_captions
 
     if args.gpt_type != "t2i":
         raise ValueError("sample_t2i_ddp.py draws from text-conditional models; for classes there is sample_c2i_ddp.py")
@@ -83,14 +83,16 @@ def main(args: argparse.Namespace) -> None:
     with dist.main_first():
         batch = None if automatic else args.per_proc_batch_size
         pipeline, gpt_path, vq_path = build_pipeline(args, dist.device, batch, count)
-    folder = Path(args.sample_dir) / folder_name(args, gpt_path, vq_path)
+    folder = Path(args.sample_dir) / folder_name(args, gpt_path, vq_path, prompts=Path(args.prompt_csv).name)
     if dist.is_main:
         text = (
             {"t5": None, "t5_features": file_identity(stored.folder)}
             if stored
             else {"t5": file_identity(pipeline.t5_path)}
         )
-        claim_folder(folder, {**run_settings(args, prompts, gpt_path, vq_path), **text})
+        decisive = {**run_settings(args, prompts, gpt_path, vq_path), **text}
+        rename_earlier(folder.with_name(folder_name(args, gpt_path, vq_path)), folder, decisive)
+        claim_folder(folder, decisive)
     dist.barrier()
 
     def png(index: int) -> Path:

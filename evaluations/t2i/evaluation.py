@@ -284,13 +284,15 @@ def other_pairs(fakes: "SquareImages") -> list[str]:
     So it is when one image was removed and another added: the counts agree, and the captions have slipped.
     """
     import json
+    from pathlib import Path
 
     file = fakes.path.parent / "result.jsonl"
     try:
-        listed = [json.loads(line)["image"] for line in file.read_text(encoding="utf-8").split("\n") if line]
-    except (OSError, ValueError, KeyError, TypeError):
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        listed = [Path(line.get("image_path") or line["image"]).name for line in lines]  # image: of the first edition
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []  # none, or another program's
-    wrong = [place for place, pair in enumerate(zip(listed, fakes.names)) if pair[0] != f"images/{pair[1]}"]
+    wrong = [place for place, pair in enumerate(zip(listed, fakes.names)) if pair[0] != pair[1]]
     if not wrong:
         return []
     place = wrong[0]

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -34,7 +35,7 @@ SMALL = {
     "--cls-token-num": 16, "--t5-model-type": "small", "--t5-feature-max-len": 16, "--t5-feature-dim": 32,
     "--precision": "none", "--device": "cpu", "--top-k": 50,
 }  # fmt: skip
-NAME = "GPT-XS-t2i-size-16-size-16-VQ-4-topk-50-topp-1.0-temperature-1.0-cfg-7.5-seed-0"
+NAME = "GPT-XS-t2i-prompts-size-16-size-16-VQ-4-topk-50-topp-1.0-temperature-1.0-cfg-7.5-seed-0"
 PROMPTS = [
     "a red lantern",
     "two cats sleep",
@@ -107,7 +108,9 @@ def start(words, cwd, processes: int = 1) -> subprocess.CompletedProcess:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Files by their place in the folder; the paths in result.jsonl from images/ on."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: re.sub(rb'(?<="image_path": ")[^"]*/(?=images/)', b"", content) for name, content in files.items()}
 
 
 def by_pipeline(files, prompts, text=None, **settings) -> np.ndarray:
@@ -227,7 +230,8 @@ def test_images_captions_and_npz(text_files, drawn):
     captions = (folder / "captions.txt").read_text().split("\n")
     assert captions == ["a red lantern", "two cats sleep", 'a sign that says "no cats", old', *PROMPTS[3:], ""]
     lines = [json.loads(text) for text in (folder / "result.jsonl").read_text().splitlines()]
-    assert lines == [{"text": prompt, "image": f"images/{name}"} for prompt, name in zip(PROMPTS, names, strict=True)]
+    paths = [str(folder / "images" / name) for name in names]
+    assert lines == [{"text": text, "image_path": path} for text, path in zip(PROMPTS, paths, strict=True)]
     with np.load(drawn / f"{NAME}.npz") as data:
         assert np.array_equal(data["arr_0"], images) and data["arr_1"].tolist() == list(range(6))
 
@@ -260,6 +264,20 @@ def test_an_interrupted_run_goes_on(text_files, drawn, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.*join several lines")
+def test_sample_t2i_ddp_in_a_folder_of_the_first_edition_renames_it_and_goes_on(text_files, drawn, tmp_path, capsys):
+    earlier = tmp_path / NAME.replace("-prompts", "")
+    shutil.copytree(drawn / NAME, earlier)
+    run_here(sample_t2i_ddp, *ddp_line(text_files, tmp_path, "--top-p", 0.5, "--num-fid-samples", 1))
+    assert earlier.exists(), "its name tells other settings"
+    for words in (["--t5-precision", "bf16"], []):
+        run_here(sample_t2i_ddp, *ddp_line(text_files, tmp_path, "--no-npz", *words, "--num-fid-samples", 1))
+        assert earlier.exists() == bool(words), "its record tells other settings"
+        shutil.rmtree(tmp_path / NAME) if words else None
+    assert contents(tmp_path / NAME) == contents(drawn / NAME)
+    assert f"named {NAME} now" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*join several lines")
 def test_nothing_is_encoded_where_nothing_is_missing(text_files, drawn, monkeypatch, capsys):
     def refuse(*_args, **_settings):
         raise AssertionError("a text encoder was asked for")
@@ -273,11 +291,11 @@ def test_nothing_is_encoded_where_nothing_is_missing(text_files, drawn, monkeypa
 @pytest.mark.filterwarnings("ignore:.*join several lines")
 def test_a_folder_of_other_settings_is_refused(text_files, drawn, tmp_path):
     """Those that the folder's name does not tell: among them other prompts and another T5."""
-    (tmp_path / "other.tsv").write_text(TABLE.replace("fog", "smog"))
+    (tmp_path / "prompts.csv").write_text(TABLE.replace("fog", "smog"))
     make_small_t5(tmp_path / "small", dim=WIDTH, layers=1)
     before = contents(drawn)
     for words, key in (
-        (["--prompt-csv", tmp_path / "other.tsv"], "prompts: "),
+        (["--prompt-csv", tmp_path / "prompts.csv"], "prompts: "),
         (["--t5-path", tmp_path], "t5: "),
         (["--t5-precision", "bf16"], "t5_precision: none, now bf16"),
         (["--no-left-padding"], "no_left_padding: False, now True"),
@@ -287,8 +305,8 @@ def test_a_folder_of_other_settings_is_refused(text_files, drawn, tmp_path):
             run_here(sample_t2i_ddp, *ddp_line(text_files, drawn, *words))
     assert contents(drawn) == before
     # The same prompts in another file, and other names for the same T5.
-    (tmp_path / "same.tsv").write_text(TABLE.replace("\tz\n", "\tanother note\n"))
-    same = ["--prompt-csv", tmp_path / "same.tsv", "--t5-path", text_files.t5 / "small", "--num-classes", 7]
+    (tmp_path / "Prompts.v2.tsv").write_text(TABLE.replace("\tz\n", "\tanother note\n"))
+    same = ["--prompt-csv", tmp_path / "Prompts.v2.tsv", "--t5-path", text_files.t5 / "small", "--num-classes", 7]
     run_here(sample_t2i_ddp, *ddp_line(text_files, drawn, *same))
     assert contents(drawn) == before
 

@@ -359,10 +359,13 @@ def test_an_interrupted_run_leaves_the_report_of_the_last(folders, clip_folder, 
         assert {file.name: file.read_bytes() for file in fake.iterdir() if file.is_file()} == before
 
 
-def test_captions_that_slipped(folders, clip_folder):
+@pytest.mark.parametrize(
+    "listed", [lambda i: {"image": f"images/{i}.png"}, lambda i: {"image_path": f"samples/x/images/{i}.png"}]
+)
+def test_captions_that_slipped(folders, clip_folder, listed):
     """An image less and another one more: the counts agree, and result.jsonl knows better."""
     fake, ref = folders
-    lines = [{"text": caption, "image": f"images/{i}.png"} for i, caption in enumerate(CAPTIONS)]
+    lines = [{"text": caption, **listed(i)} for i, caption in enumerate(CAPTIONS)]
     (fake / "result.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert not any("result.jsonl" in warning for warning in evaluate(fake, ref, clip_folder, "--no-fid")["warnings"])
     (fake / "images" / "3.png").rename(fake / "images" / "30.png")
@@ -370,7 +373,7 @@ def test_captions_that_slipped(folders, clip_folder):
         warning for warning in evaluate(fake, ref, clip_folder, "--no-fid")["warnings"] if "result.jsonl" in warning
     ]
     assert len(told) == 1 and told[0].startswith("4 of the 7 images are not those that")
-    assert "line 4 has images/3.png, images/ has 4.png" in told[0]
+    assert "line 4 has 3.png, images/ has 4.png" in told[0]
     (fake / "result.jsonl").write_text('{"prompt": "another program\'s"}\n[]\n')
     assert not any("result.jsonl" in warning for warning in evaluate(fake, ref, clip_folder, "--no-fid")["warnings"])
 
