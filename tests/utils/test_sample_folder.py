@@ -101,3 +101,14 @@ def test_claim_folder_record_of_the_first_edition_is_known_by_its_time(tmp_path,
     write_json(tmp_path / "samples" / "settings.json", {"cfg_scale": 1.5, "gpt_ckpt": {**old, "modified": 7}})
     with pytest.raises(ValueError, match="gpt_ckpt: "):
         claim(tmp_path / "samples", moved)
+
+
+def test_file_identity_of_a_shard_or_an_index_covers_all_shards(tmp_path):
+    shards = [tmp_path / f"model-{number:05d}-of-00002.bin" for number in (1, 2)]
+    for shard in shards:
+        shard.write_bytes(b"1")
+    index = tmp_path / "model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": shards[0].name, "b": shards[1].name}}))
+    before = [file_identity(path)["content"] for path in (shards[0], index)]
+    shards[1].write_bytes(b"2")
+    assert all(file_identity(path)["content"] != old for path, old in zip((shards[0], index), before, strict=True))
