@@ -11,6 +11,7 @@ any other and counts for nothing in the loss: over internet-scale lists some are
 """
 
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -97,8 +98,11 @@ class JsonPairs(JsonLines):
         return self.image_path(self[index][2])
 
     def image_digest(self, index: int) -> int:
-        """Return what the image's path in the line comes to. Raises ValueError for a damaged line."""
-        return digest(self[index][2]["image_path"])
+        """Return what the image's path in the line comes to, from any folder above it. Raises ValueError for a damaged line."""
+        path = os.path.normpath(self[index][2]["image_path"])
+        while path.startswith("../"):  # the same image in a list that lies deeper
+            path = path[3:]
+        return digest(path)
 
     def list_digest(self, k: int) -> str:
         """Return what the bytes of file number `k` come to."""

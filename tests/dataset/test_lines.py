@@ -114,6 +114,14 @@ def test_edits_of_what_was_not_read_are_accepted(data):
     opened(data)
     edit(data, lambda lines: [*lines, lines[0]])
     opened(data)
+    nested = data / "data" / "lists"
+    nested.mkdir()
+    for stem in COUNTS:
+        text = (data / "data" / f"{stem}.jsonl").read_text()
+        (nested / f"{stem}.jsonl").write_text(text.replace('"images/', '"./../images/'))
+    TextImages(
+        open_pairs(nested), open_features(data / "features"), codes=TextCodes(data / "codes", list(COUNTS), GRID**2, 50)
+    )
     edit(data, lambda lines: lines[:-2])
     opened(data)
     edit(data, lambda lines: [line.replace("thing", "cat") for line in lines])
