@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive.models.conditioning import CaptionEmbedder, LabelEmbedder
-from autoregressive.models.kv_cache import StaticCache
+from autoregressive.models.kv_cache import StaticCache, widened
 from autoregressive.models.layout import TokenLayout
 from autoregressive.models.rope import apply_rope, rope_table_2d
 from autoregressive.models.sizes import GPT_SIZES
@@ -160,29 +160,33 @@ class Attention(nn.Module):
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # (B, S, H + 2 KV, D)
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
         q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, rope), apply_rope(k, rope), v))  # (B, H, S, D)
+        scale = self.head_dim**-0.5
         if rows is not None:
             k, v = rows.cache.update(layer, rows.positions, k, v, rows.length)
-            if q.device.type == "cpu":
-                return self.resid_dropout(self.wo(attend_on_cpu(q, k, v, mask, causal).transpose(1, 2).flatten(2)))
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=causal,
-            dropout_p=self.attn_dropout_p if self.training else 0.0,
-            enable_gqa=self.n_kv_head != self.n_head,
-        )
-        return self.resid_dropout(self.wo(out.transpose(1, 2).flatten(2)))
+            q = widened(q, k.shape[-1])
+        if rows is not None and q.device.type == "cpu":
+            out = attend_on_cpu(q, k, v, mask, causal, scale)
+        else:
+            out = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=causal,
+                dropout_p=self.attn_dropout_p if self.training else 0.0,
+                scale=scale,
+                enable_gqa=self.n_kv_head != self.n_head,
+            )
+        return self.resid_dropout(self.wo(out[..., : self.head_dim].transpose(1, 2).flatten(2)))
 
 
-def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     """Attention of the few rows of a decode step: q (B, H, s, D) over k and v (B, KV, S, D) to (B, H, s, D).
 
     PyTorch's fused kernel is made for many rows and is several times slower for one; in float32 its rounding depends on a
     sample's place in the batch besides, which that of these operations does not.
     """
-    repeats, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
+    repeats = q.shape[1] // k.shape[1]
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     if causal and q.shape[2] > 1:

@@ -5,11 +5,15 @@ k, v = cache.update(layer, positions, k, v, length)      # the first `length` ro
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 class StaticCache:
-    """One (B, H, S, D) pair of tensors a layer. S is the whole sequence; rows past the filled part hold old values."""
+    """One (B, H, S, D) pair of tensors a layer. S is the whole sequence; rows past the filled part hold old values.
+
+    D is at least the width of a head; channels past that width are zero.
+    """
 
     def __init__(
         self, layers: int, batch: int, heads: int, rows: int, head_dim: int, device: torch.device, dtype: torch.dtype
@@ -47,11 +51,18 @@ class StaticCache:
             tensor.as_strided((numbers,), (1,), 0).zero_()
 
     def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Stores k and v (b, H, s, D) at rows `positions` (s,) of the first b samples.
+        """Stores k and v (b, H, s, d) at rows `positions` (s,) of the first b samples.
 
         Returns the first `length` rows of those samples as views, (b, H, length, D) each.
         """
-        keys, values = self.keys[layer][: len(k)], self.values[layer][: len(v)]
-        keys.index_copy_(2, positions, k.to(keys.dtype))
-        values.index_copy_(2, positions, v.to(values.dtype))
-        return keys[:, :, :length], values[:, :, :length]
+        keys, values = self.keys[layer], self.values[layer]
+        # By both indices, into the whole tensor: a compiler copies a slice that is written to as a whole.
+        samples = torch.arange(len(k), device=k.device)[:, None]
+        keys[samples, :, positions] = widened(k, keys.shape[-1]).transpose(1, 2).to(keys.dtype)
+        values[samples, :, positions] = widened(v, values.shape[-1]).transpose(1, 2).to(values.dtype)
+        return keys[: len(k), :, :length], values[: len(v), :, :length]
+
+
+def widened(x: Tensor, width: int) -> Tensor:
+    """Add channels of zeros to x (…, d) up to `width`."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
