@@ -39,6 +39,7 @@ from tokenizer.tokenizer_image.strips import decode_in_strips
 from tokenizer.tokenizer_image.vq_model import VQModel, independent_of_threads
 from utils.checkpoint import has_averages, load_into, read_checkpoint
 from utils.distributed import pick_device
+from utils.errors import is_out_of_memory
 from utils.images import to_uint8
 from utils.origin import require_encoder, same_tokenizer
 from utils.overlap import one_behind
@@ -53,6 +54,9 @@ PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 ROW_MULTIPLE = 8
 PACKED_ROW_MULTIPLE = 2
 IMAGES_AT_ONCE = 2
+
+# An accelerator is full with so many, and feature maps of more take memory that drawing needs.
+MOST_DECODED_AT_ONCE = 32
 
 # Of what is not drawn yet, in a preview: the middle of the range.
 GREY = 128
@@ -570,17 +574,17 @@ def decode_codes(
     """Codes (B, h·width) in raster order to pixels, uint8 (B, H, W, 3); an image's do not depend on the others.
 
     width: tokens of a row (of a square where not given). size: pixels a side to resize to, bicubically.
-    batch_size: images at once on an accelerator; where memory is short for them, half as many, and so on, and where it is
-    short for one, in strips (tokenizer/tokenizer_image/strips.py).
+    batch_size: images at once on an accelerator, at most MOST_DECODED_AT_ONCE; where memory is short for them, half as
+    many, and so on, and where it is short for one, in strips (tokenizer/tokenizer_image/strips.py).
     """
     device = tokenizer.quantize.embedding.weight.device
     width = width or isqrt(codes.shape[1])
-    at_once = IMAGES_AT_ONCE if device.type == "cpu" else batch_size
+    at_once = IMAGES_AT_ONCE if device.type == "cpu" else min(batch_size, MOST_DECODED_AT_ONCE)
     while True:
         try:
             return _decode_so_many(tokenizer, codes.to(device), width, size, max(at_once, 1), in_strips=at_once == 0)
-        except torch.OutOfMemoryError:
-            if at_once == 0:
+        except RuntimeError as error:
+            if at_once == 0 or not is_out_of_memory(error):
                 raise
         at_once //= 2
         torch.cuda.empty_cache()

@@ -1,6 +1,10 @@
 """Errors that several parts of the project raise and catch, and what an error says to a user."""
 
+import re
+
 from utils.extras import explain
+
+_MEMORY = re.compile(r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.I)
 
 
 class AgreedError(ValueError):
@@ -9,6 +13,13 @@ class AgreedError(ValueError):
 
 class NotFiniteError(ValueError):
     """What a network computed for some images is NaN or infinite."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out, on the host or on a device. Not every library raises an OutOfMemoryError."""
+    return (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or bool(_MEMORY.search(str(error)))
+    )
 
 
 def words_of(error: BaseException) -> str:

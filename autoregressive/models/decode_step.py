@@ -10,12 +10,15 @@ state. So a step that was recorded as a CUDA graph (StepGraphs) serves all later
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoregressive.models.gpt import Rows, Transformer
 from autoregressive.models.kv_cache import StaticCache
@@ -106,10 +109,15 @@ def take_step(model: Transformer, state: DecodeState, kind: StepKind, decode: De
     mask = None
     if kind.masked:
         mask = state.seen & (state.count < row + width)
-        mask = mask[: len(inputs), None, None, : kind.length]
+        mask = attention_bias(mask[: len(inputs), None, None, : kind.length], state.cache.keys[0].dtype)
     rows = Rows(state.cache, row + state.count[:width], kind.length)
     logits = decode(model, inputs, kind.special, rows, mask)
     draw_tokens(logits, state, kind.guided, first_output + state.count[:width])
+
+
+def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a mask of visible rows into the bias that fused attention adds, once for all layers. On a CPU it stays a mask."""
+    return mask if mask.device.type == "cpu" else torch.where(mask, 0.0, float("-inf")).to(dtype)
 
 
 def draw_tokens(logits: Tensor, state: DecodeState, guided: bool, outputs: Tensor) -> None:
@@ -128,10 +136,14 @@ def decode_rows(model: Transformer, tokens: Tensor, special: int, rows: Rows, ma
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether steps can be compiled for a device: a GPU of CUDA, or a CPU beside a C++ compiler."""
+    """Tell whether steps can be compiled for a device: a CPU beside a C++ compiler, a GPU of CUDA beside a C compiler.
+
+    Triton builds a module of the driver's in C when it is first used.
+    """
     if device.type == "cpu":
         return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
-    return device.type == "cuda"
+    compilers = [os.environ.get("CC"), "gcc", "clang"]
+    return device.type == "cuda" and any(shutil.which(name) for name in compilers if name)
 
 
 @cache
@@ -189,6 +201,22 @@ def cache_rows(layout: TokenLayout, device: torch.device) -> int:
     return 1 + (longest if device.type == "cpu" else -(-longest // 16) * 16)
 
 
+def cache_width(head_dim: int, device: torch.device) -> int:
+    """Return the channels that the cache keeps of a head.
+
+    Fused attention on a GPU takes multiples of 8 alone; for GPT-3B's 100 channels plain attention would copy the whole
+    cache to float32 in every step.
+    """
+    return head_dim if device.type == "cpu" else -(-head_dim // 8) * 8
+
+
+def attention_kernels(device: torch.device, compile: bool) -> AbstractContextManager:
+    """Keep cuDNN out of the attention of plain steps on CUDA: it plans anew for every length of the cache."""
+    if device.type != "cuda" or compile:
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
 def records(device: torch.device) -> bool:
     """Whether compiled steps are recorded for a device."""
     return device.type == "cuda"
@@ -198,17 +226,23 @@ class StepGraphs:
     """Recorded steps over one state: run again as they are, at the cost of one launch.
 
     A kind of step is run as it is the first time, which compiles it and makes its kernels ready, and recorded when it
-    comes again. The recordings hold addresses: of the state, and of the model's weights.
+    comes again. The recordings hold addresses: of the state, and of the model's weights. They are of the thread that made
+    them, whose kernels are ready.
     """
 
     def __init__(self, model: Transformer, cache: StaticCache, batch: int):
         self.state, self.weights = DecodeState(model.layout, cache, batch), addresses(model)
+        self.thread = threading.get_ident()
+        self.device = cache.keys[0].device
+        # Of this device: the stream that PyTorch records on by default belongs to the device that recorded first.
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
         self.pool = None  # of memory, one for all: no step needs what another left behind in it
 
     def serve(self, model: Transformer, cache: StaticCache, batch: int) -> bool:
-        """Whether the recordings are of these weights, this cache and so many images."""
-        return self.state.cache is cache and self.state.batch == batch and self.weights == addresses(model)
+        """Tell whether the recordings are of this thread, these weights, this cache and so many images."""
+        same = self.state.cache is cache and self.state.batch == batch and self.thread == threading.get_ident()
+        return same and self.weights == addresses(model)
 
     def run(self, kind: StepKind, step: Callable[[], None]) -> None:
         """Takes the step, which is of this kind and reads and writes nothing but the state."""
@@ -218,26 +252,31 @@ class StepGraphs:
             self.graphs[key] = None
             return
         if self.graphs[key] is None:
-            self.graphs[key] = record(step, self.pool)
+            self.graphs[key] = record(step, self.pool, self.stream)
             self.pool = self.graphs[key].pool()
         self.graphs[key].replay()
 
 
-def record(step: Callable[[], None], pool: tuple[int, int] | None) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of what the step launches; it is not run. Other threads may use the device meanwhile."""
+def record(
+    step: Callable[[], None], pool: tuple[int, int] | None, stream: torch.cuda.Stream | None
+) -> torch.cuda.CUDAGraph:
+    """Return a CUDA graph of what the step launches, recorded on `stream` and not run.
+
+    Other threads may use the device meanwhile.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         step()
     return graph
 
 
 def addresses(model: Transformer) -> list[int]:
-    """Where the model's weights lie (what they are, where that is not told)."""
+    """Return where the model's weights lie, or which objects they are where their memory is not told."""
 
     def address(weight: Tensor) -> int:
         try:
-            return weight.data_ptr()
-        except RuntimeError:  # weights of a kind of their own, such as 8-bit ones
+            return weight.data_ptr() or id(weight)  # 8-bit weights raise, or answer 0
+        except RuntimeError:
             return id(weight)
 
     return [address(weight) for weight in model.parameters()]

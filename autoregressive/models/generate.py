@@ -33,7 +33,8 @@ def cache_for(model: Transformer, batch: int, device: torch.device, dtype: torch
         _graphs.pop(model, None)
         _caches.pop(model, None)  # free the old one before the new one is allocated
         args, rows = model.args, decode_step.cache_rows(model.layout, device)
-        cache = StaticCache(args.n_layer, batch, args.n_kv_head, rows, args.dim // args.n_head, device, dtype)
+        width = decode_step.cache_width(args.dim // args.n_head, device)
+        cache = StaticCache(args.n_layer, batch, args.n_kv_head, rows, width, device, dtype)
         _caches[model] = cache
     return cache
 
@@ -130,7 +131,7 @@ def generate(
         kinds = decode_step.kinds_of(steps, config, stride, cache.rows - 1, padded=emb_masks is not None)
         places = torch.tensor([(s.rows.start, s.inputs.start, s.outputs.start) for s in steps]).to(device)
 
-        with cleared_after_errors(cache):
+        with cleared_after_errors(cache), decode_step.attention_kernels(device, compile):
             cache.lay_out(kinds[0].length if side_by_side and kinds else cache.rows)
             logits = prefill(model, cond, cache, emb_masks)  # (R, 1, V)
             decode_step.draw_tokens(logits, state, config.guided, state.count[:1])

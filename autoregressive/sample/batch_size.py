@@ -7,6 +7,7 @@ with memory_errors_told(batch):
 
 import gc
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from autoregressive.models.generate import generate, release_cache
 from autoregressive.pipeline import ImagePipeline
 from utils.distributed import Distributed
+from utils.errors import is_out_of_memory
 
 # More at once hardly draws more images in a given time.
 MOST_ON_CUDA, MOST_ELSEWHERE = 512, 64
@@ -85,10 +87,13 @@ def fits_on_cuda(pipeline: ImagePipeline, batch: int, **sampling) -> bool:
         torch.cuda.reset_peak_memory_stats(device)
         codes = draw_briefly(pipeline, batch, **sampling)
         drawing.synchronize()
-        with torch.cuda.stream(decoding):  # what an allocator has for one stream is not for another
+        with warnings.catch_warnings(), torch.cuda.stream(decoding):  # a stream has memory of its own
+            warnings.filterwarnings("error", message="memory is short")  # a batch that decodes in parts does not fit
             pipeline.decode(codes)
         return torch.cuda.max_memory_reserved(device) <= memory
-    except torch.OutOfMemoryError:
+    except (RuntimeError, UserWarning) as error:
+        if not isinstance(error, UserWarning) and not is_out_of_memory(error):
+            raise
         return False
     finally:
         pipeline.batch_size = before
@@ -156,9 +161,8 @@ def memory_errors_told(batch: int) -> Iterator[None]:
     """Raises ValueError that says what to do where memory runs out in the block, which draws `batch` images at once."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # a CPU's allocator raises a plain RuntimeError
-        out = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not out:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise ValueError(
             f"out of memory with {batch} images at once: pass a smaller number, or --per-proc-batch-size auto, which looks "

@@ -337,7 +337,7 @@ class Recording:
 
     made = 0
 
-    def __init__(self, step, pool):
+    def __init__(self, step, pool, stream):
         self.step, self.state = step, step.args[1]
         self.config = self.state.config
         Recording.made += 1

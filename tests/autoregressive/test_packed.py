@@ -170,6 +170,6 @@ def test_attention(rows, kv_heads, kind):
     if kind == "masked":
         mask = torch.rand(3, 1, 1, length) < 0.6
         mask[..., 0] = True
-    ours = attend_on_cpu(q, k, v, mask, kind == "causal")
+    ours = attend_on_cpu(q, k, v, mask, kind == "causal", q.shape[-1] ** -0.5)
     expected = F.scaled_dot_product_attention(q, k, v, mask, is_causal=kind == "causal", enable_gqa=True)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)

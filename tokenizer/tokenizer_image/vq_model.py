@@ -65,7 +65,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = torch.softmax(torch.bmm(q, k.transpose(1, 2)) * shape[1] ** -0.5, dim=-1)
         h = torch.bmm(v.transpose(1, 2), weights.transpose(1, 2))  # (B, C, H*W)
     else:
-        h = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1))
+        q, k, v = (x.contiguous().unsqueeze(1) for x in (q, k, v))  # fused kernels want the channels side by side
+        h = F.scaled_dot_product_attention(q, k, v)
         h = h.squeeze(1).transpose(1, 2)
     return h.reshape(shape)
 
