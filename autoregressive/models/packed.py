@@ -4,8 +4,9 @@
         ...                                    # model's nn.Linear layers multiply with the laid-out weights
 
 A plain layer has its weight laid out anew in every step. A row's result is the same bits whatever the number of rows (from
-two on) and of threads; where a release of oneDNN computes otherwise, layers stay plain. The copies cost the weights' memory
-once more; they are kept for the next call and made anew where the weights have changed since.
+two on) and of threads: oneDNN takes other kernels for more rows on some processors (with AMX for more than 32), so rows are
+multiplied in parts that all take the same. The copies cost the weights' memory once more; they are kept for the next call
+and made anew where the weights have changed since.
 """
 
 from collections.abc import Iterator
@@ -21,10 +22,13 @@ from torch import Tensor
 
 # Rows that the layout is made for. A constant, since a row's result must not depend on how many there are.
 ROWS = 16
+# Rows that are multiplied at once at most.
+MOST_ROWS = 256
 DTYPES = (torch.float32, torch.bfloat16)
 
 _numbers = count()
-_copies: dict[int, Tensor] = {}  # by number: a compiled step holds numbers, it cannot hold such tensors
+# Laid-out weights and the rows at once, by number: a compiled step holds numbers, it cannot hold such tensors.
+_copies: dict[int, tuple[Tensor, int]] = {}
 _lock = RLock()
 
 
@@ -37,7 +41,9 @@ class PackedWeights:
         self.users = 0
         self.copies = _copies  # a module's own names may be gone when the last of these is
         for layer, number in self.layers.items():
-            _copies[number] = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
+            weight = layer.weight.detach()
+            laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+            _copies[number] = laid_out, rows_at_once(layer.in_features, layer.out_features, weight.dtype)
 
     def is_current(self, model: nn.Module) -> bool:
         """Whether the model's weights are those that were laid out."""
@@ -63,20 +69,35 @@ def can_pack(model: nn.Module) -> bool:
         and type(layer.weight) in (Tensor, nn.Parameter)
         and layer.weight.device.type == "cpu"
         and layer.weight.dtype in DTYPES
-        and rows_agree(layer.in_features, layer.out_features, layer.weight.dtype)
+        and rows_at_once(layer.in_features, layer.out_features, layer.weight.dtype) > 0
         for layer in layers
     )
 
 
 @cache
-def rows_agree(inner: int, outer: int, dtype: torch.dtype) -> bool:
-    """Whether a row's product is the same among few and among many others, as it is not in every release of oneDNN."""
+def rows_at_once(inner: int, outer: int, dtype: torch.dtype) -> int:
+    """Find how many rows may be multiplied at once for a row's product not to depend on the others; 0 if none may.
+
+    Products of numbers that nearly cancel out show the order in which a kernel adds up, in half precision too.
+    """
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(outer, inner, generator=generator).to(dtype)
-    x = torch.randn(64, inner, generator=generator).to(dtype)
-    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-    whole, *parts = (product(x[:rows], laid_out) for rows in (64, 2, 8, 15, 16, 31))
-    return all(torch.equal(part, whole[: len(part)]) for part in parts)
+    places = torch.randperm(inner, generator=generator)
+
+    def pairs(rows: int, sign: int) -> Tensor:
+        one = torch.randn(rows, -(-inner // 2), generator=generator).to(dtype)
+        return torch.cat([one, sign * one], dim=1)[:, places]
+
+    x = pairs(MOST_ROWS, -1)
+    x[:, :: max(1, inner // 16)] += torch.randn(MOST_ROWS, 1, generator=generator).to(dtype) / 512
+    laid_out = torch.ops.mkldnn._reorder_linear_weight(pairs(outer, 1), ROWS)
+    few = product(x[:2], laid_out, MOST_ROWS)
+    agreed = 0
+    for rows in (8, 15, 16, 24, 31, 32, 33, 64, MOST_ROWS):
+        many = product(x[:rows], laid_out, MOST_ROWS)
+        if not torch.equal(many[: len(few)], few):
+            break
+        few, agreed = many, rows
+    return agreed
 
 
 @contextmanager
@@ -132,18 +153,22 @@ def multiply(x: Tensor, number: int, width: int) -> Tensor:
     """x (…, in) times the laid-out weight of this number: (…, width)."""
     if torch.compiler.is_compiling():
         return packed_linear(x, number, width)  # an operation of its own, which a compiled step can call
-    return product(x, _copies[number])
+    return product(x, *_copies[number])
 
 
-def product(x: Tensor, laid_out: Tensor) -> Tensor:
-    """x (…, in) times a laid-out weight: (…, out)."""
-    return torch.ops.mkldnn._linear_pointwise(x, laid_out, None, "none", [], "")
+def product(x: Tensor, laid_out: Tensor, at_once: int) -> Tensor:
+    """x (…, in) times a laid-out weight, at most `at_once` rows at a time: (…, out)."""
+    rows = x.flatten(0, -2)
+    if len(rows) <= at_once:
+        return torch.ops.mkldnn._linear_pointwise(x, laid_out, None, "none", [], "")
+    parts = rows.tensor_split(-(-len(rows) // at_once))  # in even parts: a single row takes another kernel again
+    return torch.cat([product(part, laid_out, at_once) for part in parts]).view(*x.shape[:-1], -1)
 
 
 @torch.library.custom_op("autoregressive::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, number: int, width: int) -> Tensor:
     """`multiply`, for a compiled step."""
-    return product(x, _copies[number])
+    return product(x, *_copies[number])
 
 
 @packed_linear.register_fake

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from autoregressive.models.generate import generate, release_cache
 from autoregressive.models.gpt import GPT_models, attend_on_cpu
-from autoregressive.models.packed import _copies, _packed, can_pack, packed, release, rows_agree
+from autoregressive.models.packed import _copies, _packed, can_pack, packed, product, release, rows_at_once
 from tests.helpers import randomize
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN is not built in")
@@ -35,7 +35,7 @@ def test_products(dtype, width):
     x = torch.randn(3, 5, 72, dtype=dtype)
     expected = F.linear(x.double(), layer.weight.double())
     with packed(nn.Sequential(layer)):
-        assert ("forward" in layer.__dict__) == rows_agree(72, width, dtype)
+        assert ("forward" in layer.__dict__) == (rows_at_once(72, width, dtype) > 0)
         product = layer(x)
     assert product.dtype == dtype and product.shape == (3, 5, width)
     torch.testing.assert_close(product.double(), expected, **({"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 3e-2, "rtol": 2e-2}))  # fmt: skip
@@ -49,7 +49,7 @@ def test_a_row_is_the_same_among_any_others(dtype, shape):
     inner, outer = shape
     with torch.inference_mode(False):
         model = nn.Sequential(nn.Linear(inner, outer, bias=False)).to(dtype).requires_grad_(False)
-    if not rows_agree(inner, outer, dtype):
+    if not rows_at_once(inner, outer, dtype):
         assert not can_pack(model)
         pytest.skip("this release of oneDNN rounds a row by the number of rows: such layers stay plain")
     x = torch.randn(70, inner, dtype=dtype)
@@ -59,10 +59,17 @@ def test_a_row_is_the_same_among_any_others(dtype, shape):
         try:
             for number in (1, 2):
                 torch.set_num_threads(number)
-                for rows in (2, 3, 4, 8, 15, 16, 17, 31, 64, 70):
+                for rows in (2, 3, 4, 8, 15, 16, 17, 31, 33, 64, 70):
                     assert torch.equal(model(x[:rows]), whole[:rows]), (number, rows)
         finally:
             torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("rows", [2, 8, 9, 17, 24, 70])
+def test_product_in_parts_of_rows_equals_the_whole(rows):
+    x, weight = torch.randn(rows, 3, 40), torch.randn(24, 40)
+    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+    torch.testing.assert_close(product(x, laid_out, at_once=8), x @ weight.T, atol=1e-5, rtol=1e-5)
 
 
 def test_copies_follow_the_weights():
@@ -127,7 +134,7 @@ def test_layers_stay_plain_where_rows_do_not_agree(monkeypatch):
     labels, noise = torch.tensor([1, 2]), torch.rand(2, 16, generator=torch.Generator().manual_seed(0))
     drawn = generate(model, labels, noise=noise)
     release_cache(model)
-    monkeypatch.setattr("autoregressive.models.packed.rows_agree", lambda inner, outer, dtype: outer != 64)
+    monkeypatch.setattr("autoregressive.models.packed.rows_at_once", lambda inner, outer, dtype: outer != 64)
     assert not can_pack(model)
     assert torch.equal(generate(model, labels, noise=noise), drawn) and model not in _packed
 
