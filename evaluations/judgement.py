@@ -151,7 +151,7 @@ def same_images(reference: Inspection | None, samples: Inspection | None, fid: f
     shared = samples.shared_with(reference) if reference and samples else 0
     if shared:
         count = f"{shared:,} of the {len(samples.hashes):,} samples are exact copies of images of the reference"
-        return [f"{count}: the figures are of a set against itself; give the reference of the training set"]
+        return [f"{count}: compared with themselves they look better than they are"]
     if fid < _SAME * scale:
         return [
             f"FID is {fid:.2g}: the statistics of the reference were made of these samples, and say nothing of them"
