@@ -4,11 +4,13 @@ run, resumed = open_run(args, "GPT-B"); run.checkpoints(); find_checkpoint("resu
 """
 
 import json
+import os
 import re
 import shutil
+import tempfile
 import time
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +23,20 @@ _RUN = re.compile(r"(\d{3,})-(.+)$")
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, and where its checkpoints go: the first of `stores` is the one read back.
+    """A run's folder, and where its checkpoints go.
 
-    earlier: of a new run, the newest checkpoint of the run of this name before it.
+    earlier: of a new run, the newest checkpoint of the run of this name before it. former: where its checkpoints went before
+    it was resumed with other flags.
     """
 
     folder: Path
     stores: tuple[Path, ...]
     earlier: Path | None = None
+    former: tuple[Path, ...] = ()
 
     def checkpoints(self) -> list[Path]:
         """Its checkpoints, newest first: files `{step:07d}.pt`, and folders `{step:07d}` of sharded runs."""
-        found = [path for store in self.stores for path in checkpoints_in(store)]
+        found = [path for store in (*self.stores, *self.former) for path in checkpoints_in(store)]
         return sorted(found, key=lambda path: int(path.stem), reverse=True)
 
     def flags(self) -> dict[str, Any]:
@@ -68,9 +72,10 @@ def runs_in(results_dir: str | Path, name: str | None = None) -> list[Run]:
             found.append((int(match[1]), child))
     runs = []
     for _, child in sorted(found, reverse=True):
-        record = child / "run.json"
-        stores = json.loads(record.read_text())["stores"] if record.exists() else ["checkpoints"]
-        runs.append(Run(child, tuple(child / store for store in stores)))
+        file = child / "run.json"
+        record = json.loads(file.read_text()) if file.exists() else {"stores": ["checkpoints"]}
+        stores, former = (tuple(child / store for store in record.get(key, [])) for key in ("stores", "former"))
+        runs.append(Run(child, stores, former=former))
     return runs
 
 
@@ -78,27 +83,71 @@ def open_run(args: Namespace, name: str, sharded: bool = False) -> tuple[Run, bo
     """The run to write to: the newest one of this name with --resume where there is one, else a new one.
 
     sharded: its checkpoints are folders, which the published scripts put at `{cloud_save_path}/{time}-{name}/{step:07d}`.
-    Returns the run and whether it is an old one. Raises ValueError where --no-local-save leaves no place to save to.
+    Returns the run and whether it is an old one. Raises ValueError where --no-local-save leaves no place to save to, or a
+    place cannot be written to.
     """
     if args.no_local_save and not args.cloud_save_path:
         raise ValueError("--no-local-save leaves no place for the checkpoints: give --cloud-save-path too")
     runs = runs_in(args.results_dir, name)
     if args.resume and runs:
-        for store in runs[0].stores:
+        run = _with_stores(runs[0], args, sharded)
+        for folder in (run.folder, *run.stores):
+            require_writable(folder)
+        for store in run.stores:
             for leftover in store.glob(".*.tmp"):  # of a save that was killed
                 if leftover.is_dir():
                     shutil.rmtree(leftover, ignore_errors=True)
                 else:
                     leftover.unlink(missing_ok=True)
-        return runs[0], True
-    folder = _new_folder(Path(args.results_dir), name)
-    stores = [] if args.no_local_save else ["checkpoints"]  # inside the folder, which may be moved
+        return run, True
+    for place in filter(None, (args.results_dir, args.cloud_save_path)):
+        require_writable(Path(place))
+    run = Run(_new_folder(Path(args.results_dir), name), ())
+    write_json(run.folder / "run.json", {"stores": [], "args": vars(args)})
+    run = _with_stores(replace(run, stores=() if args.no_local_save else (run.folder / "checkpoints",)), args, sharded)
+    before = runs[0].checkpoints() if runs else []
+    return replace(run, earlier=before[0] if before else None), False
+
+
+def _with_stores(run: Run, args: Namespace, sharded: bool) -> Run:
+    """Lets --cloud-save-path and --no-local-save take effect and records where checkpoints go from now on.
+
+    Without these flags a resumed run keeps its places.
+    """
+    local, stores = run.folder / "checkpoints", list(run.stores)
     if args.cloud_save_path:
         cloud, now = Path(args.cloud_save_path).absolute(), time.strftime("%Y-%m-%d-%H-%M-%S")
-        stores.append(str(cloud / f"{now}-{name}" if sharded else cloud / now / folder.name / "checkpoints"))
-    write_json(folder / "run.json", {"stores": stores, "args": vars(args)})
-    before = runs[0].checkpoints() if runs else []
-    return Run(folder, tuple(folder / store for store in stores), before[0] if before else None), False
+        if not any(store != local and store.is_relative_to(cloud) for store in stores):
+            name = run.folder.name.split("-", 1)[1]
+            added = cloud / f"{now}-{name}" if sharded else cloud / now / run.folder.name / "checkpoints"
+            stores = [*(store for store in stores if store == local), added]
+    if args.no_local_save:
+        stores = [store for store in stores if store != local]
+    former = [store for store in dict.fromkeys((*run.former, *run.stores)) if store not in stores]
+    run = replace(run, stores=tuple(stores), former=tuple(former))
+    file = run.folder / "run.json"
+    record = json.loads(file.read_text()) if file.exists() else {"args": {}}
+    # Inside the folder, which may be moved, by relative paths.
+    inside = {store: "checkpoints" if store == local else str(store) for store in (*stores, *former)}
+    places = {"stores": [inside[store] for store in stores], "former": [inside[store] for store in former]}
+    if record != (record := {**record, **places}):
+        write_json(file, record)
+    return run
+
+
+def require_writable(folder: Path) -> None:
+    """Writes a small file and removes it. Raises ValueError where the folder is read-only, its disk full, or it is no folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable.", suffix=".tmp") as f:
+            f.write(bytes(2**16))
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be written to ({error.strerror or error}): make it writable, or give another --results-dir "
+            "or --cloud-save-path"
+        ) from error
 
 
 def _new_folder(results: Path, name: str) -> Path:

@@ -44,7 +44,7 @@ from utils.origin import require_same
 from utils.parallel import Parallel, parameters_of
 from utils.precision import WORDS
 from utils.rng import item_seed
-from utils.runs import open_run
+from utils.runs import Run, open_run, require_writable
 from utils.stopping import Agreement, StopSignals
 from utils.training_state import Saver, ShardedCheckpoint, TrainingState
 
@@ -139,7 +139,7 @@ class Trainer:
         self.agreement = Agreement(dist)
         self._rehearsed: set[str] = set()
 
-        self.run, resumed = dist.broadcast(open_run(args, run_name, self.plan.sharded) if dist.is_main else None)
+        self.run, resumed = self._open_run(run_name)
         project = None if args.no_wandb else args.wandb_project
         self.log = RunLogger(self.run.folder, dist.is_main, project, vars(args))
         self.saver = Saver(self.state, self.run, args, dist, self.log)
@@ -162,6 +162,25 @@ class Trainer:
                 f"{continued} has done {self.step} steps, all that {asked} asks for with this data: give more of them to "
                 "continue it, or --finetune to begin at step 0 with its weights"
             )
+
+    def _open_run(self, name: str) -> tuple[Run, bool]:
+        """Opens the run on the first process. Raises AgreedError on all where one of them cannot write to it."""
+        opened = failure = None
+        try:
+            opened = open_run(self.args, name, self.plan.sharded) if self.dist.is_main else None
+        except (ValueError, OSError) as error:
+            failure = error
+        failure = self.dist.first_failure(failure)
+        opened = self.dist.broadcast(opened)
+        if self.plan.sharded and not failure:  # every process writes its shards
+            try:
+                require_writable(opened[0].stores[0])
+            except ValueError as error:
+                failure = error
+            failure = self.dist.first_failure(failure)
+        if failure:
+            raise AgreedError(failure)
+        return opened
 
     @property
     def step(self) -> int:

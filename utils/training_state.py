@@ -203,7 +203,8 @@ class TrainingState:
 class Saver:
     """Writes checkpoints in the background, at most one at a time.
 
-    A checkpoint that cannot be written is a warning, and an error where it is the run's last: OSError that names it.
+    A checkpoint that cannot be written is a warning, which says from the second time on what would be lost, and an error
+    where it is the run's last: OSError that names it.
     """
 
     def __init__(self, state: TrainingState, run: Run, args: Namespace, dist: Distributed, log: RunLogger):
@@ -214,6 +215,10 @@ class Saver:
         self._group = torch_dist.new_group(backend="gloo") if shared else None
         self._job: Future | None = None
         self.saved_step = -1
+        self._written, self._failed = (
+            False,
+            0,
+        )  # whether a store took the last checkpoint, and how many none took in a row
 
     def save(self) -> None:
         """Copies the state and begins to write it; first waits for the one before. Every process calls it."""
@@ -237,6 +242,14 @@ class Saver:
         failures = job.result() if job is not None else []
         for failure in failures:
             self.log.warning(f"{failure}" + ("" if final else "; training goes on, the next checkpoint tries again"))
+        if job is not None:
+            self._failed, self._written = 0 if self._written else self._failed + 1, False
+        if self._failed > 1 and failures and not final:
+            last = self.run.checkpoints()[:1]
+            self.log.warning(
+                f"nothing could be saved {self._failed} times in a row: what was learned since "
+                f"{last[0] if last else 'the beginning'} is in memory alone; free one of {', '.join(map(str, self.run.stores))}"
+            )
         failure = self.dist.broadcast(failures[0] if failures else None) if final else None
         if failure:
             raise failure
@@ -246,6 +259,7 @@ class Saver:
         self._thread.shutdown(wait=True)
 
     def _done(self, path: Path) -> None:
+        self._written = True
         self.log.info(f"saved {path}")
         if self.args.keep_last > 0:
             prune_checkpoints(path.parent, self.args.keep_last)

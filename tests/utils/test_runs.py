@@ -1,6 +1,8 @@
 """Run folders: their numbers, where checkpoints go, which run is resumed, and which file a name means."""
 
+import errno
 import json
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -92,6 +94,47 @@ def test_resume_takes_the_newest_run_of_that_name(tmp_path):
     assert resumed and run == runs[1] and run.folder.name == "001-GPT-B"
     run, resumed = open_run(arguments(tmp_path, "--resume"), "GPT-XL")
     assert not resumed and run.folder.name == "003-GPT-XL"
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_open_run_resumed_with_another_cloud_path_saves_there_and_finds_what_was_saved_before(tmp_path, sharded):
+    put_at = put_folders if sharded else put
+    run, _ = open_run(arguments(tmp_path), "GPT-B")
+    put_at(run.stores[0], 10)
+    words = ["--resume", "--cloud-save-path", tmp_path / "cloud"]
+    run, resumed = open_run(arguments(tmp_path, *words), "GPT-B", sharded)
+    assert resumed and run.stores[0] == run.folder / "checkpoints" and run.stores[1].is_relative_to(tmp_path / "cloud")
+    assert open_run(arguments(tmp_path, *words), "GPT-B", sharded) == (run, True), "the place is made once"
+    put_at(run.stores[1], 20)
+    words = ["--resume", "--cloud-save-path", tmp_path / "other", "--no-local-save"]
+    run, _ = open_run(arguments(tmp_path, *words), "GPT-B", sharded)
+    (store,) = run.stores
+    assert store.is_relative_to(tmp_path / "other") and steps_of(run.checkpoints()) == [20, 10]
+    assert open_run(arguments(tmp_path, "--resume"), "GPT-B", sharded)[0] == run, "flags left out change nothing"
+    assert steps_of(runs_in(tmp_path / "results")[0].checkpoints()) == [20, 10]
+
+
+@pytest.mark.parametrize("flag", ["--results-dir", "--cloud-save-path"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_open_run_place_that_cannot_be_written_to_is_refused(tmp_path, flag, resumed):
+    (tmp_path / "file").write_text("no folder")
+    if resumed:
+        open_run(arguments(tmp_path), "GPT-B")
+    words = ["--resume"] * resumed + [flag, tmp_path / "file" / "place"]
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"file/place.* cannot be written to \(Not a directory\)"):
+        open_run(arguments(tmp_path, *words), "GPT-B")
+    assert resumed or not [path for path in tmp_path.rglob("*") if path not in before and path.is_file()]
+
+
+def test_open_run_full_disk_is_refused(tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("utils.runs.os.fsync", full)
+    with pytest.raises(ValueError, match=r"cannot be written to \(No space left on device\)"):
+        open_run(arguments(tmp_path), "GPT-B")
+    assert os.listdir(tmp_path / "results") == []
 
 
 def test_resume_takes_away_what_a_killed_save_left(tmp_path):

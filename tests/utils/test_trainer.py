@@ -796,6 +796,21 @@ def test_a_full_disk_in_the_middle_is_lived_through(tmp_path):
     assert same(final(tmp_path)["model"], final(tmp_path / "whole")["model"])
 
 
+def test_fit_checkpoints_that_fail_in_a_row_say_what_would_be_lost(tmp_path):
+    with Disk(full=3, free=8) as disk:
+        trainer = disk.trainer = build(tmp_path, "--ckpt-every", 2, "--log-every", 10, at=disk)
+        trainer.fit()
+    told = re.findall(r"nothing could be saved (\d) times in a row: .* since \S*0000002\.pt", log_of(tmp_path))
+    assert told == ["2", "3"] and final(tmp_path)["steps"] == 10
+
+
+def test_trainer_place_that_cannot_be_written_to_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(AgreedError, match=r"file/cloud cannot be written to"):
+        build(tmp_path, "--no-local-save", "--cloud-save-path", tmp_path / "file" / "cloud")
+    assert os.listdir(tmp_path / "results") == []
+
+
 def test_a_full_disk_at_the_end_is_an_error(tmp_path):
     with Disk(full=7) as disk:
         trainer = disk.trainer = build(tmp_path, "--ckpt-every", 6, "--log-every", 5, at=disk)

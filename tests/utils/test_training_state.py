@@ -367,7 +367,7 @@ def test_a_full_disk_leaves_no_folder_and_is_a_warning_until_the_last(alone, sav
     assert sorted(os.listdir(kept.parent)) == ["0000002", "0000005"]
 
 
-@pytest.mark.parametrize("part", ["write_json", "save_checkpoint"])
+@pytest.mark.parametrize("part", ["write_json", "save_bare_weights"])
 def test_a_disk_that_fills_up_at_the_end_leaves_no_folder_either(alone, saver, monkeypatch, part):
     monkeypatch.setattr(training_state, part, full)
     writer, log = saver(train(make(alone, ema=False)))
@@ -407,7 +407,7 @@ class Killed(BaseException):
     """What ends a process is here."""
 
 
-@pytest.mark.parametrize("moment", ["write_json", "save_checkpoint", "_copy_folder", "_rename_folder"])
+@pytest.mark.parametrize("moment", ["write_json", "save_bare_weights", "_copy_folder", "_rename_folder"])
 def test_a_run_killed_before_the_renaming_leaves_nothing_that_counts(alone, saver, monkeypatch, moment):
     """At whatever moment; the next run takes the checkpoint before, and writes this one anew."""
 
