@@ -165,7 +165,7 @@ def compare_folder(folder: Path, lines: Lines, count_of: Callable[[str], int | N
     where the number of lines is another and nothing tells which they were.
     """
     there = [k for k, (stem, _) in enumerate(lines.files) if (folder / stem).is_dir()]
-    if 0 < len(there) < len(lines.files):
+    if len(there) < len(lines.files):
         logger.warning(
             "%s has a folder of %d of %d files; it has nothing of the others", folder, len(there), len(lines.files)
         )
