@@ -85,6 +85,15 @@ class CodeDataset(Dataset):
         """What the folder records; None of published files that record nothing."""
         return self.sources[0].settings
 
+    def sizes(self) -> dict[str, int | None]:
+        """How many classes and codes there are, as far as that is known (num_classes, codebook_size)."""
+        if self.settings is None:
+            return {}
+        return {
+            "num_classes": self.sources[0].num_classes,
+            "codebook_size": self.settings.codebook_size,
+        }
+
     def identity(self) -> list[dict[str, str]]:
         """What tells whether codes are still the same, of each source."""
         return [source.identity() for source in self.sources]

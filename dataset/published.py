@@ -117,6 +117,11 @@ class PublishedFolder:
         names = self.settings.views if self.settings else VIEWS.get(self._shape[1])
         return list(names or [f"view_{k}" for k in range(self._shape[1])])
 
+    @property
+    def num_classes(self) -> int | None:
+        """As recorded: reading a label of every file would take long."""
+        return self.settings.num_classes if self.settings else None
+
     def identity(self) -> dict[str, str]:
         """Digests that tell whether codes are still the same; those that both sides have are compared."""
         return samples_identity(self)

@@ -280,6 +280,11 @@ class ShardFolder:
         return self.settings.views
 
     @property
+    def num_classes(self) -> int:
+        """As recorded, or what the labels reach to."""
+        return self.settings.num_classes or int(self.all_labels.max()) + 1
+
+    @property
     def numbers(self) -> np.ndarray:
         """The data set index of every sample, (n,) ascending."""
         return np.delete(np.arange(self.settings.num_images), self._skipped)

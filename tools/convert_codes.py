@@ -23,16 +23,19 @@ def published_to_packed(
     source: str | Path,
     target: str | Path,
     image_size: int,
-    codebook_size: int = 16384,
+    codebook_size: int | None = None,
     num_classes: int | None = None,
     vq_model: str | None = None,
     shard_size: int = 4096,
 ) -> None:
     """Writes packed shards of the codes in the published layout; numbers without a file count as skipped.
 
+    What the source records (tokenizer, classes, …) is kept; the arguments stand for what it does not record.
     Raises FileNotFoundError and ValueError as PublishedFolder and CodeWriter do, and ValueError where a shard that is
     already there is not of this source.
     """
+    from dataclasses import replace
+
     import numpy as np
     from tqdm import tqdm
 
@@ -40,18 +43,25 @@ def published_to_packed(
     from dataset.published import PublishedFolder
 
     published = PublishedFolder(source, image_size)
-    settings = CodeSettings(
+    settings = published.settings or CodeSettings(
         dataset="imagenet",
         image_size=image_size,
         tokens=published.tokens,
         views=published.view_names,
-        codebook_size=codebook_size,
+        codebook_size=codebook_size or 16384,
         num_images=int(published.numbers[-1]) + 1,
         num_classes=num_classes,
         vq_model=vq_model,
-        shard_size=shard_size,
-        made_by="tools/convert_codes.py",
     )
+    given = {"codebook_size": codebook_size, "num_classes": num_classes, "vq_model": vq_model}
+    recorded = {name: getattr(settings, name) for name in given}
+    wrong = [name for name, value in given.items() if value is not None and recorded[name] != value]
+    if wrong:
+        raise ValueError(
+            f"{source} records {', '.join(f'{name} {recorded[name]}' for name in wrong)}, "
+            f"not {', '.join(str(given[name]) for name in wrong)}: leave the flag out"
+        )
+    settings = replace(settings, shard_size=shard_size, made_by="tools/convert_codes.py")
     writer = CodeWriter(target, settings)
     missing = set(writer.missing_shards())
     with tqdm(total=len(published), unit="image") as progress:
@@ -78,11 +88,13 @@ def packed_to_published(source: str | Path, target: str | Path, image_size: int)
     Raises FileNotFoundError and ValueError as ShardFolder and its `verify` do, and ValueError where the codes are of
     another image size or the target holds other samples.
     """
+    from dataclasses import replace
+
     import numpy as np
     from tqdm import tqdm
 
-    from dataset.published import published_folders, published_numbers, write_published
-    from dataset.shards import ShardFolder
+    from dataset.published import published_folders, published_numbers, record_published, write_published
+    from dataset.shards import SHARD_SIZE, ShardFolder
 
     packed = ShardFolder(source)
     if packed.settings.image_size != image_size:
@@ -96,6 +108,7 @@ def packed_to_published(source: str | Path, target: str | Path, image_size: int)
             raise ValueError(
                 f"{folder} holds {len(foreign)} samples that {source} has not ({foreign[0]}.npy): use another folder"
             )
+    record_published(target, replace(packed.settings, shard_size=SHARD_SIZE))
     whole = set(np.intersect1d(*present).tolist())
     with tqdm(total=len(packed), unit="image") as progress:
         for shard_codes, labels, indices in packed.shards():
@@ -160,9 +173,11 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--from", dest="source", required=True, help="folder of codes in either layout")
     parser.add_argument("--to", dest="target", required=True, help="folder that gets the other layout")
     parser.add_argument("--image-size", type=positive_int, required=True, help="pixels, as given at extraction")
-    parser.add_argument("--codebook-size", type=positive_int, default=16384, help="to packed: rows of the codebook")
-    parser.add_argument("--num-classes", type=positive_int, default=None, help="to packed: noted in the index")
-    parser.add_argument("--vq-model", default=None, help="to packed: noted in the index")
+    help = "to packed: noted in the index (default: what --from records, or 16384)"
+    parser.add_argument("--codebook-size", type=positive_int, default=None, help=help)
+    help = "to packed: noted in the index (default: what --from records)"
+    parser.add_argument("--num-classes", type=positive_int, default=None, help=help)
+    parser.add_argument("--vq-model", default=None, help=help)
     parser.add_argument("--shard-size", type=positive_int, default=4096, help="to packed: images per shard")
     return parser
 

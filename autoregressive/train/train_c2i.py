@@ -58,7 +58,6 @@ def main(args: argparse.Namespace) -> None:
     from utils.distributed import start
     from utils.logger import console_logger
     from utils.optim import adamw
-    from utils.origin import listed_classes
     from utils.parallel import Parallel
     from utils.rng import item_seed
     from utils.trainer import Micro, Phase, Trainer
@@ -85,10 +84,9 @@ def main(args: argparse.Namespace) -> None:
     plan = Parallel.from_args(args, dist, compile=not args.no_compile)
     log = console_logger("dataset", dist.is_main)
     codes = build_dataset(args)
-    args.num_classes, args.vocab_size = model_sizes(args, vars(codes.settings) if codes.settings else {})
+    args.num_classes, args.vocab_size = model_sizes(args, codes.sizes())
     dataset = CheckedCodes(codes, args.code_path, args.num_classes, args.vocab_size)
-    if codes.settings and codes.settings.classes:
-        log.info(f"classes: {listed_classes(codes.settings.classes)}")
+    log_classes(log, args, codes)
     per_epoch = max(len(dataset) // args.global_batch_size, 1)
     ends_early = args.max_steps is not None and args.max_steps < args.epochs * per_epoch
     if ends_early:
@@ -117,8 +115,8 @@ def main(args: argparse.Namespace) -> None:
     validate = None
     if args.val_code_path:
         val_codes = open_codes(args.val_code_path, args.image_size, args.downsample_size, random_view=False)
-        held_out = CheckedCodes(val_codes, args.val_code_path, args.num_classes, args.vocab_size)
         require_same_kind(args, codes.settings, val_codes.settings, log)
+        held_out = CheckedCodes(val_codes, args.val_code_path, args.num_classes, args.vocab_size)
         require_readable(held_out, dist)
         at_once = args.global_batch_size // (dist.world_size * args.gradient_accumulation_steps)
 
@@ -314,6 +312,17 @@ def sizes_before(args: argparse.Namespace) -> dict[str, int]:
         return {}
     path = find_checkpoint(path)
     return vars(describe_gpt(read_checkpoint(path).model, GPT_SIZES, path))
+
+
+def log_classes(log: "Logger", args: argparse.Namespace, codes: "CodeDataset") -> None:
+    """Writes down which label has which name, and where the model has more rows than the codes have classes."""
+    from utils.origin import listed_classes
+
+    names, known = codes.settings and codes.settings.classes, codes.sizes().get("num_classes")
+    if names:
+        log.info(f"classes: {listed_classes(names)}")
+    if known != args.num_classes:
+        log.info(f"the model has {args.num_classes} classes, and {args.code_path} {known or 'does not say how many'}")
 
 
 def require_same_kind(
