@@ -13,6 +13,7 @@ from dataset.augmentation import (
     TEN_CROP_VIEWS,
     UnusableImage,
     center_crop_arr,
+    corrected_views,
     flip_views,
     random_crop_arr,
     random_view,
@@ -93,6 +94,20 @@ def test_ten_crops(image, size, crop_range):
 def test_ten_crops_need_a_range_of_at_least_one(image):
     with pytest.raises(ValueError, match=r"at least 1, got 0\.9"):
         ten_crop_views(image, 32, 0.9)
+
+
+def test_ten_crop_views_each_flip_is_the_mirror_of_its_name(image):
+    views = dict(zip(TEN_CROP_VIEWS, ten_crop_views(image, 32, 1.5), strict=True))
+    for name in TEN_CROP_VIEWS[:5]:
+        assert torch.equal(views[f"{name}_flip"], views[name].flip(-1)), name
+
+
+def test_corrected_views_first_edition_names_are_corrected():
+    corners = ("top_left", "top_right", "bottom_left", "bottom_right", "center")
+    assert corrected_views([*corners, *(f"{name}_flip" for name in corners)]) == list(TEN_CROP_VIEWS)
+    assert corrected_views([f"view_{k}" for k in range(5)]) == list(corners)
+    for right in (list(TEN_CROP_VIEWS), ["center"], ["a", "b", "c"], ["view_0", "view_1", "view_2"]):
+        assert corrected_views(right) == right
 
 
 def test_flip_views(image):

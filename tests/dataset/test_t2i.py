@@ -306,6 +306,18 @@ def test_many_files_are_opened_in_turn(tmp_path, monkeypatch):
         assert codes.get("part-b", 1).tolist() == codes_of(10).tolist() and len(codes._open) == 1
 
 
+def test_text_codes_of_two_tokenizers_are_refused(tmp_path):
+    folder = make_codes(tmp_path)
+    for stem, tokenizer in (("part-a", "a" * 32), ("part-b", "a" * 16 + "b" * 16)):
+        index = folder / stem / "index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"tokenizer": tokenizer}))
+    with pytest.raises(ValueError, match=r"do not belong together: tokenizer a{32} and a{16}b{16}"):
+        TextCodes(folder, list(COUNTS), GRID**2)
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"tokenizer": "a" * 16}))  # as the first edition has it
+    codes = TextCodes(folder, list(COUNTS), GRID**2)
+    assert codes.tokenizer == "a" * 32 and codes.vocab_size == 50
+
+
 def test_codes_that_do_not_fit(tmp_path):
     def opened(folder, vocab=50, tokens=GRID**2):
         return TextCodes(folder, list(COUNTS), tokens, vocab)

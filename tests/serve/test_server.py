@@ -155,6 +155,7 @@ def test_models_and_health(tokenizer):
     async def work(client, service):
         (model,) = (await client.get("/v1/models")).json()["data"]
         assert model["id"] == "small" and model["object"] == "model" and model["num_classes"] == 10
+        assert model["classes"] == [str(label) for label in range(10)]
         assert (await client.get("/v1/models/small")).json() == model
         for name in ("other", "../../etc/passwd", "a/b"):
             response = await client.get(f"/v1/models/{name.replace('.', '%2E')}")
