@@ -133,6 +133,8 @@ def start(device: str | None = None, group: bool = False, timeout_minutes: float
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     chosen = pick_device(device, local_rank)
     if chosen.type == "cuda":
+        if (there := torch.cuda.device_count()) < local_world:
+            raise ValueError(f"{local_world} processes on a machine with {there} visible GPUs: start at most {there}")
         torch.cuda.set_device(chosen)
     if (world > 1 or group) and not torch_dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"

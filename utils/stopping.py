@@ -10,7 +10,9 @@ to say; it costs a message of a few numbers beside the step and never waits for 
 
 import mmap
 import os
+import queue
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +27,8 @@ from utils.distributed import Distributed
 _SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")
 # Seconds after which a further Ctrl-C is meant as one: a terminal's reaches a process directly and through torchrun.
 AGAIN_AFTER = 2.0
+# Seconds that a process has to end by itself once another is gone.
+ALONE_FOR = 30.0
 
 
 class StopSignals:
@@ -68,12 +72,34 @@ class StopSignals:
 
 
 class Agreement:
-    """Exchanges a few flags among the processes without waiting for the slowest within a step."""
+    """Exchanges a few flags among the processes without waiting for the slowest within a step.
+
+    Where a process is gone, `exchange` raises RuntimeError. A main thread that waits for its GPU, and the GPU for the lost
+    process, never comes to that call: a thread beside it ends such a process after ALONE_FOR seconds.
+    """
 
     def __init__(self, dist: Distributed):
         self.dist = dist
         self._flags: torch.Tensor | None = None
         self._work = None
+        self._sent: queue.SimpleQueue[torch_dist.Work] = queue.SimpleQueue()
+        if dist.world_size > 1 and dist.device.type == "cuda":
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        """Waits for each message; where one fails, lets the main thread end the process, then ends it."""
+        try:
+            while True:
+                self._sent.get().wait()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0][:200]
+        time.sleep(ALONE_FOR)
+        print(
+            f"error: process {self.dist.rank} lost the others ({reason}); rerun with --resume",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
 
     def exchange(self, *flags: bool) -> tuple[bool, ...]:
         """Every process calls it once a step; all get the same answer, from what each said at the call before."""
@@ -83,6 +109,7 @@ class Agreement:
         answer = tuple((self._flags > 0).tolist()) if self._flags is not None else (False,) * len(flags)
         self._flags = torch.tensor([float(flag) for flag in flags])
         self._work = torch_dist.all_reduce(self._flags, async_op=True)
+        self._sent.put(self._work)
         return answer
 
     def close(self) -> None:

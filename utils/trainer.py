@@ -356,9 +356,13 @@ class Trainer:
         self.meter.count_step(self.flops(epoch) if self.flops else None)
 
     def _loss(self, phase: Phase, micro: Any, place: Micro) -> tuple[Tensor, dict[str, Tensor]]:
-        dtype = self.plan.autocast_dtype
-        with torch.autocast(self.dist.device.type, dtype, enabled=dtype is not None):
+        with self._autocast():
             return phase.loss(micro, place)
+
+    def _autocast(self) -> torch.autocast:
+        """Return the context of training's mixed precision."""
+        dtype = self.plan.autocast_dtype
+        return torch.autocast(self.dist.device.type, dtype, enabled=dtype is not None)
 
     def _rehearse(self, phase: Phase, micro: Any, place: Micro) -> None:
         """One backward pass for nothing, where DDP has more than two processes.
@@ -509,6 +513,8 @@ class Trainer:
     def _evaluate(self, figures: bool, pictures: bool) -> None:
         model = self.models["model"]
         with ExitStack() as stack:
+            # Blocks are compiled for training: other shapes and the decode loop would compile each of them many times over.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(self.ema.applied() if self.ema else nullcontext())
             stack.enter_context(self.plan.gathered(self.phases[0].module))
             stack.callback(model.train)
@@ -522,7 +528,8 @@ class Trainer:
     def _measure(self, model: nn.Module) -> None:
         """Logs the held-out figures. Raises AgreedError on every process where they cannot be had."""
         try:
-            values = self.validate(model)
+            with self._autocast():
+                values = self.validate(model)
         except (ValueError, OSError) as error:
             self.saver.wait()
             raise AgreedError(

@@ -367,7 +367,8 @@ class ChecksummedWriter(dcp.FileSystemWriter):
     """Writes this process's shards and, in `{rank}.crc32.json`, their checksums."""
 
     def __init__(self, folder: Path, rank: int):
-        super().__init__(folder)
+        # Nothing is copied ahead: all tensors are in host memory, and the library would wait for the device anyway.
+        super().__init__(folder, per_thread_copy_ahead=0)
         self.folder, self.rank = folder, rank
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future:

@@ -152,6 +152,8 @@ def _in_chunks(
     scale = 1 / row_weights.sum().clamp(min=1)
     chunk_bytes = CUDA_CHUNK_BYTES if device == "cuda" else CHUNK_BYTES
     chunk_rows = chunk_rows or max(chunk_bytes // (4 * len(weight)), 1)
+    if device == "cuda":
+        chunk_rows = even_chunk(rows, chunk_rows)
     chunk_losses = _compiled_chunk_losses() if device == "cuda" else _chunk_losses
 
     total = scale.new_zeros(())
@@ -171,6 +173,12 @@ def _in_chunks(
             if weight_gradient:
                 add_product(grad_weight, gradient.t(), part)
     return total * scale, grad_hidden, grad_weight, scale
+
+
+def even_chunk(rows: int, most: int) -> int:
+    """Return the length of chunks of at most `most` rows, all of one length where twice as many can be: one graph serves them."""
+    least = -(-rows // most)
+    return -(-rows // next((count for count in range(least, 2 * least + 1) if rows % count == 0), least))
 
 
 def _chunk_losses(
@@ -216,10 +224,15 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     total.add_(torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=1 / summed), alpha=summed)
 
 
-def dropped_conditions(seed: int, global_batch: int, positions: slice, probability: float) -> Tensor:
-    """Which samples of a step lose their condition, bool (positions,): the same however the batch is split."""
+def dropped_conditions(
+    seed: int, global_batch: int, positions: slice, probability: float, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Draw which samples of a step lose their condition, bool (positions,): the same however the batch is split."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(global_batch, generator=generator)[positions] < probability
+    drop = torch.rand(global_batch, generator=generator)[positions] < probability
+    if torch.device(device).type == "cuda":  # from pinned memory, which no copy waits for
+        return drop.pin_memory().to(device, non_blocking=True)
+    return drop.to(device)
 
 
 def share_of_valid(counts: Tensor, dist: Distributed) -> Tensor:

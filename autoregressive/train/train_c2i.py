@@ -108,8 +108,8 @@ def main(args: argparse.Namespace) -> None:
     def loss(batch: list[torch.Tensor], place: Micro) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         codes, labels = batch
         seed = item_seed(args.global_seed, place.step)
-        drop = dropped_conditions(seed, place.global_batch, place.positions, drop_probability)
-        value = wrapped(codes, labels, drop=drop.to(codes.device), patch_side=patch_side(place.step, place.epoch))
+        drop = dropped_conditions(seed, place.global_batch, place.positions, drop_probability, codes.device)
+        value = wrapped(codes, labels, drop=drop, patch_side=patch_side(place.step, place.epoch))
         return value, {"loss": value}
 
     validate = None

@@ -133,7 +133,7 @@ def main(args: argparse.Namespace) -> None:
     def loss(batch: list[torch.Tensor], place: Micro) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         codes, features, lengths, valid, share = batch
         seed = item_seed(args.global_seed, place.step)
-        drop = dropped_conditions(seed, place.global_batch, place.positions, drop_probability).to(codes.device)
+        drop = dropped_conditions(seed, place.global_batch, place.positions, drop_probability, codes.device)
         value = wrapped(codes, features, drop=drop, prefix_mask=prefix_mask(lengths, tokens), valid=valid) * share
         return value, {"loss": value, "valid": valid.float().mean()}
 

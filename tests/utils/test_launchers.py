@@ -102,7 +102,12 @@ def test_first_host_of_a_list_of_nodes(nodes, first):
 @pytest.mark.parametrize(
     "env, expected",
     [
-        ({}, "torchrun --nnodes=1 --nproc_per_node=1 --node_rank=0 --master_addr=127.0.0.1"),
+        ({}, "torchrun --nnodes=1 --nproc_per_node=1 --standalone"),
+        ({"CUDA_VISIBLE_DEVICES": "0,3,GPU-8d2"}, "torchrun --nnodes=1 --nproc_per_node=3 --standalone"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "torchrun --nnodes=1 --nproc_per_node=1 --standalone"),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, "torchrun --nnodes=1 --nproc_per_node=1 --standalone"),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "nproc_per_node": "1", "master_port": "7"},
+         "torchrun --nnodes=1 --nproc_per_node=1 --node_rank=0 --master_addr=127.0.0.1 --master_port=7"),
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "gpu[3-4]"},
          "torchrun --nnodes=2 --nproc_per_node=1 --node_rank=1 --master_addr=gpu3"),
         ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "1"}, "python3 "),
@@ -113,7 +118,9 @@ def test_wrapper_under_srun_starts_one_group(env, expected, tmp_path):
         (tmp_path / program).write_text(f'#!/bin/bash\necho {program} "$@"\n')
         (tmp_path / program).chmod(0o755)
     script = f"source {ROOT}/scripts/launch.sh; PATH={tmp_path}:$PATH; nvidia-smi() {{ false; }}; launch a.py --x"
-    clean = {name: value for name, value in os.environ.items() if not re.match("SLURM|nnodes|nproc|node_|master", name)}
+    clean = {
+        name: value for name, value in os.environ.items() if not re.match("SLURM|CUDA|nnodes|nproc|node_|master", name)
+    }
     done = subprocess.run(["bash", "-c", script], env=clean | env, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(expected) and done.stdout.endswith("a.py --x\n")
 
