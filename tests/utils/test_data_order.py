@@ -14,6 +14,7 @@ def take(size, batch, micro=1, world=1, seed=0, epoch=0, start=0):
         order.start_at(epoch, start)
     parts = [list(order) for order in orders]
     assert [len(part) for part in parts] == [len(order) for order in orders]
+    assert {len(samples) for part in parts for samples in part} <= {batch // world // micro}
     batches = []
     for number in range(len(parts[0]) // micro):
         samples = [None] * batch
@@ -44,10 +45,16 @@ def test_splitting_changes_no_batch(world, micro):
     assert take(50, 16, micro, world, seed=3, epoch=2) == take(50, 16, seed=3, epoch=2)
 
 
-def test_ranks_and_parts_are_disjoint():
-    orders = [BatchOrder(32, 16, 2, rank, 4, 0) for rank in range(4)]
-    places = [place for order in orders for m in range(2) for place in range(16)[order.positions(m)]]
-    assert sorted(places) == list(range(16))
+@pytest.mark.parametrize("world, micro", [(1, 1), (1, 4), (2, 2), (4, 2), (8, 1)])
+def test_ranks_and_parts_take_equal_shares_that_make_up_every_batch(world, micro):
+    orders = [BatchOrder(40, 16, micro, rank, world, 0) for rank in range(world)]
+    whole = list(BatchOrder(40, 16, 1, 0, 1, 0))
+    for batch, samples in enumerate(whole):
+        shares = [list(order)[batch * micro : (batch + 1) * micro] for order in orders]
+        assert {len(part) for share in shares for part in share} == {16 // world // micro}
+        assert sorted(chain(*chain(*shares))) == sorted(samples)
+    places = [range(1000)[order.positions(m)] for order in orders for m in range(micro)]
+    assert [place for part in places for place in part] == list(range(16))
 
 
 def test_epochs_and_seeds_differ():
@@ -86,6 +93,7 @@ def test_samples_that_are_told_are_those_of_the_order(world, micro):
             order.start_at(epoch)
         consumed = [list(order) for order in orders]
         for batch in range(3):
+            assert orders[0].samples(epoch, batch) == take(50, 16, seed=3, epoch=epoch)[batch]
             for rank, parts in enumerate(consumed):
                 share = parts[batch * micro : (batch + 1) * micro]
                 for teller in orders:  # whichever process tells
