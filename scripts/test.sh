@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up and runs everything that guards the project: format, lint, tests, and those of serving again with vLLM.
+# Sets up and runs everything that guards the project: format, lint, types, tests, and those of serving again with vLLM.
 #
 #   bash scripts/test.sh               # all of it, by two processes
 #   bash scripts/test.sh --no-serve    # without vLLM and its environment (.venv-serve, several GB)
@@ -35,6 +35,7 @@ if [ "$main" = 1 ]; then
     bash scripts/setup.sh dev
     .venv/bin/ruff format --check .
     .venv/bin/ruff check .
+    .venv/bin/pyrefly check --output-format min-text
     (source .venv/bin/activate && python -m pytest ${arguments[@]+"${arguments[@]}"})
 fi
 if [ "$serve" = 1 ]; then

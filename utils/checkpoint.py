@@ -259,7 +259,7 @@ def _globals_in_raw_pickle(path: Path) -> list[str]:
     try:
         with path.open("rb") as f:
             for opcode, value, _ in pickletools.genops(f):
-                if opcode.name in ("GLOBAL", "INST"):
+                if opcode.name in ("GLOBAL", "INST") and isinstance(value, str):
                     names.append(value.replace(" ", "."))
                 elif opcode.name == "STACK_GLOBAL":
                     names.append(".".join(strings[-2:]))
@@ -316,7 +316,7 @@ def _sort_out(path: Path, content: Any) -> Checkpoint:
     layout = layouts.get(source, "ddp" if trained else "tokenizer")
     averaged = entries.pop("ema", None)
     ema = _clean(averaged, path) if _is_state(averaged) else None
-    model = ema if source == "ema" else _clean(entries.pop(source), path)
+    model = ema if source == "ema" and ema else _clean(entries.pop(source), path)
     args = entries.pop("args", None)
     config = entries.pop("config", None)
     steps = next((entries.pop(key) for key in ("steps", "global_step", "global_steps") if key in entries), None)
@@ -411,7 +411,7 @@ def save_bare_weights(path: str | Path, state: Mapping[str, torch.Tensor], confi
     _require_readable(content, "")
     _require_readable(dict(config), "[config]")
     if config:
-        content._metadata = {"": {"config": dict(config)}}
+        vars(content)["_metadata"] = {"": {"config": dict(config)}}
     _save(path, content)
 
 

@@ -7,6 +7,7 @@ run_script(main, parser)
 """
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, nan
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from utils.errors import AgreedError, words_of
 
@@ -48,7 +49,7 @@ class _Parser(argparse.ArgumentParser):
     added: published flags that the published form of this script lacks.
     """
 
-    def __init__(self, *args: object, added: Sequence[str] = (), **kwargs: object):
+    def __init__(self, *args: Any, added: Sequence[str] = (), **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.added = added
 
@@ -150,12 +151,12 @@ def colour(text: str) -> str:
     from PIL import ImageColor
 
     try:
-        return text if text == "none" else "#{:02x}{:02x}{:02x}".format(*ImageColor.getcolor(text, "RGB"))
+        return text if text == "none" else "#{:02x}{:02x}{:02x}".format(*ImageColor.getrgb(text)[:3])
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no colour: give a name, #rrggbb, or none") from error
 
 
-def positive_int_or_auto(text: str) -> int | str:
+def positive_int_or_auto(text: str) -> float | str:
     """An argparse type: a whole number above zero, or "auto"."""
     return text if text == "auto" else positive_int(text)
 
@@ -558,11 +559,12 @@ def add_parallel_flags(parser: Flags, default: str) -> None:
 def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Parses, runs, and ends a user's mistake with one clear line and exit code 1 (TRACEBACK=1 shows where it arose)."""
     for stream in (sys.stdout, sys.stderr):  # a file name's bytes that are no UTF-8 are escaped
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         args = parser.parse_args()
     except SystemExit as ended:  # 2 of argparse, 0 of --help
-        sys.exit(min(ended.code, 1))
+        sys.exit(1 if ended.code else 0)
     try:
         main(args)
     except KeyboardInterrupt:

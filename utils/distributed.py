@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
@@ -57,7 +57,7 @@ class Distributed:
         """Every process's picklable `value`, in rank order."""
         if self.world_size == 1:
             return [value]
-        values = [None] * self.world_size
+        values: list[Any] = [None] * self.world_size
         torch_dist.all_gather_object(values, value)
         return values
 
@@ -65,7 +65,7 @@ class Distributed:
         """Every process's picklable `value`, in rank order, on the first process; None on the others."""
         if self.world_size == 1:
             return [value]
-        values = [None] * self.world_size if self.is_main else None
+        values: list[Any] | None = [None] * self.world_size if self.is_main else None
         torch_dist.gather_object(value, values)
         return values
 
@@ -138,6 +138,6 @@ def start(device: str | None = None, group: bool = False, timeout_minutes: float
         torch.cuda.set_device(chosen)
     if (world > 1 or group) and not torch_dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        alone = {} if world > 1 else {"store": torch_dist.HashStore(), "rank": 0, "world_size": 1}
+        alone: dict[str, Any] = {} if world > 1 else {"store": torch_dist.HashStore(), "rank": 0, "world_size": 1}
         torch_dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **alone)
     return Distributed(chosen, rank, world, local_rank, local_world)

@@ -29,7 +29,7 @@ def how_to_install(module: str) -> str:
     with open(ROOT / "pyproject.toml", "rb") as file:
         extras = tomllib.load(file)["project"]["optional-dependencies"]
     for extra, requirements in extras.items():
-        names = {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
+        names = {name for requirement in requirements for name in re.findall(r"^[\w-]+", requirement)}
         if package in names and extra not in NOT_FOR_SCRIPTS:
             return f'{package} is not installed; python -m pip install -e "{ROOT}[{extra}]"'
     return f"{package} is not installed; python -m pip install {package}"

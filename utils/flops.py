@@ -103,4 +103,4 @@ def peak_flops(device: "torch.device", precision: str) -> float | None:
     import torch
 
     accelerator = find_accelerator(torch.cuda.get_device_name(device))
-    return accelerator and accelerator.peak_flops(precision)
+    return accelerator.peak_flops(precision) if accelerator else None

@@ -43,7 +43,7 @@ def adopt_launcher(env: MutableMapping[str, str] = os.environ) -> None:
     place = _mpi(env) or _slurm(env)
     if place is None or place.world_size == 1:
         return
-    env |= {
+    own = {
         "RANK": str(place.rank),
         "WORLD_SIZE": str(place.world_size),
         "LOCAL_RANK": str(place.local_rank),
@@ -52,6 +52,7 @@ def adopt_launcher(env: MutableMapping[str, str] = os.environ) -> None:
         # Below the ports that a system gives away, another one for every job.
         "MASTER_PORT": env.get("MASTER_PORT") or str(15_000 + zlib.crc32(place.job.encode()) % 15_000),
     }
+    env.update(own)
     if place.rank == 0:
         where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
         print(f"{place.world_size} processes of {place.launcher} meet at {where}", file=sys.stderr, flush=True)
@@ -59,7 +60,7 @@ def adopt_launcher(env: MutableMapping[str, str] = os.environ) -> None:
 
 def first_host(nodes: str) -> str:
     """Return the first host of a list as Slurm writes it: "gpu[003-005,007],login1" -> "gpu003"."""
-    return re.match(r"[^,]*", re.sub(r"\[(\w+)[^]]*\]", r"\1", nodes))[0]
+    return re.sub(r"\[(\w+)[^]]*\]", r"\1", nodes).partition(",")[0]
 
 
 def _address(env: MutableMapping[str, str], place: Place) -> str:

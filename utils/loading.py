@@ -66,8 +66,9 @@ def _of_an_item(error: Exception) -> bool:
 def _ending(code: int) -> str:
     if code > 0:
         return f"ended with code {code}"
-    cause = _CAUSES.get(-code)
-    return f"was killed by {signal.Signals(-code).name}" + (f" ({cause})" if cause else "")
+    killer = signal.Signals(-code)
+    cause = _CAUSES.get(killer)
+    return f"was killed by {killer.name}" + (f" ({cause})" if cause else "")
 
 
 def _remove_torch_handler() -> None:

@@ -42,12 +42,9 @@ class _Lines(logging.Formatter):
 class _StandardOutput(logging.StreamHandler):
     """Writes to sys.stdout as it is at each line, which a caller may have redirected since the logger was made."""
 
-    def __init__(self):
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self):
-        return sys.stdout
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stdout
+        super().emit(record)
 
 
 class _LogFile(logging.FileHandler):
@@ -82,14 +79,14 @@ class RunLogger:
             logger.addHandler(self.file)
         self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - open as long as the run
         if wandb_project:
-            self._start_wandb(wandb_project, config)
+            self._start_wandb(wandb_project, folder, config)
 
-    def _start_wandb(self, project: str, config: dict | None) -> None:
+    def _start_wandb(self, project: str, folder: Path, config: dict | None) -> None:
         """Weights & Biases is a second place for the figures: where it is not at hand, the run goes on without."""
         try:
             import wandb
 
-            self.wandb = wandb.init(project=project, dir=str(self.folder), name=self.folder.name, config=config)
+            self.wandb = wandb.init(project=project, dir=str(folder), name=folder.name, config=config)
             self.wandb_image = wandb.Image
         except Exception as error:
             reason = "pip install wandb" if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
@@ -108,7 +105,7 @@ class RunLogger:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Records numbers of a step."""
-        if self.metrics is None:
+        if self.metrics is None or self.board is None:
             return
         with self._outliving_a_full_disk():
             self.metrics.write(json.dumps({"step": step, **values}) + "\n")
@@ -120,7 +117,7 @@ class RunLogger:
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Records a picture of a step, in tensorboard and as `{name}/{step:07d}.png`. image: uint8 (H, W, 3)."""
-        if self.board is None:
+        if self.board is None or self.folder is None:
             return
         with self._outliving_a_full_disk():
             self.board.add_image(name, image, step, dataformats="HWC")
@@ -131,7 +128,7 @@ class RunLogger:
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        if self.metrics is not None:
+        if self.metrics is not None and self.board is not None and self.file is not None:
             for file in (self.metrics, self.board):
                 with self._outliving_a_full_disk():
                     file.close()

@@ -12,11 +12,12 @@ ZeRO (arXiv 1910.02054); PyTorch FSDP (2304.11277).
 
 import warnings
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -122,7 +123,7 @@ class Parallel:
             block.forward = forward  # in its place, so that no name in the state dict changes
         if self.sharded:
             return self._shard(module, blocks)
-        wrapped = torch.compile(module) if compiled and not blocks else module
+        wrapped = cast(nn.Module, torch.compile(module)) if compiled and not blocks else module
         if self.dist.world_size > 1:
             ids = [self.dist.device.index] if self.dist.device.type == "cuda" else None
             with warnings.catch_warnings():  # its successor's name is not known to older releases
@@ -144,7 +145,8 @@ class Parallel:
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=self.strategy != "sdp")
         # What is left (embeddings, head) is needed at both ends of a step: gathered once.
-        return fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+        return module
 
     @contextmanager
     def last_only(self, wrapped: nn.Module, last: bool) -> Iterator[None]:
@@ -154,7 +156,7 @@ class Parallel:
             wrapped.set_requires_gradient_sync(not wait)
             yield
         else:
-            with wrapped.no_sync() if wait and hasattr(wrapped, "no_sync") else nullcontext():
+            with cast(Any, wrapped).no_sync() if wait and hasattr(wrapped, "no_sync") else nullcontext():
                 yield
 
     @contextmanager
@@ -177,9 +179,10 @@ class Parallel:
                 part.set_reshard_after_forward(not root and self.strategy != "sdp", recurse=False)
 
 
-def _recomputed(forward: object, *args: object, **kwargs: object) -> Tensor:
+def _recomputed(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """Keeps a block's inputs only and computes it once more for its gradients (arXiv 1604.06174)."""
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    outputs: Any = checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return outputs
 
 
 def rows_held(tensor: Tensor) -> slice:
@@ -222,7 +225,7 @@ class SeededNormal:
 def materialize(model: nn.Module, device: torch.device, seed: int) -> None:
     """Gives a model from the meta device memory and its initial weights, the same for every way of sharding it."""
     model.to_empty(device=device)
-    model.reset_parameters(SeededNormal(seed))
+    cast(Any, model).reset_parameters(SeededNormal(seed))
 
 
 def parameters_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[nn.Parameter]:

@@ -9,6 +9,7 @@ depend on the card. Neither setting has an effect on a CPU or on half precision.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ def use_tf32(allowed: bool) -> None:
 
 
 def _convolve_in_tf32(allowed: bool) -> None:
-    cudnn = torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn
     cudnn.allow_tf32 = allowed
     for operation in (cudnn.conv, cudnn.rnn):  # decides over the line above where torch.backends.fp32_precision is set
         operation.fp32_precision = "tf32" if allowed else "ieee"
@@ -38,7 +39,8 @@ def full_float32() -> Iterator[None]:
 
     The setting is the process's: threads that enter the block should share a process where `use_tf32(False)` was called.
     """
-    convolutions = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    cudnn: Any = torch.backends.cudnn
+    convolutions = cudnn.conv.fp32_precision == "tf32"
     try:
         products = torch.get_float32_matmul_precision()
     except RuntimeError:  # set through torch.backends.fp32_precision, of which the older name knows nothing

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, get_token, hf_hub_download
@@ -38,7 +38,11 @@ def publishable(args: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-class HubModel(PyTorchModelHubMixin):
+# Every subclass is a module by its other base, which comes first.
+_Module = torch.nn.Module if TYPE_CHECKING else object
+
+
+class HubModel(PyTorchModelHubMixin, _Module):
     """What a model becomes that the hub keeps; stands behind the model among the bases.
 
     The model's constructor takes one dataclass, `config`, which becomes config.json.
@@ -58,7 +62,7 @@ class HubModel(PyTorchModelHubMixin):
             made = cls(model.config)
         made.load_state_dict(model.state_dict(), assign=True)
         made.training_args, made.steps = publishable(args) or None, steps
-        made.file_config = getattr(model, "file_config", made.file_config)
+        made.file_config = vars(model).get("file_config", made.file_config)
         return made.train(model.training)
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -147,7 +151,7 @@ def send(model: HubModel, repo_id: str | None, output: str | Path | None, *, pri
 
     Raises ConnectionError, or ValueError where the hub refuses (no right to the repository, a wrong token).
     """
-    card = {"repo_id": repo_id or Path(output).absolute().as_posix().split("/")[-1], "license": license}
+    card = {"repo_id": repo_id or Path(output or "").absolute().as_posix().split("/")[-1], "license": license}
     if output is not None:
         model.save_pretrained(output, model_card_kwargs=card)
         print(f"{output}: {model.describe()}")

@@ -153,7 +153,7 @@ def require_writable(folder: Path) -> None:
 def _new_folder(results: Path, name: str) -> Path:
     """Makes the folder with the next free number, also where another run does so at the same time."""
     results.mkdir(parents=True, exist_ok=True)
-    number = max((int(_RUN.fullmatch(run.folder.name)[1]) for run in runs_in(results)), default=-1) + 1
+    number = max((int(run.folder.name.partition("-")[0]) for run in runs_in(results)), default=-1) + 1
     while True:
         folder = results / f"{number:03d}-{name}"
         try:

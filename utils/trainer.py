@@ -14,13 +14,13 @@ import re
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -123,7 +123,7 @@ class Trainer:
         self.plan = plan or Parallel(dist, precision=args.mixed_precision)
         self.validate, self.sample, self.rate, self.flops = validate, sample, rate, flops
         self.order = BatchOrder(
-            len(dataset),
+            len(cast(Sized, dataset)),
             args.global_batch_size,
             args.gradient_accumulation_steps,
             dist.rank,
@@ -155,7 +155,8 @@ class Trainer:
             self.log.info(f"starting from {initial.path}, {place}")
         self.saver.saved_step = self.step
         ahead = args.epochs * self.order.batches_per_epoch - self._batches_done
-        self.total_steps = min(self.step + max(ahead, 0), args.max_steps or float("inf"))
+        end = self.step + max(ahead, 0)
+        self.total_steps = min(end, args.max_steps or end)
         if continued and self.step >= self.total_steps:
             asked = f"--max-steps {args.max_steps}" if args.max_steps else f"--epochs {args.epochs}"
             raise AgreedError(
@@ -165,19 +166,20 @@ class Trainer:
 
     def _open_run(self, name: str) -> tuple[Run, bool]:
         """Opens the run on the first process. Raises AgreedError on all where one of them cannot write to it."""
-        opened = failure = None
+        opened: Any = None
+        own: Exception | None = None
         try:
             opened = open_run(self.args, name, self.plan.sharded) if self.dist.is_main else None
         except (ValueError, OSError) as error:
-            failure = error
-        failure = self.dist.first_failure(failure)
+            own = error
+        failure = self.dist.first_failure(own)
         opened = self.dist.broadcast(opened)
         if self.plan.sharded and not failure:  # every process writes its shards
             try:
                 require_writable(opened[0].stores[0])
             except ValueError as error:
-                failure = error
-            failure = self.dist.first_failure(failure)
+                own = error
+            failure = self.dist.first_failure(own)
         if failure:
             raise AgreedError(failure)
         return opened
@@ -235,7 +237,7 @@ class Trainer:
     def _fit(self, signals: StopSignals) -> None:
         parameters = sum(p.numel() for p in self.models["model"].parameters())
         self.log.info(
-            f"{self.run.folder}: {parameters:,} parameters, {len(self.dataset):,} samples, "
+            f"{self.run.folder}: {parameters:,} parameters, {self.order.size:,} samples, "
             f"{self.order.batches_per_epoch} steps an epoch, {self.total_steps} steps, {self.dist.world_size} process(es) "
             f"on {self.dist.device} ({self.plan.strategy}, {WORDS.get(self.plan.precision, self.plan.precision)})"
         )
@@ -316,7 +318,7 @@ class Trainer:
         if self.prepare:
             batch = self.prepare(batch)
         epoch = self._batches_done // self.order.batches_per_epoch
-        watched = []
+        watched: list[tuple[str, int | None, Tensor]] = []
         for phase in self.phases:
             if not phase.active(self.step):
                 continue
@@ -449,7 +451,7 @@ class Trainer:
     def _window_means(self) -> dict[str, float]:
         """The means of what the losses told since the last log line, each over the steps it took part in."""
         names = sorted(self.sums, key=lambda name: ("norm" in name, name))
-        means = [total / count for total, count in map(self.sums.get, names)]
+        means = [total / count for total, count in (self.sums[name] for name in names)]
         return dict(zip(names, self.dist.mean(torch.stack(means)).tolist(), strict=True)) if names else {}
 
     def _last_checkpoint(self) -> str:
@@ -520,16 +522,16 @@ class Trainer:
             stack.callback(model.train)
             model.eval()
             if self.validate and figures:
-                self._measure(model)
+                self._measure(model, self.validate)
             # With shards on every process: passes that one alone made would put it out of step with the others' exchanges.
-            if pictures and (self.dist.is_main or self.plan.sharded):
-                self._draw(model)
+            if self.sample and pictures and (self.dist.is_main or self.plan.sharded):
+                self._draw(model, self.sample)
 
-    def _measure(self, model: nn.Module) -> None:
+    def _measure(self, model: nn.Module, validate: Callable[[nn.Module], dict[str, float]]) -> None:
         """Logs the held-out figures. Raises AgreedError on every process where they cannot be had."""
         try:
             with self._autocast():
-                values = self.validate(model)
+                values = validate(model)
         except (ValueError, OSError) as error:
             self.saver.wait()
             raise AgreedError(
@@ -540,10 +542,10 @@ class Trainer:
         self.log.info(f"(step={self.step:07d}) " + ", ".join(f"{k}: {v:.4f}" for k, v in values.items()) + of)
         self.log.scalars(self.step, values)
 
-    def _draw(self, model: nn.Module) -> None:
+    def _draw(self, model: nn.Module, sample: Callable[[nn.Module], dict[str, Any]]) -> None:
         """Logs pictures; where they cannot be drawn, a warning in their place."""
         try:
-            images = self.sample(model)
+            images = sample(model)
         except Exception as error:
             self.log.warning(f"(step={self.step:07d}) no pictures: {words_of(error)} ({type(error).__name__})")
             return
@@ -580,7 +582,7 @@ class Trainer:
             except (ValueError, OSError) as error:
                 failure = error
             failure = self.dist.first_failure(failure)
-            if failure:
+            if failure or saved is None:
                 self.log.warning(f"{failure} Trying the checkpoint before it.")
                 continue
             self._require_same_origin(

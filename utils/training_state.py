@@ -18,13 +18,14 @@ from argparse import Namespace
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as torch_dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
@@ -92,7 +93,7 @@ class TrainingState:
     def moments(self) -> dict[str, dict[str, dict[str, Tensor]]]:
         """The optimizers' tensors by parameter name; what has not been made yet is made."""
         return {
-            key: get_optimizer_state_dict(model, optimizer)["state"]
+            key: cast(dict[str, Any], get_optimizer_state_dict(model, optimizer))["state"]
             for key, (model, optimizer) in self.optimizers.items()
         }
 
@@ -152,7 +153,7 @@ class TrainingState:
         return self._take_file(saved, global_batch)
 
     def _take_file(self, saved: Checkpoint, global_batch: int) -> bool:
-        states = {**saved.extra, "model": saved.model, "optimizer": saved.optimizer}
+        states: dict[str, Any] = {**saved.extra, "model": saved.model, "optimizer": saved.optimizer}
         for name, model in self.models.items():
             if states.get(name) is not None:
                 own = model.state_dict()
@@ -182,7 +183,7 @@ class TrainingState:
             copy_rows(tensor, found[name])
 
     def _take_folder(self, saved: ShardedCheckpoint) -> None:
-        entries = SafeReader(saved.path).read_metadata().state_dict_metadata
+        entries: dict[str, Any] = SafeReader(saved.path).read_metadata().state_dict_metadata
         wanted: dict[str, Any] = self.weights() | self.moments()
         averaged = any(name.startswith("ema.") for name in entries)
         if not averaged:
@@ -292,9 +293,9 @@ class Saver:
         written = dcp.async_save(
             self.state.weights() | self.state.moments(),
             storage_writer=ChecksummedWriter(unfinished, self.dist.rank),
-            process_group=self._group,
+            process_group=cast(torch_dist.ProcessGroup | None, self._group),
         )
-        return self._thread.submit(self._complete, written, unfinished, name, record)
+        return self._thread.submit(self._complete, cast(Future, written), unfinished, name, record)
 
     def _complete(self, written: Future, unfinished: Path, name: str, record: dict[str, Any]) -> list[OSError]:
         try:
@@ -336,9 +337,10 @@ def consolidate(folder: Path) -> None:
 def whole_weights(folder: Path, part: str) -> dict[str, Tensor]:
     """The state dict "model" or "ema" put together from a folder's shards; empty where there is none."""
     prefix = f"{part}."
+    entries: dict[str, Any] = SafeReader(folder).read_metadata().state_dict_metadata
     state = {
         key.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in SafeReader(folder).read_metadata().state_dict_metadata.items()
+        for key, entry in entries.items()
         if key.startswith(prefix)
     }
     if state:
@@ -403,7 +405,7 @@ class SafeReader(dcp.FileSystemReader):
             ImportError,
         ) as error:
             raise ValueError(f"{file} is damaged ({error})") from error
-        metadata.storage_meta = metadata.storage_meta or dcp.StorageMeta()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 

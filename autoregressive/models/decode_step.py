@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -237,7 +238,7 @@ class StepGraphs:
         # Of this device: the stream that PyTorch records on by default belongs to the device that recorded first.
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
-        self.pool = None  # of memory, one for all: no step needs what another left behind in it
+        self.pool: Any = None  # of memory, one for all: no step needs what another left behind in it
 
     def serve(self, model: Transformer, cache: StaticCache, batch: int) -> bool:
         """Tell whether the recordings are of this thread, these weights, this cache and so many images."""
@@ -251,15 +252,14 @@ class StepGraphs:
             step()
             self.graphs[key] = None
             return
-        if self.graphs[key] is None:
-            self.graphs[key] = record(step, self.pool, self.stream)
-            self.pool = self.graphs[key].pool()
-        self.graphs[key].replay()
+        graph = self.graphs[key]
+        if graph is None:
+            graph = self.graphs[key] = record(step, self.pool, self.stream)
+            self.pool = graph.pool()
+        graph.replay()
 
 
-def record(
-    step: Callable[[], None], pool: tuple[int, int] | None, stream: torch.cuda.Stream | None
-) -> torch.cuda.CUDAGraph:
+def record(step: Callable[[], None], pool: Any, stream: torch.cuda.Stream | None) -> torch.cuda.CUDAGraph:
     """Return a CUDA graph of what the step launches, recorded on `stream` and not run.
 
     Other threads may use the device meanwhile.

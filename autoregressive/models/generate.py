@@ -34,7 +34,7 @@ def cache_for(model: Transformer, batch: int, device: torch.device, dtype: torch
         _caches.pop(model, None)  # free the old one before the new one is allocated
         args, rows = model.args, decode_step.cache_rows(model.layout, device)
         width = decode_step.cache_width(args.dim // args.n_head, device)
-        cache = StaticCache(args.n_layer, batch, args.n_kv_head, rows, width, device, dtype)
+        cache = StaticCache(args.n_layer, batch, args.kv_heads, rows, width, device, dtype)
         _caches[model] = cache
     return cache
 

@@ -61,11 +61,16 @@ class ModelArgs:
     spe_token_num: int = 0
     ar_token_num: int = 1
 
+    @property
+    def kv_heads(self) -> int:
+        """Heads of the keys and values: those of the queries unless they are fewer."""
+        return self.n_kv_head or self.n_head
+
     def __post_init__(self) -> None:
-        self.n_kv_head = self.n_kv_head or self.n_head
+        self.n_kv_head = self.kv_heads
         if self.model_type not in ("c2i", "t2i"):
             raise ValueError(f"model_type must be c2i or t2i, got {self.model_type!r}")
-        if self.dim % self.n_head or self.n_head % self.n_kv_head:
+        if self.dim % self.n_head or self.n_head % self.kv_heads:
             raise ValueError(
                 f"{self.n_head} heads must divide dim {self.dim} and be divided by {self.n_kv_head} kv heads"
             )
@@ -148,8 +153,8 @@ class Attention(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = args.n_head, args.n_kv_head, args.dim // args.n_head
-        self.wqkv = nn.Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * self.head_dim, bias=False)
+        self.n_head, self.n_kv_head, self.head_dim = args.n_head, args.kv_heads, args.dim // args.n_head
+        self.wqkv = nn.Linear(args.dim, (args.n_head + 2 * args.kv_heads) * self.head_dim, bias=False)
         self.wo = nn.Linear(args.dim, args.dim, bias=False)
         self.attn_dropout_p = args.attn_dropout_p
         self.resid_dropout = nn.Dropout(args.resid_dropout_p)
@@ -312,6 +317,7 @@ class Transformer(nn.Module):
         h = self.tok_embeddings(tokens)
         if not special:
             return h
+        assert self.spe_tok_embeddings is not None
         inserted = self.spe_tok_embeddings()[:special].expand(len(h), -1, -1)
         at = h.shape[1] if at is None else at
         return torch.cat([h[:, :at], inserted.to(h.dtype), h[:, at:]], dim=1)
@@ -395,7 +401,8 @@ class Transformer(nn.Module):
 def build_gpt(name: str, **overrides) -> Transformer:
     """A model of a size in the table, with any field of ModelArgs overridden."""
     n_layer, n_head, dim = GPT_SIZES[name]
-    return Transformer(ModelArgs(**{"n_layer": n_layer, "n_head": n_head, "dim": dim, **overrides}))
+    fields: dict[str, Any] = {"n_layer": n_layer, "n_head": n_head, "dim": dim, **overrides}
+    return Transformer(ModelArgs(**fields))
 
 
 GPT_models: dict[str, Callable[..., Transformer]] = {name: partial(build_gpt, name) for name in GPT_SIZES}
