@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.gpu_part import Part
 from benchmarks.gpu_sampling import batch, int8_par, mends, sampling_3b, sampling_b, sampling_xl
 from benchmarks.gpu_training import fsdp, runs, training
+from utils.precision import full_float32, use_tf32
 
 BACKENDS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 
@@ -79,7 +81,7 @@ def attention_times(part: Part, q: Tensor, k: Tensor, mask: Tensor | None) -> st
 
 def tests(part: Part) -> None:
     """Runs the quickest of the tests marked gpu."""
-    chosen = "recorded_steps or one_image or drawn_ahead or (training_losses and raster and bf16)"
+    chosen = "recorded_steps or bf16_step or wait_for_nothing or drawn_ahead or (training_losses and raster and bf16)"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", chosen, "-p", "no:cacheprovider"]
     done = subprocess.run([*command, "tests/test_accelerator.py"], capture_output=True, text=True)
     print(done.stdout[-6000:], done.stderr[-2000:])
@@ -121,12 +123,13 @@ def vq(part: Part) -> None:
 
 def tokenizer_steps(part: Part, case: str, pixels: Tensor) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
     """Makes VQ-16 ready for a case and returns its two directions: pixels to codes (B, N), codes to pixels."""
-    from tokenizer.tokenizer_image.vq_model import VQ_models
+    from tokenizer.tokenizer_image import vq_model
 
     torch.manual_seed(0)
-    torch.backends.cudnn.allow_tf32 = case.startswith("TF32")
+    use_tf32(case.startswith("TF32"))
+    vq_model.full_float32 = nullcontext if case.startswith("TF32") else full_float32
     layout = torch.channels_last if "channels" in case else torch.contiguous_format
-    model = VQ_models["VQ-16"]().eval().requires_grad_(False)
+    model = vq_model.VQ_models["VQ-16"]().eval().requires_grad_(False)
     if "bf16" in case:
         model.decode_in_bfloat16()
     model = model.to(part.device, memory_format=layout)

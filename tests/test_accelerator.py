@@ -5,17 +5,25 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from autoregressive.models import decode_step
 from autoregressive.models.generate import generate
+from autoregressive.models.gpt import ModelArgs, Rows, Transformer
+from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.sampling import running_sum
 from autoregressive.pipeline import ImagePipeline
 from autoregressive.sample.batch_size import fits_on_cuda, fitting_batch_size
 from autoregressive.train import train_c2i, train_c2i_fsdp
 from tests.autoregressive.test_goldens import MODELS, RUNS, build, condition
+from tests.helpers import randomize
 from tests.training import make_codes, metrics, repetitive_codes, run_here
 from tokenizer.tokenizer_image.strips import decode_in_strips
 from tokenizer.tokenizer_image.vq_model import VQ_models
+from utils.checkpoint import read_checkpoint
 from utils.distributed import Distributed, pick_device
+from utils.runs import find_checkpoint
+from utils.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 
@@ -50,6 +58,49 @@ def test_recorded_steps_serve_other_images_and_settings():
             drawn = generate(model, labels, noise=noise, compile=True, **asked)
             agree = (drawn == generate(model, labels, noise=noise, **asked)).float().mean()
             assert agree > 0.99, f"turn {turn}, {asked}: compiled kernels round otherwise, now and then"
+
+
+@pytest.mark.parametrize("dim, heads", [(256, 4), (200, 2)], ids=["heads of 64", "heads of 100"])
+def test_logits_of_a_compiled_bf16_step_agree_with_plain_attention(dim, heads):
+    """The production path: bfloat16, a bias, one row, whichever kernel takes it."""
+    device = pick_device()
+    if device.type != "cuda":
+        pytest.skip("the compiled step is for CUDA")
+    model = bf16_model(device, dim=dim, n_head=heads)
+    width = decode_step.cache_width(dim // heads, device)
+    rows = decode_step.cache_rows(model.layout, device)
+    cache = StaticCache(2, 8, heads, rows, width, device, torch.bfloat16)
+    for tensor in cache.keys + cache.values:
+        tensor[..., : dim // heads].normal_()
+    at, length = torch.tensor([40], device=device), 64
+    seen = (torch.arange(length, device=device) <= 40).expand(8, 1, 1, length)
+    with torch.inference_mode():
+        step = (model, torch.arange(8, device=device)[:, None], 0, Rows(cache, at, length))
+        bias = decode_step.attention_bias(seen, torch.bfloat16)
+        compiled = decode_step.compiled_decode_rows()(*step, bias)
+        with sdpa_kernel(SDPBackend.MATH):
+            plain = decode_step.decode_rows(*step, seen)
+    assert (compiled - plain).abs().max() < 0.02 * plain.abs().max()
+
+
+@pytest.mark.parametrize("settings", [{}, {"cfg_interval": 5}, {"cfg_scale": 1.0}, {"top_k": 9}], ids=str)
+@pytest.mark.parametrize("dim, heads", [(256, 4), (200, 2)], ids=["heads of 64", "heads of 100"])
+def test_recorded_bf16_steps_repeat_themselves(dim, heads, settings):
+    """After a guided call the cache is larger than an unguided batch; steps past the interval have half the rows."""
+    device = pick_device()
+    if device.type != "cuda":
+        pytest.skip("steps are recorded on CUDA")
+    model = bf16_model(device, dim=dim, n_head=heads)
+    labels, noise = torch.arange(4), torch.rand(4, 64, generator=torch.Generator().manual_seed(0))
+    generate(model, labels, noise=noise, compile=True, cfg_scale=2.0)
+    asked = {"noise": noise, "compile": True, "cfg_scale": 2.0, **settings}
+    first, *others = (generate(model, labels, **asked) for _ in range(4))
+    assert all(torch.equal(drawn, first) for drawn in others) and len(first.unique()) > 8
+
+
+def bf16_model(device, **sizes):
+    sizes = {"n_layer": 2, "multiple_of": 32, "vocab_size": 64, "num_classes": 10, "block_size": 64, **sizes}
+    return randomize(Transformer(ModelArgs(**sizes)), seed=4).to(device, torch.bfloat16).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
@@ -141,6 +192,37 @@ def losses(codes, results, script, device, *more):
     flags += ["--num-workers", 0, "--log-every", 1, "--lr", 5e-4, "--dropout-p", 0, "--token-dropout-p", 0, "--ema"]
     run_here(script, *flags, "--max-steps", 10, "--epochs", 9, "--no-wandb", "--device", device, *more)
     return metrics(results, "loss")
+
+
+def test_training_steps_wait_for_nothing(codes, tmp_path, monkeypatch):
+    """A process that waits for its device in a step cannot notice that another is gone."""
+    device = pick_device()
+    if device.type != "cuda":
+        pytest.skip("CUDA tells of waiting")
+    take = Trainer._train_step
+
+    def watched(trainer, batch):
+        torch.cuda.set_sync_debug_mode("error" if trainer.step > 1 else "default")
+        try:
+            take(trainer, batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Trainer, "_train_step", watched)
+    assert len(losses(codes, tmp_path, train_c2i, "cuda", "--mixed-precision", "bf16")) == 10
+
+
+def test_equal_runs_end_with_equal_bits_where_asked(codes, tmp_path):
+    device = pick_device()
+    if device.type != "cuda":
+        pytest.skip("a CPU adds up in one order anyway")
+    try:
+        for name in "ab":
+            losses(codes, tmp_path / name, train_c2i, "cuda", "--mixed-precision", "bf16", "--deterministic")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    a, b = (read_checkpoint(find_checkpoint(tmp_path / name)).model for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 3e-2), ("fp16", 3e-2)])

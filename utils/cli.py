@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from math import inf, isfinite, nan
 from typing import Any, NoReturn
 
-from utils.errors import AgreedError, words_of
+from utils.errors import AgreedError, is_out_of_memory, words_of
 
 # A parser, or a group of one.
 Flags = argparse._ActionsContainer
@@ -494,6 +494,11 @@ def add_training_flags(
     )
     group.add_argument("--global-seed", type=SEED, default=0, help="fixes every random choice")
     group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on CUDA take kernels that add up in one order, so that equal runs end with equal bits; slower",
+    )
+    group.add_argument(
         "--num-workers",
         type=nonnegative_int,
         default=num_workers,
@@ -570,8 +575,9 @@ def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.Argu
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, ModuleNotFoundError, OSError) as error:
-        if os.environ.get("TRACEBACK"):
+    except (ValueError, ModuleNotFoundError, OSError, RuntimeError, MemoryError) as error:
+        unforeseen = isinstance(error, RuntimeError) and not is_out_of_memory(error)
+        if unforeseen or os.environ.get("TRACEBACK"):
             raise
         if isinstance(error, AgreedError) and os.environ.get("RANK", "0") != "0":
             time.sleep(1)  # torchrun ends the others with the first to leave: the one that tells goes first

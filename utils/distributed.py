@@ -17,7 +17,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from utils.launchers import adopt_launcher
-from utils.precision import use_tf32
+from utils.precision import add_up_in_one_order, use_tf32
 
 T = TypeVar("T")
 
@@ -121,13 +121,17 @@ def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
     return device
 
 
-def start(device: str | None = None, group: bool = False, timeout_minutes: float = 30) -> Distributed:
+def start(
+    device: str | None = None, group: bool = False, timeout_minutes: float = 30, deterministic: bool = False
+) -> Distributed:
     """Joins the process group that torchrun, srun or mpirun describe in the environment, or stands alone without one.
 
     group: make a process group for a single process too, which sharding needs. timeout_minutes: how long a process waits
-    for the others before it gives up.
+    for the others before it gives up. deterministic: see `add_up_in_one_order`.
     """
     adopt_launcher()
+    if deterministic:
+        add_up_in_one_order()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))

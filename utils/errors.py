@@ -25,6 +25,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def words_of(error: BaseException) -> str:
     """Return an error's message; of one raised in a loader process without the traceback that torch puts before it."""
     text = explain(error) if isinstance(error, ModuleNotFoundError) else str(error)
+    if is_out_of_memory(error):
+        first = (text.strip().splitlines() or ["no more is said"])[0]
+        return f"out of memory ({first}): take fewer at once; in training --gradient-accumulation-steps splits a batch"
     if not text.startswith(f"Caught {type(error).__name__} in "):
         return text
     return text.rpartition(f"\n{type(error).__name__}: ")[2].strip()

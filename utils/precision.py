@@ -7,6 +7,7 @@ PyTorch lets cuDNN's convolutions round float32 to the 10 bits of TF32 by defaul
 depend on the card. Neither setting has an effect on a CPU or on half precision.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +32,16 @@ def _convolve_in_tf32(allowed: bool) -> None:
     cudnn.allow_tf32 = allowed
     for operation in (cudnn.conv, cudnn.rnn):  # decides over the line above where torch.backends.fp32_precision is set
         operation.fp32_precision = "tf32" if allowed else "ieee"
+
+
+def add_up_in_one_order() -> None:
+    """Have PyTorch take kernels whose sums do not depend on the order in which threads of a GPU arrive.
+
+    Without, gradients of attention and of embeddings differ from run to run in their last bits. Where there is no such
+    kernel PyTorch warns. To be called before the first product on the GPU.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from utils.cli import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from tqdm import tqdm
 
@@ -42,7 +43,6 @@ def main(args: argparse.Namespace) -> None:
     from dataclasses import replace
     from functools import partial
 
-    import torch
     from tqdm import tqdm
 
     from dataset.augmentation import code_views
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
         codebook_embed_dim=args.codebook_embed_dim,
         device=dist.device,
         use_ema=args.use_ema,
-    ).to(memory_format=torch.channels_last)
+    ).to(memory_format=memory_format(dist.device))
     if args.image_size % tokenizer.downsample:
         raise ValueError(
             f"--image-size {args.image_size} is not a multiple of {tokenizer.downsample}, the pixels a side of a token"
@@ -195,6 +195,13 @@ def encode_shards(
         yield shard, torch.cat(codes), torch.cat(labels), torch.cat(numbers)
 
 
+def memory_format(device: "torch.device") -> "torch.memory_format":
+    """Return how an encoder's images lie in memory: channels-last on a CPU. On CUDA each group norm would undo that."""
+    import torch
+
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+
+
 def encode_views(
     tokenizer: "VQModel", pixels: "Tensor", mixed_precision: str = "none", pixels_at_once: int = ENCODED_PIXELS
 ) -> "Tensor":
@@ -214,7 +221,7 @@ def encode_views(
     dtype = HALF.get(mixed_precision)
     with torch.inference_mode(), torch.autocast(pixels.device.type, dtype, enabled=dtype is not None):
         for part in flat.split(views):
-            quant, _, (_, _, indices) = tokenizer.encode(part.contiguous(memory_format=torch.channels_last))
+            quant, _, (_, _, indices) = tokenizer.encode(part.contiguous(memory_format=memory_format(part.device)))
             codes.append(indices)
             finite &= quant.isfinite().all()
     if not finite:

@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(
             "--scheduler is a learning-rate schedule of its own: leave out --lr-schedule and --warmup-steps"
         )
-    dist = start(args.device, group=args.data_parallel != "ddp", timeout_minutes=args.timeout_minutes)
+    dist = start(args.device, args.data_parallel != "ddp", args.timeout_minutes, args.deterministic)
     plan = Parallel.from_args(args, dist, compile=not args.no_compile)
     log = console_logger("dataset", dist.is_main)
     codes = build_dataset(args)

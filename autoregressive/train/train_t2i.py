@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
     if args.val_data_path and not (args.val_t5_feat_path and (on_the_fly or args.val_code_path)):
         missing = "--val-t5-feat-path" if not args.val_t5_feat_path else "--val-code-path"
         raise ValueError(f"--val-data-path {args.val_data_path} needs {missing} too")
-    dist = start(args.device, group=args.data_parallel != "ddp", timeout_minutes=args.timeout_minutes)
+    dist = start(args.device, args.data_parallel != "ddp", args.timeout_minutes, args.deterministic)
     plan = Parallel.from_args(args, dist, compile=not args.no_compile)
     console_logger("dataset", dist.is_main)
     with dist.main_first():  # which indexes shards where they have no index yet

@@ -1,5 +1,7 @@
 """What training would ask of a GPU, seen on a CPU: compilations, copies that wait, lost processes, the writer of shards."""
 
+import contextlib
+import os
 import subprocess
 import sys
 
@@ -8,9 +10,11 @@ import torch
 import torch.distributed.checkpoint.filesystem as filesystem
 
 from autoregressive.train import loss as losses
+from autoregressive.train import train_c2i, train_t2i
 from autoregressive.train.loss import dropped_conditions, linear_cross_entropy
 from tests.helpers import ROOT, free_port
 from tests.utils.test_trainer import build, network
+from tokenizer.tokenizer_image import vq_train
 from utils import distributed
 from utils.training_state import ChecksummedWriter
 
@@ -106,6 +110,27 @@ def test_loss_in_even_chunks_equals_the_whole():
     for rows in (7, 12, 30):
         value = linear_cross_entropy(hidden, weight, targets, None, losses.even_chunk(30, rows))
         torch.testing.assert_close(value, wanted)
+
+
+def test_start_of_a_deterministic_run_asks_for_kernels_of_one_order(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        distributed.start("cpu", deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("script", [train_c2i, train_t2i, vq_train])
+def test_training_scripts_hand_the_flag_on(script, monkeypatch):
+    asked = []
+    monkeypatch.setattr(distributed, "add_up_in_one_order", lambda: asked.append(1) or exec("raise KeyboardInterrupt"))
+    required = {"--code-path": "x", "--data-path": "x", "--t5-feat-path": "x", "--vq-ckpt": "x"}
+    known = {flag for action in script.flags()._actions for flag in action.option_strings}
+    given = [word for flag, value in required.items() if flag in known for word in (flag, value)]
+    with contextlib.suppress(ValueError, FileNotFoundError, KeyboardInterrupt):
+        script.main(script.flags().parse_args([*given, "--deterministic", "--device", "cpu"]))
+    assert asked
 
 
 def test_start_with_more_processes_than_gpus_is_refused(monkeypatch):

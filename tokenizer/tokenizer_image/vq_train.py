@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
 
     if args.finetune and not args.vq_ckpt:
         raise ValueError("--finetune needs --vq-ckpt, the weights to begin with")
-    dist = start(args.device)
+    dist = start(args.device, deterministic=args.deterministic)
     console_logger("dataset", dist.is_main)
     torch.manual_seed(args.global_seed)
     initial = read_checkpoint(find_checkpoint(args.vq_ckpt), mmap=False) if args.vq_ckpt else None
