@@ -484,6 +484,7 @@ def test_training_meets_a_label_beyond_the_model(published, tmp_path, workers):
 def test_held_out_codes_are_checked_under_their_own_name(codes, published, tmp_path):
     with pytest.raises(ValueError, match=r"published has label 10"):
         train(codes, tmp_path / "results", "--val-code-path", published(CLASSES, 0), "--max-steps", 1)
+    assert not (tmp_path / "results").exists(), "before training begins"
 
 
 def test_missing_and_incomplete_codes(codes, tmp_path):

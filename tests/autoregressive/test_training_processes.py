@@ -16,6 +16,7 @@ from PIL import Image
 
 from autoregressive.pipeline import load_gpt
 from autoregressive.train import train_c2i_fsdp
+from dataset.published import write_published
 from tests.helpers import ROOT, free_port
 from tests.training import (
     check_published_flags,
@@ -251,7 +252,31 @@ def test_a_process_that_dies_takes_the_others_down(codes, tmp_path):
             process.kill()
     assert processes[0].returncode == 1
     assert re.search(r"error: process 0 lost the others at step \d+ \(.*\): one of them has ended", told), told
-    assert "Traceback" not in told and "--resume goes on" in told
+    assert "Traceback" not in told and "there is no checkpoint yet" in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [DDP, FSDP], ids=["ddp", "fsdp"])
+def test_sample_that_one_process_cannot_read_ends_all_at_one_step_with_the_state_saved(tmp_path, module):
+    for i, code in enumerate(repetitive_codes(COUNT, 1, TOKENS, VOCAB)):
+        write_published(tmp_path / "codes", 16, i, code, i % CLASSES)
+    order = BatchOrder(COUNT, 16, 1, rank=1, world_size=2, seed=0).samples(0, 5, rank=1)
+    file = tmp_path / "codes" / "imagenet16_codes" / f"{order[3]}.npy"
+    good = file.read_bytes()
+    file.write_bytes(good[:-9])
+    flags = ["--epochs", 1, "--global-seed", 0]
+    stop = life(tmp_path / "codes", tmp_path / "results", *flags, module=module, world=2, fails=True)
+    told = live(tmp_path, stop)
+    assert len(set(re.findall(r"AgreedError: (no more data .*)", told))) == 1, told
+    assert f"by process 1 after step 5: {file}" in told.replace(
+        "by process 1 after step 4", "by process 1 after step 5"
+    )
+    assert "no more data could be read by process 1" in (run_folder(tmp_path / "results") / "log.txt").read_text()
+    assert last(tmp_path / "results").stem == "0000005"
+    file.write_bytes(good)
+    lives = [life(tmp_path / "codes", tmp_path / "results", *flags, "--resume", module=module, world=2)]
+    live(tmp_path, *lives, life(tmp_path / "codes", tmp_path / "whole", *flags, module=module, world=2))
+    assert all(same(a, b) for a, b in zip(weights(tmp_path / "results"), weights(tmp_path / "whole"), strict=True))
 
 
 @pytest.mark.slow
