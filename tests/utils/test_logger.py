@@ -5,7 +5,7 @@ import logging
 from contextlib import redirect_stdout
 
 from tests.training import quiet_loggers
-from utils.logger import console_logger
+from utils.logger import RunLogger, console_logger
 
 
 def test_lines_go_to_the_output_as_it_is_now():
@@ -26,3 +26,17 @@ def test_console_logger_escapes_file_names_that_are_not_utf8(capsys):
         console_logger("dataset").warning("skipped %s", b"caf\xe9.png".decode(errors="surrogateescape"))
     printed = capsys.readouterr()
     assert printed.out.endswith("skipped caf\\udce9.png\n") and not printed.err
+
+
+def test_log_file_on_a_full_disk_is_told_once_and_raises_nothing(tmp_path, capsys):
+    with quiet_loggers():
+        log = RunLogger(tmp_path)
+        log.file.stream.close()
+        log.file.stream = open("/dev/full", "w")  # noqa: SIM115, closed with the log
+        for line in ("one", "two"):
+            log.info(line)
+        log.record("three")
+        told = capsys.readouterr().err
+        log.file.stream = open(tmp_path / "log.txt", "a")  # noqa: SIM115
+        log.close()
+    assert told.count("could not write to") == 1 and "Traceback" not in told
