@@ -228,10 +228,9 @@ class Trainer:
             if self.dist.world_size == 1 or not _LOST_PROCESS.search(str(error)):
                 raise
             reason = str(error).strip().splitlines()[0][:200]
-            self.saver.wait()
             raise ConnectionError(
                 f"process {self.dist.rank} lost the others at step {self.step} ({reason}): one of them has ended, "
-                f"see what it said itself; {self._way_on()}"
+                f"see what it said itself; {self._way_on(together=False)}"
             ) from error
 
     def _fit(self, signals: StopSignals) -> None:
@@ -455,11 +454,16 @@ class Trainer:
         return dict(zip(names, self.dist.mean(torch.stack(means)).tolist(), strict=True)) if names else {}
 
     def _last_checkpoint(self) -> str:
-        last = self.run.checkpoints()[:1]
+        """Every process calls it together: the first knows what has been written."""
+        self.saver.wait()
+        last = self.dist.broadcast(self.run.checkpoints()[:1])
         return f"The last checkpoint is {last[0]}." if last else "There is no checkpoint yet."
 
-    def _way_on(self) -> str:
+    def _way_on(self, together: bool = True) -> str:
+        """together: every process calls it, and gets the same words."""
+        self.saver.wait()
         last = self.run.checkpoints()[:1]
+        last = self.dist.broadcast(last) if together else last
         return f"--resume goes on from {last[0]}" if last else "there is no checkpoint yet"
 
     def _require_finite_losses(self) -> None:
@@ -468,7 +472,6 @@ class Trainer:
         places = sorted((bad.step, bad.part is None, rank, bad) for rank, bad in enumerate(found) if bad)
         if places:
             _, _, rank, bad = places[0]
-            self.saver.wait()
             raise AgreedError(self._describe(rank, bad))
 
     def _describe(self, rank: int, bad: NotFinite) -> str:
@@ -533,10 +536,9 @@ class Trainer:
             with self._autocast():
                 values = validate(model)
         except (ValueError, OSError) as error:
-            self.saver.wait()
             raise AgreedError(
                 f"the held-out loss failed after step {self.step}: {words_of(error)}; mend the held-out data or leave it "
-                f"out, {self._way_on()}"
+                f"out, {self._way_on(together=isinstance(error, AgreedError))}"
             ) from error
         of = " of the averaged weights (--ema)" if self.ema else ""
         self.log.info(f"(step={self.step:07d}) " + ", ".join(f"{k}: {v:.4f}" for k, v in values.items()) + of)
