@@ -685,12 +685,12 @@ def test_fit_failing_pictures_are_a_warning_after_the_checkpoint(tmp_path):
     def sample(model):
         trainer.saver.wait()
         saved.append(sorted(os.listdir(store(tmp_path))))
-        raise RuntimeError("CUDA out of memory")
+        raise RuntimeError("cuBLAS failed")
 
     trainer = build(tmp_path, "--ckpt-every", 4, "--ema", sample=sample)
     trainer.fit()
     assert saved == [["0000004.pt"], ["0000004.pt", "0000008.pt"], ["0000004.pt", "0000008.pt", "0000010.pt"]]
-    assert log_of(tmp_path).count("no pictures: CUDA out of memory") == 3 and trainer.models["model"].training
+    assert log_of(tmp_path).count("no pictures: cuBLAS failed") == 3 and trainer.models["model"].training
     build(tmp_path / "without", "--ckpt-every", 4, "--ema").fit()
     assert same(final(tmp_path)["model"], final(tmp_path / "without")["model"])
 
