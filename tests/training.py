@@ -16,15 +16,15 @@ from PIL import Image
 
 from dataset.augmentation import FLIP_VIEWS, TEN_CROP_VIEWS
 from dataset.shards import CodeSettings, CodeWriter
-from tests.helpers import ROOT, free_port
+from tests.helpers import ROOT
 from utils.cli import LLAMAGEN_FLAGS
 
 
 def command(module: str, *args: object, processes: int = 1) -> list[str]:
-    """The command line that runs a script (named as a module), with torchrun where there are several processes."""
+    """The command line that runs a script (named as a module), by tests/launch.py where there are several processes."""
     launch = [sys.executable]
     if processes > 1:
-        launch += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+        launch += [str(ROOT / "tests/launch.py"), str(processes)]
     return [*launch, str(ROOT / (module.replace(".", "/") + ".py")), *map(str, args)]
 
 

@@ -413,11 +413,9 @@ def test_when_steps_are_recorded_anew(recording):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["raster", "text PAR-4"])
-def test_recorded_compiled_steps_change_nothing(kind, recording_compiled, monkeypatch):
+def test_recorded_compiled_steps_change_nothing(recording_compiled, monkeypatch):
     """What is compiled first for the last rows of the cache too: unguided steps come late, or the stride is long."""
-    model = tiny(**KINDS.get(kind, {**TEXT, "ar_token_num": 4}), n_layer=1)
-    condition, mask = captions(6, 2, 1, 4) if "text" in kind else (LABELS, None)
+    model, condition, mask = tiny(n_layer=1), LABELS, None
     for stride in (8, 128):
         torch._dynamo.reset()
         monkeypatch.setattr(decode_step, "read_stride", lambda *_, stride=stride: stride)
@@ -430,7 +428,7 @@ def test_recorded_compiled_steps_change_nothing(kind, recording_compiled, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*KINDS, "text", "text PAR-4"])
+@pytest.mark.parametrize("kind", ["few key heads", "text PAR-4"])
 def test_compiled_steps_change_nothing(kind):
     """Against the loop without caches; and no step falls back on plain code for too many shapes."""
     torch._dynamo.reset()

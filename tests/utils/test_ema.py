@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 from tests.training import same
-from utils.ema import EMA
+from utils.ema import EMA, warmed_up
 
 
 @pytest.fixture
@@ -114,3 +114,9 @@ def test_gradients_flow_after_the_averages_were_in(model):
     model.zero_grad()
     model(torch.ones(2, 3)).square().sum().backward()
     assert all(p.grad is not None for p in model.parameters()) and loss.requires_grad
+
+
+def test_warmed_up_decay_follows_the_steps_up_to_the_one_asked_for():
+    assert [warmed_up(0.9999, step) for step in (0, 8, 90)] == [1 / 10, 9 / 18, 91 / 100]
+    assert warmed_up(0.9999, 10**6) == EMA(nn.Linear(1, 1)).decay == 0.9999
+    assert warmed_up(0.5, 90) == 0.5
