@@ -7,8 +7,8 @@
     images = pipeline(["a red lantern"], cfg_scale=7.5, top_k=1000, seed=0)
 
 Image i of a run is a function of (seed, i) and what it is asked for: its noise is its own, prompts are encoded one at a
-time, and micro-batches are padded so that every row is computed by the same kernels whatever the batch or, on a CPU, the
-number of threads.
+time, and micro-batches are padded so that every row is computed by the same kernels: on a CPU whatever the batch and the
+number of threads, on an accelerator for one batch size.
 """
 
 import gc
