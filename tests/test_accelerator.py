@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoregressive.models import decode_step
 from autoregressive.models.generate import generate
-from autoregressive.models.gpt import ModelArgs, Rows, Transformer
+from autoregressive.models.gpt import ModelArgs, Rows, Transformer, attention_bias
 from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.sampling import running_sum
 from autoregressive.pipeline import ImagePipeline
@@ -76,7 +76,7 @@ def test_logits_of_a_compiled_bf16_step_agree_with_plain_attention(dim, heads):
     seen = (torch.arange(length, device=device) <= 40).expand(8, 1, 1, length)
     with torch.inference_mode():
         step = (model, torch.arange(8, device=device)[:, None], 0, Rows(cache, at, length))
-        bias = decode_step.attention_bias(seen, torch.bfloat16)
+        bias = attention_bias(seen, torch.bfloat16)
         compiled = decode_step.compiled_decode_rows()(*step, bias)
         with sdpa_kernel(SDPBackend.MATH):
             plain = decode_step.decode_rows(*step, seen)

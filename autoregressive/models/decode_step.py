@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autoregressive.models.gpt import Rows, Transformer
+from autoregressive.models.gpt import Rows, Transformer, attention_bias
 from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.layout import DecodeStep, TokenLayout
 from autoregressive.models.sampling import SamplingConfig, choose, guide, spread
@@ -114,11 +114,6 @@ def take_step(model: Transformer, state: DecodeState, kind: StepKind, decode: De
     rows = Rows(state.cache, row + state.count[:width], kind.length)
     logits = decode(model, inputs, kind.special, rows, mask)
     draw_tokens(logits, state, kind.guided, first_output + state.count[:width])
-
-
-def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a mask of visible rows into the bias that fused attention adds, once for all layers. On a CPU it stays a mask."""
-    return mask if mask.device.type == "cpu" else torch.where(mask, 0.0, float("-inf")).to(dtype)
 
 
 def draw_tokens(logits: Tensor, state: DecodeState, guided: bool, outputs: Tensor) -> None:

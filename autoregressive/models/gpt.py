@@ -185,6 +185,17 @@ class Attention(nn.Module):
         return self.resid_dropout(self.wo(out[..., : self.head_dim].transpose(1, 2).flatten(2)))
 
 
+def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a mask (…, S) into the bias that fused attention adds, once for all layers; on a CPU it stays a mask.
+
+    Rows of the bias lie at multiples of 8 numbers, or attention would copy them so in every layer.
+    """
+    if mask.device.type == "cpu":
+        return mask
+    columns = mask.shape[-1]
+    return torch.where(F.pad(mask, (0, -columns % 8)), 0.0, float("-inf")).to(dtype)[..., :columns]
+
+
 def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     """Attention of the few rows of a decode step: q (B, H, s, D) over k and v (B, KV, S, D) to (B, H, s, D).
 
@@ -358,6 +369,11 @@ class Transformer(nn.Module):
         h = self.tok_dropout(h)
         rows = h.shape[1]
         mask = self.attention_mask(rows, prefix_mask, h.device, layout)
+        if mask is not None:
+            device = h.device.type
+            mask = attention_bias(
+                mask, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+            )
         rope = self.rope(h.device, layout)[:rows]
         for layer in self.layers:
             h = layer(h, rope, mask, causal=mask is None)

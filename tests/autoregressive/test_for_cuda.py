@@ -9,9 +9,9 @@ from torch.nn.attention import SDPBackend
 
 from autoregressive import pipeline as pipelines
 from autoregressive.models import decode_step
-from autoregressive.models.decode_step import StepGraphs, addresses, attention_bias, attention_kernels, cache_width
+from autoregressive.models.decode_step import StepGraphs, addresses, attention_kernels, cache_width
 from autoregressive.models.generate import cache_for, generate, release_cache
-from autoregressive.models.gpt import ModelArgs, Rows, Transformer
+from autoregressive.models.gpt import ModelArgs, Rows, Transformer, attention_bias
 from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.sizes import GPT_SIZES
 from autoregressive.pipeline import decode_codes
@@ -103,6 +103,7 @@ def test_attention_bias_on_an_accelerator_equals_the_mask(backend):
     assert attention_bias(mask, torch.float32) is mask
     on_device = attention_bias(mask.to("meta"), torch.bfloat16)
     assert on_device.dtype == torch.bfloat16 and on_device.shape == mask.shape
+    assert on_device.stride()[:-1] == (16, 16, 16), "rows at multiples of 8 numbers"
     bias = torch.where(mask, 0.0, float("-inf"))
     q, k, v = torch.randn(3, 3, 2, 9, 8)
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -203,3 +204,21 @@ def test_gpt_3b_geometry_trains_and_draws_alike():
     tokens = generate(model, LABELS, noise=noise, sample_logits=False)
     with torch.no_grad():
         assert torch.equal(model(tokens[:, :-1], LABELS).argmax(-1), tokens)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_mask_of_training_becomes_one_bias_for_all_layers(autocast, monkeypatch):
+    """On the meta device, as on CUDA: PAR's mask in the precision of attention."""
+    model, seen = tiny(ar_token_num=4).to("meta"), []
+    for layer in model.layers:
+        monkeypatch.setattr(
+            layer, "forward", lambda x, rope, mask, causal: seen.append((mask.dtype, id(mask), causal)) or x
+        )
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: autocast)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    with torch.no_grad():
+        model.hidden(
+            torch.zeros(2, 12, dtype=torch.long, device="meta"), torch.zeros(2, dtype=torch.long, device="meta")
+        )
+    expected = torch.bfloat16 if autocast else torch.float32
+    assert [dtype for dtype, _, _ in seen] == [expected] * 2 and len({number for _, number, _ in seen}) == 1
