@@ -43,7 +43,8 @@ def class_folders(folder: str | Path, classes: Sequence[str] | None = None, orde
     unknown = [name for name in there if classes is not None and name not in classes]
     if unknown:
         raise ValueError(
-            f"{folder} has a class folder {unknown[0]!r}, which is none of the {len(classes)} classes given"
+            f"{folder} has a class folder {unknown[0]!r}, which is none of the {len(classes)} classes that the codes record: "
+            "extract to another folder without --classes-of, or rename the class folder"
         )
     if classes is None:
         classes = sorted(there, key=natural_key) if order == "natural" else there

@@ -14,6 +14,7 @@ a shard without it does not exist, whatever was left behind when a run was kille
 import hashlib
 import io
 import json
+import logging
 import os
 import zlib
 from collections import OrderedDict
@@ -30,10 +31,13 @@ from dataset.pixels import Reading
 from utils.files import atomic_write, crc32_of, write_json
 from utils.origin import same_tokenizer
 
+logger = logging.getLogger(__name__)
+
 INDEX_FILE = "index.json"
 FORMAT = 1
 EXTRACTION = "autoregressive/train/extract_codes_c2i.py"
 SHARD_SIZE = 4096  # images; ImageNet has 313 such shards
+PROBED = 64  # samples whose codes tell folders apart that record nothing else
 _ARRAYS = {"codes": ".npy", "labels": ".labels.npy", "indices": ".indices.npy"}
 
 
@@ -170,6 +174,22 @@ class CodeWriter:
         except (FileNotFoundError, ValueError):
             return False
         return True
+
+    def compare_labels(self, labels: np.ndarray | None) -> None:
+        """Compares the labels of finished shards with those of all images (n,), None where all are 0.
+
+        For folders of the first edition, which do not record of which images they are. Raises ValueError where they differ.
+        """
+        for shard in range(self.settings.num_shards):
+            if self._finished(shard):
+                _, there, numbers = self.read_shard(shard)
+                now = np.zeros_like(there) if labels is None else labels[numbers]
+                if len(wrong := np.flatnonzero(there != now)):
+                    raise ValueError(
+                        f"{self.folder} has label {there[wrong[0]]} for image {numbers[wrong[0]]}, which is {now[wrong[0]]} "
+                        "now: images were added, removed, renamed or moved to another class; use another folder"
+                    )
+        logger.info("%s does not record its images: their labels alone were compared", self.folder)
 
     def read_shard(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A finished shard: codes (n, views, tokens) as a memory map, labels (n,), data set indices (n,)."""
@@ -350,11 +370,18 @@ class ShardFolder:
 
 
 def samples_identity(folder: Any) -> dict[str, str]:
-    """The part of an identity that every layout has: which samples there are, and of which images."""
+    """Return the part of an identity that every layout has: samples, their images, codes and labels of some of them."""
     digest = hashlib.sha256(np.ascontiguousarray(folder.numbers, np.int64).tobytes())
     digest.update(repr((folder.tokens, folder.view_names)).encode())
+    some = np.linspace(0, len(folder) - 1, min(len(folder), PROBED), dtype=np.int64)
+    probe = hashlib.sha256(folder.labels(some).astype(np.int64).tobytes())
+    probe.update(folder.rows(some, np.zeros_like(some)).astype(np.int64).tobytes())
     images = folder.settings.images if folder.settings else None
-    return {"samples": digest.hexdigest()[:16]} | ({"images": images} if images else {})
+    return {
+        "samples": digest.hexdigest()[:16],
+        f"content of {PROBED} samples": probe.hexdigest()[:16],
+        **({"images": images} if images else {}),
+    }
 
 
 def _read_shard(folder: Path, settings: CodeSettings, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

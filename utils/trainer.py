@@ -610,7 +610,10 @@ class Trainer:
         return False
 
     def _require_same_origin(self, saved: Checkpoint | ShardedCheckpoint, keys: tuple[str, ...], remedy: str) -> None:
-        """Raises AgreedError where a checkpoint's record of what it belongs to is not that of this run."""
+        """Raises AgreedError where a checkpoint's record of what it belongs to is not that of this run.
+
+        What the checkpoint alone records, the run goes on to record.
+        """
         names = (str(saved.path), getattr(self.args, "code_path", None) or "this run's data")
         try:
             unknown = require_same(saved.config, self.state.config, keys, names, remedy)
@@ -618,6 +621,7 @@ class Trainer:
             raise AgreedError(str(error)) from error
         if unknown:
             self.log.info(f"{names[0]} or {names[1]} records no {' and no '.join(unknown)}: not compared")
+            self.state.config |= {key: saved.config[key] for key in unknown if saved.config.get(key) is not None}
 
 
 def _gradient_norm(parameters: list[nn.Parameter]) -> Tensor:

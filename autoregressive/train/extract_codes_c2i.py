@@ -119,6 +119,8 @@ def main(args: argparse.Namespace) -> None:
     else:
         # The first process looks for all: one that looked for itself would miss what a quicker one has written already.
         writer = CodeWriter(args.code_path, settings) if dist.is_main else None
+        if writer and begun and begun.images is None:
+            writer.compare_labels(dataset.images.labels)
         shards = dist.broadcast(writer.missing_shards() if writer else None)
         writer = writer or CodeWriter(args.code_path, settings)
     # Dealt out in turn, so that no process has more than one shard more than another, in a resumed run either.

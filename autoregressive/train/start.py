@@ -87,7 +87,7 @@ def starting_point(
             note.append(
                 f"its {key.replace('_', ' ')} was another one ({before}, now {now}), whose codes it has to unlearn"
             )
-    return replace(_weights_alone(weights), config={}), "; ".join(note)
+    return replace(_weights_alone(weights), config=config), "; ".join(note)
 
 
 def _weights_alone(saved: "Checkpoint") -> "Checkpoint":

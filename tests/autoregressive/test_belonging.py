@@ -267,6 +267,28 @@ def test_resume_on_other_codes_is_refused(home, tmp_path):
         train(half, run, "--resume", "--max-steps", 2)
 
 
+def test_resume_on_published_codes_without_a_record_compares_their_content(home, tmp_path):
+    for name, tokenizer in (("one", "a.pt"), ("other", "b.pt")):
+        folder = extract(home, tokenizer, tmp_path / name, "--published-layout")
+        (folder / "imagenet16.json").unlink()
+    run = train(tmp_path / "one", tmp_path / "run", "--num-classes", 3, "--vocab-size", 64)
+    with pytest.raises(ValueError, match="codes' content of 64 samples"):
+        train(tmp_path / "other", run, "--resume", "--max-steps", 2)
+
+
+def test_codes_without_a_record_leave_the_record_of_the_weights(home, tmp_path):
+    folder = extract(home, "a.pt", tmp_path / "codes", "--published-layout")
+    (folder / "imagenet16.json").unlink()
+    run = train(folder, tmp_path / "run", "--gpt-ckpt", home / "run", "--max-steps", 2)
+    config = read_checkpoint(next((run_folder(run) / "checkpoints").glob("*.pt"))).config
+    assert (config["tokenizer"], config["classes"]) == (fingerprint(home / "a.pt"), NAMES)
+
+
+def test_finetune_tells_nothing_of_records_that_both_have(home, tmp_path, capfd):
+    train(home / "codes", tmp_path, "--gpt-ckpt", home / "run", "--finetune")
+    assert "not compared" not in capfd.readouterr().out
+
+
 def test_resume_of_the_first_edition_goes_on_with_a_line(home, tmp_path, capfd):
     """Its checkpoints record nothing, and its model has the published number of classes."""
     run = train(home / "codes", tmp_path / "run", "--num-classes", 1000)
@@ -314,6 +336,15 @@ def test_extraction_begun_by_the_first_edition_keeps_its_order(home, tmp_path, c
 
 
 # Views
+
+
+def test_extraction_begun_by_the_first_edition_refuses_an_image_that_moved(home, tmp_path):
+    images = shutil.copytree(home / "images", tmp_path / "images")
+    codes = edit_index(extract(home, "a.pt", tmp_path / "codes", images=images), images=None)
+    extract(home, "a.pt", codes, images=images)
+    (images / "class1" / "0.png").rename(images / "class2" / "moved.png")
+    with pytest.raises(ValueError, match="has label 0 for image 2, which is 1 now"):
+        extract(home, "a.pt", codes, images=images)
 
 
 @pytest.mark.parametrize("layout", ["packed", "published", "converted", "first edition", "first edition, converted"])
