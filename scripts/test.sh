@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Sets up and runs everything that guards the project: format, lint, types, tests, and those of serving again with vLLM.
+# Sets up and runs everything that guards the project: format, lint, types, tests, and those of serving with vLLM.
 #
 #   bash scripts/test.sh               # all of it, by two processes
 #   bash scripts/test.sh --no-serve    # without vLLM and its environment (.venv-serve, several GB)
-#   bash scripts/test.sh --serve       # tests/serve/ in that environment alone
+#   bash scripts/test.sh --serve       # the tests of vLLM in that environment alone
 #   bash scripts/test.sh --fast        # without the tests marked slow, which those of vLLM are
 #   bash scripts/test.sh -k layout     # anything else goes to pytest, in one process
 set -euo pipefail
@@ -41,5 +41,5 @@ fi
 if [ "$serve" = 1 ]; then
     bash scripts/setup.sh serve-dev
     # A process of vLLM takes as many threads as it is told to, wherever the others run.
-    (source .venv-serve/bin/activate && VLLM_CPU_OMP_THREADS_BIND=nobind python -m pytest tests/serve "${parallel[@]}")
+    (source .venv-serve/bin/activate && VLLM_CPU_OMP_THREADS_BIND=nobind python -m pytest tests/serve -k vllm "${parallel[@]}")
 fi

@@ -20,6 +20,7 @@ from utils.distributed import Distributed, start
 from utils.ema import local
 from utils.parallel import Parallel, SeededNormal, copy_rows, materialize, parameters_of, rows_held
 from utils.precision import use_tf32
+from utils.rng import item_seed
 
 CPU = Distributed(torch.device("cpu"))
 SHARDED = ["fsdp", "sdp", "hsdp"]
@@ -340,6 +341,14 @@ def test_initial_weights_are_those_of_a_plain_model(alone, strategy):
     other = gpt()
     materialize(other, torch.device("cpu"), seed=4)
     assert not torch.equal(other.tok_embeddings.weight, plain.tok_embeddings.weight)
+
+
+def test_seeded_normal_draws_blocks_of_rows_of_262144_numbers():
+    """Other blocks would be other initial weights for the same seed."""
+    drawn = torch.empty(5000, 64)
+    SeededNormal(9)(drawn, 0.5)
+    generator = torch.Generator().manual_seed(item_seed(9, 1, 1))
+    assert torch.equal(drawn[4096:], torch.empty(4096, 64).normal_(std=0.5, generator=generator)[: 5000 - 4096])
 
 
 def test_initial_weights_are_the_model_s_own_choice():
