@@ -7,6 +7,7 @@ find_class("Cardigan", names), find_class("cardigan", names)        # 264 (the d
 import difflib
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -83,12 +84,17 @@ def find_class(asked: str | int | None, names: Sequence[str]) -> int:
     near = near or [names.index(name) for name in difflib.get_close_matches(text[:60], names, n=3, cutoff=0.6)]
     near = near or [i for i, name in enumerate(names) if f" {_folded(name)} " in f" {folded[:200]} "]
     close = [class_choice(label, names[label]) for label in near[:5]]
-    hint = f"; close to it: {', '.join(close)}" if close else f"; the model has classes 0 to {len(names) - 1}"
+    if renumbered and not close:
+        close = [class_choice(label, name) for label, name in enumerate(names[:5])]
+        hint = f"; the model's classes are {', '.join(close)}{', …' if len(names) > len(close) else ''}"
+    else:
+        hint = f"; close to it: {', '.join(close)}" if close else f"; the model has classes 0 to {len(names) - 1}"
     raise ValueError(f"no class is called {shorten(text)!r}{hint}")
 
 
 def _folded(name: str) -> str:
-    return " ".join(name.replace("_", " ").split()).casefold()
+    # Composed: folders copied from a Mac have their accents apart.
+    return unicodedata.normalize("NFC", " ".join(name.replace("_", " ").split()).casefold())
 
 
 def _only(labels: list[int], text: str, names: Sequence[str]) -> int:

@@ -4,7 +4,6 @@ python3 autoregressive/sample/sample_c2i.py --gpt-ckpt c2i_L_384.pt --vq-ckpt vq
 """
 
 import argparse
-import re
 from typing import TYPE_CHECKING
 
 from autoregressive.models.sizes import GPT_SIZES
@@ -21,7 +20,6 @@ from utils.cli import (
     add_sampling_flags,
     add_tokenizer_flags,
     flag_parser,
-    nonnegative_int,
     positive_int,
     run_script,
 )
@@ -57,16 +55,9 @@ def labels_to_draw(args: argparse.Namespace, gpt: "Transformer") -> list[int]:
     count = gpt.args.num_classes
     names = class_names(count, recorded=gpt.file_config.get("classes"))
     default = IMAGENET_CLASSES if count >= 1000 else [i % count for i in range(8)]
-    labels = (
-        default if args.labels is None else [i if isinstance(i, int) else find_class(i, names) for i in args.labels]
-    )
-    print("classes:", ", ".join(class_choice(label, names[label]) for label in labels if 0 <= label < count))
+    labels = default if args.labels is None else [find_class(asked, names) for asked in args.labels]
+    print("classes:", ", ".join(class_choice(label, names[label]) for label in labels))
     return labels
-
-
-def label_or_name(text: str) -> int | str:
-    """An argparse type: a class by its number, or by its name."""
-    return nonnegative_int(text) if re.fullmatch(r"[+-]?[0-9]+", text) else text
 
 
 def flags() -> argparse.ArgumentParser:
@@ -90,10 +81,9 @@ def grid_flags(description: str, output: str, *, files_required: bool = False) -
     parser.add_argument("--seed", type=SEED, default=0, help="image i is a function of the seed and i")
     parser.add_argument(
         "--labels",
-        type=label_or_name,
         nargs="+",
         default=None,
-        help="the classes to draw, by number or name (default: eight of them)",
+        help="the classes to draw, by name or number; a name comes first where classes are called by numbers (default: eight)",
     )
     parser.add_argument("--columns", type=positive_int, default=4, help="images in a row of the grid")
     parser.add_argument("--output", default=output, help="the picture to write")

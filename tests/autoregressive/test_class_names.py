@@ -1,8 +1,11 @@
 """Names of classes: one rule for the page, the server and the scripts."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from autoregressive.class_names import class_choice, class_names, find_class, imagenet_names
+from autoregressive.sample.sample_c2i import labels_to_draw
 from autoregressive.serve.body import ClassNames
 from autoregressive.serve.errors import RequestError
 
@@ -55,6 +58,15 @@ def test_find_class_own_names_come_before_numbers():
     assert find_class("2: 3", names) == 2
     with pytest.raises(ValueError, match="no class is called '0'"):
         find_class("0", names)
+    with pytest.raises(ValueError, match="'11'; the model's classes are 0: 1, 1: 2, 2: 3, 3: 4, 4: 5, …"):
+        find_class("11", names)
+
+
+def test_labels_of_the_script_are_found_as_everywhere():
+    gpt = SimpleNamespace(args=SimpleNamespace(num_classes=3), file_config={"classes": ["1", "2", "ç"]})
+    asked = ["1", "1: 2", "\u0043\u0327"]
+    assert labels_to_draw(SimpleNamespace(labels=asked), gpt) == [find_class(x, gpt.file_config["classes"]) for x in asked]
+    assert labels_to_draw(SimpleNamespace(labels=asked), gpt) == [0, 1, 2]
 
 
 def test_find_class_names_of_two_classes_are_refused():

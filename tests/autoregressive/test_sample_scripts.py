@@ -533,10 +533,9 @@ def test_batch_sizes_that_argparse_refuses(capsys):
     assert sample_c2i_ddp.flags().parse_args(["--per-proc-batch-size", "auto"]).per_proc_batch_size == "auto"
 
 
-@pytest.mark.parametrize(
-    "label, message", [(10, "label 10 is out of range: the model has classes 0 to 9"), (-1, "0 or more, got -1")]
-)
-def test_labels_out_of_range(label, message, small_files, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("label", [10, -1])
+def test_labels_out_of_range(label, small_files, tmp_path, capsys, monkeypatch):
+    message = f"class {label} is out of range: the model has classes 0 to 9"
     words = line(small_files, "--labels", 1, label, "--output", tmp_path / "grid.png")
     error = fails(sample_c2i, words, capsys, monkeypatch)
     assert message in error and not list(tmp_path.iterdir())
