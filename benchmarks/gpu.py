@@ -90,7 +90,10 @@ def write_report(out: Path, done: dict[str, dict], seconds: float, small: bool) 
     """Writes report.md from the records of the parts so far."""
     lines = ["# Measured by benchmarks/gpu.sh", "", f"{len(done)} of {len(PARTS)} parts in {seconds:.0f} s.", ""]
     if small:
-        lines += ["Tiny models (`--small`): the predictions, made for an H100, do not apply.", ""]
+        lines += [
+            "Tiny models (`--small`), and nothing compiled on a CPU: the predictions, made for an H100, do not apply.",
+            "",
+        ]
     for name, record in done.items():
         lines += [f"## {PARTS[name][1]}", "", f"`{name}`: {record['status']}, {record['seconds']:.0f} s", ""]
         if record["rows"]:

@@ -94,7 +94,7 @@ class Part:
         """Draws images with the published guidance and top-k; returns the seconds."""
         noise = torch.rand(batch, model.layout.tokens, generator=torch.Generator().manual_seed(1))
         labels = torch.arange(batch, device=self.device) % 1000
-        asked = {"compile": compile, **SAMPLING, **settings}
+        asked = {"compile": compile and self.cuda, **SAMPLING, **settings}
         return self.seconds(lambda: generate(model, labels, noise=noise, **asked))
 
 

@@ -120,7 +120,7 @@ def follow(part: Part) -> str:
             labels = torch.arange(batch, device=part.device)
             for asked in settings:
                 asked = {"cfg_scale": 4.0, "top_k": 16, **asked}
-                drawn = [generate(model, labels, noise=noise, compile=way, **asked) for way in (True, False)]
+                drawn = [generate(model, labels, noise=noise, compile=way, **asked) for way in (part.cuda, False)]
                 wrong += bool((drawn[0][:, :8] != drawn[1][:, :8]).float().mean() > 0.1)
         model.to("cpu"), model.to(part.device)
     return f"{wrong} disagree"

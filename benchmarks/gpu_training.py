@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from autoregressive.train import train_c2i
 from benchmarks.gpu_part import Part, memory_held
 
 
@@ -104,6 +105,10 @@ class Scripts:
         common += ["--global-batch-size", 4 if self.part.small else 32, "--log-every", 5, *more]
         return [str(word) for word in common]
 
+    def train(self, side: int, results: str, *more: object) -> None:
+        """Runs train_c2i.py in this process."""
+        train_c2i.main(train_c2i.flags().parse_args(self.flags(side, results, *more)))
+
     def command(self, script: str, flags: list[str]) -> list[str]:
         """Returns the command line of a training script."""
         return [sys.executable, f"autoregressive/train/{script}.py", *flags]
@@ -117,36 +122,33 @@ class Scripts:
 
 def runs(part: Part) -> None:
     """Runs train_c2i.py: places that wait for the device, recompilations by pictures, two equal runs bit by bit."""
-    from autoregressive.train import train_c2i
-
     side, long = (4, 6) if part.small else (16, 24)
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before the first product, for the runs with --deterministic
     with TemporaryDirectory() as folder:
         scripts = Scripts(part, Path(folder))
         if part.cuda:
-            waits = waiting_places(lambda: train_c2i.main(train_c2i.flags().parse_args(
-                scripts.flags(side, "waits", "--max-steps", 20, "--log-every", 10, "--ckpt-every", 1000)
-            )))  # fmt: skip
+            quiet = ("--no-compile", "--max-steps", 20, "--log-every", 10, "--ckpt-every", 1000)
+            waits = waiting_places(partial(scripts.train, side, "waits", *quiet))
             for place, count in waits.most_common(6):
                 part.put(f"waits for the device at {place}", count, "log lines and checkpoint alone")
             part.put("waits for the device in 20 steps, all places", sum(waits.values()), "below 20")
+        for tokens in (side, long):
+            for way in ((), ("--deterministic",)):
+                for run in "ab":
+                    scripts.train(tokens, f"{tokens}{way}{run}", "--no-compile", "--max-steps", 10, *way)
+                torch.use_deterministic_algorithms(False)
+                part.put(
+                    f"two equal runs of 10 steps, {tokens**2} tokens{' ' + way[0] if way else ''}: tensors that differ",
+                    differing(scripts.last(f"{tokens}{way}a"), scripts.last(f"{tokens}{way}b")),
+                    "0" if way else "0 at 256 perhaps, not at 576",
+                )
         torch._dynamo.reset()
-        graphs = Counter(torch._dynamo.utils.counters["stats"])["unique_graphs"]
-        pictures = ["--vq-ckpt", tokenizer_file(Path(folder)), "--sample-every", 5, "--max-steps", 12]
-        took = part.seconds(
-            lambda: train_c2i.main(train_c2i.flags().parse_args(scripts.flags(side, "pictures", *pictures)))
-        )
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        pictures = ("--vq-ckpt", tokenizer_file(Path(folder)), "--sample-every", 5, "--max-steps", 12)
+        took = part.seconds(partial(scripts.train, side, "pictures", *pictures))
         made = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
         part.put("graphs compiled by 12 steps with pictures twice", made, "2-3; 93 and more: pictures are compiled")
-        part.put("seconds of that run", f"{took:.0f}")
-        for tokens in (side, long):
-            for attempt in "ab":
-                command = scripts.command("train_c2i", scripts.flags(tokens, f"{tokens}{attempt}", "--max-steps", 10))
-                subprocess.run(command, check=True, timeout=60)
-            part.put(
-                f"two equal runs of 10 steps, {tokens**2} tokens: tensors that differ",
-                differing(scripts.last(f"{tokens}a"), scripts.last(f"{tokens}b")),
-                "0 at 256 perhaps, not at 576",
-            )
+        part.put("seconds of that run", f"{took:.0f}", "30-60")
 
 
 def waiting_places(work: Callable[[], object]) -> Counter:
