@@ -27,7 +27,8 @@ import torch
 from utils.files import atomic_write
 
 State = dict[str, torch.Tensor]
-WEIGHTS_ENTRIES = ("model", "module", "state_dict", "model_state_dict", "ema")
+AVERAGED_ENTRIES = ("ema", "ema_model", "model_ema", "ema_state_dict")
+WEIGHTS_ENTRIES = ("model", "module", "state_dict", "model_state_dict", *AVERAGED_ENTRIES)
 # Where a folder keeps weights: this project's and FSDP's, transformers', diffusers'; an index lists the shards beside it.
 _NAMES = (
     "model.safetensors",
@@ -107,6 +108,8 @@ def read_checkpoint(
         if checkpoint.format == "fsdp":
             _add_companions(checkpoint, map_location, mmap)
     checkpoint.files = files
+    if path.name.endswith(".index.json"):
+        _require_indexed(path, checkpoint.model)
     if prefer_ema and checkpoint.ema is not None:
         checkpoint.model = checkpoint.ema
     return checkpoint
@@ -138,19 +141,27 @@ def files_of(path: Path) -> list[Path]:
     if path.name.endswith(".index.json"):
         try:
             names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+            files = [path.with_name(name) for name in names]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _damaged(path, error) from error
+            raise _damaged(path, "an index has the name of a file for each weight") from error
     elif shard := _SHARD.fullmatch(path.name):
         names = [f"{shard[1]}{number:05d}-of-{shard[3]}{shard[4]}" for number in range(1, int(shard[3]) + 1)]
+        files = [path.with_name(name) for name in names]
     else:
         return [path]
-    files = [path.with_name(name) for name in names]
     missing = [file.name for file in files if not file.is_file()]
-    if missing or not files:
-        raise FileNotFoundError(
-            f"{path} is of {len(files)} files, of which {len(missing)} are not beside it: {_listing(missing)}"
-        )
+    if not files:
+        raise _damaged(path, "it names no file")
+    if missing:
+        raise FileNotFoundError(f"{path} is of {len(files)} files, and these are not beside it: {_listing(missing)}")
     return files
+
+
+def _require_indexed(path: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError where an index has weights that its shards have not."""
+    names = {name: torch.empty(0) for name in json.loads(path.read_bytes())["weight_map"]}
+    if absent := sorted(set(_clean(names, path)) - set(state)) if names else []:
+        raise ValueError(f"{path} does not fit its shards, which lack {_listing(absent)}: copy all of them again")
 
 
 def _merged(files: list[Path], contents: list[Any]) -> State:
@@ -170,9 +181,9 @@ def _locate(path: Path) -> Path:
         for name in (CONSOLIDATED_FILE, *_NAMES, *(f"{name}.index.json" for name in _NAMES)):
             if (path / name).is_file():
                 return path / name
-        first = [file for file in path.iterdir() if (found := _SHARD.fullmatch(file.name)) and int(found[2]) == 1]
-        if len(first) == 1:
-            return first[0]
+        shards = {found.group(1, 3, 4): file for file in path.iterdir() if (found := _SHARD.fullmatch(file.name))}
+        if len(shards) == 1:
+            return shards.popitem()[1]
         if (path / ".metadata").is_file():
             raise FileNotFoundError(
                 f"{path} holds shards without {CONSOLIDATED_FILE}; write it with "
@@ -247,7 +258,7 @@ def _read_pickle(path: Path, map_location: str | torch.device, mmap: bool) -> An
                 "values and argparse.Namespace are read. If you trust the file, have it saved again as a plain state "
                 "dict or as safetensors"
             ) from error
-        if isinstance(error, pickle.UnpicklingError):
+        if isinstance(error, pickle.UnpicklingError | LookupError | TypeError):
             raise _damaged(path, "its pickle is not one that torch.save writes") from error
         raise _damaged(path, str(error) or type(error).__name__) from error
 
@@ -303,6 +314,12 @@ def _sort_out(path: Path, content: Any) -> Checkpoint:
     if isinstance(entries.get("callbacks"), Mapping):
         named = entries["callbacks"].items()
         entries["callbacks"] = {_LIGHTNING_CALLBACK if key is _StandIn else key: value for key, value in named}
+    for key in WEIGHTS_ENTRIES:  # a model within a model is that model
+        while isinstance(inner := entries.get(key), Mapping) and not _is_state(inner):
+            found = [inner[name] for name in WEIGHTS_ENTRIES if isinstance(inner.get(name), Mapping)]
+            if not found:
+                break
+            entries[key] = found[0]
     source = next((key for key in WEIGHTS_ENTRIES if _is_state(entries.get(key))), None)
     if source is None and {"state", "param_groups"} <= entries.keys():
         raise ValueError(f"{path} is the state of an optimizer and holds no weights: give the checkpoint of its model")
@@ -314,19 +331,20 @@ def _sort_out(path: Path, content: Any) -> Checkpoint:
     layouts = {"module": "deepspeed", "state_dict": "lightning"}
     trained = {"optimizer", "args", "steps"} & entries.keys()
     layout = layouts.get(source, "ddp" if trained else "tokenizer")
-    averaged = entries.pop("ema", None)
-    ema = _clean(averaged, path) if _is_state(averaged) else None
-    model = ema if source == "ema" and ema else _clean(entries.pop(source), path)
+    averaged = next((entries.pop(key) for key in AVERAGED_ENTRIES if _is_state(entries.get(key))), None)
+    ema = None if averaged is None else _clean(averaged, path)
+    model = ema if source in AVERAGED_ENTRIES and ema else _clean(entries.pop(source), path)
     args = entries.pop("args", None)
     config = entries.pop("config", None)
     steps = next((entries.pop(key) for key in ("steps", "global_step", "global_steps") if key in entries), None)
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
     return Checkpoint(
         path,
         model,
         ema,
         entries.pop("optimizer", None),
-        vars(args) if isinstance(args, argparse.Namespace) else args,
-        None if steps is None else int(steps),
+        dict(args) if isinstance(args, Mapping) else None,
+        steps if isinstance(steps, int) else None,
         layout,
         entries,
         dict(config) if isinstance(config, Mapping) else {},
@@ -334,7 +352,12 @@ def _sort_out(path: Path, content: Any) -> Checkpoint:
 
 
 def _is_state(value: Any) -> bool:
-    return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(v, torch.Tensor) for v in value.values())
+    """Tell whether this is tensors by name."""
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in value.items())
+    )
 
 
 def _clean(state: Mapping[str, torch.Tensor], path: Path) -> State:
@@ -364,6 +387,11 @@ def load_into(
     """
     own = model.state_dict()
     require_fit(own, {name: tensor.shape for name, tensor in state.items()}, path)
+    whole = [name for name in own if own[name].is_floating_point() and not state[name].is_floating_point()]
+    if whole:
+        raise ValueError(
+            f"{path} has whole numbers for weights ({_listing(whole)}): give the weights before quantisation"
+        )
     model.load_state_dict(state, strict=True, assign=assign or any(tensor.is_meta for tensor in own.values()))
 
 

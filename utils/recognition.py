@@ -78,6 +78,8 @@ def describe_gpt(state: Mapping[str, torch.Tensor], sizes: Sizes, path: str | Pa
         absent = [f"{class_table} or {no_caption}"]
     if absent:
         raise ValueError(f"{path} is not a GPT checkpoint: {looks_like(state)}; a GPT has {', '.join(absent)}")
+    if flat := [name for name in needed if state[name].dim() != 2]:
+        raise ValueError(f"{path} is not a GPT checkpoint: its {', '.join(flat)} should be matrices")
 
     vocab_size, dim = state["tok_embeddings.weight"].shape
     n_layer = 1 + max(int(match[1]) for match in (re.match(r"layers\.(\d+)\.", name) for name in state) if match)
@@ -120,6 +122,8 @@ def looks_like(state: Mapping[str, torch.Tensor]) -> str:
         return f"it looks like a VQ image tokenizer with {rows} codes of {width} (give it as --vq-ckpt)"
     if {"layers.0.attention.wqkv.weight", "tok_embeddings.weight"} <= state.keys() and has("cls_embedding."):
         return "it looks like a GPT (give it as --gpt-ckpt)"
+    if any(".lora_" in name for name in state):
+        return "it looks like a LoRA adapter (merge it into its model, and give that)"
     if any(re.match(r"layers\.\d+\.attention\.wqkv\.weight", name) for name in state):
         return "it looks like a part of a GPT"
     if "main.0.weight" in state or (has("blocks.") and has("final_linear.")):

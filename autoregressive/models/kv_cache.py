@@ -43,6 +43,7 @@ class StaticCache:
                 whole = tensor.as_strided((batch * heads * length * dim,), (1,), 0)
                 tensors[i] = whole.view(batch, heads, length, dim)
                 tensors[i][:, :, :rows] = kept
+                tensors[i][:, :, rows:] = 0  # what lay here is of other samples, and a NaN times a mask's 0 is NaN
 
     def clear(self) -> None:
         """Sets every row to zero, also those that `lay_out` has set apart."""

@@ -320,6 +320,16 @@ def test_laying_the_cache_out_keeps_its_rows():
     assert [tensor.data_ptr() for tensor in cache.keys + cache.values] == addresses and cache.rows == 17
 
 
+def test_lay_out_of_more_rows_leaves_nothing_of_other_samples_in_them():
+    cache = StaticCache(1, 3, 2, 17, 4, torch.device("cpu"), FLOAT)
+    cache.lay_out(5)
+    k = torch.stack([torch.ones(2, 5, 4), torch.full((2, 5, 4), float("nan")), torch.ones(2, 5, 4)])
+    cache.update(0, torch.arange(5), k, k, 5)
+    for length in (8, 17, 5, 17):
+        cache.lay_out(length)
+        assert cache.keys[0][[0, 2]].isfinite().all() and cache.values[0][[0, 2]].isfinite().all()
+
+
 @pytest.mark.parametrize("stride", [3, 128])
 @pytest.mark.parametrize("kind", [{}, {"ar_token_num": 4}, TEXT], ids=["class", "PAR", "text"])
 def test_reading_the_cache_past_its_filled_part(kind, stride, monkeypatch):

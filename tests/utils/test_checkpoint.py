@@ -389,6 +389,7 @@ def test_another_zip(tmp_path):
         ({"model": {"a": torch.zeros(1), "b": 1}}, r"found model \(dict\)"),
         ([torch.zeros(1)], "its content is a list"),
         (torch.zeros(1), "its content is a Tensor"),
+        ({0: torch.zeros(1)}, r"found 0 \(Tensor\)"),
         ({"module.a": torch.zeros(1), "module._orig_mod.a": torch.zeros(1)}, "have the same name"),
     ],
 )
@@ -539,6 +540,8 @@ def test_the_recorded_models():
         (lambda: {"blocks.0.weight": torch.zeros(1), "final_linear.0.weight": torch.zeros(1)}, "a discriminator"),
         (lambda: {"shared.weight": torch.zeros(1), "encoder.block.0.a": torch.zeros(1)}, "a T5 text encoder"),
         (lambda: {"encoder.down_blocks.0.a": torch.zeros(1)}, "an autoencoder of diffusers"),
+        (lambda: {"layers.0.attention.wqkv.lora_A.weight": torch.zeros(1)}, "a LoRA adapter"),
+        (lambda: golden("c2i") | {"tok_embeddings.weight": torch.zeros(3)}, "should be matrices"),
         (lambda: {"visual.proj": torch.zeros(1)}, "a CLIP"),
         (lambda: {"foo": torch.zeros(1), "bar": torch.zeros(1)}, r"its first weights are foo, bar; a GPT has tok_emb"),
         (
@@ -559,12 +562,39 @@ def test_other_models_are_no_gpt(other, expected):
 @pytest.mark.parametrize(
     "prefix", ["model.", "module.model.", "model._orig_mod.", "_orig_mod.module.", "model.module."]
 )
-@pytest.mark.parametrize("entry", [None, "model", "state_dict", "model_state_dict", "module", "ema"])
+@pytest.mark.parametrize("entry", [None, "model", "state_dict", "model_state_dict", "module", "ema", "ema_model"])
 def test_read_checkpoint_of_wrapped_weights_gives_the_models_names(tmp_path, state, prefix, entry):
     wrapped = prefixed(state, prefix)
     content = {entry: wrapped, "epoch": 3} if entry else {**wrapped, f"{prefix}freqs_cis": torch.zeros(2)}
     torch.save(content, tmp_path / "a.pt")
     assert_same(read_checkpoint(tmp_path / "a.pt").model, state)
+
+
+@pytest.mark.parametrize("outer, inner", [("model", "state_dict"), ("state_dict", "model"), ("module", "module")])
+def test_read_checkpoint_of_a_model_within_a_model_gives_the_models_names(tmp_path, state, outer, inner):
+    torch.save({outer: {inner: state, "epoch": 3}, "ema": {"model": {"a": torch.ones(1)}}}, tmp_path / "a.pt")
+    found = read_checkpoint(tmp_path / "a.pt")
+    assert_same(found.model, state)
+    assert_same(found.ema, {"a": torch.ones(1)})
+
+
+@pytest.mark.parametrize("name", ["ema_model", "model_ema", "ema_state_dict"])
+def test_read_checkpoint_with_averages_of_another_name_knows_them(tmp_path, state, name):
+    torch.save({"model": {key: value * 0 for key, value in state.items()}, name: state}, tmp_path / "a.pt")
+    assert_same(read_checkpoint(tmp_path / "a.pt", prefer_ema=True).model, state)
+
+
+@pytest.mark.parametrize("odd", [{"args": [1, 2]}, {"args": "GPT-B"}, {"steps": "many"}, {"steps": float("nan")}])
+def test_read_checkpoint_with_an_odd_record_reads_the_weights(tmp_path, state, odd):
+    torch.save({"model": state, **odd}, tmp_path / "a.pt")
+    found = read_checkpoint(tmp_path / "a.pt")
+    assert (found.args, found.steps) == (None, None)
+    assert_same(found.model, state)
+
+
+def test_load_into_of_whole_numbers_is_refused():
+    with pytest.raises(ValueError, match="whole numbers for weights .weight."):
+        load_into(torch.nn.Linear(2, 2, bias=False), {"weight": torch.ones(2, 2).long()}, "a.pt")
 
 
 def save_shards(folder: Path, state: dict, name: str, suffix: str, index: bool, metadata: dict | None = None) -> None:
@@ -619,7 +649,7 @@ def test_read_checkpoint_without_one_of_its_shards_names_it(tmp_path, state, nam
     absent = tmp_path / "a" / f"{name}-00002-of-00003{suffix}"
     absent.unlink()
     for given in (tmp_path / "a", tmp_path / "a" / f"{name}-00003-of-00003{suffix}"):
-        with pytest.raises(FileNotFoundError, match=f"of 3 files, of which 1 are not beside it: {absent.name}"):
+        with pytest.raises(FileNotFoundError, match=f"of 3 files, and these are not beside it: {absent.name}"):
             read_checkpoint(given)
 
 
@@ -637,8 +667,24 @@ def test_read_checkpoint_of_a_folder_with_one_bin_file_reads_it(tmp_path, state,
     assert_same(read_checkpoint(tmp_path).model, state)
 
 
-def test_read_checkpoint_of_a_damaged_index_is_refused(tmp_path):
-    (tmp_path / "model.safetensors.index.json").write_text('{"weights": 3}')
+def test_read_checkpoint_of_a_folder_without_its_first_shard_names_it(tmp_path, state):
+    save_shards(tmp_path / "a", state, "model", ".safetensors", index=False)
+    (tmp_path / "a" / "model-00001-of-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="not beside it: model-00001-of-00003"):
+        read_checkpoint(tmp_path / "a")
+
+
+def test_read_checkpoint_of_an_index_of_other_shards_names_what_they_lack(tmp_path, state):
+    save_shards(tmp_path / "a", state, "model", ".safetensors", index=True)
+    index = tmp_path / "a" / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("00002-of", "00001-of"))
+    with pytest.raises(ValueError, match=f"which lack .*{list(state)[1]}"):
+        read_checkpoint(tmp_path / "a")
+
+
+@pytest.mark.parametrize("content", ['{"weights": 3}', "[]", '{"weight_map": {}}', '{"weight_map": {"a": 7}}', "null"])
+def test_read_checkpoint_of_a_damaged_index_is_refused(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ValueError, match="is damaged or not a checkpoint"):
         read_checkpoint(tmp_path)
 
