@@ -54,6 +54,8 @@ IMMATERIAL = {
     "vqgan_ckpt",
     "vae_path",
     "cd_path",
+    "codebook_size",
+    "codebook_embed_dim",
     "exif",
     "background",
 }

@@ -130,7 +130,7 @@ def claim_folder(folder: Path, settings: dict[str, Any], unrecorded: dict[str, A
     Raises ValueError where the folder holds images made with other settings, or its record cannot be read.
     """
     before = recorded_settings(folder)
-    if before is None:
+    if before is None or not any(folder.rglob("*.png")):  # a run that ended before its first image
         write_json(folder / SETTINGS_FILE, settings)
         return
     before = (unrecorded or {}) | before

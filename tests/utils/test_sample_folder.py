@@ -73,6 +73,8 @@ def test_content_of_shards_does_not_read_what_their_checksums_vouch_for(tmp_path
 
 
 def claim(folder, path, **more):
+    folder.mkdir(exist_ok=True)
+    (folder / "000000.png").touch()
     claim_folder(folder, {"cfg_scale": 1.5, "gpt_ckpt": file_identity(path), **more})
 
 
@@ -112,3 +114,12 @@ def test_file_identity_of_a_shard_or_an_index_covers_all_shards(tmp_path):
     before = [file_identity(path)["content"] for path in (shards[0], index)]
     shards[1].write_bytes(b"2")
     assert all(file_identity(path)["content"] != old for path, old in zip((shards[0], index), before, strict=True))
+
+
+def test_claim_folder_without_an_image_takes_other_settings(tmp_path):
+    claim_folder(tmp_path, {"cfg_scale": 1.5})
+    claim_folder(tmp_path, {"cfg_scale": 2.0})
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "000000.png").touch()
+    with pytest.raises(ValueError, match="cfg_scale: 2.0, now 1.5"):
+        claim_folder(tmp_path, {"cfg_scale": 1.5})
