@@ -550,7 +550,7 @@ def test_settings_are_plain_values(done):
     settings = results(done)["settings"]
     assert settings == json.loads((done / NAME / "settings.json").read_text())
     assert set(settings) == {
-        "background", "codebook_embed_dim", "codebook_size", "data", "dataset", "exif", "image_size", "image_size_eval",
+        "background", "data", "dataset", "exif", "image_size", "image_size_eval",
         "precision", "use_ema", "vq_model", "weights",
     }  # fmt: skip
 

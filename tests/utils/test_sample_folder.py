@@ -121,5 +121,5 @@ def test_claim_folder_without_an_image_takes_other_settings(tmp_path):
     claim_folder(tmp_path, {"cfg_scale": 2.0})
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "000000.png").touch()
-    with pytest.raises(ValueError, match="cfg_scale: 2.0, now 1.5"):
+    with pytest.raises(ValueError, match="cfg_scale"):
         claim_folder(tmp_path, {"cfg_scale": 1.5})
