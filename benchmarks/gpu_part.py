@@ -20,7 +20,7 @@ SAMPLING = {"cfg_scale": 4.0, "top_k": 2000}
 
 
 class Part:
-    """What a part works with: the device, whether models are small, and the file that takes its figures."""
+    """Means of a part: the device, whether models are small, and the file that takes its figures."""
 
     def __init__(self, file: Path, device: torch.device, small: bool):
         self.file, self.device, self.small = file, device, small

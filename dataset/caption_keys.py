@@ -1,4 +1,4 @@
-"""Which of a line's captions is meant: `--caption-key`.
+"""Choice among a line's captions: `--caption-key`.
 
 caption_of(pairs, 7, "llava", truncated=True)      # 'A bee sits on a flower'
 """

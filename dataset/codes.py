@@ -82,11 +82,11 @@ class CodeDataset(Dataset):
 
     @property
     def settings(self) -> CodeSettings | None:
-        """What the folder records; None of published files that record nothing."""
+        """Return the folder's record; None of published files that record nothing."""
         return self.sources[0].settings
 
     def sizes(self) -> dict[str, int | None]:
-        """How many classes and codes there are, as far as that is known (num_classes, codebook_size)."""
+        """Return num_classes and codebook_size as far as they are known."""
         if self.settings is None:
             return {}
         return {
@@ -95,7 +95,7 @@ class CodeDataset(Dataset):
         }
 
     def identity(self) -> list[dict[str, str]]:
-        """What tells whether codes are still the same, of each source."""
+        """Return an identity of each source, which tells whether its codes are still the same."""
         return [source.identity() for source in self.sources]
 
     @property

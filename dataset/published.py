@@ -40,7 +40,7 @@ def published_record(image_size: int) -> str:
 
 
 def recorded_settings(folder: str | Path, image_size: int) -> CodeSettings | None:
-    """What a folder of either layout records of its codes; None where it is not there or records nothing."""
+    """Return the record of a folder's codes in either layout; None where it is not there or records nothing."""
     for name in (INDEX_FILE, published_record(image_size)):
         if (Path(folder) / name).exists():
             return CodeSettings.read(folder, name)

@@ -470,7 +470,7 @@ class TextImages(_PairItems):
 
 
 class PairViews(_PairItems):
-    """What extraction encodes: items ([centre crop (3, H, W)], 0, index) for `present_batches`, None for unusable pairs."""
+    """Data set of what extraction encodes: items ([centre crop (3, H, W)], 0, index) for `present_batches`, None for unusable pairs."""
 
     def __init__(self, pairs: Pairs, image_size: int, reading: Reading = DEFAULT):
         super().__init__(pairs, image_size, seed=0, random_crop=False, reading=reading)

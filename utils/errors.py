@@ -12,7 +12,7 @@ class AgreedError(ValueError):
 
 
 class NotFiniteError(ValueError):
-    """What a network computed for some images is NaN or infinite."""
+    """Raised for images whose logits or pixels are NaN or infinite."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""What float32 means on a GPU: full float32 unless TF32 is asked for.
+"""The meaning of float32 on a GPU: full float32 unless TF32 is asked for.
 
 use_tf32(False)                   # utils/distributed.py:pick_device does this for every script and pipeline
 with full_float32(): ...          # float32 as such, whatever the process allows

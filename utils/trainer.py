@@ -395,7 +395,7 @@ class Trainer:
             self.sums[name] = total + value, count + 1
 
     def _agree_to_stop(self, signals: StopSignals, batches: ReadAhead) -> bool:
-        """Whether a process was asked to stop: then the state is saved. Raises AgreedError where a loss was not finite, or
+        """Save the state where a process was asked to stop, and tell whether one was. Raises AgreedError where a loss was not finite, or
         where a process has no further data, once the state is saved."""
         stop, broken, starved = self.agreement.exchange(
             signals.asked is not None, self.watch.first(wait=False) is not None, batches.failure is not None
@@ -491,7 +491,7 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate_and_save(self, final: bool = False) -> None:
-        """What is due at this step: a checkpoint, then figures and pictures; none of a model that a loss has spoilt."""
+        """Make what is due at this step: a checkpoint, then figures and pictures; none of a model that a loss has spoilt."""
         checkpoint = final or self.step % self.args.ckpt_every == 0
         every = self.args.sample_every or self.args.ckpt_every
         pictures = self.sample is not None and (final or self.step % every == 0)

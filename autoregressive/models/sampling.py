@@ -55,12 +55,12 @@ class SamplingConfig:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken, whatever the noise."""
+        """Tell whether the likeliest token is taken, whatever the noise."""
         return not self.sample_logits or self.temperature == 0 or self.top_k == 1 or self.top_p == 0
 
     @property
     def operations(self) -> tuple[bool, int, bool]:
-        """What is done to logits: whether the likeliest token is taken, else top-k and whether top-p filters."""
+        """Return the operations on logits: greedy, top-k (0 where greedy), and whether top-p filters."""
         return (True, 0, False) if self.greedy else (False, int(self.top_k), self.top_p < 1)
 
     @property

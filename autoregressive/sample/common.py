@@ -186,7 +186,7 @@ def text_settings(args: argparse.Namespace) -> dict:
 
 
 def open_prompt_features(args: argparse.Namespace, file: str | Path, prompts: Sequence[str]) -> "PromptFeatures | None":
-    """What --t5-feat-path has of the file's prompts; None without the flag. Raises as PromptFeatures does."""
+    """Return the features that --t5-feat-path has of the file's prompts; None without the flag. Raises as PromptFeatures does."""
     if not args.t5_feat_path:
         return None
     from language.prompts import PromptFeatures

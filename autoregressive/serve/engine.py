@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a server tells of its model. name: as `GET /v1/models` has it. kind: "c2i" or "t2i".
+    """Description of a server's model. name: as `GET /v1/models` has it. kind: "c2i" or "t2i".
 
     classes: names that the checkpoint records, by label.
     """

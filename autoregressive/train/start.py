@@ -1,4 +1,4 @@
-"""What the training of a GPT starts from: a state to go on with, or with --finetune weights for other data.
+"""Starting point of a GPT's training: a state to go on with, or with --finetune weights for other data.
 
 initial, note = starting_point(args, dist, model, config)
 """

@@ -229,7 +229,7 @@ def test_another_size_in_the_same_folder(data, extracted, published, tmp_path):
 
 
 def test_published_codes_of_another_tokenizer_are_refused(data, published, tmp_path):
-    """Where their extraction is continued; training knows whose they are."""
+    """A continued extraction refuses them; training knows whose they are."""
     torch.save({"model": VQ_models["VQ-4"](codebook_size=64).state_dict()}, tmp_path / "other.pt")
     folder = shutil.copytree(published, tmp_path / "codes")
     (folder / "part-b" / "2.npy").unlink()

@@ -1,4 +1,4 @@
-"""What a GPU would be asked to do, seen on a CPU: widths of caches, attention kernels, streams, copies in compiled graphs."""
+"""Requests to a GPU, seen on a CPU: widths of caches, attention kernels, streams, copies in compiled graphs."""
 
 import contextlib
 import threading
@@ -159,7 +159,7 @@ def test_addresses_of_weights_without_memory_are_their_objects():
 
 
 def test_decode_codes_never_decodes_more_than_fit_a_device(monkeypatch):
-    """Where memory ran out at twice the number, the number would be found anew in every batch."""
+    """Decoding that runs out of memory at the batch size would look for a smaller number in every batch."""
     tokenizer = VQ_models["VQ-4"](codebook_size=64).eval()
 
     def decode(tokenizer, codes, width, size, at_once, in_strips):

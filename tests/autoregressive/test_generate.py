@@ -503,7 +503,7 @@ def test_generate_with_logits_that_are_not_finite_raises_for_their_images_alone(
 
 @pytest.mark.parametrize("n, step", [(1, 6), (4, 5)])
 def test_generate_with_a_broken_code_names_the_first_step_that_reads_it(n, step):
-    """Of PAR's sixteen tokens four come singly and the others in three steps, the first of which is the fifth."""
+    """Four of PAR's sixteen tokens come singly, the others in three steps, which begin with the fifth step."""
     model, noise = tiny(ar_token_num=n), noise_for(1)
     drawn = generate(model, LABELS[:1], noise=noise)[0, model.layout.order]
     first = next(
@@ -542,7 +542,7 @@ def test_recorded_steps_with_logits_that_are_not_finite_raise_and_go_on(recordin
 @pytest.mark.parametrize("stopped", [False, True])
 @pytest.mark.parametrize("kind", ["raster", "text"])
 def test_generate_after_a_broken_image_draws_as_before(kind, stopped, monkeypatch):
-    """Where the cache is read past its filled part, a NaN that is left there would count through the mask."""
+    """A NaN past the filled part of a cache would count through the mask."""
     monkeypatch.setattr(decode_step, "read_stride", lambda *_: 8)
     model, noise = tiny(**(TEXT if kind == "text" else {})), noise_for(4)
     condition, mask = captions(6, 2, 1, 4) if kind == "text" else (LABELS, None)

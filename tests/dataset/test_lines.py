@@ -18,7 +18,7 @@ from tests.text_training import make_features, make_pairs, make_shards
 
 
 def record(folder, lines, shard=4):
-    """What extraction records, shard by shard."""
+    """Record shard by shard, as extraction does."""
     for k, (stem, count) in enumerate(lines.files):
         for start in range(0, count, shard):
             here = range(start, min(start + shard, count))

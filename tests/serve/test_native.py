@@ -48,7 +48,7 @@ def by_pipeline(pipeline: ImagePipeline, request: ImageRequest) -> np.ndarray:
 
 
 def serve(pipeline: ImagePipeline, requests: list[ImageRequest], failures=False, **options) -> list:
-    """What the engine yields for each of them, asked for at once, or with `failures` what it raises."""
+    """Return the engine's answers to requests that come at once, or with `failures` its errors."""
 
     async def main():
         engine = NativeEngine(pipeline, **options)

@@ -16,7 +16,7 @@ from tools.convert_codes import flags, main, packed_to_published, published_to_p
 
 
 def files(folder):
-    """What the published scripts write; the record is beside it."""
+    """Return the files of the published scripts; the record is beside them."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.npy")}
 
 

@@ -1,4 +1,4 @@
-"""What folders of images are made with: files known by their content, wherever they lie."""
+"""Files that folders of images are made with are known by their content, wherever they lie."""
 
 import json
 import os

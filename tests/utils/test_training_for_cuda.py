@@ -1,4 +1,4 @@
-"""What training would ask of a GPU, seen on a CPU: compilations, copies that wait, lost processes, the writer of shards."""
+"""Requests of training to a GPU, seen on a CPU: compilations, copies that wait, lost processes, the writer of shards."""
 
 import os
 import subprocess
