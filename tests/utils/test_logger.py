@@ -23,7 +23,7 @@ def test_lines_go_to_the_output_as_it_is_now():
 def test_console_logger_escapes_file_names_that_are_not_utf8(capsys):
     """The same name in log.txt; no report of logging itself on the way."""
     with quiet_loggers():
-        console_logger("dataset").warning("skipped %s", b"caf\xe9.png".decode(errors="surrogateescape"))
+        console_logger("escapes").warning("skipped %s", b"caf\xe9.png".decode(errors="surrogateescape"))
     printed = capsys.readouterr()
     assert printed.out.endswith("skipped caf\\udce9.png\n") and not printed.err
 
