@@ -561,6 +561,9 @@ def add_parallel_flags(parser: Flags, default: str) -> None:
     )
 
 
+_AFTER_OTHERS = 3.0  # seconds
+
+
 def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Parses, runs, and ends a user's mistake with one clear line and exit code 1 (TRACEBACK=1 shows where it arose)."""
     for stream in (sys.stdout, sys.stderr):  # a file name's bytes that are no UTF-8 are escaped
@@ -577,10 +580,13 @@ def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.Argu
         sys.exit(130)
     except (ValueError, ModuleNotFoundError, OSError, RuntimeError, MemoryError) as error:
         unforeseen = isinstance(error, RuntimeError) and not is_out_of_memory(error)
+        others, first = os.environ.get("WORLD_SIZE", "1") != "1", os.environ.get("RANK", "0") == "0"
+        if others and (unforeseen or not first):
+            # torchrun ends the others with the first to leave. An error of all is told by the first process, and one of a
+            # single process before what the others make of its end.
+            time.sleep(_AFTER_OTHERS)
         if unforeseen or os.environ.get("TRACEBACK"):
             raise
-        if isinstance(error, AgreedError) and os.environ.get("RANK", "0") != "0":
-            time.sleep(1)  # torchrun ends the others with the first to leave: the one that tells goes first
-        else:
+        if first or not isinstance(error, AgreedError):
             print(f"error: {words_of(error)}", file=sys.stderr, flush=True)
         sys.exit(1)

@@ -8,7 +8,8 @@ import pytest
 from autoregressive.sample import sample_c2i, sample_t2i
 from autoregressive.train import train_c2i
 from tests.helpers import scripts
-from utils.cli import Number
+from utils.cli import Number, run_script
+from utils.errors import AgreedError
 
 
 @pytest.mark.parametrize("name", scripts())
@@ -68,3 +69,24 @@ def test_pasted_command_lines_parse_as_published(script, line, expected):
 def test_abbreviations_of_flags_that_were_not_published_are_refused():
     with pytest.raises(SystemExit):
         train_c2i.flags().parse_args(["--code-path", "codes", "--keep", "3"])
+
+
+@pytest.mark.parametrize(
+    "error, rank, waits, told",
+    [
+        (ValueError, "0", False, True), (ValueError, "1", True, True), (AgreedError, "0", False, True),
+        (AgreedError, "1", True, False), (RuntimeError, "0", True, False), (RuntimeError, "1", True, False),
+    ],
+)  # fmt: skip
+def test_run_script_error_of_all_processes_is_told_by_the_first(error, rank, waits, told, monkeypatch, capsys):
+    def fail(args):
+        raise error("no such codes")
+
+    slept = []
+    monkeypatch.setattr("utils.cli.time.sleep", slept.append)
+    monkeypatch.setattr("sys.argv", ["script"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(RuntimeError if error is RuntimeError else SystemExit):
+        run_script(fail, argparse.ArgumentParser())
+    assert (len(slept) == 1, capsys.readouterr().err == "error: no such codes\n") == (waits, told)
