@@ -29,9 +29,10 @@ def add_finetune_flags(parser: argparse.ArgumentParser, *, classes: bool) -> Non
     group.add_argument("--use-ema", action="store_true", help="with --finetune: begin with the file's averaged weights")
     if classes:
         help = (
-            "with --finetune, whose row a class begins with: that of the class of its name, of its number, or a new one"
+            "with --finetune, whose row a class begins with: that of the class of its name (the default), of its number, or a "
+            "new one"
         )
-        group.add_argument("--class-rows", choices=["name", "number", "new"], default="name", help=help)
+        group.add_argument("--class-rows", choices=["name", "number", "new"], default=None, help=help)
 
 
 def starting_point(
@@ -52,8 +53,10 @@ def starting_point(
     from utils.training_state import ShardedCheckpoint, TrainingState
 
     name = getattr(args, "gpt_resume", None) or args.gpt_ckpt
-    for flag in ("finetune", "use_ema"):
-        if getattr(args, flag) and not (name and args.finetune):
+    if args.gpt_ckpt not in (None, name):
+        raise ValueError(f"--gpt-resume {name} and --gpt-ckpt {args.gpt_ckpt} mean the same: give one of them")
+    for flag in ("finetune", "use_ema", "class_rows"):
+        if getattr(args, flag, None) and not (name and args.finetune):
             raise ValueError(f"--{flag.replace('_', '-')} needs --{'finetune' if name else 'gpt-ckpt'} too")
     resumed = runs_in(args.results_dir, args.gpt_model)[:1] if args.resume else []
     if not name or (resumed and resumed[0].checkpoints()):
@@ -76,7 +79,9 @@ def starting_point(
     if args.gpt_type == "c2i":
         names = weights.config.get("classes"), config.get("classes")
         weights.model = dict(weights.model)
-        weights.model[CLASS_TABLE], rows = _class_rows(args.class_rows, weights.model[CLASS_TABLE], model, *names, path)
+        weights.model[CLASS_TABLE], rows = _class_rows(
+            args.class_rows or "name", weights.model[CLASS_TABLE], model, *names, path
+        )
         note.append(rows)
     for key in ("tokenizer", "text_encoder"):
         if (

@@ -367,7 +367,10 @@ class CheckedCodes:
         self.data, self.path, self.num_classes, self.vocab_size = data, path, num_classes, vocab_size
         settings = data.settings
         if settings and (settings.num_classes or 0) > num_classes:
-            raise ValueError(f"{path} has {settings.num_classes} classes; pass --num-classes {settings.num_classes}")
+            raise ValueError(
+                f"{path} has {settings.num_classes} classes, more than {num_classes}; pass --num-classes "
+                f"{settings.num_classes}, and --finetune too where training begins with the weights of another model"
+            )
         if settings and settings.codebook_size > vocab_size:
             raise ValueError(
                 f"{path} was made with {settings.codebook_size} codes; pass --vocab-size {settings.codebook_size}"

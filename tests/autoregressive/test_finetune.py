@@ -145,6 +145,8 @@ def test_finetune_flags_that_miss_others_are_refused(source, small_files, tmp_pa
     for flags, message in (
         (["--finetune"], "--finetune needs --gpt-ckpt"),
         (["--use-ema", "--gpt-ckpt", source], "--use-ema needs --finetune"),
+        (["--class-rows", "new", "--gpt-ckpt", source], "--class-rows needs --finetune"),
+        (["--finetune", "--gpt-ckpt", source, "--gpt-resume", plain], "give one of them"),
         (["--use-ema", "--finetune", "--gpt-ckpt", plain], "has no averaged weights"),
         (["--finetune", "--gpt-ckpt", plain], r"plain\.pt records no names of its classes"),
         (["--finetune", "--gpt-ckpt", small_files.vq], "looks like a VQ image tokenizer"),

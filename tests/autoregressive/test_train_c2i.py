@@ -161,6 +161,9 @@ def test_the_mean_loss_of_a_data_set_by_any_number_of_processes():
             totals.append(value)
             return value
 
+        def gather(self, value):
+            return [value]
+
     for rank in range(7):  # more processes than samples
         mean_loss(model, data, 2, Recording(torch.device("cpu"), rank, 7))
     total = torch.stack(totals).sum(0)
@@ -424,7 +427,7 @@ def published(tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--num-classes", 9], r"packed has 10 classes; pass --num-classes 10"),
+        (["--num-classes", 9], r"packed has 10 classes, more than 9; pass --num-classes 10"),
         (["--vocab-size", 63], r"packed was made with 64 codes; pass --vocab-size 64"),
         (["--image-size", 64], r"have 16 tokens per image, which fits --image-size 16"),
         (["--image-size", 33], r"--image-size 33 is not a multiple of --downsample-size 4; try 32 or 36"),
