@@ -93,6 +93,7 @@ def open_run(args: Namespace, name: str, sharded: bool = False) -> tuple[Run, bo
         run = _with_stores(runs[0], args, sharded)
         for folder in (run.folder, *run.stores):
             require_writable(folder)
+        _record_stores(run)
         for store in run.stores:
             for leftover in store.glob(".*.tmp"):  # of a save that was killed
                 if leftover.is_dir():
@@ -105,15 +106,13 @@ def open_run(args: Namespace, name: str, sharded: bool = False) -> tuple[Run, bo
     run = Run(_new_folder(Path(args.results_dir), name), ())
     write_json(run.folder / "run.json", {"stores": [], "args": vars(args)})
     run = _with_stores(replace(run, stores=() if args.no_local_save else (run.folder / "checkpoints",)), args, sharded)
+    _record_stores(run)
     before = runs[0].checkpoints() if runs else []
     return replace(run, earlier=before[0] if before else None), False
 
 
 def _with_stores(run: Run, args: Namespace, sharded: bool) -> Run:
-    """Lets --cloud-save-path and --no-local-save take effect and records where checkpoints go from now on.
-
-    Without these flags a resumed run keeps its places.
-    """
+    """Return the run as --cloud-save-path and --no-local-save have it; without them a resumed one keeps its places."""
     local, stores = run.folder / "checkpoints", list(run.stores)
     if args.cloud_save_path:
         cloud, now = Path(args.cloud_save_path).absolute(), time.strftime("%Y-%m-%d-%H-%M-%S")
@@ -124,15 +123,20 @@ def _with_stores(run: Run, args: Namespace, sharded: bool) -> Run:
     if args.no_local_save:
         stores = [store for store in stores if store != local]
     former = [store for store in dict.fromkeys((*run.former, *run.stores)) if store not in stores]
-    run = replace(run, stores=tuple(stores), former=tuple(former))
+    return replace(run, stores=tuple(stores), former=tuple(former))
+
+
+def _record_stores(run: Run) -> None:
+    """Writes down in run.json where checkpoints go from now on."""
     file = run.folder / "run.json"
     record = json.loads(file.read_text()) if file.exists() else {"args": {}}
     # Inside the folder, which may be moved, by relative paths.
-    inside = {store: "checkpoints" if store == local else str(store) for store in (*stores, *former)}
-    places = {"stores": [inside[store] for store in stores], "former": [inside[store] for store in former]}
+    places = {
+        key: ["checkpoints" if store == run.folder / "checkpoints" else str(store) for store in stores]
+        for key, stores in (("stores", run.stores), ("former", run.former))
+    }
     if record != (record := {**record, **places}):
         write_json(file, record)
-    return run
 
 
 def require_writable(folder: Path) -> None:
@@ -144,8 +148,9 @@ def require_writable(folder: Path) -> None:
             f.flush()
             os.fsync(f.fileno())
     except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
         raise ValueError(
-            f"{folder} cannot be written to ({error.strerror or error}): make it writable, or give another --results-dir "
+            f"{folder} cannot be written to ({reason}): make it writable, or give another --results-dir "
             "or --cloud-save-path"
         ) from error
 

@@ -127,6 +127,14 @@ def test_open_run_place_that_cannot_be_written_to_is_refused(tmp_path, flag, res
     assert resumed or not [path for path in tmp_path.rglob("*") if path not in before and path.is_file()]
 
 
+def test_open_run_resumed_after_a_refused_place_has_its_own_places(tmp_path):
+    run, _ = open_run(arguments(tmp_path), "GPT-B")
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ValueError, match=r"cannot be written to"):
+        open_run(arguments(tmp_path, "--resume", "--cloud-save-path", tmp_path / "file"), "GPT-B")
+    assert open_run(arguments(tmp_path, "--resume"), "GPT-B") == (run, True)
+
+
 def test_open_run_full_disk_is_refused(tmp_path, monkeypatch):
     def full(file):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
