@@ -297,6 +297,12 @@ def test_finetune_with_another_discriminator_is_refused(trained, images, tmp_pat
     train(images, tmp_path, *flags, "--no-keep-discriminator")
 
 
+@pytest.mark.parametrize("how", [[], ["--finetune"]])
+def test_vq_ckpt_of_a_gpt_says_what_it_is(small_files, images, tmp_path, how):
+    with pytest.raises(ValueError, match=r"is not an image tokenizer's checkpoint: it looks like a GPT"):
+        train(images, tmp_path, *how, "--vq-ckpt", small_files.gpt)
+
+
 @pytest.mark.slow
 def test_finetune_resumes_bit_identically(trained, images, tmp_path):
     flags = ["--finetune", "--vq-ckpt", trained[1], "--disc-start", 2, "--ema", "--dropout-p", 0.1, "--ckpt-every", 1]

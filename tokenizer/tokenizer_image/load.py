@@ -91,16 +91,20 @@ def choose_weights(path: str | Path, use_ema: bool, told: bool = True) -> bool:
     return averaged
 
 
-def _load(
-    checkpoint: Checkpoint, vq_model: str | None, codebook_size: int | None, codebook_embed_dim: int | None
-) -> VQModel:
-    path = checkpoint.path
+def shape_of(checkpoint: Checkpoint) -> VQModelArgs:
+    """Return what a checkpoint's shapes say of its tokenizer. Raises ValueError that says what else it is."""
     try:
-        args = vq_args_from_state_dict(checkpoint.model)
+        return vq_args_from_state_dict(checkpoint.model)
     except ValueError as error:
         known = "quantize.embedding.weight" in checkpoint.model and "encoder.conv_in.weight" in checkpoint.model
         what = f"it holds {error}" if known else looks_like(checkpoint.model)
-        raise ValueError(f"{path} is not an image tokenizer's checkpoint: {what}") from error
+        raise ValueError(f"{checkpoint.path} is not an image tokenizer's checkpoint: {what}") from error
+
+
+def _load(
+    checkpoint: Checkpoint, vq_model: str | None, codebook_size: int | None, codebook_embed_dim: int | None
+) -> VQModel:
+    path, args = checkpoint.path, shape_of(checkpoint)
     name = vq_model_name(args)
     held = {"--vq-model": name, "--codebook-size": args.codebook_size, "--codebook-embed-dim": args.codebook_embed_dim}
     given = {"--vq-model": vq_model, "--codebook-size": codebook_size, "--codebook-embed-dim": codebook_embed_dim}

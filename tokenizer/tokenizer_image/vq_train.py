@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
 
     from dataset.augmentation import center_view, random_view
     from dataset.build import build_dataset
-    from tokenizer.tokenizer_image.load import vq_record
+    from tokenizer.tokenizer_image.load import shape_of, vq_record
     from tokenizer.tokenizer_image.vq_loss import VQLoss
     from tokenizer.tokenizer_image.vq_model import VQ_models
     from utils.checkpoint import read_checkpoint
@@ -63,6 +63,8 @@ def main(args: argparse.Namespace) -> None:
     console_logger("dataset", dist.is_main)
     torch.manual_seed(args.global_seed)
     initial = read_checkpoint(find_checkpoint(args.vq_ckpt), mmap=False) if args.vq_ckpt else None
+    if initial:
+        shape_of(initial)
     args.codebook_l2_norm = choose_l2_norm(args, initial)
     width = {} if args.vq_width is None else {"ch": args.vq_width}
     tokenizer = VQ_models[args.vq_model](
