@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from math import inf, isfinite, nan
 from typing import Any, NoReturn
 
-from utils.errors import AgreedError, is_out_of_memory, words_of
+from utils.errors import AgreedError, is_lost_process, is_out_of_memory, words_of
 
 # A parser, or a group of one.
 Flags = argparse._ActionsContainer
@@ -52,6 +52,9 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, added: Sequence[str] = (), **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.added = added
+        self._negative_number_matcher = re.compile(
+            r"-(\.?\d|inf|nan)", re.I
+        )  # values, -1e-4 too, which Python's own misses
 
     def _get_option_tuples(self, option_string: str) -> list[tuple]:
         matches = super()._get_option_tuples(option_string)
@@ -118,7 +121,7 @@ class Number:
             value = nan
         if isinstance(value, float) and not isfinite(value):
             kind = "a whole number" if self.kind is int else "a finite number"
-            raise argparse.ArgumentTypeError(f"must be {kind} {self}, got {text}")
+            raise argparse.ArgumentTypeError(f"must be {kind} {self}, got {text or 'nothing'}")
         if not (self.least <= value <= self.most and self.above < value < self.below):
             raise argparse.ArgumentTypeError(f"must be {self}, got {value}")
         return value
@@ -579,14 +582,18 @@ def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.Argu
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, ModuleNotFoundError, OSError, RuntimeError, MemoryError) as error:
-        unforeseen = isinstance(error, RuntimeError) and not is_out_of_memory(error)
         others, first = os.environ.get("WORLD_SIZE", "1") != "1", os.environ.get("RANK", "0") == "0"
-        if others and (unforeseen or not first):
+        lost = others and is_lost_process(error)
+        unforeseen = isinstance(error, RuntimeError) and not (lost or is_out_of_memory(error))
+        if others and (unforeseen or lost or not first):
             # torchrun ends the others with the first to leave. An error of all is told by the first process, and one of a
             # single process before what the others make of its end.
             time.sleep(_AFTER_OTHERS)
         if unforeseen or os.environ.get("TRACEBACK"):
             raise
+        if lost:
+            rank = os.environ["RANK"]
+            error = ConnectionError(f"process {rank} lost the others: one of them has ended, see what it said itself")
         if first or not isinstance(error, AgreedError):
             print(f"error: {words_of(error)}", file=sys.stderr, flush=True)
         sys.exit(1)

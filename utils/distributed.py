@@ -16,6 +16,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from utils.errors import AgreedError, words_of
 from utils.launchers import adopt_launcher
 from utils.precision import add_up_in_one_order, use_tf32
 
@@ -84,16 +85,32 @@ class Distributed:
 
     def first_failure(self, error: Exception | None) -> str | None:
         """What failed on the first process where something did, so that all of them decide alike; None for nothing."""
-        return next((text for text in self.gather(None if error is None else str(error)) if text is not None), None)
+        return next(
+            (text for text in self.gather(None if error is None else words_of(error)) if text is not None), None
+        )
+
+    def agree(self, error: Exception | None) -> None:
+        """Raises AgreedError on every process where one of them has an error; a process alone raises its own."""
+        failure = self.first_failure(error)
+        if failure is not None:
+            raise error if error and self.world_size == 1 else AgreedError(failure) from error
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Lets the first process of each machine go through the block before the others (a download, a file made once)."""
+        """Lets the first process of each machine go through the block before the others (a download, a file made once).
+
+        Raises AgreedError on every process where one of them fails in it.
+        """
+        own: Exception | None = None
         if self.local_rank:
-            self.barrier()
-        yield
+            self.agree(None)
+        try:
+            yield
+        except (ValueError, OSError, ImportError) as error:
+            own = error
         if not self.local_rank:
-            self.barrier()
+            self.agree(own)
+        self.agree(own)
 
     def close(self) -> None:
         """Leaves the process group, at a run's good end and together: who left early would take the others' connections."""

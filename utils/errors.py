@@ -4,6 +4,9 @@ import re
 
 from utils.extras import explain
 
+_LOST_PROCESS = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|socket timeout|timed out|remote process|nccl", re.I
+)
 _MEMORY = re.compile(r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.I)
 
 
@@ -20,6 +23,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or bool(_MEMORY.search(str(error)))
     )
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Tell whether torch.distributed reports another process as gone."""
+    return isinstance(error, RuntimeError) and bool(_LOST_PROCESS.search(str(error)))
 
 
 def words_of(error: BaseException) -> str:

@@ -10,7 +10,6 @@ Every random number is a function of the seed, the process and the step, and the
 epoch and the batch: a run that was stopped and resumed takes the very steps it would have taken.
 """
 
-import re
 import signal
 import sys
 from argparse import Namespace
@@ -33,7 +32,7 @@ from utils.checkpoint import Checkpoint
 from utils.data_order import BatchOrder
 from utils.distributed import Distributed
 from utils.ema import EMA, local, warmed_up
-from utils.errors import AgreedError, words_of
+from utils.errors import AgreedError, is_lost_process, words_of
 from utils.finite import FiniteWatch, NotFinite
 from utils.flops import peak_flops
 from utils.loading import ReadAhead, batches_of, loader_workers
@@ -49,9 +48,6 @@ from utils.stopping import Agreement, StopSignals
 from utils.training_state import Saver, ShardedCheckpoint, TrainingState
 
 _SHOWN_SAMPLES = 64
-_LOST_PROCESS = re.compile(
-    r"connection (closed|reset|refused)|broken pipe|socket timeout|timed out|remote process|nccl", re.I
-)
 
 
 @dataclass(frozen=True)
@@ -225,7 +221,7 @@ class Trainer:
         try:
             yield
         except RuntimeError as error:
-            if self.dist.world_size == 1 or not _LOST_PROCESS.search(str(error)):
+            if self.dist.world_size == 1 or not is_lost_process(error):
                 raise
             reason = str(error).strip().splitlines()[0][:200]
             raise ConnectionError(

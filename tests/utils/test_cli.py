@@ -66,6 +66,31 @@ def test_pasted_command_lines_parse_as_published(script, line, expected):
     assert {name: args[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize("value", ["-1e-4", "-.5", "-inf", "-1E3", ""])
+def test_number_negative_or_empty_is_refused_by_its_range(value, capsys):
+    with pytest.raises(SystemExit):
+        train_c2i.flags().parse_args(["--code-path", "codes", "--lr", value])
+    said = capsys.readouterr().err
+    assert said.startswith("error: --lr must be ") and ("got -" if value else "got nothing") in said
+
+
+def test_lost_process_ends_a_script_with_one_line(capsys, monkeypatch):
+    def main(args):
+        raise RuntimeError("[/gloo/pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer. ...")
+
+    monkeypatch.setattr("utils.cli.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("sys.argv", ["script"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as ended:
+        run_script(main, argparse.ArgumentParser())
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and said.startswith("error: process 1 lost the others") and said.count("\n") == 1
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(RuntimeError):
+        run_script(main, argparse.ArgumentParser())
+
+
 def test_abbreviations_of_flags_that_were_not_published_are_refused():
     with pytest.raises(SystemExit):
         train_c2i.flags().parse_args(["--code-path", "codes", "--keep", "3"])
