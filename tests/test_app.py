@@ -216,6 +216,7 @@ def test_what_was_not_foreseen(error, message, caplog):
     assert message in status and "Traceback" not in status and caplog.records
 
 
+@pytest.mark.slow
 def test_pictures_are_written_once(small_files, tmp_path):
     """And are those of `respond`."""
     painter = app.make_painters(parse("--gpt-ckpt", small_files.gpt, "--vq-ckpt", small_files.vq))["class"]

@@ -190,6 +190,7 @@ def test_held_out_codes_of_a_flat_folder_are_refused(held_out, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_held_out_codes_of_another_tokenizer_are_refused(home, tmp_path):
     other = extract(home, "b.pt", tmp_path / "codes")
     a, b = fingerprint(home / "a.pt"), fingerprint(home / "b.pt")

@@ -54,6 +54,7 @@ EVERY_STEP = {"interval": 0, "preview_share": 1e9}  # a view after each step, wi
 # Views
 
 
+@pytest.mark.slow
 def test_images_are_those_of_the_pipeline(pipeline):
     settings = {"cfg_scale": 3.0, "top_k": 20}
     views = list(painter_of(pipeline).draw("7", count=5, seed=3, **settings))
@@ -132,6 +133,7 @@ def test_prompts(text_pipeline):
     assert "fills all 9 text tokens" in views[-1].note and "fills all 9" in status_html(views[-1])
 
 
+@pytest.mark.slow
 def test_no_two_drawings_at_once(pipeline, text_pipeline):
     """Two pages at the same time: each gets its own images."""
     results = {}

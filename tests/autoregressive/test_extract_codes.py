@@ -125,6 +125,7 @@ def test_what_the_index_records(extracted, tokenizer):
     assert len(list(extracted.glob("shard-*.json"))) == 4
 
 
+@pytest.mark.slow
 def test_ten_crops(images, tokenizer, tmp_path):
     folder = extract(images, tmp_path / "ten", tokenizer, "--ten-crop", "--crop-range", 1.25)
     codes, _, _ = read(folder)
@@ -180,6 +181,7 @@ def test_many_views_are_encoded_in_parts(tokenizer, monkeypatch):
     assert sizes[5:] == [1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_is_of_the_encoder_alone(images, tokenizer, extracted, tmp_path, monkeypatch, precision):
     searched = []

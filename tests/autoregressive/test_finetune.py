@@ -93,6 +93,7 @@ def test_finetune_other_image_size_takes_the_weights(source, tmp_path):
     torch.testing.assert_close(saved["model"][TABLE], load(source)["model"][TABLE], rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_finetune_resumes_bit_identically_also_without_the_file(source, tmp_path):
     codes = codes_of(tmp_path / "codes", "owl", "bee")
     file = tmp_path / "weights.pt"

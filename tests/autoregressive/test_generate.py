@@ -378,6 +378,7 @@ def recording(recording_compiled, monkeypatch):
     monkeypatch.setattr(decode_step, "compiled_decode_rows", lambda: decode_step.decode_rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, "text", "text PAR-4"])
 def test_recorded_steps_change_nothing(kind, recording):
     """One recording serves the later steps of its kind, and later calls with other images, scales and temperatures."""
@@ -396,6 +397,7 @@ def test_recorded_steps_change_nothing(kind, recording):
     assert 0 < made[0] <= made[1] == made[2], "what comes once a call is recorded in the second"
 
 
+@pytest.mark.slow
 def test_when_steps_are_recorded_anew(recording):
     model = tiny()
 

@@ -72,6 +72,7 @@ def test_product_in_parts_of_rows_equals_the_whole(rows):
     torch.testing.assert_close(product(x, laid_out, at_once=8), x @ weight.T, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_copies_follow_the_weights():
     model = small_gpt()
     labels = torch.tensor([1, 2])

@@ -115,6 +115,7 @@ def test_pixels_do_not_depend_on_the_batch(pipeline, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_pixels_do_not_depend_on_the_number_of_threads(pipeline):
     drawn = []
     for threads in (1, 2):  # the fixture puts the number back
@@ -582,6 +583,7 @@ def draw_prompts(pipeline, prompts, numbers, **settings) -> dict[int, tuple[torc
     return drawn
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fill all 9 text tokens")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("left", [True, False])

@@ -75,6 +75,7 @@ def test_logits_are_near(torchao, small_files, dtype):
     assert 0 < (actual - expected).square().mean().sqrt() < 0.05 * expected.std()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_image_does_not_depend_on_the_batch(torchao, small_files, dtype):
     gpt = quantize(load_gpt(small_files.par, dtype=dtype))

@@ -201,6 +201,7 @@ def test_the_name_of_the_folder(small_files, tmp_path):
     assert np.load(tmp_path / f"{folder.name}.npz")["arr_0"].shape == (1, 24, 24, 3)
 
 
+@pytest.mark.slow
 def test_from_fsdp_names_the_checkpoints_folder(small_files, tmp_path, monkeypatch):
     monkeypatch.chdir(small_files.bare.parent)
     for i, path in enumerate((small_files.bare, small_files.bare.parent, "consolidated.pth")):

@@ -136,6 +136,7 @@ def drawn(text_files, tmp_path_factory) -> Path:
 # A grid
 
 
+@pytest.mark.slow
 def test_grid(text_files, tmp_path, capsys):
     """Prompts of the command line, then those of the file; an image is that of its prompt alone."""
     (tmp_path / "more.txt").write_text("\ntwo cats sleep\r\n\n  a map of sushi \n")
@@ -191,6 +192,7 @@ def test_the_folder_of_the_t5_itself(text_files, tmp_path):
     assert np.array_equal(pixels(tmp_path / "grid.png")[2:18, 2:18], by_pipeline(text_files, ["fog"])[0])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*join several lines")
 def test_released_names(text_files, tmp_path, monkeypatch):
     """As the published command lines name files, with small ones in their places; the T5 in its default place."""
@@ -263,6 +265,7 @@ def test_an_interrupted_run_goes_on(text_files, drawn, tmp_path, capsys):
     assert np.load(fewer / f"{NAME}.npz")["arr_0"].shape[0] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*join several lines")
 def test_sample_t2i_ddp_in_a_folder_of_the_first_edition_renames_it_and_goes_on(text_files, drawn, tmp_path, capsys):
     earlier = tmp_path / NAME.replace("-prompts", "")
@@ -339,6 +342,7 @@ def test_a_run_that_is_killed_goes_on(text_files, drawn, tmp_path):
 # Prompts that T5 cuts or does not know
 
 
+@pytest.mark.slow
 def test_long_prompts_and_other_scripts(text_files, tmp_path):
     """Ten thousand characters count as far as they are read, and that is told; letters the T5 does not know are none."""
     long = "a red lantern " * 714

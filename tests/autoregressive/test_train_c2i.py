@@ -288,6 +288,7 @@ def test_killed_and_resumed_gives_the_same_bits(codes, tmp_path):
     assert [path.name for path in killed.iterdir()] == ["000-GPT-XS"]
 
 
+@pytest.mark.slow
 def test_starting_from_weights_and_from_a_whole_training_state(codes, tmp_path):
     train(codes, tmp_path / "first", "--epochs", 1, "--ema", "--ema-decay", 0.5)
     file = last(tmp_path / "first")

@@ -178,6 +178,7 @@ def one(data, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_same_losses(data, tmp_path, one):
     """Though the parts of a batch have different numbers of pairs that count."""
     train(data, tmp_path, *COMPARED, "--gradient-accumulation-steps", 8)
@@ -284,6 +285,7 @@ def test_killed_and_resumed_gives_the_same_bits(data, tmp_path, kind, parallel):
     assert metrics(whole, "loss") == metrics(killed, "loss") and metrics(whole, "valid") == metrics(killed, "valid")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["images", "codes"])
 def test_resume_with_other_pairs_is_refused(data, tmp_path, kind):
     """Lists, features and codes that fit each other, but not the run; the same data under other paths is the same."""
@@ -429,6 +431,7 @@ def test_images_need_a_tokenizer_that_fits(data, tmp_path):
         run_here(train_t2i, *flags, "--vocab-size", 128)
 
 
+@pytest.mark.slow
 def test_data_that_is_wrong(data, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist: check --data-path"):
         train(data, tmp_path / "results", "--data-path", tmp_path / "nowhere")
@@ -465,6 +468,7 @@ def test_pairs_whose_list_lost_a_line_are_refused(data, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("more", [[], ["--max-steps", 2]], ids=["a pass", "two steps"])
 def test_images_that_are_all_too_small_end_the_first_pass(data, tmp_path, workers, more, monkeypatch):

@@ -148,6 +148,7 @@ def fid_by_hand(fake: Path, ref: Path, side: int, resize: str) -> float:
     return frechet_distance(*sets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resize", ["clean", "graph"])
 def test_the_figures_by_hand(folders, clip_folder, resize, capsys):
     fake, ref = folders
@@ -409,6 +410,7 @@ def test_other_captions_give_another_score(folders, clip_folder):
     assert sorted(names, key=natural_order) == ["1.png", "2.png", "000010.png", "a9b3.png", "a10b2.png", "a10b10.png"]
 
 
+@pytest.mark.slow
 def test_how_many(folders, clip_folder):
     fake, ref = folders
     report = evaluate(fake, ref, clip_folder, "--how_many", "4")
@@ -584,6 +586,7 @@ def test_vectors_do_not_depend_on_the_batch(clip_folder):
     assert np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_generated_images_that_are_the_reference_are_said(folders, tmp_path):
     fake, ref = folders
     for file in (ref / "val2014").iterdir():

@@ -576,6 +576,7 @@ def text_server(tokenizer, work, **limits):
     return pipeline
 
 
+@pytest.mark.slow
 def test_prompts(tokenizer):
     answers = {}
 

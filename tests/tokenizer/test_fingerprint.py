@@ -50,6 +50,7 @@ def test_fingerprint_of_the_first_edition_is_compared():
     assert same_tokenizer(None, recorded) and same_tokenizer(recorded, recorded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_ema", [False, True])
 def test_load_tokenizer_fingerprint_chooses_the_weights(tmp_path, use_ema):
     """Codes of the raw weights are decoded by them, also where --use-ema is meant for the GPT, and the other way round."""

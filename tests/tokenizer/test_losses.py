@@ -43,6 +43,7 @@ def shapes(module: nn.Module) -> dict[str, list[int]]:
     return {name: list(value.shape) for name, value in module.state_dict().items()}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_lpips(recorded, lpips):
     arrays, meta = recorded
@@ -61,6 +62,7 @@ def recorded_weights(request, recorded, lpips) -> tuple[str, dict[str, torch.Ten
     return request.param, golden_state(shapes(loss), recorded[1]["seed"], GAIN, KEPT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disc_loss", ["hinge", "vanilla"])
 def test_recorded_losses(recorded, recorded_weights, lpips, disc_loss):
     arrays, (disc_type, weights) = recorded[0], recorded_weights

@@ -234,6 +234,7 @@ def random_lpips(monkeypatch):
     return made
 
 
+@pytest.mark.slow
 def test_lpips_is_added_where_its_weights_appear(
     small_files, images, done, tmp_path, random_lpips, monkeypatch, capsys
 ):
@@ -409,6 +410,7 @@ def test_nothing_readable(small_files, tmp_path):
 # Which weights
 
 
+@pytest.mark.slow
 def test_reconstruction_is_by_the_averaged_weights_where_the_file_has_them(small_files, images, tmp_path, capsys):
     model = torch.load(small_files.vq, weights_only=True)["model"]
     averaged = randomize(VQ_models["VQ-4"](codebook_size=64), seed=4).state_dict()

@@ -62,6 +62,7 @@ def test_encode(recorded):
     assert losses == (None, None, None, None) and perplexity is None and encodings is None
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_decode_code(recorded):
     model, arrays, _ = recorded
@@ -77,6 +78,7 @@ def test_decode_code(recorded):
     assert_close(model.decode_code(codes, (batch, height, width, channels), channel_first=False), expected)
 
 
+@pytest.mark.slow
 def test_training_losses_and_gradients(recorded):
     model, arrays, _ = recorded
     model.train()
@@ -120,6 +122,7 @@ def test_swish():
     assert_close(vq_model.swish(x), F.silu(x))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_wide_and_tall_images():
     model = small_vq4().eval()
@@ -130,6 +133,7 @@ def test_wide_and_tall_images():
     assert model(images.transpose(2, 3))[0].shape == (2, 3, 40, 16)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_images_of_a_batch_are_independent():
     model = small_vq4().eval()
@@ -139,6 +143,7 @@ def test_images_of_a_batch_are_independent():
     assert torch.equal(together, torch.cat(alone))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_channels_last_gives_the_same_numbers():
     model = small_vq4().eval()
@@ -153,6 +158,7 @@ def test_channels_last_gives_the_same_numbers():
     assert_close(images, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_decoder_in_bfloat16():
     """Images are close to float32's, and codes are those of float32."""
@@ -184,6 +190,7 @@ def test_half_precision_weights():
     assert model.decode_code(indices, quant.shape).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_trains_under_autocast():
     model = small_vq4(entropy_loss_ratio=0.1).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -89,6 +89,7 @@ def trained(images, tmp_path_factory):
 # Runs
 
 
+@pytest.mark.slow
 def test_what_a_checkpoint_holds(trained):
     _, path, _ = trained
     saved = load(path)
@@ -99,6 +100,7 @@ def test_what_a_checkpoint_holds(trained):
     assert not torch.equal(saved["model"]["decoder.conv_out.weight"], saved["ema"]["decoder.conv_out.weight"])
 
 
+@pytest.mark.slow
 def test_weight_decay_that_is_given_decays_and_the_default_does_not(images, tmp_path):
     """One step by hand: AdamW takes lr * decay * weight besides Adam's step."""
     runs = {"start": ["--lr", 0], "plain": [], "none": ["--weight-decay", 0], "decayed": ["--weight-decay", 10]}
@@ -145,6 +147,7 @@ def test_the_sum_of_the_losses(trained):
         assert 1 / 32 <= line["codebook_usage"] <= 1
 
 
+@pytest.mark.slow
 def test_resuming_is_bit_identical(trained, images, tmp_path):
     """Stopped in the second epoch, once the discriminator is at work."""
     _, path, flags = trained
@@ -266,6 +269,7 @@ def tokenizer_parts(state):
     return {name: tensor for name, tensor in state.items() if name != "quantize.codebook_used"}
 
 
+@pytest.mark.slow
 def test_finetune_keeps_discriminator_and_optimizers_and_begins_at_step_0(trained, images, tmp_path):
     path = train(
         images, tmp_path, "--finetune", "--vq-ckpt", trained[1], "--lr", STILL, "--max-steps", 2, "--disc-start", 0
@@ -290,6 +294,7 @@ def test_finetune_without_keep_discriminator_takes_the_tokenizer_alone(trained, 
     assert second["optimizer"]["state"][0]["step"] == second["optimizer_disc"]["state"][0]["step"] == 1
 
 
+@pytest.mark.slow
 def test_finetune_with_another_discriminator_is_refused(trained, images, tmp_path):
     flags = ["--finetune", "--vq-ckpt", trained[1], "--disc-type", "stylegan", "--max-steps", 1]
     with pytest.raises(ValueError, match=r"another discriminator than --disc-type stylegan .*--no-keep-discriminator"):
@@ -337,6 +342,7 @@ def first_edition(unnormalised, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["pt", "consolidated", "safetensors"])
 @pytest.mark.parametrize("edition", ["unnormalised", "first_edition"])
 def test_exported_tokenizer_gives_the_codes_of_its_checkpoint(request, edition, format, tmp_path):
@@ -383,6 +389,7 @@ def test_resume_keeps_the_setting_of_its_run(images, tmp_path):
         train(images, tmp_path, *flags, "--max-steps", 3, "--resume", "--codebook-l2-norm")
 
 
+@pytest.mark.slow
 def test_l2_norm_of_a_file_that_does_not_say_is_as_asked(trained, images, tmp_path):
     torch.save({"model": load(trained[1])["model"]}, tmp_path / "vq.pt")
     flags = ["--finetune", "--vq-ckpt", tmp_path / "vq.pt", *NO_DISC, "--max-steps", 1, "--image-size", 16]
@@ -434,6 +441,7 @@ def test_a_flat_folder_and_a_list(images, tmp_path):
     assert " 4 samples, 1 steps an epoch" in log_of(tmp_path / "results")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_image_is_named_skipped_and_counted(tmp_path, workers):
     folder = make_images(tmp_path / "train", classes=2, per_class=12)

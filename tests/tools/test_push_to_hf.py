@@ -220,6 +220,7 @@ def test_a_push_that_the_hub_refuses(small_files, tmp_path, hub):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_pictures_are_the_same(small_files, tmp_path):
     """Drawn by what was saved as by the checkpoint."""
     run_here(push_gpt_to_hf, "--gpt-ckpt", small_files.gpt, *GPT, "--precision", "none", "--output", tmp_path / "gpt")

@@ -115,6 +115,7 @@ def test_absent_package_in_a_loader_process_is_named(monkeypatch, capsys):
     assert capsys.readouterr().err == f'error: torchvision is not installed; python -m pip install -e "{ROOT}[train]"\n'
 
 
+@pytest.mark.slow
 def test_base_packages_draw_pictures_of_classes(small_files, tmp_path):
     absent = modules_imported() - BASE - {"functorch"}
     script = ROOT / "autoregressive/sample/sample_c2i.py"

@@ -125,6 +125,7 @@ def test_wrapper_under_srun_starts_one_group(env, expected, tmp_path):
     assert done.stdout.startswith(expected) and done.stdout.endswith("a.py --x\n")
 
 
+@pytest.mark.slow
 def test_tasks_of_srun_train_one_run(tmp_path):
     """Two processes with Slurm's variables alone add up their ranks in one group."""
     code = (
