@@ -593,7 +593,9 @@ def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.Argu
             raise
         if lost:
             rank = os.environ["RANK"]
-            error = ConnectionError(f"process {rank} lost the others: one of them has ended, see what it said itself")
+            error = ConnectionError(
+                f"process {rank} lost the others: one of them has ended or never came, see what it said itself"
+            )
         if first or not isinstance(error, AgreedError):
             print(f"error: {words_of(error)}", file=sys.stderr, flush=True)
         sys.exit(1)

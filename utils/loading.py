@@ -46,7 +46,9 @@ def batches_of(loader: "DataLoader") -> Iterator[Any]:
         _remove_torch_handler()
         yield from batches
     except Exception as error:
-        workers = {worker.sentinel: worker for worker in getattr(batches, "_workers", ())}
+        # iter(loader) itself raises where a persistent process died between two epochs.
+        begun = getattr(loader, "_iterator", None) or batches
+        workers = {worker.sentinel: worker for worker in getattr(begun, "_workers", ())}
         # The connection to a process breaks before the process is gone; one whose item raised lives on.
         ended = [workers[sentinel] for sentinel in wait(workers, timeout=0 if _of_an_item(error) else 1)]
         for worker in ended:

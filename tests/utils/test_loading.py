@@ -75,6 +75,16 @@ def test_batches_of_dead_loader_process_raises_loader_killed(end, message, persi
     assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
 
 
+def test_batches_of_loader_process_dead_between_epochs_raises_loader_killed():
+    loader = DataLoader(Numbers(range(4)), batch_size=1, num_workers=2, persistent_workers=True)
+    list(batches_of(loader))
+    (first, _) = loader._iterator._workers
+    first.kill()
+    first.join()
+    with pytest.raises(LoaderKilled, match="killed by SIGKILL"):
+        list(batches_of(loader))
+
+
 def test_batches_of_death_does_not_interrupt_other_work():
     """torch's own handler raises wherever the process is; here the batches at hand are still given."""
     batches = batches_of(DataLoader(Numbers(range(20)), batch_size=1, num_workers=1, prefetch_factor=2))
