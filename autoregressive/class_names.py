@@ -84,7 +84,8 @@ def find_class(asked: str | int | None, names: Sequence[str]) -> int:
     near = near or [names.index(name) for name in difflib.get_close_matches(text[:60], names, n=3, cutoff=0.6)]
     near = near or [i for i, name in enumerate(names) if f" {_folded(name)} " in f" {folded[:200]} "]
     close = [class_choice(label, names[label]) for label in near[:5]]
-    if renumbered and not close:
+    own = any(name != str(label) for label, name in enumerate(names)) and tuple(names) != imagenet_names()
+    if own and not close:
         close = [class_choice(label, name) for label, name in enumerate(names[:5])]
         hint = f"; the model's classes are {', '.join(close)}{', …' if len(names) > len(close) else ''}"
     else:

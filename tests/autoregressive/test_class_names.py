@@ -71,6 +71,11 @@ def test_labels_of_the_script_are_found_as_everywhere():
     assert labels_to_draw(SimpleNamespace(labels=asked), gpt) == [0, 1, 2]
 
 
+def test_find_class_near_to_none_lists_the_models_own_names():
+    with pytest.raises(ValueError, match="called 'mango'; the model's classes are 0: cat, 1: dog$"):
+        find_class("mango", ["cat", "dog"])
+
+
 def test_find_class_names_of_two_classes_are_refused():
     assert find_class("crane", ["crane", "heron", "Crane"]) == 0
     with pytest.raises(ValueError, match="0: crane and 2: crane"):
