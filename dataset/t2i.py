@@ -32,7 +32,7 @@ from dataset.pixels import DEFAULT, Reading, load_rgb
 from dataset.shards import INDEX_FILE, ShardFolder
 from dataset.webdataset import Member, TarPairs
 from utils.files import atomic_write
-from utils.origin import require_same
+from utils.origin import require_same, same_tokenizer
 from utils.rng import item_seed
 
 logger = logging.getLogger(__name__)
@@ -195,7 +195,12 @@ class TextCodes:
                 "extract one of them again",
             )
         self.tokenizer = max((told.tokenizer or "" for told in recorded.values()), key=len, default="") or None
-        self.tokenizer = self.tokenizer or recorded_maker(self.folder, there)
+        maker = recorded_maker(self.folder, there)
+        if not same_tokenizer(self.tokenizer, maker):
+            raise ValueError(
+                f"{self.folder} has packed codes of the tokenizer {self.tokenizer} and others of {maker}: extract one of them again"
+            )
+        self.tokenizer = maker or self.tokenizer
         self._open: OrderedDict[str, tuple[ShardFolder, np.ndarray]] = OrderedDict()
 
     def __getstate__(self) -> dict:

@@ -72,7 +72,7 @@ def test_labels_of_the_script_are_found_as_everywhere():
 
 
 def test_find_class_near_to_none_lists_the_models_own_names():
-    with pytest.raises(ValueError, match="called 'mango'; the model's classes are 0: cat, 1: dog$"):
+    with pytest.raises(ValueError, match=r"called 'mango'; the model's classes are 0: cat, 1: dog$"):
         find_class("mango", ["cat", "dog"])
 
 

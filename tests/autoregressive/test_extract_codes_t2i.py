@@ -270,6 +270,21 @@ def test_extraction_keeps_what_is_finished_when_a_loader_process_is_killed(
     assert digests(tmp_path / "codes") == digests(extracted)
 
 
+def test_packed_codes_beside_published_ones_of_another_tokenizer_are_refused(data, tmp_path):
+    folder = extract(data, tmp_path / "codes", "--data-end", 0)
+    other = tmp_path / "other.pt"
+    torch.manual_seed(1)
+    torch.save({"model": VQ_models["VQ-4"](codebook_size=64).state_dict()}, other)
+    extract(data, folder, "--data-start", 1, "--published-layout", "--vq-ckpt", other)
+    for recorded in (True, False):
+        with pytest.raises(
+            ValueError, match=r"was made with|has packed codes of the tokenizer [0-9a-f]{32} and others of"
+        ):
+            TextCodes(folder, list(COUNTS), TOKENS, 64)
+        if recorded:  # the first edition wrote no lines
+            [file.unlink() for file in (folder / "part-a").glob("lines-*.npz")]
+
+
 def test_the_released_tokenizer_is_the_default(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pretrained_models").mkdir()
