@@ -18,6 +18,7 @@ from tokenizer.tokenizer_image.vq_model import (
     vq_args_from_state_dict,
     vq_model_name,
 )
+from utils.checkpoint import save_safetensors
 
 
 @pytest.fixture(autouse=True)
@@ -263,3 +264,11 @@ def test_size_errors():
         VQModel(VQModelArgs(ch=48))
     with pytest.raises(ValueError, match="numbers of levels"):
         VQModel(replace(model.config, encoder_ch_mult=[1, 2]))
+
+
+@pytest.mark.parametrize("content", ["{", "7", "null"])
+def test_load_tokenizer_beside_a_damaged_config_names_it(small_files, tmp_path, content):
+    save_safetensors(tmp_path / "model.safetensors", load_tokenizer(small_files.vq).state_dict())
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        load_tokenizer(tmp_path)

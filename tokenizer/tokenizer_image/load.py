@@ -32,7 +32,10 @@ def recorded_l2_norm(checkpoint: Checkpoint) -> bool | None:
     Files of the first edition say it in the flags of their run, or in the hub's config.json beside the weights.
     """
     beside = checkpoint.path.with_name("config.json")
-    hub = json.loads(beside.read_bytes()) if checkpoint.format == "safetensors" and beside.is_file() else {}
+    try:
+        hub = dict(json.loads(beside.read_bytes())) if checkpoint.format == "safetensors" and beside.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{beside} is damaged ({error}): download or copy it again") from error
     sources = (checkpoint.config.get("vq"), checkpoint.args, hub)
     found = (source["codebook_l2_norm"] for source in sources if source and "codebook_l2_norm" in source)
     return next(found, None)
