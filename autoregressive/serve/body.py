@@ -69,8 +69,10 @@ class ImageBody(BaseModel):
     temperature: float | None = Field(
         None, ge=0, le=100, description="Divides the logits; 0 takes the likeliest. Default 1."
     )
-    top_k: int | None = Field(None, ge=0, le=10**6, description="Keep the k most likely tokens, 0 for all.")
-    top_p: float | None = Field(None, gt=0, le=1, description="Keep the most likely tokens of this mass. Default 1.")
+    top_k: int | None = Field(None, ge=-1, le=10**6, description="Keep the k most likely tokens, 0 or -1 for all.")
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="Keep the most likely tokens of this mass, 0 for the likeliest. Default 1."
+    )
     response_format: Literal["b64_json", "png"] | None = Field(
         None, description="JSON with PNGs in base64 (default), or the PNG itself, as with Accept: image/png."
     )

@@ -99,11 +99,11 @@ def test_settings_reach_the_engine(tokenizer):
     async def work(client, service):
         await post(client, prompt="1", guidance_scale=2, cfg_interval=9, temperature=0.5, top_k=7, top_p=0.9)
         await post(client, prompt="1", cfg_scale=3.5, user="someone", quality="auto", output_format="png")
-        await post(client, prompt="1", temperature=0)
+        await post(client, prompt="1", temperature=0, top_p=0, top_k=-1)
         first, second, third = service.engine.asked
         assert (first.cfg_scale, first.cfg_interval, first.temperature, first.top_k, first.top_p) == (2, 9, 0.5, 7, 0.9)
         assert (second.cfg_scale, second.cfg_interval, second.top_k, second.top_p) == (3.5, -1, 2000, 1.0)
-        assert third.temperature == 0
+        assert (third.temperature, third.top_p, third.top_k) == (0, 0, -1)
 
     with_client(tokenizer, work)
 
@@ -217,8 +217,8 @@ REFUSED = [
     ({"prompt": "1", "cfg_scale": -1}, 400, "cfg_scale is -1", "cfg_scale"),
     ({"prompt": "1", "cfg_scale": 2, "guidance_scale": 3}, 400, "one setting", "guidance_scale"),
     ({"prompt": "1", "temperature": -0.1}, 400, "temperature is -0.1", "temperature"),
-    ({"prompt": "1", "top_p": 0}, 400, "top_p is 0", "top_p"),
-    ({"prompt": "1", "top_k": -1}, 400, "top_k is -1", "top_k"),
+    ({"prompt": "1", "top_p": -0.1}, 400, "top_p is -0.1", "top_p"),
+    ({"prompt": "1", "top_k": -2}, 400, "top_k is -2", "top_k"),
     ({"prompt": "1", "top_k": 13}, 400, "superstitious", None),
     ({"prompt": "1", "seed": -1}, 400, "seed is -1", "seed"),
     ({"prompt": "1", "seed": 2**63}, 400, "seed is", "seed"),
