@@ -83,6 +83,8 @@ def find_class(asked: str | int | None, names: Sequence[str]) -> int:
     near = [i for i, name in enumerate(names) if len(text) > 1 and folded in _folded(name)]
     near = near or [names.index(name) for name in difflib.get_close_matches(text[:60], names, n=3, cutoff=0.6)]
     near = near or [i for i, name in enumerate(names) if f" {_folded(name)} " in f" {folded[:200]} "]
+    if re.fullmatch(r"[0-9]{1,9}", text) and int(text) < len(names):  # perhaps a label is meant
+        near = [int(text), *(label for label in near if label != int(text))]
     close = [class_choice(label, names[label]) for label in near[:5]]
     own = any(name != str(label) for label, name in enumerate(names)) and tuple(names) != imagenet_names()
     if own and not close:

@@ -246,7 +246,9 @@ def classes_by_label(args: argparse.Namespace) -> list[str] | None:
         return begun.classes if begun else None
     told = recorded_settings(args.classes_of, args.image_size)
     if told is None or told.classes is None:
-        raise ValueError(f"--classes-of {args.classes_of} records no classes: give a folder of codes of class folders")
+        raise ValueError(
+            f"--classes-of {args.classes_of} is not there or records no classes: give a folder of codes of class folders"
+        )
     return told.classes
 
 

@@ -56,7 +56,7 @@ def test_find_class_own_names_come_before_numbers():
     names = class_names(10, recorded=[str(i) for i in range(1, 11)])
     assert find_class("3", names) == 2 and find_class("10", names) == 9 and find_class(3, names) == 3
     assert find_class("2: 3", names) == 2
-    with pytest.raises(ValueError, match="no class is called '0'"):
+    with pytest.raises(ValueError, match="no class is called '0'; close to it: 0: 1"):
         find_class("0", names)
     with pytest.raises(ValueError, match="'x'; the model's classes are 0: 1, 1: 2, 2: 3, 3: 4, 4: 5, …"):
         find_class("x", names)
