@@ -47,8 +47,6 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"{flag} is needed: a file, a run's folder, or a released file's name (pretrained_models/README.md)"
             )
-    if args.timeout <= 0:
-        raise ValueError(f"--timeout {args.timeout:g}: it is above 0 seconds")
     if args.max_n > args.max_queue:
         raise ValueError(f"--max-n {args.max_n} is more than --max-queue {args.max_queue} has room for")
     import fastapi  # noqa: F401 - what is absent is told before a model is loaded
