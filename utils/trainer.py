@@ -591,9 +591,11 @@ class Trainer:
             try:
                 self._take(saved)
             except ValueError as error:
+                changed = ", ".join(self.run.changed_flags(self.args)) or "none"
                 raise ValueError(
-                    f"{error}\n--resume goes on with the newest {self.run.folder.name.split('-', 1)[1]} of "
-                    f"{self.run.folder.parent}: give another model a --results-dir of its own"
+                    f"{str(error).splitlines()[0].rstrip(':')}; --resume goes on with the newest {self.run.folder.name.split('-', 1)[1]} of "
+                    f"{self.run.folder.parent}: give it the flags it began with (other now: {changed}), or another model a "
+                    "--results-dir of its own"
                 ) from error
             self.log.info(f"resuming {self.run.folder} at step {self.step} from {path}")
             changed = self.run.changed_flags(self.args)

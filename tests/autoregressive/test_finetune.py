@@ -163,3 +163,11 @@ def test_gpt_ckpt_of_a_finished_run_names_finetune(source, tmp_path, more):
     finished = train(codes, tmp_path / "first", "--epochs", 1)
     with pytest.raises(ValueError, match=r"has done 3 steps, all that --.* asks for.*--finetune"):
         train(codes, tmp_path / "second", "--epochs", 1, "--gpt-ckpt", finished, *more)
+
+
+def test_resume_with_another_layout_is_refused_in_one_line_that_names_the_flags(source, tmp_path):
+    codes = codes_of(tmp_path / "codes", "cat", "dog", "owl")
+    train(codes, tmp_path / "results", "--ar-token-num", 4, "--max-steps", 1)
+    with pytest.raises(ValueError, match=r"does not fit the model; .*--ar-token-num None \(was 4\)") as refused:
+        train(codes, tmp_path / "results", "--max-steps", 2, "--resume")
+    assert "\n" not in str(refused.value)
