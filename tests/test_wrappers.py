@@ -69,4 +69,4 @@ def test_wrapper_reads_nodes_and_address_from_the_environment(started):
     names = {"nnodes": "3", "nproc_per_node": "4", "node_rank": "2", "master_addr": "10.0.0.1", "master_port": "7"}
     words = started("autoregressive/train_c2i", **names)
     assert {f"--{name}={value}" for name, value in names.items()} <= set(words)
-    assert {"--nnodes=1", "--node_rank=0"} <= set(started("autoregressive/train_c2i"))
+    assert {"--nnodes=1", "--standalone"} <= set(started("autoregressive/train_c2i"))

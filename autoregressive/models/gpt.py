@@ -186,12 +186,12 @@ class Attention(nn.Module):
 
 
 def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a mask (…, S) into the bias that fused attention adds, once for all layers; on a CPU it stays a mask.
+    """Turn a mask (…, S) into the bias that fused attention adds, once for all layers; on a CPU it stays a mask."""
+    return mask if mask.device.type == "cpu" else fused_bias(mask, dtype)
 
-    Rows of the bias lie at multiples of 8 numbers, or attention would copy them so in every layer.
-    """
-    if mask.device.type == "cpu":
-        return mask
+
+def fused_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a mask (…, S) into a bias whose rows lie at multiples of 8 numbers, or attention would copy them so."""
     columns = mask.shape[-1]
     return torch.where(F.pad(mask, (0, -columns % 8)), 0.0, float("-inf")).to(dtype)[..., :columns]
 

@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from autoregressive.models import gpt
 from autoregressive.models.gpt import ModelArgs, Transformer, TransformerBlock
 from autoregressive.train.loss import TokenLoss
 from utils.distributed import Distributed
@@ -329,6 +330,7 @@ def as_on_gpu() -> Iterator[None]:
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
+        scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
         if enable_gqa:
@@ -340,18 +342,16 @@ def as_on_gpu() -> Iterator[None]:
             out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
             return out[..., :width]
         if attn_mask is not None:
-            mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, float("-inf"))
-            mask = F.pad(mask, (0, -mask.shape[-1] % 16))[..., : mask.shape[-1]]  # rows begin at aligned addresses
-            attn_mask = mask.expand(len(q), q.shape[1], -1, -1)
+            attn_mask = attn_mask.expand(len(q), q.shape[1], -1, -1)
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True, dropout_p, is_causal)[0]
 
     # Not by a TorchFunctionMode: what a checkpointed block computes again in the backward pass would leave that.
-    plain = F.dropout, F.scaled_dot_product_attention
-    F.dropout, F.scaled_dot_product_attention = dropout, attention
+    plain = F.dropout, F.scaled_dot_product_attention, gpt.attention_bias
+    F.dropout, F.scaled_dot_product_attention, gpt.attention_bias = dropout, attention, gpt.fused_bias
     try:
         yield
     finally:
-        F.dropout, F.scaled_dot_product_attention = plain
+        F.dropout, F.scaled_dot_product_attention, gpt.attention_bias = plain
 
 
 def compile_blocks(model: Transformer) -> None:
