@@ -119,7 +119,6 @@ def test_two_processes_give_the_losses_of_one(codes, tmp_path, one):
         "ddp": ["--data-parallel", "ddp"],
         "fsdp": ["--data-parallel", "fsdp", "--activation-checkpointing"],
         "sdp": ["--data-parallel", "sdp", "--sync-every-micro-batch"],
-        "hsdp": ["--data-parallel", "hsdp", "--shard-size", 1],
     }
     flags = [*TWENTY, "--val-code-path", odd_codes(tmp_path / "held_out")]
     live(tmp_path, *(life(codes, tmp_path / name, *flags, *more, world=2) for name, more in kinds.items()))
@@ -129,11 +128,9 @@ def test_two_processes_give_the_losses_of_one(codes, tmp_path, one):
 
 @pytest.mark.slow
 def test_four_processes_give_the_losses_of_one(codes, tmp_path, one):
-    kinds = {"fsdp": [], "hsdp": ["--data-parallel", "hsdp", "--shard-size", 2]}
-    flags = [*TWENTY, "--val-code-path", odd_codes(tmp_path / "held_out")]
-    live(tmp_path, *(life(codes, tmp_path / name, *flags, *more, world=4) for name, more in kinds.items()))
-    for name in kinds:
-        agree(tmp_path / name, one / "raster")
+    flags = [*TWENTY, "--val-code-path", odd_codes(tmp_path / "held_out"), "--data-parallel", "hsdp", "--shard-size", 2]
+    live(tmp_path, life(codes, tmp_path / "hsdp", *flags, world=4))
+    agree(tmp_path / "hsdp", one / "raster")
 
 
 @pytest.mark.slow
@@ -171,14 +168,13 @@ def test_two_processes_draw_pictures_of_shards(codes, tmp_path, small_files):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_random_moments_and_resumed_gives_the_same_bits(codes, tmp_path, kind):
-    """Ten kills -9 over one run of two processes, with dropout on: some while a checkpoint is being written."""
-    flags = ["--epochs", 11, "--ckpt-every", 2, "--keep-last", 3, "--resume", "--data-parallel", kind]
+    """Six kills -9 over one run of two processes, with dropout on: some while a checkpoint is being written."""
+    flags = ["--epochs", 7, "--ckpt-every", 2, "--keep-last", 3, "--resume", "--data-parallel", kind]
     rng, lives = random.Random(2), [life(codes, tmp_path / "whole", *flags, world=2)]
     killed = tmp_path / "killed"
     store = f"{killed}/*/checkpoints"
-    for kill in range(10):
+    for kill, moment in enumerate(["written", "being written", "later"] * 2):
         step = 6 * (kill + 1)
-        moment = rng.choice(["written", "being written", "later"])
         finished = f"{store}/{step:07d}" + ("" if kind == "fsdp" else ".pt")
         unfinished = f"{store}/.{step:07d}.*"
         when = {"kill_at": unfinished if moment == "being written" else finished}
@@ -187,9 +183,9 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(codes, tmp_pat
         lives.append(life(codes, killed, *flags, world=2, **when))
     lives.append(life(codes, killed, *flags, world=2))
     printed = live(tmp_path, *lives)
-    assert printed.count("life: killed") == 10 and printed.count("resuming") >= 10
+    assert printed.count("life: killed") == 6 and printed.count("resuming") >= 6
     whole, parts = last(tmp_path / "whole"), last(killed)
-    assert whole.name == parts.name and whole.stem == "0000066"
+    assert whole.name == parts.name and whole.stem == "0000042"
     for one, other in zip(weights(tmp_path / "whole"), weights(killed), strict=True):
         assert same(one, other)
     if kind == "ddp":
@@ -203,12 +199,11 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(codes, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", [DDP, FSDP])
-def test_sums_over_four_processes_are_the_same_after_resuming(codes, tmp_path, module):
+def test_sums_over_four_processes_are_the_same_after_resuming(codes, tmp_path):
     """DDP rearranges its buckets after the first step of a process, and with them the order of sums of more than two."""
     flags = ["--epochs", 2, "--ckpt-every", 5, "--lr", 1e-2, "--resume"]
-    stops = [life(codes, tmp_path / "stopped", *flags, "--max-steps", n, module=module, world=4) for n in (5, 12)]
-    live(tmp_path, life(codes, tmp_path / "whole", *flags, module=module, world=4), *stops)
+    stops = [life(codes, tmp_path / "stopped", *flags, "--max-steps", n, module=DDP, world=4) for n in (5, 12)]
+    live(tmp_path, life(codes, tmp_path / "whole", *flags, module=DDP, world=4), *stops)
     assert same(weights(tmp_path / "whole")[0], weights(tmp_path / "stopped")[0])
 
 
