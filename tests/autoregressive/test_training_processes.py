@@ -169,7 +169,7 @@ def test_two_processes_draw_pictures_of_shards(codes, tmp_path, small_files):
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_random_moments_and_resumed_gives_the_same_bits(codes, tmp_path, kind):
     """Six kills -9 over one run of two processes, with dropout on: some while a checkpoint is being written."""
-    flags = ["--epochs", 7, "--ckpt-every", 2, "--keep-last", 3, "--resume", "--data-parallel", kind]
+    flags = ["--epochs", 7, "--ckpt-every", 3, "--keep-last", 3, "--resume", "--data-parallel", kind]
     rng, lives = random.Random(2), [life(codes, tmp_path / "whole", *flags, world=2)]
     killed = tmp_path / "killed"
     store = f"{killed}/*/checkpoints"
