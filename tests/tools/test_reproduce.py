@@ -445,7 +445,8 @@ def test_from_nothing_to_a_row(small_files, run_quickly, monkeypatch):
     # Again: nothing is to do.
     assert run_quickly("reproduce", *line).count("done before") == 2
     # Another reference: judged again, not drawn again.
-    os.utime("reference.npz")
+    with np.load("reference.npz") as arrays:
+        np.savez("reference.npz", arr_0=255 - arrays["arr_0"])
     printed = run_quickly("reproduce", *line)
     assert "== samples: done before" in printed and "== evaluation: python3" in printed
     # More samples: the rest is drawn.
