@@ -104,10 +104,8 @@ def compiles(device: torch.device, images: int | None = None) -> bool:
     on other processes, draws as it did.
     """
     if not can_compile(device):
-        print(
-            f"--compile: on {device.type} the plain decode step is used"
-            + " (there is no C++ compiler)" * (device.type == "cpu")
-        )
+        missing = {"cpu": " (there is no C++ compiler)", "cuda": " (there is no C compiler)"}.get(device.type, "")
+        print(f"--compile: on {device.type} the plain decode step is used{missing}")
         return False
     return device.type != "cpu" or images is None or images >= IMAGES_WORTH_COMPILING
 

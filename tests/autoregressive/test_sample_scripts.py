@@ -574,4 +574,4 @@ def test_when_steps_are_compiled_on_a_cpu(compiler, images, compiled, monkeypatc
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/g++" if compiler else None)
     assert compiles(torch.device("cpu"), images) == compiled
     assert ("there is no C++ compiler" in capsys.readouterr().out) == (not compiler)
-    assert not compiles(torch.device("mps")) and compiles(torch.device("cuda"), 3)
+    assert not compiles(torch.device("mps")) and compiles(torch.device("cuda"), 3) == compiler
