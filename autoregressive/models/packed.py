@@ -90,14 +90,27 @@ def rows_at_once(inner: int, outer: int, dtype: torch.dtype) -> int:
     x = pairs(MOST_ROWS, -1)
     x[:, :: max(1, inner // 16)] += torch.randn(MOST_ROWS, 1, generator=generator).to(dtype) / 512
     laid_out = torch.ops.mkldnn._reorder_linear_weight(pairs(outer, 1), ROWS)
-    few = product(x[:2], laid_out, MOST_ROWS)
-    agreed = 0
-    for rows in (8, 15, 16, 24, 31, 32, 33, 64, MOST_ROWS):
-        many = product(x[:rows], laid_out, MOST_ROWS)
-        if not torch.equal(many[: len(few)], few):
-            break
-        few, agreed = many, rows
+    few, agreed = product(x[:2], laid_out, MOST_ROWS), 0
+    several = {1, 2, torch.get_num_threads()}
+    with threads_restored():
+        for rows in (8, 15, 16, 24, 31, 32, 33, 64, MOST_ROWS):
+            for threads in several:
+                torch.set_num_threads(threads)
+                many = product(x[:rows], laid_out, MOST_ROWS)
+                if not torch.equal(many[: len(few)], few):
+                    return agreed
+            few, agreed = many, rows
     return agreed
+
+
+@contextmanager
+def threads_restored() -> Iterator[None]:
+    """Restore the number of threads after the block."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager
