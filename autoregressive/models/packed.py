@@ -93,13 +93,13 @@ def rows_at_once(inner: int, outer: int, dtype: torch.dtype) -> int:
     few, agreed = product(x[:2], laid_out, MOST_ROWS), 0
     several = {1, 2, torch.get_num_threads()}
     with threads_restored():
-        for rows in (8, 15, 16, 24, 31, 32, 33, 64, MOST_ROWS):
+        for rows in (5, 8, 9, 12, 15, 16, 20, 22, 24, 28, 31, 32, 33, 64, MOST_ROWS):
             for threads in several:
                 torch.set_num_threads(threads)
                 many = product(x[:rows], laid_out, MOST_ROWS)
                 if not torch.equal(many[: len(few)], few):
                     return agreed
-            few, agreed = many, rows
+            few, agreed = many, rows if rows in (8, 16, 32, MOST_ROWS) else agreed
     return agreed
 
 
