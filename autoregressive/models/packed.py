@@ -94,6 +94,7 @@ def rows_at_once(inner: int, outer: int, dtype: torch.dtype) -> int:
     several = {1, 2, torch.get_num_threads()}
     with threads_restored():
         for rows in (5, 8, 9, 12, 15, 16, 20, 22, 24, 28, 31, 32, 33, 64, MOST_ROWS):
+            many = few
             for threads in several:
                 torch.set_num_threads(threads)
                 many = product(x[:rows], laid_out, MOST_ROWS)
