@@ -20,7 +20,7 @@ def small_recipe(folder: Path, *replacements: tuple[str, str, int]) -> tuple[Pat
     for before, after, times in (
         (r'cd "\$\(dirname "\$0"\)/\.\."', f'cd "{ROOT}"', 1),
         (r"out=quickstart left=quickstart", f'out="{out}" left="{out}"', 1),
-        (r"bash scripts/setup.sh\nsource .venv/bin/activate\n", "", 1),
+        (r"bash scripts/setup.sh quickstart [^\n]*\nsource .venv/bin/activate\n", "", 1),
         (r"--max-steps \d+", "--max-steps 2", 4),
         (r"--num-fid-samples \d+", "--num-fid-samples 20", 2),
         *replacements,
