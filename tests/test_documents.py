@@ -203,6 +203,8 @@ def test_documented_commands_run(document, files, tmp_path, monkeypatch):
         own = small(parser, keep)
         if "train_t2i" in script and "512" in flags:
             own += ["--image-size", "64"]  # the second stage's images are twice as large
+        if "vq_train" in script and "results_tokenizer_image" in flags:
+            own += ["--epochs", "3"]  # a run that goes on has more to do than the one before
         main(parser.parse_args(flags + own))
         assert set(tmp_path.rglob("*")) - before, words
 
