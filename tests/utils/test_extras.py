@@ -102,6 +102,7 @@ def test_absent_part_of_a_present_package_keeps_its_own_words(monkeypatch, capsy
 
 
 def test_absent_package_in_a_loader_process_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setattr(sys, "argv", ["script"])
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
 
