@@ -143,7 +143,7 @@ def own_paths(words: list[str], files: Path, work: Path) -> list[str]:
             word = str(GOLDEN / "evaluator/reference_batch.npz")
         elif word.endswith(".npz") and "/" in word:  # an earlier command's, whose name tells the size of its images
             folder, name = word.split("/")
-            made = work.glob(f"{folder}/{name.split('-')[0]}-*.npz")
+            made = work.glob(f"{folder}/{name.removesuffix('.npz').split('-')[0]}*.npz")
             word = str(max(made, key=lambda path: path.stat().st_mtime))
         result.append(word)
         flag = word
