@@ -104,7 +104,7 @@ def serve(name: str, args: argparse.Namespace, pipe: "Connection") -> None:
 
     from utils.distributed import start
 
-    for module in ("autoregressive.train.loss", "utils.optim", "utils.parallel"):
+    for module in ("autoregressive.train.loss", "utils.training.optim", "utils.training.parallel"):
         import_module(module)  # the memory of libraries is not what is measured
 
     dist = start(args.device)
@@ -173,8 +173,8 @@ def project_step(
     import torch
 
     from autoregressive.train.loss import TokenLoss
-    from utils.optim import adamw
-    from utils.parallel import Parallel
+    from utils.training.optim import adamw
+    from utils.training.parallel import Parallel
 
     plan = Parallel(dist, precision=args.mixed_precision, compile=True)
     token_loss = plan.apply(TokenLoss(model), blocks=model.layers)

@@ -11,9 +11,9 @@ from torch.utils.data import TensorDataset
 
 from utils.cli import add_training_flags, flag_parser
 from utils.distributed import start
-from utils.optim import adamw
-from utils.parallel import Parallel
-from utils.trainer import Phase, Trainer
+from utils.training.optim import adamw
+from utils.training.parallel import Parallel
+from utils.training.trainer import Phase, Trainer
 
 
 def main(args: argparse.Namespace) -> None:

@@ -123,7 +123,13 @@ def main() -> None:
     torch.set_num_threads(1)
     # What takes long to import, once: the scripts import it where they need it.
     sys.modules.setdefault("tensorboard.compat.notf", type(sys)("tensorboard.compat.notf"))
-    needed = ["torch.utils.tensorboard", "torch._dynamo", "dataset.build", "utils.training_state", "utils.trainer"]
+    needed = [
+        "torch.utils.tensorboard",
+        "torch._dynamo",
+        "dataset.build",
+        "utils.training.state",
+        "utils.training.trainer",
+    ]
     needed += ["autoregressive.train.loss", "autoregressive.train.next_patch", "autoregressive.train.flops"]
     for name in [*needed, *(life["module"] for life in plan)]:
         importlib.import_module(name)

@@ -23,7 +23,7 @@ from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.checkpoint import read_checkpoint
 from utils.distributed import Distributed, pick_device
 from utils.runs import find_checkpoint
-from utils.trainer import Trainer
+from utils.training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 

@@ -130,7 +130,7 @@ def round_trip(
     import torch.nn.functional as F
 
     from utils.images import to_uint8
-    from utils.parallel import HALF
+    from utils.training.parallel import HALF
 
     def resized(pixels: "Tensor") -> "Tensor":
         if size is not None and pixels.shape[-2:] != (size, size):

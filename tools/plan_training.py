@@ -111,7 +111,7 @@ def setup_of(args: argparse.Namespace) -> "Setup":
 
     from autoregressive.train.memory import Setup
     from utils.distributed import Distributed
-    from utils.parallel import Parallel
+    from utils.training.parallel import Parallel
 
     parts = args.gpus * args.gradient_accumulation_steps
     if args.global_batch_size % parts:

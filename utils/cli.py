@@ -451,7 +451,7 @@ def add_training_flags(
     wandb_project: str | None = None,
     decays: bool = True,
 ) -> None:
-    """Everything utils/trainer.py reads. decays: whether --weight-decay is used where it is not given."""
+    """Everything utils/training/trainer.py reads. decays: whether --weight-decay is used where it is not given."""
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the data")
     group.add_argument("--max-steps", type=positive_int, default=None, help="stop after this many steps, if sooner")
@@ -530,7 +530,7 @@ def add_training_flags(
 
 
 def add_parallel_flags(parser: Flags, default: str) -> None:
-    """--data-parallel and what utils/parallel.py does with it."""
+    """--data-parallel and what utils/training/parallel.py does with it."""
     group = parser.add_argument_group("processes")
     group.add_argument(
         "--data-parallel",

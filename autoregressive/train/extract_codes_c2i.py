@@ -214,7 +214,7 @@ def encode_views(
     """
     import torch
 
-    from utils.parallel import HALF
+    from utils.training.parallel import HALF
 
     flat = pixels.flatten(0, 1)  # (n*views, 3, H, W)
     views = max(1, pixels_at_once // flat[0, 0].numel())

@@ -30,7 +30,7 @@ from autoregressive.models import gpt
 from autoregressive.models.gpt import ModelArgs, Transformer, TransformerBlock
 from autoregressive.train.loss import TokenLoss
 from utils.distributed import Distributed
-from utils.parallel import HALF, Parallel
+from utils.training.parallel import HALF, Parallel
 
 WEIGHTS = "weights"
 GATHERED = "gathered weights"
@@ -54,7 +54,7 @@ OTHER_BLOCKS, UPDATE = "the backward pass of the other blocks", "the optimizer's
 class Setup:
     """A run as the memory of one GPU sees it.
 
-    strategy, precision, grad_precision: as utils/parallel.py has them. micro_batch: samples computed at once, accumulation:
+    strategy, precision, grad_precision: as utils/training/parallel.py has them. micro_batch: samples computed at once, accumulation:
     how often in a step. shard: processes that share one copy of what is sharded.
     as_gpu: attention and dropout keep for backward what they keep on a GPU, not on a CPU.
     """

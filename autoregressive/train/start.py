@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from autoregressive.models.gpt import Transformer
     from utils.checkpoint import Checkpoint
     from utils.distributed import Distributed
-    from utils.training_state import ShardedCheckpoint
+    from utils.training.state import ShardedCheckpoint
 
 CLASS_TABLE = "cls_embedding.embedding_table.weight"
 
@@ -50,7 +50,7 @@ def starting_point(
     from utils.checkpoint import read_checkpoint
     from utils.recognition import describe_gpt
     from utils.runs import find_checkpoint, runs_in
-    from utils.training_state import ShardedCheckpoint, TrainingState
+    from utils.training.state import ShardedCheckpoint, TrainingState
 
     name = getattr(args, "gpt_resume", None) or args.gpt_ckpt
     if args.gpt_ckpt not in (None, name):

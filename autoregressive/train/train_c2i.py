@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from dataset.codes import CodeDataset, CodeSettings
     from tokenizer.tokenizer_image.vq_model import VQModel
     from utils.distributed import Distributed
-    from utils.parallel import Parallel
+    from utils.training.parallel import Parallel
 
 
 def main(args: argparse.Namespace) -> None:
@@ -57,10 +57,10 @@ def main(args: argparse.Namespace) -> None:
     from dataset.codes import open_codes
     from utils.distributed import start
     from utils.logger import console_logger
-    from utils.optim import adamw
-    from utils.parallel import Parallel
     from utils.rng import item_seed
-    from utils.trainer import Micro, Phase, Trainer
+    from utils.training.optim import adamw
+    from utils.training.parallel import Parallel
+    from utils.training.trainer import Micro, Phase, Trainer
 
     grid = grid_size(args.image_size, args.downsample_size)
     layout_numbers(args)  # refuses two that do not go together
@@ -204,7 +204,7 @@ def new_model(args: argparse.Namespace, grid: int, drop_path_rate: float, **more
 def lay_out(model: "Transformer", plan: "Parallel", seed: int) -> "torch.nn.Module":
     """The loss of a model from the meta device, laid over the processes, with initial weights."""
     from autoregressive.train.loss import TokenLoss
-    from utils.parallel import materialize
+    from utils.training.parallel import materialize
 
     if not plan.sharded:
         materialize(model, plan.dist.device, seed)

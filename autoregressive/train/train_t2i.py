@@ -60,11 +60,11 @@ def main(args: argparse.Namespace) -> None:
     from tokenizer.tokenizer_image.fingerprint import tokenizer_fingerprint
     from utils.distributed import start
     from utils.logger import console_logger
-    from utils.optim import adamw
     from utils.origin import origin, require_same
-    from utils.parallel import Parallel
     from utils.rng import item_seed
-    from utils.trainer import Micro, Phase, Trainer
+    from utils.training.optim import adamw
+    from utils.training.parallel import Parallel
+    from utils.training.trainer import Micro, Phase, Trainer
 
     grid = grid_size(args.image_size, args.downsample_size)
     layout_numbers(args)  # refuses two that do not go together

@@ -41,8 +41,8 @@ from tests.training import (
 from tokenizer.tokenizer_image.load import load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.checkpoint import read_checkpoint
-from utils.data_order import BatchOrder
 from utils.rng import item_seed
+from utils.training.order import BatchOrder
 
 MODULE = "autoregressive.train.train_t2i"
 VOCAB, N, COUNTS = 64, 16, {"part-a": 20, "part-b": 12, "part-c": 16}

@@ -33,7 +33,7 @@ from tests.training import (
     same,
 )
 from utils.checkpoint import read_checkpoint
-from utils.data_order import BatchOrder
+from utils.training.order import BatchOrder
 
 DDP, FSDP = "autoregressive.train.train_c2i", "autoregressive.train.train_c2i_fsdp"
 VOCAB, CLASSES, TOKENS, COUNT = 64, 10, 16, 96

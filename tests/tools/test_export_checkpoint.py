@@ -14,11 +14,11 @@ from tests.training import load, run_here, run_script, same
 from tools import export_checkpoint
 from utils.checkpoint import read_checkpoint
 from utils.distributed import start
-from utils.ema import EMA
-from utils.optim import adamw
-from utils.parallel import Parallel, SeededNormal, materialize
 from utils.runs import Run
-from utils.training_state import Saver, TrainingState
+from utils.training.ema import EMA
+from utils.training.optim import adamw
+from utils.training.parallel import Parallel, SeededNormal, materialize
+from utils.training.state import Saver, TrainingState
 
 FLAGS = {"gpt_model": "GPT-XS", "image_size": 32, "downsample_size": 8, "num_classes": 10, "lr": 0.01}
 RUN = "000-GPT-XS/checkpoints"

@@ -15,9 +15,9 @@ from autoregressive.train.loss import TokenLoss
 from autoregressive.train.memory import Setup, example_batch, passes_memory, training_memory
 from tools.plan_training import GIB, describe, flags, main, make_plan, remedies
 from utils.distributed import Distributed, start
-from utils.ema import EMA
-from utils.optim import adamw
-from utils.parallel import Parallel
+from utils.training.ema import EMA
+from utils.training.optim import adamw
+from utils.training.parallel import Parallel
 
 SMALL = ModelArgs(dim=128, n_layer=6, n_head=4, vocab_size=1024, num_classes=10, block_size=256)
 CPU = Setup(micro_batch=2, as_gpu=False)
@@ -34,7 +34,7 @@ def one_thread():
 
 
 def train(args: ModelArgs, setup: Setup, dist: Distributed, steps: int = 2) -> None:
-    """Optimizer steps, as utils/trainer.py takes them."""
+    """Optimizer steps, as utils/training/trainer.py takes them."""
     model = Transformer(args).to(dist.device).train()
     plan = Parallel(
         dist,

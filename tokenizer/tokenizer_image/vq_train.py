@@ -53,9 +53,9 @@ def main(args: argparse.Namespace) -> None:
     from utils.checkpoint import read_checkpoint
     from utils.distributed import start
     from utils.logger import console_logger
-    from utils.parallel import Parallel
     from utils.runs import find_checkpoint
-    from utils.trainer import Micro, Phase, Trainer
+    from utils.training.parallel import Parallel
+    from utils.training.trainer import Micro, Phase, Trainer
 
     if args.finetune and not args.vq_ckpt:
         raise ValueError("--finetune needs --vq-ckpt, the weights to begin with")

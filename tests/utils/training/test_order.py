@@ -4,7 +4,7 @@ from itertools import chain
 
 import pytest
 
-from utils.data_order import BatchOrder
+from utils.training.order import BatchOrder
 
 
 def take(size, batch, micro=1, world=1, seed=0, epoch=0, start=0):

@@ -14,13 +14,13 @@ from torch.distributed.tensor import DTensor
 
 from autoregressive.models.gpt import GPT_models
 from tests.training import same
-from utils import parallel
 from utils.cli import add_parallel_flags, flag_parser
 from utils.distributed import Distributed, start
-from utils.ema import local
-from utils.parallel import Parallel, SeededNormal, copy_rows, materialize, parameters_of, rows_held
 from utils.precision import use_tf32
 from utils.rng import item_seed
+from utils.training import parallel
+from utils.training.ema import local
+from utils.training.parallel import Parallel, SeededNormal, copy_rows, materialize, parameters_of, rows_held
 
 CPU = Distributed(torch.device("cpu"))
 SHARDED = ["fsdp", "sdp", "hsdp"]
@@ -309,7 +309,7 @@ def test_weights_are_put_away_where_the_block_raises(alone):
 
 
 def test_changed_weights_are_gathered_as_they_are(alone):
-    """Averages that are put into the shards, see utils/ema.py."""
+    """Averages that are put into the shards, see utils/training/ema.py."""
     plan, model, wrapped = laid_out(alone, "fsdp")
     loss(wrapped, *batch()).backward()
     with torch.no_grad():

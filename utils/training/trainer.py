@@ -29,23 +29,23 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from utils.checkpoint import Checkpoint
-from utils.data_order import BatchOrder
 from utils.distributed import Distributed
-from utils.ema import EMA, local, warmed_up
 from utils.errors import AgreedError, is_lost_process, words_of
-from utils.finite import FiniteWatch, NotFinite
 from utils.flops import peak_flops
 from utils.loading import ReadAhead, batches_of, loader_workers
 from utils.logger import RunLogger
-from utils.meter import Meter, format_window
-from utils.optim import learning_rate
 from utils.origin import require_same
-from utils.parallel import Parallel, parameters_of
 from utils.precision import WORDS
 from utils.rng import item_seed
 from utils.runs import Run, open_run, require_writable
-from utils.stopping import Agreement, StopSignals
-from utils.training_state import Saver, ShardedCheckpoint, TrainingState
+from utils.training.ema import EMA, local, warmed_up
+from utils.training.finite import FiniteWatch, NotFinite
+from utils.training.meter import Meter, format_window
+from utils.training.optim import learning_rate
+from utils.training.order import BatchOrder
+from utils.training.parallel import Parallel, parameters_of
+from utils.training.signals import Agreement, StopSignals
+from utils.training.state import Saver, ShardedCheckpoint, TrainingState
 
 _SHOWN_SAMPLES = 64
 

@@ -15,7 +15,7 @@ from tests.helpers import ROOT, free_port
 from tests.utils.test_trainer import build, network
 from tokenizer.tokenizer_image import vq_train
 from utils import distributed
-from utils.training_state import ChecksummedWriter
+from utils.training.state import ChecksummedWriter
 
 
 def test_pictures_and_held_out_loss_compile_nothing(tmp_path):
@@ -153,11 +153,11 @@ def test_start_with_more_processes_than_gpus_is_refused(monkeypatch):
 def test_a_process_that_waits_for_its_device_ends_once_another_is_gone():
     """The main thread sleeps in the place of a device that waits for the other process."""
     code = (
-        "import os, sys, time; from dataclasses import replace; import torch; from utils import stopping\n"
+        "import os, sys, time; from dataclasses import replace; import torch; from utils.training import signals\n"
         "from utils.distributed import start\n"
-        "stopping.ALONE_FOR = 1\n"
+        "signals.ALONE_FOR = 1\n"
         "dist = start('cpu')\n"
-        "agreement = stopping.Agreement(replace(dist, device=torch.device('cuda')))\n"
+        "agreement = signals.Agreement(replace(dist, device=torch.device('cuda')))\n"
         "agreement.exchange(False)\n"
         "if dist.rank == 1: agreement.close(); time.sleep(1); os._exit(9)\n"
         "agreement.exchange(False); time.sleep(60)"

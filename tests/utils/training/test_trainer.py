@@ -24,15 +24,15 @@ from torch.utils.data import TensorDataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from tests.training import load, metrics, quiet_loggers, run_folder, same
-from utils import training_state
 from utils.checkpoint import read_checkpoint
 from utils.cli import add_training_flags, flag_parser
-from utils.data_order import BatchOrder
 from utils.distributed import Distributed
 from utils.errors import AgreedError, NotFiniteError
-from utils.optim import adamw, learning_rate
 from utils.rng import item_seed
-from utils.trainer import Micro, Phase, Trainer
+from utils.training import state as state_module
+from utils.training.optim import adamw, learning_rate
+from utils.training.order import BatchOrder
+from utils.training.trainer import Micro, Phase, Trainer
 
 CPU = Distributed(torch.device("cpu"))
 
@@ -558,7 +558,7 @@ def test_a_signal_saves_and_the_resumed_run_ends_bit_identically(tmp_path, numbe
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.stopping.AGAIN_AFTER", 0.0)
+    monkeypatch.setattr("utils.training.signals.AGAIN_AFTER", 0.0)
     before = signal.getsignal(signal.SIGINT)
     trainer = build(tmp_path, at=send(signal.SIGINT, times=2))
     with pytest.raises(KeyboardInterrupt):
@@ -832,7 +832,7 @@ def test_one_full_store_does_not_keep_the_other_from_the_last_checkpoint(tmp_pat
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     """It has the weights of its step. Only one is in memory at a time: the next save waits for the one before."""
     model, free, told, weights = network(), threading.Event(), [], {}
-    write = training_state.save_checkpoint
+    write = state_module.save_checkpoint
 
     def slow(path, content):
         told.append(f"begin {path.name}")
@@ -846,7 +846,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
             told.append("step 3")
             threading.Timer(0.1, free.set).start()
 
-    monkeypatch.setattr(training_state, "save_checkpoint", slow)
+    monkeypatch.setattr(state_module, "save_checkpoint", slow)
     trainer = build(tmp_path, "--ckpt-every", 2, "--max-steps", 6, "--log-every", 6, model=model, at=at)
     copy = trainer.state.file_content
     trainer.state.file_content = lambda args: told.append(f"copy {trainer.step}") or copy(args)
@@ -860,14 +860,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_that_fails_in_the_background_is_told(tmp_path, monkeypatch):
-    write = training_state.save_checkpoint
+    write = state_module.save_checkpoint
 
     def failing(path, content):
         if path.name == "0000002.pt":
             raise OSError(5, f"could not write {path} (Input/output error)")
         write(path, content)
 
-    monkeypatch.setattr(training_state, "save_checkpoint", failing)
+    monkeypatch.setattr(state_module, "save_checkpoint", failing)
     build(tmp_path, "--ckpt-every", 2, "--max-steps", 4).fit()
     (line,) = [line for line in log_of(tmp_path).splitlines() if "could not write" in line]
     assert re.search(r"0000002\.pt \(Input/output error\); training goes on, the next checkpoint tries again$", line)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from utils import meter as module
 from utils.distributed import Distributed
-from utils.meter import Meter, format_window
+from utils.training import meter as module
+from utils.training.meter import Meter, format_window
 
 CPU = Distributed(torch.device("cpu"))
 

@@ -41,11 +41,11 @@ from utils.checkpoint import (
     save_checkpoint,
 )
 from utils.distributed import Distributed
-from utils.ema import EMA
 from utils.files import atomic_write, crc32_of, sync_folder, write_json
 from utils.logger import RunLogger
-from utils.parallel import copy_rows, parameters_of
 from utils.runs import Run
+from utils.training.ema import EMA
+from utils.training.parallel import copy_rows, parameters_of
 
 
 @dataclass

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 from tests.training import same
-from utils.ema import EMA, warmed_up
+from utils.training.ema import EMA, warmed_up
 
 
 @pytest.fixture

@@ -31,9 +31,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from utils.distributed import Distributed
-from utils.ema import local
 from utils.precision import use_tf32
 from utils.rng import item_seed
+from utils.training.ema import local
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # Rows of a weight are drawn in blocks of about this many numbers, so that a shard is drawn without the rest.

@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
-from utils import stopping
 from utils.distributed import Distributed
-from utils.stopping import Agreement, StopSignals
+from utils.training import signals as signals_module
+from utils.training.signals import Agreement, StopSignals
 
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
 
@@ -66,7 +66,7 @@ def test_the_first_signal_counts():
 def test_a_second_ctrl_c_ends_at_once(before, monkeypatch):
     """But for the copy of the first that torchrun passes on."""
     now = [100.0]
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signals_module.time, "monotonic", lambda: now[0])
     with StopSignals() as signals:
         for number in before:
             ask(number)
