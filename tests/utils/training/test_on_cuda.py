@@ -12,7 +12,7 @@ from autoregressive.train import loss as losses
 from autoregressive.train import train_c2i, train_t2i
 from autoregressive.train.loss import dropped_conditions, linear_cross_entropy
 from tests.helpers import ROOT, free_port
-from tests.utils.test_trainer import build, network
+from tests.utils.training.test_trainer import build, network
 from tokenizer.tokenizer_image import vq_train
 from utils import distributed
 from utils.training.state import ChecksummedWriter
