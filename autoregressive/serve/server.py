@@ -31,6 +31,7 @@ from utils.cli import (
 if TYPE_CHECKING:
     import uvicorn
 
+    from autoregressive.pipeline import ImagePipeline
     from autoregressive.serve.service import Service
 
 # Has vLLM's processes log as this one does.
@@ -115,9 +116,6 @@ async def load_service(args: argparse.Namespace) -> "Service":
 async def load_native(args: argparse.Namespace) -> tuple:
     """Engine, decoder and prompt encoder through ImagePipeline."""
     from autoregressive.pipeline import PRECISIONS, ImagePipeline
-    from autoregressive.serve.decoder import Decoder
-    from autoregressive.serve.native import NativeEngine
-    from autoregressive.serve.prompts import PromptEncoder
     from utils.distributed import pick_device
     from utils.runs import find_checkpoint
 
@@ -148,7 +146,16 @@ async def load_native(args: argparse.Namespace) -> tuple:
         pipeline.encode(
             ["a picture"]
         )  # a T5 that is missing or does not fit is told now, and the first request finds it loaded
-    engine = NativeEngine(pipeline, args.model_name or gpt.stem)
+    return native_parts(pipeline, args.model_name or gpt.stem)
+
+
+def native_parts(pipeline: "ImagePipeline", name: str) -> tuple:
+    """Return a pipeline's engine, decoder and prompt encoder, as Service takes them; the demo has them too."""
+    from autoregressive.serve.decoder import Decoder
+    from autoregressive.serve.native import NativeEngine
+    from autoregressive.serve.prompts import PromptEncoder
+
+    engine = NativeEngine(pipeline, name)
     decoder = Decoder(pipeline.tokenizer, pipeline.gpt.layout.grid_size, pipeline.batch_size)
     return engine, decoder, PromptEncoder(pipeline.encode, run=engine.run) if pipeline.is_text else None
 
