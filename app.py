@@ -206,10 +206,10 @@ def is_on_hub(name: str | Path) -> bool:
 
 def describe(pipeline: "ImagePipeline") -> str:
     """A loaded model in a line."""
-    from utils.recognition import describe_gpt
+    from autoregressive.released import describe
 
     side, device = pipeline.image_size, pipeline.device
-    return f"{describe_gpt(pipeline.gpt.state_dict(), GPT_SIZES)}, {side}x{side} pixels, on {device}"
+    return f"{describe(pipeline.gpt.args.identity, pipeline.gpt.state_dict())}, {side}x{side} pixels, on {device}"
 
 
 def settings_for(kind: str, args: argparse.Namespace) -> dict[str, float]:

@@ -11,8 +11,8 @@ from functools import partial
 
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.sizes import GPT_SIZES
+from autoregressive.released import describe
 from utils.pretrained import HubModel
-from utils.recognition import describe_gpt
 
 
 class TransformerHF(
@@ -29,7 +29,7 @@ class TransformerHF(
         super().__init__(config)
 
     def describe(self) -> str:
-        side, found = self.layout.grid_size, describe_gpt(self.state_dict(), GPT_SIZES)
+        side, found = self.layout.grid_size, describe(self.args.identity, self.state_dict())
         dtype = str(self.tok_embeddings.weight.dtype).removeprefix("torch.")
         return f"{found}, {side}x{side} image tokens, weights in {dtype}."
 

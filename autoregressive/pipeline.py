@@ -26,11 +26,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autoregressive.models.decode_step import can_compile
-from autoregressive.models.generate import check_labels, generate
+from autoregressive.models.generate import generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.packed import can_pack
 from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
-from autoregressive.models.sizes import GPT_SIZES
+from autoregressive.released import find_identity, gpt_identity
 from language.captions import clean_caption
 from language.features import left_padded, prefix_mask
 from tokenizer.tokenizer_image.fingerprint import tokenizer_fingerprint
@@ -43,7 +43,6 @@ from utils.errors import is_out_of_memory
 from utils.images import to_uint8
 from utils.origin import require_encoder, same_tokenizer
 from utils.overlap import one_behind
-from utils.recognition import check_gpt_flags, describe_gpt, image_size_in_name
 from utils.rng import image_noise
 from utils.runs import find_checkpoint
 
@@ -72,7 +71,7 @@ def load_gpt(
     use_ema: bool = False,
     **flags,
 ) -> Transformer:
-    """Builds the model that a checkpoint's weights describe, in eval mode.
+    """Build the model that a file's config describes, or its weights where it is a published one, in eval mode.
 
     image_size, downsample_size: pixels a side of the image and of a token; where not given, what the file records or
     its name tells. flags: what the caller believes the file holds (gpt_model, num_classes, …; None for no belief).
@@ -82,38 +81,9 @@ def load_gpt(
     checkpoint = read_checkpoint(path, prefer_ema=use_ema)
     if use_ema:
         checkpoint.require_averages()
-    recorded = checkpoint.args or {}
-    found = describe_gpt(checkpoint.model, GPT_SIZES, path)
-    check_gpt_flags(
-        found, path, recorded, sizes=GPT_SIZES, image_size=image_size, downsample_size=downsample_size, **flags
-    )
-    if found.gpt_model is None:
-        sizes = ", ".join(f"{name} ({layers} layers, dim {dim})" for name, (layers, _, dim) in GPT_SIZES.items())
-        raise ValueError(f"{path} holds {found}, a size that is in no table; known are {sizes}")
-    image_size = image_size or recorded.get("image_size") or image_size_in_name(Path(path).name)
-    if image_size is None:
-        raise ValueError(f"{path} does not say for which image size it was trained: give --image-size")
-    downsample_size = downsample_size or recorded.get("downsample_size") or 16
-    if image_size % downsample_size:
-        raise ValueError(f"--image-size {image_size} is not a multiple of --downsample-size {downsample_size}")
-    args = ModelArgs(
-        dim=found.dim,
-        n_layer=found.n_layer,
-        n_head=found.n_head,
-        n_kv_head=found.n_kv_head,
-        multiple_of=found.ffn_hidden,  # the hidden width itself, whatever rule it came from
-        ffn_dim_multiplier=found.ffn_hidden / int(8 * found.dim / 3),
-        vocab_size=found.vocab_size,
-        block_size=(image_size // downsample_size) ** 2,
-        num_classes=found.num_classes or 0,
-        caption_dim=found.caption_dim or 2048,
-        cls_token_num=found.cls_token_num,
-        model_type=found.gpt_type,
-        spe_token_num=found.spe_token_num,
-        ar_token_num=found.ar_token_num,
-    )
+    identity = gpt_identity(checkpoint, image_size=image_size, downsample_size=downsample_size, **flags)
     with torch.device("meta"):
-        model = Transformer(args)
+        model = Transformer(ModelArgs.from_identity(identity))
     load_into(model, checkpoint.model, path, assign=True)
     model.file_config = checkpoint.config
     # The model alone holds the weights now: each tensor that is cast or moved gives the memory of the old one back, and what
@@ -232,8 +202,8 @@ class ImagePipeline:
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         gpt_path = find(gpt)
         if vq is None:
-            found = describe_gpt(read_checkpoint(gpt_path).model, GPT_SIZES, gpt_path)
-            vq = "vq_ds16_c2i.pt" if found.gpt_type == "c2i" else "vq_ds16_t2i.pt"
+            has_captions = "caption" in find_identity(read_checkpoint(gpt_path))["conditions"]
+            vq = "vq_ds16_t2i.pt" if has_captions else "vq_ds16_c2i.pt"
             vq_path = find(vq) if (folder / vq).exists() else find_checkpoint(vq)
         else:
             vq_path = find(vq)
@@ -508,7 +478,7 @@ class ImagePipeline:
         labels = torch.as_tensor(labels)
         if not (labels.numel() and labels.is_floating_point()):  # torch takes an empty list for floats
             labels = labels.long()
-        check_labels(self.gpt, labels)
+        self.gpt.cls_embedding.check(labels)
         return labels
 
     def _check_texts(

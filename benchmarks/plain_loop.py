@@ -27,7 +27,7 @@ def plain_generate(
 ) -> Tensor:
     """labels: int64 (B,). steps: tokens to draw (default: an image's). Returns int64 (B, steps)."""
     args, layout = model.args, model.layout
-    if layout.group_size > 1 or args.model_type != "c2i":
+    if not layout.is_raster or args.model_type != "c2i":
         raise ValueError("the plain loop draws class-conditional models, one token a step")
     weight = model.tok_embeddings.weight
     device, dtype, rows = weight.device, weight.dtype, layout.rows

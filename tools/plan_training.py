@@ -153,7 +153,8 @@ def make_plan(args: argparse.Namespace, setup: "Setup | None" = None) -> Plan:
     import torch
 
     from autoregressive.models.gpt import Transformer
-    from autoregressive.models.layout import TokenLayout
+    from autoregressive.models.layouts import build_layout
+    from autoregressive.models.layouts.patches import with_patches
     from autoregressive.train.flops import training_flops_per_image
     from autoregressive.train.memory import training_memory
     from autoregressive.train.next_patch import PatchSchedule
@@ -164,7 +165,7 @@ def make_plan(args: argparse.Namespace, setup: "Setup | None" = None) -> Plan:
     patches.check_grid(grid)
     stages = []
     for stage in patches.stages:
-        layout = TokenLayout(grid, model.ar_token_num, model.cls_token_num, stage.patch_side)
+        layout = with_patches(build_layout(model.layout_config, grid, model.cls_token_num), stage.patch_side)
         stages.append((stage.end - stage.start, stage.patch_side, training_flops_per_image(model, layout)))
     peak = card.peak_flops(setup.precision)
     if peak is None:

@@ -1,7 +1,7 @@
-"""The record of what a GPT's weights belong to (`Checkpoint.config`), and its comparison.
+"""Config of a GPT's file (`Checkpoint.config`): the record of what its weights are and belong to, and its comparison.
 
-    {"version": 1, "tokenizer": fingerprint, "classes": [names by label], "codes": [identity of each code folder],
-     "text_encoder": fingerprint}
+    {"version": 2, "model": {…}, "layout": {…}, "conditions": {…}, "tokenizer": fingerprint, "classes": [names by label],
+     "codes": [identity of each code folder], "text_encoder": fingerprint}
 
 Every entry may be absent: published files have none, files of the first edition lack them. What one side lacks is not
 compared.
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from reprlib import repr as short
 from typing import Any
 
-VERSION = 1
+VERSION = 2
 
 
 def origin(**entries: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One decode step: tokens in, rows computed, tokens drawn, all of it on the device and in memory that stays in place.
 
-    state = DecodeState(model.layout, cache, batch)
+    state = DecodeState(model, cache, batch)
     take_step(model, state, kind, decode_rows)            # reads and writes state.tokens at state.at
 
 What a step computes is fixed by its kind; where it stands, the noise and the numbers of the sampling are read from the
@@ -23,23 +23,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoregressive.models.gpt import Rows, Transformer, attention_bias
 from autoregressive.models.kv_cache import StaticCache
-from autoregressive.models.layout import DecodeStep, TokenLayout
+from autoregressive.models.layouts import DecodeStep, Layout, Reader
 from autoregressive.models.sampling import SamplingConfig, choose, guide, spread
 
-Decode = Callable[[Transformer, Tensor, int, Rows, Tensor | None], Tensor]
+Decode = Callable[..., Tensor]  # as decode_rows
 
 
 @dataclass(frozen=True)
 class StepKind:
     """What fixes the work of a step, and so its kernels and the shapes they see.
 
-    inputs: sequence tokens fed; special: special tokens fed after them; as many tokens are drawn. length: rows attended
-    to. masked: whether not all of those rows may be seen. streams: 2 where the unconditional rows are computed too.
-    guided: whether these are mixed in.
+    inputs, special, queries: rows of tokens, special vectors and queries. outputs: tokens drawn. reads, sees: as in
+    DecodeStep. length: rows attended to. masked: whether not all of those rows may be seen. streams: 2 where the
+    unconditional rows are computed too. guided: whether these are mixed in.
     """
 
     inputs: int
     special: int
+    queries: int
+    outputs: int
+    reads: tuple[tuple[Reader, ...], ...] | None
+    sees: tuple[tuple[bool, ...], ...] | None
     length: int
     masked: bool
     streams: int
@@ -59,8 +63,12 @@ def kinds_of(
         StepKind(
             inputs=step.inputs.stop - step.inputs.start,
             special=step.special,
+            queries=step.queries,
+            outputs=step.outputs.stop - step.outputs.start,
+            reads=step.reads,
+            sees=step.sees,
             length=min(-(-step.rows.stop // stride) * stride, longest),
-            masked=padded or stride > 1,
+            masked=padded or stride > 1 or step.sees is not None,
             streams=2 if i <= last else 1,
             guided=guided[i],
         )
@@ -74,10 +82,13 @@ class DecodeState:
     tokens: int64 (B, N), in the layout's order. noise: float32 (B, N). seen: bool (samples of the cache, rows), false where
     a condition row is padding. at: int64 (3,): the step's first row, first input and first output.
     numbers: config.numbers, float32 (3,). spread: float32 (B, N), that of the logits each token was drawn from.
+    known: int64 (B, N), tokens that are not drawn but given, -1 elsewhere. added: (samples of the cache, N, dim), what is
+    added to the row that predicts each token; None for a model without such conditions. All in the layout's order.
     """
 
-    def __init__(self, layout: TokenLayout, cache: StaticCache, batch: int):
-        device = cache.keys[0].device
+    def __init__(self, model: Transformer, cache: StaticCache, batch: int):
+        layout, device = model.layout, cache.keys[0].device
+        self.order = layout.order.to(device)
         self.cache, self.batch = cache, batch
         self.tokens = torch.zeros(batch, layout.tokens, dtype=torch.long, device=device)
         self.noise = torch.zeros(batch, layout.tokens, device=device)
@@ -85,13 +96,32 @@ class DecodeState:
         self.at = torch.zeros(3, dtype=torch.long, device=device)
         self.numbers = torch.zeros(3, device=device)
         self.spread = torch.zeros(batch, layout.tokens, device=device)
+        self.known = torch.full_like(self.tokens, -1)
+        self._constants: dict[tuple, Tensor] = {}
+        self.added: Tensor | None = None
+        if any(not condition.rows for condition in model.conditions.values()):
+            shape = len(self.seen), layout.tokens, model.args.dim
+            self.added = torch.zeros(shape, dtype=cache.keys[0].dtype, device=device)
         self.count = torch.arange(cache.rows, device=device)
 
-    def begin(self, config: SamplingConfig, noise: Tensor, prefix_mask: Tensor | None) -> None:
-        """Sets out for new images.
+    def begin(
+        self,
+        config: SamplingConfig,
+        noise: Tensor,
+        prefix_mask: Tensor | None,
+        known: Tensor | None = None,
+        added: Tensor | None = None,
+    ) -> None:
+        """Set out for new images.
 
         noise: (B, N), or as much as is needed of it. prefix_mask: (R, T), nonzero where the condition row is real.
+        known, added: (B, N) and (R, N, dim) in raster order.
         """
+        self.known.fill_(-1)
+        if known is not None:
+            self.known.copy_(known[:, self.order])
+        if self.added is not None and added is not None:
+            self.added[: len(added)] = added[:, self.order].to(self.added.dtype)
         self.config = config
         self.numbers.copy_(torch.tensor(config.numbers))
         self.noise[:, : noise.shape[1]].copy_(noise)
@@ -101,34 +131,70 @@ class DecodeState:
         if prefix_mask is not None:
             self.seen[: len(prefix_mask), : prefix_mask.shape[1]] = prefix_mask.to(self.seen.device, torch.bool)
 
+    def constant(self, numbers: tuple) -> Tensor:
+        """Return a table of numbers on the device; kept, since a step that is recorded cannot copy it there."""
+        if numbers not in self._constants:
+            self._constants[numbers] = torch.tensor(numbers, device=self.tokens.device)
+        return self._constants[numbers]
+
 
 def take_step(model: Transformer, state: DecodeState, kind: StepKind, decode: Decode) -> None:
     """Draws the tokens of the step at `state.at`, of this kind, into state.tokens."""
     row, first_input, first_output = state.at.unbind()
-    width = kind.inputs + kind.special  # rows computed, and tokens drawn
+    width = kind.inputs + kind.special + kind.queries
+    outputs = first_output + state.count[: kind.outputs]
     inputs = state.tokens.index_select(1, first_input + state.count[: kind.inputs]).repeat(kind.streams, 1)
     mask = None
     if kind.masked:
-        mask = state.seen & (state.count < row + width)
-        mask = attention_bias(mask[: len(inputs), None, None, : kind.length], state.cache.keys[0].dtype)
+        mask = state.seen[: len(inputs), None, : kind.length] & (state.count[: kind.length] < row + width)
+        if kind.sees is not None:
+            mask = mask.repeat(1, width, 1)
+            mask[:, :, row + state.count[:width]] &= state.constant(kind.sees)
+        mask = attention_bias(mask[:, None], state.cache.keys[0].dtype)
     rows = Rows(state.cache, row + state.count[:width], kind.length)
-    logits = decode(model, inputs, kind.special, rows, mask)
-    draw_tokens(logits, state, kind.guided, first_output + state.count[:width])
+    added = None
+    if state.added is not None:
+        assert kind.reads is None and kind.outputs == width, "a condition per token needs a row for each token drawn"
+        added = state.added[: len(inputs)].index_select(1, outputs)
+    queries = outputs if kind.queries else None
+    logits = decode(
+        model,
+        inputs,
+        kind.special,
+        rows,
+        mask,
+        None if kind.reads is None else state.constant(kind.reads),
+        added,
+        queries,
+    )
+    draw_tokens(logits, state, kind.guided, outputs)
 
 
 def draw_tokens(logits: Tensor, state: DecodeState, guided: bool, outputs: Tensor) -> None:
-    """Draws the tokens at `outputs` (s,) from logits (R, s, V): the conditional rows, then the unconditional ones."""
+    """Draw the tokens at `outputs` (s,) from logits (R, s, V), conditional rows before unconditional ones; known ones stay."""
     conditional = logits[: state.batch]
     if guided:
         conditional = guide(conditional, logits[state.batch : 2 * state.batch], state.numbers[0])
     tokens = choose(conditional, state.config, state.noise.index_select(1, outputs), state.numbers)
-    state.tokens.index_copy_(1, outputs, tokens)
+    known = state.known.index_select(1, outputs)
+    state.tokens.index_copy_(1, outputs, torch.where(known >= 0, known, tokens))
     state.spread.index_copy_(1, outputs, spread(conditional))
 
 
-def decode_rows(model: Transformer, tokens: Tensor, special: int, rows: Rows, mask: Tensor | None) -> Tensor:
-    """The model's part of a step: tokens (R, s), then `special` special tokens, to logits (R, s + special, V)."""
-    return model.head(model.decode(model.embed(tokens, special), rows, mask, causal=False))
+def decode_rows(
+    model: Transformer,
+    tokens: Tensor,
+    special: int,
+    rows: Rows,
+    mask: Tensor | None,
+    reads: Tensor | None = None,
+    added: Tensor | None = None,
+    queries: Tensor | None = None,
+) -> Tensor:
+    """Compute the model's part of a step: tokens (R, s), special vectors, queries to logits (R, outputs, V)."""
+    h = model.embed(tokens, special, queries)
+    h = h if added is None else h + added
+    return model.head(model.decode(h, rows, mask, causal=False), reads)
 
 
 def can_compile(device: torch.device) -> bool:
@@ -154,12 +220,12 @@ def compiled_decode_rows() -> Decode:
     config.recompile_limit = max(config.recompile_limit, 64)
     compiled = torch.compile(decode_rows_up_to, dynamic=False)
 
-    def decode(model: Transformer, tokens: Tensor, special: int, rows: Rows, mask: Tensor | None) -> Tensor:
+    def decode(model: Transformer, tokens: Tensor, special: int, rows: Rows, mask: Tensor | None, *more: Any) -> Tensor:
         up_to = torch.empty(rows.length, 0)  # a size that may change; a plain number would be compiled in
         torch._dynamo.mark_dynamic(up_to, 0)
         if mask is not None:
             torch._dynamo.mark_dynamic(mask, 3)
-        return compiled(model, tokens, special, rows.cache, rows.positions, up_to, mask)
+        return compiled(model, tokens, special, rows.cache, rows.positions, up_to, mask, *more)
 
     return decode
 
@@ -172,9 +238,10 @@ def decode_rows_up_to(
     positions: Tensor,
     up_to: Tensor,
     mask: Tensor | None,
+    *more: Any,
 ) -> Tensor:
-    """decode_rows, with as many rows to attend to as `up_to` has."""
-    return decode_rows(model, tokens, special, Rows(cache, positions, up_to.shape[0]), mask)
+    """Compute decode_rows with as many rows to attend to as `up_to` has."""
+    return decode_rows(model, tokens, special, Rows(cache, positions, up_to.shape[0]), mask, *more)
 
 
 def read_stride(device: torch.device, dtype: torch.dtype, compile: bool) -> int:
@@ -188,7 +255,7 @@ def read_stride(device: torch.device, dtype: torch.dtype, compile: bool) -> int:
     return 1 if compile or dtype == torch.float32 else 32
 
 
-def cache_rows(layout: TokenLayout, device: torch.device) -> int:
+def cache_rows(layout: Layout, device: torch.device) -> int:
     """Rows of the cache: one more than a step ever reads, since the compiler takes the whole of it for a fixed length.
 
     What is predicted last is not read. On an accelerator the longest is a multiple that attention kernels need not pad.
@@ -227,7 +294,7 @@ class StepGraphs:
     """
 
     def __init__(self, model: Transformer, cache: StaticCache, batch: int):
-        self.state, self.weights = DecodeState(model.layout, cache, batch), addresses(model)
+        self.state, self.weights = DecodeState(model, cache, batch), addresses(model)
         self.thread = threading.get_ident()
         self.device = cache.keys[0].device
         # Of this device: the stream that PyTorch records on by default belongs to the device that recorded first.

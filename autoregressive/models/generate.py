@@ -9,6 +9,7 @@ Caches are allocated once per model and used again by later calls. A token depen
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from autoregressive.models import decode_step
 from autoregressive.models.decode_step import DecodeState, StepGraphs
-from autoregressive.models.gpt import Rows, Transformer
+from autoregressive.models.gpt import Conditions, Rows, Transformer
 from autoregressive.models.kv_cache import StaticCache
-from autoregressive.models.layout import TokenLayout
+from autoregressive.models.layouts import Layout
 from autoregressive.models.packed import packed, release
 from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
 
@@ -70,43 +71,58 @@ def sampling_mode(model: Transformer) -> Iterator[None]:
 @torch.inference_mode()
 def generate(
     model: Transformer,
-    cond: Tensor,
+    cond: Conditions,
     max_new_tokens: int | None = None,
     emb_masks: Tensor | None = None,
-    cfg_scale: float = 1.0,
-    cfg_interval: float = -1,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    sample_logits: bool = True,
-    *,
+    *sampling: Any,
+    known: Tensor | None = None,
     noise: Tensor | None = None,
     compile: bool = False,
     on_step: Callable[[int, Tensor], None] | None = None,
+    **settings: Any,
 ) -> Tensor:
-    """Draws an image's tokens for each condition.
+    """Draw an image's tokens for each condition.
 
-    cond: int64 (B,) labels, or (B, T, caption_dim) caption features. emb_masks: (B, T), which caption rows are real.
-    max_new_tokens: all of an image's N tokens (the default); in raster order also fewer.
-    cfg_scale … sample_logits: see SamplingConfig.
-    noise: float32 (B, N) in [0, 1), one number per token of the layout's order; drawn from torch's global
-    generator where not given.
-    compile: run the steps through torch.compile; pays off on a GPU, and on a CPU after some images.
-    on_step: called after each step with the number of tokens done and the tokens, int64 (B, N) in the layout's order, of
-    which those after that number are not drawn yet. Later steps write into the same tensor.
+    Args:
+        cond: values of the model's conditions by name, or of the first one: int64 (B,) labels, or (B, T, caption_dim)
+            caption features.
+        max_new_tokens: tokens to draw, of the first places of the layout's order; a decode step has to end there.
+            All of an image's N tokens by default.
+        emb_masks: (B, T), which caption rows are real.
+        sampling, settings: the fields of SamplingConfig in their order or by name (cfg_scale, …, sample_logits).
+        known: int64 (B, N) in raster order, tokens that are given and not drawn; -1 for those to draw.
+        noise: float32 (B, N) in [0, 1), one number per token of the layout's order; drawn from torch's global generator
+            where not given.
+        compile: run the steps through torch.compile; pays off on a GPU, and on a CPU after some images.
+        on_step: called after each step with the number of tokens done and the tokens, int64 (B, N) in the layout's order,
+            of which those after that number are not drawn yet. Later steps write into the same tensor.
 
-    Returns: int64 (B, max_new_tokens) in raster order.
-    Raises ValueError for settings out of range (SamplingConfig), a label that the model does not have, or a
-    max_new_tokens that the layout cannot stop at; NotFiniteLogits where images were drawn from logits that are not finite.
+    Returns:
+        int64 (B, max_new_tokens), the tokens drawn, in raster order.
+
+    Raises:
+        ValueError: for settings out of range (SamplingConfig), a condition or known tokens that the model does not have, or
+            a max_new_tokens at which no decode step ends.
+        NotFiniteLogits: where images were drawn from logits that are not finite.
     """
-    config = SamplingConfig(cfg_scale, cfg_interval, temperature, top_k, top_p, sample_logits)
+    config = SamplingConfig(*sampling, **settings)
     layout, device = model.layout, model.tok_embeddings.weight.device
     total = layout.tokens if max_new_tokens is None else max_new_tokens
-    if total != layout.tokens and (layout.group_size > 1 or not 0 < total < layout.tokens):
-        raise ValueError(f"max_new_tokens is {total}; the model's images have {layout.tokens} tokens")
-    check_labels(model, cond)
-    cond = cond.to(device)
-    batch = len(cond)
+    if total not in [step.outputs.stop for step in layout.passes]:
+        raise ValueError(
+            f"max_new_tokens is {total}; the images have {layout.tokens} tokens, and no decode step of the layout "
+            f"{layout.name!r} ends after {total}"
+        )
+    model.check_conditions(cond)
+    values = {name: value.to(device) for name, value in model.as_conditions(cond).items()}
+    batch = len(next(iter(values.values())))
+    if known is not None:
+        if known.shape != (batch, layout.tokens) or known.is_floating_point() or known.max() >= model.args.vocab_size:
+            raise ValueError(
+                f"known tokens are whole numbers of shape ({batch}, {layout.tokens}) below {model.args.vocab_size}, got "
+                f"{known.dtype} of shape {tuple(known.shape)}"
+            )
+        known = known.to(device)
     if noise is None:
         noise = torch.rand(batch, layout.tokens, device=device)
     noise = noise.to(device)
@@ -116,13 +132,14 @@ def generate(
         dtype = torch.get_autocast_dtype(device.type)
     with sampling_mode(model):
         if config.guided:
-            cond = torch.cat([cond, model.cls_embedding.null(cond)])
+            values = {name: torch.cat([value, model.conditions[name].null(value)]) for name, value in values.items()}
             emb_masks = None if emb_masks is None else torch.cat([emb_masks, emb_masks])
-        cache = cache_for(model, len(cond), device, dtype)
+        cache = cache_for(model, batch * (2 if config.guided else 1), device, dtype)
         recorded = compile and decode_step.records(device) and not torch.is_autocast_enabled(device.type)
         graphs = graphs_for(model, cache, batch) if recorded else None
-        state = graphs.state if graphs else DecodeState(layout, cache, batch)
-        state.begin(config, noise, emb_masks)
+        state = graphs.state if graphs else DecodeState(model, cache, batch)
+        conditions, added = model.embed_conditions(values)
+        state.begin(config, noise, emb_masks, known, added)
 
         decode = decode_step.compiled_decode_rows() if compile else decode_step.decode_rows
         stride = decode_step.read_stride(device, dtype, compile)
@@ -133,10 +150,11 @@ def generate(
 
         with cleared_after_errors(cache), decode_step.attention_kernels(device, compile):
             cache.lay_out(kinds[0].length if side_by_side and kinds else cache.rows)
-            logits = prefill(model, cond, cache, emb_masks)  # (R, 1, V)
-            decode_step.draw_tokens(logits, state, config.guided, state.count[:1])
+            first = layout.passes[0].outputs.stop
+            logits = prefill(model, conditions, state, emb_masks)  # (R, first, V)
+            decode_step.draw_tokens(logits, state, config.guided, state.count[:first])
             if on_step:
-                on_step(1, state.tokens)
+                on_step(first, state.tokens)
             for step, kind, place in zip(steps, kinds, places, strict=True):
                 if side_by_side:
                     cache.lay_out(kind.length)
@@ -148,8 +166,8 @@ def generate(
                     work()
                 if on_step:
                     on_step(step.outputs.stop, state.tokens)
-            whole = total == layout.tokens
-            tokens = state.tokens[:, layout.raster.to(device)] if whole else state.tokens[:, :total].clone()
+            places = layout.order[:total].argsort().to(device)  # of the tokens drawn, by their place in the image
+            tokens = state.tokens[:, places]
             finite = state.spread.isfinite()
             if not finite.all():  # the one place that waits for the device
                 raise NotFiniteLogits(broken_steps(finite.tolist(), layout), tokens, dtype)
@@ -166,7 +184,7 @@ def cleared_after_errors(cache: StaticCache) -> Iterator[None]:
         raise
 
 
-def broken_steps(finite: list[list[bool]], layout: TokenLayout) -> list[int | None]:
+def broken_steps(finite: list[list[bool]], layout: Layout) -> list[int | None]:
     """By image, the first decode step (from 1) with a token that is not of finite logits; None for none."""
     step_of = [1] * layout.tokens
     for number, step in enumerate(layout.steps, start=2):
@@ -174,27 +192,15 @@ def broken_steps(finite: list[list[bool]], layout: TokenLayout) -> list[int | No
     return [step_of[row.index(False)] if False in row else None for row in finite]
 
 
-def prefill(model: Transformer, cond: Tensor, cache: StaticCache, emb_masks: Tensor | None) -> Tensor:
-    """Runs the condition rows into the cache. Returns the logits of the first token, float32 (R, 1, V)."""
-    h = model.cls_embedding(cond).to(model.tok_embeddings.weight.dtype)
+def prefill(model: Transformer, conditions: Tensor, state: DecodeState, emb_masks: Tensor | None) -> Tensor:
+    """Run the condition rows (R, prefix, dim) into the cache. Returns the logits of the first tokens, float32 (R, first, V)."""
+    step = model.layout.passes[0]
+    h = conditions.to(model.tok_embeddings.weight.dtype)
+    if state.added is not None:
+        h = torch.cat([h[:, :-1], h[:, -1:] + state.added[: len(h), :1].to(h.dtype)], dim=1)
     rows = h.shape[1]
+    assert step.queries == 0, "the prefill computes condition rows alone"
     mask = None if emb_masks is None else model.attention_mask(rows, emb_masks, h.device)
     positions = torch.arange(rows, device=h.device)
-    return model.head(model.decode(h, Rows(cache, positions, rows), mask, causal=mask is None)[:, -1:])
-
-
-def check_labels(model: Transformer, cond: Tensor) -> None:
-    """Raises ValueError for a condition of the wrong kind, or for a label outside 0 … num_classes - 1."""
-    args = model.args
-    if args.model_type == "c2i":
-        if cond.dim() != 1 or cond.is_floating_point():
-            raise ValueError(f"labels are whole numbers of shape (B,), got {cond.dtype} of shape {tuple(cond.shape)}")
-        labels = cond.long()  # a narrow type may not reach the number of classes
-        outside = labels[(labels < 0) | (labels >= args.num_classes)]
-        if len(outside):
-            raise ValueError(
-                f"label {int(outside[0])} is out of range: the model has classes 0 to {args.num_classes - 1}"
-            )
-    elif tuple(cond.shape[1:]) != (args.cls_token_num, args.caption_dim):
-        expected = f"(B, {args.cls_token_num}, {args.caption_dim})"
-        raise ValueError(f"caption features have shape {expected}, got {tuple(cond.shape)}")
+    h = model.decode(h, Rows(state.cache, positions, rows), mask, causal=mask is None)
+    return model.head(h, None if step.reads is None else state.constant(step.reads))

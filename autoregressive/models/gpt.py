@@ -3,14 +3,14 @@
     model = GPT_models["GPT-B"](block_size=256)              # 16x16 tokens
     logits = model(tokens[:, : -model.layout.step_tokens], labels)       # (B, N, vocab_size)
 
-Nothing here knows of sampling, files or training. The model reads tokens in the order of its `layout`
-(models/layout.py): `tokens = codes[:, model.layout.order]`, or in that of another layout it is given.
+Nothing here knows of sampling, files or training, nor of any order or condition by name. The model reads tokens in the
+order of its `layout` (layouts/): `tokens = codes[:, model.layout.order]`, or in that of another layout it is given.
 LlamaGen (arXiv 2406.06525, section 2.2); Llama (2302.13971); special tokens and groups: PAR (2412.15119); patches: NPP
 (2412.15321).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from math import isqrt
 from typing import Any
@@ -20,9 +20,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoregressive.models.conditioning import CaptionEmbedder, LabelEmbedder
+from autoregressive.models.conditions import CONDITIONS, Condition
 from autoregressive.models.kv_cache import StaticCache, widened
-from autoregressive.models.layout import TokenLayout
+from autoregressive.models.layouts import Holds, Layout, build_layout
 from autoregressive.models.rope import apply_rope, rope_table_2d
 from autoregressive.models.sizes import GPT_SIZES
 
@@ -30,9 +30,18 @@ from autoregressive.models.sizes import GPT_SIZES
 FEW_ROWS = 4
 
 
+Conditions = Tensor | Mapping[str, Tensor]
+"""Values (B, …) of a model's conditions by name; a tensor is that of the model's first condition."""
+
+
 @dataclass
 class ModelArgs:
-    """Everything that fixes a model's shapes and its regularisation."""
+    """Shapes and regularisation of a model.
+
+    model_type, num_classes, caption_dim, cls_token_num, spe_token_num and ar_token_num are the published way to say the
+    first condition and the layout. layout: config of any other registered layout, {"name": …, and its settings}.
+    extra_conditions: settings of further conditions by their registered names.
+    """
 
     dim: int = 4096
     n_layer: int = 32
@@ -60,6 +69,26 @@ class ModelArgs:
     block_size: int = 256
     spe_token_num: int = 0
     ar_token_num: int = 1
+
+    layout: Mapping[str, Any] | None = None
+    extra_conditions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def layout_config(self) -> Mapping[str, Any]:
+        """Config of the layout."""
+        published = (
+            {"name": "raster"} if self.ar_token_num == 1 else {"name": "parallel", "group_size": self.ar_token_num}
+        )
+        return self.layout or published
+
+    @property
+    def conditions(self) -> dict[str, Mapping[str, Any]]:
+        """Settings of every condition by name, the published one first."""
+        if self.model_type == "c2i":
+            first: dict[str, Any] = {"label": {"num_classes": self.num_classes}}
+        else:
+            first = {"caption": {"caption_dim": self.caption_dim, "tokens": self.cls_token_num}}
+        return {**first, **self.extra_conditions}
 
     @property
     def kv_heads(self) -> int:
@@ -95,6 +124,44 @@ class ModelArgs:
         if self.ffn_dim_multiplier is not None:
             hidden = int(self.ffn_dim_multiplier * hidden)
         return -(-hidden // self.multiple_of) * self.multiple_of
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Entries `model`, `layout` and `conditions` of a file's config: all that from_identity builds the model from."""
+        names = ("dim", "n_layer", "n_head", "n_kv_head", "ffn_dim", "vocab_size", "rope_base", "norm_eps")
+        return {
+            "model": {"trunk": "llama", **{name: getattr(self, name) for name in names}},
+            "layout": {**self.layout_config, "grid_size": isqrt(self.block_size)},
+            "conditions": {name: dict(settings) for name, settings in self.conditions.items()},
+        }
+
+    @classmethod
+    def from_identity(cls, identity: Mapping[str, Any]) -> "ModelArgs":
+        """Return the arguments of the model that a config describes.
+
+        Raises ValueError where its trunk, layout or a condition is not registered.
+        """
+        model, layout, conditions = (dict(identity[part]) for part in ("model", "layout", "conditions"))
+        if (trunk := model.pop("trunk")) != "llama":
+            raise ValueError(f"no trunk is called {trunk!r}; known is llama")
+        for name in conditions:
+            CONDITIONS[name]
+        label, caption = conditions.pop("label", None), conditions.pop("caption", None)
+        first = {"num_classes": label["num_classes"]} if label else {}
+        if caption:
+            first = {"caption_dim": caption["caption_dim"], "cls_token_num": caption["tokens"]}
+        ffn_dim, grid_size = model.pop("ffn_dim"), layout.pop("grid_size")
+        return cls(
+            multiple_of=ffn_dim,  # the hidden width itself, whatever rule it came from
+            ffn_dim_multiplier=ffn_dim / int(8 * model["dim"] / 3),
+            block_size=grid_size**2,
+            model_type="t2i" if caption else "c2i",
+            ar_token_num=layout.get("group_size", 1) if layout["name"] == "parallel" else 1,
+            layout=None if layout["name"] in ("raster", "parallel") else layout,
+            extra_conditions=conditions,
+            **model,
+            **first,
+        )
 
 
 @dataclass(frozen=True)
@@ -260,7 +327,7 @@ def draw_normal(tensor: Tensor, std: float) -> None:
 
 
 class Transformer(nn.Module):
-    """A GPT over image tokens, conditioned on a class or a caption.
+    """A GPT over image tokens and what they are asked for.
 
     `layout` says in which order tokens are read and which of them one step predicts. Decoding always goes by it;
     training may read by another one. `file_config` is the record of what the weights belong to (utils/origin.py), where
@@ -271,22 +338,27 @@ class Transformer(nn.Module):
         super().__init__()
         self.file_config: dict[str, Any] = {}
         self.args = self.config = args
-        self.layout = TokenLayout(isqrt(args.block_size), args.ar_token_num, args.cls_token_num)
-        if args.model_type == "c2i":
-            self.cls_embedding = LabelEmbedder(args.num_classes, args.dim, args.class_dropout_prob)
-        else:
-            self.cls_embedding = CaptionEmbedder(
-                args.caption_dim, args.dim, args.cls_token_num, args.class_dropout_prob
-            )
+        grid_size = isqrt(args.block_size)
+        first, *others = (CONDITIONS[name](args.dim, grid_size, **own) for name, own in args.conditions.items())
+        self.cls_embedding = first
+        self.extra_conditions: nn.ModuleDict = nn.ModuleDict(dict(zip(args.extra_conditions, others)))
+        prefix = sum(condition.rows for condition in self.conditions.values())
+        self.layout = build_layout(args.layout_config, grid_size, prefix)
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
-        self.spe_tok_embeddings = SpecialTokens(args.spe_token_num, args.dim) if args.spe_token_num else None
+        self.spe_tok_embeddings = SpecialTokens(self.layout.special, args.dim) if self.layout.special else None
         self.tok_dropout = nn.Dropout(args.token_dropout_p)
         self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layer))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
-        self._rope: dict[tuple[TokenLayout, torch.device], Tensor] = {}
+        self._rope: dict[tuple[Layout, torch.device], Tensor] = {}
         self.rope(torch.device("cpu"))
         self.reset_parameters()
+
+    @property
+    def conditions(self) -> dict[str, Condition]:
+        """Conditions by name, the one of a plain tensor first."""
+        modules: tuple[Any, ...] = (self.cls_embedding, *self.extra_conditions.values())
+        return dict(zip(self.args.conditions, modules))
 
     @torch.no_grad()
     def reset_parameters(self, normal: Callable[[Tensor, float], None] = draw_normal) -> None:
@@ -303,15 +375,15 @@ class Transformer(nn.Module):
                 normal(module.weight, self.args.initializer_range)
             elif isinstance(module, RMSNorm):
                 module.weight.fill_(1)
-            elif isinstance(module, CaptionEmbedder):
-                normal(module.uncond_embedding, self.args.caption_dim**-0.5)
+            elif isinstance(module, Condition):
+                module.reset(normal, self.args.initializer_range)
 
     @property
     def num_parameters(self) -> int:
         """Trainable numbers in the model."""
         return sum(p.numel() for p in self.parameters())
 
-    def rope(self, device: torch.device, layout: TokenLayout | None = None) -> Tensor:
+    def rope(self, device: torch.device, layout: Layout | None = None) -> Tensor:
         """The rotary table of every row of a layout (the model's own), float32 (rows, head_dim/2, 2).
 
         Kept beside the parameters, not among them: it must stay float32 when the weights are cast, and is in no file.
@@ -323,18 +395,64 @@ class Transformer(nn.Module):
                 self._rope[layout, device] = layout.rope_rows(table).to(device)
         return self._rope[layout, device]
 
-    def embed(self, tokens: Tensor, special: int = 0, at: int | None = None) -> Tensor:
-        """Token embeddings with the first `special` special ones put in at column `at` (the end). (B, S) -> (B, S + special, dim)."""
+    def embed(self, tokens: Tensor, special: int = 0, queries: Tensor | None = None) -> Tensor:
+        """Embed tokens (B, S), then the first `special` special vectors, then queries for sequence positions (Q,).
+
+        Returns (B, S + special + Q, dim).
+        """
         h = self.tok_embeddings(tokens)
-        if not special:
-            return h
-        assert self.spe_tok_embeddings is not None
-        inserted = self.spe_tok_embeddings()[:special].expand(len(h), -1, -1)
-        at = h.shape[1] if at is None else at
-        return torch.cat([h[:, :at], inserted.to(h.dtype), h[:, at:]], dim=1)
+        if special:
+            h = torch.cat([h, self.vectors(Holds.SPECIAL, slice(0, special)).expand(len(h), -1, -1).to(h.dtype)], dim=1)
+        if queries is not None:
+            h = torch.cat([h, self.queries(queries).expand(len(h), -1, -1).to(h.dtype)], dim=1)
+        return h
+
+    def vectors(self, holds: Holds, numbers: slice) -> Tensor:
+        """Return the model's own vectors of some rows, (rows, dim)."""
+        if holds is Holds.SPECIAL:
+            assert self.spe_tok_embeddings is not None
+            return self.spe_tok_embeddings()[numbers]
+        return self.queries(torch.arange(numbers.start, numbers.stop, device=self.tok_embeddings.weight.device))
+
+    def queries(self, positions: Tensor) -> Tensor:
+        """Return the query vectors for sequence positions (Q,), (Q, dim). A Llama trunk has none."""
+        raise NotImplementedError(
+            f"the layout {self.layout.name!r} has query rows, for which this trunk has no vectors"
+        )
+
+    def as_conditions(self, cond: Conditions) -> dict[str, Tensor]:
+        """Return the values by condition name. Raises ValueError where a condition is missing or unknown."""
+        given = cond if isinstance(cond, Mapping) else {next(iter(self.conditions)): cond}
+        if set(given) != set(self.conditions):
+            asked, known = (", ".join(names) or "none" for names in (given, self.conditions))
+            raise ValueError(f"the model takes the conditions {known}; given were {asked}")
+        return {name: given[name] for name in self.conditions}
+
+    def check_conditions(self, cond: Conditions) -> None:
+        """Raise ValueError where a condition is not the model's, or of another number of samples than the others."""
+        values = self.as_conditions(cond)
+        for name, value in values.items():
+            self.conditions[name].check(value)
+        if len(counts := {len(value) for value in values.values()}) > 1:
+            raise ValueError(f"conditions are of one number of samples, got {sorted(counts)}")
+
+    def embed_conditions(self, cond: Conditions, drop: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Embed the conditions: the rows before the tokens (B, prefix, dim), and what is added per token or None.
+
+        cond: values by name, (B, …) each. drop: bool (B,), whose conditions are dropped; drawn here in training where not
+        given. The second is (B, N, dim) in raster order.
+        """
+        values = self.as_conditions(cond)
+        first = next(iter(values.values()))
+        if drop is None and self.training and self.args.class_dropout_prob > 0:
+            drop = torch.rand(len(first), device=first.device) < self.args.class_dropout_prob
+        rows, added = [], []
+        for name, condition in self.conditions.items():
+            (rows if condition.rows else added).append(condition(values[name], drop))
+        return torch.cat(rows, dim=1), sum(added[1:], added[0]) if added else None
 
     def attention_mask(
-        self, rows: int, prefix_mask: Tensor | None, device: torch.device, layout: TokenLayout | None = None
+        self, rows: int, prefix_mask: Tensor | None, device: torch.device, layout: Layout | None = None
     ) -> Tensor | None:
         """Which of the first `rows` rows of a layout (the model's own) sees which; None where that is plainly causal.
 
@@ -353,21 +471,32 @@ class Transformer(nn.Module):
     def hidden(
         self,
         idx: Tensor,
-        cond_idx: Tensor,
+        cond_idx: Conditions,
         *,
-        layout: TokenLayout | None = None,
+        layout: Layout | None = None,
         drop: Tensor | None = None,
         prefix_mask: Tensor | None = None,
     ) -> Tensor:
-        """What `forward` projects to logits: the outputs after the final norm, (B, rows, dim). Arguments as there."""
+        """Return the hidden states that logits are projected from, after the final norm. Arguments as `forward` takes them."""
         layout = layout or self.layout
-        special = layout.special if idx.shape[1] >= layout.group_size else 0
-        tokens = self.embed(idx, special, at=layout.group_size)
+        conditions, added = self.embed_conditions(cond_idx, drop)
+        tokens = self.tok_embeddings(idx)
         if layout.patch_tokens > 1:
             tokens = tokens.unflatten(1, (-1, layout.patch_tokens)).mean(2)  # (B, L / patch_tokens, dim)
-        h = torch.cat([self.cls_embedding(cond_idx, drop).to(tokens.dtype), tokens], dim=1)  # (B, T + L + M, dim)
+        rows = layout.fed(idx.shape[1])
+        parts = [tokens[:, :0]]  # the embedding has a gradient, of zeros, also where no token is read
+        for holds, numbers in layout.runs(rows):
+            if holds is Holds.CONDITION:
+                parts.append(conditions[:, numbers])
+            elif holds is Holds.TOKEN:
+                parts.append(tokens[:, numbers])
+            else:
+                parts.append(self.vectors(holds, numbers).expand(len(tokens), -1, -1))
+        h = torch.cat([part.to(tokens.dtype) for part in parts], dim=1)  # (B, rows, dim)
+        reads = layout.read_rows(rows)
+        if added is not None:
+            h = h + self.added_to_rows(added, layout, reads, rows).to(h.dtype)
         h = self.tok_dropout(h)
-        rows = h.shape[1]
         mask = self.attention_mask(rows, prefix_mask, h.device, layout)
         if mask is not None:
             device = h.device.type
@@ -377,28 +506,36 @@ class Transformer(nn.Module):
         rope = self.rope(h.device, layout)[:rows]
         for layer in self.layers:
             h = layer(h, rope, mask, causal=mask is None)
-        return self.norm(h[:, layout.prefix - 1 :])
+        return self.norm(h[:, reads])
+
+    def added_to_rows(self, added: Tensor, layout: Layout, reads: slice | list[int], rows: int) -> Tensor:
+        """Put what is added per token (B, N, dim, raster order) at the rows that predict the tokens. Returns (B, rows, dim)."""
+        units = added[:, layout.order.to(added.device)].unflatten(1, (-1, layout.patch_tokens)).mean(2)
+        at = torch.arange(rows, device=added.device)[reads]
+        return added.new_zeros(len(added), rows, added.shape[-1]).index_add(1, at, units[:, : len(at)])
 
     def forward(
         self,
         idx: Tensor,
-        cond_idx: Tensor,
+        cond_idx: Conditions,
         *,
-        layout: TokenLayout | None = None,
+        layout: Layout | None = None,
         drop: Tensor | None = None,
         prefix_mask: Tensor | None = None,
     ) -> Tensor:
-        """The logits of every next token, for training and scoring.
+        """Return the logits of every next token, for training and scoring.
 
-        idx: int64 (B, L), tokens in the layout's order, without the last group or patch (L = N - step_tokens), or fewer
-        whole groups or patches, or some of the first tokens.
-        cond_idx: int64 (B,) labels, or (B, T, caption_dim) caption features.
-        layout: the order that the tokens are in, of the model's grid and prefix (its own where not given).
-        drop: bool (B,), whose condition is dropped (drawn by the model in training where not given).
-        prefix_mask: (B, T), which condition rows are real.
-        Returns: float32 (B, L + group_size, vocab_size); output i predicts token i of the layout's order. Before the first
-        group is whole, (B, L + 1, vocab_size). With patches (B, L / patch_tokens + 1, vocab_size): output i predicts each
-        token of patch i (NPP, arXiv 2412.15321, section 3).
+        Args:
+            idx: int64 (B, L), tokens in the layout's order, without the last group or patch (L = N - step_tokens), or fewer
+                whole groups or patches, or some of the first tokens.
+            cond_idx: values of the conditions by name, or of the first one: int64 (B,) labels, (B, T, caption_dim) features.
+            layout: the order that the tokens are in, of the model's grid and prefix (its own where not given).
+            drop: bool (B,), whose conditions are dropped (drawn by the model in training where not given).
+            prefix_mask: (B, T), which condition rows are real.
+
+        Returns:
+            float32 (B, tokens, vocab_size); output i predicts token i of the layout's order. With patches there is one
+            output a patch, which predicts each of its tokens (NPP, arXiv 2412.15321, section 3).
         """
         return self.output(self.hidden(idx, cond_idx, layout=layout, drop=drop, prefix_mask=prefix_mask)).float()
 
@@ -409,8 +546,15 @@ class Transformer(nn.Module):
             h = layer(h, rope, mask, causal, rows)
         return h
 
-    def head(self, h: Tensor) -> Tensor:
-        """Final norm and output projection. (…, dim) -> float32 logits (…, vocab_size)."""
+    def head(self, h: Tensor, reads: Tensor | None = None) -> Tensor:
+        """Project hidden states (B, s, dim) to float32 logits (B, tokens, vocab_size): the final norm, then the output layer.
+
+        reads: int64 (tokens, readers, 2), the row and head of each token's readers, of which a Llama trunk has one; None where
+        token i is read from row i.
+        """
+        if reads is not None:
+            assert reads.shape[1] == 1, "this trunk has one head"
+            h = h.index_select(1, reads[:, 0, 0])
         return self.output(self.norm(h)).float()
 
 

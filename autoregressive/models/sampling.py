@@ -69,7 +69,7 @@ class SamplingConfig:
         return self.cfg_scale, max(self.temperature, 1e-5), self.top_p
 
     def guides(self, step: int) -> bool:
-        """Whether the decode step of this number is guided (see TokenLayout.steps)."""
+        """Whether the decode step of this number is guided (see Layout.steps)."""
         return self.guided and (self.cfg_interval < 0 or step <= self.cfg_interval)
 
 

@@ -115,7 +115,7 @@ def draw_briefly(pipeline: ImagePipeline, batch: int, **sampling) -> torch.Tenso
         cond = weight.new_zeros(batch, gpt.args.cls_token_num, gpt.args.caption_dim)
         mask = torch.ones(batch, gpt.args.cls_token_num, dtype=torch.bool)
     tokens = gpt.layout.tokens
-    drawn = generate(gpt, cond, min(2, tokens) if gpt.layout.group_size == 1 else tokens, mask, **sampling)
+    drawn = generate(gpt, cond, min(2, tokens) if gpt.layout.is_raster else tokens, mask, **sampling)
     return torch.cat([drawn, drawn.new_zeros(batch, tokens - drawn.shape[1])], dim=1)
 
 
@@ -128,9 +128,9 @@ def image_bytes(pipeline: ImagePipeline, guided: bool) -> int:
     number = pipeline.gpt.tok_embeddings.weight.element_size()
     rows = 2 if guided else 1
     caches = 2 * args.n_layer * args.n_kv_head * layout.rows * (args.dim // args.n_head) * number
-    widest = max(layout.prefix, layout.group_size * 2)  # rows of a pass
+    widest = max(len(step.rows) for step in layout.passes)
     activations = widest * (8 * args.dim + 4 * args.ffn_dim + 2 * args.n_head * layout.rows) * 4
-    draw = layout.group_size * args.vocab_size * 4 * 8  # logits, their order, their sums
+    draw = max(layout.groups) * args.vocab_size * 4 * 8  # logits, their order, their sums
     pixels = 3 * pipeline.image_size**2 * 4  # those that wait to be written too
     return int(GAPS * (rows * (caches + activations) + draw + pixels))
 

@@ -23,7 +23,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.sequence import IntermediateTensors
 
 from autoregressive.models.gpt import RMSNorm
-from autoregressive.models.layout import TokenLayout
+from autoregressive.models.layouts.raster import RasterLayout
 from autoregressive.models.rope import apply_rope, rope_table_2d
 from autoregressive.serve.guidance import GuidedDraw, mark_broken
 
@@ -111,7 +111,7 @@ class GuidedLayers(nn.Module):
         self.null_condition = nn.Parameter(
             torch.empty(config.prefix, config.hidden_size, dtype=dtype), requires_grad=False
         )
-        layout = TokenLayout(config.grid_size, prefix=config.prefix)
+        layout = RasterLayout(config.grid_size, config.prefix)
         table = layout.rope_rows(rope_table_2d(config.grid_size, config.head_dim, config.rope_base))
         self.register_buffer("rope", table.to(self.null_condition.device), persistent=False)  # float32 in any dtype
 

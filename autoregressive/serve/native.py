@@ -19,7 +19,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from autoregressive.models.generate import check_labels
 from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
 from autoregressive.pipeline import ImagePipeline
 from autoregressive.serve.engine import ImageRequest, ModelInfo
@@ -73,7 +72,7 @@ class NativeEngine:
             image_size=pipeline.image_size,
             tokens=layout.tokens,
             num_classes=0 if pipeline.is_text else args.num_classes,
-            raster=layout.group_size == 1,
+            raster=layout.is_raster,
             classes=tuple(pipeline.gpt.file_config.get("classes", ())),
         )
         self.pipeline = pipeline
@@ -96,7 +95,7 @@ class NativeEngine:
         if not self.pipeline.is_text:
             if request.label is None or request.features is not None:
                 raise ValueError(f"this model draws classes: give a label, 0 to {self.info.num_classes - 1}")
-            check_labels(self.pipeline.gpt, torch.tensor([request.label]))
+            self.pipeline.gpt.check_conditions(torch.tensor([request.label]))
             return
         features, width = request.features, self.pipeline.gpt.args.caption_dim
         if features is None or request.label is not None:

@@ -13,16 +13,16 @@ head is.
 from math import isqrt
 
 from autoregressive.models.gpt import ModelArgs
-from autoregressive.models.layout import TokenLayout
+from autoregressive.models.layouts import Layout, build_layout
 
 
-def training_flops_per_image(args: ModelArgs, layout: TokenLayout | None = None) -> float:
+def training_flops_per_image(args: ModelArgs, layout: Layout | None = None) -> float:
     """Model FLOPs of one training sample, forward and backward.
 
     layout: what the sample is read by, where it is not the model's own (the patches of Next-Patch-Prediction).
     """
-    layout = layout or TokenLayout(isqrt(args.block_size), args.ar_token_num, args.cls_token_num)
-    rows = layout.rows - layout.group_size  # the last group, or patch, is predicted and never read
+    layout = layout or build_layout(args.layout_config, isqrt(args.block_size), args.cls_token_num)
+    rows = layout.fed(layout.tokens - layout.step_tokens)  # the last group, or patch, is predicted and never read
     head_dim = args.dim // args.n_head
     attention = args.dim * (args.n_head + 2 * args.n_kv_head) * head_dim + args.dim**2
     products = args.n_layer * (attention + 3 * args.dim * args.ffn_dim) * rows

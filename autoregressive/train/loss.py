@@ -8,7 +8,6 @@ works out a chunk's gradients while it has the chunk's logits, so nothing is kep
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -17,8 +16,9 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from autoregressive.models.gpt import Transformer
-from autoregressive.models.layout import TokenLayout
+from autoregressive.models.gpt import Conditions, Transformer
+from autoregressive.models.layouts import Layout
+from autoregressive.models.layouts.patches import with_patches
 from utils.distributed import Distributed
 from utils.errors import AgreedError
 
@@ -40,12 +40,12 @@ class TokenLoss(nn.Module):
         super().__init__()
         self.model = model
         self.chunk_rows = chunk_rows
-        self._layouts: dict[tuple[int, torch.device], tuple[TokenLayout, Tensor]] = {}
+        self._layouts: dict[tuple[int, torch.device], tuple[Layout, Tensor]] = {}
 
-    def layout(self, patch_side: int, device: torch.device) -> tuple[TokenLayout, Tensor]:
+    def layout(self, patch_side: int, device: torch.device) -> tuple[Layout, Tensor]:
         """The model's layout with patches of that side, and its order on the device."""
         if (patch_side, device) not in self._layouts:
-            layout = self.model.layout if patch_side == 1 else replace(self.model.layout, patch_side=patch_side)
+            layout = with_patches(self.model.layout, patch_side)
             with torch.inference_mode(False):  # kept for training too, whoever asks first
                 self._layouts[patch_side, device] = layout, layout.order.to(device)
         return self._layouts[patch_side, device]
@@ -53,7 +53,7 @@ class TokenLoss(nn.Module):
     def forward(
         self,
         codes: Tensor,
-        cond: Tensor,
+        cond: Conditions,
         *,
         drop: Tensor | None = None,
         prefix_mask: Tensor | None = None,

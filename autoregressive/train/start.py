@@ -7,7 +7,6 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from autoregressive.models.sizes import GPT_SIZES
 from utils.cli import layout_numbers
 
 if TYPE_CHECKING:
@@ -47,8 +46,8 @@ def starting_point(
     """
     from dataclasses import replace
 
+    from autoregressive.released import find_identity
     from utils.checkpoint import read_checkpoint
-    from utils.recognition import describe_gpt
     from utils.runs import find_checkpoint, runs_in
     from utils.training.state import ShardedCheckpoint, TrainingState
 
@@ -68,7 +67,7 @@ def starting_point(
         if args.gpt_type == "c2i" or (flags or {}).get("image_size", args.image_size) == args.image_size:
             return saved, None
     weights = read_checkpoint(path)
-    describe_gpt(weights.model, GPT_SIZES, path)
+    find_identity(weights)  # refuses what is no GPT
     if not args.finetune:
         return _weights_alone(weights), None
     if args.use_ema and weights.ema is None:
@@ -102,25 +101,20 @@ def _weights_alone(saved: "Checkpoint") -> "Checkpoint":
 
 
 def _require_shape(args: argparse.Namespace, weights: "Checkpoint", path: Any) -> None:
-    """Raises ValueError where the weights differ from the flags in more than classes and image size."""
-    from utils.recognition import check_gpt_flags, describe_gpt
+    """Raise ValueError where the weights differ from the flags in more than classes and image size."""
+    from dataclasses import replace
 
-    description = describe_gpt(weights.model, GPT_SIZES, path)
+    from autoregressive.released import check_flags, find_identity, flags_of
+
+    identity = find_identity(weights)
     ar_token_num, spe_token_num = layout_numbers(args)
-    check_gpt_flags(
-        description,
-        path,
-        sizes=GPT_SIZES,
-        gpt_model=args.gpt_model,
-        gpt_type=args.gpt_type,
-        vocab_size=args.vocab_size,
-        cls_token_num=args.cls_token_num,
-        spe_token_num=spe_token_num or 0,
-        ar_token_num=ar_token_num or 1,
-    )
-    if description.caption_dim not in (None, width := getattr(args, "t5_feature_dim", None)):
+    flags = {name: getattr(args, name) for name in ("gpt_model", "gpt_type", "vocab_size", "cls_token_num")}
+    recorded = replace(weights, args=None)  # the image size may be another one
+    check_flags(identity, recorded, **flags, spe_token_num=spe_token_num or 0, ar_token_num=ar_token_num or 1)
+    caption_dim = flags_of(identity)["caption_dim"]
+    if caption_dim not in (None, width := getattr(args, "t5_feature_dim", None)):
         raise ValueError(
-            f"{path} reads text features of width {description.caption_dim}, not --t5-feature-dim {width}: "
+            f"{path} reads text features of width {caption_dim}, not --t5-feature-dim {width}: "
             "extract the features with the T5 it was trained with"
         )
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import torch
 
     from autoregressive.models.gpt import Transformer
+    from autoregressive.models.layouts import Layout
     from autoregressive.train.next_patch import PatchSchedule
     from dataset.codes import CodeDataset, CodeSettings
     from tokenizer.tokenizer_image.vq_model import VQModel
@@ -50,6 +51,7 @@ def main(args: argparse.Namespace) -> None:
 
     import torch
 
+    from autoregressive.models.layouts.patches import with_patches
     from autoregressive.train.flops import training_flops_per_image
     from autoregressive.train.loss import dropped_conditions, mean_loss, require_readable
     from autoregressive.train.next_patch import PatchSchedule
@@ -96,9 +98,9 @@ def main(args: argparse.Namespace) -> None:
 
     model = new_model(args, grid, args.drop_path_rate)
     sides = {stage.patch_side for stage in patches.stages}
-    layouts = {side: replace(model.layout, patch_side=side) for side in sides}  # refuses patches with groups
+    layouts = {side: with_patches(model.layout, side) for side in sides}
     wrapped = lay_out(model, plan, args.global_seed)
-    config = code_origin(codes)
+    config = code_origin(codes) | model.args.identity
     initial, note = starting_point(args, dist, model, config)
     drop_probability = model.args.class_dropout_prob
 
@@ -147,7 +149,7 @@ def main(args: argparse.Namespace) -> None:
     )
     if note:
         trainer.log.info(note)
-    trainer.log.info(order_in_words(patches, model.layout.group_size))
+    trainer.log.info(order_in_words(patches, model.layout))
     for side in patches.skipped_sides:
         trainer.log.warning(
             f"patches of {side}x{side} tokens get no part of the training: --patch-level {args.patch_level} skips them"
@@ -156,10 +158,10 @@ def main(args: argparse.Namespace) -> None:
     dist.close()
 
 
-def order_in_words(patches: "PatchSchedule", group_size: int) -> str:
+def order_in_words(patches: "PatchSchedule", layout: "Layout") -> str:
     """Return what is predicted together and when, beside what PAR's and NPP's own scripts do without a flag."""
-    if group_size > 1:
-        return f"parallel layout: {group_size} tokens a step (--ar-token-num {group_size})"
+    if not layout.is_raster:
+        return f"layout {layout.config['name']}: {max(layout.groups)} tokens a step at most, {len(layout.groups)} steps"
     if patches.patch_level > 1:
         return f"next-patch prediction: {patches.describe()}"
     return (
@@ -300,8 +302,8 @@ def model_sizes(args: argparse.Namespace, recorded: Mapping[str, Any]) -> tuple[
 
 def sizes_before(args: argparse.Namespace) -> dict[str, int]:
     """Return num_classes and vocab_size of the run or the file that training goes on from; empty for a new run."""
+    from autoregressive.released import find_identity, flags_of
     from utils.checkpoint import read_checkpoint
-    from utils.recognition import describe_gpt
     from utils.runs import find_checkpoint, runs_in
 
     runs = runs_in(args.results_dir, args.gpt_model) if args.resume else []
@@ -310,8 +312,7 @@ def sizes_before(args: argparse.Namespace) -> dict[str, int]:
     path = getattr(args, "gpt_resume", None) or args.gpt_ckpt
     if not path:
         return {}
-    path = find_checkpoint(path)
-    return vars(describe_gpt(read_checkpoint(path).model, GPT_SIZES, path))
+    return flags_of(find_identity(read_checkpoint(find_checkpoint(path))))
 
 
 def log_classes(log: "Logger", args: argparse.Namespace, codes: "CodeDataset") -> None:

@@ -110,6 +110,7 @@ def main(args: argparse.Namespace) -> None:
     model = new_model(args, grid, args.drop_path or args.drop_path_rate, caption_dim=args.t5_feature_dim)
     wrapped = lay_out(model, plan, args.global_seed)
     config = origin(tokenizer=fingerprint, text_encoder=dataset.features.encoder, codes=dataset.identity())
+    config |= model.args.identity
     initial, note = starting_point(args, dist, model, config)
     tokens, drop_probability = args.cls_token_num, model.args.class_dropout_prob
     collate = partial(collate_t2i, tokens=tokens, pad=left_padded)

@@ -81,7 +81,11 @@ def edit_index(folder, file="index.json", **values):
 
 def test_training_records_tokenizer_classes_and_codes(home):
     saved = read_checkpoint(next((run_folder(home / "run") / "checkpoints").glob("*.pt")))
-    assert saved.config["version"] == 1 and saved.config["tokenizer"] == fingerprint(home / "a.pt")
+    assert (
+        saved.config["version"] == 2
+        and saved.config["layout"]["grid_size"] == 4
+        and saved.config["tokenizer"] == fingerprint(home / "a.pt")
+    )
     assert saved.config["classes"] == NAMES
     assert saved.config["codes"] == open_codes(home / "codes", 16, 4).identity()
     assert saved.args["num_classes"] == 3 and saved.args["vocab_size"] == 64  # no flag said so

@@ -196,10 +196,31 @@ def test_fewer_tokens_are_the_first_ones():
         assert torch.equal(fewer, every[:, :count]) and steps == [*range(1, count + 1)]
 
 
-@pytest.mark.parametrize("n, count", [(1, 0), (1, -1), (1, 17), (4, 0), (4, 4), (4, 8), (4, 15), (4, 17)])
+@pytest.mark.parametrize("n, count", [(1, 0), (1, -1), (1, 17), (4, 0), (4, 6), (4, 15), (4, 17)])
 def test_numbers_of_tokens_the_layout_cannot_stop_at(n, count):
     with pytest.raises(ValueError, match=rf"max_new_tokens is {count}.*16 tokens"):
         generate(tiny(ar_token_num=n), LABELS, count)
+
+
+@pytest.mark.parametrize("n, count", [(1, 5), (4, 3), (4, 8)])
+def test_fewer_tokens_are_the_first_of_the_order_in_raster_order(n, count):
+    model = tiny(ar_token_num=n)
+    every = generate(model, LABELS, noise=noise_for(4))
+    drawn = model.layout.order[:count].sort().values
+    assert torch.equal(generate(model, LABELS, count, noise=noise_for(4)), every[:, drawn])
+
+
+def test_known_tokens_stay_and_steer_the_others():
+    model = tiny()
+    every = generate(model, LABELS, noise=noise_for(4))
+    known = torch.full_like(every, -1)
+    assert torch.equal(generate(model, LABELS, noise=noise_for(4), known=known), every)
+    known[:, 3] = (every[:, 3] + 1) % 24
+    filled = generate(model, LABELS, noise=noise_for(4), known=known)
+    assert torch.equal(filled[:, :3], every[:, :3]) and torch.equal(filled[:, 3], known[:, 3])
+    assert not torch.equal(filled[:, 4:], every[:, 4:])
+    with pytest.raises(ValueError, match="known tokens are whole numbers"):
+        generate(model, LABELS, known=known[:, :3])
 
 
 @pytest.mark.parametrize("n, expected", [(1, [*range(1, 17)]), (4, [1, 2, 3, 4, 8, 12, 16]), (16, [*range(1, 17)])])

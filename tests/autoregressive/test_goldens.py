@@ -1,7 +1,5 @@
 """The transformer against the published models' recorded figures: training step, RoPE table, greedy decoding."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +7,7 @@ import torch
 from autoregressive.models import decode_step
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import ModelArgs, Transformer
+from autoregressive.models.layouts.patches import with_patches
 from autoregressive.models.sampling import filter_logits
 from autoregressive.train.loss import TokenLoss
 from tests.helpers import assert_close, golden_state, load_golden
@@ -56,7 +55,7 @@ def test_training_step(name):
 def test_training_step_with_patches(side):
     model, arrays, _ = build("npp")
     codes, labels = torch.from_numpy(arrays["codes"]), torch.from_numpy(arrays["labels"])
-    layout = replace(model.layout, patch_side=side)
+    layout = with_patches(model.layout, side)
     logits = model(codes[:, layout.order][:, : -layout.step_tokens], labels, layout=layout)
     assert_close(logits, arrays[f"p{side}/logits"])
     loss = TokenLoss(model)(codes, labels, patch_side=side)

@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn as nn
 
-from autoregressive.models.conditioning import CaptionEmbedder, LabelEmbedder
+from autoregressive.models.conditions.caption import CaptionEmbedder
+from autoregressive.models.conditions.label import LabelEmbedder
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import DropPath, GPT_models, ModelArgs, Transformer
+from autoregressive.models.layouts.patches import PatchLayout, with_patches
 from autoregressive.models.rope import apply_rope, rope_table_2d
 from tests.helpers import randomize
 
@@ -269,18 +271,21 @@ def test_rope_turns_adjacent_pairs(dtype):
 
 
 def test_dropped_labels_are_the_row_after_the_last_class():
-    embedder = LabelEmbedder(5, 8, dropout_prob=1.0)
+    embedder = LabelEmbedder(8, num_classes=5)
     table = embedder.embedding_table.weight
     labels = torch.tensor([4, 0, 2])
-    assert torch.equal(embedder(labels)[:, 0], table[5].expand(3, -1))
     assert torch.equal(embedder(labels, torch.tensor([False, True, False]))[:, 0], table[[4, 5, 2]])
-    embedder.eval()
     assert torch.equal(embedder(labels)[:, 0], table[labels])
     assert torch.equal(embedder(embedder.null(labels))[:, 0], table[[5, 5, 5]])
-    embedder.train().dropout_prob = 0.1
+
+
+def test_conditions_are_dropped_in_training_alone():
+    model = tiny(num_classes=5, class_dropout_prob=0.1)
+    labels, none = torch.zeros(5000, dtype=torch.long), model.cls_embedding.embedding_table.weight[5]
     torch.manual_seed(0)
-    rows = embedder(torch.zeros(5000, dtype=torch.long))[:, 0]
-    assert float((rows == table[5]).all(-1).float().mean()) == pytest.approx(0.1, abs=0.015)
+    rows, _ = model.train().embed_conditions(labels)
+    assert float((rows[:, 0] == none).all(-1).float().mean()) == pytest.approx(0.1, abs=0.015)
+    assert not (model.eval().embed_conditions(labels)[0][:, 0] == none).all(-1).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
@@ -298,13 +303,12 @@ def test_labels_of_a_narrow_type(dtype):
 
 def test_dropped_captions_are_the_stored_features():
     torch.manual_seed(0)
-    embedder = CaptionEmbedder(12, 8, tokens=6, dropout_prob=1.0)
+    embedder = CaptionEmbedder(8, caption_dim=12, tokens=6)
     features = torch.randn(2, 6, 12)
     none = embedder.cap_proj(embedder.uncond_embedding)
-    assert torch.allclose(embedder(features), none.expand(2, -1, -1))
     mixed = embedder(features, torch.tensor([False, True]))
     assert torch.allclose(mixed[1], none) and torch.allclose(mixed[0], embedder.cap_proj(features[0]))
-    assert torch.allclose(embedder.eval()(features), embedder.cap_proj(features))
+    assert torch.allclose(embedder(features), embedder.cap_proj(features))
     assert torch.equal(embedder.null(features), embedder.uncond_embedding.expand(2, -1, -1))
 
 
@@ -389,10 +393,10 @@ def test_patches_are_read_as_their_mean(side, more):
         masks = {"prefix_mask": mask}
     coarse = Transformer(ModelArgs(**{**TINY, **more, "block_size": 16 // side**2})).eval()
     coarse.load_state_dict(model.state_dict())
-    layout = replace(model.layout, patch_side=side)
+    layout = PatchLayout(4, model.layout.prefix, side)
     read = tokens(3)[:, layout.order][:, : -(side**2)]
     embedded = model.tok_embeddings(read).view(3, -1, side**2, 32).mean(2)
-    coarse.embed = lambda *_, **__: embedded
+    coarse.tok_embeddings.forward = lambda *_: embedded
     logits = model(read, cond, layout=layout, **masks)
     assert logits.shape == (3, 16 // side**2, 24) and logits.dtype == torch.float32
     assert torch.equal(logits, coarse(torch.zeros(3, 16 // side**2 - 1), cond, **masks))
@@ -410,7 +414,7 @@ def test_a_layout_of_single_tokens_changes_nothing():
 
 def test_fewer_patches_give_the_first_logits():
     model = tiny()
-    layout = replace(model.layout, patch_side=2)
+    layout = with_patches(model.layout, 2)
     every = model(tokens(3, 12), LABELS, layout=layout)
     for patches in range(4):
         fewer = model(tokens(3, 12)[:, : 4 * patches], LABELS, layout=layout)
@@ -422,7 +426,7 @@ def test_decoding_knows_no_patches(more):
     model, untouched = tiny(**more), tiny(**more)
     noise = torch.rand(3, 16, generator=torch.Generator().manual_seed(0))
     if not more:
-        model(tokens(3, 12), LABELS, layout=replace(model.layout, patch_side=2))
+        model(tokens(3, 12), LABELS, layout=with_patches(model.layout, 2))
     assert torch.equal(generate(model, LABELS, noise=noise), generate(untouched, LABELS, noise=noise))
 
 
@@ -543,7 +547,7 @@ def test_weights_on_another_device():
 def test_a_compiled_training_step_is_one_graph(n, side):
     torch._dynamo.reset()
     model = tiny(ar_token_num=n)
-    layout = replace(model.layout, patch_side=side)
+    layout = PatchLayout(4, model.layout.prefix, side)
     expected = model(tokens(3, 12), LABELS, layout=layout)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -5,10 +5,15 @@ from math import isqrt
 import pytest
 import torch
 
-from autoregressive.models.layout import DecodeStep, TokenLayout
+from autoregressive.models.layouts import DecodeStep, Layout, build_layout
+from autoregressive.models.layouts.patches import PatchLayout, with_patches
 
-LAYOUTS = [(4, 1), (5, 1), (2, 4), (4, 4), (6, 4), (3, 9), (6, 9), (4, 16), (8, 16)]
+LAYOUTS = [(4, 1), (5, 1), (2, 4), (4, 4), (6, 4), (3, 9), (6, 9), (8, 16)]
 PREFIXES = [1, 120]
+
+
+def layout_of(grid: int, n: int = 1, prefix: int = 1) -> Layout:
+    return build_layout({"name": "raster"} if n == 1 else {"name": "parallel", "group_size": n}, grid, prefix)
 
 
 def order_written_out(grid: int, n: int) -> list[int]:
@@ -32,7 +37,7 @@ def rows_written_out(grid: int, n: int, prefix: int) -> list[int | None]:
 
 @pytest.mark.parametrize("grid, n", LAYOUTS)
 def test_order(grid, n):
-    layout = TokenLayout(grid, n)
+    layout = layout_of(grid, n)
     assert layout.order.tolist() == order_written_out(grid, n)
     codes = torch.arange(100, 100 + grid**2)
     assert torch.equal(codes[layout.order][layout.raster], codes)
@@ -40,12 +45,12 @@ def test_order(grid, n):
 
 
 def test_order_of_a_small_grid_by_hand():
-    assert TokenLayout(4, 4).order.tolist() == [0, 2, 8, 10, 1, 3, 9, 11, 4, 6, 12, 14, 5, 7, 13, 15]
+    assert layout_of(4, 4).order.tolist() == [0, 2, 8, 10, 1, 3, 9, 11, 4, 6, 12, 14, 5, 7, 13, 15]
 
 
 @pytest.mark.parametrize("grid", [1, 2, 7, 24])
 def test_raster_is_the_identity(grid):
-    layout = TokenLayout(grid)
+    layout = layout_of(grid)
     assert layout.order.tolist() == layout.raster.tolist() == list(range(grid**2))
     assert (layout.special, layout.rows, layout.mask(layout.rows)) == (0, 1 + grid**2, None)
 
@@ -53,7 +58,7 @@ def test_raster_is_the_identity(grid):
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("grid, n", LAYOUTS)
 def test_rope_rows(grid, n, prefix):
-    layout = TokenLayout(grid, n, prefix)
+    layout = layout_of(grid, n, prefix)
     table = torch.arange(1, 1 + grid**2 * 6).view(grid**2, 3, 2)
     order = order_written_out(grid, n)
     zeros = torch.zeros(3, 2, dtype=torch.long)
@@ -66,7 +71,7 @@ def test_rope_rows(grid, n, prefix):
 @pytest.mark.parametrize("grid, n", LAYOUTS)
 def test_mask(grid, n, prefix):
     """Counted from the last condition row: rows n + i·n to n + (i+1)·n - 1 see every column below n + (i+1)·n."""
-    layout = TokenLayout(grid, n, prefix)
+    layout = layout_of(grid, n, prefix)
     expected = torch.zeros(layout.rows, layout.rows, dtype=torch.bool)
     for row in range(layout.rows):
         expected[row, : row + 1] = True
@@ -75,7 +80,7 @@ def test_mask(grid, n, prefix):
             expected[row, : prefix - 1 + n + (i + 1) * n] = True
     for rows in {1, prefix, prefix + n - 1, prefix + n, prefix + 2 * n - 1, layout.rows - n, layout.rows}:
         mask = layout.mask(rows)
-        assert (mask is None) == (n == 1)
+        assert (mask is None) == torch.equal(expected[:rows, :rows], torch.ones(rows, rows, dtype=torch.bool).tril())
         mask = torch.ones(rows, rows, dtype=torch.bool).tril() if mask is None else mask
         assert torch.equal(mask, expected[:rows, :rows]), rows
 
@@ -84,7 +89,7 @@ def test_mask(grid, n, prefix):
 @pytest.mark.parametrize("grid, n", LAYOUTS)
 def test_steps(grid, n, prefix):
     """Each step computes the next rows, from tokens that are known by then, and predicts the next tokens."""
-    steps = TokenLayout(grid, n, prefix).steps
+    steps = layout_of(grid, n, prefix).steps
     content = rows_written_out(grid, n, prefix)
     row, known = prefix, 1  # what the prefill leaves
     for i, step in enumerate(steps):
@@ -101,16 +106,16 @@ def test_steps(grid, n, prefix):
 
 
 def test_steps_by_hand():
-    assert TokenLayout(2).steps == tuple(
-        DecodeStep(range(1 + t, 2 + t), slice(t, t + 1), 0, slice(t + 1, t + 2), t) for t in range(3)
+    assert layout_of(2).steps == tuple(
+        DecodeStep(range(1 + t, 2 + t), slice(t, t + 1), 0, 0, slice(t + 1, t + 2), t) for t in range(3)
     )
-    assert TokenLayout(4, 4).steps == (
-        DecodeStep(range(1, 2), slice(0, 1), 0, slice(1, 2), 0),
-        DecodeStep(range(2, 3), slice(1, 2), 0, slice(2, 3), 1),
-        DecodeStep(range(3, 4), slice(2, 3), 0, slice(3, 4), 2),
-        DecodeStep(range(4, 8), slice(3, 4), 3, slice(4, 8), 0),
-        DecodeStep(range(8, 12), slice(4, 8), 0, slice(8, 12), 4),
-        DecodeStep(range(12, 16), slice(8, 12), 0, slice(12, 16), 8),
+    assert layout_of(4, 4).steps == (
+        DecodeStep(range(1, 2), slice(0, 1), 0, 0, slice(1, 2), 0),
+        DecodeStep(range(2, 3), slice(1, 2), 0, 0, slice(2, 3), 1),
+        DecodeStep(range(3, 4), slice(2, 3), 0, 0, slice(3, 4), 2),
+        DecodeStep(range(4, 8), slice(3, 4), 3, 0, slice(4, 8), 0),
+        DecodeStep(range(8, 12), slice(4, 8), 0, 0, slice(8, 12), 4),
+        DecodeStep(range(12, 16), slice(8, 12), 0, 0, slice(12, 16), 8),
     )
 
 
@@ -120,7 +125,7 @@ PATCHES = [(4, 2), (6, 2), (6, 3), (8, 4), (4, 4), (1, 1)]
 @pytest.mark.parametrize("grid, side", PATCHES)
 def test_patches(grid, side):
     """The tokens of a block stand together, blocks and the tokens in them in raster order."""
-    layout = TokenLayout(grid, prefix=3, patch_side=side)
+    layout = PatchLayout(grid, 3, side)
     blocks = range(0, grid, side)
     expected = [(y + dy) * grid + x + dx for y in blocks for x in blocks for dy in range(side) for dx in range(side)]
     assert layout.order.tolist() == expected
@@ -134,37 +139,37 @@ def test_patches(grid, side):
 
 
 def test_patches_by_hand():
-    assert TokenLayout(4, patch_side=2).order.tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+    assert PatchLayout(4, side=2).order.tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
 
 
 @pytest.mark.parametrize("n", [1, 4, 9])
 def test_tokens_of_a_step(n):
-    assert (TokenLayout(6, n).step_tokens, TokenLayout(6, n).patch_tokens) == (n, 1)
+    assert (layout_of(6, n).step_tokens, layout_of(6, n).patch_tokens) == (n, 1)
 
 
 @pytest.mark.parametrize("grid, side", [(6, 4), (5, 2), (4, 8), (4, 0), (4, -2)])
 def test_grids_that_patches_do_not_fit(grid, side):
     with pytest.raises(ValueError, match=f"{grid}x{grid} tokens cannot be cut into patches of {side}x{side}"):
-        TokenLayout(grid, patch_side=side)
+        PatchLayout(grid, side=side)
 
 
 def test_patches_and_groups_do_not_go_together():
-    with pytest.raises(ValueError, match="--ar-token-num 4 and patches of 2x2 tokens both redefine"):
-        TokenLayout(8, 4, patch_side=2)
+    with pytest.raises(ValueError, match="'parallel' and patches of 2x2 tokens both redefine"):
+        with_patches(layout_of(8, 4), 2)
 
 
 def test_patches_are_not_decoded():
     with pytest.raises(AssertionError, match="decodes single tokens"):
-        _ = TokenLayout(8, patch_side=2).steps
+        _ = PatchLayout(8, side=2).steps
 
 
 @pytest.mark.parametrize("n", [-4, -1, 0, 2, 3, 5, 8, 15])
 def test_groups_that_are_no_square(n):
     with pytest.raises(ValueError, match=rf"--ar-token-num must be a square number.*got {n}$"):
-        TokenLayout(16, n)
+        layout_of(16, n)
 
 
-@pytest.mark.parametrize("grid, n, side", [(6, 16, 4), (5, 4, 2), (1, 4, 2), (0, 1, 1), (-4, 4, 2)])
+@pytest.mark.parametrize("grid, n, side", [(6, 16, 4), (5, 4, 2), (1, 4, 2), (0, 4, 2), (-4, 4, 2)])
 def test_grids_that_groups_do_not_fit(grid, n, side):
     with pytest.raises(ValueError, match=f"{grid}x{grid} tokens cannot be cut into {side}x{side} regions"):
-        TokenLayout(grid, n)
+        layout_of(grid, n)

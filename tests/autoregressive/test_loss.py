@@ -1,7 +1,5 @@
 """The loss of training: against full logits, its gradients, its precision, and the memory it does without."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoregressive.models.gpt import ModelArgs, Transformer
+from autoregressive.models.layouts.patches import with_patches
 from autoregressive.train import loss as losses
 from autoregressive.train.loss import TokenLoss, linear_cross_entropy
 from tests.helpers import randomize
@@ -276,7 +275,7 @@ def test_the_module_is_the_cross_entropy_of_the_models_logits(kind):
     model = randomize(Transformer(ModelArgs(**SIZES, **QUIET, **more)), seed=3).train()
     codes, cond, masks = batch(model)
     drop, valid = torch.tensor([False, True, False]), torch.tensor([1, 1, 0])
-    layout = replace(model.layout, patch_side=side)
+    layout = with_patches(model.layout, side)
     tokens = codes[:, layout.order]
     logits = model(tokens[:, : -layout.step_tokens], cond, layout=layout, drop=drop, **masks)
     assert logits.shape == (3, 16 // side**2, 11)
@@ -318,7 +317,7 @@ def test_a_loss_after_one_in_inference_mode():
     [
         ({}, 3, "patches of 3x3"),
         ({}, 0, "patches of 0x0"),
-        ({"ar_token_num": 4}, 2, "--ar-token-num 4 and patches of 2x2"),
+        ({"ar_token_num": 4}, 2, "'parallel' and patches of 2x2"),
     ],
 )
 def test_patches_that_do_not_fit(more, side, message):

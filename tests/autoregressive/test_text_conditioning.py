@@ -45,7 +45,8 @@ def batch(lengths=LENGTHS):
 
 def mask_by_hand(model, lengths):
     """Which row sees which, by the words of the papers."""
-    rows, group = model.layout.rows - model.layout.group_size, model.layout.group_size
+    group = model.layout.groups[-1]
+    rows = model.layout.rows - group
     first_group = T - 1 + group  # the last of the single tokens
     seen = torch.zeros(len(lengths), rows, rows, dtype=torch.bool)
     for b, length in enumerate(lengths):
@@ -62,7 +63,7 @@ def mask_by_hand(model, lengths):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_mask_against_a_loop(layout):
     model = model_of(layout)
-    rows = model.layout.rows - model.layout.group_size
+    rows = model.layout.rows - model.layout.groups[-1]
     mask = model.attention_mask(rows, batch()[2], torch.device("cpu"))
     assert mask.shape == (len(LENGTHS), 1, rows, rows)
     assert torch.equal(mask[:, 0], mask_by_hand(model, LENGTHS))

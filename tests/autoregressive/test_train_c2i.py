@@ -88,7 +88,7 @@ def sample(count=3):
 
 def losses_by_hand(model, codes, labels):
     """Each token's loss from a forward pass that has seen no later group, (B, N) in the layout's order."""
-    group, order = model.layout.group_size, model.layout.order
+    group, order = model.layout.groups[-1], model.layout.order
     tokens = codes[:, order]
     out = torch.zeros(tokens.shape)
     for b in range(len(codes)):
@@ -382,7 +382,7 @@ def test_patches_of_a_run_that_max_steps_ends_go_over_to_single_tokens(codes, tm
     "words, said",
     [
         ([], "raster order, single tokens; PAR's own default is --ar-token-num 4"),
-        (["--ar-token-num", 4], "parallel layout: 4 tokens a step"),
+        (["--ar-token-num", 4], "layout parallel: 4 tokens a step"),
     ],
 )
 def test_log_tells_the_order_of_tokens(codes, tmp_path, words, said):

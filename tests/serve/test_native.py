@@ -91,7 +91,7 @@ def test_tokens_come_row_by_row(pipeline):
     assert len(yielded[-1]) == 64
     for earlier, later in pairwise(yielded):
         assert later[: len(earlier)] == earlier and len(earlier) % 8 == 0
-    raster = pipeline.gpt.layout.group_size == 1
+    raster = pipeline.gpt.layout.is_raster
     assert (len(yielded) > 1) == raster
 
 

@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,19 +19,6 @@ from tests.tokenizer.taming import lightning_class, save_lightning
 from tests.utils.test_files import largest_file
 from utils import checkpoint as ckpt
 from utils.checkpoint import load_into, prune_checkpoints, read_checkpoint, save_checkpoint, save_safetensors
-from utils.recognition import check_gpt_flags, count_parameters, describe_gpt, format_count
-
-SIZES = {
-    "GPT-B": (12, 12, 768),
-    "GPT-L": (24, 16, 1024),
-    "GPT-XL": (36, 20, 1280),
-    "GPT-XXL": (48, 24, 1536),
-    "GPT-XXXL": (48, 40, 2560),
-    "GPT-1B": (22, 32, 2048),
-    "GPT-3B": (24, 32, 3200),
-    "GPT-7B": (32, 32, 4096),
-}
-COUNTS = ["111M", "343M", "775M", "1.4B", "3.9B", "1.2B", "3.1B", "6.6B"]
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:
@@ -43,40 +29,6 @@ def golden(name: str) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
     return golden("c2i")
-
-
-def meta_gpt(
-    n_layer: int, n_head: int, dim: int, special: int = 0, text: bool = False, n_kv_head: int | None = None
-) -> dict[str, torch.Tensor]:
-    """A full-size GPT's names and shapes without memory, from the golden's names."""
-    hidden = -(-int(8 * dim / 3) // 256) * 256
-    rows = dim + 2 * (n_kv_head or n_head) * (dim // n_head)
-    shapes = {
-        "tok_embeddings.weight": (16384, dim),
-        "norm.weight": (dim,),
-        "output.weight": (16384, dim),
-    }
-    if text:
-        shapes |= {
-            "cls_embedding.uncond_embedding": (120, 2048),
-            "cls_embedding.cap_proj.fc1.weight": (dim, 2048),
-            "cls_embedding.cap_proj.fc2.weight": (dim, dim),
-        }
-    else:
-        shapes["cls_embedding.embedding_table.weight"] = (1001, dim)
-    if special:
-        shapes["spe_tok_embeddings.special_embeddings.weight"] = (special, dim)
-    for i in range(n_layer):
-        shapes |= {
-            f"layers.{i}.attention.wqkv.weight": (rows, dim),
-            f"layers.{i}.attention.wo.weight": (dim, dim),
-            f"layers.{i}.feed_forward.w1.weight": (hidden, dim),
-            f"layers.{i}.feed_forward.w3.weight": (hidden, dim),
-            f"layers.{i}.feed_forward.w2.weight": (dim, hidden),
-            f"layers.{i}.attention_norm.weight": (dim,),
-            f"layers.{i}.ffn_norm.weight": (dim,),
-        }
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 class Tree(torch.nn.Module):
@@ -490,72 +442,6 @@ def test_long_lists_are_cut_short(state):
     assert str(caught.value).count("weight") == 20
 
 
-# What a GPT file holds
-
-
-@pytest.mark.parametrize(("name", "count"), list(zip(SIZES, COUNTS)))
-def test_all_sizes_are_recognised(name, count):
-    n_layer, n_head, dim = SIZES[name]
-    found = describe_gpt(meta_gpt(n_layer, n_head, dim), SIZES)
-    assert (found.gpt_model, found.n_layer, found.n_head, found.n_kv_head, found.dim) == (
-        name,
-        n_layer,
-        n_head,
-        n_head,
-        dim,
-    )
-    assert (found.gpt_type, found.num_classes, found.cls_token_num, found.caption_dim) == ("c2i", 1000, 1, None)
-    assert (found.vocab_size, found.spe_token_num, found.ar_token_num) == (16384, 0, 1)
-    assert format_count(found.parameters) == count
-    assert str(found) == f"{name} ({n_layer} layers, dim {dim}, {count}), class-conditional, 1000 classes, 16384 codes"
-
-
-def test_text_special_tokens_and_grouped_heads():
-    found = describe_gpt(meta_gpt(*SIZES["GPT-XL"], text=True), SIZES)
-    assert (found.gpt_type, found.num_classes, found.cls_token_num, found.caption_dim) == ("t2i", None, 120, 2048)
-    assert "text-conditional, 120 text tokens of 2048" in str(found)
-    found = describe_gpt(meta_gpt(*SIZES["GPT-3B"], special=15), SIZES)
-    assert (found.spe_token_num, found.ar_token_num) == (15, 16)
-    found = describe_gpt(meta_gpt(*SIZES["GPT-B"], n_kv_head=4), SIZES)
-    assert (found.n_kv_head, found.ffn_hidden) == (4, 2048)
-
-
-def test_the_recorded_models():
-    found = describe_gpt(golden("c2i"), SIZES)
-    assert (found.gpt_model, found.n_layer, found.dim, found.n_head) == (None, 3, 64, None)
-    assert (found.vocab_size, found.num_classes, found.ffn_hidden) == (96, 10, 256)
-    assert str(found).startswith("a GPT of no named size (3 layers, dim 64, ")
-    found = describe_gpt(golden("par4"), {"small": (3, 4, 64)})
-    assert (found.gpt_model, found.spe_token_num, found.ar_token_num) == ("small", 3, 4)
-    found = describe_gpt(golden("t2i"), SIZES)
-    assert (found.gpt_type, found.cls_token_num, found.caption_dim) == ("t2i", 8, 24)
-    assert found.parameters == count_parameters(golden("t2i"))
-
-
-@pytest.mark.parametrize(
-    ("other", "expected"),
-    [
-        (lambda: golden("vq16"), r"looks like a VQ image tokenizer with 64 codes of 8 \(give it as --vq-ckpt\)"),
-        (lambda: {"main.0.weight": torch.zeros(1)}, "looks like a discriminator"),
-        (lambda: {"blocks.0.weight": torch.zeros(1), "final_linear.0.weight": torch.zeros(1)}, "a discriminator"),
-        (lambda: {"shared.weight": torch.zeros(1), "encoder.block.0.a": torch.zeros(1)}, "a T5 text encoder"),
-        (lambda: {"encoder.down_blocks.0.a": torch.zeros(1)}, "an autoencoder of diffusers"),
-        (lambda: {"layers.0.attention.wqkv.lora_A.weight": torch.zeros(1)}, "a LoRA adapter"),
-        (lambda: golden("c2i") | {"tok_embeddings.weight": torch.zeros(3)}, "should be matrices"),
-        (lambda: {"visual.proj": torch.zeros(1)}, "a CLIP"),
-        (lambda: {"foo": torch.zeros(1), "bar": torch.zeros(1)}, r"its first weights are foo, bar; a GPT has tok_emb"),
-        (
-            lambda: {k: v for k, v in golden("c2i").items() if "cls_embedding" not in k},
-            r"looks like a part of a GPT; a GPT has cls_embedding\.embedding_table\.weight or",
-        ),
-    ],
-)
-def test_other_models_are_no_gpt(other, expected):
-    with pytest.raises(ValueError, match=expected) as caught:
-        describe_gpt(other(), SIZES, "runs/a.pt")
-    assert str(caught.value).startswith("runs/a.pt is not a GPT checkpoint")
-
-
 # What other programs write
 
 
@@ -693,102 +579,6 @@ def test_read_checkpoint_of_an_optimizer_says_so(tmp_path):
     torch.save(torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))]).state_dict(), tmp_path / "optimizer.pt")
     with pytest.raises(ValueError, match="is the state of an optimizer and holds no weights"):
         read_checkpoint(tmp_path / "optimizer.pt")
-
-
-# Flags
-
-FITTING = {
-    "gpt_model": "GPT-L",
-    "gpt_type": "c2i",
-    "image_size": 384,
-    "downsample_size": 16,
-    "codebook_size": 16384,
-    "num_classes": 1000,
-    "cls_token_num": 1,
-    "spe_token_num": 0,
-    "ar_token_num": 1,
-}
-LARGE = describe_gpt(meta_gpt(*SIZES["GPT-L"]), SIZES)
-PARALLEL = describe_gpt(meta_gpt(*SIZES["GPT-XL"], special=3), SIZES)
-TEXT = describe_gpt(meta_gpt(*SIZES["GPT-XL"], text=True), SIZES)
-
-
-def disagreement(description, path, args_in_file=None, **flags) -> str:
-    with pytest.raises(ValueError) as caught:
-        check_gpt_flags(description, path, args_in_file, sizes=SIZES, **flags)
-    return str(caught.value)
-
-
-def test_flags_that_fit_pass_in_silence():
-    parallel = FITTING | {"gpt_model": "GPT-XL", "spe_token_num": 3, "ar_token_num": 4}
-    text = FITTING | {"gpt_model": "GPT-XL", "gpt_type": "t2i", "cls_token_num": 120, "image_size": 512}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check_gpt_flags(LARGE, "c2i_L_384.pt", sizes=SIZES)
-        check_gpt_flags(LARGE, "c2i_L_384.pt", {"image_size": 384, "downsample_size": 16}, sizes=SIZES, **FITTING)
-        check_gpt_flags(LARGE, "runs/0050000.pt", sizes=SIZES, **FITTING | {"image_size": 256})
-        check_gpt_flags(PARALLEL, "PAR-XL-4x.pt", None, sizes=SIZES, **parallel)
-        check_gpt_flags(TEXT, "t2i_XL_stage2_512.pt", None, sizes=SIZES, **text)
-
-
-def test_every_disagreement_is_listed_with_the_flags_that_fit():
-    given = FITTING | {"gpt_model": "GPT-B", "image_size": 256}
-    assert disagreement(PARALLEL, "weights/PAR-XL-4x.pt", **given) == (
-        "weights/PAR-XL-4x.pt holds GPT-XL (36 layers, dim 1280, 775M), class-conditional, 1000 classes, 16384 codes, "
-        "3 special tokens; it does not fit the flags: --gpt-model GPT-B (file: GPT-XL), --ar-token-num 1 (file: 4), "
-        "--spe-token-num 0 (file: 3). Use: --gpt-model GPT-XL --ar-token-num 4 --spe-token-num 3 --image-size 384"
-    )
-
-
-@pytest.mark.parametrize(
-    ("description", "flags", "problem", "advice"),
-    [
-        (LARGE, {"gpt_model": "GPT-B"}, "--gpt-model GPT-B (file: GPT-L)", "--gpt-model GPT-L --image-size 384"),
-        (
-            LARGE,
-            {"gpt_type": "t2i", "cls_token_num": 120},
-            "--gpt-type t2i (file: c2i), --cls-token-num 120 (file: 1)",
-            "--gpt-model GPT-L --gpt-type c2i --cls-token-num 1 --image-size 384",
-        ),
-        (LARGE, {"num_classes": 10}, "--num-classes 10 (file: 1000)", "--gpt-model GPT-L --num-classes 1000"),
-        (LARGE, {"codebook_size": 8192}, "--codebook-size 8192 (file: 16384)", "--codebook-size 16384"),
-        (LARGE, {"codebook_size": None, "vocab_size": 8}, "--vocab-size 8 (file: 16384)", "--vocab-size 16384"),
-        (LARGE, {"spe_token_num": 3, "ar_token_num": 4}, "--ar-token-num 4 (file: 1)", "--spe-token-num 0"),
-        (
-            TEXT,
-            {"gpt_model": "GPT-XL"},
-            "--gpt-type c2i (file: t2i), --cls-token-num 1 (file: 120)",
-            "--gpt-model GPT-XL --gpt-type t2i --cls-token-num 120 --image-size 384",
-        ),
-    ],
-)
-def test_each_flag(description, flags, problem, advice):
-    message = disagreement(description, "c2i_L_384.pt", **FITTING | flags)
-    assert problem in message
-    assert advice in message.split("Use: ")[1]
-
-
-def test_the_image_size_recorded_in_the_file_counts():
-    recorded = {"image_size": 256, "downsample_size": 8}
-    message = disagreement(LARGE, "c2i_L_384.pt", recorded, **FITTING)
-    assert "--image-size 384 (file: 256), --downsample-size 16 (file: 8)" in message
-    assert message.endswith("Use: --gpt-model GPT-L --image-size 256 --downsample-size 8")
-
-
-@pytest.mark.parametrize(
-    ("name", "size"), [("c2i_L_256.pt", 256), ("t2i_XL_stage2_512.pt", 512), ("PAR-3B-16x.pt", 384)]
-)
-def test_the_image_size_in_a_name_warns(name, size):
-    given = 384 if size != 384 else 256
-    with pytest.warns(UserWarning, match=rf"by its name {name} was trained at {size}x{size}.* --image-size {size}"):
-        check_gpt_flags(LARGE, name, sizes=SIZES, image_size=given)
-
-
-def test_a_size_of_no_name():
-    small = describe_gpt(golden("c2i"), SIZES)
-    message = disagreement(small, "a.pt", gpt_model="GPT-B")
-    assert "a GPT of no named size (3 layers, dim 64" in message
-    assert "--gpt-model GPT-B (file: none of GPT-B, GPT-L" in message
 
 
 # Writing

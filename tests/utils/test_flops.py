@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from autoregressive.models.gpt import ModelArgs, Transformer
+from autoregressive.models.layouts.patches import with_patches
 from autoregressive.train.flops import training_flops_per_image
 from utils.flops import ACCELERATORS, find_accelerator, peak_flops
 
@@ -31,7 +32,7 @@ def test_a_sample_by_hand(args, rows, captions):
 
 
 def test_patches_shorten_the_sequence():
-    layout = replace(Transformer(ARGS).layout, patch_side=2)
+    layout = with_patches(Transformer(ARGS).layout, 2)
     assert training_flops_per_image(ARGS, layout) == by_hand(16, 16)
 
 
@@ -44,7 +45,7 @@ def test_gpt_b_has_the_size_of_the_paper():
 @pytest.mark.parametrize("patch_side", [1, 2])
 def test_training_flops_are_those_of_the_matrices_the_model_multiplies(patch_side):
     model = Transformer(ARGS)
-    layout = replace(model.layout, patch_side=patch_side)
+    layout = with_patches(model.layout, patch_side)
     products = []
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):

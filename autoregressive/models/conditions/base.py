@@ -1,0 +1,65 @@
+"""Interface of conditions: what an image is asked for, embedded beside the image's tokens.
+
+A condition either stands as `rows` rows before the tokens (a class, a caption), or has no rows of its own and is added to
+the row that predicts each token (a depth map). A new condition is one subclass in one file (examples/depth_map.py).
+
+In training a condition is dropped now and then, which gives guidance its unconditional half (classifier-free guidance,
+arXiv 2207.12598).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from utils.registry import Registry
+
+CONDITIONS: Registry["type[Condition]"] = Registry("condition")
+
+
+class Condition(nn.Module):
+    """One kind of condition. Subclasses take `dim` and `grid_size`, then settings of their own, which `config` gives back."""
+
+    rows = 0  # rows before the tokens; 0 for a condition that is added per token
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Settings to build the condition from, beside dim and grid_size."""
+        return {}
+
+    def check(self, value: Tensor) -> None:
+        """Raise ValueError where the value (B, …) is not of this condition."""
+
+    def null(self, value: Tensor) -> Tensor:
+        """Return what says "no condition", for as many samples as `value` has."""
+        raise NotImplementedError
+
+    def embed(self, value: Tensor) -> Tensor:
+        """Return the rows (B, rows, dim); of a condition without rows one row a token in raster order, (B, N, dim)."""
+        raise NotImplementedError
+
+    def forward(self, value: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Embed the value, with the null in place of the samples that `drop`, bool (B,), marks."""
+        if drop is not None:
+            value = drop_samples(value, self.null(value), drop)
+        return self.embed(value)
+
+    def reset(self, normal: Callable[[Tensor, float], None], std: float) -> None:
+        """Give parameters and buffers that are neither of a linear nor of an embedding layer their initial values."""
+
+
+def drop_samples(value: Tensor, null: Tensor, drop: Tensor) -> Tensor:
+    """Return `value` with `null` where `drop`, bool (B,), is set."""
+    return null.where(drop.to(value.device, torch.bool).view(-1, *[1] * (value.dim() - 1)), value.to(null.dtype))
+
+
+def register_condition(name: str) -> Callable[[type[Condition]], type[Condition]]:
+    """Register a subclass of Condition under a name, as a decorator."""
+
+    def register(condition: type[Condition]) -> type[Condition]:
+        CONDITIONS.add(name, condition)
+        return condition
+
+    return register

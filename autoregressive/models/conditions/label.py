@@ -1,0 +1,42 @@
+"""Class label: one row before the tokens (LlamaGen, arXiv 2406.06525, section 2.2)."""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from autoregressive.models.conditions.base import Condition, register_condition
+
+
+@register_condition("label")
+class LabelEmbedder(Condition):
+    """Class embeddings; the row after the last class means "no class"."""
+
+    rows = 1
+
+    def __init__(self, dim: int, grid_size: int = 0, *, num_classes: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"num_classes": self.num_classes}
+
+    def check(self, value: Tensor) -> None:
+        """Raise ValueError for what are no whole numbers (B,), or for a label outside 0 … num_classes - 1."""
+        if value.dim() != 1 or value.is_floating_point():
+            raise ValueError(f"labels are whole numbers of shape (B,), got {value.dtype} of shape {tuple(value.shape)}")
+        labels = value.long()  # a narrow type may not reach the number of classes
+        outside = labels[(labels < 0) | (labels >= self.num_classes)]
+        if len(outside):
+            raise ValueError(
+                f"label {int(outside[0])} is out of range: the model has classes 0 to {self.num_classes - 1}"
+            )
+
+    def null(self, value: Tensor) -> Tensor:
+        return torch.full_like(value, self.num_classes, dtype=torch.long)
+
+    def embed(self, value: Tensor) -> Tensor:
+        return self.embedding_table(value.long()).unsqueeze(1)

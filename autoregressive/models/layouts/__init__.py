@@ -1,0 +1,15 @@
+"""Token layouts, one file a kind; see base.py."""
+
+from autoregressive.models.layouts import parallel, patches, raster  # noqa: F401 - these register themselves
+from autoregressive.models.layouts.base import (
+    LAYOUTS,
+    DecodeStep,
+    Holds,
+    Layout,
+    Reader,
+    Row,
+    build_layout,
+    register_layout,
+)
+
+__all__ = ["LAYOUTS", "DecodeStep", "Holds", "Layout", "Reader", "Row", "build_layout", "register_layout"]

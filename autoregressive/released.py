@@ -1,0 +1,220 @@
+"""Identity of a GPT's file: its config, or for a published file the config that its keys, shapes, flags and name tell.
+
+    checkpoint = read_checkpoint("c2i_L_384.pt")
+    identity = gpt_identity(checkpoint, image_size=384)       # {"model": …, "layout": …, "conditions": …}
+    model = Transformer(ModelArgs.from_identity(identity))
+
+A released system is known by a function from its state dict to an identity; PUBLISHED lists them, and nothing else in the
+tree looks at the names or shapes of a GPT's weights.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoregressive.models.sizes import GPT_SIZES
+from utils.checkpoint import Checkpoint
+from utils.recognition import count_parameters, format_count, looks_like
+
+State = Mapping[str, torch.Tensor]
+CLASS_TABLE, NO_CAPTION = "cls_embedding.embedding_table.weight", "cls_embedding.uncond_embedding"
+SPECIAL_TABLE = "spe_tok_embeddings.special_embeddings.weight"
+
+
+def llamagen_identity(state: State, path: str | Path) -> dict[str, Any]:
+    """Read the identity of a GPT of LlamaGen, NPP or PAR off its shapes, but for the grid, which leaves no trace in them.
+
+    Raises ValueError where this is no such GPT, saying what it looks like instead, or one of a size in no table, since
+    shapes do not show the number of heads.
+    """
+    needed = ("tok_embeddings.weight", "layers.0.attention.wqkv.weight", "layers.0.feed_forward.w1.weight")
+    absent = [name for name in needed if name not in state]
+    if not absent and CLASS_TABLE not in state and NO_CAPTION not in state:
+        absent = [f"{CLASS_TABLE} or {NO_CAPTION}"]
+    if absent:
+        raise ValueError(f"{path} is not a GPT checkpoint: {looks_like(state)}; a GPT has {', '.join(absent)}")
+    if flat := [name for name in needed if state[name].dim() != 2]:
+        raise ValueError(f"{path} is not a GPT checkpoint: its {', '.join(flat)} should be matrices")
+    vocab_size, dim = state["tok_embeddings.weight"].shape
+    n_layer = 1 + max(int(match[1]) for match in (re.match(r"layers\.(\d+)\.", name) for name in state) if match)
+    size = size_name(n_layer, dim)
+    n_head = GPT_SIZES[size][1] if size else None
+    key_rows = (state["layers.0.attention.wqkv.weight"].shape[0] - dim) // 2
+    special = state[SPECIAL_TABLE].shape[0] if SPECIAL_TABLE in state else 0
+    if CLASS_TABLE in state:  # its last row is "no class"
+        conditions = {"label": {"num_classes": state[CLASS_TABLE].shape[0] - 1}}
+    else:
+        tokens, caption_dim = state[NO_CAPTION].shape
+        conditions = {"caption": {"caption_dim": caption_dim, "tokens": tokens}}
+    return {
+        "model": {
+            "trunk": "llama",
+            "dim": dim,
+            "n_layer": n_layer,
+            "n_head": n_head,
+            "n_kv_head": key_rows * n_head // dim if n_head else None,
+            "ffn_dim": state["layers.0.feed_forward.w1.weight"].shape[0],
+            "vocab_size": vocab_size,
+        },
+        "layout": {"name": "parallel", "group_size": special + 1} if special else {"name": "raster"},
+        "conditions": conditions,
+    }
+
+
+# For each released system its recogniser of keys, and the function from a state dict to an identity.
+PUBLISHED: list[tuple[Callable[[State], bool], Callable[[State, str | Path], dict[str, Any]]]] = [
+    (lambda state: True, llamagen_identity),
+]
+
+
+def find_identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a file says of its GPT: its config, or for a published file what its weights tell.
+
+    Raises ValueError where the file is of no GPT.
+    """
+    if "model" in checkpoint.config and "layout" in checkpoint.config:
+        return {part: checkpoint.config[part] for part in ("model", "layout", "conditions")}
+    for recognises, identity in PUBLISHED:
+        if recognises(checkpoint.model):
+            return identity(checkpoint.model, checkpoint.path)
+    raise AssertionError
+
+
+def gpt_identity(
+    checkpoint: Checkpoint, *, image_size: int | None = None, downsample_size: int | None = None, **flags: Any
+) -> dict[str, Any]:
+    """Return the whole identity of a file's GPT.
+
+    Args:
+        checkpoint: the file.
+        image_size, downsample_size: pixels a side of the image and of a token, as the caller believes; None for no belief.
+        flags: other beliefs, as check_flags compares them.
+
+    Raises ValueError where the file disagrees with a belief, is of no GPT, or does not say the image size or the heads.
+    """
+    identity, path, recorded = find_identity(checkpoint), checkpoint.path, checkpoint.args or {}
+    check_flags(identity, checkpoint, image_size=image_size, downsample_size=downsample_size, **flags)
+    if identity["model"]["n_head"] is None:
+        sizes = ", ".join(f"{name} ({layers} layers, dim {dim})" for name, (layers, _, dim) in GPT_SIZES.items())
+        raise ValueError(
+            f"{path} holds {describe(identity)}, a size that is in no table, and no config; known are {sizes}"
+        )
+    if "grid_size" in identity["layout"]:
+        return identity
+    image_size = image_size or recorded.get("image_size") or image_size_in_name(Path(path).name)
+    if image_size is None:
+        raise ValueError(f"{path} does not say for which image size it was trained: give --image-size")
+    downsample_size = downsample_size or recorded.get("downsample_size") or 16
+    if image_size % downsample_size:
+        raise ValueError(f"--image-size {image_size} is not a multiple of --downsample-size {downsample_size}")
+    return {**identity, "layout": {**identity["layout"], "grid_size": image_size // downsample_size}}
+
+
+def size_name(n_layer: int, dim: int) -> str | None:
+    """Return the registry's name of a size, None where the table has none."""
+    return next((name for name, (layers, _, width) in GPT_SIZES.items() if (layers, width) == (n_layer, dim)), None)
+
+
+def flags_of(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity as the scripts' flags say it; None for a flag that does not concern it."""
+    model, layout, conditions = identity["model"], identity["layout"], identity["conditions"]
+    caption = conditions.get("caption")
+    group = layout.get("group_size", 1)
+    return {
+        "gpt_model": size_name(model["n_layer"], model["dim"]),
+        "gpt_type": "t2i" if caption else "c2i",
+        "num_classes": conditions.get("label", {}).get("num_classes"),
+        "cls_token_num": caption["tokens"] if caption else 1,
+        "caption_dim": caption["caption_dim"] if caption else None,
+        "vocab_size": model["vocab_size"],
+        "ar_token_num": group,
+        "spe_token_num": group - 1,
+        "layout": layout["name"],
+    }
+
+
+def describe(identity: Mapping[str, Any], state: State | None = None) -> str:
+    """Return an identity in words; with the weights also their number."""
+    flags, model = flags_of(identity), identity["model"]
+    size = f"{model['n_layer']} layers, dim {model['dim']}"
+    count = f", {format_count(count_parameters(state))}" if state else ""
+    parts = [f"{flags['gpt_model'] or 'a GPT of no named size'} ({size}{count})"]
+    if flags["gpt_type"] == "c2i":
+        parts += ["class-conditional", f"{flags['num_classes']} classes"]
+    else:
+        parts += ["text-conditional", f"{flags['cls_token_num']} text tokens of {flags['caption_dim']}"]
+    parts += [f"conditioned on {name}" for name in identity["conditions"] if name not in ("label", "caption")]
+    parts.append(f"{flags['vocab_size']} codes")
+    if flags["spe_token_num"]:
+        parts.append(f"{flags['spe_token_num']} special tokens")
+    elif flags["layout"] != "raster":
+        parts.append(f"layout {flags['layout']}")
+    return ", ".join(parts)
+
+
+# The scripts' defaults, which an error's advice need not name.
+_DEFAULTS = {
+    "gpt_model": None,
+    "gpt_type": "c2i",
+    "num_classes": 1000,
+    "cls_token_num": 1,
+    "ar_token_num": 1,
+    "spe_token_num": 0,
+    "image_size": None,
+    "downsample_size": 16,
+}
+
+
+def check_flags(identity: Mapping[str, Any], checkpoint: Checkpoint, **flags: Any) -> None:
+    """Compare a script's flags with a file; flags that are None are not compared.
+
+    The file decides. The image size and the downsampling of a published file are those of the flags recorded in it; where
+    only its name tells the image size, a difference warns.
+    Raises ValueError that lists each disagreement and the flags that fit.
+    """
+    path, recorded = checkpoint.path, checkpoint.args or {}
+    size_in_name = image_size_in_name(Path(path).name)
+    held = flags_of(identity)
+    held |= {"codebook_size": held["vocab_size"]}
+    held |= {name: recorded.get(name) for name in ("image_size", "downsample_size")}
+    if held["image_size"] is None and "grid_size" in identity["layout"]:
+        held["image_size"] = identity["layout"]["grid_size"] * (flags.get("downsample_size") or 16)
+    given = {name: value for name, value in flags.items() if value is not None}
+    wrong = [name for name in (*_DEFAULTS, *given) if name in given and held[name] not in (None, given[name])]
+    wrong = list(dict.fromkeys(wrong))
+    problems = [f"{_flag(name)} {given[name]} (file: {held[name]})" for name in wrong]
+    if "gpt_model" in given and held["gpt_model"] is None:
+        problems.insert(0, f"--gpt-model {given['gpt_model']} (file: none of {', '.join(GPT_SIZES)})")
+    if problems:
+        codes = [name for name in ("vocab_size", "codebook_size") if name in given]  # training's word, and sampling's
+        named = [name for name in (*_DEFAULTS, *codes) if held[name] is not None]
+        fitting = {name: held[name] for name in named if name in wrong or held[name] != _DEFAULTS.get(name, 16384)}
+        if size_in_name is not None:
+            fitting.setdefault("image_size", size_in_name)
+        raise ValueError(
+            f"{path} holds {describe(identity, checkpoint.model)}; it does not fit the flags: {', '.join(problems)}. "
+            f"Use: {' '.join(f'{_flag(name)} {value}' for name, value in fitting.items())}"
+        )
+    image_size = given.get("image_size")
+    if held["image_size"] is None and None not in (image_size, size_in_name) and image_size != size_in_name:
+        warnings.warn(
+            f"by its name {path} was trained at {size_in_name}x{size_in_name}, and --image-size is {image_size}: "
+            f"its images will be poor; use --image-size {size_in_name}",
+            stacklevel=2,
+        )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def image_size_in_name(name: str) -> int | None:
+    """Return the image size that a released file's name tells, in pixels."""
+    if name.startswith("PAR-"):
+        return 384
+    match = re.match(r"(?:c2i|t2i)_.+_(256|384|512)\.", name)
+    return int(match[1]) if match else None
