@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from autoregressive.models.conditions import CONDITIONS
+from autoregressive.models.layouts import LAYOUTS
 from autoregressive.models.sizes import GPT_SIZES
 from utils.checkpoint import Checkpoint
 from utils.recognition import count_parameters, format_count, looks_like
@@ -97,6 +99,7 @@ def gpt_identity(
     Raises ValueError where the file disagrees with a belief, is of no GPT, or does not say the image size or the heads.
     """
     identity, path, recorded = find_identity(checkpoint), checkpoint.path, checkpoint.args or {}
+    _require_registered(identity, checkpoint)
     check_flags(identity, checkpoint, image_size=image_size, downsample_size=downsample_size, **flags)
     if identity["model"]["n_head"] is None:
         sizes = ", ".join(f"{name} ({layers} layers, dim {dim})" for name, (layers, _, dim) in GPT_SIZES.items())
@@ -112,6 +115,17 @@ def gpt_identity(
     if image_size % downsample_size:
         raise ValueError(f"--image-size {image_size} is not a multiple of --downsample-size {downsample_size}")
     return {**identity, "layout": {**identity["layout"], "grid_size": image_size // downsample_size}}
+
+
+def _require_registered(identity: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Raise ValueError where the layout or a condition is not registered, with the files that the writer imported."""
+    try:
+        LAYOUTS[identity["layout"]["name"]]
+        for name in identity["conditions"]:
+            CONDITIONS[name]
+    except ValueError as error:
+        files = " ".join(f"--import {file}" for file in checkpoint.config.get("imports", ()))
+        raise ValueError(f"{checkpoint.path}: {error}" + (f"; it was written with {files}" if files else "")) from error
 
 
 def size_name(n_layer: int, dim: int) -> str | None:

@@ -25,7 +25,7 @@ FORBIDDEN = {
     "tokenizer": ("autoregressive", "language", "evaluations", "tools"),
     "tokenizer/tokenizer_image/vq_model.py": ("dataset", "utils"),
 }  # fmt: skip
-ALLOWED = {"utils.precision", "utils.errors"}  # a setting of torch and classes of errors: no file, no flag
+ALLOWED = {"utils.precision", "utils.errors", "utils.registry"}  # no file, no flag
 # Prints what comes with each module's `flags()` that --help is not to wait for.
 HELP = """
 import importlib, sys

@@ -8,6 +8,7 @@ run_script(main, parser)
 
 import argparse
 import io
+import json
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ from math import inf, isfinite, nan
 from typing import Any, NoReturn
 
 from utils.errors import AgreedError, is_lost_process, is_out_of_memory, words_of
+from utils.registry import import_file
 
 # A parser, or a group of one.
 Flags = argparse._ActionsContainer
@@ -56,6 +58,17 @@ class _Parser(argparse.ArgumentParser):
             r"-(\.?\d|inf|nan)", re.I
         )  # values, -1e-4 too, which Python's own misses
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as usual, after the files of --import have registered what they define."""
+        files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        files.add_argument("--import", dest="imports", action="append", default=[])
+        try:
+            for file in files.parse_known_args(args)[0].imports:
+                import_file(file)
+        except (ValueError, OSError) as error:
+            self.error(str(error))
+        return super().parse_known_args(args, namespace)
+
     def _get_option_tuples(self, option_string: str) -> list[tuple]:
         matches = super()._get_option_tuples(option_string)
         first, last = [], []
@@ -81,7 +94,16 @@ def flag_parser(description: str | None, added: Sequence[str] = ()) -> argparse.
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
-    return _Parser(description=description, formatter_class=Formatter, added=added)
+    parser = _Parser(description=description, formatter_class=Formatter, added=added)
+    parser.add_argument(
+        "--import",
+        dest="import",
+        metavar="FILE.py",
+        action="append",
+        default=[],
+        help="a file of your own that registers layouts, conditions, objectives or quantisers (docs/extending.md); repeatable",
+    )
+    return parser
 
 
 class _Unused(argparse.Action):
@@ -159,6 +181,23 @@ def colour(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text!r} is no colour: give a name, #rrggbb, or none") from error
 
 
+def named_settings(text: str) -> dict[str, Any]:
+    """An argparse type: a registered name and its settings, NAME or NAME,key=value,…, as {"name": NAME, key: value, …}."""
+    name, *settings = text.split(",")
+    if not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"must be a registered name, got {name or 'nothing'}")
+    found: dict[str, Any] = {"name": name}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not (key and equals):
+            raise argparse.ArgumentTypeError(f"must be NAME or NAME,key=value,…, got {text}")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
 def positive_int_or_auto(text: str) -> float | str:
     """An argparse type: a whole number above zero, or "auto"."""
     return text if text == "auto" else positive_int(text)
@@ -191,6 +230,22 @@ def add_gpt_flags(
         default=None,
         help="special tokens of PAR, one less than --ar-token-num",
     )
+    if training:
+        group.add_argument(
+            "--layout",
+            type=named_settings,
+            default=None,
+            metavar="NAME[,key=value]",
+            help="a registered order of tokens (default: raster, or what --ar-token-num says); docs/extending.md",
+        )
+        group.add_argument(
+            "--condition",
+            type=named_settings,
+            action="append",
+            default=[],
+            metavar="NAME[,key=value]",
+            help="a further registered condition, read from the data by its name; repeatable",
+        )
     why = "rotary tables are made for the grid of --image-size, as those of the released models"
     group.add_argument(
         "--rescale-rope", action=_Unused, nargs="?", const=why, default=argparse.SUPPRESS, help="not used"

@@ -1,7 +1,7 @@
 """Config of a GPT's file (`Checkpoint.config`): the record of what its weights are and belong to, and its comparison.
 
     {"version": 2, "model": {…}, "layout": {…}, "conditions": {…}, "tokenizer": fingerprint, "classes": [names by label],
-     "codes": [identity of each code folder], "text_encoder": fingerprint}
+     "codes": [identity of each code folder], "text_encoder": fingerprint, "imports": [files that --import ran]}
 
 Every entry may be absent: published files have none, files of the first edition lack them. What one side lacks is not
 compared.
@@ -11,12 +11,15 @@ from collections.abc import Mapping, Sequence
 from reprlib import repr as short
 from typing import Any
 
+from utils.registry import IMPORTED
+
 VERSION = 2
 
 
 def origin(**entries: Any) -> dict[str, Any]:
-    """Return a record of the entries that are known (not None)."""
-    return {"version": VERSION, **{name: value for name, value in entries.items() if value is not None}}
+    """Return a record of the entries that are known (not None), and of the files that --import has run."""
+    imports = {"imports": list(IMPORTED)} if IMPORTED else {}
+    return {"version": VERSION, **{name: value for name, value in entries.items() if value is not None}, **imports}
 
 
 def same_tokenizer(one: str | None, other: str | None) -> bool:

@@ -1,6 +1,9 @@
-"""Registry of named implementations: layouts, conditions, tokenizers, quantisers, objectives."""
+"""Registry of named implementations: layouts, conditions, tokenizers, quantisers, objectives; and files that add to it."""
 
+import importlib.util
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Generic, TypeVar
 
 Kind = TypeVar("Kind")
@@ -33,3 +36,32 @@ class Registry(Generic[Kind]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._known)
+
+
+# Files that --import has run, as they were named.
+IMPORTED: list[str] = []
+
+
+def import_file(path: str | Path) -> None:
+    """Run a Python file for what it registers, once. Raises FileNotFoundError, ValueError for what is no .py file."""
+    file = Path(path).resolve()
+    if file.suffix != ".py":
+        raise ValueError(f"--import takes a Python file, got {path}")
+    if not file.is_file():
+        raise FileNotFoundError(f"--import {path}: there is no such file")
+    name = f"imported_{file.stem}"
+    loaded = sys.modules.get(name)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(file):
+        return
+    if loaded is not None:
+        raise ValueError(f"--import {path} and {loaded.__file__} have the same name; rename one of them")
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    IMPORTED.append(str(path))

@@ -180,6 +180,10 @@ def new_model(args: argparse.Namespace, grid: int, drop_path_rate: float, **more
     from autoregressive.models.gpt import GPT_models
 
     ar_token_num, spe_token_num = layout_numbers(args)
+    if args.layout and (ar_token_num or 1) > 1:
+        raise ValueError(
+            f"--layout {args.layout['name']} and --ar-token-num {ar_token_num} both say the order; give one"
+        )
     if (ar_token_num or 1) == grid**2 > 1:
         raise ValueError(
             f"--ar-token-num {ar_token_num} is all of the {grid}x{grid} tokens: the first {ar_token_num} are predicted one by "
@@ -199,8 +203,15 @@ def new_model(args: argparse.Namespace, grid: int, drop_path_rate: float, **more
             drop_path_rate=drop_path_rate,
             spe_token_num=spe_token_num or 0,
             ar_token_num=ar_token_num or 1,
+            layout=args.layout,
+            extra_conditions=dict(map(split_name, args.condition)),
             **more,
         )
+
+
+def split_name(named: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the name and the settings of what `named_settings` parsed."""
+    return named["name"], {key: value for key, value in named.items() if key != "name"}
 
 
 def lay_out(model: "Transformer", plan: "Parallel", seed: int) -> "torch.nn.Module":

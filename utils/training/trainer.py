@@ -585,7 +585,7 @@ class Trainer:
                 continue
             self._require_same_origin(
                 saved,
-                ("tokenizer", "classes", "text_encoder", "codes"),
+                ("tokenizer", "classes", "text_encoder", "codes", "layout", "conditions"),
                 "give the run's own data, or begin a new run without --resume",
             )
             try:
