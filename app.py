@@ -157,8 +157,8 @@ def load_pipeline(
     """
     from autoregressive.hub import TransformerHF
     from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt
+    from tokenizer.load import load_tokenizer
     from tokenizer.tokenizer_image.hub import VQModelHF
-    from tokenizer.tokenizer_image.load import load_tokenizer
     from utils.checkpoint import has_averages, read_checkpoint
     from utils.distributed import pick_device
     from utils.runs import find_checkpoint

@@ -39,7 +39,7 @@ class TransformerHF(
             [
                 "from autoregressive.hub import TransformerHF",
                 "from autoregressive.pipeline import ImagePipeline",
-                "from tokenizer.tokenizer_image.load import load_tokenizer",
+                "from tokenizer.load import load_tokenizer",
                 "",
                 f'gpt = TransformerHF.from_pretrained("{name}")',
                 'pipeline = ImagePipeline(gpt, load_tokenizer("the tokenizer it was trained with"))',

@@ -14,7 +14,6 @@ number of threads, on an accelerator for one batch size.
 import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from math import isqrt
 from pathlib import Path
 from typing import Protocol
@@ -33,10 +32,8 @@ from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
 from autoregressive.released import find_identity, gpt_identity
 from language.captions import clean_caption
 from language.features import left_padded, prefix_mask
-from tokenizer.tokenizer_image.fingerprint import tokenizer_fingerprint
-from tokenizer.tokenizer_image.load import load_tokenizer
-from tokenizer.tokenizer_image.strips import decode_in_strips
-from tokenizer.tokenizer_image.vq_model import VQModel, independent_of_threads
+from tokenizer.base import Tokenizer
+from tokenizer.load import load_tokenizer
 from utils.checkpoint import has_averages, load_into, read_checkpoint
 from utils.distributed import pick_device
 from utils.errors import is_out_of_memory
@@ -117,7 +114,7 @@ class ImagePipeline:
     def __init__(
         self,
         gpt: Transformer,
-        tokenizer: VQModel,
+        tokenizer: Tokenizer,
         *,
         batch_size: int | None = None,
         compile: bool = False,
@@ -129,13 +126,13 @@ class ImagePipeline:
         t5_tokens: int | None = None,
         left_padding: bool = True,
     ):
-        if gpt.args.vocab_size > tokenizer.config.codebook_size:
+        if gpt.args.vocab_size > tokenizer.codebook_size:
             raise ValueError(
-                f"the GPT has {gpt.args.vocab_size} codes and the tokenizer {tokenizer.config.codebook_size}: "
+                f"the GPT has {gpt.args.vocab_size} codes and the tokenizer {tokenizer.codebook_size}: "
                 "they were not trained together"
             )
         recorded = gpt.file_config.get("tokenizer")
-        if recorded and not same_tokenizer(recorded, found := tokenizer_fingerprint(tokenizer)):
+        if recorded and not same_tokenizer(recorded, found := tokenizer.fingerprint()):
             raise ValueError(
                 f"the GPT speaks the codes of the tokenizer {recorded}, and the tokenizer given is {found}: give the one "
                 "that made the codes it was trained on"
@@ -180,7 +177,7 @@ class ImagePipeline:
         `vq` defaults to the released tokenizer of the GPT's kind.
         dtype: of the GPT's weights (bfloat16 on an accelerator, float32 on a CPU).
         use_ema: take the GPT's averaged weights, and the tokenizer's where its file has some.
-        decode_precision: none, or bf16 for pixels sooner that are not quite the same (VQModel.decode_in_bfloat16).
+        decode_precision: none, or bf16 for pixels sooner that are not quite the same (Tokenizer.decode_in_bfloat16).
         text: how prompts are encoded, as the constructor takes it (text_encoder, t5_path, t5_device, t5_dtype, …).
         Raises FileNotFoundError, ConnectionError, and ValueError where the two models do not fit together.
         """
@@ -539,15 +536,15 @@ class ImagePipeline:
 
 @torch.inference_mode()
 def decode_codes(
-    tokenizer: VQModel, codes: Tensor, *, width: int | None = None, size: int | None = None, batch_size: int = 32
+    tokenizer: Tokenizer, codes: Tensor, *, width: int | None = None, size: int | None = None, batch_size: int = 32
 ) -> np.ndarray:
     """Codes (B, h·width) in raster order to pixels, uint8 (B, H, W, 3); an image's do not depend on the others.
 
     width: tokens of a row (of a square where not given). size: pixels a side to resize to, bicubically.
     batch_size: images at once on an accelerator, at most MOST_DECODED_AT_ONCE; where memory is short for them, half as
-    many, and so on, and where it is short for one, in strips (tokenizer/tokenizer_image/strips.py).
+    many, and so on, and where it is short for one, in strips (`Tokenizer.to_pixels_in_strips`).
     """
-    device = tokenizer.quantize.embedding.weight.device
+    device = tokenizer.device
     width = width or isqrt(codes.shape[1])
     at_once = IMAGES_AT_ONCE if device.type == "cpu" else min(batch_size, MOST_DECODED_AT_ONCE)
     while True:
@@ -563,18 +560,14 @@ def decode_codes(
 
 
 def _decode_so_many(
-    tokenizer: VQModel, codes: Tensor, width: int, size: int | None, at_once: int, in_strips: bool
+    tokenizer: Tokenizer, codes: Tensor, width: int, size: int | None, at_once: int, in_strips: bool
 ) -> np.ndarray:
     """As decode_codes, `at_once` images in each pass, the last one filled up to that number."""
-    shape = (at_once, tokenizer.config.codebook_embed_dim, codes.shape[1] // width, width)
+    decode = tokenizer.to_pixels_in_strips if in_strips else tokenizer.to_pixels
     arrays = []
     for part in codes.split(at_once):
         filled = torch.cat([part, part[-1:].expand(at_once - len(part), -1)])
-        with independent_of_threads(tokenizer) if codes.device.type == "cpu" else nullcontext():
-            if in_strips:
-                images = decode_in_strips(tokenizer, tokenizer.quantize.get_codebook_entry(filled, shape)).float()
-            else:
-                images = tokenizer.decode_code(filled, shape).float()
+        images = decode(filled.view(len(filled), -1, width)).float()
         if size is not None and size != images.shape[-1]:
             images = torch.nn.functional.interpolate(images, size=(size, size), mode="bicubic")
         arrays.append(to_uint8(images[: len(part)]))

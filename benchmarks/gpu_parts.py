@@ -122,28 +122,28 @@ def vq(part: Part) -> None:
 
 
 def tokenizer_steps(part: Part, case: str, pixels: Tensor) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
-    """Makes VQ-16 ready for a case and returns its two directions: pixels to codes (B, N), codes to pixels."""
-    from tokenizer.tokenizer_image import vq_model
+    """Makes VQ-16 ready for a case and returns its two directions: pixels to codes (B, h, w), codes to pixels."""
+    from tokenizer import base
+    from tokenizer.tokenizer_image.vq_model import VQ_models
 
     torch.manual_seed(0)
     use_tf32(case.startswith("TF32"))
-    vq_model.full_float32 = nullcontext if case.startswith("TF32") else full_float32
+    base.full_float32 = nullcontext if case.startswith("TF32") else full_float32
     layout = torch.channels_last if "channels" in case else torch.contiguous_format
-    model = vq_model.VQ_models["VQ-16"]().eval().requires_grad_(False)
+    model = VQ_models["VQ-16"]().eval().requires_grad_(False)
     if "bf16" in case:
         model.decode_in_bfloat16()
     model = model.to(part.device, memory_format=layout)
     pixels = pixels.to(part.device).contiguous(memory_format=layout)
-    side = pixels.shape[-1] // 16
 
     @torch.inference_mode()
     def encode() -> Tensor:
         with torch.autocast(part.device.type, torch.bfloat16, enabled="bf16" in case):
-            return model.encode(pixels)[2][2].view(len(pixels), -1)
+            return model.to_codes(pixels)
 
     @torch.inference_mode()
     def decode(codes: Tensor) -> Tensor:
-        return model.decode_code(codes, (len(pixels), 8, side, side)).float()
+        return model.to_pixels(codes).float()
 
     return encode, decode
 

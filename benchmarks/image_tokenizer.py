@@ -19,7 +19,7 @@ from utils.cli import flag_parser, positive_int, run_script
 if TYPE_CHECKING:
     import torch
 
-    from tokenizer.tokenizer_image.vq_model import VQModel
+    from tokenizer.base import Tokenizer
 
 
 def main(args: argparse.Namespace) -> None:
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
             )
 
 
-def made_ready(name: str, device: "torch.device", precision: str, channels_last: str) -> "VQModel":
+def made_ready(name: str, device: "torch.device", precision: str, channels_last: str) -> "Tokenizer":
     """The tokenizer with the same random weights whatever the case."""
     import torch
 
@@ -92,30 +92,21 @@ def made_ready(name: str, device: "torch.device", precision: str, channels_last:
     return tokenizer.to(device, memory_format=layout)
 
 
-def steps(tokenizer: "VQModel", precision: str, channels_last: str) -> tuple[Callable, Callable]:
-    """Images (B, 3, H, W) to codes (B, h, w), and those to images. On a CPU as it is independent of threads."""
-    from contextlib import nullcontext
-
+def steps(tokenizer: "Tokenizer", precision: str, channels_last: str) -> tuple[Callable, Callable]:
+    """Images (B, 3, H, W) to codes (B, h, w), and those to images."""
     import torch
 
-    from tokenizer.tokenizer_image.vq_model import independent_of_threads
-
-    device = tokenizer.quantize.embedding.weight.device
+    device = tokenizer.device
     layout = torch.channels_last if channels_last == "yes" else torch.contiguous_format
 
     def computed(step: Callable[["torch.Tensor"], "torch.Tensor"], argument: "torch.Tensor") -> "torch.Tensor":
-        with (
-            torch.inference_mode(),
-            torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
-            independent_of_threads(tokenizer) if device.type == "cpu" else nullcontext(),
-        ):
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             return step(argument)
 
     def encode(pixels: "torch.Tensor") -> "torch.Tensor":
-        quant, _, (_, _, codes) = tokenizer.encode(pixels.contiguous(memory_format=layout))
-        return codes.view(len(pixels), *quant.shape[2:])
+        return tokenizer.to_codes(pixels.contiguous(memory_format=layout))
 
-    return lambda pixels: computed(encode, pixels), lambda codes: computed(tokenizer.decode_code, codes)
+    return lambda pixels: computed(encode, pixels), lambda codes: computed(tokenizer.to_pixels, codes)
 
 
 def flags() -> argparse.ArgumentParser:

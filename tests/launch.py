@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # What takes long to import and the scripts import in `main`.
-NEEDED = ("torch._dynamo", "torch.distributed.fsdp", "tokenizer.tokenizer_image.load", "utils.training.trainer")
+NEEDED = ("torch._dynamo", "torch.distributed.fsdp", "tokenizer.load", "utils.training.trainer")
 
 
 def main(processes: int, script: str, flags: list[str]) -> int:

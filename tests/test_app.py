@@ -34,7 +34,7 @@ def test_the_published_flags():
     args = parse()
     published = {
         "gpt_model": "GPT-XL", "gpt_type": "c2i", "from_fsdp": False, "cls_token_num": 1, "precision": "bf16",
-        "compile": False, "vq_model": "VQ-16", "codebook_size": None, "codebook_embed_dim": 8, "downsample_size": 16,
+        "compile": False, "vq_model": None, "codebook_size": None, "codebook_embed_dim": None, "downsample_size": 16,
         "num_classes": None, "cfg_scale": 4.0, "cfg_interval": -1, "seed": 0, "top_k": 2000, "temperature": 1.0, "top_p": 1.0,
     }  # fmt: skip
     assert {name: getattr(args, name) for name in published} == published

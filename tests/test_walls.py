@@ -23,7 +23,8 @@ FORBIDDEN = {
     "autoregressive/train": ("autoregressive.sample", "autoregressive.serve", "tools"),
     "autoregressive/sample": ("autoregressive.train", "autoregressive.serve", "tools", "dataset"),
     "tokenizer": ("autoregressive", "language", "evaluations", "tools"),
-    "tokenizer/tokenizer_image/vq_model.py": ("dataset", "utils"),
+    "tokenizer/base.py": ("dataset", "utils"), "tokenizer/tokenizer_image/vq_model.py": ("dataset", "utils"),
+    "tokenizer/tokenizer_image/quantizers": ("dataset", "utils"),
 }  # fmt: skip
 ALLOWED = {"utils.precision", "utils.errors", "utils.registry"}  # no file, no flag
 # Prints what comes with each module's `flags()` that --help is not to wait for.

@@ -164,7 +164,9 @@ def check_abbreviations(parser, published: list[str]) -> None:
 
 
 # Flags whose published default is taken where no file says more.
-LEFT_TO_FILES = {"--num-classes": 1000, "--vocab-size": 16384, "--codebook-size": 16384}
+LEFT_TO_FILES = {
+    "--num-classes": 1000, "--vocab-size": 16384, "--codebook-size": 16384, "--codebook-embed-dim": 8, "--vq-model": "VQ-16",
+}  # fmt: skip
 
 
 def check_published_flags(script, text: str, without_default: tuple[str, ...] = ()) -> None:

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dataset.images import ImageDataset
+    from tokenizer.base import Tokenizer
     from tokenizer.tokenizer_image.lpips import LPIPS
-    from tokenizer.tokenizer_image.vq_model import VQModel
     from utils.distributed import Distributed
 
 # Flags that change no figure and no image, or stand in the settings in another form.
@@ -82,24 +82,19 @@ class Codec(Protocol):
 
 
 class VQCodec:
-    """A VQModel as a Codec: ours, or taming's (tokenizer/vqgan/load.py)."""
+    """A tokenizer as a Codec."""
 
     draws = False
     packages = ()
 
-    def __init__(self, tokenizer: "VQModel"):
+    def __init__(self, tokenizer: "Tokenizer"):
         self.tokenizer = tokenizer
         self.downsample = tokenizer.downsample
-        self.codebook_size = tokenizer.config.codebook_size
+        self.codebook_size = tokenizer.codebook_size
 
     def __call__(self, images: "Tensor", indices: Sequence[int]) -> "tuple[Tensor, Tensor]":
-        from contextlib import nullcontext
-
-        from tokenizer.tokenizer_image.vq_model import independent_of_threads
-
-        with independent_of_threads(self.tokenizer) if images.device.type == "cpu" else nullcontext():
-            quant, _, (_, _, codes) = self.tokenizer.encode(images)
-            return self.tokenizer.decode(quant), codes.view(len(images), -1)
+        codes = self.tokenizer.to_codes(images)
+        return self.tokenizer.to_pixels(codes), codes.flatten(1)
 
 
 @dataclass(frozen=True)
@@ -155,7 +150,7 @@ def round_trip(
 
 
 def reconstruct(
-    tokenizer: "VQModel", batches: "Iterable[tuple[Tensor, Tensor]]", device: "torch.device"
+    tokenizer: "Tokenizer", batches: "Iterable[tuple[Tensor, Tensor]]", device: "torch.device"
 ) -> "Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]":
     """Encodes and decodes batches of (images (B, 3, H, W) in [-1, 1], labels).
 

@@ -19,6 +19,7 @@ from utils.cli import (
     nonnegative_int,
     positive_int,
     run_script,
+    tokenizer_beliefs,
 )
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from dataset.codes import CodeSettings
     from dataset.published import PublishedFolder
     from dataset.shards import ShardFolder
-    from tokenizer.tokenizer_image.vq_model import VQModel
+    from tokenizer.base import Tokenizer
 
 # Pixels that go through the decoder at once, 8 views of 256x256.
 DECODED_PIXELS = 8 * 256 * 256
@@ -37,7 +38,7 @@ def main(args: argparse.Namespace) -> None:
     import numpy as np
 
     from dataset.codes import open_codes
-    from tokenizer.tokenizer_image.load import load_tokenizer
+    from tokenizer.load import load_tokenizer
     from utils.distributed import start
     from utils.images import make_grid, save_png
     from utils.runs import find_checkpoint
@@ -61,13 +62,11 @@ def main(args: argparse.Namespace) -> None:
     dist = start(args.device)
     tokenizer = load_tokenizer(
         find_checkpoint(args.vq_ckpt),
-        vq_model=args.vq_model,
-        codebook_size=args.codebook_size,
-        codebook_embed_dim=args.codebook_embed_dim,
+        **tokenizer_beliefs(args),
         device=dist.device,
         use_ema=args.use_ema,
     )
-    codebook_size = tokenizer.config.codebook_size
+    codebook_size = tokenizer.codebook_size
     if tokenizer.downsample != args.downsample_size:
         raise ValueError(
             f"--downsample-size {args.downsample_size} is not that of {args.vq_ckpt}, whose tokens are "
@@ -107,12 +106,11 @@ def refuse_other_flags(args: argparse.Namespace, settings: "CodeSettings") -> No
         )
 
 
-def refuse_other_tokenizer(args: argparse.Namespace, settings: "CodeSettings", tokenizer: "VQModel") -> None:
+def refuse_other_tokenizer(args: argparse.Namespace, settings: "CodeSettings", tokenizer: "Tokenizer") -> None:
     """Raises ValueError where the index records the fingerprint of another tokenizer: it would draw something else."""
-    from tokenizer.tokenizer_image.fingerprint import tokenizer_fingerprint
     from utils.origin import same_tokenizer
 
-    found = tokenizer_fingerprint(tokenizer)
+    found = tokenizer.fingerprint()
     if not same_tokenizer(settings.tokenizer, found):
         other = "without" if args.use_ema else "with"
         raise ValueError(
@@ -164,7 +162,7 @@ def choose(numbers: "np.ndarray", asked: list[int] | None, count: int, seed: int
     return np.searchsorted(numbers, asked)
 
 
-def decode(tokenizer: "VQModel", codes: "np.ndarray", side: int) -> "np.ndarray":
+def decode(tokenizer: "Tokenizer", codes: "np.ndarray", side: int) -> "np.ndarray":
     """Codes (n, side*side) to pictures, uint8 (n, H, W, 3), a bounded number at a time."""
     import numpy as np
     import torch
@@ -172,10 +170,9 @@ def decode(tokenizer: "VQModel", codes: "np.ndarray", side: int) -> "np.ndarray"
     from utils.images import to_uint8
 
     at_once = max(1, DECODED_PIXELS // (side * tokenizer.downsample) ** 2)
-    device = tokenizer.quantize.embedding.weight.device
     with torch.inference_mode():
         parts = torch.from_numpy(codes).view(-1, side, side).split(at_once)
-        return np.concatenate([to_uint8(tokenizer.decode_code(part.to(device))) for part in parts])
+        return np.concatenate([to_uint8(tokenizer.to_pixels(part.to(tokenizer.device))) for part in parts])
 
 
 def flags() -> argparse.ArgumentParser:

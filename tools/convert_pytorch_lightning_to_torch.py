@@ -14,10 +14,10 @@ from utils.cli import flag_parser, run_script
 
 
 def main(args: argparse.Namespace) -> None:
-    from tokenizer.tokenizer_image.load import kept_config, vq_record
-    from tokenizer.tokenizer_image.vq_model import vq_args_from_state_dict, vq_model_name
-    from tokenizer.vqgan.load import from_taming, has_taming_names
+    from tokenizer.load import kept_config
+    from tokenizer.released import taming
     from utils.checkpoint import read_checkpoint, save_checkpoint
+    from utils.origin import origin
 
     checkpoint = read_checkpoint(args.input)
     target = Path(args.output) if args.output else checkpoint.path.with_suffix(".pt")
@@ -30,22 +30,17 @@ def main(args: argparse.Namespace) -> None:
         save_checkpoint(target, {"model": owned(checkpoint.model), **({"config": config} if config else {})})
         print(f"{target}: {len(checkpoint.model)} tensors of {checkpoint.path}, names kept")
         return
-    if not has_taming_names(checkpoint.model):
+    converted = taming(checkpoint)
+    if converted is None:
         raise ValueError(
             f"{checkpoint.path} holds no VQGAN under taming's names (no encoder.down.0.block.0.conv1.weight); --keep-names "
             "converts other checkpoints"
         )
-    model = owned(from_taming(checkpoint.model))
-    try:
-        shape = vq_args_from_state_dict(model)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.path} holds {error}") from error
-    shape.codebook_l2_norm = False  # which the weights do not show: --vq-ckpt would normalise the codes otherwise
-    save_checkpoint(target, {"model": model, "config": vq_record(shape)})
+    config, state = converted
+    save_checkpoint(target, {"model": owned(state), "config": origin(**config)})
     print(
-        f"{target}: {len(model)} tensors of {checkpoint.path} ({len(checkpoint.model) - len(model)} of its loss left out), for "
-        f"--vqgan-ckpt, or --vq-ckpt with --vq-model {vq_model_name(shape)} --codebook-size {shape.codebook_size} "
-        f"--codebook-embed-dim {shape.codebook_embed_dim}"
+        f"{target}: {len(state)} tensors of {checkpoint.path} ({len(checkpoint.model) - len(state)} of its loss left out), for "
+        "--vqgan-ckpt, or --vq-ckpt of any script"
     )
 
 

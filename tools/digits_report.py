@@ -43,8 +43,8 @@ def of_classes(args: argparse.Namespace) -> dict:
     from autoregressive.pipeline import load_gpt
     from autoregressive.train.loss import mean_loss
     from dataset.codes import PackedCodes
+    from tokenizer.load import load_tokenizer
     from tokenizer.reconstruction import reconstruct
-    from tokenizer.tokenizer_image.load import load_tokenizer
     from utils.distributed import start
     from utils.images import make_grid, peak_signal_to_noise_ratio, save_png
     from utils.runs import find_checkpoint
@@ -79,7 +79,7 @@ def of_classes(args: argparse.Namespace) -> dict:
         "psnr_held_out_db": float(
             np.mean([peak_signal_to_noise_ratio(a, b) for a, b in zip(originals, recons, strict=True)])
         ),
-        "codebook_usage_held_out": len(np.unique(codes)) / tokenizer.config.codebook_size,
+        "codebook_usage_held_out": len(np.unique(codes)) / tokenizer.codebook_size,
         "nll_held_out_nats_per_token": nll,
         **judge.figures(samples, asked),
     }

@@ -18,7 +18,7 @@ SUFFIX = {"pt": ".pt", "consolidated": ".pth", "safetensors": ".safetensors"}
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from tokenizer.tokenizer_image.load import kept_config
+    from tokenizer.load import kept_config
     from utils.checkpoint import save_bare_weights, save_checkpoint, save_safetensors
     from utils.distributed import Distributed
     from utils.runs import find_checkpoint

@@ -21,6 +21,7 @@ from utils.cli import (
     add_tokenizer_flags,
     flag_parser,
     run_script,
+    tokenizer_beliefs,
 )
 
 
@@ -30,7 +31,7 @@ def main(args: argparse.Namespace) -> None:
     from autoregressive.hub import TransformerHF
     from autoregressive.pipeline import PRECISIONS, ImagePipeline
     from autoregressive.sample.common import load_gpt_of_flags
-    from tokenizer.tokenizer_image.load import load_tokenizer
+    from tokenizer.load import load_tokenizer
     from utils.checkpoint import read_checkpoint
     from utils.pretrained import check_destination, send
     from utils.runs import find_checkpoint
@@ -41,12 +42,8 @@ def main(args: argparse.Namespace) -> None:
     path = find_checkpoint(args.gpt_ckpt)
     gpt = load_gpt_of_flags(args, path, PRECISIONS[args.precision])
     if args.vq_ckpt is not None:
-        flags = {
-            "vq_model": args.vq_model,
-            "codebook_size": args.codebook_size,
-            "fingerprint": gpt.file_config.get("tokenizer"),
-        }
-        ImagePipeline(gpt, load_tokenizer(find_checkpoint(args.vq_ckpt), **flags))  # raises where they do not fit
+        known = {**tokenizer_beliefs(args), "fingerprint": gpt.file_config.get("tokenizer")}
+        ImagePipeline(gpt, load_tokenizer(find_checkpoint(args.vq_ckpt), **known))  # raises where they do not fit
 
     # The feed-forward width by the rule of the table of sizes, where it is that.
     ruled = replace(gpt.args, multiple_of=256, ffn_dim_multiplier=None)

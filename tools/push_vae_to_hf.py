@@ -10,12 +10,12 @@ as --vq-ckpt of every script. The hub's token is read from HF_TOKEN, or from wha
 import argparse
 
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
-from utils.cli import add_hub_flags, add_tokenizer_flags, flag_parser, run_script
+from utils.cli import add_hub_flags, add_tokenizer_flags, flag_parser, run_script, tokenizer_beliefs
 
 
 def main(args: argparse.Namespace) -> None:
+    from tokenizer.load import load_tokenizer
     from tokenizer.tokenizer_image.hub import VQModelHF
-    from tokenizer.tokenizer_image.load import load_tokenizer
     from utils.checkpoint import read_checkpoint
     from utils.pretrained import check_destination, send
     from utils.runs import find_checkpoint
@@ -26,14 +26,11 @@ def main(args: argparse.Namespace) -> None:
     path = find_checkpoint(args.vq_ckpt)
     tokenizer = load_tokenizer(
         path,
-        vq_model=args.vq_model,
-        codebook_size=args.codebook_size,
-        codebook_embed_dim=args.codebook_embed_dim,
+        **tokenizer_beliefs(args),
         use_ema=args.use_ema,
     )
     checkpoint = read_checkpoint(path)
-    known = {"vq_model": args.vq_model, "codebook_l2_norm": tokenizer.config.codebook_l2_norm}
-    model = VQModelHF.holding(tokenizer, {**(checkpoint.args or {}), **known}, checkpoint.steps)
+    model = VQModelHF.holding(tokenizer, {**(checkpoint.args or {}), "vq_model": tokenizer.family}, checkpoint.steps)
     send(model, args.repo_id, args.output, private=args.private, license=args.license)
 
 

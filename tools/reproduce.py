@@ -438,11 +438,11 @@ def flops_per_image(row: Row, args: argparse.Namespace, given: dict[str, Any]) -
     with torch.device("meta"), FlopCounterMode(display=False) as decoding, torch.inference_mode():
         tokenizer = VQ_models[vq]()
         grid = size // tokenizer.downsample
-        tokenizer.decode_code(torch.zeros(1, grid**2, dtype=torch.long), (1, 8, grid, grid))
+        tokenizer.to_pixels(torch.zeros(1, grid, grid, dtype=torch.long))
     tokenizer_flops = decoding.get_total_flops()
     if row.gpt is None:
         with torch.device("meta"), FlopCounterMode(display=False) as encoding, torch.inference_mode():
-            tokenizer.encoder(torch.zeros(1, 3, size, size))
+            tokenizer.latents(torch.zeros(1, 3, size, size))
         return 0.0, tokenizer_flops + encoding.get_total_flops()
     settings = vars(settings_of(row, args, given))
     forward = training_flops_per_image(gpt_args(settings)) / 3  # a training step is one forward pass and two backward

@@ -296,9 +296,11 @@ def grid_size(image_size: int, downsample_size: int) -> int:
 
 
 def add_tokenizer_flags(parser: Flags, names: Iterable[str], *, required: bool = False) -> None:
-    """--vq-model (one of `names`), --vq-ckpt and the shape of the codebook."""
+    """--vq-ckpt, and what its file is believed to hold: --vq-model (one of `names`) and the shape of the codebook."""
     group = parser.add_argument_group("tokenizer")
-    group.add_argument("--vq-model", choices=list(names), default="VQ-16", help="image tokenizer")
+    group.add_argument(
+        "--vq-model", choices=list(names), default=None, help="image tokenizer (default: as the file says)"
+    )
     group.add_argument(
         "--vq-ckpt",
         default=None,
@@ -308,7 +310,14 @@ def add_tokenizer_flags(parser: Flags, names: Iterable[str], *, required: bool =
     group.add_argument(
         "--codebook-size", type=positive_int, default=None, help="codes in the codebook (default: as the file says)"
     )
-    group.add_argument("--codebook-embed-dim", type=positive_int, default=8, help="numbers a code has")
+    group.add_argument(
+        "--codebook-embed-dim", type=positive_int, default=None, help="numbers a code has (default: as the file says)"
+    )
+
+
+def tokenizer_beliefs(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the flags of `add_tokenizer_flags` say of the file, as `load_tokenizer` takes it."""
+    return {name: getattr(args, name, None) for name in ("vq_model", "codebook_size", "codebook_embed_dim")}
 
 
 def add_image_size_flags(parser: Flags, size: int, *, downsample: bool = True, evaluation: int | None = None) -> None:

@@ -25,9 +25,9 @@ from autoregressive.models.gpt import Transformer
 from autoregressive.models.sampling import SamplingConfig
 from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt, warn_of_long_features
 from autoregressive.quantization import quantize, require_torchao
-from tokenizer.tokenizer_image.load import load_tokenizer
+from tokenizer.load import load_tokenizer
 from utils.checkpoint import has_averages, read_checkpoint
-from utils.cli import grid_size, layout_numbers
+from utils.cli import grid_size, layout_numbers, tokenizer_beliefs
 from utils.distributed import Distributed, pick_device
 from utils.images import is_whole_png, save_png
 from utils.logger import console_logger
@@ -134,9 +134,7 @@ def build_pipeline(
     text = text_settings(args) if args.gpt_type == "t2i" else {}
     tokenizer = load_tokenizer(
         vq_path,
-        vq_model=args.vq_model,
-        codebook_size=args.codebook_size,
-        codebook_embed_dim=args.codebook_embed_dim,
+        **tokenizer_beliefs(args),
         device=device,
         use_ema=args.use_ema and has_averages(vq_path),
         decode_precision=args.decode_precision,
@@ -144,7 +142,7 @@ def build_pipeline(
     )
     if args.downsample_size != tokenizer.downsample:
         raise ValueError(
-            f"--vq-model {args.vq_model} makes tokens of {tokenizer.downsample} pixels: pass --downsample-size {tokenizer.downsample}"
+            f"the tokens of {vq_path} are {tokenizer.downsample} pixels a side: pass --downsample-size {tokenizer.downsample}"
         )
     gpt = load_gpt_of_flags(args, gpt_path, weights_dtype(args.precision, device), device)
     if args.gpt_type == "t2i" and args.t5_feature_dim != gpt.args.caption_dim:
@@ -152,7 +150,7 @@ def build_pipeline(
             f"{gpt_path} takes text features of {gpt.args.caption_dim} numbers: pass --t5-feature-dim {gpt.args.caption_dim}"
         )
     # What the flags left to the files: a folder of samples records it.
-    args.codebook_size = tokenizer.config.codebook_size
+    vars(args).update(tokenizer.flags)
     if args.gpt_type == "c2i":
         args.num_classes = gpt.args.num_classes
     if quantized:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from autoregressive.pipeline import decode_codes
-from tokenizer.tokenizer_image.vq_model import VQModel
+from tokenizer.base import Tokenizer
 from utils.errors import NotFiniteError
 
 GREY = 128
@@ -26,7 +26,7 @@ class Decoder:
     grid_size: tokens a side. batch_size: images decoded at once.
     """
 
-    def __init__(self, tokenizer: VQModel, grid_size: int, batch_size: int = 8):
+    def __init__(self, tokenizer: Tokenizer, grid_size: int, batch_size: int = 8):
         self.tokenizer, self.grid_size, self.batch_size = tokenizer, grid_size, batch_size
         self._waiting: list[tuple[list[int], asyncio.Future]] = []
         self._busy: asyncio.Task | None = None

@@ -169,7 +169,7 @@ async def load_vllm(args: argparse.Namespace) -> tuple:
     from autoregressive.serve.prompts import PromptEncoder, encoding_with
     from autoregressive.serve.vllm_engine import MAX_NUM_SEQS, VllmEngine, require_vllm
     from language.t5 import T5Embedder, find_t5
-    from tokenizer.tokenizer_image.load import load_tokenizer
+    from tokenizer.load import load_tokenizer
     from utils.checkpoint import has_averages, read_checkpoint
     from utils.distributed import pick_device
     from utils.runs import find_checkpoint

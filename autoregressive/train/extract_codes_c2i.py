@@ -22,6 +22,7 @@ from utils.cli import (
     positive_float,
     positive_int,
     run_script,
+    tokenizer_beliefs,
 )
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from dataset.codes import CodeSettings
     from dataset.images import ImageDataset
     from dataset.pixels import Reading
-    from tokenizer.tokenizer_image.vq_model import VQModel
+    from tokenizer.base import Tokenizer
 
 # Pixels that go through the encoder at once: 32 views of 256x256, some 6 GB of float32 activations at VQ-16's widths.
 ENCODED_PIXELS = 32 * 256 * 256
@@ -51,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
     from dataset.pixels import Reading
     from dataset.published import recorded_settings
     from dataset.shards import SHARD_SIZE, ShardFolder
-    from tokenizer.tokenizer_image.load import load_tokenizer
+    from tokenizer.load import load_tokenizer
     from utils.distributed import start
     from utils.loading import loader_workers
     from utils.logger import console_logger
@@ -66,9 +67,7 @@ def main(args: argparse.Namespace) -> None:
         vq_path = find_checkpoint(args.vq_ckpt)
     tokenizer = load_tokenizer(
         vq_path,
-        vq_model=args.vq_model,
-        codebook_size=args.codebook_size,
-        codebook_embed_dim=args.codebook_embed_dim,
+        **tokenizer_beliefs(args),
         device=dist.device,
         use_ema=args.use_ema,
     ).to(memory_format=memory_format(dist.device))
@@ -162,7 +161,7 @@ def shard_batches(settings: "CodeSettings", shards: Sequence[int], batch_size: i
 
 
 def encode_shards(
-    tokenizer: "VQModel",
+    tokenizer: "Tokenizer",
     dataset: "ImageDataset",
     settings: "CodeSettings",
     batches: Sequence[tuple[int, range]],
@@ -181,7 +180,7 @@ def encode_shards(
 
     from dataset.images import present_batches
 
-    device = tokenizer.quantize.embedding.weight.device
+    device = tokenizer.device
     present = present_batches(dataset, [images for _, images in batches], workers, device.type == "cuda")
     for shard, loaded in groupby(zip(batches, present, strict=True), key=lambda pair: pair[0][0]):
         codes = [torch.empty(0, len(settings.views), settings.tokens, dtype=torch.int32)]
@@ -205,7 +204,7 @@ def memory_format(device: "torch.device") -> "torch.memory_format":
 
 
 def encode_views(
-    tokenizer: "VQModel", pixels: "Tensor", mixed_precision: str = "none", pixels_at_once: int = ENCODED_PIXELS
+    tokenizer: "Tokenizer", pixels: "Tensor", mixed_precision: str = "none", pixels_at_once: int = ENCODED_PIXELS
 ) -> "Tensor":
     """Codes of every view of every image. (n, views, 3, H, W) in [-1, 1] -> int64 (n, views, N), raster order.
 
@@ -218,20 +217,16 @@ def encode_views(
 
     flat = pixels.flatten(0, 1)  # (n*views, 3, H, W)
     views = max(1, pixels_at_once // flat[0, 0].numel())
-    codes = []
-    finite = torch.ones((), dtype=torch.bool, device=pixels.device)
     dtype = HALF.get(mixed_precision)
     with torch.inference_mode(), torch.autocast(pixels.device.type, dtype, enabled=dtype is not None):
-        for part in flat.split(views):
-            quant, _, (_, _, indices) = tokenizer.encode(part.contiguous(memory_format=memory_format(part.device)))
-            codes.append(indices)
-            finite &= quant.isfinite().all()
-    if not finite:
+        layout = memory_format(flat.device)
+        codes = torch.cat([tokenizer.to_codes(part.contiguous(memory_format=layout)) for part in flat.split(views)])
+    if (codes < 0).any():
         raise ValueError(
             "the tokenizer's latents are not finite, so they have no nearest code: are the weights of --vq-ckpt whole? "
             "With --mixed-precision fp16 they may be too large for it; try bf16 or none"
         )
-    return torch.cat(codes).view(*pixels.shape[:2], -1)
+    return codes.view(*pixels.shape[:2], -1)
 
 
 def classes_by_label(args: argparse.Namespace) -> list[str] | None:
@@ -257,23 +252,22 @@ def extra_settings(mixed_precision: str, reading: "Reading") -> dict:
     return ({} if mixed_precision == "none" else {"mixed_precision": mixed_precision}) | reading.record()
 
 
-def code_settings(args: argparse.Namespace, dataset: "ImageDataset", tokenizer: "VQModel") -> "CodeSettings":
+def code_settings(args: argparse.Namespace, dataset: "ImageDataset", tokenizer: "Tokenizer") -> "CodeSettings":
     """What the shards' index records of the codes."""
     from dataset.augmentation import code_view_names
     from dataset.codes import CodeSettings
-    from tokenizer.tokenizer_image.fingerprint import tokenizer_fingerprint
 
     return CodeSettings(
         dataset=args.dataset,
         image_size=args.image_size,
         tokens=(args.image_size // tokenizer.downsample) ** 2,
         views=code_view_names(args.ten_crop, args.flip),
-        codebook_size=tokenizer.config.codebook_size,
+        codebook_size=tokenizer.codebook_size,
         num_images=len(dataset),
         classes=dataset.classes or None,
         num_classes=len(dataset.classes) or 1,
-        vq_model=args.vq_model,
-        tokenizer=tokenizer_fingerprint(tokenizer),
+        vq_model=tokenizer.family,
+        tokenizer=tokenizer.fingerprint(),
         crop_range=args.crop_range if args.ten_crop else None,
         shard_size=args.shard_size,
         extra=extra_settings(args.mixed_precision, dataset.reading),

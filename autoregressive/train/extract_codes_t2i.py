@@ -25,12 +25,13 @@ from utils.cli import (
     nonnegative_int,
     positive_int,
     run_script,
+    tokenizer_beliefs,
 )
 
 if TYPE_CHECKING:
     from dataset.codes import CodeSettings
     from dataset.pixels import Reading
-    from tokenizer.tokenizer_image.vq_model import VQModel
+    from tokenizer.base import Tokenizer
 
 RECORD = "extraction.json"  # of the published layout, which has no index
 RELEASED_TOKENIZER = "vq_ds16_t2i.pt"
@@ -51,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
     from dataset.lines import ImageLines, compare_before_writing, record_lines
     from dataset.pixels import Reading
     from dataset.t2i import PairViews, chosen_files, open_pairs, write_text_codes
-    from tokenizer.tokenizer_image.load import load_tokenizer
+    from tokenizer.load import load_tokenizer
     from utils.distributed import start
     from utils.loading import loader_workers
     from utils.logger import console_logger
@@ -65,9 +66,7 @@ def main(args: argparse.Namespace) -> None:
     chosen = chosen_files(pairs, args.data_start, args.data_end)
     tokenizer = load_tokenizer(
         vq_path,
-        vq_model=args.vq_model,
-        codebook_size=args.codebook_size,
-        codebook_embed_dim=args.codebook_embed_dim,
+        **tokenizer_beliefs(args),
         device=dist.device,
     )
     if args.image_size % tokenizer.downsample:
@@ -189,22 +188,21 @@ def _moved(batches: Sequence[tuple[int, range]], k: int, start: int) -> list[tup
 
 
 def code_settings(
-    args: argparse.Namespace, file: tuple[str, int], tokenizer: "VQModel", reading: "Reading"
+    args: argparse.Namespace, file: tuple[str, int], tokenizer: "Tokenizer", reading: "Reading"
 ) -> "CodeSettings":
     """What the index of a file's shards records of the codes."""
     from dataset.codes import CodeSettings
     from dataset.t2i import CODE_VIEW, EXTRACTION
-    from tokenizer.tokenizer_image.fingerprint import tokenizer_fingerprint
 
     return CodeSettings(
         dataset="t2i",
         image_size=args.image_size,
         tokens=(args.image_size // tokenizer.downsample) ** 2,
         views=(CODE_VIEW,),
-        codebook_size=tokenizer.config.codebook_size,
+        codebook_size=tokenizer.codebook_size,
         num_images=file[1],
-        vq_model=args.vq_model,
-        tokenizer=tokenizer_fingerprint(tokenizer),
+        vq_model=tokenizer.family,
+        tokenizer=tokenizer.fingerprint(),
         shard_size=args.shard_size,
         made_by=EXTRACTION,
         extra=extra_settings(args.mixed_precision, reading),

@@ -29,6 +29,7 @@ from utils.cli import (
     nonnegative_int,
     positive_int,
     run_script,
+    tokenizer_beliefs,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from autoregressive.models.layouts import Layout
     from autoregressive.train.next_patch import PatchSchedule
     from dataset.codes import CodeDataset, CodeSettings
-    from tokenizer.tokenizer_image.vq_model import VQModel
+    from tokenizer.base import Tokenizer
     from utils.distributed import Distributed
     from utils.training.parallel import Parallel
 
@@ -229,13 +230,13 @@ def lay_out(model: "Transformer", plan: "Parallel", seed: int) -> "torch.nn.Modu
 
 def agreed_tokenizer(
     args: argparse.Namespace, dist: "Distributed", everywhere: bool = False, fingerprint: str | None = None
-) -> "VQModel | None":
+) -> "Tokenizer | None":
     """The tokenizer of --vq-ckpt on the first process, or `everywhere`; None on processes that need none.
 
     fingerprint: of the tokenizer that made the codes, where they record it.
     Raises AgreedError on all of them where one cannot read it, or it is of other codes than the model's.
     """
-    from tokenizer.tokenizer_image.load import load_tokenizer
+    from tokenizer.load import load_tokenizer
     from utils.errors import AgreedError
     from utils.runs import find_checkpoint
 
@@ -244,9 +245,9 @@ def agreed_tokenizer(
     tokenizer = failure = None
     if dist.is_main or everywhere:
         try:
-            flags = {name: getattr(args, name, None) for name in ("vq_model", "codebook_size", "codebook_embed_dim")}
-            tokenizer = load_tokenizer(path, device=dist.device, fingerprint=fingerprint, **flags)
-            codes, pixels = tokenizer.config.codebook_size, tokenizer.downsample
+            beliefs = tokenizer_beliefs(args)
+            tokenizer = load_tokenizer(path, device=dist.device, fingerprint=fingerprint, **beliefs)
+            codes, pixels = tokenizer.codebook_size, tokenizer.downsample
             if (codes, pixels) != (args.vocab_size or codes, args.downsample_size):
                 raise ValueError(
                     f"--vq-ckpt {path} has {codes} codes of {pixels}x{pixels} pixels, not --vocab-size {args.vocab_size} "
@@ -261,7 +262,7 @@ def agreed_tokenizer(
 
 
 def sample_grid(
-    tokenizer: "VQModel | None",
+    tokenizer: "Tokenizer | None",
     args: argparse.Namespace,
     dist: "Distributed",
     grid: int,
@@ -287,9 +288,8 @@ def sample_grid(
             drawn = generate(model, cond, grid**2, emb_masks=emb_masks, cfg_scale=args.sample_cfg_scale, noise=noise)
         finally:
             release_cache(model)
-        width = tokenizer.config.codebook_embed_dim
         with torch.inference_mode():
-            images = tokenizer.decode_code(drawn, (len(drawn), width, grid, grid))
+            images = tokenizer.to_pixels(drawn.view(-1, grid, grid))
         return {"samples": make_grid(to_uint8(images), columns=4)}
 
     return sample

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dataset.t2i import TextImages
-    from tokenizer.tokenizer_image.vq_model import VQModel
+    from tokenizer.base import Tokenizer
     from utils.distributed import Distributed
 
 SHOWN_CAPTIONS = 8
@@ -57,7 +57,6 @@ def main(args: argparse.Namespace) -> None:
     from dataset.build import TEXT, TEXT_CODES, build_dataset
     from dataset.t2i import collate_t2i, require_same_encoder
     from language.features import left_padded, prefix_mask
-    from tokenizer.tokenizer_image.fingerprint import tokenizer_fingerprint
     from utils.distributed import start
     from utils.logger import console_logger
     from utils.origin import origin, require_same
@@ -97,8 +96,8 @@ def main(args: argparse.Namespace) -> None:
     if args.vq_ckpt:
         tokenizer = agreed_tokenizer(args, dist, on_the_fly or plan.sharded, fingerprint)
     if on_the_fly:
-        fingerprint = tokenizer_fingerprint(tokenizer)
-    size = tokenizer.config.codebook_size if on_the_fly else codes.vocab_size
+        fingerprint = tokenizer.fingerprint()
+    size = tokenizer.codebook_size if on_the_fly else codes.vocab_size
     args.num_classes, args.vocab_size = model_sizes(args, {"codebook_size": size})
     if held_out is not None:
         require_same_encoder(dataset.features, held_out.features)
@@ -208,7 +207,7 @@ class FirstPairs:
             raise AgreedError(none_usable(f"none of the first {self.looked_at} pairs could be used", examples))
 
 
-def encode(tokenizer: "VQModel", pixels: "Tensor", mixed_precision: str = "none") -> "Tensor":
+def encode(tokenizer: "Tokenizer", pixels: "Tensor", mixed_precision: str = "none") -> "Tensor":
     """The codes of a batch of images: (B, 3, H, W) in [-1, 1] -> int64 (B, N), raster order, without gradients."""
     from autoregressive.train.extract_codes_c2i import encode_views
 

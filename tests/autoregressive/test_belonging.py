@@ -16,8 +16,7 @@ from autoregressive.train import extract_codes_c2i, train_c2i
 from dataset.codes import open_codes
 from tests.helpers import randomize
 from tests.training import load, make_images, quiet_loggers, run_folder, run_here
-from tokenizer.tokenizer_image.fingerprint import tokenizer_fingerprint
-from tokenizer.tokenizer_image.load import load_tokenizer
+from tokenizer.load import load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from tools import convert_codes, export_checkpoint, push_gpt_to_hf
 from utils.checkpoint import read_checkpoint
@@ -64,7 +63,7 @@ def train(codes, results, *more):
 
 
 def fingerprint(path) -> str:
-    return tokenizer_fingerprint(load_tokenizer(path))
+    return load_tokenizer(path).fingerprint()
 
 
 def edit_index(folder, file="index.json", **values):

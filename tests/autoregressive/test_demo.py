@@ -17,7 +17,7 @@ from autoregressive.demo import (
 from autoregressive.models.gpt import GPT_models
 from autoregressive.pipeline import GREY, ImagePipeline, load_gpt
 from tests.helpers import randomize
-from tokenizer.tokenizer_image.load import load_tokenizer
+from tokenizer.load import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

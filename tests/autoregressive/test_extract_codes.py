@@ -35,7 +35,7 @@ from tests.training import (
     run_here,
     run_script,
 )
-from tokenizer.tokenizer_image.quantizer import VectorQuantizer
+from tokenizer.tokenizer_image.quantizers.vq import VectorQuantizer
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
 SCRIPT = "autoregressive.train.extract_codes_c2i"
@@ -81,7 +81,7 @@ def directly(images, tokenizer, use_ema=False, **views):
     with torch.inference_mode():
         for path in listed.paths:
             pixels = transform(load_rgb(path))
-            codes.append(torch.stack([model.encode(view[None])[2][2] for view in pixels]))
+            codes.append(torch.stack([model.to_codes(view[None]).flatten() for view in pixels]))
     return torch.stack(codes).numpy(), listed.labels
 
 
@@ -165,13 +165,13 @@ def test_the_published_layout(images, tokenizer, extracted, tmp_path):
 
 def test_many_views_are_encoded_in_parts(tokenizer, monkeypatch):
     model = load_tokenizer(tokenizer)
-    encode, sizes = model.encode, []
+    encode, sizes = model.to_codes, []
 
     def counted(views):
         sizes.append(len(views))
         return encode(views)
 
-    monkeypatch.setattr(model, "encode", counted)
+    monkeypatch.setattr(model, "to_codes", counted)
     pixels = torch.rand(3, 10, 3, 16, 16) * 2 - 1
     whole = extract_codes_c2i.encode_views(model, pixels)
     assert whole.shape == (3, 10, TOKENS) and whole.dtype == torch.int64 and sizes == [30]

@@ -187,14 +187,14 @@ def test_can_compile_on_cuda_needs_a_c_compiler(monkeypatch):
 
 
 def test_image_tokenizer_attention_hands_fused_kernels_contiguous_rows(monkeypatch):
-    from tokenizer.tokenizer_image import vq_model
+    from tokenizer.tokenizer_image import blocks
 
     seen = []
     monkeypatch.setattr(
-        vq_model.F, "scaled_dot_product_attention", lambda q, k, v: seen.extend([q.stride(-1), k.stride(-1)]) or q
+        blocks.F, "scaled_dot_product_attention", lambda q, k, v: seen.extend([q.stride(-1), k.stride(-1)]) or q
     )
     x = torch.empty(2, 16, 3, 3, device="meta")
-    assert vq_model.attention(x, x, x).shape == x.shape and seen == [1, 1]
+    assert blocks.attention(x, x, x).shape == x.shape and seen == [1, 1]
 
 
 def test_gpt_3b_geometry_trains_and_draws_alike():

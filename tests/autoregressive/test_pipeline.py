@@ -18,7 +18,7 @@ from PIL import Image
 from autoregressive.models.gpt import GPT_models
 from autoregressive.pipeline import GREY, ImagePipeline, load_gpt, load_tokenizer
 from tests.helpers import ROOT, randomize
-from tokenizer.tokenizer_image.vq_model import VQ_models, independent_of_threads
+from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.checkpoint import save_checkpoint, save_safetensors
 from utils.images import peak_signal_to_noise_ratio, to_uint8
 from utils.rng import image_noise
@@ -223,8 +223,8 @@ def test_pil_images(pipeline):
 @pytest.mark.parametrize("size", [8, 20, 32, 48])
 def test_other_sizes_are_resized_bicubically(pipeline, size):
     images = pipeline([1, 2], size=size, progress=False)
-    with torch.inference_mode(), independent_of_threads(pipeline.tokenizer):
-        decoded = pipeline.tokenizer.decode_code(pipeline.codes, (2, 8, 8, 8))
+    with torch.inference_mode():
+        decoded = pipeline.tokenizer.to_pixels(pipeline.codes.view(2, 8, 8))
         resized = decoded if size == 32 else F.interpolate(decoded, size=(size, size), mode="bicubic")
     assert [image.size for image in images] == [(size, size)] * 2
     assert np.array_equal(np.stack(images), to_uint8(resized))
@@ -232,8 +232,8 @@ def test_other_sizes_are_resized_bicubically(pipeline, size):
 
 def test_decoded_codes_are_in_raster_order(pipeline):
     codes = torch.randint(64, (2, 64), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode(), independent_of_threads(pipeline.tokenizer):
-        expected = to_uint8(pipeline.tokenizer.decode_code(codes.view(2, 8, 8)))
+    with torch.inference_mode():
+        expected = to_uint8(pipeline.tokenizer.to_pixels(codes.view(2, 8, 8)))
     assert np.array_equal(pipeline.decode(codes), expected)
 
 
@@ -809,18 +809,18 @@ def test_released_text_models(tmp_path, name, size):
 def test_decoding_where_memory_is_short(pipeline, monkeypatch):
     """Fewer at once; in strips where not even one fits; and the error itself where those do not."""
     codes = torch.randint(64, (5, 64), generator=torch.Generator().manual_seed(0))
-    expected, decode, room, asked = pipeline.decode(codes), pipeline.tokenizer.decode_code, 1, []
+    expected, decode, room, asked = pipeline.decode(codes), pipeline.tokenizer.to_pixels, 1, []
 
-    def decode_code(codes, shape):
+    def to_pixels(codes):
         asked.append(len(codes))
         if len(codes) > room:
             raise torch.OutOfMemoryError("no room")
-        return decode(codes, shape)
+        return decode(codes)
 
     def no_room(*_):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(pipeline.tokenizer, "decode_code", decode_code)
+    monkeypatch.setattr(pipeline.tokenizer, "to_pixels", to_pixels)
     with pytest.warns(UserWarning, match="memory is short: images are decoded one at a time"):
         assert np.abs(pipeline.decode(codes).astype(int) - expected).max() <= 1
     assert asked == [2, 1, 1, 1, 1, 1]
@@ -829,6 +829,6 @@ def test_decoding_where_memory_is_short(pipeline, monkeypatch):
     with pytest.warns(UserWarning, match="memory is short: images are decoded in strips"):
         assert np.abs(pipeline.decode(codes).astype(int) - expected).max() <= 1
     assert asked == [2, 1]
-    monkeypatch.setattr("autoregressive.pipeline.decode_in_strips", no_room)
+    monkeypatch.setattr(pipeline.tokenizer, "to_pixels_in_strips", no_room)
     with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="memory is short"):
         pipeline.decode(codes)

@@ -38,7 +38,7 @@ from tests.training import (
     run_here,
     same,
 )
-from tokenizer.tokenizer_image.load import load_tokenizer
+from tokenizer.load import load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.checkpoint import read_checkpoint
 from utils.rng import item_seed
@@ -144,7 +144,7 @@ def test_the_first_steps_by_hand(data, tmp_path):
             if number in MISSING:
                 continue
             with torch.inference_mode():
-                codes = tokenizer.encode(center_view(picture(number), 16)[None])[2][2].view(1, -1)
+                codes = tokenizer.to_codes(center_view(picture(number), 16)[None]).view(1, -1)
             caption = caption_features(number)[:TOKENS]
             features = torch.zeros(1, TOKENS, DIM)
             features[0, TOKENS - len(caption) :] = caption
@@ -221,7 +221,7 @@ def test_the_held_out_loss_is_the_mean_over_pairs_that_count(data, tmp_path, one
     tokenizer, losses = load_tokenizer(data / "vq.pt"), []
     for number in set(range(COUNT)) - set(MISSING):
         with torch.inference_mode():
-            codes = tokenizer.encode(center_view(picture(number), 16)[None])[2][2].view(1, -1).clone()
+            codes = tokenizer.to_codes(center_view(picture(number), 16)[None]).view(1, -1).clone()
         features, lengths = left_padded([caption_features(number)], TOKENS)
         with torch.no_grad():
             losses.append(float(TokenLoss(model)(codes, features, prefix_mask=prefix_mask(lengths, TOKENS))))

@@ -17,7 +17,7 @@ from autoregressive.serve.engine import ImageRequest
 from autoregressive.serve.native import NativeEngine
 from tests.helpers import ROOT
 from tests.serve.small import text_pipeline
-from tokenizer.tokenizer_image.load import load_tokenizer
+from tokenizer.load import load_tokenizer
 from utils.errors import NotFiniteError
 
 

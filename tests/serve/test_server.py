@@ -29,7 +29,7 @@ from autoregressive.serve.service import Service
 from tests.helpers import ROOT
 from tests.serve.servers import ScriptedEngine, listening, picture, pixels, post, with_client
 from tests.serve.small import WORDS, text_pipeline
-from tokenizer.tokenizer_image.load import load_tokenizer
+from tokenizer.load import load_tokenizer
 
 
 @pytest.fixture(scope="module")

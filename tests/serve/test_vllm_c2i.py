@@ -13,7 +13,7 @@ from autoregressive.pipeline import ImagePipeline
 from autoregressive.serve.engine import ImageRequest
 from autoregressive.serve.vllm_engine import VllmEngine, engine_settings
 from tests.serve.vllm_engines import Running, preemptions
-from tokenizer.tokenizer_image.load import load_tokenizer
+from tokenizer.load import load_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

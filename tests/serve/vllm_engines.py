@@ -10,7 +10,7 @@ from autoregressive.pipeline import ImagePipeline, load_gpt
 from autoregressive.serve.convert import model_folder
 from autoregressive.serve.engine import ImageRequest
 from autoregressive.serve.vllm_engine import VllmEngine
-from tokenizer.tokenizer_image.load import load_tokenizer
+from tokenizer.load import load_tokenizer
 
 # Fewer places than images, an odd number of them, and a cache in which five images find room but do not stay: an image
 # of 65 rows takes three blocks, and the nine blocks there are (one of which vLLM keeps) serve two and a half.

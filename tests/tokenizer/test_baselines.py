@@ -15,11 +15,12 @@ from tests.training import check_published_flags, make_images, run_here
 from tokenizer.consistencydecoder import cd_demo, reconstruction_cd_ddp
 from tokenizer.consistencydecoder.decoder import load_consistency_decoder
 from tokenizer.reconstruction import round_trip
+from tokenizer.released import from_taming
 from tokenizer.vae import reconstruction_vae_ddp, sd_vae_demo
 from tokenizer.vae.diffusers_folder import load_autoencoder
 from tokenizer.vae.sd_vae import load_vae
 from tokenizer.vqgan import reconstruction_vqgan_ddp, taming_vqgan_demo
-from tokenizer.vqgan.load import find_vqgan, from_taming, load_vqgan
+from tokenizer.vqgan.load import find_vqgan, load_vqgan
 from tokenizer.vqgan.sizes import VQGAN_FROM_TAMING
 from utils import hub
 from utils.images import to_uint8
@@ -70,12 +71,10 @@ def test_a_vqgan_computes_what_its_names_say(tmp_path, name):
     latents = by_hand.latents(images)
     assert_close(model.quant_conv(model.encoder(images)), latents, atol=1e-4)
     codes = by_hand.codes(latents)
-    quant, _, (_, _, indices) = model.encode(images)
-    assert torch.equal(indices, codes.flatten()) and len(codes.unique()) > 2
+    assert torch.equal(model.to_codes(images), codes) and len(codes.unique()) > 2
     expected = by_hand.images(codes)
-    assert_close(model.decode(quant), expected, atol=1e-4)
-    assert_close(model.decode_code(codes), expected, atol=1e-4)
-    assert model.downsample == 2 ** (len(SHAPES[name][2]) - 1) and not model.config.codebook_l2_norm
+    assert_close(model.to_pixels(codes), expected, atol=1e-4)
+    assert model.downsample == 2 ** (len(SHAPES[name][2]) - 1) and not model.quantize.l2_norm
 
 
 def test_the_table_has_the_published_shapes():
@@ -104,12 +103,12 @@ def test_another_vqgan_than_asked_for(vqgan_file):
 def test_weights_that_are_no_vqgan(tmp_path, small_files):
     state = taming_state(*SHAPES[SMALL])
     gumbel = {name.replace("quantize.embedding", "quantize.embed"): tensor for name, tensor in state.items()}
-    with pytest.raises(ValueError, match=r"gumbel\.ckpt holds not the weights .*'quantize\.embedding\.weight'"):
+    with pytest.raises(ValueError, match=r"gumbel\.ckpt is not a whole .*'quantize\.embedding\.weight'"):
         load_vqgan(save_lightning(tmp_path / "gumbel.ckpt", gumbel))
     del state["decoder.up.1.block.2.conv2.bias"]
     with pytest.raises(ValueError, match=r"missing \(1\): decoder\.conv_blocks\.2\.res\.2\.conv2\.bias"):
         load_vqgan(save_lightning(tmp_path / "less.ckpt", state))
-    with pytest.raises(ValueError, match=r"gpt\.pt holds not the weights of an image tokenizer"):
+    with pytest.raises(ValueError, match=r"gpt\.pt is not an image tokenizer's checkpoint: it looks like a GPT"):
         load_vqgan(small_files.gpt, SMALL)
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from tests.helpers import randomize
-from tokenizer.tokenizer_image.fingerprint import tokenizer_fingerprint
-from tokenizer.tokenizer_image.load import load_tokenizer
+from tokenizer.load import load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.origin import same_tokenizer
 
@@ -23,11 +22,11 @@ def test_fingerprint_changed_weight_of_the_encoder_differs(name):
     changed = tokenizer()
     with torch.no_grad():
         changed.get_parameter(name).view(-1)[0] += 1e-3
-    assert tokenizer_fingerprint(changed) != tokenizer_fingerprint(tokenizer())
+    assert changed.fingerprint() != tokenizer().fingerprint()
 
 
 def test_fingerprint_other_norm_of_the_codebook_differs():
-    assert tokenizer_fingerprint(tokenizer(codebook_l2_norm=False)) != tokenizer_fingerprint(tokenizer())
+    assert tokenizer(codebook_l2_norm=False).fingerprint() != tokenizer().fingerprint()
 
 
 def test_fingerprint_fine_tuned_decoder_is_the_same():
@@ -37,7 +36,7 @@ def test_fingerprint_fine_tuned_decoder_is_the_same():
         changed.decoder.conv_out.weight += 1
         changed.post_quant_conv.weight += 1
     changed.encoder.to(memory_format=torch.channels_last)
-    assert tokenizer_fingerprint(changed) == tokenizer_fingerprint(tokenizer())
+    assert changed.fingerprint() == tokenizer().fingerprint()
 
 
 def test_fingerprint_of_the_first_edition_is_compared():
@@ -45,8 +44,8 @@ def test_fingerprint_of_the_first_edition_is_compared():
     first = hashlib.sha256(model.quantize.embedding.weight.numpy(force=True).tobytes())
     first.update(model.encoder.conv_in.weight.numpy(force=True).tobytes())
     recorded = first.hexdigest()[:16]
-    assert same_tokenizer(recorded, tokenizer_fingerprint(model))
-    assert not same_tokenizer(recorded, tokenizer_fingerprint(tokenizer(seed=1)))
+    assert same_tokenizer(recorded, model.fingerprint())
+    assert not same_tokenizer(recorded, tokenizer(seed=1).fingerprint())
     assert same_tokenizer(None, recorded) and same_tokenizer(recorded, recorded)
 
 
@@ -57,11 +56,11 @@ def test_load_tokenizer_fingerprint_chooses_the_weights(tmp_path, use_ema):
     raw, averaged = tokenizer(1), tokenizer(2)
     torch.save({"model": raw.state_dict(), "ema": averaged.state_dict()}, tmp_path / "vq.pt")
     for meant in (raw, averaged):
-        wanted = tokenizer_fingerprint(meant)
+        wanted = meant.fingerprint()
         loaded = load_tokenizer(tmp_path / "vq.pt", use_ema=use_ema, fingerprint=wanted)
-        assert tokenizer_fingerprint(loaded) == wanted
-    other = tokenizer_fingerprint(tokenizer(3))
-    chosen = tokenizer_fingerprint(averaged if use_ema else raw)
+        assert loaded.fingerprint() == wanted
+    other = tokenizer(3).fingerprint()
+    chosen = (averaged if use_ema else raw).fingerprint()
     with pytest.raises(
         ValueError, match=f"vq.pt is the tokenizer {chosen}, and the codes are of the tokenizer {other}"
     ):

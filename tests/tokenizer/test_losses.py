@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.helpers import assert_close, golden_state, load_golden
+from tokenizer.base import CodebookLosses
 from tokenizer.tokenizer_image import lpips as lpips_module
 from tokenizer.tokenizer_image.discriminators import Blur, PatchGANDiscriminator, StyleGANDiscriminator
 from tokenizer.tokenizer_image.lpips import LPIPS, VGG_FILE
@@ -37,6 +38,11 @@ def recorded() -> tuple[dict, dict]:
 @pytest.fixture(scope="module")
 def lpips() -> LPIPS:
     return LPIPS(pretrained=False)
+
+
+def codebook(vq: float = 0.0, commit: float = 0.0, entropy: float = 0.0) -> CodebookLosses:
+    parts = {"vq": vq, "commit": commit, "entropy": entropy}
+    return CodebookLosses({name: torch.tensor(value) for name, value in parts.items()}, torch.tensor(0.7))
 
 
 def shapes(module: nn.Module) -> dict[str, list[int]]:
@@ -70,7 +76,7 @@ def test_recorded_losses(recorded, recorded_weights, lpips, disc_loss):
     loss = VQLoss(0, disc_loss, disc_type=disc_type, image_size=64, disc_weight=0.5, lpips=lpips)
     loss.load_state_dict(weights, strict=False)
     recon = arrays["recon"].clone().requires_grad_()
-    generator, _ = loss.generator_loss((0.1, 0.02, 0.003), arrays["image"], recon, step=0)
+    generator, _ = loss.generator_loss(codebook(0.1, 0.02, 0.003), arrays["image"], recon, step=0)
     generator.backward()
     with torch.no_grad():
         discriminator, logs = loss.discriminator_loss(arrays["image"], recon, step=0)
@@ -132,7 +138,7 @@ def test_adversarial_losses_by_hand(disc_loss, gen_adv_loss):
     assert_close(logs["logits_real"], 0.125)
     assert_close(logs["logits_fake"], -0.625)
 
-    generator, logs = loss.generator_loss((0.0, 0.0, 0.0), real, fake, step=10)
+    generator, logs = loss.generator_loss(codebook(), real, fake, step=10)
     expected = 0.625 if gen_adv_loss == "hinge" else (softplus(-0.75) + softplus(2)) / 2
     assert_close(generator, 0.3 * expected)
     assert_close(logs["adversarial_loss"], expected)
@@ -146,7 +152,7 @@ def test_non_saturating_is_cross_entropy_with_labels_in_place():
     expected = 0.5 * (cross_entropy(logits[0], torch.ones(2, 1)) + cross_entropy(logits[1], torch.zeros(2, 1)))
     assert_close(loss.discriminator_loss(real, fake, 10)[0], expected)
     expected = cross_entropy(logits[1], torch.ones(2, 1))
-    assert_close(loss.generator_loss((0.0, 0.0, 0.0), real, fake, 10)[0], expected)
+    assert_close(loss.generator_loss(codebook(), real, fake, 10)[0], expected)
 
 
 @pytest.mark.parametrize("kind", ["l1", "l2"])
@@ -159,7 +165,7 @@ def test_weights_of_the_parts(kind):
         reconstruction_loss=kind, reconstruction_weight=3.0, codebook_weight=0.5, perceptual_weight=0.1, lpips=Twice()
     )
     real, fake = pictures()
-    total, logs = loss.generator_loss((0.1, 0.02, 0.003, torch.tensor(0.7)), real, fake, step=0)
+    total, logs = loss.generator_loss(codebook(0.1, 0.02, 0.003), real, fake, step=0)
     reconstruction = (0.25 + 1.75) / 2 if kind == "l1" else (0.25**2 + 1.75**2) / 2
     perceptual = 2 * (0.25 - 1.75) / 2
     assert_close(total, 3 * reconstruction + 0.1 * perceptual + 0.5 * 0.123)
@@ -172,7 +178,7 @@ def test_weights_of_the_parts(kind):
 def test_before_disc_start():
     loss = by_hand()
     real, fake = pictures()
-    generator, logs = loss.generator_loss((0.0, 0.0, 0.0), real, fake, step=9)
+    generator, logs = loss.generator_loss(codebook(), real, fake, step=9)
     discriminator, _ = loss.discriminator_loss(real, fake, step=9)
     assert not loss.discriminator_active(9) and loss.discriminator_active(10)
     assert loss.discriminator.calls == 0
@@ -185,33 +191,12 @@ def test_before_disc_start():
 def test_gradients_stay_on_their_side():
     loss = by_hand()
     real, fake = pictures()
-    loss.generator_loss((0.0, 0.0, 0.0), real, fake, step=10)[0].backward()
+    loss.generator_loss(codebook(), real, fake, step=10)[0].backward()
     assert fake.grad is not None and loss.discriminator.factor.grad is None
     assert loss.discriminator.factor.requires_grad
     fake.grad = None
     loss.discriminator_loss(real, fake, step=10)[0].backward()
     assert fake.grad is None and loss.discriminator.factor.grad is not None
-
-
-def test_forward_dispatches():
-    loss = by_hand()
-    real, fake = pictures()
-    assert_close(loss((0.1, 0.0, 0.0), real, fake, 0, 10)[0], loss.generator_loss((0.1, 0.0, 0.0), real, fake, 10)[0])
-    assert_close(loss(None, real, fake, 1, 10)[0], loss.discriminator_loss(real, fake, 10)[0])
-    with pytest.raises(ValueError, match="optimizer_idx is 2"):
-        loss(None, real, fake, 2, 10)
-
-
-def test_adaptive_weight():
-    loss = by_hand(disc_weight=0.5, disc_adaptive_weight=True)
-    real, fake = pictures()
-    layer = nn.Parameter(torch.tensor(1.0))
-    recon = fake.detach() * layer
-    _, logs = loss.generator_loss((0.0, 0.0, 0.0), real, recon, 10, last_layer=layer)
-    image_gradient = 2 * (0.25 * 0.75 + 1.75 * 2) / 2
-    assert_close(logs["adversarial_weight"], 0.5 * image_gradient / (0.625 + 1e-4))
-    with pytest.raises(ValueError, match="last_layer"):
-        loss.generator_loss((0.0, 0.0, 0.0), real, recon, 10)
 
 
 def test_perceptual_weight_zero_needs_no_files(monkeypatch):

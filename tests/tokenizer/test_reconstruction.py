@@ -18,9 +18,9 @@ from tests.helpers import ROOT, randomize
 from tests.training import check_published_flags, environment, make_images, run_here
 from tests.training import run_script as run_in_processes
 from tokenizer import reconstruction
+from tokenizer.load import load_tokenizer
 from tokenizer.reconstruction import VQCodec, batch_figures, reconstruct, round_trip, structural_similarity
 from tokenizer.tokenizer_image import lpips, reconstruction_vq_ddp
-from tokenizer.tokenizer_image.load import load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from tokenizer.validation import val_ddp
 from utils.images import is_whole_png, to_uint8
@@ -130,8 +130,9 @@ def test_results(small_files, images, done):
     tokenizer = load_tokenizer(small_files.vq)
     pixels = pixels_of(images)
     with torch.inference_mode():
-        quant, _, (_, _, codes) = tokenizer.encode(pixels)
-        recons = to_uint8(tokenizer.decode(quant))
+        codes = tokenizer.to_codes(pixels)
+        recons = to_uint8(tokenizer.to_pixels(codes))
+    codes = codes.flatten()
     originals = to_uint8(pixels)
     written = np.stack([np.asarray(Image.open(done / NAME / f"{i:06d}.png")) for i in range(8)])
     assert np.abs(written.astype(int) - recons).max() <= 1  # other batches round otherwise

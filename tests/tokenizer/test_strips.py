@@ -17,6 +17,10 @@ def latents(height: int, width: int, batch: int = 1) -> torch.Tensor:
     return torch.randn(batch, 8, height, width, generator=torch.Generator().manual_seed(height))
 
 
+def in_strips(model: VQModel, quant: torch.Tensor, numbers: int) -> torch.Tensor:
+    return decode_in_strips(model.post_quant_conv, model.decoder, quant, numbers)
+
+
 @pytest.mark.parametrize("numbers", [1, 5000, 60_000, 10**9])
 @pytest.mark.parametrize("height, width, batch", [(4, 4, 1), (1, 3, 1), (5, 2, 3)])
 def test_pixels_are_those_of_the_whole_image(height, width, batch, numbers):
@@ -24,7 +28,7 @@ def test_pixels_are_those_of_the_whole_image(height, width, batch, numbers):
     model, quant = tokenizer(), latents(height, width, batch)
     with torch.inference_mode():
         expected = model.decode(quant)
-    images = decode_in_strips(model, quant, numbers)
+    images = in_strips(model, quant, numbers)
     assert images.shape == expected.shape == (batch, 3, 8 * height, 8 * width)
     torch.testing.assert_close(images, expected, atol=2e-4 * float(expected.abs().max()), rtol=0)
     assert expected.std() > 0.1, "otherwise the comparison says little"
@@ -38,7 +42,7 @@ def test_tiles_would_be_other_pixels():
         expected, half = model.decode(quant), model.decode(quant[:, :, :4])
     scale = expected.abs().max()
     assert (half[:, :, :16] - expected[:, :, :16]).abs().max() > 0.01 * scale, "far from the cut"
-    assert (decode_in_strips(model, quant, 5000) - expected).abs().max() < 2e-4 * scale
+    assert (in_strips(model, quant, 5000) - expected).abs().max() < 2e-4 * scale
 
 
 def test_in_bfloat16():
@@ -46,7 +50,7 @@ def test_in_bfloat16():
     with torch.inference_mode():
         exact = model.decode(quant)
         expected = model.decode_in_bfloat16().decode(quant)
-    images = decode_in_strips(model, quant, 5000)
+    images = in_strips(model, quant, 5000)
     assert images.dtype == torch.bfloat16
     error = (images.float() - exact).square().mean()
     assert error < 2 * (expected.float() - exact).square().mean(), "no further off than the decoder in bfloat16"
@@ -62,7 +66,7 @@ def test_no_strip_is_larger_than_asked(monkeypatch):
         return to(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "to", moved)
-    decode_in_strips(tokenizer(), latents(8, 8), 10_000)
+    in_strips(tokenizer(), latents(8, 8), 10_000)
     assert len(sizes) > 50
     for _, channels, height, width in sizes:
         own = channels * width * max(1, 10_000 // (channels * width))

@@ -1,6 +1,7 @@
 """The tokenizer against the recorded runs, and what the recordings do not show: sizes, inference from weights, errors."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,17 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers import assert_close, golden_state, load_golden, randomize
-from tokenizer.tokenizer_image import vq_model
-from tokenizer.tokenizer_image.load import load_tokenizer
-from tokenizer.tokenizer_image.vq_model import (
-    ModelArgs,
-    VQ_models,
-    VQModel,
-    VQModelArgs,
-    vq_args_from_state_dict,
-    vq_model_name,
-)
-from utils.checkpoint import save_safetensors
+from tokenizer.load import build_tokenizer, load_tokenizer
+from tokenizer.released import adapted
+from tokenizer.tokenizer_image import blocks
+from tokenizer.tokenizer_image.vq_model import ModelArgs, VQ_models, VQModel, VQModelArgs
+from utils.checkpoint import Checkpoint, save_safetensors
 
 
 @pytest.fixture(autouse=True)
@@ -114,13 +109,13 @@ def test_attention_is_softmax_over_positions(shape):
     q, k, v = torch.randn(3, 2, 32, *shape)
     tokens = [x.flatten(2).transpose(1, 2) for x in (q, k, v)]
     expected = F.scaled_dot_product_attention(*tokens).transpose(1, 2).reshape(2, 32, *shape)
-    assert_close(vq_model.attention(q, k, v), expected)
+    assert_close(blocks.attention(q, k, v), expected)
 
 
 @torch.no_grad()
 def test_swish():
     x = torch.randn(100)
-    assert_close(vq_model.swish(x), F.silu(x))
+    assert_close(blocks.swish(x), F.silu(x))
 
 
 @pytest.mark.slow
@@ -191,6 +186,22 @@ def test_half_precision_weights():
     assert model.decode_code(indices, quant.shape).dtype == torch.bfloat16
 
 
+@torch.no_grad()
+def test_codes_under_autocast_search_the_codebook_in_float32(monkeypatch):
+    """Autocast rounds the latents, and their nearest vector is found as float32 finds it."""
+    model = small_vq4().eval()
+    latents = torch.randn(1, 8, 30, 30)
+    monkeypatch.setattr(model, "latents", lambda pixels: latents)
+    expected = model.to_codes(latents)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model.to_codes(latents), expected)
+        quant, _, (_, _, indices) = model.encode(latents)
+    assert torch.equal(indices, expected.flatten()) and quant.dtype == torch.float32
+    latents[0, 3, 2, 1] = torch.inf
+    broken = model.to_codes(latents)
+    assert broken[0, 2, 1] == -1 and (broken < 0).sum() == 1
+
+
 @pytest.mark.slow
 def test_trains_under_autocast():
     model = small_vq4(entropy_loss_ratio=0.1).train()
@@ -199,11 +210,6 @@ def test_trains_under_autocast():
     assert all(loss.dtype == torch.float32 for loss in losses)
     (recon.float().square().mean() + sum(losses[:3])).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_last_layer_is_the_decoders_output():
-    model = small_vq4()
-    assert model.last_layer is model.decoder.conv_out.weight
 
 
 def test_first_level_of_the_small_tokenizer():
@@ -226,28 +232,30 @@ def test_first_level_of_the_small_tokenizer():
 def test_shape_is_read_off_the_weights(name, kwargs):
     with torch.device("meta"):
         model = VQ_models[name](**kwargs)
-        args = vq_args_from_state_dict(model.state_dict())
-        again = VQModel(args)
-    assert args == model.config
-    assert vq_model_name(args) == name
-    assert {n: v.shape for n, v in again.state_dict().items()} == {n: v.shape for n, v in model.state_dict().items()}
+        config, state = adapted(checkpoint_of(model.state_dict()))
+        again = build_tokenizer(config)
+    assert config == model.identity == again.identity and again.config == model.config and model.family == name
+    assert {n: v.shape for n, v in again.state_dict().items()} == {n: v.shape for n, v in state.items()}
+
+
+def checkpoint_of(state: dict) -> Checkpoint:
+    return Checkpoint(Path("vq.pt"), state, None, None, None, None, "tokenizer")
 
 
 def test_no_name_for_other_downsamplings():
-    assert vq_model_name(VQModelArgs(encoder_ch_mult=[1, 2], decoder_ch_mult=[1, 2])) is None
+    assert VQModel(VQModelArgs(encoder_ch_mult=[1, 2], decoder_ch_mult=[1, 2], ch=32)).family == "VQGAN"
     assert ModelArgs is VQModelArgs
 
 
 def test_weights_of_something_else():
     with torch.device("meta"):
         state = VQ_models["VQ-4"]().state_dict()
-    with pytest.raises(ValueError, match=r"encoder\.conv_in\.weight"):
-        vq_args_from_state_dict({"tok_embeddings.weight": torch.zeros(4, 4)})
-    with pytest.raises(ValueError, match=r"decoder\.conv_blocks\.0"):
-        vq_args_from_state_dict({n: v for n, v in state.items() if not n.startswith("decoder.conv_blocks")})
+    assert adapted(checkpoint_of({"tok_embeddings.weight": torch.zeros(4, 4)})) is None
+    with pytest.raises(ValueError, match=r"vq\.pt is not a whole image tokenizer: .*decoder\.conv_blocks\.0"):
+        adapted(checkpoint_of({n: v for n, v in state.items() if not n.startswith("decoder.conv_blocks")}))
     name = "encoder.conv_blocks.1.res.0.conv1.weight"
     with pytest.raises(ValueError, match="48 channels"):
-        vq_args_from_state_dict({**state, name: torch.empty(48, 32, 3, 3)})
+        adapted(checkpoint_of({**state, name: torch.empty(48, 32, 3, 3)}))
 
 
 def test_size_errors():

@@ -14,8 +14,8 @@ import torch
 from autoregressive.hub import TransformerHF
 from autoregressive.pipeline import ImagePipeline, load_gpt
 from tests.training import environment, run_here
+from tokenizer.load import load_tokenizer
 from tokenizer.tokenizer_image.hub import VQModelHF
-from tokenizer.tokenizer_image.load import load_tokenizer
 from tools import push_gpt_to_hf, push_vae_to_hf
 from utils.checkpoint import read_checkpoint
 
@@ -42,12 +42,12 @@ def test_the_published_flags():
     args = push_gpt_to_hf.flags().parse_args([])
     published = {
         "gpt_model": "GPT-B", "gpt_ckpt": None, "gpt_type": "c2i", "from_fsdp": False, "cls_token_num": 1, "precision": "bf16",
-        "compile": True, "vq_model": "VQ-16", "vq_ckpt": None, "codebook_size": None, "codebook_embed_dim": 8,
+        "compile": True, "vq_model": None, "vq_ckpt": None, "codebook_size": None, "codebook_embed_dim": None,
         "image_size": 384, "image_size_eval": 256, "downsample_size": 16, "num_classes": None,
     }  # fmt: skip
     assert {name: getattr(args, name) for name in published} == published
     args = push_vae_to_hf.flags().parse_args([])
-    published = {"gpt_model": "GPT-XL", "vq_model": "VQ-16", "codebook_size": None, "codebook_embed_dim": 8}
+    published = {"gpt_model": "GPT-XL", "vq_model": None, "codebook_size": None, "codebook_embed_dim": None}
     assert {name: getattr(args, name) for name in published} == published
 
 
@@ -83,8 +83,8 @@ def test_a_tokenizer_into_a_folder(small_files, tmp_path):
         (push_gpt_to_hf, ["--gpt-ckpt", "GPT", "--output", "new"], "it does not fit the flags: --gpt-model GPT-B"),
         (push_gpt_to_hf, ["--gpt-ckpt", "VQ", *GPT, "--output", "new"], "looks like a VQ image tokenizer"),
         (push_vae_to_hf, ["--vq-ckpt", "GPT", *VQ, "--output", "new"], "is not an image tokenizer.s checkpoint: it looks like a GPT"),
-        (push_vae_to_hf, ["--vq-ckpt", "VQ", "--output", "new"], "does not fit the flags --vq-model VQ-16"),
-        (push_gpt_to_hf, ["--gpt-ckpt", "GPT", *GPT, "--vq-ckpt", "VQ", "--output", "new"], "does not fit the flags --vq-model"),
+        (push_vae_to_hf, ["--vq-ckpt", "VQ", "--vq-model", "VQ-16", "--output", "new"], "does not fit the flags --vq-model VQ-16"),
+        (push_gpt_to_hf, ["--gpt-ckpt", "GPT", *GPT, "--vq-ckpt", "VQ", "--codebook-embed-dim", 4, "--output", "new"], "does not fit the flags --codebook-embed-dim 4"),
     ],
 )  # fmt: skip
 def test_mistakes(small_files, tmp_path, monkeypatch, script, words, message):

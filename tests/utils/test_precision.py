@@ -6,9 +6,8 @@ import torch
 from autoregressive.pipeline import ImagePipeline
 from tests.helpers import ROOT
 from tests.training import make_images, run_here
+from tokenizer.load import load_tokenizer
 from tokenizer.tokenizer_image import reconstruction_vq_ddp
-from tokenizer.tokenizer_image.load import load_tokenizer
-from tokenizer.tokenizer_image.strips import decode_in_strips
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.distributed import pick_device, start
 from utils.precision import full_float32, use_tf32
@@ -78,10 +77,12 @@ def test_tokenizer_in_eval_mode_encodes_and_decodes_without_tf32(small_files):
     encoder, decoder = seen_by(tokenizer.encoder.conv_in), seen_by(tokenizer.decoder.conv_in)
     images = torch.zeros(1, 3, 32, 32)
     with torch.inference_mode():
-        quant, _, (_, _, codes) = tokenizer.encode(images)
+        quant, _, _ = tokenizer.encode(images)
         tokenizer.decode(quant)
-        tokenizer.decode_code(codes, quant.shape)
-        decode_in_strips(tokenizer, quant)
+        codes = tokenizer.to_codes(images)
+        tokenizer.decode_code(codes)
+        tokenizer.to_pixels(codes)
+        tokenizer.to_pixels_in_strips(codes)
         tokenizer(images)
     assert set(encoder) == set(decoder) == {EXACT} and len(decoder) >= 4
     assert settings() == TF32

@@ -12,8 +12,8 @@ from autoregressive.hub import GPT_models_HF, TransformerHF
 from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.pipeline import ImagePipeline, load_gpt
 from tests.helpers import randomize
+from tokenizer.load import load_tokenizer
 from tokenizer.tokenizer_image.hub import VQ_models_HF, VQModelHF
-from tokenizer.tokenizer_image.load import load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 from utils.pretrained import check_destination, publishable
 

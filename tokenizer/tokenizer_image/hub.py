@@ -9,9 +9,9 @@ tools/push_vae_to_hf.py makes one of any checkpoint. A VQModelHF is a VQModel: I
 from collections.abc import Callable
 from functools import partial
 
-from tokenizer.tokenizer_image.load import vq_record
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
-from tokenizer.tokenizer_image.vq_model import VQModel, VQModelArgs, vq_model_name
+from tokenizer.tokenizer_image.vq_model import VQModel, VQModelArgs
+from utils.origin import origin
 from utils.pretrained import HubModel
 from utils.recognition import count_parameters, format_count
 
@@ -28,13 +28,12 @@ class VQModelHF(
 
     def __init__(self, config: VQModelArgs):
         super().__init__(config)
-        self.file_config = vq_record(config)
+        self.file_config = origin(**self.identity)
 
     def describe(self) -> str:
-        config = self.config
         return (
-            f"An image tokenizer ({vq_model_name(config) or 'VQGAN'}, {format_count(count_parameters(self.state_dict()))}): "
-            f"{config.codebook_size} codes of {config.codebook_embed_dim} numbers, one for {self.downsample}x{self.downsample} "
+            f"An image tokenizer ({self.family}, {format_count(count_parameters(self.state_dict()))}): "
+            f"{self.codebook_size} codes of {self.quantize.width} numbers, one for {self.downsample}x{self.downsample} "
             "pixels."
         )
 
@@ -44,15 +43,15 @@ class VQModelHF(
                 "from tokenizer.tokenizer_image.hub import VQModelHF",
                 "",
                 f'tokenizer = VQModelHF.from_pretrained("{name}")',
-                "quant, _, (_, _, codes) = tokenizer.encode(images)  # (B, 3, H, W) in [-1, 1]",
-                "images = tokenizer.decode_code(codes, shape=quant.shape)",
+                "codes = tokenizer.to_codes(images)  # (B, 3, H, W) in [-1, 1] -> (B, h, w)",
+                "images = tokenizer.to_pixels(codes)",
             ]
         )
 
 
-def build_tokenizer_for_hub(name: str, **overrides) -> VQModelHF:
-    """A tokenizer of the table of sizes, with any field of VQModelArgs overridden."""
+def new_tokenizer_for_hub(name: str, **overrides) -> VQModelHF:
+    """Build a tokenizer of the table of sizes, with any field of VQModelArgs overridden."""
     return VQModelHF(VQModelArgs(**{**VQ_SIZES[name], **overrides}))
 
 
-VQ_models_HF: dict[str, Callable[..., VQModelHF]] = {name: partial(build_tokenizer_for_hub, name) for name in VQ_SIZES}
+VQ_models_HF: dict[str, Callable[..., VQModelHF]] = {name: partial(new_tokenizer_for_hub, name) for name in VQ_SIZES}

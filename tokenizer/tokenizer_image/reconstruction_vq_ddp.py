@@ -10,12 +10,12 @@ import argparse
 
 from tokenizer.reconstruction import reconstruction_flags
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
-from utils.cli import add_switch, add_tokenizer_flags, run_script
+from utils.cli import add_switch, add_tokenizer_flags, run_script, tokenizer_beliefs
 
 
 def main(args: argparse.Namespace) -> None:
+    from tokenizer.load import choose_weights, load_tokenizer
     from tokenizer.reconstruction import VQCodec, evaluate, folder_name
-    from tokenizer.tokenizer_image.load import choose_weights, load_tokenizer
     from utils.distributed import start
     from utils.runs import find_checkpoint
 
@@ -29,14 +29,12 @@ def main(args: argparse.Namespace) -> None:
     args.use_ema = choose_weights(path, args.use_ema, told=dist.is_main)
     tokenizer = load_tokenizer(
         path,
-        vq_model=args.vq_model,
-        codebook_size=args.codebook_size,
-        codebook_embed_dim=args.codebook_embed_dim,
+        **tokenizer_beliefs(args),
         device=dist.device,
         use_ema=args.use_ema,
     )
-    shape = tokenizer.config
-    details = f"-size-{args.image_size_eval}-codebook-size-{shape.codebook_size}-dim-{shape.codebook_embed_dim}"
+    vars(args).update(tokenizer.flags)
+    details = f"-size-{args.image_size_eval}-codebook-size-{args.codebook_size}-dim-{args.codebook_embed_dim}"
     evaluate(args, dist, VQCodec(tokenizer), name=folder_name(args, args.vq_model, details), weights=path)
     dist.close()
 

@@ -1,6 +1,6 @@
 """Decoding where memory is short: feature maps stay on the host and pass the device in strips of a few rows.
 
-    images = decode_in_strips(tokenizer, quant)       # tokenizer.decode(quant) to rounding, on the CPU
+    images = decode_in_strips(post_quant_conv, decoder, latents)     # decoder(post_quant_conv(latents)) to rounding, on the CPU
 
 The strips of a convolution overlap by what it reads beyond its own rows, and group norms take their statistics from all
 strips, so that the pixels are those of the whole image: not blended tiles, whose norms would see a part each. The device
@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tokenizer.tokenizer_image.vq_model import AttnBlock, ResnetBlock, VQModel, swish
+from tokenizer.pointwise import PointwiseConv
+from tokenizer.tokenizer_image.blocks import AttnBlock, Decoder, ResnetBlock, swish
 from utils.precision import full_float32
 
 # Numbers of a feature map that a strip has, where a single row has no more than that.
@@ -21,14 +22,13 @@ STRIP = 2**22
 
 @full_float32()
 @torch.inference_mode()
-def decode_in_strips(model: VQModel, quant: Tensor, numbers: int = STRIP) -> Tensor:
-    """Latents (B, codebook_embed_dim, h, w) to images (B, 3, h*f, w*f) on the CPU, in the decoder's dtype.
+def decode_in_strips(first: PointwiseConv, decoder: Decoder, latents: Tensor, numbers: int = STRIP) -> Tensor:
+    """Decode latents (B, width, h, w) to images (B, 3, h*f, w*f) on the CPU, in the decoder's dtype.
 
     numbers: of a feature map, at once on the model's device.
     """
-    weight = model.post_quant_conv.weight
-    decoder, run = model.decoder, Strips(weight.device, numbers)
-    h = run.whole(model.post_quant_conv, quant.to(weight.dtype))
+    run = Strips(first.weight.device, numbers)
+    h = run.whole(first, latents.to(first.weight.dtype))
     h = run(decoder.conv_in, h)
     for block in decoder.mid:
         h = run.block(block, h)
@@ -44,17 +44,17 @@ def decode_in_strips(model: VQModel, quant: Tensor, numbers: int = STRIP) -> Ten
 
 
 class Strips:
-    """Runs what reads one row beyond its own over maps (B, C, H, W) on the host."""
+    """A runner of functions that read one row beyond their own, over maps (B, C, H, W) on the host."""
 
     def __init__(self, device: torch.device, numbers: int):
         self.device, self.numbers = device, numbers
 
     def rows(self, *maps: Tensor) -> int:
-        """Rows of a strip."""
+        """Return the rows of a strip."""
         return max(1, self.numbers // max(x[:, :, 0].numel() for x in maps))
 
     def __call__(self, function: Callable[..., Tensor], *maps: Tensor, scale: int = 1) -> Tensor:
-        """function(*maps), whose output has `scale` rows for each row of the maps and reads one row on either side."""
+        """Return function(*maps), whose output has `scale` rows for each row of the maps and reads one row on either side."""
         height, rows = maps[0].shape[2], self.rows(*maps)
         parts = []
         for start in range(0, height, rows):
@@ -65,11 +65,11 @@ class Strips:
         return torch.cat(parts, dim=2)
 
     def whole(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """function(x), all rows at once."""
+        """Return function(x), all rows at once."""
         return function(x.to(self.device)).cpu()
 
     def block(self, block: nn.Module, x: Tensor) -> Tensor:
-        """A block of the decoder on a map."""
+        """Run a block of the decoder on a map."""
         if isinstance(block, AttnBlock):
             return self.whole(block, x)
         assert isinstance(block, ResnetBlock), type(block)
@@ -79,7 +79,7 @@ class Strips:
         return self(lambda h, x: block.conv2(swish(norm2(h))) + block.nin_shortcut(x), h, x)
 
     def norm(self, norm: nn.GroupNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """The group norm of a map, as a function of a strip of it: its statistics are those of the whole map."""
+        """Return the group norm of a map as a function of a strip of it, with the statistics of the whole map."""
         count, mean, squares = 0, torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for part in x.split(self.rows(x), dim=2):  # the strips' statistics put together (Chan et al., 1979)
             numbers = part.to(self.device).float().unflatten(1, (norm.num_groups, -1)).flatten(2)  # (B, G, n)

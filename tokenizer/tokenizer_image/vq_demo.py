@@ -14,6 +14,7 @@ from utils.cli import (
     add_tokenizer_flags,
     flag_parser,
     run_script,
+    tokenizer_beliefs,
 )
 
 
@@ -24,7 +25,7 @@ def main(args: argparse.Namespace) -> None:
 
     from dataset.augmentation import center_view
     from dataset.pixels import Reading, load_rgb
-    from tokenizer.tokenizer_image.load import choose_weights, load_tokenizer
+    from tokenizer.load import choose_weights, load_tokenizer
     from utils.distributed import pick_device
     from utils.images import peak_signal_to_noise_ratio, save_png, to_uint8
     from utils.runs import find_checkpoint
@@ -39,9 +40,7 @@ def main(args: argparse.Namespace) -> None:
     path = find_checkpoint(args.vq_ckpt)
     tokenizer = load_tokenizer(
         path,
-        vq_model=args.vq_model,
-        codebook_size=args.codebook_size,
-        codebook_embed_dim=args.codebook_embed_dim,
+        **tokenizer_beliefs(args),
         device=device,
         use_ema=choose_weights(path, args.use_ema),
     )

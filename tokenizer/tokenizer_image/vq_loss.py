@@ -1,8 +1,8 @@
 """The losses that train the tokenizer: reconstruction, perceptual, adversarial and codebook.
 
     loss = VQLoss(disc_start=20000, disc_weight=0.5)
-    recons, codebook_losses = tokenizer(images)
-    generator_loss, logs = loss.generator_loss(codebook_losses, images, recons, step)
+    recons, codebook = tokenizer(images)
+    generator_loss, logs = loss.generator_loss(codebook, images, recons, step)
     discriminator_loss, logs = loss.discriminator_loss(images, recons, step)
 
 VQGAN (arXiv 2012.09841, section 3.1) with the weights of LlamaGen (arXiv 2406.06525, section 3.1).
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tokenizer.base import CodebookLosses
 from tokenizer.tokenizer_image.discriminators import PatchGANDiscriminator, StyleGANDiscriminator
 from tokenizer.tokenizer_image.lpips import LPIPS
 
@@ -56,9 +57,8 @@ class VQLoss(nn.Module):
 
     `self.discriminator` may be replaced by a compiled one or one in DistributedDataParallel.
 
-    disc_weight scales both adversarial losses, which are 0 before step `disc_start`. With `disc_adaptive_weight` the
-    generator's is also scaled by the ratio of gradient norms at the decoder's last layer (VQGAN, equation 7).
-    codebook_weight scales vq + commit + entropy. With perceptual_weight 0 no LPIPS is built and no file is needed;
+    disc_weight scales both adversarial losses, which are 0 before step `disc_start`.
+    codebook_weight scales the quantiser's losses. With perceptual_weight 0 no LPIPS is built and no file is needed;
     `lpips` is a network to use in place of a new one.
     image_size matters to the stylegan discriminator only, disc_dim and disc_num_layers to patchgan only.
     Raises ValueError for an unknown choice, FileNotFoundError if the weights of LPIPS are missing.
@@ -74,7 +74,6 @@ class VQLoss(nn.Module):
         disc_num_layers: int = 3,
         disc_in_channels: int = 3,
         disc_weight: float = 1.0,
-        disc_adaptive_weight: bool = False,
         gen_adv_loss: str = "hinge",
         reconstruction_loss: str = "l2",
         reconstruction_weight: float = 1.0,
@@ -94,7 +93,6 @@ class VQLoss(nn.Module):
             self.discriminator = StyleGANDiscriminator(image_size, input_nc=disc_in_channels)
         self.disc_start = disc_start
         self.disc_weight = disc_weight
-        self.disc_adaptive_weight = disc_adaptive_weight
         self.disc_criterion = DISC_LOSSES[disc_loss]
         self.gen_criterion = GEN_LOSSES[gen_adv_loss]
 
@@ -107,26 +105,17 @@ class VQLoss(nn.Module):
             self.perceptual_loss = lpips if lpips is not None else LPIPS()
 
     def discriminator_active(self, step: int) -> bool:
-        """Whether the discriminator takes part at this step: from `disc_start` on, and only with a disc_weight."""
+        """Tell whether the discriminator takes part at this step: from `disc_start` on, and only with a disc_weight."""
         return step >= self.disc_start and self.disc_weight != 0
 
     def generator_loss(
-        self,
-        codebook_losses: Sequence[Tensor | float],
-        images: Tensor,
-        recons: Tensor,
-        step: int,
-        last_layer: nn.Parameter | None = None,
+        self, codebook: CodebookLosses, images: Tensor, recons: Tensor, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The tokenizer's loss. Leaves no gradient on the discriminator.
+        """Return the tokenizer's loss, a float32 scalar, and detached ones for the log. Leaves no gradient on the discriminator.
 
-        codebook_losses: (vq, commit, entropy[, usage]) of the tokenizer in training mode; images, recons: (B, 3, H, W)
-        in [-1, 1]; last_layer: `tokenizer.last_layer`, for the adaptive weight.
-        Returns a float32 scalar, and detached float32 scalars for the log.
-        Raises ValueError if the adaptive weight is on and last_layer is missing.
+        codebook: of the tokenizer in training mode; images, recons: (B, 3, H, W) in [-1, 1].
         """
         images, recons = images.float(), recons.float()
-        vq, commit, entropy = codebook_losses[:3]
         zero = recons.new_zeros(())
         reconstruction = self.reconstruction_criterion(recons, images)
         perceptual = zero if self.perceptual_loss is None else self.perceptual_loss(images, recons).float().mean()
@@ -140,26 +129,21 @@ class VQLoss(nn.Module):
             with _frozen(module):
                 adversarial = self.gen_criterion(module(recons).float())
             weight = zero + self.disc_weight
-            if self.disc_adaptive_weight:
-                weight = weight * self._adaptive_weight(image_loss, adversarial, last_layer)
 
-        loss = image_loss + weight * adversarial + self.codebook_weight * (vq + commit + entropy)
+        loss = image_loss + weight * adversarial + self.codebook_weight * codebook.total
         logs = {
             "generator_loss": loss,
             "reconstruction_loss": reconstruction,
             "perceptual_loss": perceptual,
             "adversarial_loss": adversarial,
             "adversarial_weight": weight,
-            "vq_loss": vq,
-            "commit_loss": commit,
-            "entropy_loss": entropy,
+            **{f"{name}_loss": value for name, value in codebook.parts.items()},
+            "codebook_usage": codebook.usage,
         }
-        if len(codebook_losses) > 3 and codebook_losses[3] is not None:
-            logs["codebook_usage"] = codebook_losses[3]
         return loss, _detached(logs, recons.device)
 
     def discriminator_loss(self, images: Tensor, recons: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's loss; no gradient reaches the tokenizer.
+        """Return the discriminator's loss; no gradient reaches the tokenizer.
 
         images, recons: (B, 3, H, W) in [-1, 1]. Returns a float32 scalar, and detached float32 scalars for the log.
         Before `disc_start` the discriminator is not run: the loss is a 0 whose backward pass reaches nothing, and the
@@ -175,34 +159,6 @@ class VQLoss(nn.Module):
             real = fake = loss
         logs = {"discriminator_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
         return loss, _detached(logs, images.device)
-
-    def forward(
-        self,
-        codebook_losses: Sequence[Tensor | float] | None,
-        images: Tensor,
-        recons: Tensor,
-        optimizer_idx: int,
-        step: int,
-        last_layer: nn.Parameter | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`generator_loss` where optimizer_idx is 0, `discriminator_loss` where it is 1. ValueError for another."""
-        if optimizer_idx == 0:
-            return self.generator_loss(codebook_losses, images, recons, step, last_layer)
-        if optimizer_idx == 1:
-            return self.discriminator_loss(images, recons, step)
-        raise ValueError(f"optimizer_idx is {optimizer_idx}; it must be 0 (generator) or 1 (discriminator)")
-
-    @staticmethod
-    def _adaptive_weight(image_loss: Tensor, adversarial: Tensor, last_layer: nn.Parameter | None) -> Tensor:
-        if last_layer is None:
-            raise ValueError(
-                "disc_adaptive_weight needs the decoder's last layer: pass last_layer=tokenizer.last_layer"
-            )
-        norms = [
-            torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
-            for loss in (image_loss, adversarial)
-        ]
-        return (norms[0] / (norms[1] + 1e-4)).clamp(0.0, 1e4).detach()
 
 
 @contextmanager

@@ -7,7 +7,8 @@ Recipe: LlamaGen (arXiv 2406.06525, section 3.1); VQGAN (2012.09841).
 """
 
 import argparse
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
@@ -24,6 +25,8 @@ from utils.cli import (
     run_script,
 )
 
+# Flags that say what is trained.
+DESCRIPTION = ("vq_model", "vq_width", "codebook_size", "codebook_embed_dim", "codebook_l2_norm", "quantizer")
 # What three halvings and two 4x4 convolutions without padding to spare leave a pixel of.
 PATCHGAN_MINIMUM = 24
 
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from dataset.images import ImageDataset
-    from tokenizer.tokenizer_image.vq_model import VQModel
+    from tokenizer.base import Tokenizer
     from utils.checkpoint import Checkpoint
 
 
@@ -47,12 +50,12 @@ def main(args: argparse.Namespace) -> None:
 
     from dataset.augmentation import center_view, random_view
     from dataset.build import build_dataset
-    from tokenizer.tokenizer_image.load import shape_of, vq_record
+    from tokenizer.load import build_tokenizer
     from tokenizer.tokenizer_image.vq_loss import VQLoss
-    from tokenizer.tokenizer_image.vq_model import VQ_models
     from utils.checkpoint import read_checkpoint
     from utils.distributed import start
     from utils.logger import console_logger
+    from utils.origin import origin
     from utils.runs import find_checkpoint
     from utils.training.parallel import Parallel
     from utils.training.trainer import Micro, Phase, Trainer
@@ -63,19 +66,14 @@ def main(args: argparse.Namespace) -> None:
     console_logger("dataset", dist.is_main)
     torch.manual_seed(args.global_seed)
     initial = read_checkpoint(find_checkpoint(args.vq_ckpt), mmap=False) if args.vq_ckpt else None
-    if initial:
-        shape_of(initial)
-    args.codebook_l2_norm = choose_l2_norm(args, initial)
-    width = {} if args.vq_width is None else {"ch": args.vq_width}
-    tokenizer = VQ_models[args.vq_model](
-        **width,
-        codebook_size=args.codebook_size,
-        codebook_embed_dim=args.codebook_embed_dim,
-        codebook_l2_norm=args.codebook_l2_norm,
+    tokenizer = build_tokenizer(
+        choose_config(args, initial),
         commit_loss_beta=args.commit_loss_beta,
         entropy_loss_ratio=args.entropy_loss_ratio,
         dropout_p=args.dropout_p,
     ).to(dist.device)
+    vars(args).update(tokenizer.flags)
+    args.codebook_l2_norm = tokenizer.quantize.config.get("l2_norm")
     if args.image_size % tokenizer.downsample:
         raise ValueError(
             f"--image-size {args.image_size} is not a multiple of {tokenizer.downsample}, the pixels a side of a {args.vq_model} token"
@@ -109,9 +107,9 @@ def main(args: argparse.Namespace) -> None:
 
     def generator_loss(batch: list[torch.Tensor], place: Micro) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         images, _ = batch
-        recons, codebook_losses = generator(images)
+        recons, codebook = generator(images)
         reconstructions[place.number] = recons.detach()
-        return losses.generator_loss(codebook_losses, images, recons, place.step + 1)
+        return losses.generator_loss(codebook, images, recons, place.step + 1)
 
     def discriminator_loss(batch: list[torch.Tensor], place: Micro) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return losses.discriminator_loss(batch[0], reconstructions[place.number], place.step + 1)
@@ -152,9 +150,9 @@ def main(args: argparse.Namespace) -> None:
         plan=plan,
         initial=initial,
         sample=sample,
-        config=vq_record(tokenizer.config),
+        config=origin(**tokenizer.identity),
     )
-    if not args.codebook_l2_norm:
+    if args.codebook_l2_norm is False:
         trainer.log.info("codes are looked up among vectors that are not normalised (--no-codebook-l2-norm)")
     if args.disc_weight and trainer.total_steps < args.disc_start:
         trainer.log.warning(
@@ -165,24 +163,49 @@ def main(args: argparse.Namespace) -> None:
     dist.close()
 
 
-def choose_l2_norm(args: argparse.Namespace, initial: "Checkpoint | None") -> bool:
-    """Return whether codes are l2-normalised: as in the run or file to go on from, else as the flag says, else True.
+def choose_config(args: argparse.Namespace, initial: "Checkpoint | None") -> dict[str, Any]:
+    """Return the config of the tokenizer to train, that of --vq-ckpt or of the flags, and give the checkpoint our names.
 
-    Raises ValueError where the flag contradicts the run or the file.
+    Flags that are left out are set as the file has them, or the run that is resumed.
+    Raises ValueError where a flag contradicts the file or the run.
     """
-    from tokenizer.tokenizer_image.load import recorded_l2_norm
+    from tokenizer.load import described
+    from tokenizer.released import recorded_l2_norm
     from utils.runs import runs_in
 
-    asked, known = args.codebook_l2_norm, None if initial is None else recorded_l2_norm(initial)
-    source = args.vq_ckpt
+    config = None
+    if initial:
+        config, initial.model = described(initial)
+        kind = config["quantizer"]
+        held = {"vq_model": config["family"], "vq_width": config["network"].get("ch"), "quantizer": kind["name"]}
+        held |= {name: kind.get(name) for name in ("codebook_size", "codebook_embed_dim")}
+        complete(args, {**held, "codebook_l2_norm": recorded_l2_norm(initial)}, args.vq_ckpt)
+    args.vq_model = args.vq_model or "VQ-16"
     for run in runs_in(args.results_dir, args.vq_model)[:1] if args.resume else []:
-        known, source = run.flags().get("codebook_l2_norm", known), run.folder
-    if None not in (asked, known) and asked != known:
-        raise ValueError(
-            f"--{'' if asked else 'no-'}codebook-l2-norm: {source} was trained with --{'' if known else 'no-'}codebook-l2-norm; "
-            "leave the flag out"
-        )
-    return next((value for value in (known, asked) if value is not None), True)
+        began = run.flags()
+        complete(args, {name: began.get(name) for name in (*DESCRIPTION, "quantizer_options")}, run.folder)
+    args.quantizer = args.quantizer or "vq"
+    given = {"codebook_size": args.codebook_size, "codebook_embed_dim": args.codebook_embed_dim}
+    given |= {"l2_norm": args.codebook_l2_norm, **(args.quantizer_options or {})}
+    quantizer = {"name": args.quantizer, **{name: value for name, value in given.items() if value is not None}}
+    if config:
+        return {**config, "quantizer": {**config["quantizer"], **quantizer}}
+    width = {} if args.vq_width is None else {"ch": args.vq_width}
+    return {"network": {"name": "vqgan", **VQ_SIZES[args.vq_model], **width}, "quantizer": quantizer}
+
+
+def complete(args: argparse.Namespace, held: Mapping[str, Any], source: object) -> None:
+    """Set the flags that are left out to what the source holds. Raises ValueError for one that contradicts it."""
+
+    def said(name: str, value: Any) -> str:
+        flag = name.replace("_", "-")
+        return f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
+
+    for name, value in held.items():
+        asked = getattr(args, name)
+        if None not in (asked, value) and asked != value:
+            raise ValueError(f"{said(name, asked)}: {source} was trained with {said(name, value)}; leave the flag out")
+        setattr(args, name, value if asked is None else asked)
 
 
 def begin_anew(initial: "Checkpoint", discriminator: "Module", args: argparse.Namespace) -> None:
@@ -214,18 +237,28 @@ def center_view_of(dataset: "ImageDataset", index: int, transform: "Callable") -
     return plain[index][0]
 
 
-def comparison(model: "VQModel", images: "Tensor") -> "np.ndarray":
-    """Images above their reconstructions, uint8 (H, W, 3). images: (n, 3, H, W) in [-1, 1]."""
+def comparison(tokenizer: "Tokenizer", images: "Tensor") -> "np.ndarray":
+    """Draw images (n, 3, H, W) in [-1, 1] above their reconstructions, uint8 (H, W, 3)."""
     import torch
 
     from utils.images import make_grid, to_uint8
 
-    recons = model(images)[0]
+    recons = tokenizer.to_pixels(tokenizer.to_codes(images))
     return make_grid(to_uint8(torch.cat([images, recons])), columns=len(images))
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """Read a flag's JSON object."""
+    import json
+
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f'must be a JSON object as {{"levels": [8, 5, 5]}}, got {text}') from error
+
+
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+    """Return the script's flags."""
     parser = flag_parser(__doc__, added=["--no-wandb", "--wandb-project"])
     parser.add_argument("--data-path", required=True, help="folder of images, or of the lists that name them")
     parser.add_argument(
@@ -239,7 +272,10 @@ def flags() -> argparse.ArgumentParser:
     add_switch(parser, "--flip", True, "mirror half of the images")
     parser.add_argument("--vq-width", type=positive_int, default=None, help="base channels (default: the model's own)")
     add_tokenizer_flags(parser, VQ_SIZES)
-    parser.set_defaults(codebook_size=16384)
+    parser.add_argument("--quantizer", default=None, help="kind of quantiser, one of --import too (default: vq)")
+    parser.add_argument(
+        "--quantizer-options", type=json_object, default=None, help='options of the quantiser, as JSON: {"name": value}'
+    )
     parser.add_argument(
         "--finetune",
         action="store_true",

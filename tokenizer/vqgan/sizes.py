@@ -18,6 +18,11 @@ class TamingVQGAN:
     ch_mult: tuple[int, ...]
     address: str
 
+    @property
+    def shape(self) -> tuple[int, int, tuple[int, ...]]:
+        """Return what tells the files apart."""
+        return self.codebook_size, self.embed_dim, self.ch_mult
+
 
 _F16, _F8 = (1, 1, 2, 2, 4), (1, 2, 2, 4)
 _TAMING, _LATENT_DIFFUSION = "https://heibox.uni-heidelberg.de/d", "https://ommer-lab.com/files/latent-diffusion"

@@ -1,0 +1,134 @@
+"""From a file to the tokenizer that its config names.
+
+    tokenizer = load_tokenizer("pretrained_models/vq_ds16_c2i.pt", vq_model="VQ-16")
+
+Flags need not be given; where they are, the file has to fit them.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenizer.base import NETWORKS, Tokenizer
+from tokenizer.released import adapted, recorded_l2_norm
+from tokenizer.tokenizer_image.vq_model import VQModel
+from utils.checkpoint import Checkpoint, State, load_into, read_checkpoint
+from utils.origin import origin, same_tokenizer
+from utils.recognition import looks_like
+
+NETWORKS.add("vqgan", VQModel)
+logger = logging.getLogger(__name__)
+
+
+def build_tokenizer(config: Mapping[str, Any], **training: Any) -> Tokenizer:
+    """Build the tokenizer that a config names. training: dropout_p, and weights of losses that its quantiser takes.
+
+    Raises ValueError for what is not registered, and for options that it does not have.
+    """
+    options = dict(config["network"])
+    return NETWORKS[options.pop("name")].build(options, config["quantizer"], **training)
+
+
+def described(checkpoint: Checkpoint) -> tuple[dict[str, Any], State]:
+    """Return the config of a tokenizer's checkpoint and its weights. Raises ValueError that says what else the file is."""
+    found = adapted(checkpoint)
+    if found is None:
+        raise ValueError(f"{checkpoint.path} is not an image tokenizer's checkpoint: {looks_like(checkpoint.model)}")
+    return found
+
+
+def kept_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the config that a copy of a checkpoint in another format needs: its own, with what its file says elsewhere."""
+    config, state = adapted(checkpoint) or ({}, None)
+    return {**checkpoint.config, **origin(**config)} if state is checkpoint.model else checkpoint.config
+
+
+def load_tokenizer(
+    path: str | Path,
+    *,
+    vq_model: str | None = None,
+    codebook_size: int | None = None,
+    codebook_embed_dim: int | None = None,
+    codebook_l2_norm: bool | None = None,
+    device: torch.device | str = "cpu",
+    use_ema: bool = False,
+    decode_precision: str = "none",
+    fingerprint: str | None = None,
+) -> Tokenizer:
+    """Build the tokenizer of a checkpoint, in eval mode and float32.
+
+    Args:
+        path: of the file
+        vq_model: its family, as the caller believes; None for no belief, here and below
+        codebook_size: its codes
+        codebook_embed_dim: channels of its latents
+        codebook_l2_norm: whether its codes are l2-normalised, also where the file does not say
+        device: of the tokenizer
+        use_ema: take the averaged weights
+        decode_precision: bf16 for a decoder in bfloat16 (`Tokenizer.decode_in_bfloat16`)
+        fingerprint: of the tokenizer that made some codes. Of a file's raw and averaged weights those that made the codes
+            are taken, whatever `use_ema` says
+
+    Raises:
+        ValueError: the file disagrees with a belief or the fingerprint, names what is not registered, or is no tokenizer's
+        FileNotFoundError: it is not there
+    """
+    if decode_precision not in ("none", "bf16"):
+        raise ValueError(f"decode_precision is {decode_precision!r}: give 'none' (float32) or 'bf16'")
+    beliefs = {"vq_model": vq_model, "codebook_size": codebook_size, "codebook_embed_dim": codebook_embed_dim}
+    checkpoint = read_checkpoint(path, prefer_ema=use_ema)
+    if use_ema and fingerprint is None:
+        checkpoint.require_averages()
+    model = _load(checkpoint, beliefs, codebook_l2_norm)
+    if fingerprint is not None and not same_tokenizer(fingerprint, found := model.fingerprint()):
+        model = _load(read_checkpoint(path, prefer_ema=not use_ema), beliefs, codebook_l2_norm)
+        if not same_tokenizer(fingerprint, model.fingerprint()):
+            raise ValueError(
+                f"{path} is the tokenizer {found}, and the codes are of the tokenizer {fingerprint}: give the tokenizer "
+                "that made them"
+            )
+        logger.info("%s: the %s weights made the codes and are used", path, "raw" if use_ema else "averaged")
+    model = model.to(device)
+    return model.decode_in_bfloat16() if decode_precision == "bf16" else model
+
+
+def choose_weights(path: str | Path, use_ema: bool, told: bool = True) -> bool:
+    """Return whether a file's averaged weights are to be used: if asked for and there. told: print which are used."""
+    averaged = use_ema and read_checkpoint(path).ema is not None
+    if told:
+        print(f"{path}: its {'averaged' if averaged else 'raw'} weights")
+    return averaged
+
+
+def compare_beliefs(path: str | Path, tokenizer: Tokenizer, beliefs: Mapping[str, Any]) -> None:
+    """Raises ValueError where a tokenizer is not what a flag says; flags left at None are not compared."""
+    held = tokenizer.flags
+    wrong = [name for name in held if beliefs.get(name) not in (None, held[name])]
+    if wrong:
+        flags = {name: "--" + name.replace("_", "-") for name in wrong}
+        raise ValueError(
+            f"{path} does not fit the flags {', '.join(f'{flags[name]} {beliefs[name]}' for name in wrong)}; "
+            f"it holds {', '.join(f'{flags[name]} {held[name]}' for name in wrong)}"
+        )
+
+
+def _load(checkpoint: Checkpoint, beliefs: Mapping[str, Any], l2_norm: bool | None) -> Tokenizer:
+    config, state = described(checkpoint)
+    if l2_norm is not None:
+        if recorded_l2_norm(checkpoint) not in (None, l2_norm):
+            raise ValueError(
+                f"{checkpoint.path} has codes that are {'not ' if l2_norm else ''}l2-normalised, asked for is a tokenizer "
+                f"whose codes are {'' if l2_norm else 'not'}"
+            )
+        config = {**config, "quantizer": {**config["quantizer"], "l2_norm": l2_norm}}
+    try:
+        with torch.device("meta"):
+            model = build_tokenizer(config)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from error
+    compare_beliefs(checkpoint.path, model, beliefs)
+    load_into(model, state, checkpoint.path, assign=True)
+    return model.float().eval().requires_grad_(False)

@@ -1,0 +1,134 @@
+"""Adapters of published tokenizers, known by the names of their weights: from a file to a config and weights under our names.
+
+    config, state = adapted(read_checkpoint("vqgan_imagenet_f16_1024.ckpt"))
+
+A released family is one function here. Files that this project wrote say their config themselves.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from tokenizer.tokenizer_image.sizes import size_name
+from utils.checkpoint import Checkpoint, State
+
+Adapted = tuple[dict[str, Any], State]
+# Name -> what makes a config and renamed weights of a family's checkpoint, None of another family's.
+FAMILIES: dict[str, Callable[[Checkpoint], Adapted | None]] = {}
+
+_LEVEL = re.compile(r"(encoder\.down|decoder\.up)\.(\d+)\.(.+)")
+_MIDDLE = {"block_1": "0", "attn_1": "1", "block_2": "2"}
+_MIDDLE_PART = re.compile(r"(encoder|decoder)\.mid\.(block_1|attn_1|block_2)\.(.+)")
+
+
+def family(adapter: Callable[[Checkpoint], Adapted | None]) -> Callable[[Checkpoint], Adapted | None]:
+    """Register an adapter under its name."""
+    return FAMILIES.setdefault(adapter.__name__, adapter)
+
+
+def adapted(checkpoint: Checkpoint) -> Adapted | None:
+    """Return the config and the weights of a tokenizer's checkpoint; None for what no family knows.
+
+    Raises ValueError for a family's file that lacks weights or has impossible shapes.
+    """
+    if "network" in checkpoint.config:
+        return checkpoint.config, checkpoint.model
+    return next((found for adapter in FAMILIES.values() if (found := adapter(checkpoint)) is not None), None)
+
+
+@family
+def llamagen(checkpoint: Checkpoint) -> Adapted | None:
+    """Adapt LlamaGen's files and this project's first ones. They say nothing, or the codebook's norm; released ones have it."""
+    if "encoder.conv_blocks.0.res.0.conv1.weight" not in checkpoint.model:
+        return None
+    return vqgan_config(checkpoint, checkpoint.model, recorded_l2_norm(checkpoint) is not False), checkpoint.model
+
+
+@family
+def taming(checkpoint: Checkpoint) -> Adapted | None:
+    """Adapt the VQGANs of taming-transformers and latent diffusion; the discriminator and LPIPS (`loss.…`) are dropped."""
+    if "encoder.down.0.block.0.conv1.weight" not in checkpoint.model:
+        return None
+    state = from_taming(checkpoint.model)
+    return vqgan_config(checkpoint, state, l2_norm=False), state
+
+
+def recorded_l2_norm(checkpoint: Checkpoint) -> bool | None:
+    """Return whether a file says that its codes are l2-normalised, which its shapes do not show; None where it does not say.
+
+    The first editions said it in `config`, in the flags of the run, or in the hub's config.json beside the weights.
+    """
+    beside = checkpoint.path.with_name("config.json")
+    try:
+        hub = dict(json.loads(beside.read_bytes())) if checkpoint.format == "safetensors" and beside.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{beside} is damaged ({error}): download or copy it again") from error
+    if "quantizer" in checkpoint.config:
+        return checkpoint.config["quantizer"].get("l2_norm")
+    sources = (checkpoint.config.get("vq"), checkpoint.args, hub)
+    return next((source["codebook_l2_norm"] for source in sources if source and "codebook_l2_norm" in source), None)
+
+
+def from_taming(state: Mapping[str, Tensor]) -> State:
+    """Return the weights of a taming VQGAN under the names of VQModel.
+
+    Taming counts the decoder's levels from the image (up.0 is the finest), our `conv_blocks` from the latents.
+    """
+    levels = 1 + max((int(match[2]) for match in map(_LEVEL.fullmatch, state) if match), default=0)
+
+    def ours(name: str) -> str:
+        if match := _LEVEL.fullmatch(name):
+            part, level, rest = match[1], int(match[2]), match[3]
+            if rest.startswith("block."):
+                rest = "res." + rest.removeprefix("block.")
+            level = level if part == "encoder.down" else levels - 1 - level
+            return f"{part.split('.')[0]}.conv_blocks.{level}.{rest}"
+        if match := _MIDDLE_PART.fullmatch(name):
+            return f"{match[1]}.mid.{_MIDDLE[match[2]]}.{match[3]}"
+        return name
+
+    return {ours(name): tensor for name, tensor in state.items() if not name.startswith("loss.")}
+
+
+def vqgan_config(checkpoint: Checkpoint, state: Mapping[str, Tensor], l2_norm: bool) -> dict[str, Any]:
+    """Read the config of a VQGAN with a codebook off the shapes of its weights.
+
+    Raises ValueError that names an entry that is missing, or a width that is no multiple of the first one.
+    """
+
+    def shape(name: str) -> list[int]:
+        if name not in state:
+            raise ValueError(f"{checkpoint.path} is not a whole image tokenizer: it has no entry {name!r}")
+        return list(state[name].shape)
+
+    ch = shape("encoder.conv_in.weight")[0]
+
+    def multipliers(part: str) -> list[int]:
+        mults: list[int] = []
+        name = f"{part}.conv_blocks.0.res.0.conv1.weight"
+        while not mults or name in state:
+            mult, rest = divmod(shape(name)[0], ch)
+            if rest:
+                raise ValueError(
+                    f"{checkpoint.path}: {name} has {shape(name)[0]} channels, not a multiple of the {ch} of the first layer"
+                )
+            mults.append(mult)
+            name = f"{part}.conv_blocks.{len(mults)}.res.0.conv1.weight"
+        return mults
+
+    levels = {"encoder_ch_mult": multipliers("encoder"), "decoder_ch_mult": multipliers("decoder")[::-1]}
+    codebook_size, width = shape("quantize.embedding.weight")
+    return {
+        "family": size_name(*levels.values()) or "VQGAN",
+        "network": {"name": "vqgan", **levels, "z_channels": shape("encoder.conv_out.weight")[0], "ch": ch},
+        "quantizer": {
+            "name": "vq",
+            "codebook_size": codebook_size,
+            "codebook_embed_dim": width,
+            "l2_norm": l2_norm,
+            "show_usage": "quantize.codebook_used" in state,
+        },
+    }

@@ -1,0 +1,179 @@
+"""The network of VQGAN (arXiv 2012.09841) with the sizes of LlamaGen: its blocks, the encoder and the decoder.
+
+Fully convolutional: any height and width that the downsampling divides.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizer.pointwise import PointwiseConv
+
+NORM_GROUPS = 32
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+
+
+def swish(x: Tensor) -> Tensor:
+    """x * sigmoid(x)."""
+    # The fused kernel saves a tensor per call. On the CPU the two operations meet the recorded figures to the last bit:
+    # the difference is a rounding, but group norm in channels-last amplifies it there to the size of the tolerance.
+    return x * torch.sigmoid(x) if x.device.type == "cpu" else F.silu(x)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Single-head attention over all positions, scale C^-0.5: three times (B, C, H, W) -> (B, C, H, W)."""
+    shape = q.shape
+    q, k, v = (x.flatten(2).transpose(1, 2) for x in (q, k, v))  # (B, H*W, C)
+    if q.device.type == "cpu":  # for the reason given in swish
+        weights = torch.softmax(torch.bmm(q, k.transpose(1, 2)) * shape[1] ** -0.5, dim=-1)
+        h = torch.bmm(v.transpose(1, 2), weights.transpose(1, 2))  # (B, C, H*W)
+    else:
+        q, k, v = (x.contiguous().unsqueeze(1) for x in (q, k, v))  # fused kernels want the channels side by side
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = h.squeeze(1).transpose(1, 2)
+    return h.reshape(shape)
+
+
+class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions, each after GroupNorm and swish, around a shortcut: (B, Cin, H, W) -> (B, Cout, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout_p: float = 0.0):
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.dropout = nn.Dropout(dropout_p)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = PointwiseConv(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(swish(self.norm1(x)))
+        h = self.conv2(self.dropout(swish(self.norm2(h))))
+        return h + self.nin_shortcut(x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head attention over all H*W positions, around a shortcut: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q = PointwiseConv(channels, channels)
+        self.k = PointwiseConv(channels, channels)
+        self.v = PointwiseConv(channels, channels)
+        self.proj_out = PointwiseConv(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + self.proj_out(attention(self.q(h), self.k(h), self.v(h)))
+
+
+class Downsample(nn.Module):
+    """Halves height and width with a stride-2 3x3 convolution, padded on the right and at the bottom only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles height and width: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Blocks of one resolution, each followed by attention where `attention`. The owner adds the resize after them."""
+
+    def __init__(self, in_channels: int, channels: int, blocks: int, attention: bool, dropout_p: float):
+        super().__init__()
+        self.res = nn.ModuleList(
+            ResnetBlock(in_channels if i == 0 else channels, channels, dropout_p) for i in range(blocks)
+        )
+        self.attn = nn.ModuleList(AttnBlock(channels) for _ in range(blocks if attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.res):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return x
+
+
+def _middle(channels: int, dropout_p: float) -> nn.ModuleList:
+    return nn.ModuleList(
+        [ResnetBlock(channels, channels, dropout_p), AttnBlock(channels), ResnetBlock(channels, channels, dropout_p)]
+    )
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) -> (B, z_channels, H/f, W/f) with f = 2^(levels - 1)."""
+
+    def __init__(
+        self, ch: int = 128, ch_mult: Sequence[int] = (1, 1, 2, 2, 4), z_channels: int = 256, dropout_p: float = 0.0
+    ):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.conv_blocks = nn.ModuleList()
+        channels, deepest = ch, len(ch_mult) - 1
+        for i, mult in enumerate(ch_mult):
+            level = Level(channels, ch * mult, blocks=2, attention=i == deepest, dropout_p=dropout_p)
+            channels = ch * mult
+            if i != deepest:
+                level.downsample = Downsample(channels)
+            self.conv_blocks.append(level)
+        self.mid = _middle(channels, dropout_p)
+        self.norm_out = _norm(channels)
+        self.conv_out = nn.Conv2d(channels, z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.conv_blocks[:-1]:
+            h = level.downsample(level(h))
+        h = self.conv_blocks[-1](h)
+        for block in self.mid:
+            h = block(h)
+        return self.conv_out(swish(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """(B, z_channels, H/f, W/f) -> (B, 3, H, W) with f = 2^(levels - 1). `conv_blocks` starts at the deepest level."""
+
+    def __init__(
+        self, ch: int = 128, ch_mult: Sequence[int] = (1, 1, 2, 2, 4), z_channels: int = 256, dropout_p: float = 0.0
+    ):
+        super().__init__()
+        channels, deepest = ch * ch_mult[-1], len(ch_mult) - 1
+        self.conv_in = nn.Conv2d(z_channels, channels, 3, padding=1)
+        self.mid = _middle(channels, dropout_p)
+        self.conv_blocks = nn.ModuleList()
+        for i, mult in reversed(list(enumerate(ch_mult))):
+            level = Level(channels, ch * mult, blocks=3, attention=i == deepest, dropout_p=dropout_p)
+            channels = ch * mult
+            if i != 0:
+                level.upsample = Upsample(channels)
+            self.conv_blocks.append(level)
+        self.norm_out = _norm(channels)
+        self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.conv_in(z)
+        for block in self.mid:
+            h = block(h)
+        for level in self.conv_blocks[:-1]:
+            h = level.upsample(level(h))
+        h = self.conv_blocks[-1](h)
+        return self.conv_out(swish(self.norm_out(h)))

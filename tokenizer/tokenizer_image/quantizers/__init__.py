@@ -1,0 +1,5 @@
+"""Quantisers, one file each. Importing this package registers all of them (tokenizer/base.py:QUANTIZERS)."""
+
+from tokenizer.tokenizer_image.quantizers import vq
+
+__all__ = ["vq"]
