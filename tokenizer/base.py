@@ -33,7 +33,7 @@ _UNDECISIVE = "quantize.codebook_used"
 Kind = TypeVar("Kind", bound=type)
 
 
-def quantizer(name: str) -> Callable[[Kind], Kind]:
+def register_quantizer(name: str) -> Callable[[Kind], Kind]:
     """Register a class of quantisers under a name, which --quantizer and configs then know."""
 
     def register(kind: Kind) -> Kind:

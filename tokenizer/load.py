@@ -128,7 +128,8 @@ def _load(checkpoint: Checkpoint, beliefs: Mapping[str, Any], l2_norm: bool | No
         with torch.device("meta"):
             model = build_tokenizer(config)
     except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {error}") from error
+        files = " ".join(f"--import {file}" for file in checkpoint.config.get("imports", ()))
+        raise ValueError(f"{checkpoint.path}: {error}" + (f"; it was written with {files}" if files else "")) from error
     compare_beliefs(checkpoint.path, model, beliefs)
     load_into(model, state, checkpoint.path, assign=True)
     return model.float().eval().requires_grad_(False)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 # Flags that change no figure and no image, or stand in the settings in another form.
 IMMATERIAL = {
+    "import",
     "sample_dir",
     "per_proc_batch_size",
     "num_workers",

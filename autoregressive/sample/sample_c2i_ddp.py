@@ -32,6 +32,7 @@ from utils.sample_folder import folder_name
 
 # Flags that change neither an image nor which images there are.
 IMMATERIAL = {
+    "import",
     "sample_dir",
     "num_fid_samples",
     "compile",

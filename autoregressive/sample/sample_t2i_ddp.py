@@ -35,6 +35,7 @@ from utils.sample_folder import folder_name
 
 # Flags that change neither an image nor which images there are, and those that stand for a file's content.
 IMMATERIAL = {
+    "import",
     "sample_dir",
     "num_fid_samples",
     "num_classes",

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.base import USAGE_WINDOW, CodebookLosses, Quantizer, quantizer
+from tokenizer.base import USAGE_WINDOW, CodebookLosses, Quantizer, register_quantizer
 
 ENTROPY_TEMPERATURE = 0.01
 # Entries of the (latents x codebook) table that a search holds at once: 256 MB in float32.
@@ -31,7 +31,7 @@ def entropy_loss(affinity: Tensor, temperature: float = ENTROPY_TEMPERATURE) -> 
     return sample_entropy + (mean_p * (mean_p + 1e-5).log()).sum()
 
 
-@quantizer("vq")
+@register_quantizer("vq")
 class VectorQuantizer(Quantizer):
     """A codebook whose row next to a latent takes its place.
 
