@@ -72,8 +72,9 @@ def main(args: argparse.Namespace) -> None:
         entropy_loss_ratio=args.entropy_loss_ratio,
         dropout_p=args.dropout_p,
     ).to(dist.device)
-    vars(args).update(tokenizer.flags)
-    args.codebook_l2_norm = tokenizer.quantize.config.get("l2_norm")
+    options = tokenizer.quantize.config
+    args.codebook_size, args.codebook_embed_dim = options.get("codebook_size"), options.get("codebook_embed_dim")
+    args.codebook_l2_norm = options.get("l2_norm")
     if args.image_size % tokenizer.downsample:
         raise ValueError(
             f"--image-size {args.image_size} is not a multiple of {tokenizer.downsample}, the pixels a side of a {args.vq_model} token"
