@@ -1,9 +1,9 @@
 """The HTTP interface: OpenAI's image generation, the model list, health and metrics.
 
-    app = create_app(service, api_key="…")           # an ASGI application; server.py runs it
+    app = create_app(service, api_keys=["…"])        # an ASGI application; server.py runs it
 
-    POST /v1/images/generations    body.py tells the fields; JSON, a PNG (Accept: image/png) or server-sent events
-    GET  /v1/models, /v1/models/{name}, /health, /metrics, /docs
+    POST /v1/images/generations    body.py tells the fields; JSON, a file (Accept: image/png) or server-sent events
+    GET  /v1/models, /v1/models/{name}, /health, /metrics, /openapi.json
 
 Every refusal has OpenAI's form of an error (errors.py).
 """
@@ -12,21 +12,27 @@ import asyncio
 import base64
 import json
 import logging
+import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from hmac import compare_digest
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response, StreamingResponse
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel
+from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from autoregressive.serve.body import ImageBody, ask, read_body, unknown_model
-from autoregressive.serve.errors import RequestError
+from autoregressive.serve.body import ImageBody, ask, invalid_body, unknown_model
+from autoregressive.serve.errors import REFUSED, ErrorBody, RequestError
 from autoregressive.serve.service import Job, Service
 
 log = logging.getLogger(__name__)
@@ -34,8 +40,9 @@ Result = TypeVar("Result")
 
 IMAGES = "/v1/images/generations"
 CLIENT_GONE = 499  # for the log and the metrics; nobody is there to be answered
+MAX_HEADERS = 32 * 1024  # bytes, the address among them
 SECONDS_TO_SEND_A_BODY = 30
-DRAINED_BYTES = 16 * 2**20  # of a body that is too large, read so that the client gets to hear it
+SECONDS_BETWEEN_EVENTS = 15  # then a comment keeps proxies from closing a stream
 
 
 class Json(Response):
@@ -47,12 +54,56 @@ class Json(Response):
         return json.dumps(content).encode("ascii")
 
 
+class Image(BaseModel):
+    """One picture's file, and the seed that draws it again."""
+
+    b64_json: str
+    seed: int
+
+
+class TextTokens(BaseModel):
+    """The tokens of a request's condition, by kind."""
+
+    text_tokens: int
+    image_tokens: int
+
+
+class Usage(BaseModel):
+    """The tokens of a request: those of its condition, and those of its images."""
+
+    input_tokens: int
+    input_tokens_details: TextTokens
+    output_tokens: int
+    total_tokens: int
+
+
+class ImagesAnswer(BaseModel):
+    """The pictures that were asked for."""
+
+    created: int
+    data: list[Image]
+    background: str
+    output_format: str
+    size: str
+    usage: Usage
+    warnings: list[str]
+
+
 class ClientGone(Exception):
     """The client hung up before its answer."""
 
 
-def create_app(service: Service, api_key: str | None = None) -> FastAPI:
-    """The application. It closes the service when it ends. api_key: asked of every request to /v1."""
+def create_app(
+    service: Service, *, api_keys: Sequence[str] = (), root_path: str = "", cors_origins: Sequence[str] = ()
+) -> FastAPI:
+    """Return the application. It closes the service when it ends.
+
+    Args:
+        service: draws.
+        api_keys: one of them is asked of every request to /v1.
+        root_path: the path under which a proxy has the application.
+        cors_origins: of web pages whose scripts may ask it.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -65,51 +116,73 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
         version="1",
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
     )
-    app.add_middleware(Watched, service=service, api_key=api_key)
-
-    @app.exception_handler(RequestError)
-    async def refused(request: Request, error: RequestError) -> Response:
-        return error_response(error)
+    app.add_middleware(Watched, service=service, api_keys=api_keys, root_path=root_path)
+    if cors_origins:
+        exposed = ["X-Image-Seed", "X-Request-Id", "X-Warning", "Retry-After"]
+        app.add_middleware(
+            CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=exposed
+        )
 
     @app.exception_handler(HTTPException)
-    async def not_found(request: Request, error: HTTPException) -> Response:
-        code = "not_found" if error.status_code == 404 else None
-        message = f"{request.method} {request.url.path[:100]}: {error.detail}"
-        return error_response(RequestError(error.status_code, message, code=code, headers=error.headers))
+    async def refused(request: Request, error: HTTPException) -> Response:
+        if not isinstance(error, RequestError):
+            code = {400: "invalid_json", 404: "not_found"}.get(error.status_code)
+            path = get_route_path(request.scope)
+            message = f"{request.method} {path[:100]}: {REFUSED.get(path, error.detail)}"
+            error = RequestError(error.status_code, message, code=code, headers=error.headers)
+        return error_response(error)
 
-    @app.post(IMAGES, openapi_extra=_images_documentation(), responses=_IMAGES_RESPONSES, response_class=Response)
-    async def images(request: Request) -> Response:
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        given = request.headers.get("content-type", "")
+        if not re.match(r"application/([\w.+-]+\+)?json\s*(;|$)", given, re.IGNORECASE):
+            message = f"the body's type is {given[:100] or 'not told'}: send application/json"
+            return error_response(RequestError(415, message, code="unsupported_media_type"))
+        return error_response(invalid_body(error.errors()[0]))
+
+    refusals = {status: {"model": ErrorBody, "description": "Refused"} for status in ("4XX", "5XX")}
+    bearer = HTTPBearer(auto_error=False, description="A key, where the server asks for one")
+    v1 = APIRouter(prefix="/v1", responses=refusals, dependencies=[Security(bearer)])
+
+    files = {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")}
+    answers = {200: {"model": ImagesAnswer, "content": {**files, "text/event-stream": {}}}}
+
+    @v1.post(IMAGES.removeprefix("/v1"), responses=answers, response_model=None)
+    async def images(request: Request, body: ImageBody) -> Response:
         """Draws images. An image is a function of its seed and what it is of, whatever else the server does."""
-        service.refuse_while_draining()
-        _check_content_type(request)
-        body = read_body(await _read(request, service.limits.max_body))
-        asked = ask(body, service.info, service.limits, service.classes, png=_wants_png(request))
+        accept = request.headers.get("accept", "")
+        asked = ask(body, service.info, service.limits, service.classes, models=service.models, accept=accept)
         request.scope["log"] |= {"n": len(asked.seeds), "seed": asked.seeds[0], "label": asked.label}
         job = service.accept(asked)
         if asked.stream:
             return EventStream(service, job)
         with job:
-            pngs = await unless_gone(request, service.draw(job))
-        seeds = {"X-Image-Seed": ",".join(map(str, asked.seeds))}
-        if asked.png:
-            return Response(pngs[0], media_type="image/png", headers=seeds)
-        return Json(
-            {
-                "created": int(time.time()),
-                "data": [{"b64_json": _base64(png), "seed": seed} for png, seed in zip(pngs, asked.seeds)],
-                "output_format": "png",
-                "size": f"{asked.size}x{asked.size}",
-            },
-            headers=seeds,
-        )
+            files = await unless_gone(request, service.draw(job))
+        headers = {"X-Image-Seed": ",".join(map(str, asked.seeds))}
+        if job.warnings:
+            headers["X-Warning"] = "; ".join(job.warnings)
+        if asked.raw:
+            return Response(files[0], media_type=f"image/{asked.format}", headers=headers)
+        answer = {
+            "created": int(time.time()),
+            "data": [{"b64_json": _base64(file), "seed": seed} for file, seed in zip(files, asked.seeds)],
+            "background": "opaque",
+            "output_format": asked.format,
+            "size": f"{asked.size}x{asked.size}",
+            "usage": usage(service, job, len(files)),
+            "warnings": job.warnings,
+        }
+        return Json(answer, headers=headers)
 
     started = int(time.time())
 
-    def model() -> dict:
+    def model(name: str) -> dict:
         info = service.info
         return {
-            "id": info.name,
+            "id": name,
             "object": "model",
             "created": started,
             "owned_by": "local",
@@ -117,168 +190,198 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
             "image_size": info.image_size,
             "tokens": info.tokens,
             "num_classes": info.num_classes,
-            "classes": service.classes.names,
+            "classes": list(service.classes),
         }
 
-    @app.get("/v1/models")
+    @v1.get("/models")
     async def models() -> Response:
-        """The model that is served."""
-        return Json({"object": "list", "data": [model()]})
+        """Lists the model that is served, under each of its names."""
+        return Json({"object": "list", "data": [model(name) for name in service.models]})
 
-    @app.get("/v1/models/{name:path}", responses={404: _ERROR})
+    @v1.get("/models/{name:path}")
     async def one_model(name: str) -> Response:
-        """The model of this name."""
-        if name != service.info.name:
-            raise unknown_model(name, service.info)
-        return Json(model())
+        """Tells of the model of this name."""
+        if name not in service.models:
+            raise unknown_model(name, service.models)
+        return Json(model(name))
 
     @app.get("/health", responses={503: {"description": "Shutting down, or the engine fails"}})
     async def health() -> Response:
-        """Whether requests are taken."""
-        return Json(
-            {"status": service.state, "queued_images": service.queued_images},
-            status_code=200 if service.state == "ok" else 503,
-        )
+        """Tells whether requests are taken."""
+        answer = {
+            "status": service.state,
+            "queued_images": service.queued_images,
+            "token_age": service.engine.token_age(),
+        }
+        return Json(answer, status_code=200 if service.state == "ok" else 503)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
-        """Counters, for Prometheus."""
+        """Tells the counters, for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    app.include_router(v1)
     return app
 
 
 class Watched:
-    """Around every request: its number, the API key, the log line, the count, and an answer where something broke."""
+    """Surroundings of every request: its number, the API key, limits of what is read, the log line, the count, and an answer
+    where something broke."""
 
-    def __init__(self, app: ASGIApp, service: Service, api_key: str | None):
-        self.app, self.service = app, service
-        self.api_key = api_key.encode() if api_key else None
+    def __init__(self, app: ASGIApp, service: Service, api_keys: Sequence[str], root_path: str):
+        self.app, self.service, self.root_path = app, service, root_path
+        self.api_keys = [key.encode() for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, number, status = time.monotonic(), uuid.uuid4().hex, None
-        fields = scope["log"] = {}
+        began, loop = time.monotonic(), asyncio.get_running_loop()
+        fields, headers = {}, dict(scope["headers"])
+        method = scope["method"].replace("HEAD", "GET")  # the HTTP server leaves the body out
+        # Whether a proxy has taken the root path off, or left it on.
+        scope = {**scope, "method": method, "root_path": scope.get("root_path", "") + self.root_path, "log": fields}
+        path = get_route_path(scope)
+        given = headers.get(b"x-request-id", b"")
+        number = given if re.fullmatch(rb"[!-~]{1,128}", given) else uuid.uuid4().hex.encode()
+        deadline, size, status, ended, gone = loop.time() + SECONDS_TO_SEND_A_BODY, 0, None, False, False
+
+        async def receiving() -> Message:
+            nonlocal size, deadline, gone
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                message = f"the body did not come within {SECONDS_TO_SEND_A_BODY} s"
+                raise RequestError(408, message, code="timeout") from None
+            gone = gone or (message["type"] == "http.disconnect" and not ended)
+            size += len(message.get("body", b""))
+            if size > (most := self.service.limits.max_body):
+                raise RequestError(
+                    413, f"the body has more than the {most:,} bytes that are read", code="body_too_large"
+                )
+            if not message.get("more_body"):
+                deadline = None
+            return message
 
         async def sending(message: Message) -> None:
-            nonlocal status
+            nonlocal status, ended
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", number.encode())]}
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", number)]}
+            else:
+                ended = not message.get("more_body")
             await send(message)
 
         try:
-            refusal = self._refusal(scope)
-            if refusal:
-                await error_response(refusal)(scope, receive, sending)
-            else:
-                await self.app(scope, receive, sending)
+            refusal = self._refusal(scope, headers, path)
+            await (error_response(refusal) if refusal else self.app)(scope, receiving, sending)
         except (ClientGone, ClientDisconnect):
-            status = CLIENT_GONE
+            gone = True
         except Exception:
-            log.exception("a request broke", extra={"fields": {"id": number}})
+            log.exception("a request broke", extra={"fields": {"id": number.decode()}})
             if status is None:
-                await error_response(RequestError(500, "something broke here; the log tells more"))(
-                    scope, receive, sending
-                )
+                await error_response(BROKEN)(scope, receiving, sending)
         finally:
-            status = scope["log"].pop("ended", status) or CLIENT_GONE
-            if scope["path"] == IMAGES:
-                self.service.metrics.requests.labels(str(status)).inc()
-            told = {"id": number, "method": scope["method"], "path": scope["path"][:200], "status": status}
+            status = CLIENT_GONE if gone or not ended else fields.pop("ended", status)
+            if path == IMAGES:
+                self.service.metrics.requests(str(status)).inc()
+            told = {"id": number.decode(), "method": method, "path": path[:200], "status": status}
             log.info("answered", extra={"fields": {**told, "seconds": round(time.monotonic() - began, 4), **fields}})
 
-    def _refusal(self, scope: Scope) -> RequestError | None:
-        if self.api_key is None or not scope["path"].startswith("/v1"):
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes], path: str) -> RequestError | None:
+        length = sum(len(name) + len(value) for name, value in scope["headers"])
+        if length + len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_HEADERS:
+            return RequestError(431, f"the headers have more than {MAX_HEADERS:,} bytes", code="headers_too_large")
+        if not self.api_keys or not path.startswith("/v1"):
             return None
-        given = dict(scope["headers"]).get(b"authorization", b"")
+        given = headers.get(b"authorization", b"")
         kind, _, key = given.partition(b" ")
-        if kind.lower() == b"bearer" and compare_digest(key.strip(), self.api_key):
+        if kind.lower() == b"bearer" and any(compare_digest(key.strip(), right) for right in self.api_keys):
             return None
-        what = "wrong API key" if given else "no API key"
-        return RequestError(
-            401,
-            f"{what}: send it as 'Authorization: Bearer …'",
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+        message = f"{'wrong' if given else 'no'} API key: send it as 'Authorization: Bearer …'"
+        return RequestError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 class EventStream(StreamingResponse):
-    """An image as server-sent events, as OpenAI's: partial images, then `image_generation.completed`, or `error`."""
+    """Images as server-sent events, as OpenAI's: partial images, each image's `image_generation.completed`, or `error`."""
 
     def __init__(self, service: Service, job: Job):
-        super().__init__(
-            self._events(),
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-store", "X-Image-Seed": str(job.asked.seeds[0])},
-        )
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        headers["X-Image-Seed"] = ",".join(map(str, job.asked.seeds))
+        super().__init__(self._events(), media_type="text/event-stream", headers=headers)
         self._service, self._job = service, job
-        self._newest: list[int] = []
-        self._news = asyncio.Event()
         self._fields: dict = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._fields = scope["log"]
-        self._fields["ended"] = CLIENT_GONE  # unless the last event is sent
-        with self._job:
-            self._drawing = asyncio.create_task(self._service.draw(self._job, self._on_rows))
-            self._drawing.add_done_callback(lambda _: self._news.set())
-            try:
-                await super().__call__(scope, receive, send)
-            finally:
-                self._drawing.cancel()
-                await asyncio.gather(self._drawing, return_exceptions=True)
 
-    def _on_rows(self, tokens: list[int]) -> None:
-        self._newest = tokens
-        self._news.set()
+        def drawn(_: object) -> None:  # from here on whoever reads slowly holds nobody up
+            self._job.close()
+            self._job.news.set()
+
+        self._drawing = asyncio.create_task(self._service.draw(self._job))
+        self._drawing.add_done_callback(drawn)
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._drawing.cancel()
+            await asyncio.gather(self._drawing, return_exceptions=True)
 
     async def _events(self) -> AsyncIterator[bytes]:
-        asked, info = self._job.asked, self._service.info
-        grid = self._service.decoder.grid_size
-        common = {"size": f"{asked.size}x{asked.size}", "output_format": "png", "seed": asked.seeds[0]}
-        shown = sent = 0  # rows of tokens, partial images
-        while not self._drawing.done():
-            await self._news.wait()
-            self._news.clear()
-            rows = len(self._newest) // grid
-            if (
-                asked.partial_rows
-                and info.raster
-                and rows < grid
-                and rows // asked.partial_rows > shown // asked.partial_rows
-            ):
-                rows -= rows % asked.partial_rows
-                try:
-                    png = await self._service.decoder.png(self._newest[: rows * grid], asked.size)
-                except (RuntimeError, ValueError):  # the whole image, which comes the same way, will tell
-                    continue
-                partial = {"partial_image_index": sent, "rows": rows, "of_rows": grid}
-                yield _event("image_generation.partial_image", png, **partial, **common)
-                shown, sent = rows, sent + 1
-        try:
-            (png,) = self._drawing.result()
-        except Exception as error:
-            if not isinstance(error, RequestError):
-                log.exception("a stream broke")
-                error = RequestError(500, "something broke here; the log tells more")
-            self._fields["ended"] = error.status
-            yield f"event: error\ndata: {json.dumps(error.body())}\n\n".encode()
-        else:
-            self._fields["ended"] = 200
-            yield _event("image_generation.completed", png, **common)
+        job, asked, decoder = self._job, self._job.asked, self._service.decoder
+        grid, shown = decoder.grid_size, [0] * len(asked.seeds)  # rows of tokens, partial images of each image
+        left = list(range(len(asked.seeds)))
+        while left:
+            try:
+                async with asyncio.timeout(SECONDS_BETWEEN_EVENTS):
+                    await job.news.wait()
+            except TimeoutError:
+                yield b": still drawing\n\n"
+                continue
+            job.news.clear()
+            if self._drawing.done() and (error := self._drawing.exception()):
+                if not isinstance(error, RequestError):
+                    log.error("a stream broke", exc_info=error)
+                    error = BROKEN
+                self._fields["ended"] = error.status
+                yield f"event: error\ndata: {json.dumps(error.body())}\n\n".encode()
+                return
+            for i in tuple(left):
+                # All that were asked for come, however fast the tokens did.
+                for rows in asked.partial[shown[i] :]:
+                    if len(job.tokens[i]) < rows * grid:
+                        break
+                    index, shown[i] = shown[i], shown[i] + 1
+                    try:
+                        file = await decoder.file(job.tokens[i][: rows * grid], asked.size, asked.format, asked.quality)
+                    except (RuntimeError, ValueError):  # the whole image, which comes the same way, will tell
+                        continue
+                    yield self._event("partial_image", file, i, partial_image_index=index, rows=rows, of_rows=grid)
+                if (file := job.files[i]) is not None:
+                    left.remove(i)
+                    told = {"usage": usage(self._service, job, 1), "warnings": job.warnings}
+                    yield self._event("completed", file, i, **told)
 
-
-def _event(kind: str, png: bytes, **fields: object) -> bytes:
-    data = {"type": kind, "b64_json": _base64(png), "created_at": int(time.time()), **fields}
-    return f"event: {kind}\ndata: {json.dumps(data)}\n\n".encode()
+    def _event(self, kind: str, file: bytes, i: int, **fields: Any) -> bytes:
+        asked = self._job.asked
+        data = {
+            "type": f"image_generation.{kind}",
+            "b64_json": _base64(file),
+            "created_at": int(time.time()),
+            "background": "opaque",
+            "quality": "auto",
+            "output_format": asked.format,
+            "size": f"{asked.size}x{asked.size}",
+            "image_index": i,
+            "seed": asked.seeds[i],
+            **fields,
+        }
+        return f"event: {data['type']}\ndata: {json.dumps(data)}\n\n".encode()
 
 
 async def unless_gone(request: Request, work: Coroutine[None, None, Result]) -> Result:
-    """The work's result; cancels it and raises ClientGone where the client hangs up first. The body has been read."""
+    """Return the work's result; cancel it and raise ClientGone where the client hangs up first. The body has been read."""
     working = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnect(request.receive))
     try:
@@ -297,109 +400,22 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-async def _read(request: Request, limit: int) -> bytes:
-    """The body. Raises RequestError 413 for one of more than `limit` bytes, 408 for one that does not come."""
-
-    async def read() -> tuple[bytes, int]:
-        content, size = bytearray(), 0
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size <= limit:
-                content += chunk
-            elif size > DRAINED_BYTES:
-                break
-        return bytes(content), size
-
-    content, size = await _in_time(read())
-    if size > limit:
-        raise RequestError(413, f"the body has more than the {limit:,} bytes that are read", code="body_too_large")
-    return content
+def usage(service: Service, job: Job, images: int) -> dict:
+    """Return the tokens of a request with so many images, as OpenAI counts them."""
+    read, drawn = job.text_tokens, images * service.info.tokens
+    details = {"text_tokens": read, "image_tokens": 0}
+    return {
+        "input_tokens": read, "input_tokens_details": details, "output_tokens": drawn, "total_tokens": read + drawn,
+    }  # fmt: skip
 
 
-async def _in_time(reading: Awaitable[Result]) -> Result:
-    try:
-        return await asyncio.wait_for(reading, SECONDS_TO_SEND_A_BODY)
-    except TimeoutError:
-        raise RequestError(408, f"the body did not come within {SECONDS_TO_SEND_A_BODY} s", code="timeout") from None
-
-
-def _check_content_type(request: Request) -> None:
-    given = request.headers.get("content-type", "")
-    if given.partition(";")[0].strip().lower() != "application/json":
-        raise RequestError(
-            415, f"the body's type is {given[:100] or 'not told'}: send application/json", code="unsupported_media_type"
-        )
-
-
-def _wants_png(request: Request) -> bool:
-    accepted = [kind.partition(";")[0].strip().lower() for kind in request.headers.get("accept", "").split(",")]
-    return "image/png" in accepted and "application/json" not in accepted
-
-
-def _base64(png: bytes) -> str:
-    return base64.b64encode(png).decode("ascii")
+def _base64(file: bytes) -> str:
+    return base64.b64encode(file).decode("ascii")
 
 
 def error_response(error: RequestError) -> Response:
-    """A refusal as the client gets it."""
+    """Return a refusal as the client gets it."""
     return Json(error.body(), status_code=error.status, headers=error.headers)
 
 
-_ERROR = {
-    "description": "Refused",
-    "content": {
-        "application/json": {
-            "schema": {
-                "type": "object",
-                "required": ["error"],
-                "properties": {
-                    "error": {
-                        "type": "object",
-                        "required": ["message", "type", "param", "code"],
-                        "properties": {
-                            "message": {"type": "string"},
-                            "type": {"type": "string"},
-                            "param": {"type": ["string", "null"]},
-                            "code": {"type": ["string", "null"]},
-                        },
-                    }
-                },
-            }
-        }
-    },
-}
-
-_IMAGE = {
-    "type": "object",
-    "required": ["b64_json", "seed"],
-    "properties": {"b64_json": {"type": "string"}, "seed": {"type": "integer"}},
-}
-_IMAGES_RESPONSES: dict[int | str, dict] = {
-    200: {
-        "description": "The images",
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["created", "data"],
-                    "properties": {
-                        "created": {"type": "integer"},
-                        "data": {"type": "array", "items": _IMAGE},
-                        "size": {"type": "string"},
-                        "output_format": {"type": "string"},
-                    },
-                }
-            },
-            "image/png": {},
-            "text/event-stream": {},
-        },
-    },
-    **dict.fromkeys((400, 401, 404, 408, 413, 415, 429, 500, 503, 504), _ERROR),
-}
-
-
-def _images_documentation() -> dict:
-    """The body's schema. The route reads the body itself, so that too large ones are not read whole."""
-    return {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": ImageBody.model_json_schema()}}}
-    }
+BROKEN = RequestError(500, "something broke here; the log tells more")

@@ -1,27 +1,27 @@
 """The body of `POST /v1/images/generations`: what may stand in it, and what it asks the model for.
 
-    body = read_body(b'{"prompt": "golden retriever", "n": 2, "seed": 3}')
-    asked = ask(body, info, Limits(), ClassNames(1000))            # asked.label == 207, asked.seeds == [3, 4]
+    body = ImageBody.model_validate({"prompt": "golden retriever", "n": 2, "seed": 3})
+    asked = ask(body, info, Limits(), class_names(1000))           # asked.label == 207, asked.seeds == [3, 4]
 
-Both raise RequestError for what a client got wrong.
+Raises RequestError for what a client got wrong.
 """
 
 import json
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from math import ceil
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from autoregressive.class_names import class_names, find_class
-from autoregressive.serve.engine import ImageRequest, ModelInfo
-from autoregressive.serve.errors import RequestError
+from autoregressive.class_names import find_class
+from autoregressive.serve.engine import ModelInfo
+from autoregressive.serve.errors import REFUSED, RequestError, refuse
 
 MAX_SEED = 2**63 - 1
-MAX_SIDE = 2048
+MAX_SIDE, MAX_ENLARGED = 2048, 4  # pixels a side, and how many times the model's
 
 # Guidance scale and top-k as the published sampling scripts have them, by the model's kind.
 PUBLISHED = {"c2i": (4.0, 2000), "t2i": (7.5, 1000)}
@@ -31,8 +31,9 @@ PUBLISHED = {"c2i": (4.0, 2000), "t2i": (7.5, 1000)}
 class Limits:
     """What a server takes on.
 
-    max_queue: images accepted and not yet done. max_n: images of a request. max_prompt: its characters.
-    max_body: bytes. timeout: seconds from accepting a request to its answer.
+    max_queue: images accepted and not yet drawn. max_n: images of a request. max_prompt: its characters.
+    max_body: bytes. timeout: seconds from accepting a request to its pictures. stall: seconds without a token after which
+    an engine that draws counts as hanging.
     """
 
     max_queue: int = 64
@@ -40,9 +41,11 @@ class Limits:
     max_prompt: int = 4000
     max_body: int = 64 * 1024
     timeout: float = 600.0
+    stall: float = 120.0
 
 
 Ignored = Annotated[str | None, Field(description="Accepted for OpenAI's clients, and without effect.")]
+Kind = Literal["png", "jpeg", "webp"]
 
 
 class ImageBody(BaseModel):
@@ -55,12 +58,18 @@ class ImageBody(BaseModel):
     )
     class_label: int | None = Field(None, ge=0, description="Class-conditional models: the class, from 0.")
     class_name: str | None = Field(None, description="Class-conditional models: the class, by name.")
+    negative_prompt: str | None = Field(
+        None, description="Text-conditional models: what guidance leads away from, in place of no prompt."
+    )
+    negative_class: int | str | None = Field(
+        None, description="Class-conditional models: the class that guidance leads away from, in place of none."
+    )
     model: str | None = Field(None, description="The served model's name, as /v1/models has it.")
     n: int | None = Field(None, ge=1, description="Images; image i has the seed `seed + i`. Default 1.")
     size: str | None = Field(
         None,
-        description=f'"auto" (the model\'s), or "WxW" with W up to {MAX_SIDE}: images are square, and resized where W is '
-        "not the model's.",
+        description=f'"auto" (the model\'s), or "WxW" with W up to {MAX_ENLARGED} times the model\'s and {MAX_SIDE}: images '
+        "are square, and resized where W is not the model's.",
     )
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Of the noise; by default a random one.")
     guidance_scale: float | None = Field(None, ge=0, le=100, description="Guidance; 1 or less is none.")
@@ -73,30 +82,35 @@ class ImageBody(BaseModel):
     top_p: float | None = Field(
         None, ge=0, le=1, description="Keep the most likely tokens of this mass, 0 for the likeliest. Default 1."
     )
-    response_format: Literal["b64_json", "png"] | None = Field(
-        None, description="JSON with PNGs in base64 (default), or the PNG itself, as with Accept: image/png."
+    response_format: Literal["b64_json"] | Kind | None = Field(
+        None, description="JSON with files in base64 (default), or the file itself, as with Accept: image/png."
     )
-    stream: bool | None = Field(None, description="Server-sent events: partial images, then the whole one.")
+    output_format: Kind | None = Field(None, description="Of the pictures' files. Default png.")
+    output_compression: int | None = Field(
+        None, ge=0, le=100, description="Quality of jpeg and webp, 100 for the best. Default 100."
+    )
+    stream: bool | None = Field(None, description="Server-sent events: partial images, then each whole one.")
     partial_images: int | None = Field(
         None, ge=0, le=256, description="With stream: how many partial images, evenly spaced. Default 3."
     )
     partial_rows: int | None = Field(
         None, ge=1, le=256, description="With stream: a partial image after every so many rows of tokens."
     )
-    output_format: Literal["png"] | None = Field(None, description="PNG is what there is.")
+    background: Literal["opaque", "auto"] | None = Field(None, description="Pictures are opaque.")
     quality: Ignored = None
     style: Ignored = None
-    background: Ignored = None
     moderation: Ignored = None
     user: Ignored = None
+    safety_identifier: Ignored = None
 
 
 @dataclass(frozen=True)
 class Asked:
     """A request as the server carries it out.
 
-    label, or prompt: what to draw. seeds: one an image. settings: the fields of SamplingConfig. size: pixels a side.
-    png: the answer is the picture itself. partial_rows: rows of tokens between partial images, 0 for none.
+    label, or prompt: what to draw; negative_class, negative_prompt: what guidance leads away from. seeds: one an image.
+    settings: the fields of SamplingConfig. size: pixels a side. format, quality: of the files. raw: the answer is the
+    file itself. partial: rows of tokens after which partial images come.
     """
 
     label: int | None
@@ -104,206 +118,230 @@ class Asked:
     seeds: list[int]
     settings: dict[str, float]
     size: int
-    png: bool = False
+    format: Kind = "png"
+    quality: int | None = None
+    raw: bool = False
     stream: bool = False
-    partial_rows: int = 0
-
-    def requests(self, features: object = None) -> list[ImageRequest]:
-        """What an engine is asked for. features: those of the prompt."""
-        return [ImageRequest(label=self.label, features=features, seed=seed, **self.settings) for seed in self.seeds]
+    partial: tuple[int, ...] = ()
+    negative_class: int | None = None
+    negative_prompt: str | None = None
 
 
-def read_body(content: bytes) -> ImageBody:
-    """A body from its bytes. Raises RequestError 400 with the field that is wrong and why."""
-    try:
-        fields = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"the body is not JSON: {error}", code="invalid_json") from error
-    if not isinstance(fields, dict):
-        raise RequestError(400, f"the body is a JSON object, not {_shown(fields)}", code="invalid_json")
-    for name, value in fields.items():
-        if name not in ImageBody.model_fields:
-            near = get_close_matches(name[:50], ImageBody.model_fields, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(ImageBody.model_fields)}"
-            raise RequestError(
-                400, f"unknown parameter {_shown(name)}; {hint}", param=name[:100], code="unknown_parameter"
-            )
-        if isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-            message = f"{name} is {_shown(value)}: half of a surrogate pair stands for no letter"
-            raise RequestError(400, message, param=name, code="invalid_value")
-    try:
-        return ImageBody.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        name, why = str(first["loc"][0]), first["msg"].removeprefix("Input should be ")
-        message = f"{name} is {_shown(first['input'])}: it should be {why}"
-        raise RequestError(400, message, param=name, code="invalid_value") from error
+def ask(
+    body: ImageBody,
+    info: ModelInfo,
+    limits: Limits,
+    classes: Sequence[str],
+    *,
+    models: Sequence[str] = (),
+    accept: str = "",
+) -> Asked:
+    """Return what a body asks of the model.
 
+    Args:
+        body: the body.
+        info: the model.
+        limits: of the server.
+        classes: their names, by label.
+        models: the model's names (default: info.name).
+        accept: the header of that name.
 
-class ClassNames:
-    """The names of a model's classes (autoregressive/class_names.py), for requests."""
-
-    def __init__(self, num_classes: int, recorded: Sequence[str] | None = None):
-        self.num_classes = num_classes
-        self.names = class_names(num_classes, recorded=recorded)
-
-    def label(self, text: str, param: str) -> int:
-        """The class that a name or a number tells. Raises RequestError 400 with names that are near."""
-        try:
-            return find_class(text, self.names)
-        except ValueError as error:
-            raise RequestError(400, f"{param}: {error}", param=param, code="unknown_class") from error
-
-    def check(self, label: int, param: str) -> int:
-        """The label. Raises RequestError 400 where the model does not have it."""
-        if not 0 <= label < self.num_classes:
-            raise RequestError(
-                400,
-                f"{param} is {label}: the model has classes 0 to {self.num_classes - 1}",
-                param=param,
-                code="unknown_class",
-            )
-        return label
-
-
-def ask(body: ImageBody, info: ModelInfo, limits: Limits, classes: ClassNames, *, png: bool = False) -> Asked:
-    """What a body asks of the model. png: the client takes nothing but a picture (Accept). Raises RequestError."""
-    if body.model is not None and body.model != info.name:
-        raise unknown_model(body.model, info)
+    Raises:
+        RequestError: for what the model cannot draw or the server does not.
+    """
+    if body.model is not None and body.model not in (models or [info.name]):
+        raise unknown_model(body.model, models or [info.name])
     count = body.n or 1
     if count > limits.max_n:
-        raise RequestError(
-            400, f"n is {count}: a request has at most {limits.max_n} images", param="n", code="invalid_value"
-        )
+        raise refuse("n", f"n is {count}: a request has at most {limits.max_n} images")
     label, prompt = _what_to_draw(body, info, limits, classes)
-    if None not in (body.guidance_scale, body.cfg_scale) and body.guidance_scale != body.cfg_scale:
-        raise RequestError(
-            400,
-            f"guidance_scale is {body.guidance_scale} and cfg_scale {body.cfg_scale}: they are one setting, give one",
-            param="guidance_scale",
-            code="invalid_value",
-        )
-    scale = body.guidance_scale if body.guidance_scale is not None else body.cfg_scale
+    first = secrets.randbelow(2**31) if body.seed is None else body.seed
+    settings = _settings(body, info)
+    asked = Asked(
+        label=label,
+        prompt=prompt,
+        seeds=[(first + i) % (MAX_SEED + 1) for i in range(count)],
+        settings=settings,
+        size=_side(body.size, info),
+        stream=bool(body.stream),
+        partial=_partial_rows(body, info),
+        **_file(body, accept, count),
+        **_negative(body, info, limits, classes, guided=settings["cfg_scale"] > 1),
+    )
+    return asked
+
+
+def unknown_model(name: str, models: Sequence[str]) -> RequestError:
+    """Return the answer to a request for another model."""
+    served = " and ".join(map(repr, models))
+    return RequestError(
+        404, f"there is no model {shown(name)}; this server has {served}", param="model", code="model_not_found"
+    )
+
+
+def invalid_body(first: dict) -> RequestError:
+    """Return the refusal of a body, from the first of pydantic's errors."""
+    kind, value, where = first["type"], first.get("input"), first["loc"][1:]
+    if kind == "json_invalid":
+        return RequestError(400, f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")
+    if kind == "string_unicode" and not where:  # a name that is no text
+        kind, where = "extra_forbidden", [value]
+    if not where:
+        what = "nothing" if kind == "missing" else shown(value)
+        return RequestError(400, f"the body is a JSON object, not {what}", code="invalid_json")
+    name = str(where[0])
+    hint = REFUSED.get(name) or REFUSED.get(f"{name}: {value}")
+    if kind == "extra_forbidden":
+        near = get_close_matches(name[:50], ImageBody.model_fields, n=1)
+        hint = hint or (f"did you mean {near[0]}?" if near else f"there are {', '.join(ImageBody.model_fields)}")
+        return refuse(name[:100], f"unknown parameter {shown(name)}; {hint}", "unknown_parameter")
+    why = hint or f"it should be {first['msg'].removeprefix('Input should be ')}"
+    return refuse(name, f"{name} is {shown(value)}: {why}")
+
+
+def shown(value: object) -> str:
+    """Return a value for a message: short, whatever it is."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return "a number of more than 20 digits"
+    text = json.dumps(value, default=lambda value: "bytes")
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def _settings(body: ImageBody, info: ModelInfo) -> dict[str, float]:
+    scale = body.cfg_scale if body.guidance_scale is None else body.guidance_scale
+    if body.cfg_scale not in (None, scale):
+        message = f"guidance_scale is {scale} and cfg_scale {body.cfg_scale}: they are one setting, give one"
+        raise refuse("guidance_scale", message)
     published_scale, published_k = PUBLISHED[info.kind]
-    settings = {
+    return {
         "cfg_scale": float(published_scale if scale is None else scale),
         "cfg_interval": -1 if body.cfg_interval is None else body.cfg_interval,
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "top_k": published_k if body.top_k is None else body.top_k,
         "top_p": 1.0 if body.top_p is None else body.top_p,
     }
-    png = png or body.response_format == "png"
-    if count > 1 and (png or body.stream):
-        what = "a stream" if body.stream else "a PNG answer"
-        raise RequestError(400, f"n is {count}: {what} has one image", param="n", code="invalid_value")
-    if png and body.stream:
-        raise RequestError(
-            400,
-            "a stream has its images in base64: leave out stream, or ask for b64_json",
-            param="stream",
-            code="invalid_value",
-        )
-    first = secrets.randbelow(2**31) if body.seed is None else body.seed
-    return Asked(
-        label=label,
-        prompt=prompt,
-        seeds=[(first + i) % (MAX_SEED + 1) for i in range(count)],
-        settings=settings,
-        size=_side(body.size, info),
-        png=png,
-        stream=bool(body.stream),
-        partial_rows=_partial_rows(body, info),
-    )
-
-
-def unknown_model(name: str, info: ModelInfo) -> RequestError:
-    """The answer to a request for another model."""
-    return RequestError(
-        404, f"there is no model {_shown(name)}; this server has {info.name!r}", param="model", code="model_not_found"
-    )
 
 
 def _what_to_draw(
-    body: ImageBody, info: ModelInfo, limits: Limits, classes: ClassNames
+    body: ImageBody, info: ModelInfo, limits: Limits, classes: Sequence[str]
 ) -> tuple[int | None, str | None]:
+    """Return the label, or the prompt."""
     for param in ("prompt", "class_name"):
-        text = getattr(body, param)
-        if text is not None and len(text) > limits.max_prompt:
-            raise RequestError(
-                400,
-                f"{param} has {len(text):,} characters: at most {limits.max_prompt:,} are read",
-                param=param,
-                code="string_above_max_length",
-            )
+        _check_text(param, getattr(body, param), limits)
     prompt = body.prompt if body.prompt and body.prompt.strip() else None
-    if info.kind == "t2i":
-        if body.class_label is not None or body.class_name is not None:
-            param = "class_label" if body.class_label is not None else "class_name"
-            raise RequestError(400, f"{info.name} draws from prompts: give prompt, not {param}", param=param)
-        if prompt is None:
-            raise RequestError(400, "prompt is blank: write what to draw", param="prompt", code="missing_prompt")
-        return None, prompt
     given = {"prompt": prompt, "class_label": body.class_label, "class_name": body.class_name}
     given = {param: value for param, value in given.items() if value is not None}
+    if info.kind == "t2i":
+        if other := given.keys() - {"prompt"}:
+            param = min(other)
+            raise refuse(param, f"{info.name} draws from prompts: give prompt, not {param}")
+        if prompt is None:
+            raise refuse("prompt", "prompt is blank: write what to draw", "missing_prompt")
+        return None, prompt
     if len(given) != 1:
-        raise RequestError(
-            400,
+        raise refuse(
+            next(iter(given), "class_label"),
             f"{info.name} draws one of {info.num_classes} classes: give one of class_label, class_name and prompt (a "
             f"class's name or number), got {' and '.join(given) or 'none'}",
-            param=next(iter(given), "class_label"),
-            code="missing_class" if not given else "invalid_value",
+            "invalid_value" if given else "missing_class",
         )
     ((param, value),) = given.items()
-    return (classes.check(value, param) if param == "class_label" else classes.label(value, param)), None
+    return _label(param, value, classes), None
+
+
+def _negative(body: ImageBody, info: ModelInfo, limits: Limits, classes: Sequence[str], guided: bool) -> dict:
+    """Return the fields of Asked that tell what guidance leads away from."""
+    fits, other = ("negative_class", "negative_prompt")[:: -1 if info.kind == "t2i" else 1]
+    if getattr(body, other) is not None:
+        what = "prompts" if info.kind == "t2i" else "classes"
+        raise refuse(other, f"{info.name} draws from {what}: give {fits}, not {other}")
+    value = getattr(body, fits)
+    if value is None:
+        return {}
+    if not guided:
+        raise refuse(fits, f"{fits} has no effect without guidance: give a guidance_scale above 1, or leave it out")
+    _check_text(fits, value, limits)
+    return {fits: value if info.kind == "t2i" else _label(fits, value, classes)}
+
+
+def _check_text(param: str, text: str | int | None, limits: Limits) -> None:
+    if not isinstance(text, str):
+        return
+    if re.search("[\ud800-\udfff]", text):
+        raise refuse(param, f"{param} is {shown(text)}: half of a surrogate pair stands for no letter")
+    if len(text) > limits.max_prompt:
+        message = f"{param} has {len(text):,} characters: at most {limits.max_prompt:,} are read"
+        raise refuse(param, message, "string_above_max_length")
+
+
+def _label(param: str, asked: str | int, classes: Sequence[str]) -> int:
+    try:
+        return find_class(asked, classes)
+    except ValueError as error:
+        raise refuse(param, f"{param}: {error}", "unknown_class") from error
+
+
+def _file(body: ImageBody, accept: str, count: int) -> dict:
+    """Return the fields of Asked that tell of the files, from the body and the header Accept."""
+    accepted = [kind.partition(";")[0].strip().lower() for kind in accept.split(",")]
+    wanted = None if body.response_format == "b64_json" else body.response_format
+    if body.response_format is None and "application/json" not in accepted:
+        pictures = [kind.removeprefix("image/") for kind in accepted if kind.startswith("image/")]
+        wanted = next((kind for kind in pictures if kind in ("png", "jpeg", "webp")), None)
+    kind = body.output_format or wanted or "png"
+    if wanted and wanted != kind:
+        raise refuse("output_format", f"output_format is {kind} and the answer is to be {wanted}: give one of the two")
+    if wanted and count > 1:
+        raise refuse("n", f"n is {count}: an answer that is the file itself has one image")
+    if wanted and body.stream:
+        raise refuse("stream", "a stream has its images in base64: leave out stream, or ask for b64_json")
+    quality = body.output_compression
+    if kind == "png" and quality not in (None, 100):
+        raise refuse("output_compression", "output_compression is of jpeg and webp: give one as output_format")
+    return {
+        "format": kind,
+        "raw": bool(wanted),
+        "quality": None if kind == "png" else 100 if quality is None else quality,
+    }
 
 
 def _side(size: str | None, info: ModelInfo) -> int:
     if size in (None, "auto"):
         return info.image_size
-    width, x, height = size.lower().partition("x")
-    if not (x and all(side.isascii() and side.isdigit() and len(side) < 6 for side in (width, height))):
-        raise RequestError(
-            400,
-            f'size is {_shown(size)}: write it as "{info.image_size}x{info.image_size}", or "auto"',
-            param="size",
-            code="invalid_value",
+    side, most = info.image_size, min(MAX_SIDE, MAX_ENLARGED * info.image_size)
+    sides = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size.lower())
+    if not sides:
+        raise refuse("size", f'size is {shown(size)}: write it as "{side}x{side}", or "auto"')
+    width, height = map(int, sides.groups())
+    if width != height or not 1 <= width <= max(most, side):
+        raise refuse(
+            "size", f"size is {size}: images are square, of {side} pixels a side or resized to 1 to {max(most, side)}"
         )
-    if int(width) != int(height) or not 1 <= int(width) <= MAX_SIDE:
-        raise RequestError(
-            400,
-            f"size is {size}: images are square, of {info.image_size} pixels a side or resized to 1 to {MAX_SIDE}",
-            param="size",
-            code="invalid_value",
-        )
-    return int(width)
+    return width
 
 
-def _partial_rows(body: ImageBody, info: ModelInfo) -> int:
-    """Rows of tokens between partial images; 0 for none."""
-    if body.partial_images is not None and body.partial_rows is not None:
-        raise RequestError(
-            400,
-            "partial_images and partial_rows both tell when partial images come: give one",
-            param="partial_rows",
-            code="invalid_value",
-        )
+def _partial_rows(body: ImageBody, info: ModelInfo) -> tuple[int, ...]:
+    """Return the rows of tokens after which partial images come."""
+    count, every = body.partial_images, body.partial_rows
+    if count is not None and every is not None:
+        raise refuse("partial_rows", "partial_images and partial_rows both tell when partial images come: give one")
     for param in ("partial_images", "partial_rows"):
         if getattr(body, param) is not None and not body.stream:
-            raise RequestError(400, f"{param} is for streams: give stream too", param=param, code="invalid_value")
-    if not body.stream:
-        return 0
-    if body.partial_rows is not None:
-        return body.partial_rows
-    count = 3 if body.partial_images is None else body.partial_images
+            raise refuse(param, f"{param} is for streams: give stream too")
     rows = round(info.tokens**0.5)
-    return ceil(rows / (count + 1)) if count else 0
-
-
-def _shown(value: object) -> str:
-    """A value for a message: short, whatever it is."""
-    if isinstance(value, dict | list):
-        return "an object" if isinstance(value, dict) else "a list"
-    if isinstance(value, int) and abs(value) >= 10**20:
-        return "a number of more than 20 digits"
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:79] + "…"
+    if not body.stream or not info.raster:
+        if count:
+            raise refuse(
+                "partial_images", f"{info.name} draws no row of an image before the others: partial_images is 0"
+            )
+        return ()
+    if every is not None:
+        return tuple(range(every, rows, every))
+    if count is not None and count >= rows:
+        raise refuse(
+            "partial_images", f"partial_images is {count}: an image has {rows} rows, and so at most {rows - 1}"
+        )
+    count = min(3, rows - 1) if count is None else count
+    return tuple(round(rows * (i + 1) / (count + 1)) for i in range(count))

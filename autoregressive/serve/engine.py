@@ -45,6 +45,8 @@ class ImageRequest:
     top_k: int = 0
     top_p: float = 1.0
     sample_logits: bool = True
+    negative_class: int | None = None
+    negative_features: Tensor | None = None
 
 
 class Engine(Protocol):
@@ -55,6 +57,9 @@ class Engine(Protocol):
     @property
     def dead(self) -> bool:
         """Whether the engine has ended, by itself or by close(): requests raise RuntimeError then."""
+
+    def token_age(self) -> float | None:
+        """Seconds since the last token (or since work came) while anything is in flight; None where nothing is."""
 
     def check(self, request: ImageRequest) -> None:
         """Raises ValueError, with what is wrong, for a request that the model cannot take."""

@@ -1,10 +1,49 @@
-"""What a client is told when a request is refused: OpenAI's form of an error, with the status of HTTP.
+"""Refusals: OpenAI's form of an error with HTTP's status, and the table of what is refused on purpose.
 
-raise RequestError(400, "n is 0: ask for 1 to 8 images", param="n")
+raise RequestError(503, "the server is shutting down", code="shutting_down")
+raise refuse("n", "n is 9: a request has at most 8 images")
 """
 
+from collections.abc import Mapping
 
-class RequestError(Exception):
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+# What OpenAI's interface has and this server refuses on purpose, with what to do instead: values of a field, fields, and paths.
+REFUSED = {
+    "response_format: url": "no pictures are kept for a later download: leave it out, or ask for png",
+    "background: transparent": "the model draws opaque pictures: leave background out",
+    "output_format: gif": "there are png, jpeg and webp",
+    "output_format: svg": "the model draws pixels: there are png, jpeg and webp",
+    "svg": "the model draws pixels: leave it out",
+    "frame_count": "the model draws still pictures: leave it out",
+    "frame_duration_ms": "the model draws still pictures: leave it out",
+    "complexity": "a picture always has the model's number of tokens: leave it out",
+    "/v1/images/edits": "the model draws from nothing: ask for pictures at /v1/images/generations",
+    "/v1/images/variations": "the model draws from nothing: give another seed at /v1/images/generations",
+    "/docs": "such a page loads its scripts from elsewhere: the interface's description is /openapi.json",
+    "/redoc": "such a page loads its scripts from elsewhere: the interface's description is /openapi.json",
+}
+
+_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+class ErrorDetail(BaseModel):
+    """The reason of a refusal. param: the field that is wrong. code: for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """A refusal, as OpenAI's clients read it."""
+
+    error: ErrorDetail
+
+
+class RequestError(HTTPException):
     """An answer that is no image. param: the field that is wrong. code: for programs. headers: further ones."""
 
     def __init__(
@@ -14,19 +53,20 @@ class RequestError(Exception):
         *,
         param: str | None = None,
         code: str | None = None,
-        headers: dict[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
     ):
-        super().__init__(message)
+        super().__init__(status, message, headers)
         self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = headers or {}
 
-    @property
-    def type(self) -> str:
-        """OpenAI's word for this kind of status."""
-        if self.status in (401, 429):
-            return {401: "authentication_error", 429: "rate_limit_error"}[self.status]
-        return "invalid_request_error" if self.status < 500 else "server_error"
+    def __str__(self) -> str:
+        return self.message
 
     def body(self) -> dict:
-        """The answer, as JSON has it."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        """Return the answer, as JSON has it."""
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def refuse(param: str, message: str, code: str = "invalid_value") -> RequestError:
+    """Return the refusal of a field's value."""
+    return RequestError(400, message, param=param, code=code)

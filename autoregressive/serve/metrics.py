@@ -1,6 +1,6 @@
 """What a server counts of itself, for Prometheus; and its log, a JSON object a line.
 
-metrics = Metrics(); metrics.requests.labels("200").inc(); metrics.text()
+metrics = Metrics("c2i_L_384"); metrics.images.inc(); metrics.requests("200").inc(); metrics.text()
 log_as_json(); log.info("answered", extra={"fields": {"status": 200}})
 """
 
@@ -9,36 +9,43 @@ import logging
 import os
 import sys
 import time
+from functools import partial
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 
+disable_created_metrics()  # images_created would be the time at which the counter `images` was made
+
 
 class Metrics:
-    """The counters of one server, in a registry of their own. `text` is what /metrics answers."""
+    """The counters of one server, each with the label `model`, in a registry of their own. `text` is what /metrics answers."""
 
-    def __init__(self):
+    def __init__(self, model: str):
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "image_requests",
-            "Requests for images, by the status they were answered with",
-            ["status"],
-            registry=self.registry,
+
+        def made(kind: type, name: str, help: str, *labels: str, **more: Any) -> Any:
+            metric = kind(name, help, ["model", *labels], registry=self.registry, **more)
+            return partial(metric.labels, model) if labels else metric.labels(model)
+
+        seconds = partial(made, Histogram, buckets=SECONDS)
+        self.requests = made(
+            Counter, "image_requests", "Requests for images, by the status they were answered with", "status"
         )
-        self.seconds = Histogram(
-            "image_request_seconds",
-            "From accepting a request to the end of its answer",
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self.queued = Gauge("image_queue_length", "Images accepted and not begun", registry=self.registry)
-        self.in_flight = Gauge("images_in_flight", "Images being drawn", registry=self.registry)
-        self.images = Counter("images", "Images drawn whole", registry=self.registry)
-        self.tokens = Counter("image_tokens", "Tokens drawn, those of cancelled images too", registry=self.registry)
+        self.seconds = seconds("image_request_seconds", "From accepting a request to the last of its images")
+        self.waiting = seconds("image_waiting_seconds", "From accepting an image to its first tokens")
+        self.first_row = seconds("image_first_row_seconds", "From accepting an image to its first row of tokens")
+        self.drawing = seconds("image_drawing_seconds", "From an image's first tokens to its file")
+        self.queued = made(Gauge, "image_queue_length", "Images accepted and not begun")
+        self.in_flight = made(Gauge, "images_in_flight", "Images being drawn")
+        self.images = made(Counter, "images", "Images drawn whole")
+        self.tokens = made(Counter, "image_tokens", "Tokens drawn, those of cancelled images too")
+        self.engine_up = made(Gauge, "engine_up", "1, or 0 where the engine has died or hangs")
+        self.token_age = made(Gauge, "engine_token_age_seconds", "Since the last token while images are drawn, else 0")
 
     def text(self) -> bytes:
-        """All of them, as Prometheus reads them."""
+        """Return all of them, as Prometheus reads them."""
         return generate_latest(self.registry)
 
 
@@ -58,7 +65,7 @@ class JsonLines(logging.Formatter):
 
 
 def json_handler(level: str | int = logging.NOTSET) -> logging.Handler:
-    """A handler that writes such lines to standard output."""
+    """Return a handler that writes such lines to standard output."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonLines())
     handler.setLevel(level)
@@ -66,7 +73,7 @@ def json_handler(level: str | int = logging.NOTSET) -> logging.Handler:
 
 
 def vllm_handler() -> logging.Handler:
-    """The same for vLLM's processes, of the level that VLLM_LOGGING_LEVEL names. vllm_logging.json names it."""
+    """Return the same for vLLM's processes, of the level that VLLM_LOGGING_LEVEL names. vllm_logging.json names it."""
     return json_handler(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"))
 
 

@@ -89,6 +89,9 @@ class NativeEngine:
         """Whether the engine has ended, by itself or by close(): requests raise RuntimeError then."""
         return self._closed or not self._thread.is_alive()
 
+    def token_age(self) -> float | None:
+        return None
+
     def check(self, request: ImageRequest) -> None:
         """Raises ValueError for a label, features or a setting that the model cannot take."""
         SamplingConfig(**dict(sampling_settings(request)))

@@ -5,9 +5,9 @@ features = await encoder("a red lantern")                     # (length, caption
 """
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -15,31 +15,30 @@ from autoregressive.pipeline import TextEncoder, check_prompts
 
 
 class PromptEncoder:
-    """encode: as ImagePipeline.encode. run: calls a function where it may take long. keep: prompts whose features stay."""
+    """Encodes prompts.
+
+    Args:
+        encode: as ImagePipeline.encode.
+        run: calls a function where it may take long.
+        keep: prompts whose features stay.
+        rows: text tokens of a prompt that are read; None where that is not known.
+    """
 
     def __init__(
         self,
         encode: Callable[[Sequence[str]], list[Tensor]],
         run: Callable[[Callable[[], Tensor]], Awaitable[Tensor]] | None = None,
         keep: int = 64,
+        rows: int | None = None,
     ):
-        self._encode, self._keep = encode, keep
+        self.rows = rows
         self._run = run or self._in_thread
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prompts")
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._find = lru_cache(keep)(lambda prompt: encode([prompt])[0])
 
     async def __call__(self, prompt: str) -> Tensor:
-        """The prompt's features. Raises ValueError for one that cannot be read, FileNotFoundError where there is no T5."""
+        """Return the prompt's features. Raises ValueError for one that cannot be read, FileNotFoundError without a T5."""
         return await self._run(lambda: self._find(prompt))
-
-    def _find(self, prompt: str) -> Tensor:
-        """Called in one thread, which the order of the kept ones relies on."""
-        if prompt not in self._kept:
-            (self._kept[prompt],) = self._encode([prompt])
-        self._kept.move_to_end(prompt)
-        while len(self._kept) > self._keep:
-            self._kept.popitem(last=False)
-        return self._kept[prompt]
 
     def close(self) -> None:
         """Ends its thread, after what it is at."""
@@ -50,7 +49,7 @@ class PromptEncoder:
 
 
 def encoding_with(encoder: TextEncoder) -> Callable[[Sequence[str]], list[Tensor]]:
-    """What ImagePipeline.encode does, where there is no pipeline: the rows of each prompt, on the CPU."""
+    """Return what ImagePipeline.encode does, where there is no pipeline: the rows of each prompt, on the CPU."""
 
     def encode(prompts: Sequence[str]) -> list[Tensor]:
         check_prompts(prompts, getattr(encoder, "use_text_preprocessing", True))

@@ -6,15 +6,28 @@ curl localhost:8000/v1/images/generations -H 'Content-Type: application/json' -H
   -d '{"prompt": "golden retriever", "seed": 1}' > dog.png
 
 --engine vllm draws through vLLM (continuous batching), --engine native through ImagePipeline, where vLLM is not installed.
-SIGTERM: what was accepted is finished, new requests get 503, then the server ends with code 0; a second one ends it at once.
+SIGTERM or SIGINT: what was accepted is finished, new requests get 503, then the server ends with code 0, at the latest
+--timeout and a minute after the signal (then with code 1). While the model is loaded it ends at once, with code 0. A second
+signal ends it at once as that signal does (143 or 130 in a shell).
 """
 
 import argparse
+import errno
+import ipaddress
 import logging
 import os
+import re
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from utils.cli import (
     PORT,
@@ -34,15 +47,23 @@ if TYPE_CHECKING:
     from autoregressive.pipeline import ImagePipeline
     from autoregressive.serve.service import Service
 
+log = logging.getLogger(__name__)
+
 # Has vLLM's processes log as this one does.
 VLLM_LOGGING = Path(__file__).parent / "vllm_logging.json"
-# Once everything is answered, a client that reads slowly has so long.
-SECONDS_TO_TAKE_AN_ANSWER = 30
+SECONDS_TO_ASK = 10  # from connecting, or from the last answer, to a whole request's headers
+SECONDS_TO_READ = (
+    30  # without taking anything of an answer; so long the last answers have too, once everything is drawn
+)
+SECONDS_TO_CLOSE = 30  # for the engine, after that
+MOST_UNREAD = 64 * 2**20  # bytes of answers that clients have not taken yet
+SECONDS_BETWEEN_WARNINGS = 60
 
 
 def main(args: argparse.Namespace) -> None:
     import asyncio
 
+    signals = Signals(lambda: sys.exit(0))
     for flag, value in (("--gpt-ckpt", args.gpt_ckpt), ("--vq-ckpt", args.vq_ckpt)):
         if value is None:
             raise ValueError(
@@ -50,6 +71,9 @@ def main(args: argparse.Namespace) -> None:
             )
     if args.max_n > args.max_queue:
         raise ValueError(f"--max-n {args.max_n} is more than --max-queue {args.max_queue} has room for")
+    if args.root_path and not re.fullmatch(r"(/[^/?#]+)+", args.root_path):
+        raise ValueError(f"--root-path is {args.root_path}: write it as /images, without a slash at its end")
+    args.api_key = api_keys(args.api_key)
     import fastapi  # noqa: F401 - what is absent is told before a model is loaded
     import prometheus_client  # noqa: F401
     import uvicorn  # noqa: F401
@@ -57,66 +81,207 @@ def main(args: argparse.Namespace) -> None:
     from autoregressive.serve.metrics import log_as_json
 
     log_as_json()
-    asyncio.run(serve(args))
+    bound = bound_socket(args)
+    try:
+        asyncio.run(serve(args, bound, signals))
+    finally:
+        bound.close()
+        if args.uds:
+            Path(args.uds).unlink(missing_ok=True)
 
 
-async def serve(args: argparse.Namespace) -> None:
+class Signals:
+    """SIGTERM and SIGINT: the first one calls `act`, the second one ends the process at once."""
+
+    def __init__(self, act: Callable[[], object]):
+        self.act, self.received = act, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._first)
+
+    def _first(self, number: int, frame: object) -> None:
+        # As the system does it, so that nothing can hold it up; but process 1, of a container, ends by itself or not at all.
+        again = signal.SIG_DFL if os.getpid() > 1 else lambda number, frame: os._exit(128 + number)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, again)
+        self.received = True
+        self.act()
+
+
+def api_keys(given: list[str]) -> list[str]:
+    """Return the keys of --api-key, or else those of SERVE_API_KEY. Raises ValueError for an empty one."""
+    for name, keys in (("--api-key", given), ("SERVE_API_KEY", [os.environ.get("SERVE_API_KEY", "none")])):
+        if not all(key.strip() for key in keys):
+            raise ValueError(f"{name} is empty, which would let everybody in: give a key, or leave it out")
+    return [key.strip() for key in given] or os.environ.get("SERVE_API_KEY", "").split()
+
+
+def bound_socket(args: argparse.Namespace) -> socket.socket:
+    """Return a socket at --uds, or at --host and --port; nobody can connect before the server listens at it.
+
+    Raises ValueError for an address that is in use or cannot be had.
+    """
+    if args.uds:
+        bound = socket.socket(socket.AF_UNIX)
+        if Path(args.uds).is_socket():
+            if not bound.connect_ex(args.uds):
+                raise ValueError(f"--uds {args.uds} is in use: end the server there, or choose another path")
+            Path(args.uds).unlink()  # of a server that was killed
+        bound.bind(args.uds)
+        os.chmod(args.uds, 0o666)
+        return bound
+    try:
+        found = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = min(found)  # IPv4 comes first
+        bound = socket.socket(family)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"--host {args.host} --port {args.port}: {error.strerror}; give another address, port 0 for one that is free"
+        ) from error
+    if not args.api_key and not ipaddress.ip_address(address[0]).is_loopback:
+        log.warning(f"anybody who reaches {args.host} can draw: give an --api-key, or listen at 127.0.0.1")
+    return bound
+
+
+async def serve(args: argparse.Namespace, bound: socket.socket, signals: Signals) -> None:
     """Loads the model and serves until a signal ends it."""
-    import uvicorn
-
     from autoregressive.serve.api import create_app
 
     service = await load_service(args)
-    app = create_app(service, api_key=args.api_key or os.environ.get("SERVE_API_KEY"))
-    config = uvicorn.Config(
-        app,
-        host=args.host,
-        port=args.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="on",
-        timeout_graceful_shutdown=SECONDS_TO_TAKE_AN_ANSWER,
-    )
-    await draining_server(config, service).serve()
+    if signals.received:  # by code that went on
+        return
+    app = create_app(service, api_keys=args.api_key, root_path=args.root_path, cors_origins=args.cors_origin)
+    server = draining_server(app, service, seconds=args.timeout + SECONDS_TO_READ + SECONDS_TO_CLOSE)
+    server.told = {
+        "model": service.info.name,
+        "engine": type(service.engine).__name__.removesuffix("Engine").lower(),
+        "kind": service.info.kind,
+        "image_size": service.info.image_size,
+        "precision": args.precision,
+        "device": args.device,
+    }
+    signals.act = server.drain
+    await server.serve([bound])
 
 
-def draining_server(config: "uvicorn.Config", service: "Service") -> "uvicorn.Server":
-    """A server that goes on listening after SIGTERM, to say 503, until the service has answered what it accepted."""
+def draining_server(app: Any, service: "Service", seconds: float = 600) -> "uvicorn.Server":
+    """Return a server that goes on listening after `drain`, to say 503, until the service has answered what it accepted.
+
+    It closes connections whose clients ask for nothing, or do not take what they asked for. seconds: from `drain` to the
+    end, at most.
+    """
+    import asyncio
+
     import uvicorn
 
     class DrainingServer(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: object) -> None:
-            if service.draining:
-                super().handle_exit(sig, frame)
+        told: dict = {}
+        _since: dict = {}  # connections and what they are at, and since when
+        _drawn_at = None
+
+        def capture_signals(self) -> Any:
+            return nullcontext()
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            asyncio.get_running_loop().set_exception_handler(sparing_handler())
+            await super().startup(sockets)
+            name = self.servers[0].sockets[0].getsockname()
+            host = f"[{name[0]}]" if ":" in name[0] else name[0]
+            url = f"unix:{name}" if isinstance(name, str) else f"http://{host}:{name[1]}"
+            log.info(f"running on {url} with {service.info.name}", extra={"fields": self.told})
+
+        def drain(self) -> None:
+            """Takes no more requests, and ends once what was accepted is answered."""
             service.draining = True
+            last_resort = threading.Timer(seconds, os._exit, [1])
+            last_resort.daemon = True
+            last_resort.start()
 
         async def on_tick(self, counter: int) -> bool:
-            if service.draining and not self.should_exit and service.idle:
-                logging.getLogger(__name__).info("what was accepted is answered")
-                self.should_exit = True
+            self._close_idle()
+            if service.draining and service.idle and not self.should_exit:
+                self._drawn_at = self._drawn_at or time.monotonic()
+                late = time.monotonic() - self._drawn_at > SECONDS_TO_READ
+                unread = [each for each in self.server_state.connections if each.transport.get_write_buffer_size()]
+                if late or not (unread or self.server_state.tasks):
+                    log.info("what was accepted is answered")
+                    for connection in unread:
+                        connection.transport.abort()
+                    self.should_exit = True
             return await super().on_tick(counter)
 
-    return DrainingServer(config)
+        def _close_idle(self) -> None:
+            now, since, unread = time.monotonic(), {}, 0
+            for connection in self.server_state.connections:
+                cycle, size = connection.cycle, connection.transport.get_write_buffer_size()
+                unread += size
+                if size or cycle is None or cycle.response_complete or connection.transport.is_closing():
+                    since[connection, cycle, size] = self._since.get((connection, cycle, size), now)
+            self._since = since
+            excess = len(self.server_state.connections) - resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+            for (connection, _, size), began in sorted(since.items(), key=lambda item: item[1]):
+                late = now - began > (SECONDS_TO_READ if size else SECONDS_TO_ASK)
+                if late or excess > 0 or (size and unread > MOST_UNREAD):
+                    connection.transport.abort()
+                    unread, excess = unread - size, excess - 1
+
+    # One HTTP parser and no websockets whatever is installed beside it.
+    return DrainingServer(
+        uvicorn.Config(
+            app, http="h11", ws="none", loop="asyncio", h11_max_incomplete_event_size=32 * 1024, log_config=None,
+            access_log=False, server_header=False, lifespan="on", timeout_graceful_shutdown=1,
+        )
+    )  # fmt: skip
+
+
+def sparing_handler() -> Callable:
+    """Return an event loop's handler of exceptions that tells only once a minute that there are no descriptors left."""
+    told_at = -float("inf")
+
+    def handle(loop: Any, context: dict) -> None:
+        nonlocal told_at
+        if getattr(context.get("exception"), "errno", None) not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif time.monotonic() - told_at > SECONDS_BETWEEN_WARNINGS:
+            told_at = time.monotonic()
+            log.warning("no file descriptors are left, connections have to wait: raise the limit (ulimit -n)")
+
+    return handle
 
 
 async def load_service(args: argparse.Namespace) -> "Service":
-    """The engine that the flags name, and what stands around it.
+    """Return the engine that the flags name, and what stands around it.
 
     Raises ValueError where a flag and a file disagree, or for an engine that is not installed, FileNotFoundError.
     """
+    from autoregressive.class_names import class_names
     from autoregressive.serve.body import Limits
     from autoregressive.serve.service import Service
+    from utils.distributed import pick_device
 
-    limits = Limits(args.max_queue, args.max_n, args.max_prompt_length, timeout=args.timeout)
     use_vllm = args.engine == "vllm" or (args.engine == "auto" and find_spec("vllm") is not None)
-    return Service(*await (load_vllm if use_vllm else load_native)(args), limits)
+    args.device = pick_device(args.device)
+    args.precision = args.precision or ("none" if args.device.type == "cpu" else "bf16")
+    engine, decoder, encoder = await (load_vllm if use_vllm else load_native)(args)
+    limits = Limits(args.max_queue, args.max_n, args.max_prompt_length, timeout=args.timeout, stall=args.stall_timeout)
+    names = class_names(engine.info.num_classes, args.class_names, engine.info.classes) if args.class_names else None
+    return Service(engine, decoder, encoder, limits, args.served_model_name, names)
+
+
+def model_name(args: argparse.Namespace, file: Path) -> str:
+    """Return the model's name for clients: --served-model-name, or the file's, or of a run's checkpoint the run's."""
+    if args.served_model_name:
+        return args.served_model_name[0]
+    if not re.fullmatch(r"\d{7,}", file.stem):
+        return file.stem
+    folder = file.resolve().parent
+    return (folder.parent if folder.name == "checkpoints" else folder).name
 
 
 async def load_native(args: argparse.Namespace) -> tuple:
     """Engine, decoder and prompt encoder through ImagePipeline."""
     from autoregressive.pipeline import PRECISIONS, ImagePipeline
-    from utils.distributed import pick_device
     from utils.runs import find_checkpoint
 
     for flag, value in (
@@ -125,28 +290,26 @@ async def load_native(args: argparse.Namespace) -> tuple:
     ):
         if value is not None:
             raise ValueError(f"{flag} {value:g} is of vLLM, and the engine is native: leave it out")
-    device = pick_device(args.device)
-    if args.compile and device.type != "cuda":
-        logging.getLogger(__name__).warning(
-            f"--compile: on {device.type} the native engine draws with the plain step, since its batches are of any size"
+    if args.compile and args.device.type != "cuda":
+        log.warning(
+            f"--compile: on {args.device.type} the native engine draws with the plain step, since its batches are of any size"
         )
     gpt, vq = find_checkpoint(args.gpt_ckpt), find_checkpoint(args.vq_ckpt)
     pipeline = ImagePipeline.from_pretrained(
         gpt,
         vq=vq,
         image_size=args.image_size,
-        device=device,
-        dtype=PRECISIONS[args.precision] if args.precision else None,
+        device=args.device,
+        dtype=PRECISIONS[args.precision],
         use_ema=args.use_ema,
         batch_size=args.batch_size,
-        compile=args.compile is not False and device.type == "cuda",
+        compile=args.compile is not False and args.device.type == "cuda",
         **text_settings(args),
     )
     if pipeline.is_text:
-        pipeline.encode(
-            ["a picture"]
-        )  # a T5 that is missing or does not fit is told now, and the first request finds it loaded
-    return native_parts(pipeline, args.model_name or gpt.stem)
+        # A T5 that is missing or does not fit is told now, and the first request finds it loaded.
+        pipeline.encode(["a picture"])
+    return native_parts(pipeline, model_name(args, gpt))
 
 
 def native_parts(pipeline: "ImagePipeline", name: str) -> tuple:
@@ -157,7 +320,8 @@ def native_parts(pipeline: "ImagePipeline", name: str) -> tuple:
 
     engine = NativeEngine(pipeline, name)
     decoder = Decoder(pipeline.tokenizer, pipeline.gpt.layout.grid_size, pipeline.batch_size)
-    return engine, decoder, PromptEncoder(pipeline.encode, run=engine.run) if pipeline.is_text else None
+    encoder = PromptEncoder(pipeline.encode, run=engine.run, rows=pipeline.t5_tokens) if pipeline.is_text else None
+    return engine, decoder, encoder
 
 
 async def load_vllm(args: argparse.Namespace) -> tuple:
@@ -181,11 +345,11 @@ async def load_vllm(args: argparse.Namespace) -> tuple:
             "--no-left-padding is not for vLLM: with it the first token is read off a row of padding, which vLLM does not "
             "compute; use --engine native"
         )
-    device = pick_device(args.device)
+    device = args.device
     gpt, vq = find_checkpoint(args.gpt_ckpt), find_checkpoint(args.vq_ckpt)
     fingerprint = read_checkpoint(gpt).config.get("tokenizer")
     tokenizer = load_tokenizer(vq, device=device, use_ema=args.use_ema and has_averages(vq), fingerprint=fingerprint)
-    dtype = PRECISIONS[args.precision or ("none" if device.type == "cpu" else "bf16")]
+    dtype = PRECISIONS[args.precision]
     folder = model_folder(
         gpt, image_size=args.image_size, downsample_size=tokenizer.downsample, dtype=dtype, use_ema=args.use_ema
     )
@@ -198,11 +362,11 @@ async def load_vllm(args: argparse.Namespace) -> tuple:
             torch_dtype=text["t5_dtype"] or dtype,
             model_max_length=text["t5_tokens"],
         )
-        encoder = PromptEncoder(encoding_with(embedder))
+        encoder = PromptEncoder(encoding_with(embedder), rows=text["t5_tokens"])
     batch_size = args.batch_size or MAX_NUM_SEQS
     engine = await VllmEngine.start(
         folder,
-        name=args.model_name or gpt.stem,
+        name=model_name(args, gpt),
         max_num_seqs=batch_size,
         kv_cache_gib=args.kv_cache_gib,
         gpu_memory_utilization=args.gpu_memory_utilization,
@@ -258,8 +422,13 @@ def flags() -> argparse.ArgumentParser:
         "--batch-size", type=positive_int, default=None, help="images drawn at once (default: the engine's)"
     )
     parser.add_argument(
-        "--model-name", default=None, help="the model's name for clients (default: that of the GPT's file)"
+        "--served-model-name",
+        "--model-name",
+        action="append",
+        default=[],
+        help="the model's name for clients (default: that of the GPT's file or run); may be given several times",
     )
+    parser.add_argument("--class-names", default=None, help="file with the classes' names, one a line")
     add_run_flags(parser, precision=False, compile=None)
     parser.add_argument(
         "--precision",
@@ -272,16 +441,33 @@ def flags() -> argparse.ArgumentParser:
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 for every one")
     group.add_argument("--port", type=PORT, default=8000, help="0 takes one that is free, which the log tells")
+    group.add_argument("--uds", default=None, help="path of a Unix socket to listen at in place of --host and --port")
+    group.add_argument("--root-path", default="", help="the path under which a proxy has the server, such as /images")
     group.add_argument(
-        "--api-key", default=None, help="asked of every request to /v1 (SERVE_API_KEY in the environment does the same)"
+        "--cors-origin",
+        action="append",
+        default=[],
+        help="of web pages whose scripts may ask the server, * for all; may be given several times",
     )
     group.add_argument(
-        "--max-queue", type=positive_int, default=64, help="images accepted and not yet done; more get 429"
+        "--api-key",
+        action="append",
+        default=[],
+        help="asked of every request to /v1; may be given several times (default: those in SERVE_API_KEY, with spaces between)",
+    )
+    group.add_argument(
+        "--max-queue", type=positive_int, default=64, help="images accepted and not yet drawn; more get 429"
     )
     group.add_argument("--max-n", type=positive_int, default=8, help="images of one request")
     group.add_argument("--max-prompt-length", type=positive_int, default=4000, help="characters of a prompt")
     group.add_argument(
         "--timeout", type=positive_float, default=600, help="seconds a request may take; then it gets 504"
+    )
+    group.add_argument(
+        "--stall-timeout",
+        type=positive_float,
+        default=120,
+        help="seconds without a token, while images are drawn, after which /health answers 503",
     )
     return parser
 

@@ -1,20 +1,23 @@
-"""From what a client asks to its pictures: a place in the bounded queue, tokens, PNGs; whatever engine draws.
+"""From what a client asks to its pictures: a place in the bounded queue, tokens, files; whatever engine draws.
 
     service = Service(engine, Decoder(…), encoder, Limits(max_queue=64))
     with service.accept(asked) as job:               # RequestError 429 where the queue is full, 503 while shutting down
-        pngs = await service.draw(job)               # RequestError 504 after limits.timeout
+        files = await service.draw(job)              # RequestError 504 after limits.timeout
 
-The queue counts images: those accepted and not yet done. An engine begins as many of them as it has places for.
+The queue counts images: those accepted and not yet drawn. An engine begins as many of them as it has places for. An image is
+drawn once its file is made: whoever does not take the answer holds no place.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Sequence
 from contextlib import aclosing
 from math import ceil
+from typing import NoReturn
 
-from autoregressive.serve.body import Asked, ClassNames, Limits
+from autoregressive.class_names import class_names
+from autoregressive.serve.body import Asked, Limits
 from autoregressive.serve.decoder import Decoder
 from autoregressive.serve.engine import Engine, ImageRequest
 from autoregressive.serve.errors import RequestError
@@ -26,37 +29,32 @@ log = logging.getLogger(__name__)
 
 
 class Job:
-    """An accepted request. It holds its place in the queue until it is closed."""
+    """An accepted request, and how far it is. It holds its place in the queue until it is closed.
+
+    tokens: of each image, those so far. files: of each image, or None. news: set when one of these changes.
+    text_tokens: of its condition. warnings: what the client should know of its request.
+    """
 
     def __init__(self, service: "Service", asked: Asked):
+        count = len(asked.seeds)
         self.asked = asked
         self.accepted_at = time.monotonic()
-        self._service = service
-        self._closed = False
+        self.tokens: list[list[int]] = [[] for _ in range(count)]
+        self.files: list[bytes | None] = [None] * count
+        self.news = asyncio.Event()
+        self.text_tokens, self.warnings = 1, []
+        self.waiting = count  # images that are not begun
+        self._service, self._closed = service, False
         service._jobs.add(self)
-        service.metrics.queued.inc(len(asked.seeds))
-        self.waiting = len(asked.seeds)  # images that are not begun
-        self.drawing = 0
-
-    def begin(self) -> None:
-        """One of its images has been begun."""
-        self.waiting, self.drawing = self.waiting - 1, self.drawing + 1
-        self._service.metrics.queued.dec()
-        self._service.metrics.in_flight.inc()
-
-    def end(self) -> None:
-        """One that was begun is no longer drawn."""
-        self.drawing -= 1
-        self._service.metrics.in_flight.dec()
+        service.metrics.queued.inc(count)
 
     def close(self) -> None:
         """Gives its place up."""
-        if self._closed:
-            return
-        self._closed = True
-        self._service._jobs.remove(self)
-        self._service.metrics.queued.dec(self.waiting)
-        self._service.metrics.seconds.observe(time.monotonic() - self.accepted_at)
+        if not self._closed:
+            self._closed = True
+            self._service._jobs.remove(self)
+            self._service.metrics.queued.dec(self.waiting)
+            self._service.metrics.seconds.observe(time.monotonic() - self.accepted_at)
 
     def __enter__(self) -> "Job":
         return self
@@ -68,111 +66,164 @@ class Job:
 class Service:
     """An engine, what stands before and behind it, and the requests it has accepted. Of one event loop.
 
-    encoder: of prompts, with a text-conditional model.
+    Args:
+        engine: draws the tokens.
+        decoder: makes pictures of them.
+        encoder: of prompts, with a text-conditional model.
+        limits: what the server takes on.
+        aliases: further names of the model.
+        names: of its classes, by label (default: as class_names has them).
     """
 
     def __init__(
-        self, engine: Engine, decoder: Decoder, encoder: PromptEncoder | None = None, limits: Limits | None = None
+        self,
+        engine: Engine,
+        decoder: Decoder,
+        encoder: PromptEncoder | None = None,
+        limits: Limits | None = None,
+        aliases: Sequence[str] = (),
+        names: Sequence[str] | None = None,
     ):
         self.engine, self.decoder, self.encoder = engine, decoder, encoder
         self.limits = limits or Limits()
         self.info = engine.info
-        self.classes = ClassNames(engine.info.num_classes, engine.info.classes)
-        self.metrics = Metrics()
+        self.models = tuple(dict.fromkeys((engine.info.name, *aliases)))
+        self.classes = names or class_names(engine.info.num_classes, recorded=engine.info.classes)
         self.draining = False
+        self.metrics = Metrics(engine.info.name)
+        self.metrics.engine_up.set_function(lambda: self.engine_state == "ok")
+        self.metrics.token_age.set_function(lambda: self.engine.token_age() or 0)
         self._jobs: set[Job] = set()
-        self._seconds_an_image: float | None = None  # between images that leave, a moving average
-        self._last_left = 0.0
+        self._busy_since, self._tokens = 0.0, 0  # since the queue was last empty, and drawn since then
+        self._rate = 0.0  # tokens a second, as last measured
 
     @property
     def queued_images(self) -> int:
-        """Images accepted and not yet done."""
-        return sum(len(job.asked.seeds) for job in self._jobs)
+        """Images accepted and not yet drawn."""
+        return sum(len(job.files) for job in self._jobs)
 
     @property
     def idle(self) -> bool:
-        """Whether every accepted request has been answered."""
+        """Whether every accepted request has been drawn or given up."""
         return not self._jobs
+
+    @property
+    def engine_state(self) -> str:
+        """ "ok", or what is wrong with the engine."""
+        if self.engine.dead:
+            return "the engine has died"
+        return "the engine hangs" if (self.engine.token_age() or 0) > self.limits.stall else "ok"
 
     @property
     def state(self) -> str:
         """What /health tells: "ok", or why no requests are taken."""
-        return "shutting down" if self.draining else "the engine has died" if self.engine.dead else "ok"
-
-    def refuse_while_draining(self) -> None:
-        """Raises RequestError 503 once the server is shutting down."""
-        if self.draining:
-            raise RequestError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
+        return "shutting down" if self.draining else self.engine_state
 
     def accept(self, asked: Asked) -> Job:
-        """A place for the request. Raises RequestError 503 while shutting down, 429 where there is no room."""
-        self.refuse_while_draining()
+        """Return a place for the request. Raises RequestError 503 while shutting down, 429 where there is no room."""
+        if self.draining:
+            raise RequestError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
         queued, room = self.queued_images, self.limits.max_queue
         if queued + len(asked.seeds) > room:
-            each = 1.0 if self._seconds_an_image is None else self._seconds_an_image
-            seconds = min(60, max(1, ceil(each * queued / 2)))
+            seconds = self._seconds_to_wait()
             raise RequestError(
                 429,
                 f"{queued} images wait or are being drawn, and there is room for {room}: try again in {seconds} s",
                 code="queue_full",
                 headers={"Retry-After": str(seconds)},
             )
+        if not self._jobs:
+            self._busy_since, self._tokens = time.monotonic(), 0
         return Job(self, asked)
 
-    async def draw(self, job: Job, on_rows: Callable[[list[int]], None] | None = None) -> list[bytes]:
-        """The PNG of each of its images. on_rows: told of the first image's tokens so far, as they come.
+    def _seconds_to_wait(self) -> int:
+        """Return the seconds in which half of the queue is drawn, 1 to 60; 1 where no image's tokens have come yet."""
+        left = sum(self.info.tokens - len(tokens) for job in self._jobs for tokens in job.tokens)
+        return min(60, max(1, ceil(left / 2 / self._rate))) if self._rate else 1
+
+    async def draw(self, job: Job) -> list[bytes]:
+        """Return the file of each of its images; `job` has them and their tokens as they come.
 
         Raises RequestError: 400 where the model refuses the request, 500 for logits or pixels that are not finite, 503 where
         the engine fails, 504 for a timeout.
         """
-        asked = job.asked
         try:
             async with asyncio.timeout(self.limits.timeout):
-                features = await self.encoder(asked.prompt) if asked.prompt is not None else None
-                requests = asked.requests(features)
+                requests = await self._requests(job)
                 for request in requests:
                     self.engine.check(request)
-                told = [on_rows] + [None] * (len(requests) - 1)
-                return await together([self._image(job, *one) for one in zip(requests, told)])
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(self._image(job, *one)) for one in enumerate(requests)]
+            return [task.result() for task in tasks]
         except TimeoutError:
             raise RequestError(
                 504, f"there was no time for it within {self.limits.timeout:g} s", code="timeout"
             ) from None
-        except NotFiniteError as error:
+        except (ExceptionGroup, ValueError, RuntimeError) as error:
+            # Of a group the first error ended the others.
+            self._refuse(job, error.exceptions[0] if isinstance(error, ExceptionGroup) else error)
+
+    def _refuse(self, job: Job, error: Exception) -> NoReturn:
+        """Raises RequestError for an error of the engine or the decoder; an unforeseen error as it is."""
+        if isinstance(error, NotFiniteError):
             log.error("an image is broken", extra={"fields": {"error": str(error)}})
             raise RequestError(500, str(error), code="not_finite") from error
-        except ValueError as error:
-            param = "prompt" if asked.prompt is not None else None
+        if isinstance(error, ValueError):
+            param = "prompt" if job.asked.prompt is not None else None
             raise RequestError(400, str(error), param=param, code="invalid_value") from error
-        except RuntimeError as error:
+        if isinstance(error, RuntimeError):
             log.error("the engine failed", extra={"fields": {"error": str(error)}})
             raise RequestError(503, f"the engine failed: {error}", code="engine_failed") from error
+        raise error
 
-    async def _image(self, job: Job, request: ImageRequest, on_rows: Callable[[list[int]], None] | None) -> bytes:
-        done, begun_at = 0, None
+    async def _requests(self, job: Job) -> list[ImageRequest]:
+        """Return what the engine is asked for."""
+        asked, conditions = job.asked, {"label": job.asked.label, "negative_class": job.asked.negative_class}
+        for field, param in (("features", "prompt"), ("negative_features", "negative_prompt")):
+            prompt = getattr(asked, param)
+            if prompt is None:
+                continue
+            try:
+                features = conditions[field] = await self.encoder(prompt)
+            except ValueError as error:
+                raise RequestError(400, f"{param}: {error}", param=param, code="invalid_value") from error
+            rows = self.encoder.rows
+            if rows and len(features) >= rows:
+                job.warnings.append(f"{param} fills all {rows} text tokens: what stands behind them is not read")
+            if param == "prompt":
+                job.text_tokens = len(features)
+        return [ImageRequest(seed=seed, **conditions, **asked.settings) for seed in asked.seeds]
+
+    async def _image(self, job: Job, i: int, request: ImageRequest) -> bytes:
+        metrics, row, begun_at = self.metrics, self.decoder.grid_size, None
         try:
             async with aclosing(self.engine.generate(request)) as tokens_so_far:
                 async for tokens in tokens_so_far:
+                    now, done = time.monotonic(), len(job.tokens[i])
                     if begun_at is None:
-                        begun_at = time.monotonic()
-                        job.begin()
-                    self.metrics.tokens.inc(len(tokens) - done)
-                    done = len(tokens)
-                    if on_rows:
-                        on_rows(tokens)
-            if done != self.info.tokens:
-                raise RuntimeError(f"the engine ended after {done} of {self.info.tokens} tokens")
-            png = await self.decoder.png(tokens, job.asked.size)
+                        begun_at = now
+                        job.waiting -= 1
+                        metrics.queued.dec()
+                        metrics.in_flight.inc()
+                        metrics.waiting.observe(now - job.accepted_at)
+                    if done < row <= len(tokens):
+                        metrics.first_row.observe(now - job.accepted_at)
+                    metrics.tokens.inc(len(tokens) - done)
+                    self._tokens += len(tokens) - done
+                    self._rate = self._tokens / max(now - self._busy_since, 1e-3)
+                    job.tokens[i] = tokens
+                    job.news.set()
+            if len(job.tokens[i]) != self.info.tokens:
+                raise RuntimeError(f"the engine ended after {len(job.tokens[i])} of {self.info.tokens} tokens")
+            asked = job.asked
+            file = job.files[i] = await self.decoder.file(job.tokens[i], asked.size, asked.format, asked.quality)
+            metrics.images.inc()
+            metrics.drawing.observe(time.monotonic() - begun_at)
+            job.news.set()
+            return file
         finally:
             if begun_at is not None:
-                job.end()
-        self.metrics.images.inc()
-        now = time.monotonic()
-        seconds = now - max(job.accepted_at, self._last_left)
-        before = seconds if self._seconds_an_image is None else self._seconds_an_image
-        self._seconds_an_image = before + 0.2 * (seconds - before)
-        self._last_left = now
-        return png
+                metrics.in_flight.dec()
 
     async def close(self) -> None:
         """Ends the engine and the threads beside it."""
@@ -180,14 +231,3 @@ class Service:
         await self.decoder.close()
         if self.encoder:
             self.encoder.close()
-
-
-async def together(work: list[Coroutine[None, None, bytes]]) -> list[bytes]:
-    """The results in order; where one raises or the caller is cancelled, the others are cancelled and waited for."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

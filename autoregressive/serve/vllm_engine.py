@@ -167,6 +167,9 @@ class VllmEngine:
             engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         return cls(model, engine)
 
+    def token_age(self) -> float | None:
+        return None
+
     def check(self, request: ImageRequest) -> None:
         """Raises ValueError, with what is wrong, for a request that the model cannot take."""
         self._model.check(request)

@@ -6,10 +6,12 @@ import pytest
 
 from autoregressive.class_names import class_choice, class_names, find_class, imagenet_names
 from autoregressive.sample.sample_c2i import labels_to_draw
-from autoregressive.serve.body import ClassNames
+from autoregressive.serve.body import ImageBody, Limits, ask
+from autoregressive.serve.engine import ModelInfo
 from autoregressive.serve.errors import RequestError
 
 NAMES = class_names(1000)
+MODEL = ModelInfo("small", "c2i", 32, 64, 1000, raster=True)
 
 
 @pytest.mark.parametrize(
@@ -21,7 +23,7 @@ NAMES = class_names(1000)
 def test_find_class_name_number_or_choice_is_found(asked, label):
     assert find_class(asked, NAMES) == label
     if isinstance(asked, str):
-        assert ClassNames(1000).label(asked, "prompt") == label
+        assert ask(ImageBody(prompt=asked), MODEL, Limits(), NAMES).label == label
 
 
 def test_find_class_every_choice_of_the_list_is_its_own_class():
@@ -45,10 +47,12 @@ def test_find_class_unknown_or_ambiguous_is_refused(asked, message):
         find_class(asked, NAMES)
 
 
-def test_class_names_label_of_the_server_refuses_with_candidates():
-    with pytest.raises(RequestError, match="264: Cardigan and 474: cardigan") as refused:
-        ClassNames(1000).label("CARDIGAN", "prompt")
-    assert refused.value.status == 400 and refused.value.param == "prompt"
+def test_ask_ambiguous_class_is_refused_with_candidates():
+    for param in ("prompt", "class_name", "negative_class"):
+        body = ImageBody(**({"class_label": 1} if param == "negative_class" else {}), **{param: "CARDIGAN"})
+        with pytest.raises(RequestError, match="264: Cardigan and 474: cardigan") as refused:
+            ask(body, MODEL, Limits(), NAMES)
+        assert refused.value.status == 400 and refused.value.param == param
 
 
 def test_find_class_own_names_come_before_numbers():

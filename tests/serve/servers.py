@@ -3,13 +3,13 @@
 import asyncio
 import base64
 import io
+import socket
 import threading
 from contextlib import contextmanager
 
 import httpx
 import numpy as np
 import torch
-import uvicorn
 from PIL import Image
 
 from autoregressive.pipeline import decode_codes
@@ -17,6 +17,7 @@ from autoregressive.serve.api import IMAGES, create_app
 from autoregressive.serve.body import Limits
 from autoregressive.serve.decoder import Decoder
 from autoregressive.serve.engine import ImageRequest, ModelInfo
+from autoregressive.serve.server import draining_server
 from autoregressive.serve.service import Service
 
 
@@ -24,6 +25,7 @@ class ScriptedEngine:
     """Draws 8x8 tokens that are a function of the request, a row at a time.
 
     gate: where set, nothing is drawn beyond `rows_before` rows until it opens. open: requests that are being drawn.
+    age: what token_age() tells.
     """
 
     dead = False
@@ -34,6 +36,10 @@ class ScriptedEngine:
         self.rows_before = 0
         self.error: Exception | None = None
         self.open, self.asked = 0, []
+        self.age: float | None = None
+
+    def token_age(self):
+        return self.age
 
     @staticmethod
     def tokens(request: ImageRequest) -> list[int]:
@@ -64,23 +70,31 @@ class ScriptedEngine:
 def picture(tokenizer, label: int, seed: int, size: int | None = None) -> np.ndarray:
     """What a ScriptedEngine's request looks like."""
     codes = torch.tensor([ScriptedEngine.tokens(ImageRequest(label=label, seed=seed))])
-    return decode_codes(tokenizer, codes, size=size)[0]
+    image = Image.fromarray(decode_codes(tokenizer, codes)[0])
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC) if size else image)
 
 
 def pixels(image: bytes | dict) -> np.ndarray:
-    """A PNG's pixels, or those of an item of `data`."""
-    png = image if isinstance(image, bytes) else base64.b64decode(image["b64_json"])
-    return np.asarray(Image.open(io.BytesIO(png)))
+    """A file's pixels, or those of an item of `data`."""
+    return np.asarray(opened(image))
 
 
-def with_client(tokenizer, work, engine=None, api_key=None, encoder=None, **limits):
-    """Runs `await work(client, service)` against an application of this engine; the client needs no network."""
+def opened(image: bytes | dict) -> Image.Image:
+    """A file's picture, or that of an item of `data`."""
+    return Image.open(io.BytesIO(image if isinstance(image, bytes) else base64.b64decode(image["b64_json"])))
+
+
+def with_client(tokenizer, work, engine=None, app=None, aliases=(), **limits):
+    """Runs `await work(client, service)` against an application of this engine; the client needs no network.
+
+    app: further arguments of create_app.
+    """
 
     async def main():
         drawing = engine or ScriptedEngine()
         decoder = Decoder(tokenizer, 8)
-        service = Service(drawing, decoder, encoder, Limits(**limits))
-        transport = httpx.ASGITransport(create_app(service, api_key), raise_app_exceptions=False)
+        service = Service(drawing, decoder, None, Limits(**limits), aliases)
+        transport = httpx.ASGITransport(create_app(service, **(app or {})), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=60) as client:
             try:
                 return await work(client, service)
@@ -96,19 +110,21 @@ async def post(client: httpx.AsyncClient, headers: dict | None = None, **body) -
 
 
 @contextmanager
-def listening(make_service, api_key=None):
-    """A server on a port of this machine, in a thread. make_service: called in its event loop. Yields (address, service)."""
+def listening(make_service, sock: socket.socket | None = None, **app):
+    """A server on a port of this machine, in a thread. make_service: called in its event loop. Yields (address, service).
+
+    app: further arguments of create_app.
+    """
     made, begun = [], threading.Event()
+    sock = sock or socket.create_server(("127.0.0.1", 0))
 
     async def main():
         service = make_service()
-        config = uvicorn.Config(create_app(service, api_key), port=0, log_config=None)
-        server = uvicorn.Server(config)
-        running = asyncio.create_task(server.serve())
+        server = draining_server(create_app(service, **app), service)
+        running = asyncio.create_task(server.serve([sock]))
         while not server.started:
             await asyncio.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        made.extend([server, f"http://127.0.0.1:{port}", service])
+        made.extend([server, service])
         begun.set()
         await running
 
@@ -116,7 +132,8 @@ def listening(make_service, api_key=None):
     thread.start()
     assert begun.wait(60)
     try:
-        yield made[1], made[2]
+        name = sock.getsockname()
+        yield name if isinstance(name, str) else f"http://127.0.0.1:{name[1]}", made[1]
     finally:
         made[0].should_exit = True
         thread.join(60)

@@ -267,18 +267,14 @@ def test_calls_run_between_micro_batches(raster):
 
 def test_decoding_is_the_pipelines(raster):
     codes = torch.randint(64, (11, 64), generator=torch.Generator().manual_seed(0))
-    expected = {size: raster.decode(codes, size) for size in (None, 20)}
 
     async def main():
         decoder = Decoder(raster.tokenizer, 8, batch_size=4)
-        asked = [(tokens, size) for tokens in codes.tolist() for size in (None, 20)]
-        images = await asyncio.gather(*(decoder.decode(*one) for one in asked))
+        images = await asyncio.gather(*map(decoder.decode, codes.tolist()))
         await decoder.close()
         return images
 
-    images = asyncio.run(main())
-    for i, image in enumerate(images):
-        assert np.array_equal(image, expected[(None, 20)[i % 2]][i // 2])
+    assert np.array_equal(asyncio.run(main()), raster.decode(codes))
 
 
 def test_partial_images(raster):
@@ -286,15 +282,14 @@ def test_partial_images(raster):
 
     async def main():
         decoder = Decoder(raster.tokenizer, 8)
-        images = await asyncio.gather(*(decoder.decode(codes[:n]) for n in (3, 24, 29)), decoder.decode(codes[:24], 64))
+        images = await asyncio.gather(*(decoder.decode(codes[:n]) for n in (3, 24, 29)))
         await decoder.close()
         return images
 
-    nothing, three, same, large = asyncio.run(main())
+    nothing, three, same = asyncio.run(main())
     assert (nothing == GREY).all()
     assert (three[12:] == GREY).all() and three[:12].std() > 1
     assert np.array_equal(three, same)
-    assert large.shape == (64, 64, 3) and (large[40:] == GREY).all()
 
 
 def test_a_failing_decoder_tells_and_goes_on(raster):

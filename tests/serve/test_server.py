@@ -9,7 +9,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
@@ -17,17 +16,18 @@ pytest.importorskip("httpx")
 
 import httpx
 
-from autoregressive.pipeline import ImagePipeline, decode_codes, load_gpt
+from autoregressive.pipeline import ImagePipeline, load_gpt
 from autoregressive.serve.api import IMAGES, create_app
-from autoregressive.serve.body import MAX_SEED, Limits
-from autoregressive.serve.decoder import GREY, Decoder, png_bytes
+from autoregressive.serve.body import MAX_SEED, ImageBody, Limits, ask
+from autoregressive.serve.decoder import GREY, Decoder
+from autoregressive.serve.engine import ModelInfo
 from autoregressive.serve.errors import RequestError
 from autoregressive.serve.metrics import JsonLines
 from autoregressive.serve.native import NativeEngine
 from autoregressive.serve.prompts import PromptEncoder, encoding_with
 from autoregressive.serve.service import Service
 from tests.helpers import ROOT
-from tests.serve.servers import ScriptedEngine, listening, picture, pixels, post, with_client
+from tests.serve.servers import ScriptedEngine, listening, opened, picture, pixels, post, with_client
 from tests.serve.small import WORDS, text_pipeline
 from tokenizer.load import load_tokenizer
 
@@ -41,6 +41,8 @@ def events(response: httpx.Response) -> list[tuple[str, dict]]:
     """Server-sent events as (name, data)."""
     found = []
     for block in response.text.strip().split("\n\n"):
+        if block.startswith(":"):
+            continue
         name, data = block.split("\n")
         found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
     return found
@@ -110,28 +112,24 @@ def test_settings_reach_the_engine(tokenizer):
 
 @pytest.mark.parametrize(
     "asked, rows",
-    [({}, [2, 4, 6]), ({"partial_rows": 3}, [3, 6]), ({"partial_images": 1}, [4]), ({"partial_images": 0}, [])],
-)
-def test_streams(tokenizer, asked, rows):
+    [({}, [2, 4, 6]), ({"partial_rows": 3}, [3, 6]), ({"partial_images": 1}, [4]), ({"partial_images": 0}, []),
+     ({"partial_images": 2}, [3, 5]), ({"partial_images": 7}, [1, 2, 3, 4, 5, 6, 7])],
+)  # fmt: skip
+@pytest.mark.parametrize("step", [1, 3, 8])
+def test_stream_of_any_speed_has_the_partial_images_that_were_asked_for(tokenizer, asked, rows, step):
+    """step: rows that come at once."""
     engine = ScriptedEngine()
 
-    async def slowly(request):  # each row is shown before the next comes
-        for count in range(1, 9):
+    async def by_rows(request):
+        for count in [*range(step, 8, step), 8]:
             yield engine.tokens(request)[: 8 * count]
-            for _ in range(50):
-                await asyncio.sleep(0)
 
-    async def at_once(tokens, size):
-        image = np.full((32, 32, 3), GREY, np.uint8)
-        image[: len(tokens) // 2] = decode_codes(tokenizer, torch.tensor([tokens]), width=8)[0]
-        return png_bytes(image)
-
-    engine.generate = slowly
+    engine.generate = by_rows
 
     async def work(client, service):
-        service.decoder.png = at_once
         response = await post(client, prompt="2", seed=3, stream=True, **asked)
         assert response.headers["content-type"].startswith("text/event-stream")
+        assert response.headers["x-accel-buffering"] == "no" and response.headers["cache-control"] == "no-store"
         *partial, (last, whole) = events(response)
         assert last == whole["type"] == "image_generation.completed"
         assert np.array_equal(pixels(whole), picture(tokenizer, 2, 3))
@@ -143,12 +141,96 @@ def test_streams(tokenizer, asked, rows):
     with_client(tokenizer, work, engine)
 
 
+@pytest.mark.parametrize("rows", [2, 4, 6, 16, 24, 32])
+def test_ask_partial_images_are_as_many_as_asked_and_evenly_spaced(rows):
+    info = ModelInfo("small", "c2i", 16 * rows, rows * rows, 10, raster=True)
+    for count in range(rows):
+        partial = ask(
+            ImageBody(prompt="1", stream=True, partial_images=count), info, Limits(), list("0123456789")
+        ).partial
+        assert len(partial) == count
+        gaps = np.diff([0, *partial, rows])
+        assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
+    with pytest.raises(RequestError, match=f"at most {rows - 1}"):
+        ask(ImageBody(prompt="1", stream=True, partial_images=rows), info, Limits(), list("0123456789"))
+
+
+def test_stream_of_several_images_has_all_events_of_each(tokenizer):
+    async def work(client, service):
+        response = await post(client, prompt="2", seed=3, stream=True, n=3, partial_images=2)
+        assert response.headers["x-image-seed"] == "3,4,5"
+        for i in range(3):
+            mine = [data for _, data in events(response) if data["image_index"] == i]
+            assert [data.get("partial_image_index") for data in mine] == [0, 1, None]
+            assert {data["seed"] for data in mine} == {3 + i}
+            assert np.array_equal(pixels(mine[-1]), picture(tokenizer, 2, 3 + i))
+            assert mine[-1]["usage"]["output_tokens"] == 64
+
+    with_client(tokenizer, work)
+
+
+def test_stream_that_waits_is_kept_alive_by_comments(tokenizer, monkeypatch):
+    monkeypatch.setattr("autoregressive.serve.api.SECONDS_BETWEEN_EVENTS", 0.02)
+    engine = ScriptedEngine()
+
+    async def work(client, service):
+        engine.gate = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.2, engine.gate.set)
+        response = await post(client, prompt="2", seed=3, stream=True)
+        assert response.text.startswith(": still drawing\n\n") and len(events(response)) == 4
+
+    with_client(tokenizer, work, engine)
+
+
 def test_a_stream_of_an_image_that_comes_all_at_once(tokenizer):
     async def work(client, service):
         ((name, whole),) = events(await post(client, prompt="2", seed=3, stream=True))
         assert name == "image_generation.completed" and np.array_equal(pixels(whole), picture(tokenizer, 2, 3))
+        refused = await post(client, prompt="2", stream=True, partial_images=2)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "partial_images"
 
     with_client(tokenizer, work, ScriptedEngine(raster=False))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_output_format_is_the_files_kind_in_every_way_of_answering(tokenizer, kind):
+    async def work(client, service):
+        told = {"prompt": "2", "seed": 3, "output_format": kind}
+        answer = (await post(client, **told)).json()
+        stream = events(await post(client, **told, stream=True))
+        raw = [
+            await post(client, headers={"Accept": f"image/{kind}"}, prompt="2", seed=3),
+            await post(client, prompt="2", seed=3, response_format=kind),
+        ]
+        assert {response.headers["content-type"] for response in raw} == {f"image/{kind}"}
+        assert answer["output_format"] == kind and {data["output_format"] for _, data in stream} == {kind}
+        files = [answer["data"][0], stream[-1][1], *(response.content for response in raw)]
+        for file in files:
+            assert opened(file).format == kind.upper()
+            assert np.abs(pixels(file).astype(int) - picture(tokenizer, 2, 3)).mean() < 30  # chance: 70
+        if kind != "png":
+            small = (await post(client, **told, output_compression=1)).json()["data"][0]["b64_json"]
+            assert len(small) < len(answer["data"][0]["b64_json"])
+
+    with_client(tokenizer, work)
+
+
+def test_usage_counts_the_tokens_of_all_images(tokenizer):
+    async def work(client, service):
+        told = (await post(client, prompt="2", n=3)).json()["usage"]
+        assert (told["input_tokens"], told["output_tokens"], told["total_tokens"]) == (1, 192, 193)
+
+    with_client(tokenizer, work)
+
+
+def test_negative_class_reaches_the_engine_by_number_and_by_name(tokenizer):
+    async def work(client, service):
+        for asked in (7, "7", " 7"):
+            assert (await post(client, prompt="1", negative_class=asked)).status_code == 200
+        assert (await post(client, prompt="1")).status_code == 200
+        assert [request.negative_class for request in service.engine.asked] == [7, 7, 7, None]
+
+    with_client(tokenizer, work)
 
 
 def test_models_and_health(tokenizer):
@@ -161,16 +243,39 @@ def test_models_and_health(tokenizer):
             response = await client.get(f"/v1/models/{name.replace('.', '%2E')}")
             assert response.status_code == 404 and "error" in response.json(), name
         response = await client.get("/health")
-        assert response.status_code == 200 and response.json() == {"status": "ok", "queued_images": 0}
+        assert response.status_code == 200 and response.json()["status"] == "ok"
 
     with_client(tokenizer, work)
 
 
-def test_the_models_name(tokenizer):
+def test_model_under_several_names_answers_to_each(tokenizer):
     async def work(client, service):
-        assert (await post(client, prompt="1", model="small")).status_code == 200
+        assert [model["id"] for model in (await client.get("/v1/models")).json()["data"]] == [
+            "small",
+            "gpt-image-1",
+            "b/c",
+        ]
+        for name in ("small", "gpt-image-1", "b/c"):
+            assert (await post(client, prompt="1", model=name)).status_code == 200
+            assert (await client.get(f"/v1/models/{name}")).json()["id"] == name
+        assert "has 'small' and 'gpt-image-1'" in (await post(client, prompt="1", model="x")).json()["error"]["message"]
 
-    with_client(tokenizer, work)
+    with_client(tokenizer, work, aliases=["gpt-image-1", "small", "b/c"])
+
+
+def test_engine_that_draws_no_token_for_long_is_unhealthy_until_it_does(tokenizer):
+    engine = ScriptedEngine()
+
+    async def work(client, service):
+        for age, status, up in ((None, 200, 1.0), (29.0, 200, 1.0), (31.0, 503, 0.0), (0.1, 200, 1.0)):
+            engine.age = age
+            health = await client.get("/health")
+            assert health.status_code == status and health.json()["token_age"] == age
+            text = (await client.get("/metrics")).text
+            assert f'engine_up{{model="small"}} {up}' in text
+            assert f'engine_token_age_seconds{{model="small"}} {age or 0.0}' in text
+
+    with_client(tokenizer, work, engine, stall=30)
 
 
 def test_imagenet_names(tokenizer):
@@ -196,7 +301,7 @@ def test_imagenet_names(tokenizer):
 
 MEGABYTE = "x" * 10**6
 REFUSED = [
-    ({"class_label": 10}, 400, "class_label is 10: the model has classes 0 to 9", "class_label"),
+    ({"class_label": 10}, 400, "class 10 is out of range: the model has classes 0 to 9", "class_label"),
     ({"class_label": -1}, 400, "class_label is -1", "class_label"),
     ({"class_label": 1.5}, 400, "class_label is 1.5", "class_label"),
     ({"class_label": True}, 400, "class_label is true", "class_label"),
@@ -227,9 +332,22 @@ REFUSED = [
     ({"prompt": "1", "size": "0x0"}, 400, "images are square", "size"),
     ({"prompt": "1", "size": "9999x9999"}, 400, "images are square", "size"),
     ({"prompt": "1", "size": "²x²"}, 400, "write it as", "size"),
-    ({"prompt": "1", "response_format": "url"}, 400, "response_format is \"url\"", "response_format"),
-    ({"prompt": "1", "response_format": "png", "n": 2}, 400, "a PNG answer has one image", "n"),
-    ({"prompt": "1", "stream": True, "n": 2}, 400, "a stream has one image", "n"),
+    ({"prompt": "1", "size": "129x129"}, 400, "resized to 1 to 128", "size"),
+    ({"prompt": "1", "response_format": "url"}, 400, "no pictures are kept", "response_format"),
+    ({"prompt": "1", "response_format": "bmp"}, 400, "response_format is \"bmp\": it should be", "response_format"),
+    ({"prompt": "1", "response_format": "png", "n": 2}, 400, "the file itself has one image", "n"),
+    ({"prompt": "1", "response_format": "png", "output_format": "webp"}, 400, "give one of the two", "output_format"),
+    ({"prompt": "1", "output_format": "svg"}, 400, "the model draws pixels", "output_format"),
+    ({"prompt": "1", "output_compression": 101}, 400, "output_compression is 101", "output_compression"),
+    ({"prompt": "1", "output_compression": 50}, 400, "of jpeg and webp", "output_compression"),
+    ({"prompt": "1", "background": "transparent"}, 400, "opaque", "background"),
+    ({"prompt": "1", "svg": {"model": "x"}}, 400, "the model draws pixels", "svg"),
+    ({"prompt": "1", "negative_class": 10}, 400, "class 10 is out of range", "negative_class"),
+    ({"prompt": "1", "negative_class": "nil"}, 400, "no class is called", "negative_class"),
+    ({"prompt": "1", "negative_class": 1.5}, 400, "negative_class is 1.5", "negative_class"),
+    ({"prompt": "1", "negative_class": 2, "cfg_scale": 1}, 400, "no effect without guidance", "negative_class"),
+    ({"prompt": "1", "negative_prompt": "2"}, 400, "give negative_class", "negative_prompt"),
+    ({"prompt": "1", "stream": True, "partial_images": 8}, 400, "at most 7", "partial_images"),
     ({"prompt": "1", "stream": True, "response_format": "png"}, 400, "base64", "stream"),
     ({"prompt": "1", "stream": "yes"}, 400, "stream is \"yes\"", "stream"),
     ({"prompt": "1", "partial_rows": 2}, 400, "give stream too", "partial_rows"),
@@ -265,10 +383,10 @@ def test_bad_requests_and_the_next_one(tokenizer):
         (b'{"prompt": "1", "cfg_scale": NaN}', "application/json", 400, "cfg_scale is NaN: it should be a finite number"),
         (b'{"prompt": "1", "cfg_scale": 1e999}', "application/json", 400, "cfg_scale is Infinity"),
         (b'{"prompt": ', "application/json", 400, "the body is not JSON"),
-        (b"", "application/json", 400, "the body is not JSON"),
+        (b"", "application/json", 400, "a JSON object, not nothing"),
         (b"\xff\xfe", "application/json", 400, "the body is not JSON"),
-        (b"[" * 60_000, "application/json", 400, "the body is not JSON"),
-        (b'{"n": ' + b"9" * 5000 + b"}", "application/json", 400, "the body is not JSON"),
+        (b"[" * 60_000, "application/json", 400, "error parsing the body"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "application/json", 400, "error parsing the body"),
         (b'["prompt"]', "application/json", 400, "a JSON object, not a list"),
         (b'"prompt"', "application/json", 400, "a JSON object"),
         (b"null", "application/json", 400, "a JSON object, not null"),
@@ -348,7 +466,7 @@ def test_api_key(tokenizer):
         assert (await post(client, prompt="1", headers=right)).status_code == 200
         assert (await client.get("/health")).status_code == (await client.get("/metrics")).status_code == 200
 
-    with_client(tokenizer, work, api_key="s3cret")
+    with_client(tokenizer, work, app={"api_keys": ["other1", "s3cret"]})
 
 
 # The queue, time, and clients that go
@@ -428,8 +546,8 @@ def test_a_client_that_hangs_up(tokenizer, stream, rows, caplog):
         await asyncio.wait_for(asking, 10)
         assert engine.open == 0 and service.idle and service.queued_images == 0
         assert stream or not sent
-        assert b'image_requests_total{status="499"} 1.0' in service.metrics.text()
-        for gauge in (b"image_queue_length 0.0", b"images_in_flight 0.0"):
+        assert b'image_requests_total{model="small",status="499"} 1.0' in service.metrics.text()
+        for gauge in (b'image_queue_length{model="small"} 0.0', b'images_in_flight{model="small"} 0.0'):
             assert gauge in service.metrics.text()
         engine.gate.set()
         assert (await post(client, prompt="1")).status_code == 200
@@ -527,15 +645,20 @@ def test_metrics(tokenizer):
             await post(client, **body)
         text = (await client.get("/metrics")).text
         for line in (
-            'image_requests_total{status="200"} 2.0',
-            'image_requests_total{status="400"} 1.0',
-            "image_request_seconds_count 2.0",
-            "images_total 3.0",
-            "image_tokens_total 192.0",
-            "image_queue_length 0.0",
-            "images_in_flight 0.0",
+            'image_requests_total{model="small",status="200"} 2.0',
+            'image_requests_total{model="small",status="400"} 1.0',
+            'image_request_seconds_count{model="small"} 2.0',
+            'image_waiting_seconds_count{model="small"} 3.0',
+            'image_first_row_seconds_count{model="small"} 3.0',
+            'image_drawing_seconds_count{model="small"} 3.0',
+            'images_total{model="small"} 3.0',
+            'image_tokens_total{model="small"} 192.0',
+            'image_queue_length{model="small"} 0.0',
+            'images_in_flight{model="small"} 0.0',
+            'engine_up{model="small"} 1.0',
         ):
             assert line in text, text
+        assert "_created" not in text
 
     with_client(tokenizer, work)
 
@@ -562,9 +685,8 @@ def text_server(tokenizer, work, **limits):
     async def with_engine():
         nonlocal engine
         engine = NativeEngine(pipeline, "words")
-        service = Service(
-            engine, Decoder(tokenizer, 8), PromptEncoder(pipeline.encode, run=engine.run, keep=2), Limits(**limits)
-        )
+        encoder = PromptEncoder(pipeline.encode, run=engine.run, keep=2, rows=pipeline.t5_tokens)
+        service = Service(engine, Decoder(tokenizer, 8), encoder, Limits(**limits))
         transport = httpx.ASGITransport(create_app(service), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=60) as client:
             try:
@@ -608,8 +730,36 @@ def test_prompts_that_are_refused(tokenizer):
             response = await post(client, **body)
             error = response.json()["error"]
             assert response.status_code == 400 and message in error["message"] and error["param"] == param, error
-        with pytest.warns(UserWarning, match="fill all"):
-            assert (await post(client, prompt="word " * 300)).status_code == 200
+        negative = (await post(client, prompt="a", negative_prompt=" ")).json()["error"]
+        assert negative["param"] == "negative_prompt" and "blank" in negative["message"]
+
+    text_server(tokenizer, work)
+
+
+@pytest.mark.filterwarnings("ignore:.*fill all")
+def test_prompt_longer_than_the_encoder_reads_is_answered_with_a_warning(tokenizer):
+    async def work(client, service, calls):
+        answer = (await post(client, prompt="word " * 300)).json()
+        (warning,) = answer["warnings"]
+        assert f"all {WORDS} text tokens" in warning and answer["usage"]["input_tokens"] == WORDS
+        raw = await post(client, prompt="word " * 300, response_format="png")
+        assert raw.headers["x-warning"] == warning
+        assert events(await post(client, prompt="word " * 300, stream=True))[-1][1]["warnings"] == [warning]
+        assert (await post(client, prompt="a word")).json()["warnings"] == []
+
+    text_server(tokenizer, work)
+
+
+def test_negative_prompt_is_encoded_for_the_engine(tokenizer):
+    async def work(client, service, calls):
+        asked = []
+        generate = service.engine.generate
+        service.engine.generate = lambda request: asked.append(request) or generate(request)
+        assert (await post(client, prompt="rain", negative_prompt="sun")).status_code == 200
+        assert calls == [["rain"], ["sun"]]
+        assert asked[0].negative_features.shape == (1, 12) and asked[0].negative_class is None
+        refused = (await post(client, prompt="rain", negative_class=1)).json()["error"]
+        assert refused["param"] == "negative_class" and "give negative_prompt" in refused["message"]
 
     text_server(tokenizer, work)
 
@@ -687,7 +837,7 @@ def test_the_openai_client(live):
             assert np.array_equal(pixels({"b64_json": image.b64_json}), np.asarray(expected))
         assert answer.size == "32x32"
         *partial, whole = client.images.generate(prompt="3", stream=True, partial_images=2, extra_body={"seed": 5})
-        assert whole.type == "image_generation.completed" and len(partial) <= 2
+        assert whole.type == "image_generation.completed" and len(partial) == 2 and whole.usage.output_tokens == 64
         assert all(event.type == "image_generation.partial_image" for event in partial)
         expected = pipeline([3], seed=5, cfg_scale=4.0, top_k=2000, progress=False)[0]
         assert np.array_equal(pixels({"b64_json": whole.b64_json}), np.asarray(expected))

@@ -1,0 +1,461 @@
+"""What no client can do to the others, against a server on a port: hold places, connections, memory, or its end."""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("httpx")
+
+import httpx
+from fastapi import FastAPI
+
+from autoregressive.serve import decoder, server
+from autoregressive.serve.api import IMAGES, create_app
+from autoregressive.serve.body import Limits
+from autoregressive.serve.decoder import Decoder
+from autoregressive.serve.errors import REFUSED
+from autoregressive.serve.service import Service
+from benchmarks.serving import started_server
+from tests.helpers import ROOT
+from tests.serve.servers import ScriptedEngine, listening
+from tokenizer.tokenizer_image.load import load_tokenizer
+
+PATIENCE = 20  # seconds, of which a fraction is needed
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small_files):
+    return load_tokenizer(small_files.vq)
+
+
+@contextmanager
+def serving(tokenizer, engine=None, app=None, sock=None, **limits):
+    """A server of a ScriptedEngine: (address, service)."""
+    with listening(
+        lambda: Service(engine or ScriptedEngine(), Decoder(tokenizer, 8), limits=Limits(**limits)), sock, **(app or {})
+    ) as made:
+        yield made
+
+
+def connect(address: str) -> socket.socket:
+    host, _, port = address.removeprefix("http://").rpartition(":")
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect((host, int(port)))
+    sock.settimeout(PATIENCE)
+    return sock
+
+
+def ask(address: str, **body) -> socket.socket:
+    """A client that sends a whole request."""
+    sock, content = connect(address), json.dumps(body).encode()
+    head = (
+        f"POST {IMAGES} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+    sock.sendall(head.encode() + content)
+    return sock
+
+
+def is_closed(sock: socket.socket) -> bool:
+    """Reads to the end. Whether the server closed the connection."""
+    try:
+        while sock.recv(2**16):
+            pass
+        return True
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+
+
+def until(condition) -> None:
+    """Waits for it."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < PATIENCE
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def large_files(monkeypatch):
+    """Files of more than the system keeps for a connection."""
+    monkeypatch.setattr(decoder, "file_bytes", lambda *args: bytes(8 * 2**20))
+
+
+@pytest.mark.parametrize("asked", [{"stream": True, "partial_rows": 1}, {"n": 2}, {"response_format": "png"}])
+def test_answers_nobody_reads_hold_no_place_and_are_cut(tokenizer, monkeypatch, large_files, asked):
+    monkeypatch.setattr(server, "SECONDS_TO_READ", 1)
+    with serving(tokenizer, max_queue=3, max_n=3) as (address, service):
+        unread = [ask(address, class_label=3, **asked) for _ in range(3 // asked.get("n", 1))]
+        until(lambda: service.metrics.images._value.get() == 3 - 3 % asked.get("n", 1) and service.idle)
+        monkeypatch.setattr(decoder, "file_bytes", lambda *args: b"small")
+        assert httpx.post(address + IMAGES, json={"class_label": 3, "n": 3}).status_code == 200
+        time.sleep(3)  # nothing is read meanwhile
+        assert all(map(is_closed, unread))
+        text = httpx.get(address + "/metrics").text
+        assert 'image_queue_length{model="small"} 0.0' in text
+        if asked.get("stream"):
+            assert 'status="499"} 3.0' in text
+
+
+def test_unread_answers_beyond_the_memory_for_them_are_cut_oldest_first(tokenizer, monkeypatch, large_files):
+    monkeypatch.setattr(server, "MOST_UNREAD", 24 * 2**20)
+    with serving(tokenizer) as (address, service):
+        unread = [ask(address, class_label=3) for _ in range(8)]  # eleven megabytes each
+        until(lambda: service.metrics.images._value.get() == 8)
+        time.sleep(1)
+        sizes = []
+        for sock in unread:
+            received = 0
+            with ExitStack() as stack:
+                stack.callback(sock.close)
+                try:
+                    sock.settimeout(3)
+                    while chunk := sock.recv(2**20):
+                        received += len(chunk)
+                except (TimeoutError, ConnectionError):
+                    pass
+            sizes.append(received > 10 * 2**20)
+        assert 1 <= sum(sizes) <= 4
+
+
+def test_slow_reader_gets_its_whole_answer(tokenizer, monkeypatch, large_files):
+    monkeypatch.setattr(server, "SECONDS_TO_READ", 1)
+    with serving(tokenizer) as (address, _):
+        sock, received = ask(address, class_label=3, response_format="png"), 0
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)
+        began = time.monotonic()
+        while received < 8 * 2**20:
+            if (
+                received < 2**20 * int(3 * (time.monotonic() - began)) or received > 7 * 2**20
+            ):  # three megabytes a second
+                received += len(sock.recv(2**18))
+            else:
+                time.sleep(0.01)
+
+
+BEGUN = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nContent-Le"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"G", BEGUN, b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n" + BEGUN,
+     b"GET /health HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\nabc"],
+    ids=["nothing", "a letter", "half a head", "a request", "half of a second head", "half a body that nobody reads"],
+)  # fmt: skip
+def test_connections_that_ask_for_nothing_are_closed(tokenizer, monkeypatch, sent):
+    monkeypatch.setattr(server, "SECONDS_TO_ASK", 0.3)
+    engine = ScriptedEngine()
+    with serving(tokenizer, engine) as (address, _):
+        engine.gate = asyncio.Event()
+        waits = ask(address, class_label=1)  # for longer than that
+        idle = connect(address)
+        idle.sendall(sent)
+        trickling = threading.Thread(target=trickle, args=(idle,)) if sent.startswith(BEGUN) else None
+        if trickling:
+            trickling.start()
+        assert is_closed(idle)
+        if trickling:
+            trickling.join()
+        waits.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            waits.recv(1)
+
+
+def trickle(sock: socket.socket) -> None:
+    """Sends a letter now and then."""
+    try:
+        for _ in range(200):
+            sock.sendall(b"x")
+            time.sleep(0.05)
+    except OSError:
+        pass
+
+
+def test_body_that_does_not_come_is_answered_in_time(tokenizer, monkeypatch):
+    monkeypatch.setattr("autoregressive.serve.api.SECONDS_TO_SEND_A_BODY", 0.2)
+    with serving(tokenizer) as (address, _):
+        sock = connect(address)
+        sock.sendall(BEGUN + b"ngth: 900\r\nContent-Type: application/json\r\n\r\n{")
+        thread = threading.Thread(target=trickle, args=(sock,))
+        thread.start()
+        assert sock.recv(2**16).startswith(b"HTTP/1.1 408 ")
+        sock.close()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "name, size, count", [("one", 2**20, 1), ("small", 100, 10_000), ("within one read", 40_000, 1)]
+)
+def test_headers_beyond_the_limit_are_refused(tokenizer, name, size, count):
+    with serving(tokenizer, app={"api_keys": ["s3cret"]}) as (address, _):
+        sock = connect(address)
+        try:
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n" + (b"X-A: " + b"x" * size + b"\r\n") * count + b"\r\n")
+            answer = sock.recv(2**16)
+        except ConnectionError:
+            answer = b"HTTP/1.1 400 "  # closed while more came
+        assert answer[:13] in (b"HTTP/1.1 400 ", b"HTTP/1.1 431 ")
+        assert httpx.get(address + "/health", headers={"X-A": "x" * 1000}).status_code == 200
+
+
+def test_server_is_one_whatever_is_installed_beside_it(tokenizer):
+    config = server.draining_server(None, None).config
+    assert (config.http, config.ws, config.loop) == ("h11", "none", "asyncio")
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_large_pictures_hold_up_no_picture_of_the_models_size(tokenizer, monkeypatch, kind):
+    released, file_bytes = threading.Event(), decoder.file_bytes
+
+    def slowly(image, size, *more):
+        if size == 128:
+            assert released.wait(PATIENCE)
+        return file_bytes(image, size, *more)
+
+    monkeypatch.setattr(decoder, "file_bytes", slowly)
+    with serving(tokenizer) as (address, service):
+        large = [ask(address, class_label=1, n=8, size="128x128", output_format=kind) for _ in range(4)]
+        until(lambda: service.queued_images == 32)
+        for _ in range(3):
+            assert httpx.post(address + IMAGES, json={"class_label": 2, "n": 2}, timeout=PATIENCE).status_code == 200
+        assert service.queued_images == 32
+        released.set()
+        assert all(sock.recv(12) == b"HTTP/1.1 200" for sock in large)
+
+
+def test_small_matters_of_http(tokenizer):
+    with serving(tokenizer, app={"cors_origins": ["https://a.example"]}) as (address, _), httpx.Client() as client:
+        for path in ("/health", "/metrics", "/v1/models"):
+            head = client.head(address + path)
+            assert head.status_code == 200 and not head.content, path
+        for given, told in (("my-id", "my-id"), ("a b", None), ("x" * 200, None), ("", None)):
+            number = client.get(address + "/health", headers={"X-Request-Id": given}).headers["x-request-id"]
+            assert number == told if told else len(number) == 32
+        preflight = client.options(
+            address + IMAGES, headers={"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+        )
+        assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+        other = client.get(address + "/health", headers={"Origin": "https://b.example"})
+        assert "access-control-allow-origin" not in other.headers
+        for path in (path for path in REFUSED if path.startswith("/")):
+            answer = client.post(address + path) if path.startswith("/v1") else client.get(address + path)
+            assert answer.status_code == 404 and REFUSED[path] in answer.json()["error"]["message"]
+        assert client.get(address + "/openapi.json").json()["paths"][IMAGES]
+
+
+def test_root_path_serves_with_and_without_it_and_never_without_the_key(tokenizer):
+    for root in ("/images", "/v", "/v1"):
+        with (
+            serving(tokenizer, app={"api_keys": ["s3cret"], "root_path": root}) as (address, _),
+            httpx.Client() as client,
+        ):
+            right = {"Authorization": "Bearer s3cret"}
+            assert client.get(f"{address}{root}/v1/models", headers=right).status_code == 200
+            assert root == "/v1" or client.get(f"{address}/v1/models", headers=right).status_code == 200
+            for path in (
+                "/v1/models",
+                f"{root}/v1/models",
+                f"{root}{root}/v1/models",
+                f"{root}//v1/models",
+                f"/{root}/v1/models",
+            ):
+                assert client.get(f"{address}{path}").status_code in (401, 404), path
+            assert client.get(f"{address}/openapi.json").json()["servers"] == [{"url": root}]
+
+
+def test_application_inside_another_is_served(tokenizer):
+    async def work():
+        service = Service(ScriptedEngine(), Decoder(tokenizer, 8))
+        outer = FastAPI()
+        outer.mount("/class", create_app(service, api_keys=["s3cret"]))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(outer), base_url="http://a") as client:
+            right = {"Authorization": "Bearer s3cret"}
+            assert (await client.get("/class/v1/models")).status_code == 401
+            assert (await client.get("/class/v1/models", headers=right)).status_code == 200
+            assert (await client.post(f"/class{IMAGES}", json={"prompt": "1"}, headers=right)).status_code == 200
+        assert b'status="200"} 1.0' in service.metrics.text()
+        await service.close()
+
+    asyncio.run(work())
+
+
+def test_unix_socket_is_served_and_one_that_is_in_use_is_refused(tokenizer, tmp_path):
+    args = server.flags().parse_args(["--uds", str(tmp_path / "s")])
+    with serving(tokenizer, sock=server.bound_socket(args)) as (path, _):
+        with httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url="http://a") as client:
+            assert client.get("/health").status_code == 200
+        with pytest.raises(ValueError, match="in use"):
+            server.bound_socket(args)
+    server.bound_socket(args).close()  # a file that is left is no server
+
+
+def test_first_retry_after_is_of_the_speed_that_was_seen(tokenizer):
+    engine = ScriptedEngine()
+    with serving(tokenizer, engine, max_queue=8) as (address, _):
+        engine.gate, engine.rows_before = asyncio.Event(), 4
+        waits = ask(address, class_label=1, n=8)
+        time.sleep(1)
+        refused = httpx.post(address + IMAGES, json={"class_label": 3})
+        assert refused.status_code == 429 and 1 <= int(refused.headers["retry-after"]) <= 5
+        waits.close()
+
+
+# The command
+
+OWN_ADDRESS = ["--gpt-ckpt", "absent.pt", "--vq-ckpt", "absent.pt", "--engine", "native"]
+
+
+@pytest.mark.parametrize(
+    "words, environment, message",
+    [
+        (["--api-key", ""], {}, "--api-key is empty"),
+        (["--api-key", "a", "--api-key", " "], {}, "--api-key is empty"),
+        ([], {"SERVE_API_KEY": ""}, "SERVE_API_KEY is empty"),
+        (["--root-path", "images"], {}, "--root-path is images"),
+        (["--root-path", "/images/"], {}, "--root-path is /images/"),
+        (["--host", "no.such.host.invalid"], {}, "--host no.such.host.invalid --port 8000: "),
+        (["--uds", "/no/such/folder/s"], {}, "No such file"),
+    ],
+)
+def test_server_with_a_wrong_flag_says_so_before_the_model_is_loaded(monkeypatch, words, environment, message):
+    monkeypatch.setattr(server, "Signals", lambda act: None)
+    monkeypatch.setattr("autoregressive.serve.metrics.log_as_json", lambda: None)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises((ValueError, OSError), match=message):
+        server.main(server.flags().parse_args([*OWN_ADDRESS, *words]))
+
+
+def test_server_at_a_port_in_use_says_so_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(server, "Signals", lambda act: None)
+    monkeypatch.setattr("autoregressive.serve.metrics.log_as_json", lambda: None)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ValueError, match=f"--port {port}: Address already in use"):
+            server.main(server.flags().parse_args([*OWN_ADDRESS, "--port", str(port)]))
+
+
+@pytest.mark.parametrize("host, keys, warns", [("0.0.0.0", [], 1), ("0.0.0.0", ["a"], 0), ("127.0.0.1", [], 0)])
+def test_server_that_everybody_reaches_without_a_key_says_so(caplog, host, keys, warns):
+    args = server.flags().parse_args(["--host", host, "--port", "0"])
+    args.api_key = keys
+    server.bound_socket(args).close()
+    assert len(caplog.records) == warns
+
+
+def test_api_keys_several_of_the_environment_or_the_flags(monkeypatch):
+    monkeypatch.setenv("SERVE_API_KEY", " one two\n")
+    assert server.api_keys([]) == ["one", "two"] and server.api_keys([" three ", "four"]) == ["three", "four"]
+
+
+@pytest.mark.parametrize(
+    "file, name",
+    [("results/003-GPT-B/checkpoints/0002000.pt", "003-GPT-B"), ("cloud/2026-GPT-B/0002000", "2026-GPT-B"),
+     ("c2i_L_384.pt", "c2i_L_384"), ("run/0002.pt", "0002")],
+)  # fmt: skip
+def test_model_name_is_the_files_or_the_runs(tmp_path, file, name):
+    args = server.flags().parse_args([])
+    assert server.model_name(args, tmp_path / file) == name
+    assert (
+        server.model_name(server.flags().parse_args(["--served-model-name", "a", "--model-name", "b"]), tmp_path) == "a"
+    )
+
+
+def test_sparing_handler_tells_once_that_no_descriptors_are_left(caplog):
+    handle = server.sparing_handler()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(1000):
+            handle(None, {"message": "socket.accept() out of system resource", "exception": OSError(24, "too many")})
+    assert len(caplog.records) == 1
+
+
+SIGNALLED = """
+import sys, time
+from autoregressive.serve.server import Signals
+signals = Signals(lambda: sys.exit(0) if "load" in sys.argv else None)
+print("ready", flush=True)
+while "drain" in sys.argv or not signals.received:
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize(
+    "state, sent, code",
+    [("load", [signal.SIGTERM], 0), ("load", [signal.SIGINT], 0), ("drain", [signal.SIGTERM] * 2, -15),
+     ("drain", [signal.SIGTERM, signal.SIGINT], -2), ("drain", [signal.SIGTERM] * 3, -15)],
+)  # fmt: skip
+def test_signals_first_acts_second_ends_at_once(state, sent, code):
+    process = subprocess.Popen([sys.executable, "-c", SIGNALLED, state], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    for number in sent:
+        process.send_signal(number)
+        time.sleep(0.2)
+    assert process.wait(PATIENCE) == code
+    process.stdout.close()
+
+
+@pytest.mark.slow
+def test_server_process_ends_with_the_documented_codes(small_files):
+    """While loading, idle, and busy with an image that does not end; one signal and more."""
+    words = ["--gpt-ckpt", small_files.gpt, "--vq-ckpt", small_files.vq, "--engine", "native", "--image-size", 32]
+    line = [sys.executable, "-m", "autoregressive.serve.server", *map(str, words), "--host", "0.0.0.0", "--port", "0"]
+    loading = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert "anybody who reaches" in loading.stdout.readline()
+    loading.send_signal(signal.SIGTERM)
+    assert loading.wait(60) == 0 and "running on" not in loading.stdout.read()
+    loading.stdout.close()
+
+    with started_server(words) as idle:
+        (told,) = [event for event in idle.events() if "running on" in event["event"]]
+        assert (told["engine"], told["image_size"], told["precision"]) == ("native", 32, "none")
+        began = time.monotonic()
+        assert idle.end() == 0 and time.monotonic() - began < 20
+
+    with started_server([*words, "--batch-size", 1]) as busy:
+        unread = [ask(busy.url, class_label=i, n=8, stream=True, partial_rows=1) for i in range(8)]
+        busy.terminate()
+        time.sleep(0.3)
+        busy.process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert busy.process.wait(60) == -15 and time.monotonic() - began < 10
+        for sock in unread:
+            sock.close()
+
+
+@pytest.mark.slow
+def test_server_with_few_descriptors_stays_reachable_and_says_so_once(small_files):
+    words = ["--gpt-ckpt", small_files.gpt, "--vq-ckpt", small_files.vq, "--engine", "native", "--image-size", 32]
+    limited = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (120, 120)); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    line = [sys.executable, "-c", limited, "-m", "autoregressive.serve.server", *map(str, words), "--port", "0"]
+    log = []
+    process = subprocess.Popen(
+        line, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    threading.Thread(target=lambda: log.extend(process.stdout), daemon=True).start()
+    try:
+        until_long = time.monotonic() + 60
+        while not any("running on" in text for text in log):
+            assert time.monotonic() < until_long and process.poll() is None
+            time.sleep(0.1)
+        url = json.loads(log[-1])["event"].split()[2]
+        held = [connect(url) for _ in range(300)]
+        assert httpx.get(url + "/health", timeout=60).status_code == 200
+        assert len(log) < 20
+        for sock in held:
+            sock.close()
+    finally:
+        process.terminate()
+    assert process.wait(60) == 0
