@@ -55,6 +55,7 @@ SECONDS_TO_ASK = 10  # from connecting, or from the last answer, to a whole requ
 SECONDS_TO_READ = (
     30  # without taking anything of an answer; so long the last answers have too, once everything is drawn
 )
+SECONDS_TO_HEAR = 0.5  # what clients that are connected by then ask, once no others can connect
 SECONDS_TO_CLOSE = 30  # for the engine, after that
 MOST_UNREAD = 64 * 2**20  # bytes of answers that clients have not taken yet
 SECONDS_BETWEEN_WARNINGS = 60
@@ -201,10 +202,12 @@ def draining_server(app: Any, service: "Service", seconds: float = 600) -> "uvic
         async def on_tick(self, counter: int) -> bool:
             self._close_idle()
             if service.draining and service.idle and not self.should_exit:
+                for listener in self.servers:
+                    listener.close()
                 self._drawn_at = self._drawn_at or time.monotonic()
-                late = time.monotonic() - self._drawn_at > SECONDS_TO_READ
+                waited = time.monotonic() - self._drawn_at
                 unread = [each for each in self.server_state.connections if each.transport.get_write_buffer_size()]
-                if late or not (unread or self.server_state.tasks):
+                if waited > SECONDS_TO_READ or not (waited < SECONDS_TO_HEAR or unread or self.server_state.tasks):
                     log.info("what was accepted is answered")
                     for connection in unread:
                         connection.transport.abort()
@@ -230,7 +233,7 @@ def draining_server(app: Any, service: "Service", seconds: float = 600) -> "uvic
     return DrainingServer(
         uvicorn.Config(
             app, http="h11", ws="none", loop="asyncio", h11_max_incomplete_event_size=32 * 1024, log_config=None,
-            access_log=False, server_header=False, lifespan="on", timeout_graceful_shutdown=1,
+            access_log=False, server_header=False, lifespan="on", timeout_graceful_shutdown=5,
         )
     )  # fmt: skip
 
