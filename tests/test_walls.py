@@ -64,6 +64,26 @@ def test_arrows_point_one_way(place):
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
+# What others import of tokenizer/, besides its scripts, and what of a tokenizer they never touch.
+DOORS = ("base", "load", "released", "reconstruction", "tokenizer_image.sizes", "tokenizer_image.hub", "tokenizer_image.vq_model.VQ_models")  # fmt: skip
+INSIDES = {"quantize", "quant_conv", "post_quant_conv", "decode_code", "get_codebook_entry", "codebook_used"}
+
+
+def test_nobody_looks_inside_a_tokenizer():
+    """Others know `to_codes`, `to_pixels` and what else tokenizer/base.py says."""
+    known = {f"tokenizer.{door}" for door in DOORS} | {*scripts()}
+    outside = [path for room in (*ROOMS, "benchmarks", "examples") if room != "tokenizer" for path in modules(room)]
+    for path in (*outside, ROOT / "app.py"):
+        wrong = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tokenizer":
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                wrong |= set() if node.module in known else names - known
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") != "args":
+                wrong |= {node.attr} & INSIDES
+        assert not wrong, f"{path.relative_to(ROOT)} looks inside a tokenizer: {sorted(wrong)}"
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_modules_say_what_they_are_for(room):
     for path in sorted((ROOT / room).rglob("*.py")):
