@@ -240,6 +240,9 @@ class ImagePipeline:
         indices: Sequence[int] | None = None,
         progress: bool = True,
         size: int | None = None,
+        negative_classes: int | Sequence[int | None] | None = None,
+        negative_prompts: str | Sequence[str | None] | None = None,
+        negative_features: Features | Sequence[Features | None] | None = None,
         **sampling,
     ) -> list[Image.Image]:
         """Draws an image for each label, or for each prompt.
@@ -249,12 +252,23 @@ class ImagePipeline:
         features (length, caption_dim), of which the first cls_token_num count, or an .npy file of them.
         seed: of the run. indices: each image's number in the run (0, 1, … by default); an image is a function of (seed,
         number, label or prompt). size: pixels a side, where other than the model's.
+        negative_classes, negative_prompts, negative_features: what guidance leads away from, in place of "no class" or "no
+        caption": one for all images, or one for each, None (or a blank prompt) for none.
         sampling: the fields of SamplingConfig (cfg_scale, cfg_interval, temperature, top_k, top_p, sample_logits).
         Raises ValueError for a label, a prompt, features or a setting that the model cannot take, and for logits or pixels
         that are not finite; FileNotFoundError for features or a T5 that are not there.
         """
         drawn = self.batches(
-            asked, features=features, seed=seed, indices=indices, progress=progress, size=size, **sampling
+            asked,
+            features=features,
+            seed=seed,
+            indices=indices,
+            progress=progress,
+            size=size,
+            negative_classes=negative_classes,
+            negative_prompts=negative_prompts,
+            negative_features=negative_features,
+            **sampling,
         )
         return [Image.fromarray(image) for _, batch in drawn for image in batch]
 
@@ -269,6 +283,9 @@ class ImagePipeline:
         size: int | None = None,
         on_step: Callable[[list[int], int, Tensor], None] | None = None,
         ahead: bool = False,
+        negative_classes: int | Sequence[int | None] | None = None,
+        negative_prompts: str | Sequence[str | None] | None = None,
+        negative_features: Features | Sequence[Features | None] | None = None,
         **sampling,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """As calling the pipeline, but one micro-batch at a time: the images' numbers, and uint8 (n, size, size, 3).
@@ -283,10 +300,11 @@ class ImagePipeline:
         if len(indices) != len(asked):
             kind = "labels" if not self.is_text else "prompts" if features is None else "features"
             raise ValueError(f"{len(asked)} {kind} for {len(indices)} image numbers")
-        SamplingConfig(**sampling)
+        check_guided(SamplingConfig(**sampling), negative_classes, negative_prompts, negative_features)
+        negatives = self._check_negatives(len(asked), negative_classes, negative_prompts, negative_features)
         if self.is_text and features is None:
             asked = self.encode(asked, progress=progress)
-        drawn = self._drawn(asked, indices, seed=seed, progress=progress, on_step=on_step, **sampling)
+        drawn = self._drawn(asked, negatives, indices, seed=seed, progress=progress, on_step=on_step, **sampling)
         if ahead and self.device.type == "cuda":
             yield from self._decoded_beside(drawn, size)
             return
@@ -296,6 +314,7 @@ class ImagePipeline:
     def _drawn(
         self,
         asked: Tensor | list[Tensor],
+        negatives: Sequence[int | Tensor | None],
         indices: list[int],
         *,
         seed: int,
@@ -318,10 +337,8 @@ class ImagePipeline:
                     if on_step:
                         on_step(numbers, now, tokens[:count])
 
-                cond, mask = self.condition_rows(asked[part]) if self.is_text else (asked[part], None)
-                codes = self.generate_codes(
-                    cond, emb_masks=mask, seed=seed, indices=indices[part], on_step=advance, **sampling
-                )
+                conditions = self.conditions(asked[part], negatives[part])
+                codes = self.generate_codes(**conditions, seed=seed, indices=indices[part], on_step=advance, **sampling)
                 yield indices[part], codes
 
     def _decoded_beside(
@@ -375,6 +392,24 @@ class ImagePipeline:
         if self.t5_device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def conditions(
+        self, asked: Sequence[int] | Tensor | Sequence[Tensor], negatives: Sequence[int | Tensor | None]
+    ) -> dict[str, Tensor]:
+        """Build what generate_codes takes of a micro-batch: labels or features, and of each image its negative or None."""
+        given = [i for i, negative in enumerate(negatives) if negative is not None]
+        if not self.is_text:
+            found = {"cond": torch.as_tensor(asked)}
+            if given:
+                found["negative"] = torch.tensor([self.gpt.args.num_classes if n is None else n for n in negatives])
+            return found
+        cond, mask = self.condition_rows(asked)
+        found = {"cond": cond, "emb_masks": mask}
+        if given:
+            negative, masks = self.gpt.cls_embedding.null(cond).clone(), mask.clone()
+            negative[given], masks[given] = self.condition_rows([negatives[i] for i in given])
+            found |= {"negative": negative, "negative_masks": masks}
+        return found
+
     def condition_rows(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Features (length_i, caption_dim) as the model takes them: (B, T, caption_dim) in its dtype, and their mask (B, T)."""
         weight, rows = self.gpt.tok_embeddings.weight, self.gpt.args.cls_token_num
@@ -394,6 +429,8 @@ class ImagePipeline:
         cond: Tensor,
         *,
         emb_masks: Tensor | None = None,
+        negative: Tensor | None = None,
+        negative_masks: Tensor | None = None,
         seed: int | Sequence[int] = 0,
         indices: Sequence[int] | None = None,
         on_step: Callable[[int, Tensor], None] | None = None,
@@ -401,7 +438,7 @@ class ImagePipeline:
     ) -> Tensor:
         """One micro-batch of codes, int64 (B, N) in raster order.
 
-        cond, emb_masks: labels (B,), or what condition_rows gives. indices: the images' numbers. seed: of the run, or of
+        cond … negative_masks: labels (B,), or what `conditions` gives. indices: the images' numbers. seed: of the run, or of
         each image's own run.
         Raises NotFiniteLogits where some of the images were drawn from logits that are not finite.
         """
@@ -412,15 +449,23 @@ class ImagePipeline:
         else:
             noise = torch.cat([image_noise(own, [i], tokens) for own, i in zip(seed, indices, strict=True)])
         padding = self._padding(len(cond))
-        if padding:
-            cond = torch.cat([cond, cond[-1:].expand(padding, *cond.shape[1:])])
-            noise = torch.cat([noise, noise.new_zeros(padding, tokens)])
-            if emb_masks is not None:
-                emb_masks = torch.cat([emb_masks, emb_masks[-1:].expand(padding, -1)])
+
+        def padded(rows: Tensor | None) -> Tensor | None:
+            return None if rows is None else torch.cat([rows, rows[-1:].expand(padding, *rows.shape[1:])])
+
         asked = slice(len(indices))
         try:
             return generate(
-                self.gpt, cond, tokens, emb_masks, noise=noise, compile=self.compile, on_step=on_step, **sampling
+                self.gpt,
+                padded(cond),
+                tokens,
+                padded(emb_masks),
+                negative=padded(negative),
+                negative_masks=padded(negative_masks),
+                noise=padded(noise),
+                compile=self.compile,
+                on_step=on_step,
+                **sampling,
             )[asked]
         except NotFiniteLogits as error:
             if found := error.of(asked):
@@ -477,6 +522,35 @@ class ImagePipeline:
             labels = labels.long()
         self.gpt.cls_embedding.check(labels)
         return labels
+
+    def _check_negatives(
+        self,
+        count: int,
+        classes: int | Sequence[int | None] | None,
+        prompts: str | Sequence[str | None] | None,
+        features: Features | Sequence[Features | None] | None,
+    ) -> list[int | Tensor | None]:
+        """The negative of each of `count` images, None for none; prompts are encoded. Raises ValueError."""
+        given = [value for value in (classes, prompts, features) if value is not None]
+        if not given:
+            return [None] * count
+        if len(given) > 1 or (classes is not None) == self.is_text:
+            wanted = "negative_prompts or negative_features" if self.is_text else "negative_classes"
+            raise ValueError(f"this GPT draws from {'prompts' if self.is_text else 'classes'}: it takes {wanted} alone")
+        one = classes.tolist() if isinstance(classes, Tensor | np.ndarray) else given[0]
+        values = [one] * count if isinstance(one, int | float | str | Path | Tensor | np.ndarray) else list(one)
+        if len(values) != count:
+            raise ValueError(f"{len(values)} negatives for {count} images: give one for all, or one for each")
+        if prompts is not None:
+            values = [None if prompt is None or not prompt.strip() else prompt for prompt in values]
+        known = [value for value in values if value is not None]
+        if not self.is_text:
+            if holds_text(known):
+                raise ValueError(f"negative classes are labels, 0 to {self.gpt.args.num_classes - 1}, got {known}")
+            self.gpt.cls_embedding.check_negative(torch.tensor(known))
+            return values
+        checked = iter(self.encode(known) if prompts is not None else self._check_texts(None, known))
+        return [None if value is None else next(checked) for value in values]
 
     def _check_texts(
         self, prompts: Sequence[str] | None, features: Sequence[Features] | None
@@ -572,6 +646,14 @@ def _decode_so_many(
             images = torch.nn.functional.interpolate(images, size=(size, size), mode="bicubic")
         arrays.append(to_uint8(images[: len(part)]))
     return np.concatenate(arrays)
+
+
+def check_guided(config: SamplingConfig, *negatives: object) -> None:
+    """Raises ValueError where a negative is given and guidance, which would lead away from it, is off."""
+    if not config.guided and any(negative is not None for negative in negatives):
+        raise ValueError(
+            f"a negative has no effect without guidance: --cfg-scale is {config.cfg_scale:g}, give more than 1"
+        )
 
 
 def holds_text(asked: object) -> bool:

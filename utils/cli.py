@@ -344,9 +344,18 @@ def add_reading_flags(parser: Flags) -> None:
     )
 
 
-def add_sampling_flags(parser: Flags, *, cfg_scale: float, top_k: int, interval: bool = True) -> None:
-    """Guidance, temperature, top-k, top-p, greedy."""
+def add_sampling_flags(
+    parser: Flags, *, cfg_scale: float, top_k: int, interval: bool = True, negative: str | None = None
+) -> None:
+    """Guidance, temperature, top-k, top-p, greedy. negative: what guidance may lead away from, "class" or "prompt"."""
     group = parser.add_argument_group("sampling")
+    if negative:
+        says = "a class, by name or number," if negative == "class" else "a prompt"
+        group.add_argument(
+            f"--negative-{negative}",
+            default=None,
+            help=f"{says} that guidance leads away from (default: no {negative})",
+        )
     group.add_argument("--cfg-scale", type=CFG_SCALE, default=cfg_scale, help="guidance scale, 1 or less for none")
     if interval:
         group.add_argument(
@@ -487,10 +496,20 @@ def add_hub_flags(parser: Flags) -> None:
 
 
 def add_vllm_flags(parser: Flags, *, places: bool = True) -> None:
-    """What vLLM's engine is given besides the model. places: how many images it draws at once is one of them."""
+    """What vLLM's engine is given besides the model. places: of a script that draws once, not of the server."""
     group = parser.add_argument_group("vLLM")
     if places:
         group.add_argument("--max-num-seqs", type=positive_int, default=32, help="images that are drawn at once")
+    else:
+        group.add_argument(
+            "--data-parallel-size",
+            type=positive_int,
+            default=None,
+            help="engines that share the requests, each on a GPU of its own",
+        )
+    group.add_argument(
+        "--tensor-parallel-size", type=positive_int, default=None, help="GPUs that share each layer of the model"
+    )
     group.add_argument(
         "--kv-cache-gib",
         type=positive_float,

@@ -75,6 +75,8 @@ def generate(
     max_new_tokens: int | None = None,
     emb_masks: Tensor | None = None,
     *sampling: Any,
+    negative: Conditions | None = None,
+    negative_masks: Tensor | None = None,
     known: Tensor | None = None,
     noise: Tensor | None = None,
     compile: bool = False,
@@ -90,6 +92,9 @@ def generate(
             All of an image's N tokens by default.
         emb_masks: (B, T), which caption rows are real.
         sampling, settings: the fields of SamplingConfig in their order or by name (cfg_scale, …, sample_logits).
+        negative: conditions of the same shapes that guidance leads away from, in place of "no condition"; a label may be
+            num_classes, "no class". Without guidance they change nothing.
+        negative_masks: (B, T), beside emb_masks: which rows of a negative caption are real (default: emb_masks).
         known: int64 (B, N) in raster order, tokens that are given and not drawn; -1 for those to draw.
         noise: float32 (B, N) in [0, 1), one number per token of the layout's order; drawn from torch's global generator
             where not given.
@@ -114,6 +119,8 @@ def generate(
             f"{layout.name!r} ends after {total}"
         )
     model.check_conditions(cond)
+    if negative is not None:
+        model.check_negatives(negative, cond)
     values = {name: value.to(device) for name, value in model.as_conditions(cond).items()}
     batch = len(next(iter(values.values())))
     if known is not None:
@@ -132,8 +139,12 @@ def generate(
         dtype = torch.get_autocast_dtype(device.type)
     with sampling_mode(model):
         if config.guided:
-            values = {name: torch.cat([value, model.conditions[name].null(value)]) for name, value in values.items()}
-            emb_masks = None if emb_masks is None else torch.cat([emb_masks, emb_masks])
+            nulls = {name: model.conditions[name].null(value) for name, value in values.items()}
+            if negative is not None:
+                nulls = {name: value.to(device) for name, value in model.as_conditions(negative).items()}
+            values = {name: torch.cat([value, nulls[name]]) for name, value in values.items()}
+            if emb_masks is not None:
+                emb_masks = torch.cat([emb_masks, emb_masks if negative_masks is None else negative_masks])
         cache = cache_for(model, batch * (2 if config.guided else 1), device, dtype)
         recorded = compile and decode_step.records(device) and not torch.is_autocast_enabled(device.type)
         graphs = graphs_for(model, cache, batch) if recorded else None

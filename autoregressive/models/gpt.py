@@ -436,6 +436,14 @@ class Transformer(nn.Module):
         if len(counts := {len(value) for value in values.values()}) > 1:
             raise ValueError(f"conditions are of one number of samples, got {sorted(counts)}")
 
+    def check_negatives(self, negative: Conditions, cond: Conditions) -> None:
+        """Raise ValueError where a negative condition is not the model's, or there is not one for each of the samples."""
+        samples = self.as_conditions(cond)
+        for name, value in self.as_conditions(negative).items():
+            self.conditions[name].check_negative(value)
+            if len(value) != len(samples[name]):
+                raise ValueError(f"{len(value)} negative conditions for {len(samples[name])} images: give one for each")
+
     def embed_conditions(self, cond: Conditions, drop: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Embed the conditions: the rows before the tokens (B, prefix, dim), and what is added per token or None.
 

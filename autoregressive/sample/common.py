@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from autoregressive.class_names import class_names, find_class
 from autoregressive.models.decode_step import can_compile
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.sampling import SamplingConfig
-from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt, warn_of_long_features
+from autoregressive.pipeline import PRECISIONS, ImagePipeline, check_guided, load_gpt, warn_of_long_features
 from autoregressive.quantization import quantize, require_torchao
 from tokenizer.load import load_tokenizer
 from utils.checkpoint import has_averages, read_checkpoint
@@ -53,8 +54,27 @@ def sampling_settings(args: argparse.Namespace) -> dict:
         "top_p": args.top_p,
         "sample_logits": not args.greedy,
     }
-    SamplingConfig(**settings)
+    check_guided(
+        SamplingConfig(**settings), getattr(args, "negative_class", None), getattr(args, "negative_prompt", None)
+    )
     return settings
+
+
+def negative_class(args: argparse.Namespace, gpt: Transformer) -> int | None:
+    """The label that --negative-class names. Raises ValueError for an unknown one."""
+    if args.negative_class is None:
+        return None
+    return find_class(args.negative_class, class_names(gpt.args.num_classes, recorded=gpt.file_config.get("classes")))
+
+
+def encode(
+    pipeline: ImagePipeline, prompts: Sequence[str], negative: str | None, *, progress: bool
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """The features of the prompts and of the negative one, if any; the text encoder gives its memory back."""
+    negatives = [negative] if negative and negative.strip() else []
+    encoded = pipeline.encode([*prompts, *negatives], progress=progress)
+    pipeline.release_text_encoder()
+    return encoded[: len(prompts)], encoded[-1] if negatives else None
 
 
 def weights_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -185,6 +205,8 @@ def open_prompt_features(args: argparse.Namespace, file: str | Path, prompts: Se
     """Return the features that --t5-feat-path has of the file's prompts; None without the flag. Raises as PromptFeatures does."""
     if not args.t5_feat_path:
         return None
+    if args.negative_prompt:
+        raise ValueError("--negative-prompt needs a T5, and --t5-feat-path draws without: leave one of the two out")
     from language.prompts import PromptFeatures
 
     console_logger("dataset", os.environ.get("RANK", "0") == "0")  # which tells what could not be compared

@@ -49,7 +49,13 @@ def main(args: argparse.Namespace) -> None:
     import numpy as np
 
     from autoregressive.sample.batch_size import fitting_batch_size, memory_errors_told
-    from autoregressive.sample.common import build_pipeline, sampling_settings, save_images, share_of_missing
+    from autoregressive.sample.common import (
+        build_pipeline,
+        negative_class,
+        sampling_settings,
+        save_images,
+        share_of_missing,
+    )
     from utils.distributed import start
     from utils.images import write_image_npz
     from utils.sample_folder import claim_folder, read_images
@@ -79,7 +85,13 @@ def main(args: argparse.Namespace) -> None:
     mine = share_of_missing(dist, folder, png, count, pipeline.batch_size)
     classes = [labels[i] for i in mine]
     batches = pipeline.batches(
-        classes, seed=args.global_seed, indices=mine, size=args.image_size_eval, ahead=True, **settings
+        classes,
+        negative_classes=negative_class(args, pipeline.gpt),
+        seed=args.global_seed,
+        indices=mine,
+        size=args.image_size_eval,
+        ahead=True,
+        **settings,
     )
     with memory_errors_told(pipeline.batch_size):
         save_images(batches, png, len(mine), progress=dist.is_main)
@@ -118,7 +130,7 @@ def flags() -> argparse.ArgumentParser:
     add_gpt_file_flags(parser)
     add_tokenizer_flags(parser, VQ_SIZES)
     add_image_size_flags(parser, 384, evaluation=256)
-    add_sampling_flags(parser, cfg_scale=1.5, top_k=0)
+    add_sampling_flags(parser, cfg_scale=1.5, top_k=0, negative="class")
     add_run_flags(parser, compile=True)
     add_quantize_flag(parser)
     parser.add_argument("--sample-dir", default="samples", help="where the folder of images and the .npz go")

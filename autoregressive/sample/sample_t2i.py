@@ -31,8 +31,6 @@ from utils.cli import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from autoregressive.pipeline import ImagePipeline
-
 PROMPTS = [
     "A lighthouse on a rocky coast at dusk, its lamp just lit, oil painting.",
     "A wooden bowl of ripe persimmons on a linen cloth in soft window light.",
@@ -44,15 +42,15 @@ PROMPTS = [
 def main(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from autoregressive.sample.common import build_pipeline, sampling_settings
+    from autoregressive.sample.common import build_pipeline, encode, sampling_settings
     from utils.distributed import pick_device
     from utils.images import make_grid, save_png
 
     prompts, stored = prompts_to_draw(args)
     settings = sampling_settings(args)
     pipeline, _, _ = build_pipeline(args, pick_device(args.device), args.batch_size)
-    features = stored or encode(pipeline, prompts)
-    images = pipeline(features=features, seed=args.seed, **settings)
+    features, negative = (stored, None) if stored else encode(pipeline, prompts, args.negative_prompt, progress=True)
+    images = pipeline(features=features, negative_features=negative, seed=args.seed, **settings)
     save_png(make_grid(np.stack([np.asarray(image) for image in images]), columns=args.columns), args.output)
     print(f"wrote {args.output}: {len(images)} images of {pipeline.image_size}x{pipeline.image_size}")
     print_prompts(prompts)
@@ -83,13 +81,6 @@ def prompts_to_draw(args: argparse.Namespace) -> "tuple[list[str], list[Tensor]]
     return prompts, features_of(stored, range(len(prompts)), args.t5_feature_max_len) if stored else []
 
 
-def encode(pipeline: "ImagePipeline", prompts: Sequence[str]) -> "list[Tensor]":
-    """The prompts' features; the text encoder gives its memory back."""
-    features = pipeline.encode(prompts, progress=True)
-    pipeline.release_text_encoder()
-    return features
-
-
 def print_prompts(prompts: Sequence[str]) -> None:
     """Tells which image of the grid is of which prompt."""
     for i, prompt in enumerate(prompts):
@@ -112,7 +103,7 @@ def grid_flags(description: str, output: str, *, files_required: bool = False) -
     add_tokenizer_flags(parser, VQ_SIZES, required=files_required)
     add_text_flags(parser)
     add_image_size_flags(parser, 512)
-    add_sampling_flags(parser, cfg_scale=7.5, top_k=1000)
+    add_sampling_flags(parser, cfg_scale=7.5, top_k=1000, negative="prompt")
     add_run_flags(parser)
     add_decode_precision_flag(parser)
     parser.add_argument("--seed", type=SEED, default=0, help="image i is a function of the seed, i and its prompt")

@@ -61,6 +61,7 @@ def main(args: argparse.Namespace) -> None:
     from autoregressive.sample.batch_size import fitting_batch_size, memory_errors_told
     from autoregressive.sample.common import (
         build_pipeline,
+        encode,
         features_of,
         open_prompt_features,
         sampling_settings,
@@ -104,11 +105,13 @@ def main(args: argparse.Namespace) -> None:
     mine = share_of_missing(dist, folder, png, count, pipeline.batch_size)
     if mine:
         if stored:
-            features = features_of(stored, mine, args.t5_feature_max_len)
+            features, negative = features_of(stored, mine, args.t5_feature_max_len), None
         else:
-            features = pipeline.encode([prompts[i] for i in mine], progress=dist.is_main)
-            pipeline.release_text_encoder()
-        batches = pipeline.batches(features=features, seed=args.global_seed, indices=mine, ahead=True, **settings)
+            asked = [prompts[i] for i in mine]
+            features, negative = encode(pipeline, asked, args.negative_prompt, progress=dist.is_main)
+        batches = pipeline.batches(
+            features=features, negative_features=negative, seed=args.global_seed, indices=mine, ahead=True, **settings
+        )
         with memory_errors_told(pipeline.batch_size):
             save_images(batches, png, len(mine), progress=dist.is_main)
     dist.barrier()
@@ -157,7 +160,7 @@ def flags() -> argparse.ArgumentParser:
     add_tokenizer_flags(parser, VQ_SIZES)
     add_text_flags(parser)
     add_image_size_flags(parser, 512)
-    add_sampling_flags(parser, cfg_scale=7.5, top_k=1000)
+    add_sampling_flags(parser, cfg_scale=7.5, top_k=1000, negative="prompt")
     add_run_flags(parser)
     add_quantize_flag(parser)
     parser.add_argument("--sample-dir", default="samples_parti", help="where the folder of images goes")

@@ -11,7 +11,7 @@ import torch
 from autoregressive.hub import TransformerHF
 from autoregressive.pipeline import ImagePipeline, load_gpt
 from autoregressive.sample import sample_c2i, sample_c2i_ddp
-from autoregressive.serve.convert import model_folder, read_config
+from autoregressive.serve.convert import open_gpt
 from autoregressive.train import extract_codes_c2i, train_c2i
 from dataset.codes import open_codes
 from tests.helpers import randomize
@@ -154,8 +154,7 @@ def test_exports_keep_the_record(home, tmp_path):
     assert "0 class1, 1 class2, 2 class10" in (tmp_path / "hub" / "README.md").read_text()
     with pytest.raises(ValueError, match=r"b\.pt is the tokenizer"):
         run_here(push_gpt_to_hf, *words, "--vq-ckpt", home / "b.pt", "--vq-model", "VQ-4", "--output", tmp_path / "no")
-    served = model_folder(path, image_size=16, downsample_size=4, dtype=torch.float32, cache=tmp_path / "cache")
-    assert read_config(served)["origin"] == config
+    assert open_gpt(path, image_size=16, downsample_size=4).file_config == config
 
 
 # Held-out codes

@@ -100,6 +100,42 @@ def test_an_image_does_not_depend_on_its_batch(models, par, dtype, settings):
             assert np.array_equal(image, expected[number][1]), (batch, number)
 
 
+@pytest.mark.parametrize("par", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_negative_classes_of_any_batch_draw_the_same_images(models, par):
+    """Image i is a function of (seed, i, label, negative); "no class" is the same as none, to the bit."""
+    gpt, tokenizer = models[0][par, torch.float32], models[1]
+    negatives = [None, 10, 3, 3, 8]
+    numbers, settings = list(range(5)), {"seed": 5, "cfg_scale": 3.0}
+    none = draw(Recording(gpt, tokenizer), numbers, **settings)
+    expected = draw(Recording(gpt, tokenizer), numbers, negative_classes=negatives, **settings)
+    same = [torch.equal(none[i][0], expected[i][0]) for i in numbers]
+    assert same == [True, True, False, False, False]
+    for chosen in ([3], [4, 0], [2, 1, 3, 4]):
+        few = draw(
+            Recording(gpt, tokenizer, batch_size=2), chosen, negative_classes=[negatives[i] for i in chosen], **settings
+        )
+        for i in chosen:
+            assert torch.equal(few[i][0], expected[i][0]) and np.array_equal(few[i][1], expected[i][1])
+    one = draw(Recording(gpt, tokenizer), [2, 3], negative_classes=3, **settings)
+    assert all(torch.equal(one[i][0], expected[i][0]) for i in (2, 3))
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"negative_classes": 11}, "label 11 is out of range"),
+        ({"negative_classes": [1]}, "1 negatives for 2 images"),
+        ({"negative_classes": ["tench", 1]}, "negative classes are labels, 0 to 9"),
+        ({"negative_classes": 1.5}, "whole numbers"),
+        ({"negative_prompts": "a cat"}, "it takes negative_classes alone"),
+        ({"negative_classes": 3, "cfg_scale": 1.0}, "no effect without guidance"),
+    ],
+)
+def test_negatives_that_the_model_cannot_take_raise(pipeline, given, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline([1, 2], **{"cfg_scale": 2.0, **given})
+
+
 @pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_pixels_do_not_depend_on_the_batch(pipeline, threads):
     codes = torch.randint(64, (19, 64), generator=torch.Generator().manual_seed(0))
@@ -609,26 +645,34 @@ def test_a_prompts_image_does_not_depend_on_its_batch(text_models, dtype, left):
             assert np.array_equal(image, expected[number][1]), (batch, number)
 
 
+@pytest.mark.parametrize("negatives", [None, [None, "fog over a lake", "a"]])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("left", [True, False])
-def test_prompts_against_the_model_without_a_cache(text_models, left, scale):
+def test_prompts_against_the_model_without_a_cache(text_models, left, scale, negatives):
     """The most likely tokens, each from a full forward pass over conditions padded by hand."""
     gpt, encoder = text_models[0][torch.float32], WordEncoder()
     pipeline = Recording(gpt, text_models[1], text_encoder=encoder, left_padding=left)
     prompts = PROMPTS[1:4]
+    negatives = negatives if scale > 1 else None
     with pytest.warns(UserWarning, match="1 of 3 prompts fill all 9 text tokens.*: 'one two three"):
-        pipeline(prompts, cfg_scale=scale, sample_logits=False, progress=False)
+        pipeline(prompts, negative_prompts=negatives, cfg_scale=scale, sample_logits=False, progress=False)
 
-    cond, mask = torch.zeros(3, WORDS, WIDTH), torch.zeros(3, WORDS)
-    for i, prompt in enumerate(prompts):
-        count = len(prompt.split())
-        place = slice(WORDS - count, WORDS) if left else slice(0, count)
-        cond[i, place], mask[i, place] = encoder.features(prompt), 1
+    def padded(prompts):
+        cond, mask = torch.zeros(3, WORDS, WIDTH), torch.zeros(3, WORDS)
+        for i, prompt in enumerate(prompts):
+            count = len(prompt.split())
+            place = slice(WORDS - count, WORDS) if left else slice(0, count)
+            cond[i, place], mask[i, place] = encoder.features(prompt), 1
+        return cond, mask
+
+    cond, mask = padded(prompts)
+    drop = torch.tensor([negative is None for negative in negatives or prompts]) | torch.tensor(negatives is None)
+    other, other_mask = padded([negative or prompt for negative, prompt in zip(negatives or prompts, prompts)])
     codes = torch.zeros(3, 0, dtype=torch.long)
     for _ in range(16):
         logits = gpt(codes, cond, prefix_mask=mask)[:, -1]
         if scale > 1:
-            without = gpt(codes, cond, prefix_mask=mask, drop=torch.ones(3, dtype=torch.bool))[:, -1]
+            without = gpt(codes, other, prefix_mask=other_mask, drop=drop)[:, -1]
             logits = without + (logits - without) * scale
         codes = torch.cat([codes, logits.argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(pipeline.codes, codes)
@@ -644,6 +688,30 @@ def test_seed_number_prompt_and_padding_each_matter(text_models, text_pipeline):
     assert first not in (codes("a red lantern", 1, 0), codes("a red lantern", 0, 1), codes("a map", 0, 0))
     right = Recording(text_pipeline.gpt, text_models[1], text_encoder=WordEncoder(), left_padding=False)
     assert codes("a red lantern", 0, 0, right) != first
+
+
+def test_negative_prompts_draw_the_same_whatever_the_batch_and_however_given(text_models, text_pipeline):
+    prompts, settings = PROMPTS[:3] + PROMPTS[4:6], {"seed": 3, "cfg_scale": 4.0, "progress": False}
+    negatives = ["fog over a lake", "", None, "a map", "fog over a lake"]
+
+    def images(pipeline, chosen, **given):
+        drawn = pipeline([prompts[i] for i in chosen], indices=chosen, **settings, **given)
+        return [image.tobytes() for image in drawn]
+
+    none, expected = images(text_pipeline, range(5)), images(text_pipeline, range(5), negative_prompts=negatives)
+    assert [a == b for a, b in zip(none, expected)] == [False, True, True, False, False]
+    few = Recording(text_pipeline.gpt, text_models[1], text_encoder=WordEncoder(), batch_size=2)
+    assert images(few, [3, 0, 1], negative_prompts=[negatives[i] for i in (3, 0, 1)]) == [
+        expected[i] for i in (3, 0, 1)
+    ]
+    assert images(few, [0, 4], negative_prompts="fog over a lake") == [expected[0], expected[4]]
+    (features,) = few.encode(["fog over a lake"])
+    for given in (features, [features, features[None].numpy()]):
+        assert images(few, [0, 4], negative_features=given) == [expected[0], expected[4]]
+    unguided = few(prompts[:1], seed=3, progress=False)[0].tobytes()
+    assert images(few, [0], negative_prompts=prompts[0]) == [unguided]  # away from itself
+    with pytest.raises(ValueError, match="it takes negative_prompts or negative_features alone"):
+        few(prompts[:1], negative_classes=3, cfg_scale=2.0)
 
 
 def test_features_in_the_place_of_prompts(text_pipeline, tmp_path):

@@ -73,6 +73,22 @@ def drawn(small_files, tmp_path_factory) -> Path:
 # A grid
 
 
+def test_negative_class_reaches_the_images_of_both_scripts(small_files, drawn, tmp_path, capsys):
+    words = ["--labels", 3, 9, "--cfg-scale", 2, "--negative-class", 4]
+    run_here(sample_c2i, *line(small_files, *words, "--top-k", 0, "--columns", 2, "--output", tmp_path / "grid.png"))
+    images = by_pipeline(small_files, [3, 9], negative_classes=4, cfg_scale=2.0)
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert np.array_equal(grid[2:34, 2:34], images[0]) and np.array_equal(grid[2:34, 36:68], images[1])
+    run_here(sample_c2i_ddp, *ddp_line(small_files, tmp_path, "--negative-class", 4, "--num-fid-samples", 1))
+    image = np.asarray(Image.open(tmp_path / NAME / "000000.png"))
+    expected = by_pipeline(small_files, [image_label(0, 0, 10)], negative_classes=4, cfg_scale=1.5)[0]
+    assert np.array_equal(image, expected)
+    with pytest.raises(ValueError, match="negative_class: 4, now None"):
+        run_here(sample_c2i_ddp, *ddp_line(small_files, tmp_path))
+    with pytest.raises(ValueError, match="no effect without guidance"):
+        run_here(sample_c2i, *line(small_files, "--negative-class", 4, "--cfg-scale", 1))
+
+
 def test_grid(small_files, tmp_path):
     output = tmp_path / "new" / "grid.png"
     words = ["--labels", 3, 9, 0, "--columns", 2, "--seed", 5, "--cfg-scale", 2, "--top-k", 20, "--output", output]

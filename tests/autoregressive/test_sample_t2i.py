@@ -153,6 +153,18 @@ def test_grid(text_files, tmp_path, capsys):
     assert "4 images of 16x16" in shown and "1: a red lantern" in shown and "3: a map of sushi" in shown
 
 
+def test_negative_prompt_reaches_the_images_of_both_scripts(text_files, tmp_path):
+    words = ["--prompt", "fog", "--negative-prompt", "a map of sushi", "--output", tmp_path / "grid.png"]
+    run_here(sample_t2i, *line(text_files, *words))
+    expected = by_pipeline(text_files, ["fog"], negative_prompts="a map of sushi")[0]
+    assert np.array_equal(pixels(tmp_path / "grid.png")[2:18, 2:18], expected)
+    words = ["--negative-prompt", "fog", "--num-fid-samples", 1, "--no-npz"]
+    with pytest.warns(UserWarning, match="join several lines into one row"):
+        run_here(sample_t2i_ddp, *ddp_line(text_files, tmp_path, *words))
+    expected = by_pipeline(text_files, PROMPTS[:1], negative_prompts="fog")[0]
+    assert np.array_equal(pixels(tmp_path / NAME / "images" / "000000.png"), expected)
+
+
 def test_default_prompts(text_files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_here(sample_t2i, *line(text_files))
@@ -543,6 +555,7 @@ def test_a_grid_from_features(text_files, tmp_path, monkeypatch):
         (["--prompt-file", "others.txt"], "has no features of others.txt: a folder others/ is looked for"),
         (["--prompt-file", "more/own.txt"], "has features of 2 prompts and more/own.txt has 3"),
         (["--prompt-file", "own.txt", "--t5-feat-path", "gone"], "the folder of text features gone does not exist"),
+        (["--prompt-file", "own.txt", "--negative-prompt", "fog"], "--negative-prompt needs a T5"),
         (["--prompt-file", "own.txt", "--t5-feature-dim", 64], "of width 32, but 64 are needed"),
     ],
 )

@@ -32,6 +32,10 @@ class Condition(nn.Module):
     def check(self, value: Tensor) -> None:
         """Raise ValueError where the value (B, …) is not of this condition."""
 
+    def check_negative(self, value: Tensor) -> None:
+        """Raise ValueError where guidance cannot lead away from the value: also "no condition" may be given."""
+        self.check(value)
+
     def null(self, value: Tensor) -> Tensor:
         """Return what says "no condition", for as many samples as `value` has."""
         raise NotImplementedError

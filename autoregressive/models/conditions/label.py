@@ -35,6 +35,10 @@ class LabelEmbedder(Condition):
                 f"label {int(outside[0])} is out of range: the model has classes 0 to {self.num_classes - 1}"
             )
 
+    def check_negative(self, value: Tensor) -> None:
+        """Raise ValueError as check does, but not for num_classes, "no class"."""
+        self.check(torch.where(value == self.num_classes, 0, value))
+
     def null(self, value: Tensor) -> Tensor:
         return torch.full_like(value, self.num_classes, dtype=torch.long)
 
