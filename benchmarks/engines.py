@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
         model = model.to(device, dtype).requires_grad_(False).eval()
         for engine in args.engines:
             if engine.startswith("vllm"):
-                seconds[engine] = time_vllm(file, Path(folder), dtype, args, compiled=engine == "vllm-compiled")
+                seconds[engine] = time_vllm(file, dtype, args, compiled=engine == "vllm-compiled")
             else:
                 seconds[engine] = time_here(engine, model, args)
             print(f"{engine}: " + ", ".join(f"{batch}: {s:.2f} s" for batch, s in zip(args.batches, seconds[engine])))
@@ -98,19 +98,16 @@ def timed(work) -> float:  # noqa: ANN001
     return time.perf_counter() - began
 
 
-def time_vllm(
-    file: Path, cache: Path, dtype: "torch.dtype", args: argparse.Namespace, *, compiled: bool
-) -> list[float]:
+def time_vllm(file: Path, dtype: "torch.dtype", args: argparse.Namespace, *, compiled: bool) -> list[float]:
     """Seconds of each batch in an engine that has drawn before."""
-    from autoregressive.serve.convert import model_folder
     from autoregressive.serve.engine import ImageRequest
-    from autoregressive.serve.vllm_engine import VllmEngine
-
-    folder = model_folder(file, dtype=dtype, cache=cache)
+    from autoregressive.serve.vllm_engine import ServedModel, VllmEngine
 
     async def measure() -> list[float]:
         began = time.perf_counter()
-        engine = await VllmEngine.start(folder, max_num_seqs=max(args.batches), enforce_eager=not compiled)
+        engine = await VllmEngine.start(
+            ServedModel(file, dtype=dtype), max_num_seqs=max(args.batches), enforce_eager=not compiled
+        )
         print(f"vLLM {'compiled' if compiled else 'eager'} started in {time.perf_counter() - began:.1f} s")
 
         async def draw(batch: int) -> float:

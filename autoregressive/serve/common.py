@@ -7,34 +7,31 @@ draw_grid(args, models, [ImageRequest(label=207, **models.settings)])
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from autoregressive.pipeline import PRECISIONS, ImagePipeline
 from autoregressive.sample.common import build_pipeline, sampling_settings
-from autoregressive.serve.convert import model_folder
 from autoregressive.serve.engine import ImageRequest
-from autoregressive.serve.vllm_engine import draw, require_vllm
+from autoregressive.serve.vllm_engine import ServedModel, draw, require_vllm
 from utils.distributed import pick_device
 from utils.images import make_grid, save_png
 
 
 @dataclass(frozen=True)
 class Models:
-    """folder: the GPT's, for vLLM. pipeline: has the text encoder and the tokenizer, and no GPT's weights.
+    """served: the GPT, for vLLM. pipeline: has the text encoder and the tokenizer, and no GPT's weights.
 
     settings: the fields of ImageRequest that the flags give.
     """
 
-    folder: Path
+    served: ServedModel
     pipeline: ImagePipeline
     settings: dict
 
 
 def open_models(args: argparse.Namespace) -> Models:
-    """Finds and checks the files as the other sampling scripts do, and converts the GPT where that was not done before.
+    """Finds and checks the files as the other sampling scripts do.
 
     Raises ValueError where vLLM is missing, or a flag and a file disagree, FileNotFoundError for a file that is not there.
     """
@@ -48,11 +45,11 @@ def open_models(args: argparse.Namespace) -> Models:
         )
     # The weights go to vLLM, not to this process: they are read for their shapes, on the CPU.
     pipeline, gpt_path, _ = build_pipeline(args, torch.device("cpu"))
-    folder = model_folder(
+    served = ServedModel(
         gpt_path,
+        dtype=PRECISIONS[args.precision],
         image_size=args.image_size,
         downsample_size=args.downsample_size,
-        dtype=PRECISIONS[args.precision],
         use_ema=args.use_ema,
     )
     pipeline.gpt.to("meta")
@@ -60,21 +57,20 @@ def open_models(args: argparse.Namespace) -> Models:
     pipeline.device = device
     if not getattr(args, "t5_device", None):
         pipeline.t5_device = device
-    return Models(folder, pipeline, settings)
+    return Models(served, pipeline, settings)
 
 
 def draw_grid(args: argparse.Namespace, models: Models, requests: Sequence[ImageRequest]) -> None:
     """Draws image i of the run for request i, and writes them as one picture, --output."""
     pipeline = models.pipeline
-    with tqdm(total=len(requests) * pipeline.gpt.layout.tokens, unit="tok", desc=f"{len(requests)} images") as bar:
-        codes = draw(
-            models.folder,
-            requests,
-            on_tokens=bar.update,
-            max_num_seqs=args.max_num_seqs,
-            kv_cache_gib=args.kv_cache_gib,
-            gpu_memory_utilization=args.gpu_memory_utilization,
-            enforce_eager=not args.compile,
-        )
+    codes = draw(
+        models.served,
+        requests,
+        max_num_seqs=args.max_num_seqs,
+        kv_cache_gib=args.kv_cache_gib,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        tensor_parallel_size=args.tensor_parallel_size or 1,
+        enforce_eager=not args.compile,
+    )
     save_png(make_grid(pipeline.decode(codes), columns=args.columns), args.output)
     print(f"wrote {args.output}: {len(requests)} images of {pipeline.image_size}x{pipeline.image_size}")

@@ -35,7 +35,7 @@ class Drawing:
     @property
     def guided(self) -> bool:
         """Whether the token that comes is guided."""
-        return self.settings.guides(len(self.tokens))
+        return self.settings.guides_token(len(self.tokens))
 
 
 class GuidedDraw(LogitsProcessor):
@@ -82,7 +82,7 @@ class GuidedDraw(LogitsProcessor):
         guided = [row for row, drawing in self.rows.items() if row < len(conditional) and drawing.guided]
         if not guided:
             return conditional
-        scales = [self.rows[row].settings.config.cfg_scale for row in guided]
+        scales = [self.rows[row].settings.cfg_scale for row in guided]
         scales = torch.tensor(scales, dtype=torch.float32).to(self.device, non_blocking=True)
         rows = torch.tensor(guided).to(self.device, non_blocking=True)
         mixed = guide(conditional[rows], unconditional[rows], scales[:, None])

@@ -3,7 +3,8 @@
 A request's rows are computed twice over, as `h` (T, 2, dim): for what was asked, and for "no class" or "no caption". In the
 linear layers these are 2T rows; in attention the streams are heads, 2H of them, in one entry of the engine's cache.
 So the streams of an image can never come apart, whatever the engine does to its batch (batch limits, preemption,
-late arrivals). serve/guidance.py mixes their logits.
+late arrivals). serve/guidance.py mixes their logits. Conditions come as rows of both streams, from vllm_engine.py; a row of
+hidden_value is padding, which no other row sees.
 """
 
 from collections.abc import Iterable
@@ -25,9 +26,11 @@ from vllm.sequence import IntermediateTensors
 from autoregressive.models.gpt import RMSNorm
 from autoregressive.models.layouts.raster import RasterLayout
 from autoregressive.models.rope import apply_rope, rope_table_2d
+from autoregressive.serve.convert import STREAMS, hidden_value
 from autoregressive.serve.guidance import GuidedDraw, mark_broken
 
-STREAMS = 2  # conditional, unconditional
+# Added to the scores of a hidden row, in a channel of its own: no weight is left of it, and float16 holds it.
+_FAR_BELOW = -6e4
 
 
 class GuidedAttention(nn.Module):
@@ -36,17 +39,16 @@ class GuidedAttention(nn.Module):
     def __init__(self, config: object, cache: CacheConfig | None, quant: QuantizationConfig | None, prefix: str):
         super().__init__()
         heads, kv_heads = config.num_attention_heads // STREAMS, config.num_key_value_heads // STREAMS
-        self.head_dim = config.head_dim
+        dim, self.head_dim = config.hidden_size // STREAMS, config.own_head_dim
+        self.room = config.head_dim - self.head_dim  # channels beside the model's own
         self.wqkv = QKVParallelLinear(
-            config.hidden_size, self.head_dim, heads, kv_heads, bias=False, quant_config=quant, prefix=f"{prefix}.wqkv"
+            dim, self.head_dim, heads, kv_heads, bias=False, quant_config=quant, prefix=f"{prefix}.wqkv"
         )
-        self.wo = RowParallelLinear(
-            heads * self.head_dim, config.hidden_size, bias=False, quant_config=quant, prefix=f"{prefix}.wo"
-        )
+        self.wo = RowParallelLinear(heads * self.head_dim, dim, bias=False, quant_config=quant, prefix=f"{prefix}.wo")
         self.heads, self.kv_heads = self.wqkv.num_heads, self.wqkv.num_kv_heads  # of this process
         self.attn = Attention(
             STREAMS * self.heads,
-            self.head_dim,
+            config.head_dim,
             self.head_dim**-0.5,
             num_kv_heads=STREAMS * self.kv_heads,
             cache_config=cache,
@@ -54,8 +56,8 @@ class GuidedAttention(nn.Module):
             prefix=f"{prefix}.attn",
         )
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """x: (T, 2, dim). rope: (T, D/2, 2)."""
+    def forward(self, x: Tensor, rope: Tensor, bias: Tensor | None) -> Tensor:
+        """x: (T, 2, dim). rope: (T, D/2, 2). bias: (T, 2), what is added to the scores of a row; None for nothing."""
         qkv, _ = self.wqkv(x.flatten(0, 1))  # (2T, (H + 2 KV) D)
         qkv = qkv.view(len(x), STREAMS, -1, self.head_dim)
         q, k, v = (t.flatten(1, 2) for t in qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2))  # (T, 2H, D)
@@ -63,8 +65,14 @@ class GuidedAttention(nn.Module):
         # A block of the cache outlives its request, and a NaN in it would reach the next one through the mask. The request's
         # own logits are not finite all the same: the rows of `x` are kept.
         k, v = (t.nan_to_num(0.0, posinf=0.0, neginf=0.0) for t in (k, v))
+        if bias is not None:
+            q, k, v = (F.pad(t, (0, self.room)) for t in (q, k, v))
+            q[..., self.head_dim] = self.head_dim**0.5
+            k[..., self.head_dim] = bias.repeat_interleave(self.kv_heads, dim=1)
         out = self.attn(q.flatten(1), k.flatten(1), v.flatten(1))  # (T, 2H D)
-        out, _ = self.wo(out.view(-1, self.heads * self.head_dim))
+        if bias is not None:
+            out = out.view(len(x), -1, self.head_dim + self.room)[..., : self.head_dim]
+        out, _ = self.wo(out.reshape(-1, self.heads * self.head_dim))
         return out.view_as(x)
 
 
@@ -73,7 +81,7 @@ class GuidedBlock(nn.Module):
 
     def __init__(self, config: object, cache: CacheConfig | None, quant: QuantizationConfig | None, prefix: str):
         super().__init__()
-        dim, hidden = config.hidden_size, config.intermediate_size
+        dim, hidden = config.hidden_size // STREAMS, config.intermediate_size
         self.attention = GuidedAttention(config, cache, quant, f"{prefix}.attention")
         self.w13 = MergedColumnParallelLinear(
             dim, [hidden, hidden], bias=False, quant_config=quant, prefix=f"{prefix}.w13"
@@ -82,9 +90,9 @@ class GuidedBlock(nn.Module):
         self.attention_norm = RMSNorm(dim, config.rms_norm_eps)
         self.ffn_norm = RMSNorm(dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """(T, 2, dim) -> the same."""
-        x = x + self.attention(self.attention_norm(x), rope)
+    def forward(self, x: Tensor, rope: Tensor, bias: Tensor | None) -> Tensor:
+        """x: (T, 2, dim), and so is what it returns. The rest as GuidedAttention takes it."""
+        x = x + self.attention(self.attention_norm(x), rope, bias)
         gate, up = self.w13(self.ffn_norm(x).flatten(0, 1))[0].chunk(2, dim=-1)
         out, _ = self.w2(F.silu(gate) * up)
         return x + out.view_as(x)
@@ -99,21 +107,23 @@ class GuidedLayers(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config, quant = vllm_config.model_config.hf_config, vllm_config.quant_config
-        dtype = vllm_config.model_config.dtype
-        self.prefix = config.prefix
-        self.last_id = config.vocab_size - 1
-        self.embed = VocabParallelEmbedding(config.vocab_size, config.hidden_size, quant_config=quant)
+        dim = config.hidden_size // STREAMS
+        self.codes, self.last_id = config.codes, config.vocab_size - 1
+        self.has_padding = config.head_dim > config.own_head_dim
+        self.embed = VocabParallelEmbedding(config.vocab_size, dim, quant_config=quant)
         self.layers = nn.ModuleList(
             GuidedBlock(config, vllm_config.cache_config, quant, f"{prefix}.layers.{layer}")
             for layer in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.null_condition = nn.Parameter(
-            torch.empty(config.prefix, config.hidden_size, dtype=dtype), requires_grad=False
-        )
+        self.norm = RMSNorm(dim, config.rms_norm_eps)
         layout = RasterLayout(config.grid_size, config.prefix)
-        table = layout.rope_rows(rope_table_2d(config.grid_size, config.head_dim, config.rope_base))
-        self.register_buffer("rope", table.to(self.null_condition.device), persistent=False)  # float32 in any dtype
+        table = layout.rope_rows(rope_table_2d(config.grid_size, config.own_head_dim, config.rope_base))
+        self.register_buffer("rope", table.to(self.norm.weight.device), persistent=False)  # float32 in any dtype
+
+    def embed_streams(self, ids: Tensor) -> Tensor:
+        """(T,) -> (T, 2 dim). A class's id is "no class" in the other stream."""
+        ids = ids.clamp(0, self.last_id)
+        return self.embed(torch.stack([ids, torch.where(ids < self.codes, ids, self.last_id)], dim=1)).flatten(1)
 
     def forward(
         self,
@@ -124,18 +134,21 @@ class GuidedLayers(nn.Module):
     ) -> Tensor:
         """Returns (T, 2 dim): the two streams side by side."""
         # An id or a place past the end, in a dry run or of a request that nobody checked, must not end the engine.
-        positions = positions.clamp(0, len(self.rope) - 1)
-        h = self.embed(input_ids.clamp(0, self.last_id)) if inputs_embeds is None else inputs_embeds  # (T, dim)
-        null = self.null_condition[positions.clamp(max=self.prefix - 1)]
-        h = torch.stack([h, torch.where((positions < self.prefix)[:, None], null, h)], dim=1)  # (T, 2, dim)
-        rope = self.rope[positions]
+        rope = self.rope[positions.clamp(0, len(self.rope) - 1)]
+        h = self.embed_streams(input_ids) if inputs_embeds is None else inputs_embeds
+        h = h.unflatten(1, (STREAMS, -1))  # (T, 2, dim)
+        bias = None
+        if self.has_padding:
+            hidden = h[..., 0] == hidden_value(h.dtype)
+            h = h.masked_fill(hidden[..., None], 0)
+            bias = hidden * _FAR_BELOW
         for layer in self.layers:
-            h = layer(h, rope)
+            h = layer(h, rope, bias)
         return self.norm(h).flatten(1)
 
 
 class ImageGPT(nn.Module):
-    """What vLLM registers: a request's prompt is a class's id, or embedded rows of a caption; its output an image's codes."""
+    """What vLLM registers: a request's prompt is embedded rows of both streams, or a class's id; its output an image's codes."""
 
     supports_mrope = True
 
@@ -150,12 +163,12 @@ class ImageGPT(nn.Module):
                 "vLLM set VLLM_USE_V2_MODEL_RUNNER=0"
             )
         self.layers = GuidedLayers(vllm_config=vllm_config, prefix=f"{prefix}.layers" if prefix else "layers")
-        self.output = ParallelLMHead(config.codes, config.hidden_size, quant_config=vllm_config.quant_config)
+        self.output = ParallelLMHead(config.codes, config.hidden_size // STREAMS, quant_config=vllm_config.quant_config)
         self.logits = LogitsProcessor(config.codes)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """(T,) -> (T, dim)."""
-        return self.layers.embed(input_ids.clamp(0, self.layers.last_id))
+        """(T,) -> (T, 2 dim)."""
+        return self.layers.embed_streams(input_ids)
 
     def forward(
         self,
@@ -170,7 +183,7 @@ class ImageGPT(nn.Module):
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Guided logits, float32 (B, vocab_size), -inf for the ids of classes. hidden_states: (B, 2 dim)."""
-        logits = self.logits(self.output, hidden_states.reshape(-1, self.config.hidden_size))  # (2B, V)
+        logits = self.logits(self.output, hidden_states.view(-1, self.config.hidden_size // STREAMS))  # (2B, V)
         if logits is None:
             return None
         conditional, unconditional = logits.float().view(len(hidden_states), STREAMS, -1).unbind(1)
@@ -184,11 +197,9 @@ class ImageGPT(nn.Module):
         return (torch.arange(count) + ahead).expand(3, -1), ahead
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Takes the names that serve/convert.py writes; returns those of the parameters that were given a value."""
+        """Takes the names of serve/convert.py; returns those of the parameters that were given a value."""
         parameters, loaded = dict(self.named_parameters()), set()
         for name, tensor in weights:
-            if name.startswith("caption."):  # for the process that takes the requests
-                continue
             name, *shard = own_name(name)
             parameter = parameters[name]
             loader = getattr(parameter, "weight_loader", default_weight_loader)
@@ -198,7 +209,7 @@ class ImageGPT(nn.Module):
 
 
 def own_name(name: str) -> tuple[str] | tuple[str, int]:
-    """A converted weight's name here, and which shard of a merged parameter it is."""
+    """A checkpoint's weight's name here, and which shard of a merged parameter it is."""
     if name.startswith("output."):
         return (name,)
     name = "layers." + name

@@ -10,21 +10,21 @@ request's image is that of `pipeline([label], seed=request.seed, …)`, whatever
 
 import asyncio
 import logging
-import threading
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
-from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
+from autoregressive.models.sampling import NotFiniteLogits
 from autoregressive.pipeline import ImagePipeline
-from autoregressive.serve.engine import ImageRequest, ModelInfo
+from autoregressive.serve.engine import ImageRequest, ModelInfo, TokenClock, check_request
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+
+# A decode step ends sooner; a worker that takes longer hangs, and is left to the end of the process.
+SECONDS_TO_CLOSE = 30
 
 
 class _Abandoned(Exception):
@@ -32,33 +32,23 @@ class _Abandoned(Exception):
 
 
 class _Job:
-    """A request and what is known of its tokens. The worker tells of news through the event loop of who asked."""
+    """A request and what is known of its tokens."""
 
     def __init__(self, request: ImageRequest):
         self.request = request
-        self.settings = sampling_settings(request)
         self.closed = False  # nobody waits for it any more
         self.tokens: list[int] = []
         self.error: Exception | None = None
         self.news = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
 
     def tell(self, tokens: list[int], error: Exception | None = None) -> None:
-        """Called in the worker."""
-
-        def set_news() -> None:
-            self.tokens, self.error = tokens, error
-            self.news.set()
-
-        if not self.closed:
-            try:
-                self._loop.call_soon_threadsafe(set_news)
-            except RuntimeError:  # the loop has ended, and whoever waited with it
-                self.closed = True
+        """Wakes who waits for the tokens. Called in the event loop."""
+        self.tokens, self.error = tokens, error
+        self.news.set()
 
 
 class NativeEngine:
-    """Serves a pipeline (engine.py tells what an engine is). The pipeline is the engine's alone until it is closed.
+    """Serves a pipeline (engine.py tells what an engine is), in one event loop. The pipeline is its alone until it is closed.
 
     name: of the model. gather: seconds that a request waits for others to be drawn with.
     A request that is closed early is not begun; of a micro-batch that runs, the rest is skipped once all are closed.
@@ -74,169 +64,132 @@ class NativeEngine:
             num_classes=0 if pipeline.is_text else args.num_classes,
             raster=layout.is_raster,
             classes=tuple(pipeline.gpt.file_config.get("classes", ())),
+            caption_dim=args.caption_dim if pipeline.is_text else 0,
         )
         self.pipeline = pipeline
+        self.dead = False
         self._gather = gather
-        self._closed = False
+        self._clock = TokenClock()
         self._waiting: list[_Job] = []
-        self._calls: deque[tuple[Callable[[], object], Future]] = deque()
-        self._changed = threading.Condition()  # guards the three above
-        self._thread = threading.Thread(target=self._work, name="native engine", daemon=True)
-        self._thread.start()
-
-    @property
-    def dead(self) -> bool:
-        """Whether the engine has ended, by itself or by close(): requests raise RuntimeError then."""
-        return self._closed or not self._thread.is_alive()
+        self._gathering: asyncio.Task | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="native engine")
 
     def token_age(self) -> float | None:
-        return None
+        """Seconds since the last decode step, or since a call began, while anything is in flight; None where nothing is."""
+        return self._clock.age()
 
     def check(self, request: ImageRequest) -> None:
         """Raises ValueError for a label, features or a setting that the model cannot take."""
-        SamplingConfig(**dict(sampling_settings(request)))
-        if not self.pipeline.is_text:
-            if request.label is None or request.features is not None:
-                raise ValueError(f"this model draws classes: give a label, 0 to {self.info.num_classes - 1}")
-            self.pipeline.gpt.check_conditions(torch.tensor([request.label]))
-            return
-        features, width = request.features, self.pipeline.gpt.args.caption_dim
-        if features is None or request.label is not None:
-            raise ValueError("this model draws from prompts: give a prompt's features, not a label")
-        if features.dim() != 2 or features.shape[1] != width or not len(features) or not features.is_floating_point():
-            raise ValueError(
-                f"features are floats of shape (length, {width}), got {features.dtype} of {tuple(features.shape)}"
-            )
-        if not features.isfinite().all():
-            raise ValueError("the features are not all finite")
+        check_request(request, self.info)
 
     async def generate(self, request: ImageRequest) -> AsyncIterator[list[int]]:
         """Yields the tokens so far after each row of the image, in raster order; what comes too fast is passed over."""
         self.check(request)
+        self._require_open()
         job = _Job(request)
-        with self._changed:
-            if self._closed:
-                raise RuntimeError("the engine is closed")
-            self._waiting.append(job)
-            self._changed.notify()
+        self._waiting.append(job)
+        if self._gathering is None:
+            self._gathering = asyncio.create_task(self._draw_what_waits())
         try:
-            done = 0
-            while done < self.info.tokens:
-                await job.news.wait()
-                job.news.clear()
-                if job.error is not None:
-                    raise job.error
-                done = len(job.tokens)
-                yield job.tokens
+            with self._clock:
+                done = 0
+                while done < self.info.tokens:
+                    await job.news.wait()
+                    job.news.clear()
+                    if job.error is not None:
+                        raise job.error
+                    done = len(job.tokens)
+                    yield job.tokens
         finally:
             job.closed = True
-            with self._changed:
-                if job in self._waiting:
-                    self._waiting.remove(job)
+            if job in self._waiting:
+                self._waiting.remove(job)
 
     async def run(self, function: Callable[[], Result]) -> Result:
         """Calls the function in the worker, before the next micro-batch.
 
         For work that would only slow a decode loop down, and be slowed down by it: both want all cores.
         """
-        future: Future = Future()
-        with self._changed:
-            if self._closed:
-                raise RuntimeError("the engine is closed")
-            self._calls.append((function, future))
-            self._changed.notify()
-        return await asyncio.wrap_future(future)
+        self._require_open()
+
+        def call() -> Result:
+            self._require_open()
+            self._clock.tick()
+            try:
+                return function()
+            finally:
+                self._clock.tick()
+
+        with self._clock:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     async def close(self) -> None:
-        """Ends the worker, after the decode step that it is at."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        await asyncio.to_thread(self._thread.join)
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._calls or self._waiting)
-                if self._closed:
-                    break
-                call = self._calls.popleft() if self._calls else None
-                if call is None:
-                    self._changed.wait_for(
-                        lambda: self._closed or self._calls or len(self._waiting) >= self.pipeline.batch_size,
-                        self._gather,
-                    )
-            if call is not None:
-                _answer(*call)
-            elif not self._calls:
-                self._draw(self._next_batch())
-        with self._changed:
-            left, self._waiting = self._waiting, []
-            for _, future in self._calls:
-                future.cancel()
-        for job in left:
+        """Ends the worker, after the decode step or the call that it is at."""
+        if self.dead:
+            return
+        self.dead = True
+        last = asyncio.get_running_loop().run_in_executor(self._thread, lambda: None)
+        self._thread.shutdown(wait=False)
+        _, hanging = await asyncio.wait([last, *filter(None, [self._gathering])], timeout=SECONDS_TO_CLOSE)
+        if hanging:
+            log.error(f"the native engine's worker has hung for {SECONDS_TO_CLOSE} s and is left behind")
+        for job in self._waiting:
             job.tell([], RuntimeError("the engine was closed"))
+
+    def _require_open(self) -> None:
+        if self.dead:
+            raise RuntimeError("the engine is closed")
+
+    async def _draw_what_waits(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._waiting and not self.dead:
+            if len(self._waiting) < self.pipeline.batch_size:
+                await asyncio.sleep(self._gather)
+            if (batch := self._next_batch()) and not self.dead:
+                results = await loop.run_in_executor(self._thread, self._draw, batch, loop)
+                for job, result in zip(batch, results, strict=True):
+                    job.tell(*result)
+        self._gathering = None
 
     def _next_batch(self) -> list[_Job]:
         """The first in the line, and those behind it that want the same settings."""
-        with self._changed:
-            same = [job for job in self._waiting if job.settings == self._waiting[0].settings]
-            batch = same[: self.pipeline.batch_size]
-            self._waiting = [job for job in self._waiting if job not in batch]
+        same = [job for job in self._waiting if job.request.sampling == self._waiting[0].request.sampling]
+        batch = same[: self.pipeline.batch_size]
+        self._waiting = [job for job in self._waiting if job not in batch]
         return batch
 
-    def _draw(self, batch: Sequence[_Job]) -> None:
-        if not batch:
-            return
+    def _draw(self, batch: Sequence[_Job], loop: asyncio.AbstractEventLoop) -> list[tuple[list[int], Exception | None]]:
+        """Draws a micro-batch in the worker. Returns each image's tokens, and its error."""
+        requests = [job.request for job in batch]
         row = self.pipeline.gpt.layout.grid_size
 
         def on_step(done: int, tokens: Tensor) -> None:
-            if self._closed or all(job.closed for job in batch):
+            self._clock.tick()
+            if self.dead or all(job.closed for job in batch):
                 raise _Abandoned
             # A whole row is what can be shown; reading each token would have an accelerator wait at every step.
             if self.info.raster and done % row == 0 and done < self.info.tokens:
                 for job, so_far in zip(batch, tokens[: len(batch), :done].tolist()):
-                    job.tell(so_far)
+                    loop.call_soon_threadsafe(job.tell, so_far)
 
+        self._clock.tick()
         try:
-            if self.pipeline.is_text:
-                cond, mask = self.pipeline.condition_rows([job.request.features for job in batch])
-            else:
-                cond, mask = torch.tensor([job.request.label for job in batch]), None
+            if self.dead:
+                raise _Abandoned
+            asked = [request.features if self.pipeline.is_text else request.label for request in requests]
             codes = self.pipeline.generate_codes(
-                cond,
-                emb_masks=mask,
-                seed=[job.request.seed for job in batch],
+                **self.pipeline.conditions(asked, [request.negative for request in requests]),
+                seed=[request.seed for request in requests],
                 indices=[0] * len(batch),
                 on_step=on_step,
-                **dict(batch[0].settings),
+                **requests[0].sampling,
             )
+            return [(tokens, None) for tokens in codes.tolist()]
         except _Abandoned:
-            for job in batch:
-                job.tell([], RuntimeError("the engine was closed"))
+            return [([], RuntimeError("the engine was closed"))] * len(batch)
         except NotFiniteLogits as error:
-            for i, job in enumerate(batch):
-                broken = error.of(slice(i, i + 1))
-                job.tell([] if broken else error.tokens[i].tolist(), broken)
+            broken = [error.of(slice(i, i + 1)) for i in range(len(batch))]
+            return [([] if each else error.tokens[i].tolist(), each) for i, each in enumerate(broken)]
         except Exception as error:  # whatever it is, the next batch may do well
             log.exception("a micro-batch failed")
-            for job in batch:
-                job.tell([], RuntimeError(f"drawing failed: {error}"))
-        else:
-            for job, tokens in zip(batch, codes.tolist()):
-                job.tell(tokens)
-
-
-def sampling_settings(request: ImageRequest) -> tuple[tuple[str, float], ...]:
-    """The fields of SamplingConfig that a request has, as items to compare."""
-    names = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "sample_logits")
-    return tuple((name, getattr(request, name)) for name in names)
-
-
-def _answer(function: Callable[[], object], future: Future) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(function())
-    except BaseException as error:  # it is for who waits
-        future.set_exception(error)
+            return [([], RuntimeError(f"drawing failed: {error}"))] * len(batch)

@@ -12,6 +12,7 @@ from utils.cli import add_vllm_flags, run_script
 
 
 def main(args: argparse.Namespace) -> None:
+    from autoregressive.sample.common import negative_class
     from autoregressive.serve.common import draw_grid, open_models
     from autoregressive.serve.engine import ImageRequest
 
@@ -19,7 +20,8 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("sample_c2i.py draws from class-conditional models; for captions there is sample_t2i.py")
     models = open_models(args)
     labels = labels_to_draw(args, models.pipeline.gpt)
-    draw_grid(args, models, [ImageRequest(label=label, **models.settings) for label in labels])
+    settings = models.settings | {"negative_class": negative_class(args, models.pipeline.gpt)}
+    draw_grid(args, models, [ImageRequest(label=label, **settings) for label in labels])
 
 
 def flags() -> argparse.ArgumentParser:

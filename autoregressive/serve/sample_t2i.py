@@ -8,18 +8,22 @@ were made of --prompt-file, no T5 is needed.
 
 import argparse
 
-from autoregressive.sample.sample_t2i import encode, grid_flags, print_prompts, prompts_to_draw
+from autoregressive.sample.sample_t2i import grid_flags, print_prompts, prompts_to_draw
 from utils.cli import add_vllm_flags, run_script
 
 
 def main(args: argparse.Namespace) -> None:
+    from autoregressive.sample.common import encode
     from autoregressive.serve.common import draw_grid, open_models
     from autoregressive.serve.engine import ImageRequest
 
     prompts, stored = prompts_to_draw(args)
     models = open_models(args)
-    features = stored or encode(models.pipeline, prompts)
-    draw_grid(args, models, [ImageRequest(features=rows, **models.settings) for rows in features])
+    features, negative = (
+        (stored, None) if stored else encode(models.pipeline, prompts, args.negative_prompt, progress=True)
+    )
+    settings = models.settings | {"negative_features": negative}
+    draw_grid(args, models, [ImageRequest(features=rows, **settings) for rows in features])
     print_prompts(prompts)
 
 

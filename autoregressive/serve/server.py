@@ -29,6 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoregressive.serve.plugin import end_with_parent
 from utils.cli import (
     PORT,
     add_gpt_file_flags,
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
 
     from autoregressive.pipeline import ImagePipeline
     from autoregressive.serve.service import Service
+
+if __name__ == "__mp_main__":  # a process that vLLM starts, before it reads anything
+    end_with_parent()
 
 log = logging.getLogger(__name__)
 
@@ -290,6 +294,8 @@ async def load_native(args: argparse.Namespace) -> tuple:
     for flag, value in (
         ("--kv-cache-gib", args.kv_cache_gib),
         ("--gpu-memory-utilization", args.gpu_memory_utilization),
+        ("--tensor-parallel-size", args.tensor_parallel_size),
+        ("--data-parallel-size", args.data_parallel_size),
     ):
         if value is not None:
             raise ValueError(f"{flag} {value:g} is of vLLM, and the engine is native: leave it out")
@@ -330,11 +336,10 @@ def native_parts(pipeline: "ImagePipeline", name: str) -> tuple:
 async def load_vllm(args: argparse.Namespace) -> tuple:
     """Engine, decoder and prompt encoder around vLLM, which holds the GPT in a process of its own."""
     from autoregressive.pipeline import PRECISIONS
-    from autoregressive.serve.convert import model_folder, read_config
     from autoregressive.serve.decoder import Decoder
     from autoregressive.serve.engine import ImageRequest
     from autoregressive.serve.prompts import PromptEncoder, encoding_with
-    from autoregressive.serve.vllm_engine import MAX_NUM_SEQS, VllmEngine, require_vllm
+    from autoregressive.serve.vllm_engine import MAX_NUM_SEQS, ServedModel, VllmEngine, require_vllm
     from language.t5 import T5Embedder, find_t5
     from tokenizer.load import load_tokenizer
     from utils.checkpoint import has_averages, read_checkpoint
@@ -353,11 +358,16 @@ async def load_vllm(args: argparse.Namespace) -> tuple:
     fingerprint = read_checkpoint(gpt).config.get("tokenizer")
     tokenizer = load_tokenizer(vq, device=device, use_ema=args.use_ema and has_averages(vq), fingerprint=fingerprint)
     dtype = PRECISIONS[args.precision]
-    folder = model_folder(
-        gpt, image_size=args.image_size, downsample_size=tokenizer.downsample, dtype=dtype, use_ema=args.use_ema
+    model = ServedModel(
+        gpt,
+        model_name(args, gpt),
+        dtype=dtype,
+        image_size=args.image_size,
+        downsample_size=tokenizer.downsample,
+        use_ema=args.use_ema,
     )
     encoder = None
-    if read_config(folder)["gpt_type"] == "t2i":
+    if model.info.kind == "t2i":
         text = text_settings(args)
         embedder = T5Embedder(
             pick_device(text["t5_device"]) if text["t5_device"] else device,
@@ -368,11 +378,12 @@ async def load_vllm(args: argparse.Namespace) -> tuple:
         encoder = PromptEncoder(encoding_with(embedder), rows=text["t5_tokens"])
     batch_size = args.batch_size or MAX_NUM_SEQS
     engine = await VllmEngine.start(
-        folder,
-        name=model_name(args, gpt),
+        model,
         max_num_seqs=batch_size,
         kv_cache_gib=args.kv_cache_gib,
         gpu_memory_utilization=args.gpu_memory_utilization,
+        tensor_parallel_size=args.tensor_parallel_size or 1,
+        data_parallel_size=args.data_parallel_size or 1,
         enforce_eager=not (device.type == "cuda" if args.compile is None else args.compile),
     )
     try:

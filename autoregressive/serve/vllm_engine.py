@@ -1,12 +1,12 @@
 """Tokens from vLLM: continuous batching, a request an image, both streams of guidance inside it.
 
-    folder = model_folder("c2i_L_384.pt", image_size=384)            # serve/convert.py
-    engine = await VllmEngine.start(folder, max_num_seqs=32)
+    model = ServedModel("c2i_L_384.pt", image_size=384)
+    engine = await VllmEngine.start(model, max_num_seqs=32)
     async for tokens in engine.generate(ImageRequest(label=207, cfg_scale=4.0, top_k=2000, seed=0)):
         ...
     await engine.close()
 
-    codes = draw(folder, requests)                                   # scripts: (B, N)
+    codes = draw(model, requests)                                    # scripts: (B, N)
 
 Drawn tokens are those of ImagePipeline for the same (seed, index), but for what float32 sums of another order round
 otherwise. VllmEngine runs in a process of its own, so that a script that starts it needs its `if __name__ == "__main__":`;
@@ -17,24 +17,22 @@ import asyncio
 import importlib.util
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from importlib.metadata import entry_points
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive.models.sampling import NotFiniteLogits
-from autoregressive.pipeline import shorten
-from autoregressive.serve.convert import WEIGHTS_FILE, is_whole, read_config
-from autoregressive.serve.engine import ImageRequest, ModelInfo
-from autoregressive.serve.plugin import PLUGIN, register
-from autoregressive.serve.settings import to_extra_args
+from autoregressive.serve.convert import STREAMS, engine_config, hidden_value, open_gpt
+from autoregressive.serve.engine import ImageRequest, ModelInfo, TokenClock, check_request
+from autoregressive.serve.plugin import PLUGIN, STARTED_BY, register
+from utils.checkpoint import read_checkpoint
 
 INSTALL = "`bash scripts/serve.sh` makes an environment with it, .venv-serve; run this with .venv-serve/bin/python"
 MAX_NUM_SEQS = 32
@@ -56,41 +54,64 @@ def require_vllm() -> None:
 
 
 class ServedModel:
-    """What a folder of serve/convert.py takes and how it is asked. Raises ValueError for a folder of something else."""
+    """A checkpoint whose images vLLM draws: what it takes, and how it is asked.
 
-    def __init__(self, folder: str | Path, name: str | None = None):
-        if not is_whole(folder):
-            raise ValueError(f"{folder} is not a whole folder of autoregressive/serve/convert.py")
-        self.folder = Path(folder)
-        self.config = config = read_config(folder)
+    name: the model's, for clients (default: the checkpoint's file name). dtype: of the weights.
+    image_size, downsample_size, use_ema, flags: as load_gpt (autoregressive/pipeline.py) takes them.
+    Raises ValueError and FileNotFoundError as load_gpt does, ValueError for a PAR file.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        name: str | None = None,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        image_size: int | None = None,
+        downsample_size: int | None = None,
+        use_ema: bool = False,
+        **flags,
+    ):
+        checkpoint = read_checkpoint(path)
+        own = {"image_size": image_size, "downsample_size": downsample_size, "use_ema": use_ema}
+        gpt = open_gpt(path, **own, **flags)
+        self.path, self.dtype, self.flags = checkpoint.path.absolute(), dtype, own
+        self.config, self.classes = engine_config(gpt), gpt.args.num_classes
+        text = gpt.args.model_type == "t2i"
+        pixels = downsample_size or (checkpoint.args or {}).get("downsample_size") or 16
         self.info = ModelInfo(
-            name=name or config["converted_from"],
-            kind=config["gpt_type"],
-            image_size=config["image_size"],
-            tokens=config["grid_size"] ** 2,
-            num_classes=config["num_classes"],
+            name=name or self.path.stem,
+            kind=gpt.args.model_type,
+            image_size=gpt.layout.grid_size * pixels,
+            tokens=gpt.layout.tokens,
+            num_classes=0 if text else gpt.args.num_classes,
             raster=True,
-            classes=tuple(config["origin"].get("classes", ())),
+            classes=tuple(gpt.file_config.get("classes", ())),
+            caption_dim=gpt.args.caption_dim if text else 0,
         )
-        self.dtype = getattr(torch, config["torch_dtype"])
-        self._projection = read_projection(self.folder) if self.info.kind == "t2i" else None
+        self._embed = gpt.cls_embedding.to(dtype)
 
     def check(self, request: ImageRequest) -> None:
         """Raises ValueError, with what is wrong, for a request that the model cannot take."""
-        if self.info.kind == "c2i":
-            self._check_label(request)
-        else:
-            self._check_features(request)
-        to_extra_args(request)
+        check_request(request, self.info)
 
+    @torch.inference_mode()
     def prompt(self, request: ImageRequest) -> dict:
-        """The request's condition as vLLM takes it. Call check() first: vLLM does not look at ids."""
-        if request.features is None:
-            return {"prompt_token_ids": [self.config["codes"] + request.label]}
-        return {"prompt_embeds": self._project(request.features)}
+        """The request's condition and its negative as vLLM takes them: embedded rows (T, 2 dim), side by side."""
+        if self.info.kind == "c2i":
+            none = self.classes if request.negative_class is None else request.negative_class
+            return {"prompt_embeds": self._embed(torch.tensor([request.label, none])).view(1, -1)}
+        streams = [self._project(request.features)]
+        if request.negative_features is None:
+            streams.append(self._embed.cap_proj(self._embed.uncond_embedding)[-len(streams[0]) :])
+        else:
+            streams.append(self._project(request.negative_features))
+        count, hidden = max(map(len, streams)), hidden_value(self.dtype)
+        rows = [F.pad(stream, (0, 0, count - len(stream), 0), value=hidden) for stream in streams]
+        return {"prompt_embeds": torch.cat(rows, dim=1)}
 
     def params(self, request: ImageRequest, index: int, **fields) -> Any:
-        """vLLM's SamplingParams for image `index` of the run of the request's seed. Raises ValueError."""
+        """vLLM's SamplingParams for image `index` of the run of the request's seed."""
         from vllm import SamplingParams
 
         return SamplingParams(
@@ -98,7 +119,7 @@ class ServedModel:
             max_tokens=self.info.tokens,
             ignore_eos=True,
             detokenize=False,
-            extra_args=to_extra_args(request, index),
+            extra_args={**request.sampling, "seed": request.seed, "index": index},
             **fields,
         )
 
@@ -108,35 +129,9 @@ class ServedModel:
         if steps:
             raise NotFiniteLogits(steps[:1], torch.tensor([tokens]), self.dtype)
 
-    def _check_label(self, request: ImageRequest) -> None:
-        label, classes = request.label, self.info.num_classes
-        if request.features is not None or label is None:
-            raise ValueError(f"this model is class-conditional: it takes a label, 0 to {classes - 1}, and no features")
-        if isinstance(label, bool) or not isinstance(label, int):
-            raise ValueError(f"a label is a whole number, got {label!r}")
-        if not 0 <= label < classes:
-            raise ValueError(f"label {label} is out of range: the model has classes 0 to {classes - 1}")
-
-    def _check_features(self, request: ImageRequest) -> None:
-        features, width = request.features, self.config["caption_dim"]
-        if request.label is not None or features is None:
-            raise ValueError("this model is text-conditional: it takes the features of a prompt, and no label")
-        if not isinstance(features, Tensor):
-            raise ValueError(f"features are a tensor, got {shorten(repr(features))}")
-        if features.dim() != 2 or features.shape[1] != width or not len(features) or not features.is_floating_point():
-            raise ValueError(
-                f"the features are {features.dtype} of shape {tuple(features.shape)}; this model takes floats of shape "
-                f"(length, {width}), those of the text encoder it was trained with"
-            )
-        if not features.isfinite().all():
-            raise ValueError(f"the features are not all finite: the encoder overflows in {features.dtype}")
-
-    @torch.inference_mode()
     def _project(self, features: Tensor) -> Tensor:
         """A caption's features (length, caption_dim) as the model's rows, (at most prefix, dim)."""
-        first, second = self._projection
-        features = features[: self.config["prefix"]].to("cpu", self.dtype)
-        return F.linear(F.gelu(F.linear(features, first), approximate="tanh"), second)
+        return self._embed.cap_proj(features[: self.config["prefix"]].to("cpu", self.dtype))
 
 
 class VllmEngine:
@@ -145,30 +140,27 @@ class VllmEngine:
     def __init__(self, model: ServedModel, engine: Any):
         self.info = model.info
         self._model, self._engine, self._numbers, self._closed = model, engine, count(), False
+        self._clock = TokenClock()
 
     @classmethod
-    async def start(cls, folder: str | Path, *, name: str | None = None, **settings) -> "VllmEngine":
+    async def start(cls, model: ServedModel, **settings) -> "VllmEngine":
         """Starts the engine, which takes from ten seconds to some minutes, and keeps the event loop busy meanwhile.
 
-        folder: of model_folder(); it fixes the dtype. name: the model's, for clients (default: the checkpoint's file name).
-        settings: see engine_settings.
-        Raises ValueError where vLLM or its plugin is missing, for a folder of something else or settings that do not fit,
-        RuntimeError where vLLM does not start.
+        settings: see engine_settings. The engine ends with the thread that starts it (serve/plugin.py).
+        Raises ValueError where vLLM or its plugin is missing, or for settings that do not fit, RuntimeError where vLLM does
+        not start.
         """
-        require_vllm()
-        model = ServedModel(folder, name)
-        arguments = engine_settings(folder, **settings)
-        set_environment()
+        arguments = prepare(model, **settings)
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        register()
-        with start_errors(folder):
+        with start_errors(model):
             engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         return cls(model, engine)
 
     def token_age(self) -> float | None:
-        return None
+        """Seconds since the last token, while anything is in flight; None where nothing is."""
+        return self._clock.age()
 
     def check(self, request: ImageRequest) -> None:
         """Raises ValueError, with what is wrong, for a request that the model cannot take."""
@@ -187,9 +179,10 @@ class VllmEngine:
         prompt = await asyncio.to_thread(self._model.prompt, request)
         if self._closed:
             raise RuntimeError("the engine is closed")
-        with self._request_errors():
+        with self._clock, self._request_errors():
             async with aclosing(self._engine.generate(prompt, params, f"image-{next(self._numbers)}")) as outputs:
                 async for output in outputs:
+                    self._clock.tick()
                     tokens = list(output.outputs[0].token_ids)
                     self._model.check_tokens(tokens)
                     yield tokens
@@ -232,25 +225,25 @@ class VllmEngine:
 
 
 def engine_settings(
-    folder: str | Path,
+    model: ServedModel,
     *,
     max_num_seqs: int = MAX_NUM_SEQS,
     max_num_batched_tokens: int | None = None,
     kv_cache_gib: float | None = None,
     gpu_memory_utilization: float | None = None,
-    enforce_eager: bool = False,
+    tensor_parallel_size: int = 1,
     **engine_args,
 ) -> dict:
-    """The fields of vLLM's engine arguments for such a folder.
+    """The fields of vLLM's engine arguments for such a model.
 
     max_num_seqs: images drawn at once; more wait. max_num_batched_tokens: rows of a step (at least a whole image's).
     kv_cache_gib: memory of the keys and values (default: on a CPU what max_num_seqs images need, on a GPU what
-    gpu_memory_utilization leaves). enforce_eager: without torch.compile and CUDA graphs. engine_args: further fields, or
-    others in the place of these.
+    gpu_memory_utilization leaves). tensor_parallel_size: processes that share each layer. engine_args: further fields
+    (data_parallel_size, enforce_eager: without torch.compile and CUDA graphs), or others in the place of these.
     Raises ValueError for what does not fit.
     """
-    config = read_config(folder)
-    rows, image = config["max_position_embeddings"], cache_bytes(config)
+    config = model.config
+    rows, image = config["max_position_embeddings"], cache_bytes(config, model.dtype)
     if max_num_seqs < 1:
         raise ValueError(f"max_num_seqs is {max_num_seqs}; it is at least 1")
     if max_num_batched_tokens is not None and max_num_batched_tokens < max(rows, max_num_seqs):
@@ -258,9 +251,14 @@ def engine_settings(
             f"max_num_batched_tokens is {max_num_batched_tokens}; a step takes at least the {rows} rows of a whole image "
             f"and one row of each of the {max_num_seqs} images at once (max_num_seqs)"
         )
+    heads = config["num_attention_heads"] // STREAMS
+    if heads % tensor_parallel_size:
+        raise ValueError(f"--tensor-parallel-size {tensor_parallel_size} does not divide the model's {heads} heads")
     settings = {
-        "model": str(folder),
-        "dtype": config["torch_dtype"],
+        "model": str(Path(__file__).parent / "vllm_model"),
+        "hf_overrides": {**config, "checkpoint": {"path": str(model.path), **model.flags}},
+        "load_format": PLUGIN,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "skip_tokenizer_init": True,
         "max_model_len": rows,
         "max_num_seqs": max_num_seqs,
@@ -268,10 +266,10 @@ def engine_settings(
         # A request that had to make room comes back with all its rows at once.
         "enable_chunked_prefill": False,
         "enable_prefix_caching": False,
-        "enable_prompt_embeds": config["gpt_type"] == "t2i",
+        "enable_prompt_embeds": True,
         "generation_config": "vllm",
-        "enforce_eager": enforce_eager,
         "use_tqdm_on_load": False,
+        "tensor_parallel_size": tensor_parallel_size,
     }
     if kv_cache_gib is None and not torch.cuda.is_available():
         kv_cache_gib = (max_num_seqs + 2) * image / 2**30
@@ -284,79 +282,58 @@ def engine_settings(
     return settings | engine_args
 
 
-def cache_bytes(config: dict) -> int:
+def cache_bytes(config: dict, dtype: torch.dtype) -> int:
     """Bytes of one image's keys and values, in whole blocks of vLLM's cache (at most 128 rows)."""
     rows = -(-config["max_position_embeddings"] // 128) * 128
-    numbers = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
-    return rows * numbers * getattr(torch, config["torch_dtype"]).itemsize
+    return rows * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * dtype.itemsize
 
 
-def read_projection(folder: Path) -> tuple[Tensor, Tensor]:
-    """The two weights that project a caption's features."""
-    with safetensors.safe_open(folder / WEIGHTS_FILE, framework="pt") as f:
-        return f.get_tensor("caption.fc1"), f.get_tensor("caption.fc2")
-
-
-def set_environment() -> None:
-    """What vLLM reads from the environment, where the user has not set it. Before vLLM is imported."""
+def prepare(model: ServedModel, **settings) -> dict:
+    """Sets what vLLM reads from the environment where the user has not, before vLLM is imported. Returns its arguments."""
+    require_vllm()
+    arguments = engine_settings(model, **settings)
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # its newer one on GPUs takes no such logits processors
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # Its warnings are of settings that are meant, such as no chunked prefill; INFO has it tell what it does.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ[STARTED_BY] = str(os.getpid())
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # until it sets up its own logs
+    register()
+    return arguments
 
 
 @contextmanager
-def start_errors(folder: str | Path) -> Iterator[None]:
+def start_errors(model: ServedModel) -> Iterator[None]:
     """Has a start that failed end in RuntimeError."""
     try:
         yield
     except Exception as error:  # of many kinds, few of which are of Python's own
-        raise RuntimeError(f"vLLM did not start with {folder}: {error}") from error
+        raise RuntimeError(f"vLLM did not start with {model.path}: {error}") from error
 
 
 def draw(
-    folder: str | Path,
-    requests: Sequence[ImageRequest],
-    *,
-    indices: Sequence[int] | None = None,
-    on_tokens: Callable[[int], None] | None = None,
-    **settings,
+    model: ServedModel, requests: Sequence[ImageRequest], *, indices: Sequence[int] | None = None, **settings
 ) -> Tensor:
-    """Draws an image for each request, without an event loop, by an engine in this process.
+    """Draws an image for each request, without an event loop, by an engine in this process, behind vLLM's progress bar.
 
-    indices: each image's number in the run of its seed (0, 1, … by default). on_tokens: called after each step with the
-    number of tokens that it drew. settings: see engine_settings.
+    indices: each image's number in the run of its seed (0, 1, … by default). settings: see engine_settings.
     Returns codes, int64 (B, N) in raster order. Raises as VllmEngine.start and check do, and NotFiniteLogits.
     """
-    require_vllm()
-    model = ServedModel(folder)
-    indices = list(range(len(requests)) if indices is None else indices)
     for request in requests:
         model.check(request)
-    arguments = engine_settings(folder, **settings)
-    set_environment()
+    arguments = prepare(model, **settings)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm import LLM
 
-    register()
-    with start_errors(folder):
-        engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
-    for number, (request, index) in enumerate(zip(requests, indices, strict=True)):
-        engine.add_request(str(number), model.prompt(request), model.params(request, index))
-    codes = torch.zeros(len(requests), model.info.tokens, dtype=torch.long)
-    done = [0] * len(requests)
+    with start_errors(model):
+        llm = LLM(**arguments)
     try:
-        while engine.has_unfinished_requests():
-            before = sum(done)
-            for output in engine.step():
-                number, tokens = int(output.request_id), output.outputs[0].token_ids
-                model.check_tokens(tokens)
-                codes[number, : len(tokens)] = torch.tensor(tokens)
-                done[number] = len(tokens)
-            if on_tokens:
-                on_tokens(sum(done) - before)
+        numbers = range(len(requests)) if indices is None else indices
+        params = [model.params(*each) for each in zip(requests, numbers, strict=True)]
+        outputs = llm.generate(list(map(model.prompt, requests)), params)
     finally:
-        engine.engine_core.shutdown()
-    return codes
+        llm.llm_engine.engine_core.shutdown()
+    codes = [list(output.outputs[0].token_ids) for output in outputs]
+    for tokens in codes:
+        model.check_tokens(tokens)
+    return torch.tensor(codes)

@@ -1,21 +1,16 @@
-"""A checkpoint as vLLM's folder: what is in it, made once, by several processes at once, and made anew where it is damaged."""
+"""A checkpoint as vLLM takes it: config and weights from the file itself, nothing written."""
 
-import json
-import os
-import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
-import safetensors.torch
 import torch
 
 from autoregressive.models.gpt import GPT_models
 from autoregressive.pipeline import load_gpt
-from autoregressive.serve import convert
-from autoregressive.serve.convert import CONFIG_FILE, WEIGHTS_FILE, is_whole, model_folder, read_config
-from autoregressive.serve.plugin import ARCHITECTURE
-from tests.helpers import ROOT, randomize
+from autoregressive.serve.convert import engine_config, engine_weights, hidden_value, open_gpt
+from autoregressive.serve.engine import ImageRequest
+from autoregressive.serve.vllm_engine import ServedModel
+from tests.helpers import randomize
 
 
 @pytest.fixture(scope="module")
@@ -28,107 +23,51 @@ def t2i_file(tmp_path_factory):
     return path
 
 
-def test_a_class_conditional_file(small_files, tmp_path):
-    folder = model_folder(small_files.gpt, dtype=torch.float32, cache=tmp_path)
-    config, weights = read_config(folder), safetensors.torch.load_file(folder / WEIGHTS_FILE)
-    assert config["architectures"] == [ARCHITECTURE] and config["model_type"] == "llama"
+def test_config_and_weights_of_a_class_conditional_file_name_its_classes(small_files):
+    gpt = open_gpt(small_files.gpt)
+    config, weights = engine_config(gpt), engine_weights(gpt)
     assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (8, 8, 32)
-    assert (config["vocab_size"], config["max_position_embeddings"], config["image_size"]) == (64 + 11, 65, 32)
-    gpt = load_gpt(small_files.gpt)
+    assert (config["vocab_size"], config["max_position_embeddings"], config["hidden_size"]) == (64 + 11, 65, 256)
     classes = gpt.cls_embedding.embedding_table.weight
     assert torch.equal(weights["embed.weight"], torch.cat([gpt.tok_embeddings.weight, classes]))
-    assert torch.equal(weights["null_condition"], classes[10:])
     assert torch.equal(weights["layers.2.attention.wqkv.weight"], gpt.layers[2].attention.wqkv.weight)
-    assert not list(tmp_path.glob(".*")) and folder.stat().st_mode & 0o777 == 0o755
 
 
-def test_a_text_conditional_file(t2i_file, tmp_path):
-    folder = model_folder(t2i_file, dtype=torch.bfloat16, cache=tmp_path)
-    config, weights = read_config(folder), safetensors.torch.load_file(folder / WEIGHTS_FILE)
+def test_config_of_a_text_conditional_file_has_room_beside_the_heads(t2i_file):
+    gpt = open_gpt(t2i_file)
+    config = engine_config(gpt)
     assert (config["vocab_size"], config["max_position_embeddings"], config["prefix"]) == (64 + 1, 120 + 64, 120)
-    assert config["rope_parameters"]["mrope_section"] == [16, 0, 0]
-    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
-    gpt = load_gpt(t2i_file, dtype=torch.bfloat16)
-    null = gpt.cls_embedding(torch.zeros(1, 120, 32), drop=torch.tensor([True]))[0]
-    torch.testing.assert_close(weights["null_condition"], null)
-    assert torch.equal(weights["caption.fc1"], gpt.cls_embedding.cap_proj.fc1.weight)
+    assert (config["own_head_dim"], config["head_dim"]) == (32, 64)
+    assert config["rope_parameters"]["mrope_section"] == [32, 0, 0]
+    assert not any(name.startswith("cls_embedding") for name in engine_weights(gpt))
 
 
-def test_made_once_and_anew_where_it_must_be(small_files, tmp_path, monkeypatch):
-    file = tmp_path / "gpt.pt"
-    file.write_bytes(small_files.gpt.read_bytes())
-    first = model_folder(file, dtype=torch.float32, cache=tmp_path / "cache")
-    written = (first / WEIGHTS_FILE).stat().st_mtime_ns
-    assert model_folder(file, dtype=torch.float32, cache=tmp_path / "cache") == first
-    assert (first / WEIGHTS_FILE).stat().st_mtime_ns == written
-    other = model_folder(file, dtype=torch.bfloat16, cache=tmp_path / "cache")
-    smaller = model_folder(small_files.bare, image_size=64, downsample_size=8, cache=tmp_path / "cache")
-    os.utime(file, ns=(1, 1))
-    newer = model_folder(file, dtype=torch.float32, cache=tmp_path / "cache")
-    assert len({first, other, smaller, newer}) == 4
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    assert tmp_path / "home" in model_folder(file).parents
+def test_served_model_embeds_a_class_and_its_negative_side_by_side(small_files):
+    model, classes = ServedModel(small_files.gpt, dtype=torch.float32), open_gpt(small_files.gpt).cls_embedding
+    assert (model.info.name, model.info.image_size, model.info.num_classes) == ("gpt", 32, 10)
+    for negative, row in ((None, 10), (10, 10), (3, 3)):
+        rows = model.prompt(ImageRequest(label=7, negative_class=negative, cfg_scale=2))["prompt_embeds"]
+        assert torch.equal(rows[0], classes.embedding_table.weight[[7, row]].flatten())
 
 
-@pytest.mark.parametrize("damage", ["cut", "no weights", "no config", "half a config", "of another version", "a file"])
-def test_a_damaged_folder_is_made_anew(damage, small_files, tmp_path):
-    folder = model_folder(small_files.gpt, dtype=torch.float32, cache=tmp_path)
-    whole = (folder / WEIGHTS_FILE).read_bytes()
-    config = (folder / CONFIG_FILE).read_text()
-    if damage == "cut":
-        (folder / WEIGHTS_FILE).write_bytes(whole[:1000])
-    elif damage == "no weights":
-        (folder / WEIGHTS_FILE).unlink()
-    elif damage == "no config":
-        (folder / CONFIG_FILE).unlink()
-    elif damage == "half a config":
-        (folder / CONFIG_FILE).write_text(config[:100])
-    elif damage == "of another version":
-        (folder / CONFIG_FILE).write_text(json.dumps(json.loads(config) | {"image_gpt_format": 0}))
-    else:
-        os.rename(folder, tmp_path / "aside")
-        folder.write_text("")
-    assert not is_whole(folder)
-    assert model_folder(small_files.gpt, dtype=torch.float32, cache=tmp_path) == folder
-    assert (folder / WEIGHTS_FILE).read_bytes() == whole and (folder / CONFIG_FILE).read_text() == config
-    assert not list(tmp_path.glob(".*"))
+@pytest.mark.parametrize("lengths", [(5, None), (5, 2), (5, 9), (150, 130)])
+def test_served_model_pads_the_shorter_of_a_prompt_and_its_negative(t2i_file, lengths):
+    model, gpt = ServedModel(t2i_file, dtype=torch.float32), load_gpt(t2i_file)
+    one, other = (None if n is None else torch.randn(n, 32) for n in lengths)
+    rows = model.prompt(ImageRequest(features=one, negative_features=other, cfg_scale=2))["prompt_embeds"]
+    expected = gpt.cls_embedding.cap_proj(one[:120])
+    null = gpt.cls_embedding.cap_proj(gpt.cls_embedding.uncond_embedding)[-len(expected) :]
+    negative = null if other is None else gpt.cls_embedding.cap_proj(other[:120])
+    assert len(rows) == max(len(expected), len(negative))
+    for stream, found in zip((expected, negative), rows.chunk(2, dim=1)):
+        padding = len(rows) - len(stream)
+        assert torch.equal(found[padding:], stream) and (found[:padding] == hidden_value(torch.float32)).all()
 
 
-@pytest.mark.slow
-def test_several_processes_at_once(small_files, tmp_path):
-    script = (
-        "import sys, torch\n"
-        "from autoregressive.serve.convert import is_whole, model_folder\n"
-        "folder = model_folder(sys.argv[1], dtype=torch.float32, cache=sys.argv[2])\n"
-        "assert is_whole(folder)\n"
-        "print(folder)\n"
-    )
-    command = [sys.executable, "-c", script, str(small_files.gpt), str(tmp_path)]
-    started = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    folders = {process.communicate()[0].strip() for process in started}
-    assert [process.returncode for process in started] == [0] * 3
-    assert [str(path) for path in tmp_path.iterdir()] == list(folders)
-
-
-def test_a_process_that_comes_second_takes_the_first_ones(small_files, tmp_path, monkeypatch):
-    gpt = load_gpt(small_files.gpt)
-    folder = model_folder(small_files.gpt, dtype=torch.float32, cache=tmp_path)
-    before = (folder / WEIGHTS_FILE).stat().st_ino
-    convert._place(folder, gpt, torch.float32, 32, "gpt.pt")
-    assert (folder / WEIGHTS_FILE).stat().st_ino == before
-    assert list(tmp_path.iterdir()) == [folder]
-
-
-def test_what_is_refused(small_files, tmp_path):
-    with pytest.raises(ValueError, match=r"predicts 4 tokens a step.*vLLM decodes one token a step.*--engine native"):
-        model_folder(small_files.par, cache=tmp_path)
+def test_open_gpt_of_what_vllm_cannot_draw_raises(small_files, tmp_path):
+    with pytest.raises(ValueError, match=r"the layout .* vLLM decodes one token a step.*--engine native"):
+        open_gpt(small_files.par)
     with pytest.raises(ValueError, match="--gpt-model"):
-        model_folder(small_files.gpt, cache=tmp_path, gpt_model="GPT-L")
+        ServedModel(small_files.gpt, gpt_model="GPT-L")
     with pytest.raises(FileNotFoundError):
-        model_folder(tmp_path / "nothing.pt", cache=tmp_path)
-    (tmp_path / "closed").write_text("")
-    with pytest.raises(OSError, match="XDG_CACHE_HOME"):
-        model_folder(small_files.gpt, cache=tmp_path / "closed" / "in")
-    with pytest.raises(ValueError, match="is not of this version"):
-        (tmp_path / CONFIG_FILE).write_text("{}")
-        read_config(tmp_path)
+        ServedModel(tmp_path / "nothing.pt")

@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import json
+import threading
 from contextlib import aclosing
 from itertools import pairwise
 
@@ -12,6 +13,7 @@ import torch
 
 from autoregressive.models.sampling import NotFiniteLogits
 from autoregressive.pipeline import ImagePipeline, load_gpt
+from autoregressive.serve import native
 from autoregressive.serve.decoder import GREY, Decoder
 from autoregressive.serve.engine import ImageRequest
 from autoregressive.serve.native import NativeEngine
@@ -37,14 +39,12 @@ def raster(small_files, tokenizer) -> ImagePipeline:
     return ImagePipeline(load_gpt(small_files.gpt, image_size=32, downsample_size=4), tokenizer, batch_size=4)
 
 
-def sampling(request: ImageRequest) -> dict:
-    names = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "sample_logits")
-    return {name: getattr(request, name) for name in names}
-
-
 def by_pipeline(pipeline: ImagePipeline, request: ImageRequest) -> np.ndarray:
-    asked = {"features": [request.features]} if pipeline.is_text else {"asked": [request.label]}
-    return np.asarray(pipeline(**asked, seed=request.seed, progress=False, **sampling(request))[0])
+    asked: dict = {"asked": [request.label], "negative_classes": request.negative_class}
+    if pipeline.is_text:
+        negative = None if request.negative_features is None else [request.negative_features]
+        asked = {"features": [request.features], "negative_features": negative}
+    return np.asarray(pipeline(**asked, seed=request.seed, progress=False, **request.sampling)[0])
 
 
 def serve(pipeline: ImagePipeline, requests: list[ImageRequest], failures=False, **options) -> list:
@@ -76,7 +76,10 @@ MIXED = [
     ImageRequest(label=9, seed=5, cfg_scale=4.0, cfg_interval=10, temperature=0.8),
     ImageRequest(label=0, seed=6, top_p=0.7),
     ImageRequest(label=5, sample_logits=False, cfg_scale=2.0),
-] + [ImageRequest(label=i % 10, seed=i, cfg_scale=1.5) for i in range(9)]  # more than a micro-batch
+] + [
+    ImageRequest(label=i % 10, seed=i, cfg_scale=1.5, negative_class=[None, 10, 4][i % 3])
+    for i in range(9)  # more than a micro-batch
+]
 
 
 @pytest.mark.slow
@@ -99,9 +102,15 @@ def test_tokens_come_row_by_row(pipeline):
 def test_prompts(small_files, tokenizer):
     pipeline = text_pipeline(tokenizer)
     prompts = ["a red lantern", "a", "two cats sleep on a chair", "rain", "a map"]
-    requests = [ImageRequest(features=f, seed=i, cfg_scale=3.0) for i, f in enumerate(pipeline.encode(prompts))]
+    encoded = pipeline.encode(prompts)
+    negatives = [None, *encoded[1:3][::-1], None, encoded[0]]
+    requests = [
+        ImageRequest(features=one, negative_features=other, seed=i, cfg_scale=3.0)
+        for i, (one, other) in enumerate(zip(encoded, negatives))
+    ]
     for i, tokens in enumerate(serve(pipeline, requests)):
-        expected = pipeline([prompts[i]], seed=i, cfg_scale=3.0, progress=False)[0]
+        words = [None, prompts[2], prompts[1], None, prompts[0]][i]
+        expected = pipeline([prompts[i]], negative_prompts=words, seed=i, cfg_scale=3.0, progress=False)[0]
         assert np.array_equal(decoded(pipeline, tokens[-1]), np.asarray(expected))
 
 
@@ -112,6 +121,11 @@ def test_prompts(small_files, tokenizer):
         (ImageRequest(label=-1), "label -1 is out of range"),
         (ImageRequest(), "give a label, 0 to 9"),
         (ImageRequest(features=torch.zeros(1, 3)), "give a label, 0 to 9"),
+        (ImageRequest(label="3"), "a label is a whole number, got '3'"),
+        (ImageRequest(label=1, negative_class=11, cfg_scale=2.0), "label 11 is out of range"),
+        (ImageRequest(label=1, negative_class=3), "no effect without guidance"),
+        (ImageRequest(label=1, negative_features=torch.zeros(1, 3), cfg_scale=2.0), "give a label, 0 to 9"),
+        (ImageRequest(label=1, cfg_scale="4"), "cfg_scale: .*number"),
         (ImageRequest(label=1, cfg_scale=float("nan")), "--cfg-scale must be a number"),
         (ImageRequest(label=1, top_p=-1), "--top-p must be 0"),
     ],
@@ -132,8 +146,8 @@ def test_requests_that_are_refused(raster, request_, message):
     "request_, message",
     [
         (ImageRequest(label=1), "not a label"),
-        (ImageRequest(features=torch.zeros(3, 5)), "features are floats of shape"),
-        (ImageRequest(features=torch.zeros(0, 12)), "features are floats of shape"),
+        (ImageRequest(features=torch.zeros(3, 5)), "takes floats of shape"),
+        (ImageRequest(features=torch.zeros(0, 12)), "takes floats of shape"),
         (ImageRequest(features=torch.full((2, 12), float("inf"))), "not all finite"),
     ],
 )
@@ -198,9 +212,54 @@ def test_closing_ends_what_runs_and_what_waits(raster):
         with pytest.raises(RuntimeError, match="closed"):
             await engine.run(lambda: 1)
         await engine.close()
-        assert not engine._thread.is_alive()
+        assert engine.dead and not any(thread.is_alive() for thread in engine._thread._threads)
 
     asyncio.run(main())
+
+
+def test_token_age_is_that_of_a_hung_worker(raster, monkeypatch):
+    """Known in the event loop while the worker hangs; a worker that waits for its turn does not hang."""
+    held = threading.Event()
+    monkeypatch.setattr(raster, "generate_codes", lambda *_, **__: held.wait(60))
+
+    async def main():
+        engine = NativeEngine(raster)
+        assert engine.token_age() is None
+        drawing = asyncio.create_task(anext(engine.generate(ImageRequest(label=1))))
+        await asyncio.sleep(0.5)
+        hung = engine.token_age()
+        held.set()
+        monkeypatch.undo()
+        with pytest.raises(RuntimeError, match="drawing failed"):
+            await drawing
+        idle = engine.token_age()
+        stream = engine.generate(ImageRequest(label=1))
+        await anext(stream)
+        drawn = engine.token_age()
+        await stream.aclose()
+        await engine.close()
+        return hung, idle, drawn
+
+    hung, idle, drawn = asyncio.run(main())
+    assert hung > 0.4 and idle is None and drawn < 0.4
+
+
+def test_closing_an_engine_whose_worker_hangs_ends(raster, monkeypatch, caplog):
+    held = threading.Event()
+    monkeypatch.setattr(raster, "generate_codes", lambda *_, **__: held.wait(60))
+    monkeypatch.setattr(native, "SECONDS_TO_CLOSE", 0.2)
+
+    async def main():
+        engine = NativeEngine(raster)
+        drawing = asyncio.create_task(anext(engine.generate(ImageRequest(label=1))))
+        await asyncio.sleep(0.1)
+        await engine.close()
+        held.set()
+        with pytest.raises(RuntimeError):
+            await drawing
+
+    asyncio.run(main())
+    assert "has hung" in caplog.text
 
 
 def test_native_engine_with_one_broken_image_draws_the_others_of_its_batch(small_files, tokenizer):

@@ -2,6 +2,8 @@
 
 import asyncio
 import math
+import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed here (bash scripts/ser
 from autoregressive.models.sampling import NotFiniteLogits
 from autoregressive.pipeline import ImagePipeline
 from autoregressive.serve.engine import ImageRequest
-from autoregressive.serve.vllm_engine import VllmEngine, engine_settings
-from tests.serve.vllm_engines import Running, preemptions
+from autoregressive.serve.vllm_engine import engine_settings
+from tests.serve.vllm_engines import Running, engine_processes, preemptions
 from tokenizer.load import load_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -34,8 +36,8 @@ SAMPLED = [
 
 
 @pytest.fixture(scope="module")
-def running(small_files, tmp_path_factory):
-    engine = Running(small_files.gpt, tmp_path_factory.mktemp("folders"))
+def running(small_files):
+    engine = Running(small_files.gpt)
     yield engine
     engine.close()
 
@@ -72,6 +74,32 @@ def test_vllm_engine_with_one_broken_image_draws_the_others(running, small_files
     assert isinstance(broken, NotFiniteLogits) and broken.steps == [1] and not running.engine.dead
 
 
+def test_negatives_of_any_company_draw_what_the_pipeline_draws(running, small_files):
+    requests = [replace(SAMPLED[i], cfg_scale=3.0, negative_class=[None, 10, 4, i % 10][i % 4]) for i in range(16)]
+    drawn = running.draw(requests)
+    assert drawn == running.expected(small_files.vq, requests)
+    none, same, other = running.draw([replace(requests[3], negative_class=n) for n in (None, 10, 4)])
+    assert none == same != other
+
+
+def test_token_age_is_that_of_a_hung_engine(running):
+    async def hang() -> tuple[float, float | None]:
+        stream = running.engine.generate(GREEDY[0])
+        await anext(stream)
+        (process,) = engine_processes(os.getpid())
+        process.suspend()
+        await asyncio.sleep(1)
+        age = running.engine.token_age()
+        process.resume()
+        async for _ in stream:
+            pass
+        return age, running.engine.token_age()
+
+    assert running.engine.token_age() is None
+    age, idle = running.runner.run(hang())
+    assert age > 0.9 and idle is None
+
+
 @pytest.mark.parametrize(
     "request_, message",
     [
@@ -80,14 +108,16 @@ def test_vllm_engine_with_one_broken_image_draws_the_others(running, small_files
         (ImageRequest(label=10**30), "is out of range"),
         (ImageRequest(label=True), "a label is a whole number, got True"),
         (ImageRequest(label="3"), "a label is a whole number, got '3'"),
-        (ImageRequest(), "it takes a label, 0 to 9"),
+        (ImageRequest(), "give a label, 0 to 9"),
+        (ImageRequest(label=1, negative_class=11, cfg_scale=2.0), "label 11 is out of range"),
+        (ImageRequest(label=1, negative_class=3), "no effect without guidance"),
         (ImageRequest(label=1, cfg_scale=math.nan), "--cfg-scale must be a number"),
-        (ImageRequest(label=1, cfg_scale="4"), "cfg_scale is a number, got '4'"),
+        (ImageRequest(label=1, cfg_scale="4"), "cfg_scale: .*number, got '4'"),
         (ImageRequest(label=1, cfg_interval=math.nan), "--cfg-interval must be a decode step"),
         (ImageRequest(label=1, temperature=-1), "--temperature must be 0 or more"),
         (ImageRequest(label=1, top_p=-1), "--top-p must be 0"),
-        (ImageRequest(label=1, top_k=1.5), "top_k is a whole number"),
-        (ImageRequest(label=1, seed=2**64), "seed is between"),
+        (ImageRequest(label=1, top_k=1.5), "top_k: .*integer"),
+        (ImageRequest(label=1, seed=2**64), "seed: "),
     ],
 )
 def test_a_request_that_is_refused(request_, message, running):
@@ -110,7 +140,7 @@ def test_what_the_engine_is_asked_past_the_check(running, small_files):
 
     with pytest.raises(VLLMValidationError, match="--cfg-scale must be a number"):
         running.runner.run(ask(64, cfg_scale=math.nan))
-    with pytest.raises(VLLMValidationError, match="seed is a whole number"):
+    with pytest.raises(VLLMValidationError, match=r"seed: .*integer"):
         running.runner.run(ask(64, seed=0.5))
     assert running.runner.run(ask(100_000, cfg_scale=1e38)) == 64
     assert running.draw(GREEDY[:2]) == running.expected(small_files.vq, GREEDY[:2])
@@ -139,17 +169,15 @@ def test_closing_a_request_gives_its_place_up(running, small_files):
 
 
 def test_settings_that_do_not_fit(running):
-    folder = running.engine._model.folder
     for settings, message in (
         ({"max_num_seqs": 0}, "max_num_seqs is 0"),
+        ({"tensor_parallel_size": 3}, "--tensor-parallel-size 3 does not divide the model's 4 heads"),
         ({"max_num_batched_tokens": 64}, "at least the 65 rows of a whole image"),
         ({"kv_cache_gib": 1e-6}, "keys and values of one image take"),
         ({"kv_cache_gib": math.nan}, "kv_cache_gib is nan"),
     ):
         with pytest.raises(ValueError, match=message):
-            engine_settings(folder, **settings)
-    with pytest.raises(ValueError, match="is not a whole folder"):
-        running.runner.run(VllmEngine.start(folder / "elsewhere"))
+            engine_settings(running.model, **settings)
 
 
 def test_a_closed_engine(running):

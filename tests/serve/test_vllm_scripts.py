@@ -69,8 +69,7 @@ def test_without_vllm(script):
 @needs_vllm
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_classes(small_files, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_classes(small_files, tmp_path):
     words = [
         *SMALL, "--gpt-ckpt", small_files.gpt, "--vq-ckpt", small_files.vq, "--num-classes", 10, "--labels", 1, 2, 2, 7, 9,
     ]  # fmt: skip
@@ -83,8 +82,7 @@ def test_classes(small_files, tmp_path, monkeypatch):
 @needs_vllm
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_features_of_prompts(small_files, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_features_of_prompts(small_files, tmp_path):
     shape = {"vocab_size": 64, "block_size": 64, "cls_token_num": 16, "caption_dim": WIDTH, "model_type": "t2i"}
     gpt = randomize(GPT_models["GPT-XS"](**shape), seed=4).state_dict()
     args = Namespace(gpt_model="GPT-XS", gpt_type="t2i", image_size=32, downsample_size=4)
@@ -110,13 +108,12 @@ def test_features_of_prompts(small_files, tmp_path, monkeypatch):
     "words, message",
     [
         (["--gpt-type", "t2i"], "for captions there is sample_t2i.py"),
-        (["--ar-token-num", "4"], "predicts 4 tokens a step"),
+        (["--ar-token-num", "4"], "vLLM decodes one token a step"),
         (["--labels", "10"], "class 10 is out of range: the model has classes 0 to 9"),
         (["--labels", "1", "--kv-cache-gib", "1e-9"], "kv_cache_gib is 1e-09; keys and values of one image take"),
     ],
 )
-def test_mistakes(words, message, small_files, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_mistakes(words, message, small_files, tmp_path):
     gpt = small_files.par if "--ar-token-num" in words else small_files.gpt
     with pytest.raises(ValueError, match=message):
         run_here(

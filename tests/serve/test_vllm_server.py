@@ -4,6 +4,11 @@ test_server_load.py has the same for classes, in bursts.
 """
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
 from argparse import Namespace
 
 import numpy as np
@@ -13,11 +18,12 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed here (bash scripts/serve.sh)")
 
 import httpx
+import psutil
 
 from autoregressive.models.gpt import GPT_models
 from autoregressive.pipeline import ImagePipeline
 from benchmarks.serving import IMAGES, started_server
-from tests.helpers import randomize
+from tests.helpers import ROOT, randomize
 from tests.language.small_t5 import SENTENCES, make_small_t5
 from tests.serve.servers import pixels
 
@@ -45,8 +51,7 @@ def body(i: int) -> dict:
     return {"prompt": PROMPTS[i], "guidance_scale": SCALES[i % 4], "seed": i, "temperature": i % 2, "top_k": 0}
 
 
-def test_prompts(files, small_files, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_prompts(files, small_files):
     words = [
         "--engine", "vllm", "--gpt-ckpt", files / "t2i.pt", "--vq-ckpt", small_files.vq, "--t5-path", files / "t5",
         "--t5-model-type", "flan-t5-xl", "--batch-size", 5, "--device", "cpu",
@@ -79,3 +84,57 @@ def test_prompts(files, small_files, tmp_path, monkeypatch):
         )  # fmt: skip
         assert np.array_equal(image, np.asarray(drawn[0])), asked
     assert len({image.tobytes() for image in images}) == 16
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def wait_for_engine(server: subprocess.Popen, seconds: float = 120) -> list[psutil.Process]:
+    """What runs beside the server once its engine's process has begun."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        assert server.poll() is None
+        if any("multiprocessing.spawn" in " ".join(child.cmdline()) for child in descendants(server.pid)):
+            return descendants(server.pid)
+        time.sleep(0.05)
+    raise TimeoutError("no engine")
+
+
+@pytest.mark.parametrize(
+    "seconds, number", [(0.1, signal.SIGTERM), (4, signal.SIGTERM), (1, signal.SIGKILL), (8, signal.SIGKILL)]
+)
+def test_server_that_ends_while_its_engine_starts_leaves_no_process(small_files, seconds, number):
+    """From the moment at which the engine's process exists, at several points of its start."""
+    words = [
+        "--engine",
+        "vllm",
+        "--gpt-ckpt",
+        small_files.gpt,
+        "--vq-ckpt",
+        small_files.vq,
+        "--device",
+        "cpu",
+        "--port",
+        "0",
+    ]
+    line = [sys.executable, "-m", "autoregressive.serve.server", *map(str, words)]
+    server = subprocess.Popen(line, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    wait_for_engine(server)
+    time.sleep(seconds)
+    left = descendants(server.pid)
+    server.send_signal(number)
+    server.wait(60)
+    _, alive = psutil.wait_procs(left, timeout=20)
+    assert not alive
+
+
+def test_killed_server_leaves_no_engine_even_a_stopped_one(small_files):
+    words = ["--engine", "vllm", "--gpt-ckpt", small_files.gpt, "--vq-ckpt", small_files.vq, "--device", "cpu"]
+    with started_server(words) as server:
+        left = descendants(server.process.pid)
+        assert left
+        left[-1].suspend()
+        server.process.kill()
+        _, alive = psutil.wait_procs(left, timeout=20)
+        assert not alive

@@ -1,6 +1,7 @@
 """The vLLM engine with a text-conditional model: captions of any length, their padding left out, the same tokens."""
 
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def running(tmp_path_factory):
     args = Namespace(gpt_model="GPT-XS", gpt_type="t2i", image_size=32, downsample_size=4)
     torch.save({"model": gpt, "optimizer": {}, "steps": 7, "args": args}, folder / "t2i.pt")
     # An image takes up to six blocks of 32 rows.
-    engine = Running(folder / "t2i.pt", folder / "folders", num_gpu_blocks_override=13)
+    engine = Running(folder / "t2i.pt", num_gpu_blocks_override=13)
     yield engine
     engine.close()
 
@@ -55,6 +56,23 @@ def test_drawn_tokens_with_late_arrivals(running, small_files):
     assert drawn == running.expected(small_files.vq, requests)
 
 
+def test_negatives_of_any_length_draw_what_the_pipeline_draws(running, small_files):
+    requests = [
+        ImageRequest(
+            features=features(i),
+            negative_features=None if i % 4 == 0 else features(3 * i + 1),
+            cfg_scale=3.0,
+            seed=i,
+            top_k=30,
+        )
+        for i in range(16)
+    ]
+    drawn = running.draw(requests)
+    assert drawn == running.expected(small_files.vq, requests)
+    without = running.draw([replace(request, negative_features=None) for request in requests[:2]])
+    assert without[0] == drawn[0] and without[1] != drawn[1]
+
+
 def test_vllm_engine_with_one_broken_image_draws_the_others(running, small_files):
     requests = [ImageRequest(features=features(i), cfg_scale=2.0, seed=i) for i in range(6)]
     expected = running.expected(small_files.vq, requests)
@@ -67,7 +85,7 @@ def test_vllm_engine_with_one_broken_image_draws_the_others(running, small_files
 @pytest.mark.parametrize(
     "request_, message",
     [
-        (ImageRequest(label=1), "takes the features of a prompt, and no label"),
+        (ImageRequest(label=1), "give a prompt's features, not a label"),
         (ImageRequest(features=torch.zeros(3, 8)), r"shape \(3, 8\); this model takes floats of shape \(length, 32\)"),
         (ImageRequest(features=torch.zeros(0, WIDTH)), "takes floats of shape"),
         (ImageRequest(features=torch.full((3, WIDTH), torch.nan)), "not all finite"),

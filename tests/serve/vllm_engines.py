@@ -4,12 +4,12 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import torch
 
 from autoregressive.pipeline import ImagePipeline, load_gpt
-from autoregressive.serve.convert import model_folder
 from autoregressive.serve.engine import ImageRequest
-from autoregressive.serve.vllm_engine import VllmEngine
+from autoregressive.serve.vllm_engine import ServedModel, VllmEngine
 from tokenizer.load import load_tokenizer
 
 # Fewer places than images, an odd number of them, and a cache in which five images find room but do not stay: an image
@@ -20,11 +20,10 @@ SETTINGS = {"max_num_seqs": 5, "block_size": 32, "num_gpu_blocks_override": 9, "
 class Running:
     """An engine and the event loop it lives in."""
 
-    def __init__(self, gpt: Path, cache: Path, **settings):
+    def __init__(self, gpt: Path, **settings):
         self.runner = asyncio.Runner()
-        self.gpt = load_gpt(gpt)
-        folder = model_folder(gpt, dtype=torch.float32, cache=cache)
-        self.engine = self.runner.run(VllmEngine.start(folder, **(SETTINGS | settings)))
+        self.gpt, self.model = load_gpt(gpt), ServedModel(gpt, dtype=torch.float32)
+        self.engine = self.runner.run(VllmEngine.start(self.model, **(SETTINGS | settings)))
 
     def close(self) -> None:
         self.runner.run(self.engine.close())
@@ -52,12 +51,9 @@ class Running:
         pipeline = ImagePipeline(self.gpt, load_tokenizer(vq))
         drawn = []
         for request in requests:
-            cond, mask = torch.tensor([request.label or 0]), None
-            if request.features is not None:
-                cond, mask = pipeline.condition_rows([request.features])
-            fields = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "sample_logits")
-            sampling = {name: getattr(request, name) for name in fields}
-            codes = pipeline.generate_codes(cond, emb_masks=mask, seed=request.seed, **sampling)
+            asked = [request.label if request.features is None else request.features]
+            conditions = pipeline.conditions(asked, [request.negative])
+            codes = pipeline.generate_codes(**conditions, seed=request.seed, **request.sampling)
             drawn.append(codes[0].tolist())
         return drawn
 
@@ -72,3 +68,10 @@ def preemptions() -> float:
         for sample in metric.samples
         if sample.name == "vllm:num_preemptions_total"
     )
+
+
+def engine_processes(pid: int) -> "list[psutil.Process]":
+    """Engines among the descendants of a process."""
+    return [
+        child for child in psutil.Process(pid).children(recursive=True) if "EngineCore" in " ".join(child.cmdline())
+    ]
