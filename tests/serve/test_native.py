@@ -212,7 +212,8 @@ def test_closing_ends_what_runs_and_what_waits(raster):
         with pytest.raises(RuntimeError, match="closed"):
             await engine.run(lambda: 1)
         await engine.close()
-        assert engine.dead and not any(thread.is_alive() for thread in engine._thread._threads)
+        await asyncio.wait_for(asyncio.to_thread(engine._thread.shutdown), 10)
+        assert engine.dead
 
     asyncio.run(main())
 
