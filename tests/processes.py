@@ -90,10 +90,10 @@ class SeenCodes:
 
 def watch_samples(file: str) -> None:
     """Has the data set write down which samples are read of it, and by which process."""
-    import dataset.build
+    from autoregressive.train import class_data, text_data
 
-    build = dataset.build.build_dataset
-    dataset.build.build_dataset = lambda args, **kwargs: SeenCodes(build(args, **kwargs), file)
+    build = class_data.build_dataset
+    class_data.build_dataset = text_data.build_dataset = lambda args, **kwargs: SeenCodes(build(args, **kwargs), file)
 
 
 def kill_when_due(life: dict, children: list[int]) -> bool:
@@ -130,7 +130,7 @@ def main() -> None:
         "utils.training.state",
         "utils.training.trainer",
     ]
-    needed += ["autoregressive.train.loss", "autoregressive.train.next_patch", "autoregressive.train.flops"]
+    needed += ["autoregressive.train.class_data", "autoregressive.train.text_data"]
     for name in [*needed, *(life["module"] for life in plan)]:
         importlib.import_module(name)
     gc.freeze()  # forked processes then share what was imported

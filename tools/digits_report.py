@@ -41,7 +41,7 @@ def of_classes(args: argparse.Namespace) -> dict:
     import torch
 
     from autoregressive.pipeline import load_gpt
-    from autoregressive.train.loss import mean_loss
+    from autoregressive.train.evaluation import mean_loss
     from dataset.codes import PackedCodes
     from tokenizer.load import load_tokenizer
     from tokenizer.reconstruction import reconstruct

@@ -22,7 +22,8 @@ def main(args: argparse.Namespace) -> None:
     from utils.checkpoint import save_bare_weights, save_checkpoint, save_safetensors
     from utils.distributed import Distributed
     from utils.runs import find_checkpoint
-    from utils.training.state import ShardedCheckpoint, TrainingState, whole_weights
+    from utils.training.shards import ShardedCheckpoint, whole_weights
+    from utils.training.state import TrainingState
 
     read = TrainingState.read(find_checkpoint(args.checkpoint), Distributed(torch.device("cpu")))
     source = read.path

@@ -54,9 +54,8 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, added: Sequence[str] = (), **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.added = added
-        self._negative_number_matcher = re.compile(
-            r"-(\.?\d|inf|nan)", re.I
-        )  # values, -1e-4 too, which Python's own misses
+        # Values, -1e-4 too, which Python's own pattern misses.
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.I)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as usual, after the files of --import have registered what they define."""
@@ -71,38 +70,28 @@ class _Parser(argparse.ArgumentParser):
 
     def _get_option_tuples(self, option_string: str) -> list[tuple]:
         matches = super()._get_option_tuples(option_string)
-        first, last = [], []
-        for action, flag, *rest in matches:
-            extra = flag in self.added or (
-                flag.startswith("--no-") and isinstance(action, argparse.BooleanOptionalAction)
-            )
-            if flag in LLAMAGEN_FLAGS and not extra:
-                first.append((action, flag, *rest))
-            elif flag in LLAMAGEN_FLAGS + NPP_AND_PAR_FLAGS:
-                last.append((action, flag, *rest))
-        return first or last
+        first = [match for match in matches if match[1] in LLAMAGEN_FLAGS and not self._is_added(*match[:2])]
+        return first or [match for match in matches if match[1] in LLAMAGEN_FLAGS + NPP_AND_PAR_FLAGS]
+
+    def _is_added(self, action: argparse.Action, flag: str) -> bool:
+        switched_off = flag.startswith("--no-") and isinstance(action, argparse.BooleanOptionalAction)
+        return flag in self.added or switched_off
 
     def error(self, message: str) -> NoReturn:
-        """Ends with one line, as every other mistake of a user does (see `run_script`)."""
+        """End with one line, as every other mistake of a user does (see `run_script`)."""
         said = re.sub(r"^argument (\S+): must", r"\1 must", message)
         self.exit(2, f"error: {said} ({self.prog} --help lists the flags)\n")
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with every default and the description as it is written."""
+
+
 def flag_parser(description: str | None, added: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Return a parser whose help shows every default. added: published flags that its published form lacks."""
-
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
-
-    parser = _Parser(description=description, formatter_class=Formatter, added=added)
-    parser.add_argument(
-        "--import",
-        dest="import",
-        metavar="FILE.py",
-        action="append",
-        default=[],
-        help="a file of your own that registers layouts, conditions, objectives or quantisers (docs/extending.md); repeatable",
-    )
+    parser = _Parser(description=description, formatter_class=_Formatter, added=added)
+    help = "a file of your own that registers layouts, conditions, objectives or quantisers (docs/extending.md); repeatable"
+    parser.add_argument("--import", dest="import", metavar="FILE.py", action="append", default=[], help=help)
     return parser
 
 
@@ -121,9 +110,19 @@ class _StoreGiven(argparse.Action):
         setattr(namespace, f"{self.dest}_given", True)
 
 
+def add_flag(parser: Flags, name: str, type: Callable[[str], Any] | None, default: Any, help: str, **more: Any) -> None:
+    """Add a flag with a value. type: None for text."""
+    parser.add_argument(name, type=type, default=default, help=help, **more)
+
+
 def add_switch(parser: Flags, name: str, default: bool | None, help: str) -> None:
-    """A switch with its --no-… form."""
+    """Add a switch with its --no-… form."""
     parser.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=help)
+
+
+def add_store_true(parser: Flags, name: str, help: str) -> None:
+    """Add a switch that is off unless it is given."""
+    parser.add_argument(name, action="store_true", help=help)
 
 
 @dataclass(frozen=True)
@@ -149,13 +148,13 @@ class Number:
         return value
 
     def __str__(self) -> str:
-        words = {
+        bounds = {
             "{:,} or more": self.least,
             "above {:,}": self.above,
             "at most {:,}": self.most,
             "below {:,}": self.below,
         }
-        return " and ".join(form.format(bound) for form, bound in words.items() if abs(bound) != inf)
+        return " and ".join(form.format(bound) for form, bound in bounds.items() if abs(bound) != inf)
 
 
 positive_int = Number(int, above=0)
@@ -172,7 +171,7 @@ CFG_SCALE = Number(float, least=-1)
 
 
 def colour(text: str) -> str:
-    """An argparse type: a colour's name or #rrggbb, as '#rrggbb'; or 'none'."""
+    """Return a colour's name or #rrggbb as '#rrggbb', and 'none' as it is: an argparse type."""
     from PIL import ImageColor
 
     try:
@@ -182,7 +181,7 @@ def colour(text: str) -> str:
 
 
 def named_settings(text: str) -> dict[str, Any]:
-    """An argparse type: a registered name and its settings, NAME or NAME,key=value,…, as {"name": NAME, key: value, …}."""
+    """Return NAME or NAME,key=value,… as {"name": NAME, key: value, …}: an argparse type."""
     name, *settings = text.split(",")
     if not name.isidentifier():
         raise argparse.ArgumentTypeError(f"must be a registered name, got {name or 'nothing'}")
@@ -199,78 +198,55 @@ def named_settings(text: str) -> dict[str, Any]:
 
 
 def positive_int_or_auto(text: str) -> float | str:
-    """An argparse type: a whole number above zero, or "auto"."""
+    """Return a whole number above zero, or "auto": an argparse type."""
     return text if text == "auto" else positive_int(text)
+
+
+HALF = ["none", "fp16", "bf16"]
+_DEVICE = "cuda, mps or cpu (default: the best there is)"
+_WORKERS = "loader processes (at most the processor's cores)"
 
 
 def add_gpt_flags(
     parser: Flags, sizes: Iterable[str], *, training: bool = False, gpt_type: str = "c2i", gpt_model: str = "GPT-B"
 ) -> None:
-    """--gpt-model (one of `sizes`), --gpt-type and what fixes the sequence."""
+    """Add --gpt-model (one of `sizes`), --gpt-type and what fixes the sequence."""
     group = parser.add_argument_group("model")
-    group.add_argument("--gpt-model", choices=list(sizes), default=gpt_model, help="size of the transformer")
-    group.add_argument(
-        "--gpt-type", choices=["c2i", "t2i"], default=gpt_type, help="conditioned on a class or a caption"
-    )
+    add_flag(group, "--gpt-model", None, gpt_model, "size of the transformer", choices=list(sizes))
+    add_flag(group, "--gpt-type", None, gpt_type, "conditioned on a class or a caption", choices=["c2i", "t2i"])
     tokens = 1 if gpt_type == "c2i" else 120
-    group.add_argument("--cls-token-num", type=positive_int, default=tokens, help="condition tokens before the image's")
+    add_flag(group, "--cls-token-num", positive_int, tokens, "condition tokens before the image's")
     said_by = "the codes say" if training else "the file says"
-    group.add_argument(
-        "--num-classes", type=positive_int, default=None, help=f"classes the model knows (default: as {said_by})"
-    )
-    group.add_argument(
-        "--ar-token-num",
-        type=positive_int,
-        default=None,
-        help="tokens a step predicts, a square number (PAR; 1: raster)",
-    )
-    group.add_argument(
-        "--spe-token-num",
-        type=nonnegative_int,
-        default=None,
-        help="special tokens of PAR, one less than --ar-token-num",
-    )
+    add_flag(group, "--num-classes", positive_int, None, f"classes the model knows (default: as {said_by})")
+    add_flag(group, "--ar-token-num", positive_int, None, "tokens a step predicts, a square number (PAR; 1: raster)")
+    add_flag(group, "--spe-token-num", nonnegative_int, None, "special tokens of PAR, one less than --ar-token-num")
     if training:
-        group.add_argument(
-            "--layout",
-            type=named_settings,
-            default=None,
-            metavar="NAME[,key=value]",
-            help="a registered order of tokens (default: raster, or what --ar-token-num says); docs/extending.md",
-        )
-        group.add_argument(
-            "--condition",
-            type=named_settings,
-            action="append",
-            default=[],
-            metavar="NAME[,key=value]",
-            help="a further registered condition, read from the data by its name; repeatable",
-        )
+        named: dict[str, Any] = {"type": named_settings, "metavar": "NAME[,key=value]"}
+        help = "a registered order of tokens (default: raster, or what --ar-token-num says); docs/extending.md"
+        add_flag(group, "--layout", default=None, help=help, **named)
+        help = "a further registered condition, read from the data by its name; repeatable"
+        add_flag(group, "--condition", default=[], help=help, action="append", **named)
     why = "rotary tables are made for the grid of --image-size, as those of the released models"
-    group.add_argument(
-        "--rescale-rope", action=_Unused, nargs="?", const=why, default=argparse.SUPPRESS, help="not used"
-    )
+    add_flag(group, "--rescale-rope", None, argparse.SUPPRESS, "not used", action=_Unused, nargs="?", const=why)
     if training:
-        group.add_argument(
-            "--vocab-size", type=positive_int, default=None, help="codes in the codebook (default: as the codes say)"
-        )
-        group.add_argument("--dropout-p", type=PROBABILITY, default=0.1, help="residual and feed-forward dropout")
-        group.add_argument("--token-dropout-p", type=PROBABILITY, default=0.1, help="dropout after the embedding")
-        group.add_argument("--drop-path-rate", type=PROBABILITY, default=0.0, help="stochastic depth of the last layer")
+        add_flag(group, "--vocab-size", positive_int, None, "codes in the codebook (default: as the codes say)")
+        add_flag(group, "--dropout-p", PROBABILITY, 0.1, "residual and feed-forward dropout")
+        add_flag(group, "--token-dropout-p", PROBABILITY, 0.1, "dropout after the embedding")
+        add_flag(group, "--drop-path-rate", PROBABILITY, 0.0, "stochastic depth of the last layer")
 
 
 def add_gpt_file_flags(parser: Flags, *, required: bool = False) -> None:
-    """--gpt-ckpt, --from-fsdp and --use-ema of the scripts that sample."""
+    """Add --gpt-ckpt, --from-fsdp and --use-ema of the scripts that sample."""
     help = "GPT weights: a file, a run's folder, or a released file's name"
-    parser.add_argument("--gpt-ckpt", default=None, required=required, help=help)
+    add_flag(parser, "--gpt-ckpt", None, None, help, required=required)
     help = "a bare state dict (recognised without the flag too); sample folders are named after its folder"
-    parser.add_argument("--from-fsdp", action="store_true", help=help)
+    add_store_true(parser, "--from-fsdp", help)
     help = "sample from the GPT's averaged weights, and the tokenizer's where its file has some"
-    parser.add_argument("--use-ema", action="store_true", help=help)
+    add_store_true(parser, "--use-ema", help)
 
 
 def layout_numbers(args: argparse.Namespace) -> tuple[int | None, int | None]:
-    """(--ar-token-num, --spe-token-num) where giving one implies the other; (None, None) where neither is given."""
+    """Return (--ar-token-num, --spe-token-num), of which giving one implies the other; (None, None) where neither is given."""
     ar, special = args.ar_token_num, args.spe_token_num
     if ar is None and special is None:
         return None, None
@@ -285,7 +261,7 @@ def layout_numbers(args: argparse.Namespace) -> tuple[int | None, int | None]:
 
 
 def grid_size(image_size: int, downsample_size: int) -> int:
-    """Tokens a side. Raises ValueError where the tokenizer does not divide the image."""
+    """Return the tokens a side. Raises ValueError where the tokenizer does not divide the image."""
     if image_size % downsample_size:
         below = image_size // downsample_size * downsample_size
         sizes = f"{below} or {below + downsample_size}" if below else f"{downsample_size}"
@@ -296,23 +272,13 @@ def grid_size(image_size: int, downsample_size: int) -> int:
 
 
 def add_tokenizer_flags(parser: Flags, names: Iterable[str], *, required: bool = False) -> None:
-    """--vq-ckpt, and what its file is believed to hold: --vq-model (one of `names`) and the shape of the codebook."""
+    """Add --vq-ckpt, and what its file is believed to hold: --vq-model (one of `names`) and the shape of the codebook."""
     group = parser.add_argument_group("tokenizer")
-    group.add_argument(
-        "--vq-model", choices=list(names), default=None, help="image tokenizer (default: as the file says)"
-    )
-    group.add_argument(
-        "--vq-ckpt",
-        default=None,
-        required=required,
-        help="tokenizer weights: a file, a run's folder, or a released file's name",
-    )
-    group.add_argument(
-        "--codebook-size", type=positive_int, default=None, help="codes in the codebook (default: as the file says)"
-    )
-    group.add_argument(
-        "--codebook-embed-dim", type=positive_int, default=None, help="numbers a code has (default: as the file says)"
-    )
+    add_flag(group, "--vq-model", None, None, "image tokenizer (default: as the file says)", choices=list(names))
+    help = "tokenizer weights: a file, a run's folder, or a released file's name"
+    add_flag(group, "--vq-ckpt", None, None, help, required=required)
+    add_flag(group, "--codebook-size", positive_int, None, "codes in the codebook (default: as the file says)")
+    add_flag(group, "--codebook-embed-dim", positive_int, None, "numbers a code has (default: as the file says)")
 
 
 def tokenizer_beliefs(args: argparse.Namespace) -> dict[str, Any]:
@@ -321,207 +287,132 @@ def tokenizer_beliefs(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_image_size_flags(parser: Flags, size: int, *, downsample: bool = True, evaluation: int | None = None) -> None:
-    """--image-size and, where asked for, --downsample-size and --image-size-eval."""
-    parser.add_argument(
-        "--image-size", type=positive_int, default=size, help="pixels a side; the tokenizer must divide it"
-    )
+    """Add --image-size and, where asked for, --downsample-size and --image-size-eval."""
+    add_flag(parser, "--image-size", positive_int, size, "pixels a side; the tokenizer must divide it")
     if downsample:
-        parser.add_argument("--downsample-size", type=positive_int, default=16, help="pixels a side of a token")
+        add_flag(parser, "--downsample-size", positive_int, 16, "pixels a side of a token")
     if evaluation:
-        parser.add_argument(
-            "--image-size-eval", type=positive_int, default=evaluation, help="pixels a side of the saved images"
-        )
+        add_flag(parser, "--image-size-eval", positive_int, evaluation, "pixels a side of the saved images")
 
 
 def add_reading_flags(parser: Flags) -> None:
-    """--exif and --background of the scripts that read image files; `dataset/pixels.py:Reading.of` takes them."""
+    """Add --exif and --background of the scripts that read image files; `dataset/pixels.py:Reading.of` takes them."""
     add_switch(parser, "--exif", None, "turn images as their EXIF says (on unless --no-exif, the published way)")
-    parser.add_argument(
-        "--background",
-        type=colour,
-        default=None,
-        help="colour laid under transparent pixels, a name or #rrggbb (white unless given); none drops transparency, as published",
-    )
+    help = "colour laid under transparent pixels, a name or #rrggbb (white unless given); none drops transparency, as published"
+    add_flag(parser, "--background", colour, None, help)
 
 
 def add_sampling_flags(
     parser: Flags, *, cfg_scale: float, top_k: int, interval: bool = True, negative: str | None = None
 ) -> None:
-    """Guidance, temperature, top-k, top-p, greedy. negative: what guidance may lead away from, "class" or "prompt"."""
+    """Add guidance, temperature, top-k, top-p, greedy. negative: what guidance may lead away from, "class" or "prompt"."""
     group = parser.add_argument_group("sampling")
     if negative:
         says = "a class, by name or number," if negative == "class" else "a prompt"
-        group.add_argument(
-            f"--negative-{negative}",
-            default=None,
-            help=f"{says} that guidance leads away from (default: no {negative})",
-        )
-    group.add_argument("--cfg-scale", type=CFG_SCALE, default=cfg_scale, help="guidance scale, 1 or less for none")
+        help = f"{says} that guidance leads away from (default: no {negative})"
+        add_flag(group, f"--negative-{negative}", None, None, help)
+    add_flag(group, "--cfg-scale", CFG_SCALE, cfg_scale, "guidance scale, 1 or less for none")
     if interval:
-        group.add_argument(
-            "--cfg-interval", type=Number(float, least=-1), default=-1, help="last guided decode step, -1 for all"
-        )
-    group.add_argument("--temperature", type=nonnegative_float, default=1.0, help="divides the logits, 0 as --greedy")
-    group.add_argument(
-        "--top-k", type=Number(int, least=-1), default=top_k, help="keep the k most likely tokens, 0 or -1 for all"
-    )
-    group.add_argument(
-        "--top-p",
-        type=nonnegative_float,
-        default=1.0,
-        help="keep the most likely tokens of this mass: 1 or more for all, 0 as --greedy",
-    )
-    group.add_argument("--greedy", action="store_true", help="take the likeliest token, the first of equal ones")
+        add_flag(group, "--cfg-interval", Number(float, least=-1), -1, "last guided decode step, -1 for all")
+    add_flag(group, "--temperature", nonnegative_float, 1.0, "divides the logits, 0 as --greedy")
+    add_flag(group, "--top-k", Number(int, least=-1), top_k, "keep the k most likely tokens, 0 or -1 for all")
+    help = "keep the most likely tokens of this mass: 1 or more for all, 0 as --greedy"
+    add_flag(group, "--top-p", nonnegative_float, 1.0, help)
+    add_store_true(group, "--greedy", "take the likeliest token, the first of equal ones")
 
 
 def add_text_flags(parser: Flags) -> None:
-    """Where the T5 is that encodes prompts, how it is run, and how its features stand before the image."""
+    """Add where the T5 is that encodes prompts, how it is run, and how its features stand before the image."""
     group = parser.add_argument_group("text")
-    group.add_argument(
-        "--t5-path", default="pretrained_models/t5-ckpt", help="folder of T5 folders, or the T5's folder itself"
+    help = "folder of T5 folders, or the T5's folder itself"
+    add_flag(group, "--t5-path", None, "pretrained_models/t5-ckpt", help)
+    add_flag(group, "--t5-model-type", None, "flan-t5-xl", "the T5's folder in --t5-path")
+    add_flag(group, "--t5-feature-max-len", positive_int, 120, "text tokens that are read of a prompt")
+    add_flag(group, "--t5-feature-dim", positive_int, 2048, "width of the T5's features")
+    help = "features stand before their padding; released models were trained with them behind it"
+    add_store_true(group, "--no-left-padding", help)
+    help = (
+        "folder of the prompts' features in the T5's place, which is not loaded then: language/extract_t5_feature.py "
+        "makes it of the same file of prompts (--data-path FILE); line i of the features belongs to prompt i"
     )
-    group.add_argument("--t5-model-type", default="flan-t5-xl", help="the T5's folder in --t5-path")
-    group.add_argument(
-        "--t5-feature-max-len", type=positive_int, default=120, help="text tokens that are read of a prompt"
-    )
-    group.add_argument("--t5-feature-dim", type=positive_int, default=2048, help="width of the T5's features")
-    group.add_argument(
-        "--no-left-padding",
-        action="store_true",
-        help="features stand before their padding; released models were trained with them behind it",
-    )
-    group.add_argument(
-        "--t5-feat-path",
-        default=None,
-        help="folder of the prompts' features in the T5's place, which is not loaded then: language/extract_t5_feature.py "
-        "makes it of the same file of prompts (--data-path FILE); line i of the features belongs to prompt i",
-    )
-    group.add_argument("--t5-device", default=None, help="where the T5 runs (default: --device)")
-    group.add_argument(
-        "--t5-precision", choices=["none", "fp16", "bf16"], default=None, help="of the T5 (default: --precision)"
-    )
+    add_flag(group, "--t5-feat-path", None, None, help)
+    add_flag(group, "--t5-device", None, None, "where the T5 runs (default: --device)")
+    add_flag(group, "--t5-precision", None, None, "of the T5 (default: --precision)", choices=HALF)
 
 
 def add_run_flags(parser: Flags, *, compile: bool | None = False, precision: bool = True) -> None:
-    """--device, --precision, --compile. compile: its default, None where the script decides."""
+    """Add --device, --precision, --compile. compile: its default, None where the script decides."""
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
+    add_flag(group, "--device", None, None, _DEVICE)
     if precision:
-        group.add_argument(
-            "--precision", choices=["none", "fp16", "bf16"], default="bf16", help="of the transformer's weights"
-        )
+        add_flag(group, "--precision", None, "bf16", "of the transformer's weights", choices=HALF)
     add_switch(group, "--compile", compile, "torch.compile the decode step, on CUDA and on a CPU beside a C++ compiler")
 
 
 def add_quantize_flag(parser: Flags) -> None:
-    """--quantize of the scripts that sample."""
-    parser.add_argument(
-        "--quantize",
-        choices=["none", "int8"],
-        default="none",
-        help="int8: the blocks' matrices in 8 bits, about half of bf16's memory in large models; other images (needs torchao)",
-    )
+    """Add --quantize of the scripts that sample."""
+    help = "int8: the blocks' matrices in 8 bits, about half of bf16's memory in large models; other images (needs torchao)"
+    add_flag(parser, "--quantize", None, "none", help, choices=["none", "int8"])
 
 
 def add_batch_size_flag(parser: Flags) -> None:
-    """--batch-size of a script that draws."""
-    parser.add_argument(
-        "--batch-size",
-        type=positive_int,
-        default=None,
-        help="images at once (default: 32 on an accelerator, 8 on a CPU)",
-    )
+    """Add --batch-size of a script that draws."""
+    help = "images at once (default: 32 on an accelerator, 8 on a CPU)"
+    add_flag(parser, "--batch-size", positive_int, None, help)
 
 
 def add_per_process_batch_size_flag(parser: Flags) -> None:
-    """--per-proc-batch-size of a script that draws many images."""
-    parser.add_argument(
-        "--per-proc-batch-size",
-        type=positive_int_or_auto,
-        default=32,
-        help="images at once on each process; auto: as many as fit into memory",
-    )
+    """Add --per-proc-batch-size of a script that draws many images."""
+    help = "images at once on each process; auto: as many as fit into memory"
+    add_flag(parser, "--per-proc-batch-size", positive_int_or_auto, 32, help)
 
 
 def add_decode_precision_flag(parser: Flags) -> None:
-    """--decode-precision of a script that turns tokens into pixels."""
-    parser.add_argument(
-        "--decode-precision",
-        choices=["none", "bf16"],
-        default="none",
-        help="of the tokenizer's decoder: none for float32, bf16 for pixels sooner that are not quite the same",
-    )
+    """Add --decode-precision of a script that turns tokens into pixels."""
+    help = "of the tokenizer's decoder: none for float32, bf16 for pixels sooner that are not quite the same"
+    add_flag(parser, "--decode-precision", None, "none", help, choices=["none", "bf16"])
 
 
 def add_extraction_flags(parser: Flags, *, items: str, shard_size: int, published: str) -> None:
-    """Flags of the scripts that make files from a data set once: codes, features. items: what a shard has, in the plural.
+    """Add the flags of the scripts that make files from a data set once: codes, features.
 
-    published: what the published layout is.
+    items: what a shard has, in the plural. published: what the published layout is.
     """
-    parser.add_argument(
-        "--shard-size",
-        type=positive_int,
-        default=shard_size,
-        help=f"{items} a shard, and what an interruption may cost",
-    )
-    parser.add_argument("--published-layout", action="store_true", help=f"{published}, as the published scripts write")
-    parser.add_argument(
-        "--global-seed", type=SEED, default=0, help="kept for published command lines; encoding draws nothing"
-    )
-    parser.add_argument(
-        "--num-workers", type=nonnegative_int, default=24, help="loader processes (at most the processor's cores)"
-    )
-    parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
+    add_flag(parser, "--shard-size", positive_int, shard_size, f"{items} a shard, and what an interruption may cost")
+    add_store_true(parser, "--published-layout", f"{published}, as the published scripts write")
+    add_flag(parser, "--global-seed", SEED, 0, "kept for published command lines; encoding draws nothing")
+    add_flag(parser, "--num-workers", nonnegative_int, 24, _WORKERS)
+    add_flag(parser, "--device", None, None, _DEVICE)
 
 
 def add_encoder_precision_flag(parser: Flags) -> None:
-    """--mixed-precision of a tokenizer whose codes are kept."""
-    parser.add_argument(
-        "--mixed-precision",
-        choices=["none", "fp16", "bf16"],
-        default="none",
-        help="autocast of the encoder: faster, but some codes differ from those of float32, which published codes are",
-    )
+    """Add --mixed-precision of a tokenizer whose codes are kept."""
+    help = "autocast of the encoder: faster, but some codes differ from those of float32, which published codes are"
+    add_flag(parser, "--mixed-precision", None, "none", help, choices=HALF)
 
 
 def add_hub_flags(parser: Flags) -> None:
-    """Where the scripts that push to the Hugging Face hub put a model."""
+    """Add where the scripts that push to the Hugging Face hub put a model."""
     group = parser.add_argument_group("hub")
-    group.add_argument("--repo-id", default=None, help="the repository to push to, owner/name; made if it is not there")
-    group.add_argument("--output", default=None, help="save to this folder instead; with --repo-id do both")
-    group.add_argument(
-        "--private", action="store_true", help="a repository that is made shows itself to its owner only"
-    )
-    group.add_argument("--license", default="mit", help="of the weights, as the hub calls it")
+    add_flag(group, "--repo-id", None, None, "the repository to push to, owner/name; made if it is not there")
+    add_flag(group, "--output", None, None, "save to this folder instead; with --repo-id do both")
+    add_store_true(group, "--private", "a repository that is made shows itself to its owner only")
+    add_flag(group, "--license", None, "mit", "of the weights, as the hub calls it")
 
 
 def add_vllm_flags(parser: Flags, *, places: bool = True) -> None:
-    """What vLLM's engine is given besides the model. places: of a script that draws once, not of the server."""
+    """Add what vLLM's engine is given besides the model. places: of a script that draws once, not of the server."""
     group = parser.add_argument_group("vLLM")
     if places:
-        group.add_argument("--max-num-seqs", type=positive_int, default=32, help="images that are drawn at once")
+        add_flag(group, "--max-num-seqs", positive_int, 32, "images that are drawn at once")
     else:
-        group.add_argument(
-            "--data-parallel-size",
-            type=positive_int,
-            default=None,
-            help="engines that share the requests, each on a GPU of its own",
-        )
-    group.add_argument(
-        "--tensor-parallel-size", type=positive_int, default=None, help="GPUs that share each layer of the model"
-    )
-    group.add_argument(
-        "--kv-cache-gib",
-        type=positive_float,
-        default=None,
-        help="memory of the keys and values (default: on a CPU what the images drawn at once need, on a GPU what is left)",
-    )
-    group.add_argument(
-        "--gpu-memory-utilization",
-        type=PORTION,
-        default=None,
-        help="the share of a GPU's memory that vLLM takes (default: vLLM's own, 0.9 or so)",
-    )
+        help = "engines that share the requests, each on a GPU of its own"
+        add_flag(group, "--data-parallel-size", positive_int, None, help)
+    add_flag(group, "--tensor-parallel-size", positive_int, None, "GPUs that share each layer of the model")
+    help = "memory of the keys and values (default: on a CPU what the images drawn at once need, on a GPU what is left)"
+    add_flag(group, "--kv-cache-gib", positive_float, None, help)
+    help = "the share of a GPU's memory that vLLM takes (default: vLLM's own, 0.9 or so)"
+    add_flag(group, "--gpu-memory-utilization", PORTION, None, help)
 
 
 def add_training_flags(
@@ -534,117 +425,72 @@ def add_training_flags(
     wandb_project: str | None = None,
     decays: bool = True,
 ) -> None:
-    """Everything utils/training/trainer.py reads. decays: whether --weight-decay is used where it is not given."""
+    """Add everything that utils/training/trainer.py reads. decays: whether --weight-decay is used where it is not given."""
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the data")
-    group.add_argument("--max-steps", type=positive_int, default=None, help="stop after this many steps, if sooner")
-    group.add_argument("--lr", type=nonnegative_float, default=1e-4, help="learning rate")
-    group.add_argument("--lr-schedule", choices=["constant", "cosine"], default="constant", help="after the warm-up")
-    group.add_argument("--warmup-steps", type=nonnegative_int, default=0, help="steps of linear warm-up")
-    group.add_argument(
-        "--weight-decay",
-        type=nonnegative_float,
-        action="store" if decays else _StoreGiven,
-        default=0.05,
-        help="of tensors with two or more dimensions"
-        if decays
-        else "of all tensors, where it is given; published runs have none",
+    add_flag(group, "--epochs", positive_int, epochs, "passes over the data")
+    add_flag(group, "--max-steps", positive_int, None, "stop after this many steps, if sooner")
+    add_flag(group, "--lr", nonnegative_float, 1e-4, "learning rate")
+    add_flag(group, "--lr-schedule", None, "constant", "after the warm-up", choices=["constant", "cosine"])
+    add_flag(group, "--warmup-steps", nonnegative_int, 0, "steps of linear warm-up")
+    if decays:
+        add_flag(group, "--weight-decay", nonnegative_float, 0.05, "of tensors with two or more dimensions")
+    else:
+        help = "of all tensors, where it is given; published runs have none"
+        add_flag(group, "--weight-decay", nonnegative_float, 0.05, help, action=_StoreGiven)
+    add_flag(group, "--beta1", PROBABILITY, 0.9, "Adam's first moment")
+    add_flag(group, "--beta2", PROBABILITY, 0.95, "Adam's second moment")
+    add_flag(group, "--max-grad-norm", nonnegative_float, 1.0, "gradient clipping, 0 for none")
+    add_flag(group, "--global-batch-size", positive_int, batch, "samples a step, over all processes")
+    help = "parts a process's share of a batch is split into"
+    add_flag(group, "--gradient-accumulation-steps", positive_int, 1, help)
+    help = (
+        "of the forward and backward pass; none and fp32: float32 without TF32, tf32: float32 rounded to TF32 on the GPU; "
+        "weights are kept in float32"
     )
-    group.add_argument("--beta1", type=PROBABILITY, default=0.9, help="Adam's first moment")
-    group.add_argument("--beta2", type=PROBABILITY, default=0.95, help="Adam's second moment")
-    group.add_argument("--max-grad-norm", type=nonnegative_float, default=1.0, help="gradient clipping, 0 for none")
-    group.add_argument(
-        "--global-batch-size", type=positive_int, default=batch, help="samples a step, over all processes"
-    )
-    group.add_argument(
-        "--gradient-accumulation-steps",
-        type=positive_int,
-        default=1,
-        help="parts a process's share of a batch is split into",
-    )
-    group.add_argument(
-        "--mixed-precision",
-        choices=["none", "fp32", "tf32", "fp16", "bf16"],
-        default="bf16",
-        help="of the forward and backward pass; none and fp32: float32 without TF32, tf32: float32 rounded to TF32 on the GPU; "
-        "weights are kept in float32",
-    )
-    group.add_argument("--ema", action="store_true", help="keep an exponential moving average of the weights")
-    group.add_argument("--ema-decay", type=SHARE, default=0.9999, help="of that average")
-    add_switch(
-        group,
-        "--ema-warmup",
-        None,
+    add_flag(group, "--mixed-precision", None, "bf16", help, choices=["none", "fp32", "tf32", "fp16", "bf16"])
+    add_store_true(group, "--ema", "keep an exponential moving average of the weights")
+    add_flag(group, "--ema-decay", SHARE, 0.9999, "of that average")
+    help = (
         "begin with a smaller decay, (1 + step) / (10 + step), without which the average of a short run is its initial weights "
-        "(default: on; averages that began without it go on without it)",
+        "(default: on; averages that began without it go on without it)"
     )
-    group.add_argument("--global-seed", type=SEED, default=0, help="fixes every random choice")
-    group.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="on CUDA take kernels that add up in one order, so that equal runs end with equal bits; slower",
-    )
-    group.add_argument(
-        "--num-workers",
-        type=nonnegative_int,
-        default=num_workers,
-        help="loader processes (at most the processor's cores)",
-    )
+    add_switch(group, "--ema-warmup", None, help)
+    add_flag(group, "--global-seed", SEED, 0, "fixes every random choice")
+    help = "on CUDA take kernels that add up in one order, so that equal runs end with equal bits; slower"
+    add_store_true(group, "--deterministic", help)
+    add_flag(group, "--num-workers", nonnegative_int, num_workers, _WORKERS)
 
     group = parser.add_argument_group("files")
-    group.add_argument("--results-dir", default=results_dir, help="runs go to numbered folders in here")
-    group.add_argument("--cloud-save-path", default=None, help="a second place for the checkpoints")
-    group.add_argument("--no-local-save", action="store_true", help="checkpoints go to --cloud-save-path only")
-    group.add_argument(
-        "--resume", action="store_true", help="go on with the newest run in --results-dir, if there is one"
-    )
-    group.add_argument("--log-every", type=positive_int, default=100, help="steps between log lines")
-    group.add_argument("--ckpt-every", type=positive_int, default=5000, help="steps between checkpoints")
-    group.add_argument("--keep-last", type=nonnegative_int, default=0, help="checkpoints to keep, 0 for all")
-    group.add_argument(
-        "--sample-every",
-        type=positive_int,
-        default=None,
-        help="steps between grids of pictures (default: those of checkpoints)",
-    )
-    group.add_argument("--wandb-project", default=wandb_project, help="also log to this Weights & Biases project")
-    group.add_argument("--no-wandb", action="store_true", help="never log to Weights & Biases")
-    group.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
+    add_flag(group, "--results-dir", None, results_dir, "runs go to numbered folders in here")
+    add_flag(group, "--cloud-save-path", None, None, "a second place for the checkpoints")
+    add_store_true(group, "--no-local-save", "checkpoints go to --cloud-save-path only")
+    add_store_true(group, "--resume", "go on with the newest run in --results-dir, if there is one")
+    add_flag(group, "--log-every", positive_int, 100, "steps between log lines")
+    add_flag(group, "--ckpt-every", positive_int, 5000, "steps between checkpoints")
+    add_flag(group, "--keep-last", nonnegative_int, 0, "checkpoints to keep, 0 for all")
+    help = "steps between grids of pictures (default: those of checkpoints)"
+    add_flag(group, "--sample-every", positive_int, None, help)
+    add_flag(group, "--wandb-project", None, wandb_project, "also log to this Weights & Biases project")
+    add_store_true(group, "--no-wandb", "never log to Weights & Biases")
+    add_flag(group, "--device", None, None, _DEVICE)
 
 
 def add_parallel_flags(parser: Flags, default: str) -> None:
-    """--data-parallel and what utils/training/parallel.py does with it."""
+    """Add --data-parallel and what utils/training/parallel.py does with it."""
     group = parser.add_argument_group("processes")
-    group.add_argument(
-        "--data-parallel",
-        choices=["ddp", "fsdp", "sdp", "hsdp"],
-        default=default,
-        help="ddp: each process holds everything; fsdp: weights, gradients and optimizer in shards; sdp: weights gathered "
-        "during a step; hsdp: shards within a group of processes, copies across groups",
+    help = (
+        "ddp: each process holds everything; fsdp: weights, gradients and optimizer in shards; sdp: weights gathered "
+        "during a step; hsdp: shards within a group of processes, copies across groups"
     )
-    group.add_argument(
-        "--shard-size", type=positive_int, default=None, help="processes of an hsdp group (default: a machine's)"
-    )
-    group.add_argument(
-        "--grad-precision",
-        choices=["fp32", "fp16", "bf16"],
-        default=None,
-        help="in which gradients are summed over processes (default: fp32 with ddp, else that of --mixed-precision)",
-    )
-    group.add_argument(
-        "--sync-every-micro-batch",
-        action="store_true",
-        help="sum gradients after each accumulation step: with shards less memory, more traffic",
-    )
-    group.add_argument(
-        "--activation-checkpointing", action="store_true", help="recompute each block: less memory, a third more work"
-    )
-    group.add_argument(
-        "--timeout-minutes",
-        type=Number(float, above=0, most=525_600),
-        default=30,
-        help="how long a process waits for the others before it gives up",
-    )
+    add_flag(group, "--data-parallel", None, default, help, choices=["ddp", "fsdp", "sdp", "hsdp"])
+    add_flag(group, "--shard-size", positive_int, None, "processes of an hsdp group (default: a machine's)")
+    help = "in which gradients are summed over processes (default: fp32 with ddp, else that of --mixed-precision)"
+    add_flag(group, "--grad-precision", None, None, help, choices=["fp32", "fp16", "bf16"])
+    help = "sum gradients after each accumulation step: with shards less memory, more traffic"
+    add_store_true(group, "--sync-every-micro-batch", help)
+    add_store_true(group, "--activation-checkpointing", "recompute each block: less memory, a third more work")
+    help = "how long a process waits for the others before it gives up"
+    add_flag(group, "--timeout-minutes", Number(float, above=0, most=525_600), 30, help)
 
 
 _AFTER_OTHERS = 3.0  # seconds

@@ -96,21 +96,30 @@ class Distributed:
             raise error if error and self.world_size == 1 else AgreedError(failure) from error
 
     @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Lets the first process of each machine go through the block before the others (a download, a file made once).
+    def together(self) -> Iterator[None]:
+        """Raise AgreedError on every process where one of them fails in the block; a process alone raises its own error.
 
-        Raises AgreedError on every process where one of them fails in it.
+        Every process goes through the block, what it does itself or not.
         """
         own: Exception | None = None
-        if self.local_rank:
-            self.agree(None)
         try:
             yield
         except (ValueError, OSError, ImportError) as error:
             own = error
-        if not self.local_rank:
-            self.agree(own)
         self.agree(own)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let the first process of each machine go through the block before the others (a download, a file made once).
+
+        Raises AgreedError on every process where one of them fails in it.
+        """
+        if self.local_rank:
+            self.agree(None)
+        with self.together():
+            yield
+        if not self.local_rank:
+            self.agree(None)
 
     def close(self) -> None:
         """Leaves the process group, at a run's good end and together: who left early would take the others' connections."""

@@ -7,7 +7,8 @@ Early epochs read and predict the image in patches, on a sequence that is patch_
 plain raster training, and so is sampling. NPP (arXiv 2412.15321, section 3).
 """
 
-from dataclasses import dataclass
+from argparse import Namespace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from math import isfinite
@@ -43,6 +44,26 @@ class PatchSchedule:
     end_lr: float = 1e-5
     max_steps: int | None = None
     steps_per_epoch: int = 1
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> "PatchSchedule":
+        """Return the schedule of --patch-level and the flags beside it."""
+        return cls(
+            epochs=args.epochs,
+            patch_level=args.patch_level,
+            epoch_rate=args.epoch_rate,
+            warmup_epochs=args.warmup_epochs,
+            decay_ratio=args.decay_ratio,
+            lr=args.lr,
+            end_lr=args.end_lr,
+        )
+
+    def for_run(self, samples: int, args: Namespace) -> "PatchSchedule":
+        """Return the schedule of a run on so many samples: where --max-steps ends it, stages are shares of these steps."""
+        steps = max(samples // args.global_batch_size, 1)
+        if args.max_steps is None or args.max_steps >= args.epochs * steps:
+            return self
+        return replace(self, max_steps=args.max_steps, steps_per_epoch=steps)
 
     def __post_init__(self) -> None:
         if not 1 <= self.patch_level <= 4:
@@ -117,6 +138,10 @@ class PatchSchedule:
     def patch_side(self, epoch: float) -> int:
         """Side of the patches that an epoch, or a place in one, trains with."""
         return self.stage(epoch).patch_side
+
+    def side_at(self, step: int, epoch: int) -> int:
+        """Return the side of the patches that a step, from 0, of an epoch trains with."""
+        return self.patch_side(epoch if self.max_steps is None else step / self.steps_per_epoch)
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """The rate at an optimizer step, from 0, of steps_per_epoch in each epoch.

@@ -5,38 +5,26 @@ initial, note = starting_point(args, dist, model, config)
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
+from torch import Tensor
+
+from autoregressive.models.gpt import Transformer
+from autoregressive.released import check_flags, find_identity, flags_of
+from utils.checkpoint import Checkpoint, read_checkpoint
 from utils.cli import layout_numbers
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from autoregressive.models.gpt import Transformer
-    from utils.checkpoint import Checkpoint
-    from utils.distributed import Distributed
-    from utils.training.state import ShardedCheckpoint
+from utils.distributed import Distributed
+from utils.runs import find_checkpoint, runs_in
+from utils.training.shards import ShardedCheckpoint
+from utils.training.state import TrainingState
 
 CLASS_TABLE = "cls_embedding.embedding_table.weight"
 
 
-def add_finetune_flags(parser: argparse.ArgumentParser, *, classes: bool) -> None:
-    """Adds --finetune and --use-ema; with `classes` --class-rows too."""
-    group = parser.add_argument_group("fine-tuning")
-    help = "take only the weights of --gpt-ckpt, and begin at step 0: other data, classes or image size"
-    group.add_argument("--finetune", action="store_true", help=help)
-    group.add_argument("--use-ema", action="store_true", help="with --finetune: begin with the file's averaged weights")
-    if classes:
-        help = (
-            "with --finetune, whose row a class begins with: that of the class of its name (the default), of its number, or a "
-            "new one"
-        )
-        group.add_argument("--class-rows", choices=["name", "number", "new"], default=None, help=help)
-
-
 def starting_point(
-    args: argparse.Namespace, dist: "Distributed", model: "Transformer", config: dict[str, Any]
-) -> "tuple[Checkpoint | ShardedCheckpoint | None, str | None]":
+    args: argparse.Namespace, dist: Distributed, model: Transformer, config: dict[str, Any]
+) -> tuple[Checkpoint | ShardedCheckpoint | None, str | None]:
     """Return what --gpt-ckpt holds for a new run, and a line for the log where it is fine-tuned.
 
     Without --finetune that is all of a training state; of a text-conditional run of another --image-size the weights alone,
@@ -44,13 +32,6 @@ def starting_point(
     config: what the weights of this run belong to. Every process calls it together.
     Raises ValueError where the file is of no GPT or of another than the flags describe.
     """
-    from dataclasses import replace
-
-    from autoregressive.released import find_identity
-    from utils.checkpoint import read_checkpoint
-    from utils.runs import find_checkpoint, runs_in
-    from utils.training.state import ShardedCheckpoint, TrainingState
-
     name = getattr(args, "gpt_resume", None) or args.gpt_ckpt
     if args.gpt_ckpt not in (None, name):
         raise ValueError(f"--gpt-resume {name} and --gpt-ckpt {args.gpt_ckpt} mean the same: give one of them")
@@ -94,18 +75,12 @@ def starting_point(
     return replace(_weights_alone(weights), config=config), "; ".join(note)
 
 
-def _weights_alone(saved: "Checkpoint") -> "Checkpoint":
-    from dataclasses import replace
-
+def _weights_alone(saved: Checkpoint) -> Checkpoint:
     return replace(saved, optimizer=None, steps=None, extra={})
 
 
-def _require_shape(args: argparse.Namespace, weights: "Checkpoint", path: Any) -> None:
+def _require_shape(args: argparse.Namespace, weights: Checkpoint, path: Any) -> None:
     """Raise ValueError where the weights differ from the flags in more than classes and image size."""
-    from dataclasses import replace
-
-    from autoregressive.released import check_flags, find_identity, flags_of
-
     identity = find_identity(weights)
     ar_token_num, spe_token_num = layout_numbers(args)
     flags = {name: getattr(args, name) for name in ("gpt_model", "gpt_type", "vocab_size", "cls_token_num")}
@@ -121,12 +96,12 @@ def _require_shape(args: argparse.Namespace, weights: "Checkpoint", path: Any) -
 
 def _class_rows(
     rows: str,
-    saved: "Tensor",
-    model: "Transformer",
+    saved: Tensor,
+    model: Transformer,
     before: Sequence[str] | None,
     now: Sequence[str] | None,
     path: Any,
-) -> "tuple[Tensor, str]":
+) -> tuple[Tensor, str]:
     """Return the class table that a run begins with, float32 (classes + 1, dim), and a line about it.
 
     rows: --class-rows. saved: the file's table. before, now: names of the file's classes and of this run's. The last row,

@@ -13,7 +13,9 @@ from PIL import Image
 
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.train import train_c2i, train_c2i_fsdp
-from autoregressive.train.loss import TokenLoss, dropped_conditions, mean_loss
+from autoregressive.train.class_data import CheckedCodes
+from autoregressive.train.evaluation import mean_loss
+from autoregressive.train.loss import TokenLoss, dropped_conditions
 from dataset.codes import open_codes, write_published
 from tests.training import (
     check_published_flags,
@@ -466,14 +468,14 @@ def test_flags_that_do_not_fit(codes, tmp_path, more, message):
 def test_labels_and_codes_beyond_the_model(published, label, code, message):
     """A label of --num-classes would train the row that means "no class"."""
     folder = published(label, code)
-    data = train_c2i.CheckedCodes(open_codes(folder, 16, 4), folder, CLASSES, VOCAB)
+    data = CheckedCodes(open_codes(folder, 16, 4), folder, CLASSES, VOCAB)
     assert len(data) == 4 and data[1][1] == 0
     with pytest.raises(ValueError, match=message):
         data[2]
     with pytest.raises(ValueError, match=message):
         data.__getitems__([0, 3, 2])
     folder = published(CLASSES - 1, VOCAB - 1)
-    data = train_c2i.CheckedCodes(open_codes(folder, 16, 4), folder, CLASSES, VOCAB)
+    data = CheckedCodes(open_codes(folder, 16, 4), folder, CLASSES, VOCAB)
     assert [label for _, label in data.__getitems__(range(4))] == [0, 0, CLASSES - 1, 0]
 
 

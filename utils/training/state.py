@@ -10,13 +10,9 @@ is read back by either, on any number of processes. Both are written by a thread
 that is changed when all is there, and hold checksums.
 """
 
-import json
-import pickle
 import shutil
-import warnings
 from argparse import Namespace
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,40 +21,25 @@ import torch.distributed as torch_dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
-from utils.checkpoint import (
-    AVERAGED_FILE,
-    CONSOLIDATED_FILE,
-    RECORD_FILE,
-    Checkpoint,
-    prune_checkpoints,
-    read_checkpoint,
-    require_fit,
-    save_bare_weights,
-    save_checkpoint,
-)
+from utils.checkpoint import RECORD_FILE, Checkpoint, prune_checkpoints, read_checkpoint, require_fit, save_checkpoint
 from utils.distributed import Distributed
-from utils.files import atomic_write, crc32_of, sync_folder, write_json
+from utils.files import atomic_write, sync_folder, write_json
 from utils.logger import RunLogger
 from utils.runs import Run
 from utils.training.ema import EMA
 from utils.training.parallel import copy_rows, parameters_of
-
-
-@dataclass
-class ShardedCheckpoint:
-    """A folder of shards whose files are as they were written. `record` is its training.json."""
-
-    path: Path
-    record: dict[str, Any]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The record of what the weights belong to, as `Checkpoint.config`."""
-        return self.record.get("config", {})
+from utils.training.shards import (
+    ChecksummedWriter,
+    SafeReader,
+    ShardedCheckpoint,
+    consolidate,
+    first_failure,
+    load_shards,
+    open_folder,
+)
 
 
 class TrainingState:
@@ -131,16 +112,7 @@ class TrainingState:
             if whole and (path / RECORD_FILE).is_file():  # what else is there are weights alone
                 raise ValueError(f"{path} is damaged (its .metadata is missing).")
             return read_checkpoint(path, mmap=not whole)
-        files = {place.relative_path for place in SafeReader(path).read_metadata().storage_data.values()}
-        record = read_record(path / RECORD_FILE)
-        sums = {}
-        for file in sorted(path.glob("*.crc32.json")):
-            sums |= read_record(file)
-        for name in sorted(files)[dist.rank :: dist.world_size]:
-            file = path / name
-            if not file.is_file() or crc32_of(file) != sums.get(name):
-                raise ValueError(f"{file} is damaged ({'its checksum differs' if file.is_file() else 'missing'}).")
-        return ShardedCheckpoint(path, record)
+        return open_folder(path, dist.rank, dist.world_size)
 
     def take(self, saved: Checkpoint | ShardedCheckpoint, global_batch: int) -> bool:
         """Takes over everything the checkpoint has. False where it has weights alone: a new run that starts from them.
@@ -191,7 +163,7 @@ class TrainingState:
         for name in self.models:
             shapes = {key.removeprefix(f"{name}."): e.size for key, e in entries.items() if key.startswith(f"{name}.")}
             require_fit(wanted[name], shapes, saved.path)
-        _load(wanted, saved.path, alone=not torch_dist.is_initialized())
+        load_shards(wanted, saved.path, alone=not torch_dist.is_initialized())
         for key, (model, optimizer) in self.optimizers.items():
             whole = get_optimizer_state_dict(model, optimizer)
             set_optimizer_state_dict(model, optimizer, {**whole, "state": wanted[key]})
@@ -216,10 +188,7 @@ class Saver:
         self._group = torch_dist.new_group(backend="gloo") if shared else None
         self._job: Future | None = None
         self.saved_step = -1
-        self._written, self._failed = (
-            False,
-            0,
-        )  # whether a store took the last checkpoint, and how many none took in a row
+        self._written, self._failed = False, 0  # whether a store took the last checkpoint; how many none took in a row
 
     def save(self) -> None:
         """Copies the state and begins to write it; first waits for the one before. Every process calls it."""
@@ -311,128 +280,16 @@ class Saver:
         except (Exception, dcp.CheckpointException) as error:  # DCP wraps whatever befell any process
             if self.dist.is_main:
                 shutil.rmtree(unfinished, ignore_errors=True)
-                return [OSError(f"could not write {self.run.stores[0] / name} ({_first_failure(error)})")]
+                return [OSError(f"could not write {self.run.stores[0] / name} ({first_failure(error)})")]
         return []
 
     def _copy(self, name: str, store: Path) -> OSError | None:
         try:
             _copy_folder(self.run.stores[0] / name, store / name)
         except OSError as error:
-            return OSError(f"could not write {store / name} ({_first_failure(error)})")
+            return OSError(f"could not write {store / name} ({first_failure(error)})")
         self._done(store / name)
         return None
-
-
-def consolidate(folder: Path) -> None:
-    """Writes `consolidated.pth`, and `consolidated_ema.pth` where there is an average, from a folder's shards.
-
-    Takes the memory of the whole model once. Needs no other process.
-    """
-    for part, name in (("model", CONSOLIDATED_FILE), ("ema", AVERAGED_FILE)):
-        state = whole_weights(folder, part)
-        if state:
-            save_bare_weights(folder / name, state, read_record(folder / RECORD_FILE).get("config", {}))
-
-
-def whole_weights(folder: Path, part: str) -> dict[str, Tensor]:
-    """The state dict "model" or "ema" put together from a folder's shards; empty where there is none."""
-    prefix = f"{part}."
-    entries: dict[str, Any] = SafeReader(folder).read_metadata().state_dict_metadata
-    state = {
-        key.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in entries.items()
-        if key.startswith(prefix)
-    }
-    if state:
-        _load({part: state}, folder, alone=True)
-    return state
-
-
-def _first_failure(error: BaseException) -> str:
-    """One line of what went wrong; DCP wraps what befell any process."""
-    failures = getattr(error, "failures", None)
-    cause = next(iter(failures.values()))[0] if failures else error
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-
-
-def _load(tree: dict[str, Any], folder: Path, alone: bool) -> None:
-    """Fills a tree of tensors from a folder. alone: this process by itself, whatever the others do."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            dcp.load(tree, storage_reader=SafeReader(folder), no_dist=alone)
-        except dcp.CheckpointException as error:  # no Exception, it says itself
-            raise ValueError(f"{folder} cannot be read ({_first_failure(error)})") from error
-
-
-class ChecksummedWriter(dcp.FileSystemWriter):
-    """Writes this process's shards and, in `{rank}.crc32.json`, their checksums."""
-
-    def __init__(self, folder: Path, rank: int):
-        # Nothing is copied ahead: all tensors are in host memory, and the library would wait for the device anyway.
-        super().__init__(folder, per_thread_copy_ahead=0)
-        self.folder, self.rank = folder, rank
-
-    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future:
-        """As the library does, then reads the files once more: what is on the disk is what the sums vouch for."""
-        results = super().write_data(plan, planner).wait()
-        names = {result.storage_data.relative_path for result in results}
-        write_json(self.folder / f"{self.rank}.crc32.json", {name: crc32_of(self.folder / name) for name in names})
-        done = torch.futures.Future()
-        done.set_result(results)
-        return done
-
-
-class SafeReader(dcp.FileSystemReader):
-    """Reads a folder of shards; its table of contents is a pickle, of which only the library's own classes are built."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
-        """Raises ValueError for a table that is damaged or asks to run anything else."""
-        file = Path(self.path) / ".metadata"
-        try:
-            with open(file, "rb") as f:
-                metadata = _TableReader(f).load()
-        except _RefusedError as error:
-            raise ValueError(f"refused: {file} {error}") from error
-        except (
-            pickle.UnpicklingError,
-            EOFError,
-            AttributeError,
-            ValueError,
-            IndexError,
-            KeyError,
-            TypeError,
-            ImportError,
-        ) as error:
-            raise ValueError(f"{file} is damaged ({error})") from error
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-_METADATA, _FILESYSTEM = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
-_TABLE_PARTS = {
-    _METADATA: "Metadata MetadataIndex StorageMeta TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata "
-    "TensorProperties _MEM_FORMAT_ENCODING",
-    _FILESYSTEM: "_StorageInfo _StoragePrefix",
-    "pathlib": "Path PosixPath WindowsPath",
-    "torch": "Size",
-    "torch.serialization": "_get_layout",
-    "collections": "OrderedDict",
-}
-
-
-class _RefusedError(Exception):
-    """A table asks for something that is no part of one."""
-
-
-class _TableReader(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        """Only what a table is made of."""
-        known = name in _TABLE_PARTS.get(module, "").split()
-        if not known and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            raise _RefusedError(f"asks for {module}.{name}, which no checkpoint needs; nothing was run")
-        return super().find_class(module, name)
 
 
 def _copied(value: Any) -> Any:
@@ -483,11 +340,3 @@ def _copy_folder(source: Path, path: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(source, unfinished)
     _rename_folder(unfinished, path)
-
-
-def read_record(file: Path) -> dict[str, Any]:
-    """A small JSON file of a checkpoint's folder. Raises ValueError that names it."""
-    try:
-        return dict(json.loads(file.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{file} is damaged or missing ({error}).") from error

@@ -14,7 +14,7 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sized
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from math import isfinite
@@ -34,25 +34,23 @@ from utils.errors import AgreedError, is_lost_process, words_of
 from utils.flops import peak_flops
 from utils.loading import ReadAhead, batches_of, loader_workers
 from utils.logger import RunLogger
-from utils.origin import require_same
 from utils.precision import WORDS
 from utils.rng import item_seed
-from utils.runs import Run, open_run, require_writable
 from utils.training.ema import EMA, local, warmed_up
 from utils.training.finite import FiniteWatch, NotFinite
 from utils.training.meter import Meter, format_window
 from utils.training.optim import learning_rate
 from utils.training.order import BatchOrder
 from utils.training.parallel import Parallel, parameters_of
+from utils.training.resume import open_run_together, resume, start_from
+from utils.training.shards import ShardedCheckpoint
 from utils.training.signals import Agreement, StopSignals
-from utils.training.state import Saver, ShardedCheckpoint, TrainingState
-
-_SHOWN_SAMPLES = 64
+from utils.training.state import Saver, TrainingState
 
 
 @dataclass(frozen=True)
 class Micro:
-    """Where a part of a batch stands: the optimizer step and epoch, its number in the step, its places in the batch."""
+    """Place of a micro-batch: the optimizer step and epoch, its number in the step, its positions in the batch."""
 
     step: int
     epoch: int
@@ -65,9 +63,12 @@ class Micro:
 class Phase:
     """One optimizer's part of a step.
 
-    key: its optimizer's name in checkpoint files. module: what the loss calls (parallelized). loss: takes the batch on
-    the device and its `Micro`, returns the loss and scalars to log. active: whether it takes part in a step at all.
-    model: which of the trainer's models it moves.
+    Args:
+        key: name of its optimizer in checkpoint files.
+        module: what the loss calls (parallelized).
+        loss: takes the batch on the device and its `Micro`, returns the loss and scalars to log.
+        active: tells whether it takes part in a step at all.
+        model: which of the trainer's models it moves.
     """
 
     key: str
@@ -81,17 +82,21 @@ class Phase:
 class Trainer:
     """Runs the phases over the data set until the epochs or --max-steps are done.
 
-    models: what is saved, by its name in checkpoint files; "model" is the one that EMA follows.
-    dataset: may have set_epoch(epoch), and sample_numbers(indices), by which its samples are told to users.
-    plan: how the modules of the phases were parallelized. initial: what a new run starts from.
-    validate: called at --ckpt-every on every process with the model: returns figures by name.
-    sample: called at --sample-every with the model, on the first process, with shards on every one: returns pictures by
-    name, uint8 (H, W, 3).
-    rate: the learning rate by batches done and batches an epoch, in the place of --lr-schedule.
-    collate: makes a batch of the data set's items, where they are not all of one shape.
-    prepare: called once a step on every process with its micro-batches on the device: returns what the losses get of each.
-    tokens, flops: of a sample, for the log; model FLOPs by epoch.
-    config: the record of what the weights belong to (tokenizer, classes, …), written into every checkpoint.
+    Args:
+        args: the flags of `add_training_flags`.
+        models: what is saved, by its name in checkpoint files; "model" is the one that EMA follows.
+        dataset: may have set_epoch(epoch), and sample_numbers(indices), by which its samples are told to users.
+        plan: how the modules of the phases were parallelized.
+        initial: what a new run starts from.
+        validate: called at --ckpt-every on every process with the model: returns figures by name.
+        sample: called at --sample-every with the model, on the first process, with shards on every one: returns pictures
+            by name, uint8 (H, W, 3).
+        rate: the learning rate by batches done and batches an epoch, in place of --lr-schedule.
+        collate: makes a batch of the data set's items, where they are not all of one shape.
+        prepare: called once a step on every process with its micro-batches on the device: returns what the losses get.
+        tokens: of a sample, for the log.
+        flops: model FLOPs of a sample by step and epoch, for the log.
+        config: the record of what the weights belong to (tokenizer, classes, …), written into every checkpoint.
     """
 
     def __init__(
@@ -109,7 +114,7 @@ class Trainer:
         sample: Callable[[nn.Module], dict[str, Any]] | None = None,
         rate: Callable[[int, int], float] | None = None,
         tokens: int | None = None,
-        flops: Callable[[int], float] | None = None,
+        flops: Callable[[int, int], float] | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
         prepare: Callable[[list[Any]], list[Any]] | None = None,
         config: dict[str, Any] | None = None,
@@ -118,37 +123,24 @@ class Trainer:
         self.collate, self.prepare = collate, prepare
         self.plan = plan or Parallel(dist, precision=args.mixed_precision)
         self.validate, self.sample, self.rate, self.flops = validate, sample, rate, flops
-        self.order = BatchOrder(
-            len(cast(Sized, dataset)),
-            args.global_batch_size,
-            args.gradient_accumulation_steps,
-            dist.rank,
-            dist.world_size,
-            args.global_seed,
-        )
+        batch, parts, size = args.global_batch_size, args.gradient_accumulation_steps, len(cast(Sized, dataset))
+        self.order = BatchOrder(size, batch, parts, dist.rank, dist.world_size, args.global_seed)
         self.ema = EMA(models["model"], args.ema_decay) if args.ema else None
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=args.mixed_precision == "fp16")
         optimizers = {phase.key: (models[phase.model], phase.optimizer) for phase in phases}
         self.state = TrainingState(models, optimizers, self.ema, self.scaler, config)
-        self.meter = Meter(dist, args.global_batch_size, tokens, peak_flops(dist.device, args.mixed_precision))
-        self.watch = FiniteWatch()
-        self.agreement = Agreement(dist)
+        self.meter = Meter(dist, batch, tokens, peak_flops(dist.device, args.mixed_precision))
+        self.watch, self.agreement = FiniteWatch(), Agreement(dist)
         self._rehearsed: set[str] = set()
 
-        self.run, resumed = self._open_run(run_name)
+        self.run, resumed = open_run_together(args, run_name, dist, self.plan.sharded)
         project = None if args.no_wandb else args.wandb_project
         self.log = RunLogger(self.run.folder, dist.is_main, project, vars(args))
         self.saver = Saver(self.state, self.run, args, dist, self.log)
         if not resumed and initial is None and self.run.earlier:
             self.log.info(f"a run before this one stands at {self.run.earlier}; --resume would go on with it")
-        continued = None
-        if not (resumed and self._resume()) and initial is not None:
-            self._require_same_origin(
-                initial, ("tokenizer", "classes", "text_encoder"), "give weights of a run on such codes, or --finetune"
-            )
-            continued = initial.path if self._take(initial) else None
-            place = f"step {self.step}" if continued else "its weights alone"
-            self.log.info(f"starting from {initial.path}, {place}")
+        resumed = resumed and resume(self.state, self.run, args, dist, self.log)
+        continued = not resumed and initial is not None and start_from(initial, self.state, args, self.log)
         self.saver.saved_step = self.step
         ahead = args.epochs * self.order.batches_per_epoch - self._batches_done
         end = self.step + max(ahead, 0)
@@ -156,29 +148,9 @@ class Trainer:
         if continued and self.step >= self.total_steps:
             asked = f"--max-steps {args.max_steps}" if args.max_steps else f"--epochs {args.epochs}"
             raise AgreedError(
-                f"{continued} has done {self.step} steps, all that {asked} asks for with this data: give more of them to "
+                f"{initial.path} has done {self.step} steps, all that {asked} asks for with this data: give more of them to "
                 "continue it, or --finetune to begin at step 0 with its weights"
             )
-
-    def _open_run(self, name: str) -> tuple[Run, bool]:
-        """Opens the run on the first process. Raises AgreedError on all where one of them cannot write to it."""
-        opened: Any = None
-        own: Exception | None = None
-        try:
-            opened = open_run(self.args, name, self.plan.sharded) if self.dist.is_main else None
-        except (ValueError, OSError) as error:
-            own = error
-        failure = self.dist.first_failure(own)
-        opened = self.dist.broadcast(opened)
-        if self.plan.sharded and not failure:  # every process writes its shards
-            try:
-                require_writable(opened[0].stores[0])
-            except ValueError as error:
-                own = error
-            failure = self.dist.first_failure(own)
-        if failure:
-            raise AgreedError(failure)
-        return opened
 
     @property
     def step(self) -> int:
@@ -195,8 +167,7 @@ class Trainer:
         return self.samples_seen // self.args.global_batch_size
 
     def fit(self) -> Path | None:
-        """Trains to the end, or until a signal asks it to stop, and returns the last checkpoint's path (None on processes
-        other than the first).
+        """Train to the end, or until a signal asks to stop; return the last checkpoint's path (None on processes but the first).
 
         Raises AgreedError where a loss is not finite, or once the state is saved where data cannot be read or the held-out
         loss fails, ConnectionError where another process is gone, OSError where the last checkpoint cannot be written,
@@ -204,11 +175,13 @@ class Trainer:
         """
         with closing(self.log), StopSignals() as signals:
             try:
-                with self._lost_processes_named():
-                    self._fit(signals)
+                self._fit(signals)
             except Exception as error:
-                self.log.record(f"ended at step {self.step} by {type(error).__name__}: {words_of(error)}")
-                raise
+                told = self._lost_process(error) or error
+                self.log.record(f"ended at step {self.step} by {type(told).__name__}: {words_of(told)}")
+                if told is error:
+                    raise
+                raise told from error
             finally:
                 self.saver.finish()
             if signals.asked == signal.SIGINT:
@@ -216,37 +189,8 @@ class Trainer:
         checkpoints = self.run.checkpoints()
         return checkpoints[0] if self.dist.is_main and checkpoints else None
 
-    @contextmanager
-    def _lost_processes_named(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            if self.dist.world_size == 1 or not is_lost_process(error):
-                raise
-            reason = str(error).strip().splitlines()[0][:200]
-            raise ConnectionError(
-                f"process {self.dist.rank} lost the others at step {self.step} ({reason}): one of them has ended, "
-                f"see what it said itself; {self._way_on(together=False)}"
-            ) from error
-
     def _fit(self, signals: StopSignals) -> None:
-        parameters = sum(p.numel() for p in self.models["model"].parameters())
-        self.log.info(
-            f"{self.run.folder}: {parameters:,} parameters, {self.order.size:,} samples, "
-            f"{self.order.batches_per_epoch} steps an epoch, {self.total_steps} steps, {self.dist.world_size} process(es) "
-            f"on {self.dist.device} ({self.plan.strategy}, {WORDS.get(self.plan.precision, self.plan.precision)})"
-        )
-        if not self.rate and self.args.warmup_steps >= self.total_steps:
-            self.log.warning(
-                f"--warmup-steps {self.args.warmup_steps} is no shorter than the run: --lr is not reached before its end"
-            )
-        if self.ema:
-            how = "fixed" if self.args.ema_warmup is False else "at most, (1 + step) / (10 + step) before"
-            self.log.info(
-                f"averaged weights (--ema): decay {self.ema.decay} {how}; held-out figures and pictures are theirs"
-            )
-        if self.step >= self.total_steps:
-            self.log.info(f"nothing left to do: step {self.step} of {self.total_steps}")
+        self._log_start()
         for model in self.models.values():
             model.train()
         self.sums: dict[str, tuple[Tensor, int]] = {}
@@ -272,11 +216,6 @@ class Trainer:
             self.log.warning(f"{len(skipped)} unreadable files were skipped")
         self.agreement.close()
         self.log.info("done")
-
-    def _progress(self) -> tqdm:
-        """A bar on a terminal, nothing in a file."""
-        shown = self.dist.is_main and sys.stderr.isatty()
-        return tqdm(total=self.total_steps, initial=self.step, unit="step", disable=not shown, dynamic_ncols=True)
 
     def _batches(self) -> Iterator[list[Any]]:
         """This process's micro-batches of each remaining step."""
@@ -305,56 +244,61 @@ class Trainer:
                 batch += 1
                 yield group
 
+    # A step
+
     def _train_step(self, batch: list[Any]) -> None:
         rate = self._learning_rate()
         torch.manual_seed(item_seed(self.args.global_seed, self.dist.rank, self.step))
-        device = self.dist.device
-        batch = [_to_device(micro, device) for micro in batch]
+        batch = [_to_device(micro, self.dist.device) for micro in batch]
         if self.prepare:
             batch = self.prepare(batch)
         epoch = self._batches_done // self.order.batches_per_epoch
+        places = [
+            Micro(self.step, epoch, number, self.order.positions(number), self.args.global_batch_size)
+            for number in range(len(batch))
+        ]
         watched: list[tuple[str, int | None, Tensor]] = []
         for phase in self.phases:
-            if not phase.active(self.step):
-                continue
-            for group in phase.optimizer.param_groups:
-                group["lr"] = rate
-            places = [
-                Micro(self.step, epoch, number, self.order.positions(number), self.args.global_batch_size)
-                for number in range(len(batch))
-            ]
-            if phase.key not in self._rehearsed:
-                self._rehearse(phase, batch[0], places[0])
-            phase.optimizer.zero_grad(set_to_none=True)
-            for number, (micro, place) in enumerate(zip(batch, places, strict=True)):
-                with self.plan.last_only(phase.module, last=number == len(batch) - 1):
-                    with self.meter.working():
-                        loss, logs = self._loss(phase, micro, place)
-                    self.scaler.scale(loss / len(batch)).backward()
-                watched.append(("loss", number, loss.detach()))
-                self._add(logs)
-            self.scaler.unscale_(phase.optimizer)
-            parameters = parameters_of([phase.optimizer])
-            norm = _gradient_norm(parameters)
-            if self.args.max_grad_norm:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
-            if not self.scaler.is_enabled():  # which itself skips steps that float16 cannot hold
-                watched.append(("gradient norm", None, norm))
-            suffix = phase.key.removeprefix("optimizer")
-            self._add({f"grad_norm{suffix}": norm}, of_all=True)
-            self.scaler.step(phase.optimizer)
+            if phase.active(self.step):
+                watched += self._optimize(phase, list(zip(batch, places, strict=True)), rate)
         self.scaler.update()
         if self.ema:
             fixed = self.args.ema_warmup is False
             self.ema.update(None if fixed else warmed_up(self.ema.decay, self.step))
         self.watch.add(self.step, watched)
+        self.meter.count_step(self.flops(self.step, epoch) if self.flops else None)
         self.state.step += 1
         self.state.samples_seen += self.args.global_batch_size
-        self.meter.count_step(self.flops(epoch) if self.flops else None)
 
-    def _loss(self, phase: Phase, micro: Any, place: Micro) -> tuple[Tensor, dict[str, Tensor]]:
-        with self._autocast():
-            return phase.loss(micro, place)
+    def _optimize(
+        self, phase: Phase, batch: list[tuple[Any, Micro]], rate: float
+    ) -> list[tuple[str, int | None, Tensor]]:
+        """Take one optimizer's step; return the values that have to be finite, as `FiniteWatch.add` takes them."""
+        for group in phase.optimizer.param_groups:
+            group["lr"] = rate
+        if phase.key not in self._rehearsed:
+            self._rehearse(phase, *batch[0])
+        phase.optimizer.zero_grad(set_to_none=True)
+        watched: list[tuple[str, int | None, Tensor]] = []
+        for number, (micro, place) in enumerate(batch):
+            with self.plan.last_only(phase.module, last=number == len(batch) - 1):
+                with self.meter.working(), self._autocast():
+                    loss, logs = phase.loss(micro, place)
+                self.scaler.scale(loss / len(batch)).backward()
+            watched.append(("loss", number, loss.detach()))
+            self._add(logs)
+        self.scaler.unscale_(phase.optimizer)
+        parameters = parameters_of([phase.optimizer])
+        norm = _gradient_norm(parameters)
+        if self.args.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
+        if self.scaler.is_enabled():  # which skips steps that float16 cannot hold: they have no norm to speak of
+            norm = torch.where(torch.isfinite(norm), norm, 0)
+        else:
+            watched.append(("gradient norm", None, norm))
+        self._add({f"grad_norm{phase.key.removeprefix('optimizer')}": norm})
+        self.scaler.step(phase.optimizer)
+        return watched
 
     def _autocast(self) -> torch.autocast:
         """Return the context of training's mixed precision."""
@@ -362,7 +306,7 @@ class Trainer:
         return torch.autocast(self.dist.device.type, dtype, enabled=dtype is not None)
 
     def _rehearse(self, phase: Phase, micro: Any, place: Micro) -> None:
-        """One backward pass for nothing, where DDP has more than two processes.
+        """Take one backward pass for nothing, where DDP has more than two processes.
 
         After the first pass of a process DDP rearranges its buckets, and with them the order in which gradients are added
         up: a run that was resumed would round otherwise than one that went on.
@@ -371,7 +315,9 @@ class Trainer:
         if self.dist.world_size <= 2 or self.plan.sharded:
             return
         buffers = [(buffer, buffer.clone()) for model in self.models.values() for buffer in model.buffers()]
-        self.scaler.scale(self._loss(phase, micro, place)[0]).backward()
+        with self._autocast():
+            loss, _ = phase.loss(micro, place)
+        self.scaler.scale(loss).backward()
         for buffer, before in buffers:
             buffer.copy_(before)
         torch.manual_seed(item_seed(self.args.global_seed, self.dist.rank, self.step))
@@ -381,18 +327,133 @@ class Trainer:
             return self.rate(self._batches_done, self.order.batches_per_epoch)
         return learning_rate(self.args, self.step, self.total_steps)
 
-    def _add(self, logs: dict[str, Tensor], of_all: bool = False) -> None:
-        """Adds scalars to the window's sums. A GradScaler's skipped steps have no gradient norm to speak of."""
+    # Logs
+
+    def _progress(self) -> tqdm:
+        """A bar on a terminal, nothing in a file."""
+        shown = self.dist.is_main and sys.stderr.isatty()
+        return tqdm(total=self.total_steps, initial=self.step, unit="step", disable=not shown, dynamic_ncols=True)
+
+    def _log_start(self) -> None:
+        parameters = sum(p.numel() for p in self.models["model"].parameters())
+        self.log.info(
+            f"{self.run.folder}: {parameters:,} parameters, {self.order.size:,} samples, "
+            f"{self.order.batches_per_epoch} steps an epoch, {self.total_steps} steps, {self.dist.world_size} process(es) "
+            f"on {self.dist.device} ({self.plan.strategy}, {WORDS.get(self.plan.precision, self.plan.precision)})"
+        )
+        if not self.rate and self.args.warmup_steps >= self.total_steps:
+            self.log.warning(
+                f"--warmup-steps {self.args.warmup_steps} is no shorter than the run: --lr is not reached before its end"
+            )
+        if self.ema:
+            how = "fixed" if self.args.ema_warmup is False else "at most, (1 + step) / (10 + step) before"
+            self.log.info(
+                f"averaged weights (--ema): decay {self.ema.decay} {how}; held-out figures and pictures are theirs"
+            )
+        if self.step >= self.total_steps:
+            self.log.info(f"nothing left to do: step {self.step} of {self.total_steps}")
+
+    def _add(self, logs: dict[str, Tensor]) -> None:
+        """Add scalars to the window's sums."""
         for name, value in logs.items():
             total, count = self.sums.get(name, (0, 0))
-            value = value.detach().float()
-            if of_all and self.scaler.is_enabled():
-                value = torch.where(torch.isfinite(value), value, 0)
-            self.sums[name] = total + value, count + 1
+            self.sums[name] = total + value.detach().float(), count + 1
+
+    def _log_window(self) -> str:
+        """Write down the means and rates since the last time; return them short, for the bar."""
+        if not self.meter.steps:
+            return ""
+        names = sorted(self.sums, key=lambda name: ("norm" in name, name))
+        means = [
+            total / count for total, count in (self.sums[name] for name in names)
+        ]  # over the steps it took part in
+        values = dict(zip(names, self.dist.mean(torch.stack(means)).tolist(), strict=True)) if names else {}
+        rates = self.meter.close_window()
+        lr = self.phases[0].optimizer.param_groups[0]["lr"]
+        shown = {name: f"{value:.4f}" for name, value in values.items()}
+        words = ", ".join(f"{name}: {value}" for name, value in shown.items())
+        loss = shown.pop(next(name for name in ("loss", "generator_loss", *shown) if name in shown))  # published: first
+        rest = "".join(f"{name}: {value}, " for name, value in shown.items())
+        self.log.info(
+            f"(step={self.step:07d}) Train Loss: {loss}, Train Steps/Sec: {rates['steps_per_second']:.2f}, {rest}"
+            f"lr: {lr:.3g}, {format_window(rates)}"
+        )
+        self.log.scalars(self.step, {**values, "lr": lr, **rates})
+        if self.meter.slowest:
+            self.log.info(self.meter.slowest)
+        self._require_finite_losses()
+        self.sums = {}
+        return words
+
+    # Checkpoints, figures, pictures
+
+    @torch.no_grad()
+    def _evaluate_and_save(self, final: bool = False) -> None:
+        """Make what is due at this step: a checkpoint, then figures and pictures; none of a model that a loss has spoilt."""
+        checkpoint = final or self.step % self.args.ckpt_every == 0
+        every = self.args.sample_every or self.args.ckpt_every
+        pictures = self.sample is not None and (final or self.step % every == 0)
+        if not (checkpoint or pictures):
+            return
+        with self.meter.paused_for():
+            self._require_finite_losses()
+            self._require_finite_weights()
+            if checkpoint:
+                self._save(final)
+            if pictures or self.validate:
+                self._evaluate(figures=checkpoint, pictures=pictures)
+
+    def _save(self, final: bool) -> None:
+        self.saver.save()
+        if final:
+            self.saver.wait(final=True)
+
+    def _evaluate(self, figures: bool, pictures: bool) -> None:
+        model = self.models["model"]
+        with ExitStack() as stack:
+            # Blocks are compiled for training: other shapes and the decode loop would compile each of them many times over.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(self.ema.applied() if self.ema else nullcontext())
+            stack.enter_context(self.plan.gathered(self.phases[0].module))
+            stack.callback(model.train)
+            model.eval()
+            if self.validate and figures:
+                self._measure(model, self.validate)
+            # With shards on every process: passes that one alone made would put it out of step with the others' exchanges.
+            if self.sample and pictures and (self.dist.is_main or self.plan.sharded):
+                self._draw(model, self.sample)
+
+    def _measure(self, model: nn.Module, validate: Callable[[nn.Module], dict[str, float]]) -> None:
+        """Log the held-out figures. Raises AgreedError on every process where they cannot be had."""
+        try:
+            with self._autocast():
+                values = validate(model)
+        except (ValueError, OSError) as error:
+            raise AgreedError(
+                f"the held-out loss failed after step {self.step}: {words_of(error)}; mend the held-out data or leave it "
+                f"out, {self._way_on(together=isinstance(error, AgreedError))}"
+            ) from error
+        of = " of the averaged weights (--ema)" if self.ema else ""
+        self.log.info(f"(step={self.step:07d}) " + ", ".join(f"{k}: {v:.4f}" for k, v in values.items()) + of)
+        self.log.scalars(self.step, values)
+
+    def _draw(self, model: nn.Module, sample: Callable[[nn.Module], dict[str, Any]]) -> None:
+        """Log pictures; where they cannot be drawn, a warning in their place."""
+        try:
+            images = sample(model)
+        except Exception as error:
+            self.log.warning(f"(step={self.step:07d}) no pictures: {words_of(error)} ({type(error).__name__})")
+            return
+        for name, image in images.items():
+            self.log.image(self.step, name, image)
+
+    # Ends before the end
 
     def _agree_to_stop(self, signals: StopSignals, batches: ReadAhead) -> bool:
-        """Save the state where a process was asked to stop, and tell whether one was. Raises AgreedError where a loss was not finite, or
-        where a process has no further data, once the state is saved."""
+        """Save the state where a process was asked to stop or has no further data; return whether a signal ends the run.
+
+        Raises AgreedError where a loss was not finite, and where data is missing, once the state is saved.
+        """
         stop, broken, starved = self.agreement.exchange(
             signals.asked is not None, self.watch.first(wait=False) is not None, batches.failure is not None
         )
@@ -413,7 +474,7 @@ class Trainer:
         return True
 
     def _require_data(self, failure: Exception | None) -> None:
-        """Raises AgreedError on every process where one of them could not read its data; a mistake in code as it is."""
+        """Raise AgreedError on every process where one of them could not read its data; a mistake in code as it is."""
         if failure is not None and not isinstance(failure, ValueError | OSError | MemoryError):
             raise failure
         reasons = self.dist.gather(None if failure is None else words_of(failure) or type(failure).__name__)
@@ -421,85 +482,13 @@ class Trainer:
         where = f" by process {rank}" if self.dist.world_size > 1 else ""
         raise AgreedError(f"no more data could be read{where} after step {self.step}: {reason}; {self._way_on()}")
 
-    def _log_window(self) -> str:
-        """Writes down the means and rates since the last time; returns them short, for the bar."""
-        if not self.meter.steps:
-            return ""
-        values = self._window_means()
-        rates = self.meter.close_window()
-        lr = self.phases[0].optimizer.param_groups[0]["lr"]
-        shown = {name: f"{value:.4f}" for name, value in values.items()}
-        words = ", ".join(f"{name}: {value}" for name, value in shown.items())
-        loss = shown.pop(next(name for name in ("loss", "generator_loss", *shown) if name in shown))  # published: first
-        rest = "".join(f"{name}: {value}, " for name, value in shown.items())
-        self.log.info(
-            f"(step={self.step:07d}) Train Loss: {loss}, Train Steps/Sec: {rates['steps_per_second']:.2f}, {rest}"
-            f"lr: {lr:.3g}, {format_window(rates)}"
-        )
-        self.log.scalars(self.step, {**values, "lr": lr, **rates})
-        if self.meter.slowest:
-            self.log.info(self.meter.slowest)
-        self._require_finite_losses()
-        self.sums = {}
-        return words
-
-    def _window_means(self) -> dict[str, float]:
-        """The means of what the losses told since the last log line, each over the steps it took part in."""
-        names = sorted(self.sums, key=lambda name: ("norm" in name, name))
-        means = [total / count for total, count in (self.sums[name] for name in names)]
-        return dict(zip(names, self.dist.mean(torch.stack(means)).tolist(), strict=True)) if names else {}
-
-    def _last_checkpoint(self) -> str:
-        """Every process calls it together: the first knows what has been written."""
-        self.saver.wait()
-        last = self.dist.broadcast(self.run.checkpoints()[:1])
-        return f"The last checkpoint is {last[0]}." if last else "There is no checkpoint yet."
-
-    def _way_on(self, together: bool = True) -> str:
-        """together: every process calls it, and gets the same words."""
-        self.saver.wait()
-        last = self.run.checkpoints()[:1]
-        last = self.dist.broadcast(last) if together else last
-        return f"--resume goes on from {last[0]}" if last else "there is no checkpoint yet"
-
     def _require_finite_losses(self) -> None:
-        """Every process calls it; all raise the same AgreedError where one had a loss that is no number."""
+        """Raise the same AgreedError on every process where one had a loss that is not finite. Every process calls it."""
         found = self.dist.gather(self.watch.first(wait=True))
         places = sorted((bad.step, bad.part is None, rank, bad) for rank, bad in enumerate(found) if bad)
         if places:
             _, _, rank, bad = places[0]
-            raise AgreedError(self._describe(rank, bad))
-
-    def _describe(self, rank: int, bad: NotFinite) -> str:
-        behind = self.step - bad.step
-        epoch, batch = divmod(self._batches_done - behind, self.order.batches_per_epoch)
-        samples = self.order.samples(epoch, batch, None if bad.part is None else rank, bad.part)
-        if hasattr(self.dataset, "sample_numbers"):  # as other tools count them
-            samples = self.dataset.sample_numbers(samples)
-        listed = ", ".join(map(str, samples[:_SHOWN_SAMPLES])) + (", …" if len(samples) > _SHOWN_SAMPLES else "")
-        parts = self.args.gradient_accumulation_steps
-        part = f", part {bad.part + 1} of {parts} of its batch" if bad.part is not None and parts > 1 else ""
-        where = f" on process {rank}{part}" if bad.part is not None else ""
-        return (
-            f"the {bad.name} became {bad.value} at step {bad.step + 1}{where}; it is no longer finite, and nothing of it "
-            f"was saved. Samples there: {listed}. {self._last_checkpoint()} Try a lower --lr, or --mixed-precision none"
-        )
-
-    @torch.no_grad()
-    def _evaluate_and_save(self, final: bool = False) -> None:
-        """Make what is due at this step: a checkpoint, then figures and pictures; none of a model that a loss has spoilt."""
-        checkpoint = final or self.step % self.args.ckpt_every == 0
-        every = self.args.sample_every or self.args.ckpt_every
-        pictures = self.sample is not None and (final or self.step % every == 0)
-        if not (checkpoint or pictures):
-            return
-        with self.meter.paused_for():
-            self._require_finite_losses()
-            self._require_finite_weights()
-            if checkpoint:
-                self._save(final)
-            if pictures or self.validate:
-                self._evaluate(figures=checkpoint, pictures=pictures)
+            raise AgreedError(f"{self._describe(rank, bad)} {self._not_finite_advice()}")
 
     @torch.no_grad()
     def _require_finite_weights(self) -> None:
@@ -507,119 +496,48 @@ class Trainer:
         norm = torch.stack(torch._foreach_norm([p for p in weights if p.numel()])).norm()
         if not isfinite(float(self.dist.mean(norm))):
             raise AgreedError(
-                f"the weights are no longer finite after step {self.step}, and were not saved. "
-                f"{self._last_checkpoint()} Try a lower --lr, or --mixed-precision none"
+                f"the weights are no longer finite after step {self.step}, and were not saved. {self._not_finite_advice()}"
             )
 
-    def _evaluate(self, figures: bool, pictures: bool) -> None:
-        model = self.models["model"]
-        with ExitStack() as stack:
-            # Blocks are compiled for training: other shapes and the decode loop would compile each of them many times over.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(self.ema.applied() if self.ema else nullcontext())
-            stack.enter_context(self.plan.gathered(self.phases[0].module))
-            stack.callback(model.train)
-            model.eval()
-            if self.validate and figures:
-                self._measure(model, self.validate)
-            # With shards on every process: passes that one alone made would put it out of step with the others' exchanges.
-            if self.sample and pictures and (self.dist.is_main or self.plan.sharded):
-                self._draw(model, self.sample)
+    def _describe(self, rank: int, bad: NotFinite) -> str:
+        epoch, batch = divmod(self._batches_done - (self.step - bad.step), self.order.batches_per_epoch)
+        samples = self.order.samples(epoch, batch, None if bad.part is None else rank, bad.part)
+        if hasattr(self.dataset, "sample_numbers"):  # as other tools count them
+            samples = self.dataset.sample_numbers(samples)
+        listed = ", ".join(map(str, samples[:64])) + (", …" if len(samples) > 64 else "")
+        parts = self.args.gradient_accumulation_steps
+        part = f", part {bad.part + 1} of {parts} of its batch" if bad.part is not None and parts > 1 else ""
+        where = f" on process {rank}{part}" if bad.part is not None else ""
+        return (
+            f"the {bad.name} became {bad.value} at step {bad.step + 1}{where}; it is no longer finite, and nothing of it "
+            f"was saved. Samples there: {listed}."
+        )
 
-    def _measure(self, model: nn.Module, validate: Callable[[nn.Module], dict[str, float]]) -> None:
-        """Logs the held-out figures. Raises AgreedError on every process where they cannot be had."""
-        try:
-            with self._autocast():
-                values = validate(model)
-        except (ValueError, OSError) as error:
-            raise AgreedError(
-                f"the held-out loss failed after step {self.step}: {words_of(error)}; mend the held-out data or leave it "
-                f"out, {self._way_on(together=isinstance(error, AgreedError))}"
-            ) from error
-        of = " of the averaged weights (--ema)" if self.ema else ""
-        self.log.info(f"(step={self.step:07d}) " + ", ".join(f"{k}: {v:.4f}" for k, v in values.items()) + of)
-        self.log.scalars(self.step, values)
+    def _not_finite_advice(self) -> str:
+        last = self._last_checkpoint()
+        told = f"The last checkpoint is {last}." if last else "There is no checkpoint yet."
+        return f"{told} Try a lower --lr, or --mixed-precision none"
 
-    def _draw(self, model: nn.Module, sample: Callable[[nn.Module], dict[str, Any]]) -> None:
-        """Logs pictures; where they cannot be drawn, a warning in their place."""
-        try:
-            images = sample(model)
-        except Exception as error:
-            self.log.warning(f"(step={self.step:07d}) no pictures: {words_of(error)} ({type(error).__name__})")
-            return
-        for name, image in images.items():
-            self.log.image(self.step, name, image)
+    def _way_on(self, together: bool = True) -> str:
+        last = self._last_checkpoint(together)
+        return f"--resume goes on from {last}" if last else "there is no checkpoint yet"
 
-    def _save(self, final: bool) -> None:
-        self.saver.save()
-        if final:
-            self.saver.wait(final=True)
+    def _last_checkpoint(self, together: bool = True) -> Path | None:
+        """together: every process calls it, and gets the first one's answer, which knows what has been written."""
+        self.saver.wait()
+        last = self.run.checkpoints()[:1]
+        last = self.dist.broadcast(last) if together else last
+        return last[0] if last else None
 
-    def _take(self, saved: Checkpoint | ShardedCheckpoint) -> bool:
-        """Takes over a checkpoint; False where it has weights alone. Averages that began with a fixed decay keep it."""
-        whole = self.state.take(saved, self.args.global_batch_size)
-        flags = (saved.record["args"] if isinstance(saved, ShardedCheckpoint) else saved.args) or {}
-        began_fixed = flags.get("ema") and flags.get("ema_warmup", False) is False
-        if whole and self.ema and began_fixed and self.args.ema_warmup is None:
-            self.args.ema_warmup = False
-            self.log.info(
-                f"averages go on with the fixed decay {self.ema.decay} they began with; --ema-warmup warms it up"
-            )
-        return whole
-
-    def _resume(self) -> bool:
-        """Goes on from the run's newest readable checkpoint; False where the run was stopped before its first.
-
-        Raises ValueError where it has checkpoints and none can be read.
-        """
-        found = self.dist.broadcast(self.run.checkpoints())
-        for path in found:
-            saved = failure = None
-            try:
-                saved = self.state.read(path, self.dist)
-            except (ValueError, OSError) as error:
-                failure = error
-            failure = self.dist.first_failure(failure)
-            if failure or saved is None:
-                self.log.warning(f"{failure} Trying the checkpoint before it.")
-                continue
-            self._require_same_origin(
-                saved,
-                ("tokenizer", "classes", "text_encoder", "codes", "layout", "conditions"),
-                "give the run's own data, or begin a new run without --resume",
-            )
-            try:
-                self._take(saved)
-            except ValueError as error:
-                changed = ", ".join(self.run.changed_flags(self.args)) or "none"
-                raise ValueError(
-                    f"{str(error).splitlines()[0].rstrip(':')}; --resume goes on with the newest {self.run.folder.name.split('-', 1)[1]} of "
-                    f"{self.run.folder.parent}: give it the flags it began with (other now: {changed}), or another model a "
-                    "--results-dir of its own"
-                ) from error
-            self.log.info(f"resuming {self.run.folder} at step {self.step} from {path}")
-            changed = self.run.changed_flags(self.args)
-            if changed:
-                self.log.info(f"with other flags than it began with: {', '.join(changed)}")
-            return True
-        if found:
-            raise ValueError(f"no checkpoint of {self.run.folder} can be read; to start anew, leave out --resume")
-        self.log.info(f"{self.run.folder} has no checkpoint yet: starting at its beginning")
-        return False
-
-    def _require_same_origin(self, saved: Checkpoint | ShardedCheckpoint, keys: tuple[str, ...], remedy: str) -> None:
-        """Raises AgreedError where a checkpoint's record of what it belongs to is not that of this run.
-
-        What the checkpoint alone records, the run goes on to record.
-        """
-        names = (str(saved.path), getattr(self.args, "code_path", None) or "this run's data")
-        try:
-            unknown = require_same(saved.config, self.state.config, keys, names, remedy)
-        except ValueError as error:
-            raise AgreedError(str(error)) from error
-        if unknown:
-            self.log.info(f"{names[0]} or {names[1]} records no {' and no '.join(unknown)}: not compared")
-            self.state.config |= {key: saved.config[key] for key in unknown if saved.config.get(key) is not None}
+    def _lost_process(self, error: Exception) -> ConnectionError | None:
+        """Return what to raise in place of an error of torch.distributed that tells of another process's end."""
+        if self.dist.world_size == 1 or not is_lost_process(error):
+            return None
+        reason = str(error).strip().splitlines()[0][:200]
+        return ConnectionError(
+            f"process {self.dist.rank} lost the others at step {self.step} ({reason}): one of them has ended, "
+            f"see what it said itself; {self._way_on(together=False)}"
+        )
 
 
 def _gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
@@ -629,8 +547,11 @@ def _gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
 
 
 def _to_device(value: Any, device: torch.device) -> Any:
+    """Move the tensors of a tree of lists and dicts."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, list | tuple):
         return [_to_device(item, device) for item in value]
+    if isinstance(value, dict):
+        return {key: _to_device(item, device) for key, item in value.items()}
     return value

@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint.filesystem as filesystem
 
-from autoregressive.train import loss as losses
 from autoregressive.train import train_c2i, train_t2i
-from autoregressive.train.loss import dropped_conditions, linear_cross_entropy
+from autoregressive.train.loss import dropped_conditions
+from autoregressive.train.objectives.chunked import chunked_loss, even_chunk
 from tests.helpers import ROOT, free_port
 from tests.utils.training.test_trainer import build, network
 from tokenizer.tokenizer_image import vq_train
 from utils import distributed
-from utils.training.state import ChecksummedWriter
+from utils.training.shards import ChecksummedWriter
 
 
 def test_pictures_and_held_out_loss_compile_nothing(tmp_path):
@@ -73,7 +73,7 @@ def test_dropped_conditions_reach_cuda_from_pinned_memory(monkeypatch):
         def __lt__(self, probability):
             return Drop()
 
-    monkeypatch.setattr(losses.torch, "rand", lambda *_, **__: Numbers())
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: Numbers())
     dropped_conditions(0, 8, slice(0, 4), 0.1, torch.device("cuda", 1))
     assert asked == ["pinned", ("cuda:1", True)]
 
@@ -99,7 +99,7 @@ def test_writer_of_shards_never_waits_for_a_device(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("rows, expected", [(18432, {3072}), (16384, {4096}), (5, {5}), (4099, {2050, 2049})])
 def test_chunks_of_the_loss_on_cuda_are_even(rows, expected):
-    assert {len(part) for part in torch.empty(rows).split(losses.even_chunk(rows, 4096))} == expected
+    assert {len(part) for part in torch.empty(rows).split(even_chunk(rows, 4096))} == expected
 
 
 def test_loss_in_even_chunks_equals_the_whole():
@@ -107,7 +107,7 @@ def test_loss_in_even_chunks_equals_the_whole():
     targets = torch.randint(12, (30, 1))
     wanted = torch.nn.functional.cross_entropy(hidden @ weight.T, targets[:, 0])
     for rows in (7, 12, 30):
-        value = linear_cross_entropy(hidden, weight, targets, None, losses.even_chunk(30, rows))
+        value = chunked_loss(hidden, weight, targets, chunk_rows=even_chunk(30, rows))
         torch.testing.assert_close(value, wanted)
 
 

@@ -22,11 +22,13 @@ from tests.training import load, same
 from utils.checkpoint import read_checkpoint
 from utils.distributed import start
 from utils.runs import Run, checkpoints_in
+from utils.training import shards
 from utils.training import state as state_module
 from utils.training.ema import EMA, local
 from utils.training.optim import adamw
 from utils.training.parallel import Parallel, SeededNormal, materialize
-from utils.training.state import ChecksummedWriter, Saver, TrainingState, whole_weights
+from utils.training.shards import ChecksummedWriter, whole_weights
+from utils.training.state import Saver, TrainingState
 
 FLAGS = {"lr": 0.01, "weight_decay": 0.05, "beta1": 0.9, "beta2": 0.95, "keep_last": 0, "path": Path("x"), "note": None}
 SHARDED = {"fsdp", "sdp", "hsdp"}
@@ -369,7 +371,7 @@ def test_a_full_disk_leaves_no_folder_and_is_a_warning_until_the_last(alone, sav
 
 @pytest.mark.parametrize("part", ["write_json", "save_bare_weights"])
 def test_a_disk_that_fills_up_at_the_end_leaves_no_folder_either(alone, saver, monkeypatch, part):
-    monkeypatch.setattr(state_module, part, full)
+    monkeypatch.setattr(shards if part == "save_bare_weights" else state_module, part, full)
     writer, log = saver(train(make(alone, ema=False)))
     writer.save()
     writer.wait()
@@ -411,7 +413,8 @@ class Killed(BaseException):
 def test_a_run_killed_before_the_renaming_leaves_nothing_that_counts(alone, saver, monkeypatch, moment):
     """At whatever moment; the next run takes the checkpoint before, and writes this one anew."""
 
-    original = getattr(state_module, moment)
+    module = shards if moment == "save_bare_weights" else state_module
+    original = getattr(module, moment)
 
     def die(path, *args):
         if path.name == "0.crc32.json":  # of the shards, before the record
@@ -422,7 +425,7 @@ def test_a_run_killed_before_the_renaming_leaves_nothing_that_counts(alone, save
     kept = saved(saver, state)
     writer, _ = saver(train(state), stores=("checkpoints", "cloud"))
     with monkeypatch.context() as patched:
-        patched.setattr(state_module, moment, die)
+        patched.setattr(module, moment, die)
         writer.save()
         with pytest.raises(Killed):
             writer.wait()

@@ -806,7 +806,7 @@ def test_fit_checkpoints_that_fail_in_a_row_say_what_would_be_lost(tmp_path):
 
 def test_trainer_place_that_cannot_be_written_to_is_refused_before_the_first_step(tmp_path):
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(AgreedError, match=r"file/cloud cannot be written to"):
+    with pytest.raises(ValueError, match=r"file/cloud cannot be written to"):
         build(tmp_path, "--no-local-save", "--cloud-save-path", tmp_path / "file" / "cloud")
     assert os.listdir(tmp_path / "results") == []
 
@@ -1026,7 +1026,7 @@ def test_the_records_of_a_run(tmp_path):
         sample=lambda model: {"grid": picture},
         validate=lambda model: {"val_loss": 0.5},
         tokens=16,
-        flops=lambda epoch: 1e9,  # a CPU's peak is not known, and so no share of it is
+        flops=lambda step, epoch: 1e9,  # a CPU's peak is not known, and so no share of it is
     ).fit()
     folder = run_folder(tmp_path / "results")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,306 @@
+"""Recipe of a GPT's training: the parts that class-conditional and text-conditional training share.
+
+dist, plan = join(args)
+data = ClassData(args, dist)                       # or TextData: what is read, and how a batch becomes Inputs
+fit(args, plan, data, new_model(args, grid))
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from autoregressive.models.generate import generate, release_cache
+from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.models.layouts.patches import with_patches
+from autoregressive.models.sampling import SamplingConfig
+from autoregressive.released import find_identity, flags_of
+from autoregressive.train.evaluation import mean_over, require_readable
+from autoregressive.train.flops import training_flops_per_image
+from autoregressive.train.loss import TokenLoss, dropped_conditions
+from autoregressive.train.next_patch import PatchSchedule
+from autoregressive.train.objectives import OBJECTIVES
+from autoregressive.train.start import starting_point
+from tokenizer.base import Tokenizer
+from tokenizer.load import load_tokenizer
+from utils.checkpoint import read_checkpoint
+from utils.cli import layout_numbers, tokenizer_beliefs
+from utils.distributed import Distributed, start
+from utils.images import make_grid, to_uint8
+from utils.rng import image_noise, item_seed
+from utils.runs import find_checkpoint, runs_in
+from utils.training.optim import adamw
+from utils.training.parallel import Parallel, materialize
+from utils.training.trainer import Micro, Phase, Trainer
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A micro-batch as the model takes it.
+
+    Args:
+        codes: int64 (B, N) in raster order.
+        cond, prefix_mask: as Transformer.forward takes them.
+        valid: (B,), samples marked 0 do not count.
+        share: factor that makes the mean of micro-batches that of all valid samples, see `share_of_valid`.
+    """
+
+    codes: Tensor
+    cond: Tensor
+    prefix_mask: Tensor | None = None
+    valid: Tensor | None = None
+    share: Tensor | None = None
+
+
+class Data(Protocol):
+    """What a GPT is trained on. config: what its codes are of, recorded in checkpoints (utils/origin.py)."""
+
+    train: Dataset
+    held_out: Dataset | None
+    config: dict[str, Any]
+    tokenizer: Tokenizer | None
+    collate: Callable[[list[Any]], Any] | None
+    prepare: Callable[[list[Any]], list[Any]] | None
+
+    def inputs(self, batch: Any) -> Inputs:
+        """Return a batch on the device as the model takes it."""
+        ...
+
+    def held_out_inputs(self, items: list[Any]) -> Inputs:
+        """Return items of `held_out` as the model takes them, on the device."""
+        ...
+
+    def shown(self) -> tuple[Tensor, Tensor | None] | None:
+        """Return the conditions to draw pictures of while training, as `generate` takes them; None for no pictures."""
+        ...
+
+
+def join(args: argparse.Namespace) -> tuple[Distributed, Parallel]:
+    """Join the processes of the run, and return the plan to lay a model over them."""
+    OBJECTIVES[args.objective]  # refuses one that is not registered
+    dist = start(args.device, args.data_parallel != "ddp", args.timeout_minutes, args.deterministic)
+    return dist, Parallel.from_args(args, dist, compile=not args.no_compile)
+
+
+def new_model(args: argparse.Namespace, grid: int, **more: object) -> Transformer:
+    """Return the model that the flags describe, on the meta device. more: further fields of ModelArgs.
+
+    Raises ValueError where the first group of --ar-token-num, whose tokens are read one by one, is the whole image.
+    """
+    ar_token_num, spe_token_num = layout_numbers(args)
+    if args.layout and (ar_token_num or 1) > 1:
+        raise ValueError(
+            f"--layout {args.layout['name']} and --ar-token-num {ar_token_num} both say the order; give one"
+        )
+    if (ar_token_num or 1) == grid**2 > 1:
+        raise ValueError(
+            f"--ar-token-num {ar_token_num} is all of the {grid}x{grid} tokens: the first {ar_token_num} are predicted one by "
+            "one, and none would be left to predict together; choose a smaller square, or 1 for raster"
+        )
+    drop_path_rate = getattr(args, "drop_path", 0) or args.drop_path_rate
+    dropout = 0.0 if drop_path_rate > 0 else args.dropout_p  # stochastic depth replaces them
+    with torch.device("meta"):
+        return GPT_models[args.gpt_model](
+            vocab_size=args.vocab_size,
+            block_size=grid**2,
+            num_classes=args.num_classes,
+            cls_token_num=args.cls_token_num,
+            model_type=args.gpt_type,
+            resid_dropout_p=dropout,
+            ffn_dropout_p=dropout,
+            token_dropout_p=args.token_dropout_p,
+            drop_path_rate=drop_path_rate,
+            spe_token_num=spe_token_num or 0,
+            ar_token_num=ar_token_num or 1,
+            layout=args.layout,
+            extra_conditions=dict(map(_split_name, args.condition)),
+            **more,
+        )
+
+
+def _split_name(named: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name and the settings of what `named_settings` parsed."""
+    return named["name"], {key: value for key, value in named.items() if key != "name"}
+
+
+def fit(
+    args: argparse.Namespace,
+    plan: Parallel,
+    data: Data,
+    model: Transformer,
+    patches: PatchSchedule | None = None,
+    notes: Sequence[str] = (),
+) -> None:
+    """Train a model from the meta device on the data. notes: lines for the log."""
+    dist = plan.dist
+    patches = patches or PatchSchedule(epochs=args.epochs)
+    sides = {stage.patch_side for stage in patches.stages}
+    layouts = {side: with_patches(model.layout, side) for side in sides}
+    wrapped = lay_out(model, plan, args)
+    config = data.config | model.args.identity | {"objective": args.objective}
+    initial, note = starting_point(args, dist, model, config)
+    shown = data.shown()
+    if data.held_out is not None:
+        require_readable(data.held_out, dist)
+    trainer = Trainer(
+        args,
+        dist,
+        run_name=args.gpt_model,
+        models={"model": model},
+        phases=[Phase("optimizer", wrapped, adamw(model, args), StepLoss(wrapped, model, data, args, patches))],
+        dataset=data.train,
+        plan=plan,
+        initial=initial,
+        validate=None if data.held_out is None else HeldOut(data, args, dist),
+        sample=Preview(data.tokenizer, *shown, args, dist) if shown else None,
+        rate=patches.learning_rate if getattr(args, "scheduler", False) else None,
+        tokens=model.args.block_size,
+        flops=lambda step, epoch: training_flops_per_image(model.args, layouts[patches.side_at(step, epoch)]),
+        collate=data.collate,
+        prepare=data.prepare,
+        config=config,
+    )
+    for line in filter(None, (note, *notes)):
+        trainer.log.info(line)
+    trainer.fit()
+    dist.close()
+
+
+def lay_out(model: Transformer, plan: Parallel, args: argparse.Namespace) -> nn.Module:
+    """Return the loss of a model from the meta device, laid over the processes, with initial weights."""
+    loss = TokenLoss(model, OBJECTIVES[args.objective])
+    if not plan.sharded:
+        materialize(model, plan.dist.device, args.global_seed)
+    wrapped = plan.apply(loss, blocks=cast(Any, model.layers))
+    if plan.sharded:  # only now, so that no process ever holds the whole model
+        materialize(model, plan.dist.device, args.global_seed)
+    return wrapped
+
+
+class StepLoss:
+    """Loss of a micro-batch: some of its samples lose their condition, drawn by the step's number."""
+
+    def __init__(
+        self, wrapped: nn.Module, model: Transformer, data: Data, args: argparse.Namespace, patches: PatchSchedule
+    ):
+        self.wrapped, self.data, self.patches = wrapped, data, patches
+        self.seed, self.drop_probability = args.global_seed, model.args.class_dropout_prob
+
+    def __call__(self, batch: Any, place: Micro) -> tuple[Tensor, dict[str, Tensor]]:
+        inputs = self.data.inputs(batch)
+        seed = item_seed(self.seed, place.step)
+        drop = dropped_conditions(seed, place.global_batch, place.positions, self.drop_probability, inputs.codes.device)
+        loss = self.wrapped(
+            inputs.codes,
+            inputs.cond,
+            drop=drop,
+            prefix_mask=inputs.prefix_mask,
+            valid=inputs.valid,
+            patch_side=self.patches.side_at(place.step, place.epoch),
+        )
+        if inputs.share is not None:
+            loss = loss * inputs.share
+        return loss, {"loss": loss} | ({} if inputs.valid is None else {"valid": inputs.valid.float().mean()})
+
+
+class HeldOut:
+    """Mean cross-entropy of the held-out data, whatever the objective of training."""
+
+    def __init__(self, data: Data, args: argparse.Namespace, dist: Distributed):
+        self.data, self.dist = data, dist
+        self.batch_size = max(args.global_batch_size // (dist.world_size * args.gradient_accumulation_steps), 1)
+
+    def __call__(self, model: Transformer) -> dict[str, float]:
+        loss = TokenLoss(model)
+
+        def mean(items: list[Any]) -> tuple[Tensor, Tensor | int]:
+            inputs = self.data.held_out_inputs(items)
+            value = loss(inputs.codes, inputs.cond, prefix_mask=inputs.prefix_mask, valid=inputs.valid)
+            return value, len(items) if inputs.valid is None else inputs.valid.sum()
+
+        return {"val_loss": mean_over(mean, cast(Dataset, self.data.held_out), self.batch_size, self.dist)}
+
+
+class Preview:
+    """Pictures of a model in training; called where the tokenizer is. cond, emb_masks: as `generate` takes them."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        cond: Tensor,
+        emb_masks: Tensor | None,
+        args: argparse.Namespace,
+        dist: Distributed,
+    ):
+        SamplingConfig(cfg_scale=args.sample_cfg_scale)  # refuses a scale that no picture can be drawn with
+        self.tokenizer, self.cond, self.emb_masks = tokenizer, cond, emb_masks
+        self.cfg_scale, self.seed, self.device = args.sample_cfg_scale, args.global_seed, dist.device
+
+    def __call__(self, model: Transformer) -> dict[str, np.ndarray]:
+        tokenizer, tokens = cast(Tokenizer, self.tokenizer), model.args.block_size
+        noise = image_noise(self.seed, range(len(self.cond)), tokens).to(self.device)
+        try:
+            drawn = generate(model, self.cond, tokens, emb_masks=self.emb_masks, cfg_scale=self.cfg_scale, noise=noise)
+        finally:
+            release_cache(model)
+        grid = model.layout.grid_size
+        with torch.inference_mode():
+            images = tokenizer.to_pixels(drawn.view(-1, grid, grid))
+        return {"samples": make_grid(to_uint8(images), columns=4)}
+
+
+def agreed_tokenizer(
+    args: argparse.Namespace, dist: Distributed, everywhere: bool, fingerprint: str | None
+) -> Tokenizer | None:
+    """Return the tokenizer of --vq-ckpt on the first process, or `everywhere`; None on processes that need none.
+
+    fingerprint: of the tokenizer that made the codes, where they record it.
+    Raises AgreedError on all of them where one cannot read it, or it is of other codes than the model's.
+    """
+    with dist.main_first():
+        path = find_checkpoint(args.vq_ckpt)
+    tokenizer = None
+    with dist.together():  # the others would wait for the first
+        if dist.is_main or everywhere:
+            beliefs = tokenizer_beliefs(args)
+            tokenizer = load_tokenizer(path, device=dist.device, fingerprint=fingerprint, **beliefs)
+            codes, pixels = tokenizer.codebook_size, tokenizer.downsample
+            if (codes, pixels) != (args.vocab_size or codes, args.downsample_size):
+                raise ValueError(
+                    f"--vq-ckpt {path} has {codes} codes of {pixels}x{pixels} pixels, not --vocab-size {args.vocab_size} "
+                    f"--downsample-size {args.downsample_size}"
+                )
+    return tokenizer
+
+
+def model_sizes(args: argparse.Namespace, recorded: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the classes and the codes that the model has rows for.
+
+    In this order: the flags; the run or file that training goes on from; what the codes record; the published numbers.
+    With --finetune the classes are those of the codes.
+    """
+    before = _sizes_before(args)
+    classes = [before.get("num_classes"), recorded.get("num_classes")]
+    if args.finetune:
+        classes.reverse()
+    return (
+        args.num_classes or classes[0] or classes[1] or 1000,
+        args.vocab_size or before.get("vocab_size") or recorded.get("codebook_size") or 16384,
+    )
+
+
+def _sizes_before(args: argparse.Namespace) -> dict[str, int]:
+    """num_classes and vocab_size of the run or the file that training goes on from; empty for a new run."""
+    runs = runs_in(args.results_dir, args.gpt_model) if args.resume else []
+    if runs:
+        return runs[0].flags()
+    path = getattr(args, "gpt_resume", None) or args.gpt_ckpt
+    if not path:
+        return {}
+    return flags_of(find_identity(read_checkpoint(find_checkpoint(path))))

@@ -1,0 +1,159 @@
+"""Data of text-conditional training: pairs of an image, or its codes, and features of its caption."""
+
+import argparse
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoregressive.train.extract_codes_c2i import encode_views
+from autoregressive.train.loss import share_of_valid
+from autoregressive.train.recipe import Inputs, agreed_tokenizer, model_sizes
+from dataset.build import TEXT, TEXT_CODES, build_dataset
+from dataset.t2i import TextImages, collate_t2i, none_usable, require_same_encoder
+from language.features import left_padded, prefix_mask
+from tokenizer.base import Tokenizer
+from utils.distributed import Distributed
+from utils.errors import AgreedError
+from utils.logger import console_logger
+from utils.origin import origin, require_same
+
+SHOWN_CAPTIONS, CAPTION_TRIES = 8, 64
+# Of so many pairs at the beginning of a run one has to count. Pairs come in random order: of a list of which nine in ten
+# are unusable, all of them are so once in a thousand runs. Of small lists it is half, but at least so few.
+FIRST_PAIRS, FEW_PAIRS = 64, 16
+
+
+class TextData:
+    """Pairs to train on and those held out; fills in --vocab-size where it is not given.
+
+    With --dataset t2i the frozen tokenizer encodes each batch's images on the device.
+    """
+
+    def __init__(self, args: argparse.Namespace, dist: Distributed):
+        self.args, self.dist, self.tokens = args, dist, args.cls_token_num
+        console_logger("dataset", dist.is_main)
+        with dist.main_first():  # which indexes shards where they have no index yet
+            self.train = build_dataset(args, random_crop=args.random_crop)
+            self.held_out = build_dataset(held_out_flags(args)) if args.val_data_path else None
+        self.collate = partial(collate_t2i, tokens=self.tokens, pad=left_padded)
+        self.first = FirstPairs(self.train, args, dist)
+        codes, self.on_the_fly = self.train.codes, args.dataset == TEXT
+        fingerprint = codes.tokenizer if codes else None
+        self.tokenizer = None
+        if args.vq_ckpt:
+            everywhere = self.on_the_fly or args.data_parallel != "ddp"
+            self.tokenizer = agreed_tokenizer(args, dist, everywhere, fingerprint)
+        if self.on_the_fly:
+            fingerprint = self.tokenizer.fingerprint()
+        size = self.tokenizer.codebook_size if self.on_the_fly else codes.vocab_size
+        args.num_classes, args.vocab_size = model_sizes(args, {"codebook_size": size})
+        if self.held_out is not None:
+            self._require_same_kind(fingerprint)
+        self.config = origin(
+            tokenizer=fingerprint, text_encoder=self.train.features.encoder, codes=self.train.identity()
+        )
+
+    def prepare(self, micros: list[list[Tensor]]) -> list[list[Tensor]]:
+        """Encode images, and give each part of the batch its weight in the mean over all valid samples."""
+        counts = torch.stack([valid.sum() for *_, valid in micros])
+        self.first.require_one(counts)
+        shares = share_of_valid(counts, self.dist)
+        return [[self._codes(targets), *rest, share] for (targets, *rest), share in zip(micros, shares, strict=True)]
+
+    def inputs(self, batch: list[Tensor]) -> Inputs:
+        """Return a batch on the device as the model takes it."""
+        codes, features, lengths, valid, share = batch
+        return Inputs(codes, features, prefix_mask(lengths, self.tokens), valid, share)
+
+    def held_out_inputs(self, items: list[tuple]) -> Inputs:
+        """Return items of `held_out` as the model takes them, on the device."""
+        targets, features, lengths, valid = (part.to(self.dist.device) for part in self.collate(items))
+        return Inputs(self._codes(targets), features, prefix_mask(lengths, self.tokens), valid)
+
+    def shown(self) -> tuple[Tensor, Tensor] | None:
+        """Return the features of the first few captions and their mask; None without a tokenizer or features."""
+        if not self.args.vq_ckpt:
+            return None
+        shown = first_captions(self.held_out or self.train) if self.dist.is_main else None
+        shown = self.dist.broadcast(shown)
+        if not shown:
+            return None
+        features, lengths = left_padded(shown, self.tokens)
+        return features, prefix_mask(lengths, self.tokens)
+
+    def _codes(self, targets: Tensor) -> Tensor:
+        if not self.on_the_fly:
+            return targets
+        return encode(self.tokenizer, targets, self.args.mixed_precision if self.args.half_tokenizer else "none")
+
+    def _require_same_kind(self, fingerprint: str | None) -> None:
+        """Raise ValueError where held-out pairs are of another text encoder, or their codes of another tokenizer."""
+        require_same_encoder(self.train.features, self.held_out.features)
+        if self.held_out.codes:
+            names = f"--code-path {self.args.code_path}", f"--val-code-path {self.args.val_code_path}"
+            one, other = {"tokenizer": fingerprint}, vars(self.held_out.codes)
+            require_same(one, other, ("tokenizer",), names, "extract one of them again")
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags of the data that do not go together."""
+    if args.dataset not in (TEXT, TEXT_CODES):
+        raise ValueError(f"train_t2i.py reads --dataset {TEXT} or {TEXT_CODES}, got {args.dataset!r}")
+    if args.dataset == TEXT and args.code_path:
+        raise ValueError(
+            f"--code-path is read with --dataset {TEXT_CODES}; with {TEXT} images are encoded while training"
+        )
+    if args.dataset == TEXT and not args.vq_ckpt:
+        raise ValueError(
+            f"--dataset {TEXT} encodes images while training: give --vq-ckpt, or --dataset {TEXT_CODES} with --code-path"
+        )
+    if args.val_data_path and not (args.val_t5_feat_path and (args.dataset == TEXT or args.val_code_path)):
+        missing = "--val-t5-feat-path" if not args.val_t5_feat_path else "--val-code-path"
+        raise ValueError(f"--val-data-path {args.val_data_path} needs {missing} too")
+
+
+class FirstPairs:
+    """Refuses a run none of whose first pairs counts: FIRST_PAIRS of them over all processes, or half a pass of a small set."""
+
+    def __init__(self, dataset: TextImages, args: argparse.Namespace, dist: Distributed):
+        self.dataset, self.dist, self.batch = dataset, dist, args.global_batch_size
+        whole = len(dataset) // self.batch * self.batch  # of the first pass
+        self.enough = min(FIRST_PAIRS, max(whole // 2, min(whole, FEW_PAIRS)), (args.max_steps or whole) * self.batch)
+        self.looked_at: int | None = 0
+
+    def require_one(self, counts: Tensor) -> None:
+        """Raise the same AgreedError on every process, or none. counts: int64 (M,), this process's pairs that count."""
+        if self.looked_at is None:
+            return
+        if int(self.dist.sum(counts.sum())):
+            self.looked_at = None
+            return
+        self.looked_at += self.batch
+        if self.looked_at >= self.enough:
+            examples = self.dist.broadcast(self.dataset.examples() if self.dist.is_main else None)
+            raise AgreedError(none_usable(f"none of the first {self.looked_at} pairs could be used", examples))
+
+
+def encode(tokenizer: Tokenizer, pixels: Tensor, mixed_precision: str = "none") -> Tensor:
+    """Return the codes of a batch of images: (B, 3, H, W) in [-1, 1] -> int64 (B, N), raster order, without gradients."""
+    # A copy, since what inference mode made cannot be kept for a backward pass.
+    return encode_views(tokenizer, pixels[:, None], mixed_precision)[:, 0].clone()
+
+
+def first_captions(data: TextImages) -> list[Tensor]:
+    """Return the features (length, dim) of the first few pairs that have some, to draw pictures of."""
+    shown: list[Any] = []
+    for index in range(min(CAPTION_TRIES, len(data))):
+        features = data.features.get(*data.pairs.identity(index))
+        if features is not None and len(shown) < SHOWN_CAPTIONS:
+            shown.append(features)
+    return shown
+
+
+def held_out_flags(args: argparse.Namespace) -> argparse.Namespace:
+    """Return the flags as they are for held-out pairs, which are read as they are: no random crops, no short captions."""
+    index_path = f"{args.index_path}/held_out" if args.index_path else None
+    paths = {"data_path": args.val_data_path, "t5_feat_path": args.val_t5_feat_path, "code_path": args.val_code_path}
+    return argparse.Namespace(**{**vars(args), **paths, "short_t5_feat_path": None, "index_path": index_path})

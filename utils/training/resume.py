@@ -1,0 +1,112 @@
+"""Beginning of a run: its folder, and the state it goes on with.
+
+run, resumed = open_run_together(args, "GPT-B", dist, sharded=False)
+resumed = resumed and resume(state, run, args, dist, log)
+whole = not resumed and start_from(checkpoint, state, args, log)
+"""
+
+from argparse import Namespace
+
+from utils.checkpoint import Checkpoint
+from utils.distributed import Distributed
+from utils.errors import AgreedError
+from utils.logger import RunLogger
+from utils.origin import require_same
+from utils.runs import Run, open_run, require_writable
+from utils.training.shards import ShardedCheckpoint
+from utils.training.state import TrainingState
+
+_ORIGIN = ("tokenizer", "classes", "text_encoder")
+
+
+def open_run_together(args: Namespace, name: str, dist: Distributed, sharded: bool) -> tuple[Run, bool]:
+    """Return `open_run`'s run of the first process. Raises the same error on all where one of them cannot write to it."""
+    opened = None
+    with dist.together():
+        opened = open_run(args, name, sharded) if dist.is_main else None
+    run, resumed = dist.broadcast(opened)
+    if sharded:  # every process writes its shards
+        with dist.together():
+            require_writable(run.stores[0])
+    return run, resumed
+
+
+def resume(state: TrainingState, run: Run, args: Namespace, dist: Distributed, log: RunLogger) -> bool:
+    """Take over the run's newest readable checkpoint; return False where the run was stopped before its first.
+
+    Raises ValueError where it has checkpoints and none can be read, or they do not fit the run as it is now.
+    """
+    found = dist.broadcast(run.checkpoints())
+    for path in found:
+        saved = failure = None
+        try:
+            saved = state.read(path, dist)
+        except (ValueError, OSError) as error:
+            failure = error
+        failure = dist.first_failure(failure)
+        if failure or saved is None:
+            log.warning(f"{failure} Trying the checkpoint before it.")
+            continue
+        remedy = "give the run's own data, or begin a new run without --resume"
+        _require_same_origin(saved, (*_ORIGIN, "codes", "layout", "conditions", "objective"), remedy, state, args, log)
+        changed = ", ".join(run.changed_flags(args))
+        try:
+            take(saved, state, args, log)
+        except ValueError as error:
+            raise ValueError(
+                f"{str(error).splitlines()[0].rstrip(':')}; --resume goes on with the newest "
+                f"{run.folder.name.split('-', 1)[1]} of {run.folder.parent}: give it the flags it began with (other now: "
+                f"{changed or 'none'}), or another model a --results-dir of its own"
+            ) from error
+        log.info(f"resuming {run.folder} at step {state.step} from {path}")
+        if changed:
+            log.info(f"with other flags than it began with: {changed}")
+        return True
+    if found:
+        raise ValueError(f"no checkpoint of {run.folder} can be read; to start anew, leave out --resume")
+    log.info(f"{run.folder} has no checkpoint yet: starting at its beginning")
+    return False
+
+
+def start_from(saved: Checkpoint | ShardedCheckpoint, state: TrainingState, args: Namespace, log: RunLogger) -> bool:
+    """Begin a new run with a checkpoint; return False where it has weights alone."""
+    _require_same_origin(saved, _ORIGIN, "give weights of a run on such codes, or --finetune", state, args, log)
+    whole = take(saved, state, args, log)
+    log.info(f"starting from {saved.path}, {f'step {state.step}' if whole else 'its weights alone'}")
+    return whole
+
+
+def take(saved: Checkpoint | ShardedCheckpoint, state: TrainingState, args: Namespace, log: RunLogger) -> bool:
+    """Take over a checkpoint; return False where it has weights alone. Averages that began with a fixed decay keep it."""
+    whole = state.take(saved, args.global_batch_size)
+    flags = (saved.record["args"] if isinstance(saved, ShardedCheckpoint) else saved.args) or {}
+    began_fixed = flags.get("ema") and flags.get("ema_warmup", False) is False
+    if whole and state.ema and began_fixed and args.ema_warmup is None:
+        args.ema_warmup = False
+        log.info(f"averages go on with the fixed decay {state.ema.decay} they began with; --ema-warmup warms it up")
+    return whole
+
+
+def _require_same_origin(
+    saved: Checkpoint | ShardedCheckpoint,
+    keys: tuple[str, ...],
+    remedy: str,
+    state: TrainingState,
+    args: Namespace,
+    log: RunLogger,
+) -> None:
+    """Raise AgreedError where a checkpoint's record of what it belongs to is not that of this run.
+
+    What the checkpoint alone records, the run goes on to record.
+    """
+    names = (str(saved.path), getattr(args, "code_path", None) or "this run's data")
+    config = saved.config
+    if "objective" in state.config:  # files that do not say were all trained by cross-entropy
+        config = {"objective": "cross_entropy", **config}
+    try:
+        unknown = require_same(config, state.config, keys, names, remedy)
+    except ValueError as error:
+        raise AgreedError(str(error)) from error
+    if unknown:
+        log.info(f"{names[0]} or {names[1]} records no {' and no '.join(unknown)}: not compared")
+        state.config |= {key: saved.config[key] for key in unknown if saved.config.get(key) is not None}
