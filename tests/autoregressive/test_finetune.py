@@ -168,6 +168,6 @@ def test_gpt_ckpt_of_a_finished_run_names_finetune(source, tmp_path, more):
 def test_resume_with_another_layout_is_refused_in_one_line_that_names_the_flags(source, tmp_path):
     codes = codes_of(tmp_path / "codes", "cat", "dog", "owl")
     train(codes, tmp_path / "results", "--ar-token-num", 4, "--max-steps", 1)
-    with pytest.raises(ValueError, match=r"does not fit the model; .*--ar-token-num None \(was 4\)") as refused:
+    with pytest.raises(ValueError, match=r"layout .*parallel.*raster.*--ar-token-num None \(was 4\)") as refused:
         train(codes, tmp_path / "results", "--max-steps", 2, "--resume")
     assert "\n" not in str(refused.value)

@@ -47,9 +47,12 @@ def resume(state: TrainingState, run: Run, args: Namespace, dist: Distributed, l
         if failure or saved is None:
             log.warning(f"{failure} Trying the checkpoint before it.")
             continue
-        remedy = "give the run's own data, or begin a new run without --resume"
-        _require_same_origin(saved, (*_ORIGIN, "codes", "layout", "conditions", "objective"), remedy, state, args, log)
+        data = getattr(args, "code_path", None) or "this run's data"
+        anew = "or begin a new run without --resume"
+        _require_same(saved, state, (*_ORIGIN, "codes"), data, f"give the run's own data, {anew}", log)
         changed = ", ".join(run.changed_flags(args))
+        remedy = f"give the flags it began with (other now: {changed or 'none'}), {anew}"
+        _require_same(saved, state, ("layout", "conditions", "objective"), "these flags", remedy, log)
         try:
             take(saved, state, args, log)
         except ValueError as error:
@@ -70,7 +73,8 @@ def resume(state: TrainingState, run: Run, args: Namespace, dist: Distributed, l
 
 def start_from(saved: Checkpoint | ShardedCheckpoint, state: TrainingState, args: Namespace, log: RunLogger) -> bool:
     """Begin a new run with a checkpoint; return False where it has weights alone."""
-    _require_same_origin(saved, _ORIGIN, "give weights of a run on such codes, or --finetune", state, args, log)
+    data = getattr(args, "code_path", None) or "this run's data"
+    _require_same(saved, state, _ORIGIN, data, "give weights of a run on such codes, or --finetune", log)
     whole = take(saved, state, args, log)
     log.info(f"starting from {saved.path}, {f'step {state.step}' if whole else 'its weights alone'}")
     return whole
@@ -87,26 +91,25 @@ def take(saved: Checkpoint | ShardedCheckpoint, state: TrainingState, args: Name
     return whole
 
 
-def _require_same_origin(
+def _require_same(
     saved: Checkpoint | ShardedCheckpoint,
-    keys: tuple[str, ...],
-    remedy: str,
     state: TrainingState,
-    args: Namespace,
+    keys: tuple[str, ...],
+    other: str,
+    remedy: str,
     log: RunLogger,
 ) -> None:
-    """Raise AgreedError where a checkpoint's record of what it belongs to is not that of this run.
+    """Raise AgreedError where a checkpoint's config differs from that of this run in one of the keys.
 
-    What the checkpoint alone records, the run goes on to record.
+    What the checkpoint alone records, the run goes on to record. other: what the run's config is told to be of.
     """
-    names = (str(saved.path), getattr(args, "code_path", None) or "this run's data")
     config = saved.config
     if "objective" in state.config:  # files that do not say were all trained by cross-entropy
         config = {"objective": "cross_entropy", **config}
     try:
-        unknown = require_same(config, state.config, keys, names, remedy)
+        unknown = require_same(config, state.config, keys, (str(saved.path), other), remedy)
     except ValueError as error:
         raise AgreedError(str(error)) from error
     if unknown:
-        log.info(f"{names[0]} or {names[1]} records no {' and no '.join(unknown)}: not compared")
+        log.info(f"{saved.path} or {other} records no {' and no '.join(unknown)}: not compared")
         state.config |= {key: saved.config[key] for key in unknown if saved.config.get(key) is not None}
