@@ -43,8 +43,9 @@ def of_classes(args: argparse.Namespace) -> dict:
     from autoregressive.pipeline import load_gpt
     from autoregressive.train.evaluation import mean_loss
     from dataset.codes import PackedCodes
+    from tokenizer.codecs import VQCodec
     from tokenizer.load import load_tokenizer
-    from tokenizer.reconstruction import reconstruct
+    from tokenizer.reconstruction import round_trip
     from utils.distributed import start
     from utils.images import make_grid, peak_signal_to_noise_ratio, save_png
     from utils.runs import find_checkpoint
@@ -59,8 +60,10 @@ def of_classes(args: argparse.Namespace) -> dict:
     gpt = load_gpt(find_checkpoint(args.gpt_ckpt))
     tokenizer = load_tokenizer(find_checkpoint(args.vq_ckpt), fingerprint=gpt.file_config.get("tokenizer"))
     pixels = torch.from_numpy(judge.held_images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    parts = list(reconstruct(tokenizer, ((batch, batch) for batch in pixels.split(64)), dist.device))
-    originals, recons, codes = (np.concatenate(part) for part in zip(*parts, strict=True))
+    trips = [round_trip(VQCodec(tokenizer), batch, range(len(batch))) for batch in pixels.split(64)]
+    originals, recons, codes = (
+        np.concatenate([getattr(t, name) for t in trips]) for name in ("originals", "recons", "codes")
+    )
     shown = np.random.default_rng(0).permutation(len(originals))[:16]
     save_png(make_grid(np.concatenate([originals[shown], recons[shown]]), columns=16), output / "reconstructions.png")
 

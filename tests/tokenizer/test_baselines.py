@@ -12,17 +12,15 @@ from PIL import Image
 from tests.helpers import assert_close
 from tests.tokenizer.taming import F8, F16, TamingByHand, save_lightning, taming_state
 from tests.training import check_published_flags, make_images, run_here
+from tokenizer.codecs import Codec, find_vqgan, load_autoencoder, load_consistency_decoder, load_vae, vqgan
 from tokenizer.consistencydecoder import cd_demo, reconstruction_cd_ddp
-from tokenizer.consistencydecoder.decoder import load_consistency_decoder
 from tokenizer.reconstruction import round_trip
 from tokenizer.released import from_taming
 from tokenizer.vae import reconstruction_vae_ddp, sd_vae_demo
-from tokenizer.vae.diffusers_folder import load_autoencoder
-from tokenizer.vae.sd_vae import load_vae
 from tokenizer.vqgan import reconstruction_vqgan_ddp, taming_vqgan_demo
-from tokenizer.vqgan.load import find_vqgan, load_vqgan
 from tokenizer.vqgan.sizes import VQGAN_FROM_TAMING
 from utils import hub
+from utils.distributed import Distributed
 from utils.images import to_uint8
 
 SHAPES = {
@@ -66,7 +64,7 @@ def demo_line(folder: Path, *more) -> list:
 def test_a_vqgan_computes_what_its_names_say(tmp_path, name):
     """Against taming's network written again from its names, through the file Lightning writes."""
     state = taming_state(*SHAPES[name])
-    model = load_vqgan(save_lightning(tmp_path / "last.ckpt", state, zipped=name.endswith("256")), name)
+    model = vqgan(save_lightning(tmp_path / "last.ckpt", state, zipped=name.endswith("256")), name)
     by_hand, images = TamingByHand(state, SHAPES[name][2]), pixels()
     latents = by_hand.latents(images)
     assert_close(model.quant_conv(model.encoder(images)), latents, atol=1e-4)
@@ -97,19 +95,19 @@ def test_another_vqgan_than_asked_for(vqgan_file):
         ValueError,
         match=r"last\.ckpt is not vqgan_openimage_f8_16384, which .*256 codes of 4.*use --vqgan vqgan_openimage_f8_256",
     ):
-        load_vqgan(vqgan_file, "vqgan_openimage_f8_16384")
+        vqgan(vqgan_file, "vqgan_openimage_f8_16384")
 
 
 def test_weights_that_are_no_vqgan(tmp_path, small_files):
     state = taming_state(*SHAPES[SMALL])
     gumbel = {name.replace("quantize.embedding", "quantize.embed"): tensor for name, tensor in state.items()}
     with pytest.raises(ValueError, match=r"gumbel\.ckpt is not a whole .*'quantize\.embedding\.weight'"):
-        load_vqgan(save_lightning(tmp_path / "gumbel.ckpt", gumbel))
+        vqgan(save_lightning(tmp_path / "gumbel.ckpt", gumbel))
     del state["decoder.up.1.block.2.conv2.bias"]
     with pytest.raises(ValueError, match=r"missing \(1\): decoder\.conv_blocks\.2\.res\.2\.conv2\.bias"):
-        load_vqgan(save_lightning(tmp_path / "less.ckpt", state))
+        vqgan(save_lightning(tmp_path / "less.ckpt", state))
     with pytest.raises(ValueError, match=r"gpt\.pt is not an image tokenizer's checkpoint: it looks like a GPT"):
-        load_vqgan(small_files.gpt, SMALL)
+        vqgan(small_files.gpt, SMALL)
 
 
 def test_where_a_vqgan_is_looked_for(tmp_path, monkeypatch, vqgan_file):
@@ -139,6 +137,24 @@ def test_vqgan_scripts(images, vqgan_file, tmp_path, capsys):
 
 
 # Stable Diffusion's VAE and the consistency decoder
+
+CPU = Distributed(torch.device("cpu"))
+
+
+def vae(folder: Path | None = None, sample: bool = False, seed: int = 0) -> tuple[Codec, Path]:
+    """The codec of the script's flags, and the file of its weights."""
+    words = [f"--vae-path={folder}"] if folder else []
+    args = reconstruction_vae_ddp.flags().parse_args(
+        ["--data-path=x", *words, *(["--posterior=sample"] if sample else [])]
+    )
+    loaded = load_vae(args, CPU, seed)
+    return loaded.codec, loaded.weights
+
+
+def consistency_decoder(folder: Path | None = None, seed: int = 0) -> tuple[Codec, Path]:
+    words = [f"--cd-path={folder}"] if folder else []
+    loaded = load_consistency_decoder(reconstruction_cd_ddp.flags().parse_args(["--data-path=x", *words]), CPU, seed)
+    return loaded.codec, loaded.weights
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +197,7 @@ def test_vae(vae_folder):
     from diffusers import AutoencoderKL
 
     model = AutoencoderKL.from_pretrained(vae_folder, low_cpu_mem_usage=False).eval()
-    codec, weights = load_vae("sd-vae-ft-mse", vae_folder)
+    codec, weights = vae(vae_folder)
     assert weights == vae_folder / "diffusion_pytorch_model.safetensors" and codec.downsample == 2
     moments = model.quant_conv(model.encoder(pixels()))
     expected = model.decoder(model.post_quant_conv(moments[:, :4]))
@@ -192,14 +208,14 @@ def test_vae(vae_folder):
 
 @torch.no_grad()
 def test_a_draw_from_the_posterior_is_a_function_of_seed_and_image(vae_folder):
-    codec, _ = load_vae("sd-vae-ft-mse", vae_folder, sample=True, seed=3)
+    codec, _ = vae(vae_folder, sample=True, seed=3)
     images = pixels(3)
     both, _ = codec(images, [5, 6, 7])
     alone, _ = codec(images[1:2], [6])
     assert_close(both[1:2], alone)
-    other, _ = load_vae("sd-vae-ft-mse", vae_folder, sample=True, seed=4)[0](images[1:2], [6])
+    other, _ = vae(vae_folder, sample=True, seed=4)[0](images[1:2], [6])
     assert (alone - other).abs().max() > 1e-3 and codec.draws
-    mean, _ = load_vae("sd-vae-ft-mse", vae_folder)[0](images[1:2], [6])
+    mean, _ = vae(vae_folder)[0](images[1:2], [6])
     assert (alone - mean).abs().max() > 1e-3
 
 
@@ -215,11 +231,11 @@ def test_the_vae_of_older_diffusers(vae_folder, tmp_path):
     assert set(renamed) != set(state)
     (tmp_path / "config.json").write_bytes((vae_folder / "config.json").read_bytes())
     safetensors.torch.save_file(renamed, tmp_path / "diffusion_pytorch_model.safetensors")
-    expected, _ = load_vae("sd-vae-ft-mse", vae_folder)[0](pixels(), [0, 1])
-    assert torch.equal(load_vae("sd-vae-ft-mse", tmp_path)[0](pixels(), [0, 1])[0], expected)
+    expected, _ = vae(vae_folder)[0](pixels(), [0, 1])
+    assert torch.equal(vae(tmp_path)[0](pixels(), [0, 1])[0], expected)
     torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
-    assert torch.equal(load_vae("sd-vae-ft-mse", tmp_path)[0](pixels(), [0, 1])[0], expected)
+    assert torch.equal(vae(tmp_path)[0](pixels(), [0, 1])[0], expected)
 
 
 def test_a_pickle_that_runs_code_is_refused(vae_folder, tmp_path):
@@ -230,7 +246,7 @@ def test_a_pickle_that_runs_code_is_refused(vae_folder, tmp_path):
     (tmp_path / "config.json").write_bytes((vae_folder / "config.json").read_bytes())
     torch.save({"a": Harmful()}, tmp_path / "diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin is damaged or does not fit"):
-        load_vae("sd-vae-ft-mse", tmp_path)
+        vae(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -271,12 +287,12 @@ def test_a_vae_is_looked_for_in_pretrained_models(vae_folder, tmp_path, monkeypa
     with pytest.raises(
         FileNotFoundError, match=r"stabilityai/sd-vae-ft-mse is not on this disk .*pretrained_models/sd-vae"
     ):
-        load_vae("sd-vae-ft-mse")
+        vae()
     with pytest.raises(FileNotFoundError, match="openai/consistency-decoder is not on this disk"):
-        load_consistency_decoder()
+        consistency_decoder()
     (tmp_path / "pretrained_models").mkdir()
     (tmp_path / "pretrained_models" / "sd-vae-ft-mse").symlink_to(vae_folder)
-    assert load_vae("sd-vae-ft-mse")[1].samefile(vae_folder / "diffusion_pytorch_model.safetensors")
+    assert vae()[1].samefile(vae_folder / "diffusion_pytorch_model.safetensors")
 
 
 def test_what_is_fetched_of_a_repository():
@@ -288,12 +304,12 @@ def test_what_is_fetched_of_a_repository():
 
 @torch.no_grad()
 def test_the_consistency_decoders_noise_is_a_function_of_seed_and_image(cd_folder):
-    codec, _ = load_consistency_decoder(cd_folder, seed=3)
+    codec, _ = consistency_decoder(cd_folder, seed=3)
     images = pixels(3)
     together = round_trip(codec, images, [5, 6, 7]).recons
     alone = round_trip(codec, images[1:2], [6]).recons
     assert np.abs(together[1].astype(int) - alone[0]).max() <= 1
-    for other, index in ((codec, 7), (load_consistency_decoder(cd_folder, seed=4)[0], 6)):
+    for other, index in ((codec, 7), (consistency_decoder(cd_folder, seed=4)[0], 6)):
         assert not np.array_equal(round_trip(other, images[1:2], [index]).recons, alone)
 
 
@@ -341,7 +357,7 @@ def test_a_demos_mistakes(vae_folder, tmp_path, words, error, message):
 
 
 def test_what_comes_back_is_clamped(vae_folder):
-    codec, _ = load_vae("sd-vae-ft-mse", vae_folder)
+    codec, _ = vae(vae_folder)
     assert round_trip(codec, pixels() * 50, [0, 1]).recons.dtype == to_uint8(pixels()).dtype
 
 

@@ -5,8 +5,8 @@ import torch
 
 from tests.tokenizer.taming import F8, save_lightning, taming_state
 from tests.training import run_here
+from tokenizer.codecs import vqgan
 from tokenizer.load import load_tokenizer
-from tokenizer.vqgan.load import load_vqgan
 from tools import convert_pytorch_lightning_to_torch as convert
 from utils.checkpoint import read_checkpoint
 
@@ -31,8 +31,8 @@ def test_names_become_ours(tmp_path, state, capsys):
     assert "4 of its loss left out" in said
     read = read_checkpoint(tmp_path / "new" / "vqgan.pt")
     assert not any(name.startswith("loss") for name in read.model) and read.extra == {} and read.optimizer is None
-    expected = codes(load_vqgan(source, "vqgan_openimage_f8_256"))
-    assert torch.equal(codes(load_vqgan(tmp_path / "new" / "vqgan.pt", "vqgan_openimage_f8_256")), expected)
+    expected = codes(vqgan(source, "vqgan_openimage_f8_256"))
+    assert torch.equal(codes(vqgan(tmp_path / "new" / "vqgan.pt", "vqgan_openimage_f8_256")), expected)
     plain = load_tokenizer(tmp_path / "new" / "vqgan.pt", vq_model="VQ-8", codebook_size=256, codebook_embed_dim=4)
     assert not plain.quantize.l2_norm
     assert torch.equal(codes(plain), expected) and len(expected.unique()) > 2
@@ -44,7 +44,7 @@ def test_names_kept(tmp_path, state):
     content = torch.load(tmp_path / "last.pt", weights_only=True)
     assert set(content) == {"model"} and set(content["model"]) == set(state)
     assert all(torch.equal(content["model"][name], state[name]) for name in state)
-    assert torch.equal(codes(load_vqgan(tmp_path / "last.pt")), codes(load_vqgan(source)))
+    assert torch.equal(codes(vqgan(tmp_path / "last.pt")), codes(vqgan(source)))
 
 
 def test_only_what_is_kept_is_written(tmp_path):

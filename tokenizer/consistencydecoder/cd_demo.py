@@ -5,27 +5,20 @@ python3 tokenizer/consistencydecoder/cd_demo.py --image-path photo.jpg --image-s
 
 import argparse
 
-from tokenizer.reconstruction import demo_flags
+from tokenizer.reconstruction_flags import add_consistency_decoder_flags, demo_flags
 from utils.cli import run_script
 
 
 def main(args: argparse.Namespace) -> None:
-    from tokenizer.consistencydecoder.decoder import NAME, load_consistency_decoder
-    from tokenizer.reconstruction import demonstrate
-    from utils.distributed import pick_device
+    from tokenizer.codecs import load_consistency_decoder
+    from tokenizer.reconstruction import reconstruct_image
 
-    device = pick_device(args.device)
-    codec, _ = load_consistency_decoder(args.cd_path, device, args.seed)
-    demonstrate(args, codec, device, NAME)
+    reconstruct_image(args, load_consistency_decoder, "consistency-decoder")
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
-    parser = demo_flags(__doc__)
-    parser.add_argument(
-        "--cd-path", default=None, help="its diffusers folder (default: pretrained_models/, or the hub)"
-    )
-    return parser
+    """Return the script's flags."""
+    return add_consistency_decoder_flags(demo_flags(__doc__))
 
 
 if __name__ == "__main__":

@@ -7,29 +7,20 @@ The noise of an image is a function of --global-seed and its number. What it wri
 
 import argparse
 
-from tokenizer.reconstruction import reconstruction_flags
+from tokenizer.reconstruction_flags import add_consistency_decoder_flags, reconstruction_flags
 from utils.cli import run_script
 
 
 def main(args: argparse.Namespace) -> None:
-    from tokenizer.consistencydecoder.decoder import load_consistency_decoder
-    from tokenizer.reconstruction import evaluate, folder_name
-    from utils.distributed import start
+    from tokenizer.codecs import load_consistency_decoder
+    from tokenizer.reconstruction import reconstruct_folder
 
-    dist = start(args.device)
-    with dist.main_first():
-        codec, weights = load_consistency_decoder(args.cd_path, dist.device, args.global_seed)
-    evaluate(args, dist, codec, name=folder_name(args, "openai-consistencydecoder"), weights=weights)
-    dist.close()
+    reconstruct_folder(args, load_consistency_decoder)
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
-    parser = reconstruction_flags(__doc__)
-    parser.add_argument(
-        "--cd-path", default=None, help="its diffusers folder (default: pretrained_models/, or the hub)"
-    )
-    return parser
+    """Return the script's flags."""
+    return add_consistency_decoder_flags(reconstruction_flags(__doc__))
 
 
 if __name__ == "__main__":

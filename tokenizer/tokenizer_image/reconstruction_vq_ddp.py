@@ -8,39 +8,20 @@ The same command again does what is missing (see tokenizer/reconstruction.py).
 
 import argparse
 
-from tokenizer.reconstruction import reconstruction_flags
+from tokenizer.reconstruction_flags import reconstruction_flags
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
-from utils.cli import add_switch, add_tokenizer_flags, run_script, tokenizer_beliefs
+from utils.cli import add_switch, add_tokenizer_flags, run_script
 
 
 def main(args: argparse.Namespace) -> None:
-    from tokenizer.load import choose_weights, load_tokenizer
-    from tokenizer.reconstruction import VQCodec, evaluate, folder_name
-    from utils.distributed import start
-    from utils.runs import find_checkpoint
+    from tokenizer.codecs import load_vq
+    from tokenizer.reconstruction import reconstruct_folder
 
-    if args.vq_ckpt is None:
-        raise ValueError(
-            "--vq-ckpt is needed: a file, a run's folder, or a released file's name (pretrained_models/README.md)"
-        )
-    dist = start(args.device)
-    with dist.main_first():
-        path = find_checkpoint(args.vq_ckpt)
-    args.use_ema = choose_weights(path, args.use_ema, told=dist.is_main)
-    tokenizer = load_tokenizer(
-        path,
-        **tokenizer_beliefs(args),
-        device=dist.device,
-        use_ema=args.use_ema,
-    )
-    vars(args).update(tokenizer.flags)
-    details = f"-size-{args.image_size_eval}-codebook-size-{args.codebook_size}-dim-{args.codebook_embed_dim}"
-    evaluate(args, dist, VQCodec(tokenizer), name=folder_name(args, args.vq_model, details), weights=path)
-    dist.close()
+    reconstruct_folder(args, load_vq)
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+    """Return the script's flags."""
     parser = reconstruction_flags(__doc__, evaluation=256)
     add_tokenizer_flags(parser, VQ_SIZES)
     add_switch(parser, "--use-ema", True, "reconstruct by the averaged weights where the file has them")

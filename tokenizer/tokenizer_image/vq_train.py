@@ -244,7 +244,7 @@ def comparison(tokenizer: "Tokenizer", images: "Tensor") -> "np.ndarray":
 
     from utils.images import make_grid, to_uint8
 
-    recons = tokenizer.to_pixels(tokenizer.to_codes(images))
+    recons = tokenizer.to_pixels(tokenizer.to_codes(images).clamp(min=0))  # -1 where training has diverged
     return make_grid(to_uint8(torch.cat([images, recons])), columns=len(images))
 
 

@@ -8,35 +8,20 @@ tokenizer/reconstruction.py.
 
 import argparse
 
-from tokenizer.reconstruction import reconstruction_flags
-from tokenizer.vae.sd_vae import VAES
+from tokenizer.reconstruction_flags import add_vae_flags, reconstruction_flags
 from utils.cli import run_script
 
 
 def main(args: argparse.Namespace) -> None:
-    from tokenizer.reconstruction import evaluate, folder_name
-    from tokenizer.vae.sd_vae import load_vae
-    from utils.distributed import start
+    from tokenizer.codecs import load_vae
+    from tokenizer.reconstruction import reconstruct_folder
 
-    dist = start(args.device)
-    sample = args.posterior == "sample"
-    with dist.main_first():
-        codec, weights = load_vae(args.vae, args.vae_path, dist.device, sample, args.global_seed)
-    evaluate(args, dist, codec, name=folder_name(args, f"stabilityai-{args.vae}"), weights=weights)
-    dist.close()
+    reconstruct_folder(args, load_vae)
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
-    parser = reconstruction_flags(__doc__)
-    parser.add_argument("--vae", choices=list(VAES), default="sd-vae-ft-mse", help="which VAE")
-    parser.add_argument(
-        "--vae-path", default=None, help="its diffusers folder (default: pretrained_models/, or the hub)"
-    )
-    parser.add_argument(
-        "--posterior", choices=["mode", "sample"], default="mode", help="decode the posterior's mean, or a draw from it"
-    )
-    return parser
+    """Return the script's flags."""
+    return add_vae_flags(reconstruction_flags(__doc__))
 
 
 if __name__ == "__main__":

@@ -7,21 +7,18 @@ The crops are cut from the files at --image-size directly. The same command agai
 
 import argparse
 
-from tokenizer.reconstruction import reconstruction_flags
+from tokenizer.reconstruction_flags import reconstruction_flags
 from utils.cli import run_script
 
 
 def main(args: argparse.Namespace) -> None:
-    from tokenizer.reconstruction import evaluate
-    from utils.distributed import start
+    from tokenizer.reconstruction import reconstruct_folder
 
-    dist = start(args.device)
-    evaluate(args, dist, None, name=f"val_{args.dataset}")
-    dist.close()
+    reconstruct_folder(args, None)
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+    """Return the script's flags."""
     return reconstruction_flags(__doc__, model=False)
 
 

@@ -5,29 +5,20 @@ python3 tokenizer/vqgan/taming_vqgan_demo.py --image-path photo.jpg --vqgan vqga
 
 import argparse
 
-from tokenizer.reconstruction import demo_flags
-from tokenizer.vqgan.sizes import VQGAN_FROM_TAMING
+from tokenizer.reconstruction_flags import add_vqgan_flags, demo_flags
 from utils.cli import run_script
 
 
 def main(args: argparse.Namespace) -> None:
-    from tokenizer.reconstruction import VQCodec, demonstrate
-    from tokenizer.vqgan.load import find_vqgan, load_vqgan
-    from utils.distributed import pick_device
+    from tokenizer.codecs import load_vqgan
+    from tokenizer.reconstruction import reconstruct_image
 
-    device = pick_device(args.device)
-    codec = VQCodec(load_vqgan(find_vqgan(args.vqgan, args.vqgan_ckpt), args.vqgan, device))
-    demonstrate(args, codec, device, args.vqgan)
+    reconstruct_image(args, load_vqgan, args.vqgan)
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
-    parser = demo_flags(__doc__)
-    parser.add_argument(
-        "--vqgan", choices=list(VQGAN_FROM_TAMING), default="vqgan_openimage_f8_16384", help="which VQGAN"
-    )
-    parser.add_argument("--vqgan-ckpt", default=None, help="its file (default: looked for in pretrained_models/)")
-    return parser
+    """Return the script's flags."""
+    return add_vqgan_flags(demo_flags(__doc__), "vqgan_openimage_f8_16384")
 
 
 if __name__ == "__main__":
