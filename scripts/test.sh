@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 
 main=1 serve=1 threads=1
 # A file stays with one process: its tests share what they have made.
-parallel=(-n "${TEST_PROCESSES:-2}" --dist loadfile)
+parallel=(-n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder)
 arguments=("${parallel[@]}")
 case "$*" in
     "") ;;

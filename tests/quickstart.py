@@ -23,6 +23,7 @@ def small_recipe(folder: Path, *replacements: tuple[str, str, int]) -> tuple[Pat
         (r"bash scripts/setup.sh quickstart [^\n]*\nsource .venv/bin/activate\n", "", 1),
         (r"--max-steps \d+", "--max-steps 2", 4),
         (r"--num-fid-samples \d+", "--num-fid-samples 20", 2),
+        (r"--ten-crop --crop-range 1.1 ", "", 1),
         *replacements,
     ):
         recipe, replaced = re.subn(before, after, recipe)
