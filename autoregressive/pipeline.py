@@ -27,7 +27,7 @@ from tqdm import tqdm
 from autoregressive.models.decode_step import can_compile
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import ModelArgs, Transformer
-from autoregressive.models.packed import can_pack
+from autoregressive.models.on_cpu import missing_rows
 from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
 from autoregressive.released import find_identity, gpt_identity
 from language.captions import clean_caption
@@ -45,10 +45,7 @@ from utils.runs import find_checkpoint
 
 PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# How a CPU rounds depends on the number of rows of a matrix product (few take other kernels; with laid-out weights one
-# row does) and on the number of images of a convolution. These numbers are the same for every image, whatever the batch.
-ROW_MULTIPLE = 8
-PACKED_ROW_MULTIPLE = 2
+# How a CPU rounds depends on the number of images of a convolution; this is the same for every image.
 IMAGES_AT_ONCE = 2
 
 # An accelerator is full with so many, and feature maps of more take memory that drawing needs.
@@ -507,8 +504,7 @@ class ImagePipeline:
         """
         if self.device.type != "cpu" or self.compile:
             return max(self.batch_size - count, 0)
-        with torch.inference_mode():
-            return -count % (PACKED_ROW_MULTIPLE if can_pack(self.gpt) else ROW_MULTIPLE)
+        return missing_rows(self.gpt, count)
 
     def _check_labels(self, labels: Sequence[int] | Tensor | None, features: Sequence[Features] | None) -> Tensor:
         classes = self.gpt.args.num_classes

@@ -107,7 +107,7 @@ def floor(model: "Transformer", rows: int, group: int, passes: int) -> float:
     import torch
     import torch.nn as nn
 
-    from autoregressive.models.packed import packed
+    from autoregressive.models.on_cpu import packed
 
     weight = model.tok_embeddings.weight
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autoregressive.models import decode_step
+from autoregressive.models import decode_step, on_cuda
 from autoregressive.models.generate import generate
-from autoregressive.models.gpt import ModelArgs, Rows, Transformer, attention_bias
+from autoregressive.models.gpt import ModelArgs, Rows, Transformer
 from autoregressive.models.kv_cache import StaticCache
+from autoregressive.models.machine import attention_bias
 from autoregressive.models.sampling import running_sum
 from autoregressive.pipeline import ImagePipeline
 from autoregressive.sample.batch_size import fits_on_cuda, fitting_batch_size
@@ -64,8 +65,8 @@ def test_logits_of_a_compiled_bf16_step_agree_with_plain_attention(dim, heads):
     if device.type != "cuda":
         pytest.skip("the compiled step is for CUDA")
     model = bf16_model(device, dim=dim, n_head=heads)
-    width = decode_step.cache_width(dim // heads, device)
-    rows = decode_step.cache_rows(model.layout, device)
+    width = on_cuda.cache_width(dim // heads)
+    rows = 1 + on_cuda.cache_rows(model.layout.rows - 1)
     cache = StaticCache(2, 8, heads, rows, width, device, torch.bfloat16)
     for tensor in cache.keys + cache.values:
         tensor[..., : dim // heads].normal_()

@@ -4,26 +4,24 @@
     take_step(model, state, kind, decode_rows)            # reads and writes state.tokens at state.at
 
 What a step computes is fixed by its kind; where it stands, the noise and the numbers of the sampling are read from the
-state. So a step that was recorded as a CUDA graph (StepGraphs) serves all later ones of its kind, and of later calls.
+state. So a step that was recorded as a CUDA graph (on_cuda.py) serves all later ones of its kind, and of later calls.
 """
 
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autoregressive.models.gpt import Rows, Transformer, attention_bias
+from autoregressive.models.gpt import Rows, Transformer
 from autoregressive.models.kv_cache import StaticCache
-from autoregressive.models.layouts import DecodeStep, Layout, Reader
+from autoregressive.models.layouts import DecodeStep, Reader
+from autoregressive.models.machine import attention_bias
 from autoregressive.models.sampling import SamplingConfig, choose, guide, spread
 
 Decode = Callable[..., Tensor]  # as decode_rows
@@ -242,103 +240,3 @@ def decode_rows_up_to(
 ) -> Tensor:
     """Compute decode_rows with as many rows to attend to as `up_to` has."""
     return decode_rows(model, tokens, special, Rows(cache, positions, up_to.shape[0]), mask, *more)
-
-
-def read_stride(device: torch.device, dtype: torch.dtype, compile: bool) -> int:
-    """Steps read the cache up to a multiple of so many rows, behind a mask: each length has a cost of its own.
-
-    That of a compiled step on an accelerator is a CUDA graph. On a CPU in half precision it is a kernel that oneDNN makes
-    for the shape; its compiled step has one loop for all.
-    """
-    if device.type != "cpu":
-        return 128 if compile else 1
-    return 1 if compile or dtype == torch.float32 else 32
-
-
-def cache_rows(layout: Layout, device: torch.device) -> int:
-    """Rows of the cache: one more than a step ever reads, since the compiler takes the whole of it for a fixed length.
-
-    What is predicted last is not read. On an accelerator the longest is a multiple that attention kernels need not pad.
-    """
-    longest = layout.rows - 1
-    return 1 + (longest if device.type == "cpu" else -(-longest // 16) * 16)
-
-
-def cache_width(head_dim: int, device: torch.device) -> int:
-    """Return the channels that the cache keeps of a head.
-
-    Fused attention on a GPU takes multiples of 8 alone; for GPT-3B's 100 channels plain attention would copy the whole
-    cache to float32 in every step.
-    """
-    return head_dim if device.type == "cpu" else -(-head_dim // 8) * 8
-
-
-def attention_kernels(device: torch.device, compile: bool) -> AbstractContextManager:
-    """Keep cuDNN out of the attention of plain steps on CUDA: it plans anew for every length of the cache."""
-    if device.type != "cuda" or compile:
-        return nullcontext()
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-
-
-def records(device: torch.device) -> bool:
-    """Whether compiled steps are recorded for a device."""
-    return device.type == "cuda"
-
-
-class StepGraphs:
-    """Recorded steps over one state: run again as they are, at the cost of one launch.
-
-    A kind of step is run as it is the first time, which compiles it and makes its kernels ready, and recorded when it
-    comes again. The recordings hold addresses: of the state, and of the model's weights. They are of the thread that made
-    them, whose kernels are ready.
-    """
-
-    def __init__(self, model: Transformer, cache: StaticCache, batch: int):
-        self.state, self.weights = DecodeState(model, cache, batch), addresses(model)
-        self.thread = threading.get_ident()
-        self.device = cache.keys[0].device
-        # Of this device: the stream that PyTorch records on by default belongs to the device that recorded first.
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
-        self.pool: Any = None  # of memory, one for all: no step needs what another left behind in it
-
-    def serve(self, model: Transformer, cache: StaticCache, batch: int) -> bool:
-        """Tell whether the recordings are of this thread, these weights, this cache and so many images."""
-        same = self.state.cache is cache and self.state.batch == batch and self.thread == threading.get_ident()
-        return same and self.weights == addresses(model)
-
-    def run(self, kind: StepKind, step: Callable[[], None]) -> None:
-        """Takes the step, which is of this kind and reads and writes nothing but the state."""
-        key = (kind, self.state.config.operations)
-        if key not in self.graphs:
-            step()
-            self.graphs[key] = None
-            return
-        graph = self.graphs[key]
-        if graph is None:
-            graph = self.graphs[key] = record(step, self.pool, self.stream)
-            self.pool = graph.pool()
-        graph.replay()
-
-
-def record(step: Callable[[], None], pool: Any, stream: torch.cuda.Stream | None) -> torch.cuda.CUDAGraph:
-    """Return a CUDA graph of what the step launches, recorded on `stream` and not run.
-
-    Other threads may use the device meanwhile.
-    """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        step()
-    return graph
-
-
-def addresses(model: Transformer) -> list[int]:
-    """Return where the model's weights lie, or which objects they are where their memory is not told."""
-
-    def address(weight: Tensor) -> int:
-        try:
-            return weight.data_ptr() or id(weight)  # 8-bit weights raise, or answer 0
-        except RuntimeError:
-            return id(weight)
-
-    return [address(weight) for weight in model.parameters()]

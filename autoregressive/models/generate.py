@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from autoregressive.models import decode_step
-from autoregressive.models.decode_step import DecodeState, StepGraphs
+from autoregressive.models.decode_step import DecodeState
 from autoregressive.models.gpt import Conditions, Rows, Transformer
 from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.layouts import Layout
-from autoregressive.models.packed import packed, release
+from autoregressive.models.machine import machine
+from autoregressive.models.on_cpu import packed, release
+from autoregressive.models.on_cuda import StepGraphs
 from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
 
 _caches: WeakKeyDictionary[Transformer, StaticCache] = WeakKeyDictionary()
@@ -33,8 +35,10 @@ def cache_for(model: Transformer, batch: int, device: torch.device, dtype: torch
     if cache is None or not cache.fits(batch, device, dtype):
         _graphs.pop(model, None)
         _caches.pop(model, None)  # free the old one before the new one is allocated
-        args, rows = model.args, decode_step.cache_rows(model.layout, device)
-        width = decode_step.cache_width(args.dim // args.n_head, device)
+        args, here = model.args, machine(device)
+        # One row more than a step ever reads, since the compiler takes the whole cache for a fixed length.
+        rows = 1 + here.cache_rows(model.layout.rows - 1)
+        width = here.cache_width(args.dim // args.n_head)
         cache = StaticCache(args.n_layer, batch, args.kv_heads, rows, width, device, dtype)
         _caches[model] = cache
     return cache
@@ -45,7 +49,7 @@ def graphs_for(model: Transformer, cache: StaticCache, batch: int) -> StepGraphs
     graphs = _graphs.get(model)
     if graphs is None or not graphs.serve(model, cache, batch):
         _graphs.pop(model, None)  # free the old ones before new ones are recorded
-        graphs = _graphs[model] = StepGraphs(model, cache, batch)
+        graphs = _graphs[model] = StepGraphs(model, DecodeState(model, cache, batch))
     return graphs
 
 
@@ -58,7 +62,7 @@ def release_cache(model: Transformer) -> None:
 
 @contextmanager
 def sampling_mode(model: Transformer) -> Iterator[None]:
-    """Puts the model in eval mode for the block; on a CPU its linear layers use laid-out weights (models/packed.py)."""
+    """Puts the model in eval mode for the block; on a CPU its linear layers use laid-out weights (on_cpu.py)."""
     was_training = model.training
     model.eval()
     try:
@@ -146,20 +150,20 @@ def generate(
             if emb_masks is not None:
                 emb_masks = torch.cat([emb_masks, emb_masks if negative_masks is None else negative_masks])
         cache = cache_for(model, batch * (2 if config.guided else 1), device, dtype)
-        recorded = compile and decode_step.records(device) and not torch.is_autocast_enabled(device.type)
+        recorded = compile and machine(device).records(device) and not torch.is_autocast_enabled(device.type)
         graphs = graphs_for(model, cache, batch) if recorded else None
         state = graphs.state if graphs else DecodeState(model, cache, batch)
         conditions, added = model.embed_conditions(values)
         state.begin(config, noise, emb_masks, known, added)
 
         decode = decode_step.compiled_decode_rows() if compile else decode_step.decode_rows
-        stride = decode_step.read_stride(device, dtype, compile)
+        stride = machine(device).read_stride(dtype, compile)
         side_by_side = stride > 1 and not compile
         steps = [step for step in layout.steps if step.outputs.start < total]
         kinds = decode_step.kinds_of(steps, config, stride, cache.rows - 1, padded=emb_masks is not None)
         places = torch.tensor([(s.rows.start, s.inputs.start, s.outputs.start) for s in steps]).to(device)
 
-        with cleared_after_errors(cache), decode_step.attention_kernels(device, compile):
+        with cleared_after_errors(cache), machine(device).attention_kernels(compile):
             cache.lay_out(kinds[0].length if side_by_side and kinds else cache.rows)
             first = layout.passes[0].outputs.stop
             logits = prefill(model, conditions, state, emb_masks)  # (R, first, V)

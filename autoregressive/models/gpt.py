@@ -23,12 +23,10 @@ from torch import Tensor
 from autoregressive.models.conditions import CONDITIONS, Condition
 from autoregressive.models.kv_cache import StaticCache, widened
 from autoregressive.models.layouts import Holds, Layout, build_layout
+from autoregressive.models.machine import attention_bias
+from autoregressive.models.on_cpu import attend_on_cpu
 from autoregressive.models.rope import apply_rope, rope_table_2d
 from autoregressive.models.sizes import GPT_SIZES
-
-# Rows of a step whose attention is, compiled for a CPU, faster as one loop over keys and values than as matrix products.
-FEW_ROWS = 4
-
 
 Conditions = Tensor | Mapping[str, Tensor]
 """Values (B, …) of a model's conditions by name; a tensor is that of the model's first condition."""
@@ -250,45 +248,6 @@ class Attention(nn.Module):
                 enable_gqa=self.n_kv_head != self.n_head,
             )
         return self.resid_dropout(self.wo(out[..., : self.head_dim].transpose(1, 2).flatten(2)))
-
-
-def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a mask (…, S) into the bias that fused attention adds, once for all layers; on a CPU it stays a mask."""
-    return mask if mask.device.type == "cpu" else fused_bias(mask, dtype)
-
-
-def fused_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a mask (…, S) into a bias whose rows lie at multiples of 8 numbers, or attention would copy them so."""
-    columns = mask.shape[-1]
-    return torch.where(F.pad(mask, (0, -columns % 8)), 0.0, float("-inf")).to(dtype)[..., :columns]
-
-
-def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    """Attention of the few rows of a decode step: q (B, H, s, D) over k and v (B, KV, S, D) to (B, H, s, D).
-
-    PyTorch's fused kernel is made for many rows and is several times slower for one; in float32 its rounding depends on a
-    sample's place in the batch besides, which that of these operations does not.
-    """
-    repeats = q.shape[1] // k.shape[1]
-    if repeats > 1:
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-    if causal and q.shape[2] > 1:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    one_row = q.shape[2] == 1
-    by_hand = q.shape[2] <= FEW_ROWS and torch.compiler.is_compiling()
-    if by_hand:
-        scores = (q.float().unsqueeze(3) * k.float().unsqueeze(2)).sum(-1)
-    elif one_row:
-        scores = (k @ q.transpose(-1, -2)).transpose(-1, -2).float()  # k as it lies in memory
-    else:
-        scores = (q @ k.transpose(-1, -2)).float()
-    scores = scores * scale  # (B, H, s, S)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    weights = scores.softmax(-1)
-    if by_hand:
-        return (weights.unsqueeze(-1) * v.float().unsqueeze(2)).sum(-2).to(q.dtype)
-    return weights.to(v.dtype) @ v
 
 
 class TransformerBlock(nn.Module):

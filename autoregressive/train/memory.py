@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from autoregressive.models import gpt
+from autoregressive.models import gpt, on_cuda
 from autoregressive.models.gpt import ModelArgs, Transformer, TransformerBlock
 from autoregressive.train.loss import TokenLoss
 from utils.distributed import Distributed
@@ -347,7 +347,7 @@ def as_on_gpu() -> Iterator[None]:
 
     # Not by a TorchFunctionMode: what a checkpointed block computes again in the backward pass would leave that.
     plain = F.dropout, F.scaled_dot_product_attention, gpt.attention_bias
-    F.dropout, F.scaled_dot_product_attention, gpt.attention_bias = dropout, attention, gpt.fused_bias
+    F.dropout, F.scaled_dot_product_attention, gpt.attention_bias = dropout, attention, on_cuda.fused_bias
     try:
         yield
     finally:

@@ -8,11 +8,13 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from autoregressive import pipeline as pipelines
-from autoregressive.models import decode_step
-from autoregressive.models.decode_step import StepGraphs, addresses, attention_kernels, cache_width
+from autoregressive.models import decode_step, on_cpu
+from autoregressive.models.decode_step import DecodeState
 from autoregressive.models.generate import cache_for, generate, release_cache
-from autoregressive.models.gpt import ModelArgs, Rows, Transformer, attention_bias
+from autoregressive.models.gpt import ModelArgs, Rows, Transformer
 from autoregressive.models.kv_cache import StaticCache
+from autoregressive.models.machine import attention_bias, machine
+from autoregressive.models.on_cuda import StepGraphs, addresses, cache_width
 from autoregressive.models.sizes import GPT_SIZES
 from autoregressive.pipeline import decode_codes
 from tests.helpers import randomize
@@ -41,9 +43,9 @@ def tiny(**more) -> Transformer:
 @pytest.mark.parametrize("name", GPT_SIZES)
 def test_cache_width_on_cuda_suits_fused_attention(name):
     _, heads, dim = GPT_SIZES[name]
-    width = cache_width(dim // heads, CUDA)
+    width = cache_width(dim // heads)
     assert width % 8 == 0 and width - dim // heads in range(8)
-    assert cache_width(dim // heads, CPU) == dim // heads
+    assert on_cpu.cache_width(dim // heads) == dim // heads
 
 
 @pytest.mark.parametrize("more", [{}, {"ar_token_num": 4}, {"n_kv_head": 2}], ids=["raster", "PAR", "few key heads"])
@@ -51,7 +53,7 @@ def test_generate_with_wider_cache_draws_same_tokens(more, monkeypatch):
     model, noise = tiny(**more), torch.rand(4, 16, generator=torch.Generator().manual_seed(7))
     expected = generate(model, LABELS, noise=noise, cfg_scale=2.0)
     release_cache(model)
-    monkeypatch.setattr(decode_step, "cache_width", lambda head_dim, device: cache_width(head_dim, CUDA))
+    monkeypatch.setattr(on_cpu, "cache_width", cache_width)
     assert torch.equal(generate(model, LABELS, noise=noise, cfg_scale=2.0), expected)
     assert cache_for(model, 8, CPU, torch.float32).keys[0].shape[-1] == 16, "12 channels a head"
 
@@ -89,10 +91,10 @@ def test_compiled_step_copies_no_cache(samples, monkeypatch):
 
 
 def test_attention_kernels_of_plain_steps_on_cuda_leave_cudnn_out(monkeypatch):
-    with attention_kernels(CUDA, compile=False):
+    with machine(CUDA).attention_kernels(compile=False):
         assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
     for device, compile in ((CUDA, True), (CPU, False)):
-        with attention_kernels(device, compile):
+        with machine(device).attention_kernels(compile):
             assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
@@ -130,7 +132,7 @@ def test_record_uses_a_stream_of_the_models_device(monkeypatch):
     cache = type("Cache", (), {"keys": [torch.empty(0, device="meta")]})()
     cache.keys = [type("Keys", (), {"device": CUDA})()]
     cache.config = type("Config", (), {"operations": ()})()
-    graphs = StepGraphs(model, cache, 4)
+    graphs = StepGraphs(model, DecodeState(model, cache, 4))
     for _ in range(2):
         graphs.run("a kind", lambda: None)
     assert asked["stream"] == "a stream of cuda:1"
@@ -139,7 +141,7 @@ def test_record_uses_a_stream_of_the_models_device(monkeypatch):
 def test_recordings_are_not_served_to_another_thread():
     model = tiny()
     cache = cache_for(model, 4, CPU, torch.float32)
-    graphs, answers = StepGraphs(model, cache, 4), []
+    graphs, answers = StepGraphs(model, DecodeState(model, cache, 4)), []
     thread = threading.Thread(target=lambda: answers.append(graphs.serve(model, cache, 4)))
     thread.start()
     thread.join()

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from autoregressive.models import decode_step
+from autoregressive.models import decode_step, on_cpu, on_cuda
 from autoregressive.models import generate as generation
 from autoregressive.models.generate import generate, release_cache
 from autoregressive.models.gpt import ModelArgs, Transformer
@@ -359,7 +359,7 @@ def test_reading_the_cache_past_its_filled_part(kind, stride, monkeypatch):
     condition, mask = captions(6, 2, 1, 4) if kind is TEXT else (LABELS, None)
     settings = {"emb_masks": mask, "noise": noise_for(4), "cfg_scale": 3.0, "cfg_interval": 4}
     expected = generate(model, condition, **settings)
-    monkeypatch.setattr("autoregressive.models.decode_step.read_stride", lambda *_: stride)
+    monkeypatch.setattr(on_cpu, "read_stride", lambda *_: stride)
     assert torch.equal(generate(model, condition, **settings), expected)
 
 
@@ -385,11 +385,10 @@ class Recording:
 @pytest.fixture
 def recording_compiled(monkeypatch):
     """Compiled steps are recorded, as on CUDA, over a cache of its size."""
-    cache_rows = decode_step.cache_rows
-    monkeypatch.setattr(decode_step, "records", lambda device: True)
-    monkeypatch.setattr(decode_step, "record", Recording)
-    monkeypatch.setattr(decode_step, "read_stride", lambda *_: 8)
-    monkeypatch.setattr(decode_step, "cache_rows", lambda layout, _: cache_rows(layout, torch.device("cuda")))
+    monkeypatch.setattr(on_cpu, "records", lambda device: True)
+    monkeypatch.setattr(on_cuda, "record", Recording)
+    monkeypatch.setattr(on_cpu, "read_stride", lambda *_: 8)
+    monkeypatch.setattr(on_cpu, "cache_rows", on_cuda.cache_rows)
     Recording.made = 0
 
 
@@ -451,7 +450,7 @@ def test_recorded_compiled_steps_change_nothing(recording_compiled, monkeypatch)
     model, condition, mask = tiny(n_layer=1), LABELS, None
     for stride in (8, 128):
         torch._dynamo.reset()
-        monkeypatch.setattr(decode_step, "read_stride", lambda *_, stride=stride: stride)
+        monkeypatch.setattr(on_cpu, "read_stride", lambda *_, stride=stride: stride)
         with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
             for settings in ({"cfg_scale": 3.0, "cfg_interval": 11}, {"cfg_scale": 2.0, "cfg_interval": 2, "top_k": 9}):
                 asked = {"noise": noise_for(4), "emb_masks": mask, **settings}
@@ -566,7 +565,7 @@ def test_recorded_steps_with_logits_that_are_not_finite_raise_and_go_on(recordin
 @pytest.mark.parametrize("kind", ["raster", "text"])
 def test_generate_after_a_broken_image_draws_as_before(kind, stopped, monkeypatch):
     """A NaN past the filled part of a cache would count through the mask."""
-    monkeypatch.setattr(decode_step, "read_stride", lambda *_: 8)
+    monkeypatch.setattr(on_cpu, "read_stride", lambda *_: 8)
     model, noise = tiny(**(TEXT if kind == "text" else {})), noise_for(4)
     condition, mask = captions(6, 2, 1, 4) if kind == "text" else (LABELS, None)
     expected = generate(model, condition, emb_masks=mask, noise=noise)

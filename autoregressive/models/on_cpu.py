@@ -1,16 +1,16 @@
-"""Linear layers of the decode loop on a CPU: weights laid out once, in blocks, as the processor's matrix units read them.
+"""Decoding on a CPU: packed weights, attention of few rows, and rows that round alike whatever the batch.
 
     with packed(model):
-        ...                                    # model's nn.Linear layers multiply with the laid-out weights
+        ...                                    # model's nn.Linear layers multiply with packed weights
 
-A plain layer has its weight laid out anew in every step. A row's result is the same bits whatever the number of rows (from
+A packed weight is laid out once, in blocks, as the processor's matrix units read it; a plain layer has its weight laid out anew in every step. A row's result is the same bits whatever the number of rows (from
 two on) and of threads: oneDNN takes other kernels for more rows on some processors (with AMX for more than 32), so rows are
 multiplied in parts that all take the same. The copies cost the weights' memory once more; they are kept for the next call
 and made anew where the weights have changed since.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from itertools import count
 from threading import RLock
@@ -188,3 +188,71 @@ def packed_linear(x: Tensor, number: int, width: int) -> Tensor:
 @packed_linear.register_fake
 def _(x: Tensor, number: int, width: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], width)
+
+
+# Rows of a step whose attention is, compiled for a CPU, faster as one loop over keys and values than as matrix products.
+FEW_ROWS = 4
+# How a CPU rounds depends on the number of rows of a matrix product: few take other kernels, with packed weights one does.
+ROW_MULTIPLE, PACKED_ROW_MULTIPLE = 8, 2
+
+
+def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """Attention of the few rows of a decode step: q (B, H, s, D) over k and v (B, KV, S, D) to (B, H, s, D).
+
+    PyTorch's fused kernel is made for many rows and is several times slower for one; in float32 its rounding depends on a
+    sample's place in the batch besides, which that of these operations does not.
+    """
+    repeats = q.shape[1] // k.shape[1]
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    if causal and q.shape[2] > 1:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    one_row = q.shape[2] == 1
+    by_hand = q.shape[2] <= FEW_ROWS and torch.compiler.is_compiling()
+    if by_hand:
+        scores = (q.float().unsqueeze(3) * k.float().unsqueeze(2)).sum(-1)
+    elif one_row:
+        scores = (k @ q.transpose(-1, -2)).transpose(-1, -2).float()  # k as it lies in memory
+    else:
+        scores = (q @ k.transpose(-1, -2)).float()
+    scores = scores * scale  # (B, H, s, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(-1)
+    if by_hand:
+        return (weights.unsqueeze(-1) * v.float().unsqueeze(2)).sum(-2).to(q.dtype)
+    return weights.to(v.dtype) @ v
+
+
+def missing_rows(model: nn.Module, samples: int) -> int:
+    """Return how many samples to add to a batch for its rows to round as those of any other batch."""
+    with torch.inference_mode():
+        return -samples % (PACKED_ROW_MULTIPLE if can_pack(model) else ROW_MULTIPLE)
+
+
+def read_stride(dtype: torch.dtype, compile: bool) -> int:
+    """Return the multiple of rows that a step reads of the cache, behind a mask where that is above 1.
+
+    In half precision each length costs a kernel that oneDNN makes for the shape; a compiled step has one loop for all.
+    """
+    return 1 if compile or dtype == torch.float32 else 32
+
+
+def records(device: torch.device) -> bool:
+    """Tell whether compiled steps are recorded."""
+    return False
+
+
+def cache_rows(longest: int) -> int:
+    """Return the rows of a cache of which at most `longest` are read."""
+    return longest
+
+
+def cache_width(head_dim: int) -> int:
+    """Return the channels that the cache keeps of a head."""
+    return head_dim
+
+
+def attention_kernels(compile: bool) -> AbstractContextManager:
+    """Return a context for the attention of the steps."""
+    return nullcontext()

@@ -8,8 +8,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from autoregressive.models.generate import generate, release_cache
-from autoregressive.models.gpt import GPT_models, attend_on_cpu
-from autoregressive.models.packed import _copies, _packed, can_pack, packed, product, release, rows_at_once
+from autoregressive.models.gpt import GPT_models
+from autoregressive.models.on_cpu import (
+    _copies,
+    _packed,
+    attend_on_cpu,
+    can_pack,
+    packed,
+    product,
+    release,
+    rows_at_once,
+)
 from tests.helpers import randomize
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN is not built in")
@@ -135,7 +144,7 @@ def test_layers_stay_plain_where_rows_do_not_agree(monkeypatch):
     labels, noise = torch.tensor([1, 2]), torch.rand(2, 16, generator=torch.Generator().manual_seed(0))
     drawn = generate(model, labels, noise=noise)
     release_cache(model)
-    monkeypatch.setattr("autoregressive.models.packed.rows_at_once", lambda inner, outer, dtype: outer != 64)
+    monkeypatch.setattr("autoregressive.models.on_cpu.rows_at_once", lambda inner, outer, dtype: outer != 64)
     assert not can_pack(model)
     assert torch.equal(generate(model, labels, noise=noise), drawn) and model not in _packed
 
