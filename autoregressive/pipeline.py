@@ -20,13 +20,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 from autoregressive.models.decode_step import can_compile
 from autoregressive.models.generate import generate
-from autoregressive.models.gpt import ModelArgs, Transformer
+from autoregressive.models.gpt import Conditions, ModelArgs, Transformer
 from autoregressive.models.on_cpu import missing_rows
 from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
 from autoregressive.released import find_identity, gpt_identity
@@ -240,6 +240,7 @@ class ImagePipeline:
         negative_classes: int | Sequence[int | None] | None = None,
         negative_prompts: str | Sequence[str | None] | None = None,
         negative_features: Features | Sequence[Features | None] | None = None,
+        extra_conditions: Mapping[str, Tensor] | None = None,
         **sampling,
     ) -> list[Image.Image]:
         """Draws an image for each label, or for each prompt.
@@ -251,6 +252,7 @@ class ImagePipeline:
         number, label or prompt). size: pixels a side, where other than the model's.
         negative_classes, negative_prompts, negative_features: what guidance leads away from, in place of "no class" or "no
         caption": one for all images, or one for each, None (or a blank prompt) for none.
+        extra_conditions: values (images, …) of the model's further conditions, by name.
         sampling: the fields of SamplingConfig (cfg_scale, cfg_interval, temperature, top_k, top_p, sample_logits).
         Raises ValueError for a label, a prompt, features or a setting that the model cannot take, and for logits or pixels
         that are not finite; FileNotFoundError for features or a T5 that are not there.
@@ -265,6 +267,7 @@ class ImagePipeline:
             negative_classes=negative_classes,
             negative_prompts=negative_prompts,
             negative_features=negative_features,
+            extra_conditions=extra_conditions,
             **sampling,
         )
         return [Image.fromarray(image) for _, batch in drawn for image in batch]
@@ -283,6 +286,7 @@ class ImagePipeline:
         negative_classes: int | Sequence[int | None] | None = None,
         negative_prompts: str | Sequence[str | None] | None = None,
         negative_features: Features | Sequence[Features | None] | None = None,
+        extra_conditions: Mapping[str, Tensor] | None = None,
         **sampling,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """As calling the pipeline, but one micro-batch at a time: the images' numbers, and uint8 (n, size, size, 3).
@@ -301,7 +305,10 @@ class ImagePipeline:
         negatives = self._check_negatives(len(asked), negative_classes, negative_prompts, negative_features)
         if self.is_text and features is None:
             asked = self.encode(asked, progress=progress)
-        drawn = self._drawn(asked, negatives, indices, seed=seed, progress=progress, on_step=on_step, **sampling)
+        extra = dict(extra_conditions or {})
+        if short := [name for name, value in extra.items() if len(value) != len(asked)]:
+            raise ValueError(f"the condition {short[0]} has {len(extra[short[0]])} values for {len(asked)} images")
+        drawn = self._drawn(asked, negatives, extra, indices, seed=seed, progress=progress, on_step=on_step, **sampling)
         if ahead and self.device.type == "cuda":
             yield from self._decoded_beside(drawn, size)
             return
@@ -312,6 +319,7 @@ class ImagePipeline:
         self,
         asked: Tensor | list[Tensor],
         negatives: Sequence[int | Tensor | None],
+        extra: Mapping[str, Tensor],
         indices: list[int],
         *,
         seed: int,
@@ -335,6 +343,10 @@ class ImagePipeline:
                         on_step(numbers, now, tokens[:count])
 
                 conditions = self.conditions(asked[part], negatives[part])
+                if extra:
+                    first = next(iter(self.gpt.conditions))
+                    others = {name: value[part] for name, value in extra.items()}
+                    conditions["cond"] = {first: conditions["cond"], **others}
                 codes = self.generate_codes(**conditions, seed=seed, indices=indices[part], on_step=advance, **sampling)
                 yield indices[part], codes
 
@@ -423,9 +435,10 @@ class ImagePipeline:
 
     def generate_codes(
         self,
-        cond: Tensor,
+        cond: Conditions,
         *,
         emb_masks: Tensor | None = None,
+        known: Tensor | None = None,
         negative: Tensor | None = None,
         negative_masks: Tensor | None = None,
         seed: int | Sequence[int] = 0,
@@ -435,17 +448,20 @@ class ImagePipeline:
     ) -> Tensor:
         """One micro-batch of codes, int64 (B, N) in raster order.
 
-        cond … negative_masks: labels (B,), or what `conditions` gives. indices: the images' numbers. seed: of the run, or of
+        cond … negative_masks: labels (B,), or what `conditions` gives. known: int64 (B, N) in raster order, tokens that are given;
+        -1 for those to draw. indices: the images' numbers. seed: of the run, or of
         each image's own run.
         Raises NotFiniteLogits where some of the images were drawn from logits that are not finite.
         """
-        indices = range(len(cond)) if indices is None else indices
+        values = self.gpt.by_name(cond)
+        count = len(next(iter(values.values())))
+        indices = range(count) if indices is None else indices
         tokens = self.gpt.layout.tokens
         if isinstance(seed, int):
             noise = image_noise(seed, indices, tokens)
         else:
             noise = torch.cat([image_noise(own, [i], tokens) for own, i in zip(seed, indices, strict=True)])
-        padding = self._padding(len(cond))
+        padding = self._padding(count)
 
         def padded(rows: Tensor | None) -> Tensor | None:
             return None if rows is None else torch.cat([rows, rows[-1:].expand(padding, *rows.shape[1:])])
@@ -454,9 +470,10 @@ class ImagePipeline:
         try:
             return generate(
                 self.gpt,
-                padded(cond),
+                {name: padded(value) for name, value in values.items()},
                 tokens,
                 padded(emb_masks),
+                known=padded(known),
                 negative=padded(negative),
                 negative_masks=padded(negative_masks),
                 noise=padded(noise),
@@ -468,6 +485,13 @@ class ImagePipeline:
             if found := error.of(asked):
                 raise found from None
             return error.tokens[asked]  # only the padding is broken
+
+    @torch.inference_mode()
+    def encode_image(self, image: Image.Image) -> Tensor:
+        """Encode a picture, resized and cropped to the model's size, to codes int64 (1, N) in raster order."""
+        square = ImageOps.fit(image.convert("RGB"), (self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        scaled = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        return self.tokenizer.to_codes(scaled.to(self.tokenizer.device)).flatten(1)
 
     @torch.inference_mode()
     def decode(self, codes: Tensor, size: int | None = None) -> np.ndarray:

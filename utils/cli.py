@@ -311,6 +311,8 @@ def add_sampling_flags(
         says = "a class, by name or number," if negative == "class" else "a prompt"
         help = f"{says} that guidance leads away from (default: no {negative})"
         add_flag(group, f"--negative-{negative}", None, None, help)
+        help = "values of a further condition, an array whose row i is image i's; repeatable (docs/extending.md)"
+        group.add_argument("--condition-file", action="append", default=None, metavar="NAME=FILE.npy", help=help)
     add_flag(group, "--cfg-scale", CFG_SCALE, cfg_scale, "guidance scale, 1 or less for none")
     if interval:
         add_flag(group, "--cfg-interval", Number(float, least=-1), -1, "last guided decode step, -1 for all")

@@ -145,7 +145,7 @@ def generate(
         if config.guided:
             nulls = {name: model.conditions[name].null(value) for name, value in values.items()}
             if negative is not None:
-                nulls = {name: value.to(device) for name, value in model.as_conditions(negative).items()}
+                nulls |= {name: value.to(device) for name, value in model.by_name(negative).items()}
             values = {name: torch.cat([value, nulls[name]]) for name, value in values.items()}
             if emb_masks is not None:
                 emb_masks = torch.cat([emb_masks, emb_masks if negative_masks is None else negative_masks])

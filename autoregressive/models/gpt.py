@@ -381,11 +381,15 @@ class Transformer(nn.Module):
 
     def as_conditions(self, cond: Conditions) -> dict[str, Tensor]:
         """Return the values by condition name. Raises ValueError where a condition is missing or unknown."""
-        given = cond if isinstance(cond, Mapping) else {next(iter(self.conditions)): cond}
+        given = self.by_name(cond)
         if set(given) != set(self.conditions):
             asked, known = (", ".join(names) or "none" for names in (given, self.conditions))
             raise ValueError(f"the model takes the conditions {known}; given were {asked}")
         return {name: given[name] for name in self.conditions}
+
+    def by_name(self, cond: Conditions) -> Mapping[str, Tensor]:
+        """Return the values given, by condition name."""
+        return cond if isinstance(cond, Mapping) else {next(iter(self.conditions)): cond}
 
     def check_conditions(self, cond: Conditions) -> None:
         """Raise ValueError where a condition is not the model's, or of another number of samples than the others."""
@@ -398,7 +402,7 @@ class Transformer(nn.Module):
     def check_negatives(self, negative: Conditions, cond: Conditions) -> None:
         """Raise ValueError where a negative condition is not the model's, or there is not one for each of the samples."""
         samples = self.as_conditions(cond)
-        for name, value in self.as_conditions(negative).items():
+        for name, value in self.by_name(negative).items():
             self.conditions[name].check_negative(value)
             if len(value) != len(samples[name]):
                 raise ValueError(f"{len(value)} negative conditions for {len(samples[name])} images: give one for each")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from utils.images import is_whole_png, save_png
 from utils.logger import console_logger
 from utils.origin import require_encoder
 from utils.runs import find_checkpoint
+from utils.sample_folder import file_identity
 
 if TYPE_CHECKING:
     from language.prompts import PromptFeatures
@@ -58,6 +59,35 @@ def sampling_settings(args: argparse.Namespace) -> dict:
         SamplingConfig(**settings), getattr(args, "negative_class", None), getattr(args, "negative_prompt", None)
     )
     return settings
+
+
+def condition_files(args: argparse.Namespace) -> dict[str, Path]:
+    """The files of --condition-file by the name of their condition. Raises ValueError for anything but NAME=FILE.npy."""
+    named = [text.partition("=") for text in args.condition_file or ()]
+    if wrong := [name for name, equals, file in named if not (name and equals and file)]:
+        raise ValueError(f"--condition-file takes NAME=FILE.npy, got {wrong[0]}")
+    return {name: Path(file) for name, _, file in named}
+
+
+def condition_identity(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What a folder of samples records of --condition-file; None without the flag."""
+    return {name: file_identity(file) for name, file in condition_files(args).items()} or None
+
+
+def extra_conditions(args: argparse.Namespace, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Read the further conditions of the images with these numbers. Raises FileNotFoundError, ValueError for too few rows."""
+    found = {}
+    for name, file in condition_files(args).items():
+        try:
+            rows = np.load(file, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"--condition-file {name}={file} is no .npy file of an array ({error})") from error
+        if numbers and max(numbers) >= len(rows):
+            raise ValueError(
+                f"--condition-file {name}={file} has {len(rows)} rows, and image {max(numbers)} is to be drawn"
+            )
+        found[name] = torch.from_numpy(np.ascontiguousarray(rows[list(numbers)]))
+    return found
 
 
 def negative_class(args: argparse.Namespace, gpt: Transformer) -> int | None:

@@ -34,7 +34,7 @@ IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]
 def main(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from autoregressive.sample.common import build_pipeline, negative_class, sampling_settings
+    from autoregressive.sample.common import build_pipeline, extra_conditions, negative_class, sampling_settings
     from utils.distributed import pick_device
     from utils.images import make_grid, save_png
 
@@ -43,7 +43,13 @@ def main(args: argparse.Namespace) -> None:
     settings = sampling_settings(args)
     pipeline, _, _ = build_pipeline(args, pick_device(args.device), args.batch_size)
     labels = labels_to_draw(args, pipeline.gpt)
-    images = pipeline(labels, negative_classes=negative_class(args, pipeline.gpt), seed=args.seed, **settings)
+    images = pipeline(
+        labels,
+        negative_classes=negative_class(args, pipeline.gpt),
+        extra_conditions=extra_conditions(args, range(len(labels))),
+        seed=args.seed,
+        **settings,
+    )
     save_png(make_grid(np.stack([np.asarray(image) for image in images]), columns=args.columns), args.output)
     print(f"wrote {args.output}: {len(images)} images of {pipeline.image_size}x{pipeline.image_size}")
 

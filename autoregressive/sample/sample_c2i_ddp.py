@@ -51,6 +51,7 @@ def main(args: argparse.Namespace) -> None:
     from autoregressive.sample.batch_size import fitting_batch_size, memory_errors_told
     from autoregressive.sample.common import (
         build_pipeline,
+        extra_conditions,
         negative_class,
         sampling_settings,
         save_images,
@@ -87,6 +88,7 @@ def main(args: argparse.Namespace) -> None:
     batches = pipeline.batches(
         classes,
         negative_classes=negative_class(args, pipeline.gpt),
+        extra_conditions=extra_conditions(args, mine),
         seed=args.global_seed,
         indices=mine,
         size=args.image_size_eval,
@@ -114,12 +116,14 @@ def image_class(args: argparse.Namespace, index: int) -> int:
 
 def run_settings(args: argparse.Namespace, gpt_path: Path, vq_path: Path) -> dict:
     """What decides the images, as plain values."""
+    from autoregressive.sample.common import condition_identity
     from utils.sample_folder import file_identity
 
     settings = {key: value for key, value in vars(args).items() if key not in IMMATERIAL}
     for name in ("quantize", "decode_precision"):
         if settings[name] == "none":
             settings[name] = None  # as in folders drawn before there was a choice, which do not say
+    settings["condition_file"] = condition_identity(args)
     return {**settings, "gpt_ckpt": file_identity(gpt_path), "vq_ckpt": file_identity(vq_path)}
 
 

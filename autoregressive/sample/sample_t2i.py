@@ -42,7 +42,7 @@ PROMPTS = [
 def main(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from autoregressive.sample.common import build_pipeline, encode, sampling_settings
+    from autoregressive.sample.common import build_pipeline, encode, extra_conditions, sampling_settings
     from utils.distributed import pick_device
     from utils.images import make_grid, save_png
 
@@ -50,7 +50,8 @@ def main(args: argparse.Namespace) -> None:
     settings = sampling_settings(args)
     pipeline, _, _ = build_pipeline(args, pick_device(args.device), args.batch_size)
     features, negative = (stored, None) if stored else encode(pipeline, prompts, args.negative_prompt, progress=True)
-    images = pipeline(features=features, negative_features=negative, seed=args.seed, **settings)
+    extra = extra_conditions(args, range(len(features)))
+    images = pipeline(features=features, negative_features=negative, extra_conditions=extra, seed=args.seed, **settings)
     save_png(make_grid(np.stack([np.asarray(image) for image in images]), columns=args.columns), args.output)
     print(f"wrote {args.output}: {len(images)} images of {pipeline.image_size}x{pipeline.image_size}")
     print_prompts(prompts)

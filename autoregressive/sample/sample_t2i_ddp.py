@@ -62,6 +62,7 @@ def main(args: argparse.Namespace) -> None:
     from autoregressive.sample.common import (
         build_pipeline,
         encode,
+        extra_conditions,
         features_of,
         open_prompt_features,
         sampling_settings,
@@ -110,7 +111,13 @@ def main(args: argparse.Namespace) -> None:
             asked = [prompts[i] for i in mine]
             features, negative = encode(pipeline, asked, args.negative_prompt, progress=dist.is_main)
         batches = pipeline.batches(
-            features=features, negative_features=negative, seed=args.global_seed, indices=mine, ahead=True, **settings
+            features=features,
+            negative_features=negative,
+            extra_conditions=extra_conditions(args, mine),
+            seed=args.global_seed,
+            indices=mine,
+            ahead=True,
+            **settings,
         )
         with memory_errors_told(pipeline.batch_size):
             save_images(batches, png, len(mine), progress=dist.is_main)
@@ -132,6 +139,7 @@ def main(args: argparse.Namespace) -> None:
 
 def run_settings(args: argparse.Namespace, prompts: list[str], gpt_path: Path, vq_path: Path) -> dict:
     """What decides the images, as plain values, but the T5 or the features in its place."""
+    from autoregressive.sample.common import condition_identity
     from utils.sample_folder import file_identity, text_identity
 
     settings = {key: value for key, value in vars(args).items() if key not in IMMATERIAL}
@@ -143,6 +151,7 @@ def run_settings(args: argparse.Namespace, prompts: list[str], gpt_path: Path, v
         "t5_precision": args.t5_precision or args.precision,
         "gpt_ckpt": file_identity(gpt_path),
         "vq_ckpt": file_identity(vq_path),
+        "condition_file": condition_identity(args),
         "prompts": text_identity(prompts),
     }
 
