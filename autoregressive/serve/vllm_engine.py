@@ -90,6 +90,8 @@ class ServedModel:
             caption_dim=gpt.args.caption_dim if text else 0,
         )
         self._embed = gpt.cls_embedding.to(dtype)
+        with torch.inference_mode():
+            self._none = self._embed.cap_proj(self._embed.uncond_embedding) if text else None
 
     def check(self, request: ImageRequest) -> None:
         """Raises ValueError, with what is wrong, for a request that the model cannot take."""
@@ -103,7 +105,7 @@ class ServedModel:
             return {"prompt_embeds": self._embed(torch.tensor([request.label, none])).view(1, -1)}
         streams = [self._project(request.features)]
         if request.negative_features is None:
-            streams.append(self._embed.cap_proj(self._embed.uncond_embedding)[-len(streams[0]) :])
+            streams.append(self._none[-len(streams[0]) :])
         else:
             streams.append(self._project(request.negative_features))
         count, hidden = max(map(len, streams)), hidden_value(self.dtype)
@@ -308,7 +310,8 @@ def start_errors(model: ServedModel) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of many kinds, few of which are of Python's own
-        raise RuntimeError(f"vLLM did not start with {model.path}: {error}") from error
+        why = " ".join(str(error).split())
+        raise RuntimeError(f"vLLM did not start with {model.path}: {why}") from error
 
 
 def draw(

@@ -10,6 +10,8 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed here (bash scripts/serve.sh)")
 
+import psutil
+
 from autoregressive.models.sampling import NotFiniteLogits
 from autoregressive.pipeline import ImagePipeline
 from autoregressive.serve.engine import ImageRequest
@@ -200,3 +202,17 @@ def test_a_closed_engine(running):
 
     running.runner.run(close_meanwhile())
     assert running.engine.dead
+
+
+@pytest.mark.parametrize("settings", [{"tensor_parallel_size": 2}, {"data_parallel_size": 2}])
+def test_images_of_several_processes_are_the_pipelines_and_none_outlives_the_engine(small_files, settings):
+    engine = Running(small_files.gpt, **settings)
+    try:
+        assert engine.draw(SAMPLED[:8]) == engine.expected(small_files.vq, SAMPLED[:8])
+        begun = psutil.Process().children(recursive=True)
+    finally:
+        engine.close()
+    _, alive = psutil.wait_procs(
+        [each for each in begun if "resource_tracker" not in " ".join(each.cmdline())], timeout=20
+    )
+    assert not alive
