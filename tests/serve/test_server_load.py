@@ -1,6 +1,7 @@
 """A server in a process of its own under load: bursts, clients that hang up, SIGTERM in the middle."""
 
 import asyncio
+import json
 import time
 from argparse import Namespace
 from collections import Counter
@@ -17,7 +18,7 @@ pytest.importorskip("httpx")
 
 from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.pipeline import ImagePipeline
-from benchmarks.serving import run_load, started_server
+from benchmarks.serving import IMAGES, run_load, started_server
 from tests.helpers import randomize
 from tests.serve.servers import pixels
 
@@ -100,18 +101,46 @@ def check_images(outcomes, expected) -> None:
     assert len(set(drawn)) == len(drawn)
 
 
+async def misbehave(url: str, i: int) -> bytes:
+    """One client of a kind that `i` chooses: half a head, half a body, a stream that nobody reads, one read letter by letter.
+
+    Returns what it has read.
+    """
+    reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"), limit=1024)
+    content = json.dumps({**body(i), "stream": True, "partial_rows": 1, "size": "64x64"}).encode()
+    head = (
+        f"POST {IMAGES} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+    kind, read = i % 4, b""
+    writer.write((head.encode() + content)[: (20, -5, None, None)[kind]])
+    try:
+        if kind == 3:
+            while not read.endswith(b"0\r\n\r\n") and (chunk := await reader.read(2000)):
+                read += chunk
+                await asyncio.sleep(0.01)
+        else:
+            await asyncio.sleep(10**6)
+    except ConnectionError:
+        pass
+    finally:
+        writer.close()
+    return read
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ENGINES)
 def test_load_and_sigterm(gpt_file, small_files, expected, flags):
-    """200 requests in bursts. Whoever is neither refused nor hangs up gets the right image; then the server ends with 0."""
+    """200 clients, of which some do what they should not. Whoever is neither refused nor hangs up gets the right image; then
+    the server ends with 0, in bounded time."""
     words = ["--gpt-ckpt", gpt_file, "--vq-ckpt", small_files.vq, "--max-queue", 32, *flags]
     with started_server(words) as server:
 
         async def main():
+            others = [asyncio.create_task(misbehave(server.url, i)) for i in range(40)]
             load = asyncio.create_task(
                 run_load(
                     server.url,
-                    [body(i) for i in range(200)],
+                    [body(i) for i in range(160)],
                     bursts=5,
                     pause=0.3,
                     hang_up=0.25,
@@ -124,10 +153,16 @@ def test_load_and_sigterm(gpt_file, small_files, expected, flags):
                 assert not load.done(), Counter(outcome.status for outcome in load.result())
                 await asyncio.sleep(0.05)
             server.terminate()
-            return time.monotonic(), await load
+            terminated_at, outcomes = time.monotonic(), await load
+            for other in others:
+                if not other.done() and others.index(other) % 4 != 3:
+                    other.cancel()
+            return terminated_at, outcomes, await asyncio.gather(*others, return_exceptions=True)
 
-        terminated_at, outcomes = asyncio.run(main())
-        assert server.end() == 0
+        terminated_at, outcomes, others = asyncio.run(main())
+        assert server.end(timeout=120) == 0
+    slow = [read for read in others[3::4] if b" 200 OK" in read]
+    assert all(b"event: image_generation.completed" in read for read in slow)
     counts = Counter(outcome.status for outcome in outcomes)
     before = [outcome for outcome in outcomes if outcome.begun_at < terminated_at - 0.5]
     # Who came before the signal was told yes or no; afterwards the port is closed at some point.
