@@ -71,8 +71,8 @@ def expected(gpt_file, small_files) -> dict[tuple[int, int, float, int], np.ndar
     images, head = draw(), Transformer.head
     steady, generator = set(images), torch.Generator().manual_seed(0)
 
-    def moved(model: Transformer, h: torch.Tensor) -> torch.Tensor:
-        logits = head(model, h)
+    def moved(model: Transformer, h: torch.Tensor, *more: object) -> torch.Tensor:
+        logits = head(model, h, *more)
         return logits * (1 + 1e-6 * torch.randn(logits.shape, generator=generator))
 
     with patch.object(Transformer, "head", moved):
