@@ -584,7 +584,7 @@ def test_mistakes_with_the_demo(trained, images, tmp_path):
     (tmp_path / "broken.png").write_bytes(photo.read_bytes()[:200])
     with pytest.raises(ValueError, match=r"broken\.png is not a readable image"):
         demo("--image-path", tmp_path / "broken.png", "--vq-ckpt", trained[1])
-    with pytest.raises(ValueError, match="multiples of 4"):
+    with pytest.raises(ValueError, match="--image-size 30 is not a multiple of 4"):
         demo("--image-path", photo, "--vq-ckpt", trained[1], "--image-size", 30)
     with pytest.raises(ValueError, match="--codebook-size 16"):
         demo("--image-path", photo, "--vq-ckpt", trained[1], "--codebook-size", 16)

@@ -7,23 +7,26 @@ channels (`vgg.pth`, version 0.1, part of the `lpips` package).
 """
 
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import vgg
 
 VGG_FILE = "vgg16-397923af.pth"
 LIN_FILE = "vgg.pth"
 PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained_models"
 
 CHANNELS = (64, 128, 256, 512, 512)
-CONVS_PER_SLICE = (2, 2, 3, 3, 3)
+SLICES = (0, 4, 9, 16, 23, 30)  # where each begins among torchvision's layers, and where the last one ends
 
 
 def find_vgg_weights(vgg_path: str | Path | None = None) -> Path:
-    """The file with torchvision's VGG16: `vgg_path` if given, else from pretrained_models/ or the torch hub's folder.
+    """Return the file with torchvision's VGG16: `vgg_path` if given, else from pretrained_models/ or the torch hub's folder.
 
     Raises FileNotFoundError that lists the places looked at.
     """
@@ -33,7 +36,7 @@ def find_vgg_weights(vgg_path: str | Path | None = None) -> Path:
 
 
 def find_lin_weights(lpips_path: str | Path | None = None) -> Path:
-    """The file with LPIPS' channel weights: `lpips_path` if given, else from pretrained_models/ or the lpips package.
+    """Return the file with LPIPS' channel weights: `lpips_path` if given, else from pretrained_models/ or the lpips package.
 
     Raises FileNotFoundError that lists the places looked at.
     """
@@ -68,7 +71,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
 
 
 class ScalingLayer(nn.Module):
-    """Images in [-1, 1] to the mean and deviation of VGG's training images."""
+    """The step from images in [-1, 1] to the mean and deviation of VGG's training images."""
 
     def __init__(self):
         super().__init__()
@@ -87,17 +90,11 @@ class VGG16Features(nn.Module):
 
     def __init__(self):
         super().__init__()
-        channels, number = 3, 0
-        for i, (width, convs) in enumerate(zip(CHANNELS, CONVS_PER_SLICE)):
-            layers = nn.Sequential()
-            if i > 0:
-                layers.add_module(str(number), nn.MaxPool2d(2, 2))
-                number += 1
-            for _ in range(convs):
-                layers.add_module(str(number), nn.Conv2d(channels, width, 3, padding=1))
-                layers.add_module(str(number + 1), nn.ReLU(inplace=True))
-                channels, number = width, number + 2
-            self.add_module(f"slice{i + 1}", layers)
+        layers = vgg.make_layers(vgg.cfgs["D"])
+        for i, (start, stop) in enumerate(pairwise(SLICES)):
+            self.add_module(
+                f"slice{i + 1}", nn.Sequential(OrderedDict((str(n), layers[n]) for n in range(start, stop)))
+            )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = []
@@ -119,7 +116,7 @@ class LinLayer(nn.Module):
 
 
 class LPIPS(nn.Module):
-    """Perceptual distance. Frozen, and always in eval mode; gradients flow to the images.
+    """The perceptual distance, frozen, and always in eval mode; gradients flow to the images.
 
     `vgg_path` and `lpips_path` name the two weight files (see `find_vgg_weights`, `find_lin_weights`); with
     `pretrained=False` the weights are random and no file is read.
@@ -143,7 +140,7 @@ class LPIPS(nn.Module):
         self.eval()
 
     def load_pretrained(self, vgg_path: Path, lpips_path: Path) -> None:
-        """Reads both files. Raises ValueError that names the file if it is not what it should be."""
+        """Read both files. Raises ValueError that names the file if it is not what it should be."""
         own = list(self.state_dict())
         # net.slice3.10.weight is features.10.weight in torchvision's file; the channel weights have our names.
         vgg_names = {name: "features." + name.split(".", 2)[2] for name in own if name.startswith("net.")}
@@ -156,11 +153,11 @@ class LPIPS(nn.Module):
                 raise ValueError(f"{path} does not hold the weights that LPIPS expects: {error}") from error
 
     def train(self, mode: bool = True) -> "LPIPS":
-        """Stays in eval mode: the dropout before the channel weights must not run inside a training loss."""
+        """Stay in eval mode: the dropout before the channel weights must not run inside a training loss."""
         return super().train(False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distance of two batches of images (B, 3, H, W) in [-1, 1], H and W at least 16 -> (B, 1, 1, 1) float32."""
+        """Return the distance of two batches of images (B, 3, H, W) in [-1, 1], H and W at least 16 -> (B, 1, 1, 1) float32."""
         distance = x.new_zeros((x.shape[0], 1, 1, 1), dtype=torch.float32)
         features = zip(self.net(self.scaling_layer(x)), self.net(self.scaling_layer(y)))
         for i, (fx, fy) in enumerate(features):
@@ -171,7 +168,7 @@ class LPIPS(nn.Module):
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Each position's channels scaled to length one, in float32: half precision has no 1e-10."""
+    """Return each position's channels scaled to length one, in float32: half precision has no 1e-10."""
     features = features.float()
     # vector_norm has a zero gradient where all channels are zero; the square root of a sum of squares has none.
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)

@@ -8,7 +8,7 @@
 VQGAN (arXiv 2012.09841, section 3.1) with the weights of LlamaGen (arXiv 2406.06525, section 3.1).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -22,46 +22,40 @@ from tokenizer.tokenizer_image.lpips import LPIPS
 
 
 def hinge_d_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Mean of max(0, 1 - real) and max(0, 1 + fake), halved."""
+    """Return the mean of max(0, 1 - real) and max(0, 1 + fake), halved."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
 def vanilla_d_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Binary cross-entropy of the logits, real as 1 and fake as 0, halved (GAN, arXiv 1406.2661)."""
+    """Return the binary cross-entropy of the logits, real as 1 and fake as 0, halved (GAN, arXiv 1406.2661)."""
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
 def hinge_gen_loss(fake: Tensor) -> Tensor:
-    """Minus the mean logit of the reconstructions."""
+    """Return minus the mean logit of the reconstructions."""
     return -fake.mean()
 
 
 def non_saturating_gen_loss(fake: Tensor) -> Tensor:
-    """Binary cross-entropy of the reconstructions' logits against "real" (arXiv 1406.2661, section 3)."""
+    """Return the binary cross-entropy of the reconstructions' logits against "real" (arXiv 1406.2661, section 3)."""
     return F.softplus(-fake).mean()
 
 
 DISC_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss, "non-saturating": vanilla_d_loss}
 GEN_LOSSES = {"hinge": hinge_gen_loss, "non-saturating": non_saturating_gen_loss}
 RECONSTRUCTION_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
-DISC_TYPES = ("patchgan", "stylegan")
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
 class VQLoss(nn.Module):
-    """Both sides of the adversarial training of a tokenizer; holds the discriminator and the frozen LPIPS network.
+    """Losses of both sides of the adversarial training of a tokenizer, with the discriminator and the frozen LPIPS network.
 
     `self.discriminator` may be replaced by a compiled one or one in DistributedDataParallel.
 
     disc_weight scales both adversarial losses, which are 0 before step `disc_start`.
     codebook_weight scales the quantiser's losses. With perceptual_weight 0 no LPIPS is built and no file is needed;
     `lpips` is a network to use in place of a new one.
-    image_size matters to the stylegan discriminator only, disc_dim and disc_num_layers to patchgan only.
-    Raises ValueError for an unknown choice, FileNotFoundError if the weights of LPIPS are missing.
+    image_size matters to the stylegan discriminator only, disc_dim to patchgan only.
+    Raises FileNotFoundError if the weights of LPIPS are missing.
     """
 
     def __init__(
@@ -71,8 +65,6 @@ class VQLoss(nn.Module):
         disc_dim: int = 64,
         disc_type: str = "patchgan",
         image_size: int = 256,
-        disc_num_layers: int = 3,
-        disc_in_channels: int = 3,
         disc_weight: float = 1.0,
         gen_adv_loss: str = "hinge",
         reconstruction_loss: str = "l2",
@@ -82,15 +74,10 @@ class VQLoss(nn.Module):
         lpips: nn.Module | None = None,
     ):
         super().__init__()
-        _check_choice("disc_loss", disc_loss, tuple(DISC_LOSSES))
-        _check_choice("disc_type", disc_type, DISC_TYPES)
-        _check_choice("gen_adv_loss", gen_adv_loss, tuple(GEN_LOSSES))
-        _check_choice("reconstruction_loss", reconstruction_loss, tuple(RECONSTRUCTION_LOSSES))
-
         if disc_type == "patchgan":
-            self.discriminator = PatchGANDiscriminator(disc_in_channels, ndf=disc_dim, n_layers=disc_num_layers)
+            self.discriminator = PatchGANDiscriminator(ndf=disc_dim)
         else:
-            self.discriminator = StyleGANDiscriminator(image_size, input_nc=disc_in_channels)
+            self.discriminator = StyleGANDiscriminator(image_size)
         self.disc_start = disc_start
         self.disc_weight = disc_weight
         self.disc_criterion = DISC_LOSSES[disc_loss]
@@ -163,7 +150,7 @@ class VQLoss(nn.Module):
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Lets gradients through `module` to its input, but leaves none on its parameters."""
+    """Let gradients through `module` to its input, but leave none on its parameters."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     for p in parameters:
         p.requires_grad_(False)

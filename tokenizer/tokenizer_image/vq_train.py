@@ -26,23 +26,21 @@ from utils.cli import (
 )
 
 # Flags that say what is trained.
-DESCRIPTION = ("vq_model", "vq_width", "codebook_size", "codebook_embed_dim", "codebook_l2_norm", "quantizer")
+DESCRIPTION = (
+    "vq_model", "vq_width", "codebook_size", "codebook_embed_dim", "codebook_l2_norm", "quantizer", "quantizer_options",
+)  # fmt: skip
 # What three halvings and two 4x4 convolutions without padding to spare leave a pixel of.
 PATCHGAN_MINIMUM = 24
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import numpy as np
-    from torch import Tensor
     from torch.nn import Module
 
-    from dataset.images import ImageDataset
     from tokenizer.base import Tokenizer
     from utils.checkpoint import Checkpoint
 
 
 def main(args: argparse.Namespace) -> None:
+    import copy
     from dataclasses import replace
     from functools import partial
 
@@ -54,6 +52,7 @@ def main(args: argparse.Namespace) -> None:
     from tokenizer.tokenizer_image.vq_loss import VQLoss
     from utils.checkpoint import read_checkpoint
     from utils.distributed import start
+    from utils.images import make_grid, to_uint8
     from utils.logger import console_logger
     from utils.origin import origin
     from utils.runs import find_checkpoint
@@ -121,15 +120,14 @@ def main(args: argparse.Namespace) -> None:
             return torch.optim.AdamW(module.parameters(), lr=args.lr, betas=betas, weight_decay=args.weight_decay)
         return torch.optim.Adam(module.parameters(), lr=args.lr, betas=betas)
 
-    shown = torch.stack(
-        [
-            center_view_of(dataset, i, partial(center_view, image_size=args.image_size))
-            for i in range(min(8, len(dataset)))
-        ]
-    )
+    plain = copy.copy(dataset)
+    plain.transform = partial(center_view, image_size=args.image_size)
+    shown = torch.stack([plain[i][0] for i in range(min(8, len(dataset)))])
 
-    def sample(model: torch.nn.Module) -> dict:
-        return {"reconstructions": comparison(model, shown.to(dist.device))}
+    def sample(model: "Tokenizer") -> dict:
+        images = shown.to(dist.device)
+        recons = model.to_pixels(model.to_codes(images).clamp(min=0))  # -1 where training has diverged
+        return {"reconstructions": make_grid(to_uint8(torch.cat([images, recons])), columns=len(images))}
 
     trainer = Trainer(
         args,
@@ -180,11 +178,13 @@ def choose_config(args: argparse.Namespace, initial: "Checkpoint | None") -> dic
         kind = config["quantizer"]
         held = {"vq_model": config["family"], "vq_width": config["network"].get("ch"), "quantizer": kind["name"]}
         held |= {name: kind.get(name) for name in ("codebook_size", "codebook_embed_dim")}
+        if args.quantizer_options:
+            held["quantizer_options"] = {name: kind.get(name) for name in args.quantizer_options}
         complete(args, {**held, "codebook_l2_norm": recorded_l2_norm(initial)}, args.vq_ckpt)
     args.vq_model = args.vq_model or "VQ-16"
     for run in runs_in(args.results_dir, args.vq_model)[:1] if args.resume else []:
         began = run.flags()
-        complete(args, {name: began.get(name) for name in (*DESCRIPTION, "quantizer_options")}, run.folder)
+        complete(args, {name: began.get(name) for name in DESCRIPTION}, run.folder)
     args.quantizer = args.quantizer or "vq"
     given = {"codebook_size": args.codebook_size, "codebook_embed_dim": args.codebook_embed_dim}
     given |= {"l2_norm": args.codebook_l2_norm, **(args.quantizer_options or {})}
@@ -227,25 +227,6 @@ def begin_anew(initial: "Checkpoint", discriminator: "Module", args: argparse.Na
         )
     initial.steps = 0
     initial.extra.pop("trainer", None)
-
-
-def center_view_of(dataset: "ImageDataset", index: int, transform: "Callable") -> "Tensor":
-    """An image of the data set without augmentation, (3, H, W)."""
-    import copy
-
-    plain = copy.copy(dataset)
-    plain.transform = transform
-    return plain[index][0]
-
-
-def comparison(tokenizer: "Tokenizer", images: "Tensor") -> "np.ndarray":
-    """Draw images (n, 3, H, W) in [-1, 1] above their reconstructions, uint8 (H, W, 3)."""
-    import torch
-
-    from utils.images import make_grid, to_uint8
-
-    recons = tokenizer.to_pixels(tokenizer.to_codes(images).clamp(min=0))  # -1 where training has diverged
-    return make_grid(to_uint8(torch.cat([images, recons])), columns=len(images))
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -1,0 +1,149 @@
+"""The interface of tokenizers for every quantiser that is registered and every family of published files."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.helpers import ROOT, randomize
+from tests.tokenizer.taming import F8, save_lightning, taming_state
+from tests.training import load, run_here
+from tokenizer.base import QUANTIZERS, CodebookLosses, Quantizer
+from tokenizer.load import build_tokenizer, load_tokenizer
+from tokenizer.released import FAMILIES
+from tokenizer.tokenizer_image.sizes import VQ_SIZES
+from tools import export_checkpoint
+from utils.checkpoint import save_checkpoint
+from utils.origin import origin
+from utils.registry import import_file
+
+import_file(ROOT / "examples/lookup_free.py")
+CONFIGS = {
+    "vq": {"name": "vq", "codebook_size": 64, "codebook_embed_dim": 8},
+    "vq without l2-norm": {"name": "vq", "codebook_size": 48, "codebook_embed_dim": 3, "l2_norm": False},
+    "lookup-free": {"name": "lookup-free", "codebook_size": 64},
+}
+NETWORK = {"name": "vqgan", **VQ_SIZES["VQ-4"], "z_channels": 32}
+
+
+def build(quantizer: str, **training):
+    torch.manual_seed(0)
+    return build_tokenizer({"network": NETWORK, "quantizer": CONFIGS[quantizer]}, **training)
+
+
+def pixels(size: int = 16) -> torch.Tensor:
+    return torch.rand(2, 3, size, size + 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_every_registered_quantiser_is_tested():
+    assert {config["name"] for config in CONFIGS.values()} == {*QUANTIZERS}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tokenizer_codes_and_pixels_have_the_grid_of_the_image(name):
+    tokenizer = randomize(build(name))
+    codes = tokenizer.to_codes(pixels())
+    assert (codes.shape, codes.dtype) == ((2, 4, 5), torch.int64) and len(codes.unique()) > 2
+    assert 0 <= codes.min() <= codes.max() < tokenizer.codebook_size == CONFIGS[name]["codebook_size"]
+    images = tokenizer.to_pixels(codes)
+    assert images.shape == (2, 3, 16, 20) and images.isfinite().all()
+    assert (tokenizer.to_pixels_in_strips(codes) - images).abs().max() < 1e-3 * images.abs().max()
+    assert torch.equal(tokenizer.quantize.nearest(tokenizer.quantize.lookup(codes)), codes)
+    assert (tokenizer.downsample, tokenizer.family, tokenizer.device.type) == (4, "VQ-4", "cpu")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tokenizer_training_step_reaches_every_weight(name):
+    tokenizer = build(name, entropy_loss_ratio=0.1).train()
+    recons, losses = tokenizer(pixels())
+    assert isinstance(losses, CodebookLosses) and 0 < losses.usage <= 1
+    assert tuple(losses) == (*losses.parts.values(), losses.usage), "unpacks as published code unpacks it"
+    (recons.square().mean() + losses.total).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in tokenizer.parameters())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tokenizer_is_built_again_of_its_file(name, tmp_path):
+    """Nothing but the config says what the weights do not show."""
+    tokenizer = randomize(build(name))
+    save_checkpoint(tmp_path / "vq.pt", {"model": tokenizer.state_dict(), "config": origin(**tokenizer.identity)})
+    loaded = load_tokenizer(tmp_path / "vq.pt")
+    assert loaded.identity == tokenizer.identity and loaded.fingerprint() == tokenizer.fingerprint()
+    codes = tokenizer.to_codes(pixels())
+    assert torch.equal(loaded.to_codes(pixels()), codes)
+    assert torch.equal(loaded.to_pixels(codes), tokenizer.to_pixels(codes))
+
+
+def test_fingerprint_of_other_quantisers_of_equal_weights_differs():
+    """As sign bits with and without an option that decides codes, which have no tensors."""
+    tokenizer = randomize(build("lookup-free"))
+    before = tokenizer.fingerprint()
+    tokenizer.quantize.config = {**tokenizer.quantize.config, "order": "reversed"}
+    assert tokenizer.fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    "quantizer, message",
+    [
+        ({"name": "vq", "levels": 3}, r"quantizer vq takes codebook_size, .*got levels"),
+        ({"name": "binary"}, r"no quantizer is called 'binary'; known are vq, .*--import FILE\.py"),
+    ],
+)
+def test_build_tokenizer_of_what_is_not_there_is_refused(quantizer, message):
+    with pytest.raises(ValueError, match=message):
+        build_tokenizer({"network": NETWORK, "quantizer": quantizer})
+    with pytest.raises(ValueError, match="no network of a tokenizer is called 'vit'; known are vqgan"):
+        build_tokenizer({"network": {"name": "vit"}, "quantizer": CONFIGS["vq"]})
+
+
+def test_tokenizer_without_strips_says_so(monkeypatch):
+    tokenizer = build("vq")
+    monkeypatch.delattr(type(tokenizer), "to_pixels_in_strips")
+    with pytest.raises(NotImplementedError, match="the tokenizer VQ-4 cannot decode in strips"):
+        tokenizer.to_pixels_in_strips(torch.zeros(1, 2, 2, dtype=torch.long))
+
+
+def released(family: str, folder) -> tuple:
+    """A published file of the family, and whether its codes are l2-normalised."""
+    if family == "taming":
+        return save_lightning(folder / "last.ckpt", taming_state(64, 4, F8, 32)), False
+    save_checkpoint(folder / "vq.pt", {"model": randomize(build("vq")).state_dict()})
+    return folder / "vq.pt", True
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("form", ["pt", "safetensors"])
+def test_published_file_and_its_copies_are_one_tokenizer(family, form, tmp_path):
+    path, normalised = released(family, tmp_path)
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.quantize.l2_norm == normalised
+    run_here(export_checkpoint, "--checkpoint", path, "--format", form, "--output", tmp_path / "copy")
+    if form == "pt" and family != "taming":
+        assert load(tmp_path / "copy")["config"]["quantizer"]["l2_norm"] == normalised
+    copy = load_tokenizer(tmp_path / "copy")
+    assert copy.fingerprint() == tokenizer.fingerprint() and copy.identity == tokenizer.identity
+
+
+class Halves(Quantizer):
+    """Two codes: the sign of the only channel."""
+
+    codebook_size, width = 2, 1
+
+    def nearest(self, latents):
+        return (latents[:, 0] > 0).long()
+
+
+def test_codes_of_latents_that_are_not_finite_are_minus_one(monkeypatch):
+    tokenizer = build("vq").eval()
+    monkeypatch.setattr(tokenizer, "quantize", Halves())
+    latents = torch.tensor([[[[1.0, -1.0], [torch.nan, torch.inf]]]])
+    monkeypatch.setattr(tokenizer, "latents", lambda pixels: latents)
+    assert tokenizer.to_codes(latents).tolist() == [[[1, 0], [-1, -1]]]
+
+
+def test_config_of_another_quantiser_stands_in_the_published_fields_where_it_can():
+    tokenizer = build("vq without l2-norm")
+    assert tokenizer.config.quantizer is None and tokenizer.config.codebook_l2_norm is False
+    other = build("lookup-free")
+    assert (other.config.codebook_size, other.config.codebook_embed_dim) == (64, 6)
+    assert type(other)(replace(other.config)).identity == other.identity
