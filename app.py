@@ -3,23 +3,33 @@
     python app.py --quickstart                                       # the models of scripts/quickstart.sh, on any machine
     python app.py --gpt-ckpt c2i_L_384.pt --vq-ckpt vq_ds16_c2i.pt   # files, runs, released files, or owner/name on the hub
     python app.py --gpt-model GPT-XL --text-gpt-ckpt t2i_XL_stage2_512.pt       # released weights in both tabs
+    python app.py --server http://gpu-box:8000                       # the model of a running server (docs/serving.md)
 
 What a file holds is read off its weights: of the flags that say so, those that are given otherwise than by default are
 compared with it.
 """
 
 import argparse
+import asyncio
 import os
-from collections.abc import Callable, Iterator, Mapping
+import signal
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
+from secrets import randbelow, token_urlsafe
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING, Any
 
 from autoregressive.models.sizes import GPT_SIZES
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
-    SEED,
     Number,
+    add_batch_size_flag,
     add_gpt_file_flags,
     add_gpt_flags,
     add_run_flags,
@@ -55,43 +65,58 @@ TEXT_SETTINGS = {"cfg_scale": 7.5, "top_k": 1000}
 QUICKSTART_SETTINGS = {"cfg_scale": 2.0, "top_k": 0, "temperature": 0.8}
 PROMPTS = ["A lighthouse on a rocky coast at dusk, its lamp just lit, oil painting.", "An orange tram in heavy snow."]
 QUICKSTART_PROMPTS = ["bold strokes, leaning right: seven", "thin strokes, upright: three", "medium strokes: zero"]
+CLASSES = (207, 360, 387, 974, 88, 979, 417, 279)  # of ImageNet's, those of the published pictures
+LARGEST_SEED = 2**53 - 1  # a browser's numbers are exact up to it
+
+MOST_WAITING = 64  # clicks that wait for a place among the open ones
+MOST_OPEN = 512  # clicks that are answered at once; the server's queue says which of them draw
+MOST_BODY = 64 * 1024
+SECONDS_TO_LISTEN = 5  # for whoever asked to come for the answer
+SECONDS_KEPT = 3600  # of a picture's file
 
 
 def main(args: argparse.Namespace) -> None:
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    import gradio
+    own = ("quickstart", "gpt_ckpt", "vq_ckpt", "text_gpt_ckpt", "text_vq_ckpt", "class_names", "use_ema", "compile")
+    if args.server and (given := [name for name in own if getattr(args, name)]):
+        flag = "--" + given[0].replace("_", "-")
+        raise ValueError(f"{flag} is of models that are loaded here, and --server draws elsewhere: give one of the two")
+    if args.api_key is not None and not args.server:
+        raise ValueError("--api-key is the key of a --server: give that too; --auth asks visitors for a login")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes
+    with TemporaryDirectory(prefix="demo-") as folder, listen(args.host, args.port) as sock:
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": f"{folder}/pictures"}
+        import gradio  # noqa: F401 - what is absent is told before a model is loaded
 
-    from autoregressive.demo import error_html
+        from autoregressive.demo import error_html
 
-    painters, problems = make_painters(args), {}
-    for kind, painter in painters.items():
-        try:
-            print(f"{kind}: {describe(painter.pipeline())}", flush=True)
-        except (ValueError, OSError) as error:
-            print(f"{kind}: {error}", flush=True)
-            problems[kind] = error_html(error)  # the page says it too, and tries again when it is asked to draw
-    page = build_page(painters, args, problems)
-    sides = [loaded.image_size for painter in painters.values() if (loaded := painter.loaded)]
+        loads = {} if args.server else models(args)
+        loaded: dict[str, ImagePipeline | str] = {}
+        for kind, load in loads.items():
+            try:
+                loaded[kind] = load()
+                print(f"{kind}: {describe(loaded[kind])}", flush=True)
+            except (ValueError, OSError) as error:
+                if len(loads) == 1:
+                    raise
+                loaded[kind] = error_html(error)  # the page says it, and has the other tab
+                print(f"{kind}: {error}", flush=True)
+        asyncio.run(serve(args, Path(folder), sock, loaded))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket at the address. Raises OSError in words where it cannot be had."""
     try:
-        page.queue(default_concurrency_limit=1).launch(
-            server_name=args.host,
-            server_port=args.port,
-            share=args.share,
-            show_error=False,
-            css=CSS + (SHARP if sides and max(sides) < 128 else ""),
-            theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        )
-    finally:
-        for painter in painters.values():
-            painter.close()
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        raise OSError(f"--host {host} --port {port} cannot be listened at: {error.strerror or error}") from error
 
 
-def make_painters(args: argparse.Namespace) -> dict[str, "Painter"]:
-    """What draws in each tab: "class", "text", or both. Nothing is loaded yet.
+def models(args: argparse.Namespace) -> dict[str, Callable[[], "ImagePipeline"]]:
+    """Return what loads the model of each tab: "class", "text", or both.
 
     Raises FileNotFoundError where the quickstart was not run.
     """
-    from autoregressive.demo import Painter
     from utils.runs import newest_checkpoint
 
     if args.t5_feat_path:
@@ -115,17 +140,16 @@ def make_painters(args: argparse.Namespace) -> dict[str, "Painter"]:
         if text_gpt is None and trained["text/stage2"]:
             text_gpt, text_vq = folder / "text" / "stage2", text_vq or folder / "tokenizer"
             t5 = {"t5_path": folder / "text" / "t5", "t5_model_type": "small"}
-    believed, painters = given_flags(args), {}
+    believed, found = given_flags(args), {}
     if args.gpt_type == "c2i":
         gpt = gpt or released_gpt("c2i", args.gpt_model)
-        load = partial(load_pipeline, args, gpt, vq or "vq_ds16_c2i.pt", "c2i", believed)
-        painters["class"], believed = Painter(load, args.class_names), {}
+        found["class"] = partial(load_pipeline, args, gpt, vq or "vq_ds16_c2i.pt", "c2i", believed)
+        believed = {}
     elif text_gpt is None:
         text_gpt = released_gpt("t2i", args.gpt_model)
     if text_gpt is not None:
-        load = partial(load_pipeline, args, text_gpt, text_vq or "vq_ds16_t2i.pt", "t2i", believed, **t5)
-        painters["text"] = Painter(load)
-    return painters
+        found["text"] = partial(load_pipeline, args, text_gpt, text_vq or "vq_ds16_t2i.pt", "t2i", believed, **t5)
+    return found
 
 
 def released_gpt(kind: str, gpt_model: str) -> str:
@@ -155,6 +179,7 @@ def load_pipeline(
 
     Raises FileNotFoundError, ConnectionError, and ValueError where a file is not what the flags say.
     """
+    from autoregressive.class_names import class_names
     from autoregressive.hub import TransformerHF
     from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt
     from tokenizer.load import load_tokenizer
@@ -191,6 +216,8 @@ def load_pipeline(
         text = {"t5_path": args.t5_path, "t5_model_type": args.t5_model_type, **text}
         text |= {"t5_tokens": min(args.t5_feature_max_len, model.args.cls_token_num), "t5_device": args.t5_device}
         text |= {"t5_dtype": PRECISIONS[args.t5_precision or precision], "left_padding": not args.no_left_padding}
+    elif args.class_names:
+        model.file_config["classes"] = class_names(model.args.num_classes, args.class_names)
     return ImagePipeline(model, tokenizer, batch_size=args.batch_size, compile=args.compile, **text)
 
 
@@ -219,155 +246,309 @@ def settings_for(kind: str, args: argparse.Namespace) -> dict[str, float]:
     own = QUICKSTART_SETTINGS if args.quickstart else TEXT_SETTINGS if kind == "text" else {}
     values = {name: own.get(name, v) if v == parser.get_default(name) else v for name, v in values.items()}
     # A slider ends where a value stops to matter.
-    return values | {
-        "cfg_scale": max(values["cfg_scale"], 1), "top_k": max(values["top_k"], 0), "top_p": min(values["top_p"], 1)
-    }  # fmt: skip
+    ends = {
+        "cfg_scale": max(values["cfg_scale"], 1),
+        "top_k": max(values["top_k"], 0),
+        "top_p": min(values["top_p"], 1),
+    }
+    return values | ends | ({"temperature": 0} if args.greedy else {})
 
 
-def respond(
+async def serve(args: argparse.Namespace, folder: Path, sock: socket.socket, loaded: dict[str, Any]) -> None:
+    """Serve the page, and to it alone, over a Unix socket in `folder`, the models that are loaded here, until a signal ends it.
+
+    Args:
+        loaded: by tab, a pipeline, or the HTML of why there is none.
+    """
+    import gradio
+    import httpx
+    import uvicorn
+    from fastapi import Depends, FastAPI
+    from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+
+    from autoregressive.demo import HTTP, Painter
+    from autoregressive.serve.api import create_app
+    from autoregressive.serve.server import native_parts
+    from autoregressive.serve.service import Service
+
+    problems = {kind: found for kind, found in loaded.items() if isinstance(found, str)}
+    services = {kind: Service(*native_parts(found, kind)) for kind, found in loaded.items() if kind not in problems}
+    private, painters = FastAPI(), {}
+    for kind, service in services.items():
+        private.mount(f"/{kind}", create_app(service))
+        transport = httpx.AsyncHTTPTransport(uds=f"{folder}/socket", limits=HTTP["limits"])
+        client = httpx.AsyncClient(base_url=f"http://demo/{kind}/", transport=transport, timeout=HTTP["timeout"])
+        painters[kind] = Painter(client, service.engine.info)
+    for url in args.server:
+        painter = await Painter.connect(url, args.api_key or os.environ.get("SERVE_API_KEY"))
+        kind = "text" if painter.info.kind == "t2i" else "class"
+        if kind in painters:
+            raise ValueError(f"--server {url} is a second {kind} model: give one of each kind")
+        painters[kind] = painter
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        told_host, told_port = sock.getsockname()[:2]
+        print(f"http://{f'[{told_host}]' if ':' in told_host else told_host}:{told_port}{args.root_path}", flush=True)
+        if args.share:
+            tunnel = await asyncio.to_thread(
+                gradio.networking.setup_tunnel, "127.0.0.1", told_port, token_urlsafe(32), None, None
+            )
+            print(tunnel, flush=True)
+        yield
+        for service in services.values():
+            await service.close()
+
+    public = FastAPI(lifespan=lifespan, openapi_url=None)
+    public.add_middleware(RequestBodyLimitMiddleware, max_body_size=MOST_BODY)
+    here: Counter[str] = Counter()
+    sharp = any(painter.info.image_size < 128 for painter in painters.values())
+    gradio.mount_gradio_app(
+        public,
+        build_page(painters, problems, args, folder, here),
+        "/",
+        auth=logins(args),
+        root_path=args.root_path or None,
+        show_error=False,
+        max_file_size=1,
+        enable_monitoring=False,
+        run_history=False,
+        css=CSS + (SHARP if sharp else ""),
+        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        app_kwargs={"dependencies": [Depends(guard(here))]},
+    )
+
+    async def both(scope: dict, receive: Callable, send: Callable) -> None:
+        inside = scope["type"] == "http" and (scope.get("server") or (None, None))[1] is None  # over the Unix socket
+        await (private if inside else public)(scope, receive, send)
+
+    config = uvicorn.Config(both, http="h11", ws="none", log_level="error", timeout_graceful_shutdown=2)
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(f"{folder}/socket")
+        await uvicorn.Server(config).serve([sock, unix])
+
+
+def logins(args: argparse.Namespace) -> list[tuple[str, str]] | None:
+    """Return who may see the page, None for everybody, with a warning where that is more than this machine."""
+    given = args.auth or ([os.environ["DEMO_AUTH"]] if "DEMO_AUTH" in os.environ else [])
+    for login in given:
+        user, _, password = login.partition(":")
+        if not (user and password):
+            raise ValueError(
+                "--auth (or DEMO_AUTH) is USER:PASSWORD, and one of them is empty: leave it out to ask nobody"
+            )
+    if not given and (args.share or args.host not in ("127.0.0.1", "localhost", "::1")):
+        print(
+            f"warning: whoever reaches {args.host}:{args.port} can draw; --auth USER:PASSWORD asks for a login",
+            file=sys.stderr,
+        )
+    return [tuple(login.split(":", 1)) for login in given] or None
+
+
+def guard(here: Counter[str]) -> Callable:
+    """Return a dependency of all of gradio's routes: it refuses what the page never sends, and counts in `here` who is there.
+
+    The page sends values. Files, whose routes and addresses gradio would take, are nothing that it draws from.
+    """
+    from fastapi import HTTPException, Request
+
+    async def guarding(request: Request) -> AsyncIterator[None]:
+        path = request.url.path.rstrip("/")
+        if request.method == "POST" and not path.endswith(("/login", "/reset", "/cancel")):
+            if not (path.endswith("/queue/join") or "/call/" in path):
+                raise HTTPException(404)
+            body = await request.json()
+            values = body.get("data", body) if isinstance(body, dict) else None
+            values = list(values.values()) if isinstance(values, dict) else values
+            if not isinstance(values, list) or any(isinstance(value, dict | list) for value in values):
+                raise HTTPException(400, "the page's fields are words and numbers")
+            request.state.joined = time.monotonic()
+        found = {**request.path_params, **request.query_params}
+        session = found.get("session_hash") or found.get("event_id")  # of the routes that stream to it
+        here[session] += 1
+        try:
+            yield
+        finally:
+            here[session] -= 1
+            if not here[session]:
+                del here[session]
+
+    return guarding
+
+
+async def is_here(here: Counter[str], request: "gradio.Request") -> bool:
+    """Return whether somebody waits for the answer to a request, or comes for it in time."""
+    while not here[request.session_hash]:
+        if time.monotonic() > request.state.joined + SECONDS_TO_LISTEN:
+            return False
+        await asyncio.sleep(0.05)
+    return True
+
+
+async def respond(
     painter: "Painter",
-    greedy: bool,
     asked: str | int | None,
     count: float,
-    seed: float,
+    seed: float | None,
+    fresh: bool,
     cfg_scale: float,
     cfg_interval: float,
     top_k: float,
     top_p: float,
     temperature: float,
-) -> Iterator[tuple[list, str]]:
-    """What the page shows from a click on: pictures with captions, and a line of HTML. Raises nothing."""
+    folder: str | Path,
+) -> AsyncIterator[tuple[list, str, int]]:
+    """Yield what the page shows from a click on: files with captions, a line of HTML, the seed. Raises nothing.
+
+    Args:
+        fresh: takes a new seed.
+        folder: where a folder is made for the files. An unfinished picture's file goes with the drawing.
+    """
     import logging
 
-    from autoregressive.demo import error_html, status_html
+    from autoregressive.demo import error_html
 
-    settings = {"cfg_scale": cfg_scale, "cfg_interval": cfg_interval, "top_k": top_k, "top_p": top_p}
+    files, made, seed = [], None, randbelow(2**31) if fresh or seed is None else seed
     try:
-        for view in painter.draw(
-            asked, count=count, seed=seed, temperature=temperature, sample_logits=not greedy, **settings
-        ):
-            yield view.pictures, status_html(view)
-    except (ValueError, OSError, MemoryError) as error:
-        yield [], error_html(error)
+        Path(folder).mkdir(exist_ok=True)
+        made = Path(mkdtemp(dir=folder))
+        settings = {"cfg_scale": cfg_scale, "cfg_interval": cfg_interval, "top_k": top_k, "top_p": top_p}
+        settings = {"guidance_scale": settings.pop("cfg_scale"), **settings, "temperature": temperature}
+        async with aclosing(painter.draw(asked, count=int(count or 0), seed=int(seed), **settings)) as views:
+            async for view in views:
+                for name, png, _ in view.pictures:
+                    if not (made / name).exists():
+                        (made / name).write_bytes(png)
+                files = [(str(made / name), caption) for name, _, caption in view.pictures]
+                yield files, view.status, seed
+    except (ValueError, OSError) as error:
+        yield files, error_html(error), seed
     except Exception as error:
         logging.exception("drawing failed")
-        kind = "the device's memory is full: ask for fewer images" if "out of memory" in str(error).lower() else None
-        yield [], error_html(kind or f"drawing failed ({type(error).__name__}); the terminal has the details")
-
-
-def show(painter: "Painter", greedy: bool, folder: str, *asked: Any) -> Iterator[tuple[list, str]]:
-    """As `respond`, with pictures as files in `folder`.
-
-    A picture's file is written once, and whole: gradio would write it anew for each view, while a browser reads it.
-    """
-    import hashlib
-
-    from utils.images import save_png
-
-    for pictures, status in respond(painter, greedy, *asked):
-        files = []
-        for image, caption in pictures:
-            path = Path(folder) / hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest() / "image.png"
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_png(image, path)
-            files.append((str(path), caption))
-        yield files, status
+        yield files, error_html(f"drawing failed ({type(error).__name__}); the terminal has the details"), seed
+    finally:
+        if made:
+            for file in made.glob("*[0-9].png"):
+                file.unlink()
 
 
 def build_page(
-    painters: dict[str, "Painter"], args: argparse.Namespace, problems: Mapping[str, str]
+    painters: dict[str, "Painter"],
+    problems: dict[str, str],
+    args: argparse.Namespace,
+    folder: Path,
+    here: Counter[str],
 ) -> "gradio.Blocks":
-    """The page with its two tabs. problems: by tab, the HTML of why its model could not be loaded."""
+    """Return the page with its two tabs. problems: by tab, the HTML of why its model could not be loaded."""
     import gradio as gr
 
-    with gr.Blocks(title=TITLE) as page:
+    with gr.Blocks(title=TITLE, delete_cache=(SECONDS_KEPT // 10, SECONDS_KEPT)) as page:
         gr.Markdown(f"# {TITLE}")
-        if "class" in painters:
-            with gr.Tab("Class", id="class"):
-                class_tab(gr, painters["class"], args, problems.get("class", ""))
-        with gr.Tab("Text", id="text"):
-            if "text" in painters:
-                text_tab(gr, painters["text"], args, problems.get("text", ""))
-            else:
+        for kind in ("class", "text"):
+            if kind in painters:
+                with gr.Tab(kind.title(), id=kind):
+                    drawing_tab(page, kind, painters[kind], args, folder, here)
+            elif kind in problems or (kind == "text" and not args.server):
                 how = (
                     "`bash scripts/quickstart.sh text`" if args.quickstart else "`--text-gpt-ckpt`, or `--gpt-type t2i`"
                 )
-                gr.Markdown(f"No text-conditional model is loaded: {how} brings one.", elem_id="text-missing")
-    return page
-
-
-def class_tab(gr: Any, painter: "Painter", args: argparse.Namespace, problem: str) -> None:
-    """A class, chosen from a list that typing searches."""
-    from autoregressive.demo import class_choice
-
-    choices = [class_choice(i, name) for i, name in enumerate(painter.names)]
-    first = choices[207 if len(choices) == 1000 else 0] if choices else None
-
-    def asked() -> Any:
-        return gr.Dropdown(
-            choices, value=first, allow_custom_value=True, label="Class", info="type to search", elem_id="class-asked"
-        )
-
-    drawing_tab(gr, "class", asked, painter, problem, args)
-
-
-def text_tab(gr: Any, painter: "Painter", args: argparse.Namespace, problem: str) -> None:
-    """A prompt."""
-    prompts = QUICKSTART_PROMPTS if args.quickstart else PROMPTS
-
-    def asked() -> Any:
-        return gr.Textbox(
-            prompts[0], label="Prompt", info=f"or: {' · '.join(prompts[1:])}", lines=2, elem_id="text-asked"
-        )
-
-    drawing_tab(gr, "text", asked, painter, problem, args)
+                with gr.Tab(kind.title(), id=kind):
+                    missing = f"No text-conditional model is loaded: {how} brings one."
+                    gr.Markdown(problems.get(kind, missing), elem_id=f"{kind}-missing")
+    page.max_threads = MOST_OPEN
+    return page.queue(max_size=MOST_WAITING, default_concurrency_limit=None, api_open=False)
 
 
 def drawing_tab(
-    gr: Any, kind: str, make_asked: Callable[[], Any], painter: "Painter", problem: str, args: argparse.Namespace
+    page: "gradio.Blocks", kind: str, painter: "Painter", args: argparse.Namespace, folder: Path, here: Counter[str]
 ) -> None:
-    """What both tabs have: what is asked for and the settings at the left, the gallery at the right."""
+    """Lay out a tab: what is asked for and the settings at the left, the gallery at the right."""
+    import gradio as gr
+
+    from autoregressive.class_names import class_choice
+    from autoregressive.demo import MOST_IMAGES
+
     at = settings_for(kind, args)
-    codes = painter.loaded.gpt.args.vocab_size if painter.loaded else args.codebook_size or 16384
+    if kind == "class":
+        choices = [class_choice(i, name) for i, name in enumerate(painter.names)]
+        examples = [choices[i] for i in CLASSES] if len(choices) == 1000 else choices[:8]
+    else:
+        examples = QUICKSTART_PROMPTS if args.quickstart else PROMPTS
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
-            asked = make_asked()
+            name = f"{kind}-asked"
+            if kind == "class":
+                asked = gr.Dropdown(
+                    choices,
+                    value=examples[0],
+                    allow_custom_value=True,
+                    label="Class",
+                    info="type to search",
+                    elem_id=name,
+                )
+            else:
+                asked = gr.Textbox(examples[0], label="Prompt", lines=2, elem_id=name)
+            gr.Examples([[example] for example in examples], asked, elem_id=f"{kind}-examples")
             with gr.Row():
                 button = gr.Button("Generate", variant="primary", elem_id=f"{kind}-generate")
                 stop = gr.Button("Stop", elem_id=f"{kind}-stop")
             with gr.Row():
-                count = gr.Slider(1, 16, value=4, step=1, label="Images")
-                seed = gr.Number(args.seed, precision=0, label="Seed")
+                count = gr.Slider(1, MOST_IMAGES, value=4, step=1, label="Images")
+                seed = gr.Number(
+                    args.seed, precision=0, minimum=0, maximum=LARGEST_SEED, label="Seed", elem_id=f"{kind}-seed"
+                )
+                fresh = gr.Checkbox(args.seed is None, label="A new seed each time", elem_id=f"{kind}-fresh")
             with gr.Row():
                 scale = gr.Slider(1, 20, value=at["cfg_scale"], step=0.1, label="Guidance scale")
                 interval = gr.Number(at["cfg_interval"], label="Last guided step (-1: all are)")
             with gr.Row():
-                top_k = gr.Slider(0, codes, value=min(at["top_k"], codes), step=1, label="Top-k (0: all)")
+                top_k = gr.Number(at["top_k"], precision=0, minimum=0, label="Top-k (0: all)")
                 top_p = gr.Slider(0, 1, value=at["top_p"], step=0.01, label="Top-p (1: all)")
             temperature = gr.Slider(
                 0, 2, value=at["temperature"], step=0.05, label="Temperature (0: the likeliest token)"
             )
         with gr.Column(scale=3, min_width=320):
-            status = gr.HTML(problem, elem_id=f"{kind}-status")
+            status = gr.HTML(elem_id=f"{kind}-status")
             gallery = gr.Gallery(
                 show_label=False, columns=4, object_fit="contain", format="png", height="auto", interactive=False,
                 elem_id=f"{kind}-gallery", elem_classes="gallery",
             )  # fmt: skip
-    inputs = [asked, count, seed, scale, interval, top_k, top_p, temperature]
+
+    async def draw(request: gr.Request, *values: Any) -> AsyncIterator[tuple[list, str, int]]:
+        if await is_here(here, request):
+            async with aclosing(respond(painter, *values, folder / "pictures")) as shown:
+                async for update in shown:
+                    if not here[request.session_hash]:
+                        break
+                    yield update
+
+    async def draw_first() -> tuple[list, str]:
+        values = (examples[0], 1, args.seed or 0, False, *at.values(), folder / "opening")
+        async for files, said, _ in respond(painter, *values):  # noqa: B007 - the last one is shown
+            pass
+        return files, said
+
+    first: list[asyncio.Task] = []
+
+    async def opening() -> tuple[list, str]:
+        if not first or (first[0].done() and not first[0].result()[0]):
+            first[:] = [asyncio.create_task(draw_first())]
+        return await asyncio.shield(first[0])
+
+    gr.set_static_paths([folder / "opening"])
+    page.load(opening, None, [gallery, status], api_visibility="private", show_progress="hidden")
     click = button.click(
-        partial(show, painter, args.greedy, gallery.GRADIO_CACHE),
-        inputs,
-        [gallery, status],
+        draw,
+        [asked, count, seed, fresh, scale, interval, top_k, top_p, temperature],
+        [gallery, status, seed],
         show_progress="hidden",  # the status has it, and the previews stay to be seen
-        concurrency_id="drawing",
         api_name=f"draw_{kind}",
     )
     stop.click(lambda: "<div class='status'>stopped</div>", None, status, cancels=[click], queue=False)
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+    """Return the script's flags."""
     parser = flag_parser(__doc__, added=("--vq-ckpt", "--no-left-padding"))
     add_gpt_flags(parser, GPT_SIZES, gpt_model="GPT-XL")
     add_gpt_file_flags(parser)
@@ -382,17 +563,23 @@ def flags() -> argparse.ArgumentParser:
     )
     parser.add_argument("--class-names", default=None, help="file with the classes' names, one a line")
     add_sampling_flags(parser, cfg_scale=4.0, top_k=2000)
-    parser.add_argument("--seed", type=SEED, default=0, help="that the page begins with")
+    help = "that the page begins with and keeps (default: a new one for each drawing)"
+    parser.add_argument("--seed", type=Number(int, least=0, most=LARGEST_SEED), default=None, help=help)
     add_run_flags(parser)
-    parser.add_argument(
-        "--batch-size", type=positive_int, default=None, help="images at once (default: 32, 8 on a CPU)"
-    )
+    add_batch_size_flag(parser)
     add_text_flags(parser)
     group = parser.add_argument_group("page")
     group.add_argument("--quickstart", action="store_true", help="the models that scripts/quickstart.sh trained")
+    help = "draw with a running server's model (may be given twice: a class model and a text model)"
+    group.add_argument("--server", action="append", default=[], metavar="URL", help=help)
+    help = "the server's key (SERVE_API_KEY in the environment does the same)"
+    group.add_argument("--api-key", default=None, help=help)
     group.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for other machines too")
     group.add_argument("--port", type=Number(int, above=0, most=65_535), default=7860, help="port to listen at")
-    group.add_argument("--share", action="store_true", help="a public address for three days, through gradio's servers")
+    help = "ask visitors for a login (may be given several times; DEMO_AUTH in the environment does the same)"
+    group.add_argument("--auth", action="append", default=[], metavar="USER:PASSWORD", help=help)
+    group.add_argument("--root-path", default="", help="path at which a proxy has the page, such as /demo")
+    group.add_argument("--share", action="store_true", help="a public address for a week, through gradio's servers")
     return parser
 
 

@@ -1,231 +1,197 @@
-"""What the demo's page (app.py) calls: pictures as they are drawn, with what was asked and the time beneath, in plain Python.
+"""Pictures for the demo's page (app.py), drawn by a server of autoregressive/serve, here or elsewhere, through its HTTP interface.
 
-painter = Painter(lambda: ImagePipeline.from_pretrained("FoundationVision/LlamaGen", gpt="c2i_L_384.pt"))
-for view in painter.draw("golden retriever", count=4, seed=0, cfg_scale=4.0):
-    view.pictures, view.done, view.total                    # uint8 (side, side, 3) with captions, tokens
+painter = await Painter.connect("http://localhost:8000")
+async for view in painter.draw("golden retriever", count=4, seed=1, guidance_scale=4.0):
+    view.pictures, view.status          # (PNG, caption) of each image, finished or not; a line of HTML
 """
 
-import queue
-import threading
+import asyncio
+import base64
+import json
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from html import escape
-from math import isfinite
-from pathlib import Path
+from math import isqrt
+from typing import Any
 
-import numpy as np
-from torch import Tensor
+import httpx
 
 from autoregressive.class_names import class_choice, class_names, find_class
-from autoregressive.models.sampling import SamplingConfig
-from autoregressive.pipeline import ImagePipeline, shorten
+from autoregressive.pipeline import shorten
+from autoregressive.serve.engine import ModelInfo
 
-MOST_IMAGES = 64
+MOST_IMAGES = 16
+PREVIEWS = 6  # at most, of an image
+SECONDS_BETWEEN_VIEWS = 0.2
+# A stream has a line every few seconds, however long the picture takes.
+HTTP = {"timeout": httpx.Timeout(10, read=90), "limits": httpx.Limits(max_connections=None)}
 
-# One at a time, in one thread for good: models share a machine, and compiled steps belong to the thread that made them.
-_WORKER = ThreadPoolExecutor(1, thread_name_prefix="drawing")
+
+@dataclass
+class Picture:
+    """One image as it is drawn. rows: of tokens that `png` shows, of `of_rows`."""
+
+    seed: int
+    png: bytes = b""
+    rows: int = 0
+    of_rows: int = 1
+    seconds: float | None = None  # once it is finished
+    waits: bool = False  # the server has no room for it yet
+    warnings: tuple[str, ...] = ()  # of the server, on what was asked
 
 
 @dataclass(frozen=True)
 class View:
-    """What there is to show: pictures (uint8 (side, side, 3), caption), tokens done of all, seconds since the start."""
+    """What there is to show: pictures as (name, PNG, caption), and how far the drawing is, in HTML."""
 
-    pictures: list[tuple[np.ndarray, str]]
-    done: int
-    total: int
-    seconds: float
-    images: int  # asked for
-    note: str = ""
-
-
-class _Stopped(Exception):
-    """Ends a drawing that nobody looks at any more."""
+    pictures: list[tuple[str, bytes, str]]
+    status: str
+    done: bool
 
 
 class Painter:
-    """Draws with a pipeline that is loaded when first needed, and shows how far it is.
+    """Draws with one server's model. client: its base URL is the server's, where `v1/models` is found."""
 
-    load: makes the pipeline. names: of the classes, by number (class_names). preview_share: of the drawing's time, what may
-    go to decoding unfinished images. interval: seconds between two views at least.
-    """
+    def __init__(self, client: httpx.AsyncClient, info: ModelInfo):
+        self.client, self.info = client, info
+        self.names = [] if info.kind == "t2i" else class_names(info.num_classes, recorded=info.classes)
 
-    def __init__(
-        self,
-        load: Callable[[], ImagePipeline],
-        names: str | Path | None = None,
-        preview_share: float = 0.2,
-        interval: float = 0.1,
-    ):
-        self._load, self._file = load, names
-        self._pipeline: ImagePipeline | None = None
-        self._lock = threading.Lock()
-        self.names: list[str] = []
-        self.preview_share, self.interval = preview_share, interval
-        self.closed = False
+    @classmethod
+    async def connect(cls, url: str, api_key: str | None = None) -> "Painter":
+        """Ask the server at `url` which model it has. Raises ConnectionError where no such server answers."""
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        base = url.rstrip("/").removesuffix("/v1") + "/"
+        try:
+            client = httpx.AsyncClient(base_url=base, headers=headers, **HTTP)
+            answer = await client.get("v1/models", timeout=10)
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+            raise ConnectionError(f"no server answers at {url}: {error or type(error).__name__}") from error
+        if answer.status_code != 200:
+            raise ConnectionError(f"the server at {url} answers {answer.status_code}: {refusal(answer.content)}")
+        try:
+            model = answer.json()["data"][0]
+            names = ("kind", "image_size", "tokens", "num_classes", "classes")
+            kind, image_size, tokens, num_classes, classes = (model[name] for name in names)
+        except (ValueError, LookupError, TypeError) as error:
+            raise ConnectionError(f"{url} is no server of this project: its v1/models lists no such model") from error
+        return cls(client, ModelInfo(model["id"], kind, image_size, tokens, num_classes, True, tuple(classes)))
 
-    def pipeline(self) -> ImagePipeline:
-        """The pipeline. Raises what loading raises, and tries again when it is asked for again."""
-        with self._lock:
-            if self._pipeline is None:
-                made = self._load()
-                if not made.is_text:
-                    self.names = class_names(made.gpt.args.num_classes, self._file, made.gpt.file_config.get("classes"))
-                self._pipeline = made
-            return self._pipeline
+    async def draw(self, asked: object, *, count: int = 1, seed: int = 0, **settings: float) -> AsyncIterator[View]:
+        """Draw `count` images of a class or a prompt, with the seeds `seed`, `seed + 1`, …; the last view is complete.
 
-    def close(self) -> None:
-        """Ends what is being drawn after the step that it is at, and what waits: a program that ends waits for its threads."""
-        self.closed = True
+        Args:
+            asked: a class, as find_class reads it, or a prompt.
+            settings: fields of the server's requests (guidance_scale, cfg_interval, top_k, top_p, temperature).
 
-    @property
-    def loaded(self) -> ImagePipeline | None:
-        """The pipeline, where it was loaded."""
-        return self._pipeline
-
-    def draw(self, asked: str | int | None, *, count: int = 1, seed: int = 0, **sampling) -> Iterator[View]:
-        """Draws `count` images of a class (find_class) or a prompt; yields views, of which the last is complete.
-
-        Image i is that of `pipeline([asked], seed=seed, indices=[i])`. sampling: the fields of SamplingConfig. The
-        drawing ends after the step that it is at when the iterator is closed.
-        Raises ValueError for what the model cannot take, and what loading raises.
+        Raises:
+            ValueError: for what the model cannot take.
+            ConnectionError: where the server does not answer.
         """
-        count, seed = whole_number("the number of images", count), whole_number("the seed", seed)
         if not 1 <= count <= MOST_IMAGES:
             raise ValueError(f"the number of images is 1 to {MOST_IMAGES}, got {count}")
-        for name, value in sampling.items():
-            if value is None:
-                raise ValueError(f"no value is given for {name.replace('_', ' ')}")
-        config = SamplingConfig(**sampling)
-        views: queue.SimpleQueue[View | BaseException | None] = queue.SimpleQueue()
-        stop = threading.Event()
-
-        def work() -> None:
-            try:
-                _Drawing(self, views.put, stop, count, seed, config).run(asked)
-                views.put(None)
-            except _Stopped:
-                views.put(None)
-            except BaseException as error:  # handed to the thread that waits for it
-                views.put(error)
-
-        _WORKER.submit(work)
-        try:
-            while (view := views.get()) is not None:
-                if isinstance(view, BaseException):
-                    raise view
-                yield view
-        finally:
-            stop.set()
-
-
-class _Drawing:
-    """One call of Painter.draw, in the thread that draws."""
-
-    def __init__(
-        self,
-        painter: Painter,
-        show: Callable[[View], None],
-        stop: threading.Event,
-        count: int,
-        seed: int,
-        config: SamplingConfig,
-    ):
-        self.painter, self.show, self.stop = painter, show, stop
-        self.count, self.seed, self.config = count, seed, config
-        self.finished: list[tuple[np.ndarray, str]] = []
-        self.previews: list[tuple[np.ndarray, str]] = []
-        self.note = ""
-
-    def run(self, asked: str | int | None) -> None:
-        if self.stop.is_set() or self.painter.closed:
-            return
-        self.pipeline = pipeline = self.painter.pipeline()
-        self.tokens = pipeline.gpt.layout.tokens
-        self.start = self.shown = time.monotonic()
-        self.spent, self.previewed = 0.0, 0  # on previews: seconds, and tokens in the last one
-        settings = vars(self.config)
-        if pipeline.is_text:
-            prompt = "" if asked is None else str(asked)
-            if not prompt.strip():
-                raise ValueError("the prompt is blank: write what to draw")
-            features = pipeline.encode([prompt])
-            if len(features[0]) >= pipeline.t5_tokens:
-                self.note = (
-                    f"the prompt fills all {pipeline.t5_tokens} text tokens: what stands behind them is not read"
-                )
-            self.what, given = shorten(prompt), {"features": features * self.count}
+        if missing := [name for name, value in settings.items() if value is None]:
+            raise ValueError(f"no value is given for {missing[0].replace('_', ' ')}")
+        if self.info.kind == "t2i":
+            what, body = shorten(str(asked or "")), {"prompt": str(asked or "")}
         else:
-            label = find_class(asked, self.painter.names)
-            self.what, given = class_choice(label, self.painter.names[label]), {"asked": [label] * self.count}
-        self.batch_start = time.monotonic()  # encoding, and loading what encodes, is no image's
-        self.view(0)
-        for numbers, images in pipeline.batches(**given, seed=self.seed, on_step=self.step, **settings):
-            now = time.monotonic()
-            together = f" for {len(numbers)}" if len(numbers) > 1 else ""
-            took = f"{now - self.batch_start:.1f} s{together}"
-            for number, image in zip(numbers, images, strict=True):
-                self.finished.append((image, f"{self.what} · image {number} · {self.describe()} · {took}"))
-            self.batch_start, self.previews, self.previewed = now, [], 0
-            self.view(len(self.finished) * self.tokens)
+            label = find_class(asked, self.names)
+            what, body = class_choice(label, self.names[label]), {"class_label": label}
+        rows = max(1, round(isqrt(self.info.tokens) / PREVIEWS))
+        body |= {"stream": True, "partial_rows": rows, **settings}
+        began, pictures = time.monotonic(), [Picture(seed + i) for i in range(count)]
+        tasks = [asyncio.create_task(self._image(picture, {**body, "seed": picture.seed})) for picture in pictures]
+        try:
+            while True:
+                done, left = await asyncio.wait(
+                    tasks, timeout=SECONDS_BETWEEN_VIEWS, return_when=asyncio.FIRST_EXCEPTION
+                )
+                for task in done:
+                    task.result()
+                yield view(pictures, what, settings, time.monotonic() - began)
+                if not left:
+                    return
+        except httpx.HTTPError as error:
+            raise ConnectionError(f"the server is gone: {error or type(error).__name__}") from error
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    def step(self, numbers: list[int], done: int, tokens: Tensor) -> None:
-        """Called after each decode step."""
-        if self.stop.is_set() or self.painter.closed:
-            raise _Stopped
-        now = time.monotonic()
-        if now - self.shown < self.painter.interval or done == self.tokens:
-            return
-        row, elapsed = self.pipeline.gpt.layout.grid_size, now - self.start
-        if done - self.previewed >= row and self.spent <= self.painter.preview_share * elapsed:
-            images = self.pipeline.preview(tokens, done)
-            self.previews = [
-                (image, f"{self.what} · image {number} · {done} of {self.tokens} tokens")
-                for number, image in zip(numbers, images, strict=True)
-            ]
-            self.spent, self.previewed = self.spent + time.monotonic() - now, done
-        self.view(len(self.finished) * self.tokens + done * len(numbers))
+    async def _image(self, picture: Picture, body: dict[str, Any]) -> None:
+        began = time.monotonic()
+        while wait := await self._try(picture, body):
+            picture.waits = True
+            await asyncio.sleep(wait)
+        picture.seconds = time.monotonic() - began
 
-    def view(self, done: int) -> None:
-        self.shown = time.monotonic()
-        pictures = [*self.finished, *self.previews]
-        self.show(View(pictures, done, self.count * self.tokens, self.shown - self.start, self.count, self.note))
-
-    def describe(self) -> str:
-        """The settings, as they stand under an image."""
-        config = self.config
-        words = [f"seed {self.seed}", f"guidance {config.cfg_scale:g}" if config.guided else "no guidance"]
-        if config.guided and config.cfg_interval >= 0:
-            words[-1] += f" to step {config.cfg_interval:g}"
-        if config.greedy:
-            return " · ".join([*words, "greedy"])
-        top_k = f"top-k {config.top_k:g}" if config.top_k > 0 else "top-k all"
-        return " · ".join([*words, top_k, f"top-p {config.top_p:g}", f"temperature {config.temperature:g}"])
+    async def _try(self, picture: Picture, body: dict[str, Any]) -> float:
+        """Have the server draw the picture. Returns 0, or the seconds after which to ask again where it has no room."""
+        async with self.client.stream("POST", "v1/images/generations", json=body) as answer:
+            if answer.status_code == 429:
+                return max(1.0, float(answer.headers.get("retry-after", 5)))
+            if answer.status_code != 200:
+                raise ValueError(refusal(await answer.aread()))
+            picture.waits = False
+            async for line in answer.aiter_lines():
+                if not line.startswith("data:"):
+                    continue
+                event = json.loads(line.removeprefix("data:"))
+                if "error" in event:
+                    raise ValueError(event["error"]["message"])
+                picture.png = base64.b64decode(event["b64_json"])
+                if event["type"] == "image_generation.completed":
+                    picture.rows, picture.warnings = picture.of_rows, tuple(event.get("warnings", ()))
+                    return 0
+                picture.rows, picture.of_rows = event["rows"], event["of_rows"]
+        raise ConnectionError("the server ended the stream before the image was whole")
 
 
-def whole_number(what: str, value: object) -> int:
-    """The value as an int. Raises ValueError for none, a fraction, or what is no number."""
+def view(pictures: list[Picture], what: str, settings: dict[str, float], seconds: float) -> View:
+    """Return what there is to show of some pictures."""
+    shown = []
+    for i, picture in enumerate(pictures):
+        end = f"{picture.rows} of {picture.of_rows} rows" if picture.seconds is None else f"{picture.seconds:.1f} s"
+        if picture.png:
+            caption = f"{what} · seed {picture.seed} · {words(settings)} · {end}"
+            shown.append((f"{i}-{picture.rows if picture.seconds is None else 'done'}.png", picture.png, caption))
+    notes = "".join(
+        f"<div class='note'>{escape(note)}</div>" for note in dict.fromkeys(n for p in pictures for n in p.warnings)
+    )
+    images = f"{len(pictures)} image{'s' if len(pictures) > 1 else ''}"
+    if all(picture.seconds is not None for picture in pictures):
+        return View(shown, f"<div class='status' data-done='1'>{images} in {seconds:.1f} s</div>{notes}", True)
+    part = sum(picture.rows / picture.of_rows for picture in pictures) / len(pictures)
+    state = "waiting for the images of others" if all(p.waits for p in pictures) else f"{part:.0%}"
+    return View(
+        shown,
+        f"<div class='status'><progress value='{part:.3f}'></progress> {images}: {state}, {seconds:.0f} s</div>",
+        False,
+    )
+
+
+def words(settings: dict[str, float]) -> str:
+    """Return the given settings as they stand under an image."""
+    told = []
+    if "guidance_scale" in settings:
+        scale, last = settings["guidance_scale"], settings.get("cfg_interval", -1)
+        told.append(f"guidance {scale:g}{f' to step {last:g}' if last >= 0 else ''}" if scale > 1 else "no guidance")
+    if settings.get("temperature") == 0:
+        return " · ".join([*told, "greedy"])
+    names = {"top_k": "top-k", "top_p": "top-p", "temperature": "temperature"}
+    told += [f"{name} {settings[field]:g}" for field, name in names.items() if field in settings]
+    return " · ".join(told).replace("top-k 0", "top-k all")
+
+
+def refusal(body: bytes) -> str:
+    """Return the message of a server's error, or the beginning of what came in its place."""
     try:
-        number = float(value)
-        if isfinite(number) and number == int(number):
-            return int(value)
-    except (TypeError, ValueError):
-        pass
-    raise ValueError(f"{what} must be a whole number, got {value!r}" if value is not None else f"{what} is missing")
-
-
-def status_html(view: View) -> str:
-    """How far a drawing is, for the page."""
-    note = f"<div class='note'>{escape(view.note)}</div>" if view.note else ""
-    images = f"{view.images} image{'s' if view.images > 1 else ''}"
-    if view.done == view.total:
-        return f"<div class='status' data-done='1'>{images} in {view.seconds:.1f} s</div>{note}"
-    bar = f"<progress value='{view.done}' max='{view.total}'></progress>"
-    return f"<div class='status'>{bar} {images}: {view.done} of {view.total} tokens, {view.seconds:.0f} s</div>{note}"
+        return json.loads(body)["error"]["message"]
+    except (ValueError, LookupError, TypeError):
+        return shorten(body.decode(errors="replace").strip(), 200) or "nothing"
 
 
 def error_html(error: BaseException | str) -> str:
-    """A mistake's message, for the page."""
+    """Return a mistake's message, for the page."""
     text = str(error).strip() or type(error).__name__
     return f"<div class='error' role='alert'>{escape(text[:1].upper() + text[1:])}</div>"

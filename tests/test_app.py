@@ -1,12 +1,18 @@
-"""app.py: its flags, what it loads and what it says where it cannot; with gradio its page, with a browser the page's use."""
+"""app.py: its flags, what it loads and what it says where it cannot; its page in a process of its own, under attack and in a browser."""
 
+import asyncio
+import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO
 from pathlib import Path
 
@@ -16,10 +22,15 @@ import torch
 from PIL import Image
 
 import app
-from autoregressive.demo import Painter
+from autoregressive.demo import View
 from autoregressive.models.gpt import GPT_models
+from autoregressive.pipeline import ImagePipeline, load_gpt
+from autoregressive.serve.server import native_parts
+from autoregressive.serve.service import Service
 from tests.helpers import ROOT, free_port, randomize
+from tests.serve.servers import listening
 from tests.training import environment
+from tokenizer.load import load_tokenizer
 from utils.checkpoint import save_checkpoint
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -35,7 +46,7 @@ def test_the_published_flags():
     published = {
         "gpt_model": "GPT-XL", "gpt_type": "c2i", "from_fsdp": False, "cls_token_num": 1, "precision": "bf16",
         "compile": False, "vq_model": None, "codebook_size": None, "codebook_embed_dim": None, "downsample_size": 16,
-        "num_classes": None, "cfg_scale": 4.0, "cfg_interval": -1, "seed": 0, "top_k": 2000, "temperature": 1.0, "top_p": 1.0,
+        "num_classes": None, "cfg_scale": 4.0, "cfg_interval": -1, "top_k": 2000, "temperature": 1.0, "top_p": 1.0,
     }  # fmt: skip
     assert {name: getattr(args, name) for name in published} == published
 
@@ -82,32 +93,32 @@ def add_text(quickstart: Path) -> None:
 
 @pytest.mark.slow
 def test_the_quickstart_models(quickstart):
-    painters = app.make_painters(parse("--quickstart"))
-    assert list(painters) == ["class"]
-    pipeline = painters["class"].pipeline()
-    assert pipeline.gpt.tok_embeddings.weight.dtype == torch.float32 and painters["class"].names == list("0123456789")
+    loads = app.models(parse("--quickstart"))
+    assert list(loads) == ["class"]
+    pipeline = loads["class"]()
+    assert pipeline.gpt.tok_embeddings.weight.dtype == torch.float32
     assert "10 classes" in app.describe(pipeline) and "32x32 pixels, on " in app.describe(pipeline)
     add_text(quickstart)
-    painters = app.make_painters(parse("--quickstart"))
-    assert list(painters) == ["class", "text"]
-    views = list(painters["text"].draw("a red lantern"))
-    assert len(views[-1].pictures) == 1 and painters["text"].pipeline().t5_tokens == 9
+    loads = app.models(parse("--quickstart"))
+    assert list(loads) == ["class", "text"]
+    pipeline = loads["text"]()
+    assert len(pipeline(["a red lantern"], progress=False)) == 1 and pipeline.t5_tokens == 9
 
 
 def test_no_quickstart(quickstart, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"stage2: run `bash scripts/quickstart\.sh text` first"):
-        app.make_painters(parse("--quickstart", "--gpt-type", "t2i"))
+        app.models(parse("--quickstart", "--gpt-type", "t2i"))
     shutil.rmtree(quickstart / "gpt")
     with pytest.raises(
         FileNotFoundError, match=r"no trained model in quickstart/gpt: run `bash scripts/quickstart.sh` first"
     ):
-        app.make_painters(parse("--quickstart"))
+        app.models(parse("--quickstart"))
 
 
 def test_files_and_folders_and_flags(small_files, tmp_path):
     """Weights decide; a flag that is given is compared with them."""
     files = ["--gpt-ckpt", small_files.gpt, "--vq-ckpt", small_files.vq]
-    pipeline = app.make_painters(parse(*files))["class"].pipeline()
+    pipeline = app.models(parse(*files))["class"]()
     assert pipeline.image_size == 32 and pipeline.gpt.tok_embeddings.weight.dtype == torch.bfloat16
     for words, message in (
         (["--gpt-model", "GPT-B"], "--gpt-model GPT-B"),
@@ -118,9 +129,9 @@ def test_files_and_folders_and_flags(small_files, tmp_path):
         (["--gpt-type", "t2i"], "--gpt-type t2i"),
     ):
         with pytest.raises(ValueError, match=message):
-            next(iter(app.make_painters(parse(*files, *words)).values())).pipeline()
+            next(iter(app.models(parse(*files, *words)).values()))()
     with pytest.raises(FileNotFoundError, match=r"no/file\.pt"):
-        app.make_painters(parse("--gpt-ckpt", "no/file.pt", "--vq-ckpt", small_files.vq))["class"].pipeline()
+        app.models(parse("--gpt-ckpt", "no/file.pt", "--vq-ckpt", small_files.vq))["class"]()
 
 
 def test_what_was_saved_for_the_hub(small_files, tmp_path):
@@ -145,11 +156,8 @@ def test_what_was_saved_for_the_hub(small_files, tmp_path):
     vq = ["--vq-ckpt", small_files.vq, "--vq-model", "VQ-4", "--codebook-size", 64]
     run_here(push_vae_to_hf, *vq, "--output", tmp_path / "vq")
     words = ["--gpt-ckpt", tmp_path / "gpt", "--vq-ckpt", tmp_path / "vq", "--precision", "none"]
-    painter = app.make_painters(parse(*words))["class"]
-    plain = app.make_painters(parse("--gpt-ckpt", small_files.gpt, "--vq-ckpt", small_files.vq, "--precision", "none"))[
-        "class"
-    ]
-    drawn = [list(p.draw(3))[-1].pictures[0][0] for p in (painter, plain)]
+    plain = ["--gpt-ckpt", small_files.gpt, "--vq-ckpt", small_files.vq, "--precision", "none"]
+    drawn = [app.models(parse(*given))["class"]()([3], progress=False)[0] for given in (words, plain)]
     assert np.array_equal(*drawn)
     assert app.is_on_hub("me/model") and app.is_on_hub(tmp_path / "gpt")
     assert not any(
@@ -162,7 +170,7 @@ def test_released_weights_by_default():
     assert app.released_gpt("t2i", "GPT-XL") == "peizesun/llamagen_t2i/t2i_XL_stage2_512.pt"
     assert app.released_gpt("c2i", "GPT-B") == "FoundationVision/LlamaGen/c2i_B_384.pt"
     with pytest.raises(ValueError, match="no --gpt-model GPT-7B of --gpt-type c2i was released"):
-        app.make_painters(parse("--gpt-model", "GPT-7B"))
+        app.models(parse("--gpt-model", "GPT-7B"))
 
 
 def test_where_the_sliders_stand():
@@ -174,108 +182,324 @@ def test_where_the_sliders_stand():
     assert [ends[name] for name in ("cfg_scale", "top_k", "top_p", "temperature")] == [1, 0, 1, 0]
 
 
-# What the page is told
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--server", "http://127.0.0.1:1", "--gpt-ckpt", "a.pt"], "--gpt-ckpt is of models that are loaded here"),
+        (["--quickstart", "--server", "http://127.0.0.1:1"], "--quickstart is of models"),
+        (["--api-key", "x"], "--api-key is the key of a --server"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        app.main(parse(*flags))
 
-SETTINGS = {"count": 1, "seed": 0, "cfg_scale": 2.0, "cfg_interval": -1, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+
+@pytest.mark.parametrize("login", ["", "me", "me:", ":secret", ":"])
+def test_login_with_an_empty_half_is_refused(login, monkeypatch):
+    with pytest.raises(ValueError, match="USER:PASSWORD"):
+        app.logins(parse("--auth", login))
+    monkeypatch.setenv("DEMO_AUTH", login)
+    with pytest.raises(ValueError, match="USER:PASSWORD"):
+        app.logins(parse())
 
 
-def respond(painter, asked, **settings):
-    return list(app.respond(painter, False, asked, **{**SETTINGS, **settings}))
-
-
-def test_mistakes_become_messages(small_files, tmp_path, caplog):
-    painter = app.make_painters(parse("--gpt-ckpt", small_files.gpt, "--vq-ckpt", small_files.vq))["class"]
-    pictures, status = respond(painter, "3")[-1]
-    assert len(pictures) == 1 and "data-done" in status
-    for asked, settings, message in (
-        ("11", {}, "Class 11 is out of range"),
-        ("", {}, "No class is chosen"),
-        ("3", {"seed": None}, "The seed is missing"),
-        ("3", {"top_p": -1}, "--top-p must be 0"),
-        ("3", {"cfg_interval": None}, "No value is given for cfg interval"),
+def test_open_page_beyond_this_machine_is_warned_of(capsys):
+    for words, warned in (
+        ([], False),
+        (["--host", "0.0.0.0"], True),
+        (["--host", "0.0.0.0", "--auth", "a:b:c"], False),
     ):
-        assert respond(painter, asked, **settings) == [([], app_error(message, respond(painter, asked, **settings)))]
-    painter = app.make_painters(parse("--gpt-ckpt", tmp_path / "no.pt", "--vq-ckpt", small_files.vq))["class"]
-    ((pictures, status),) = respond(painter, "3")
-    assert pictures == [] and "class='error'" in status and "no.pt" in status and not caplog.records
+        found = app.logins(parse(*words))
+        assert found == ([("a", "b:c")] if "--auth" in words else None)
+        assert ("whoever reaches 0.0.0.0:7860 can draw" in capsys.readouterr().err) == warned
 
 
-def app_error(message: str, answers: list) -> str:
-    """The HTML of the answers, which has to be an error's and to hold the message."""
-    ((_, status),) = answers
-    assert status.startswith("<div class='error'") and message in status, status
-    return status
+def test_port_in_use_is_told_before_a_model_is_loaded(small_files):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=rf"--host 127\.0\.0\.1 --port {port} cannot be listened at: Address already"):
+            app.main(parse("--gpt-ckpt", small_files.gpt, "--vq-ckpt", small_files.vq, "--port", port))
 
 
-@pytest.mark.parametrize("error, message", [(torch.OutOfMemoryError("CUDA out of memory."), "memory is full: ask for fewer images"), (KeyError("x"), r"Drawing failed (KeyError); the terminal has the details")])  # fmt: skip
-def test_what_was_not_foreseen(error, message, caplog):
-    def load():
-        raise error
+# The page's answers
 
-    ((_, status),) = respond(Painter(load), "3")
-    assert message in status and "Traceback" not in status and caplog.records
+SETTINGS = {
+    "count": 1, "seed": 0, "fresh": False, "cfg_scale": 2.0, "cfg_interval": -1, "top_k": 0, "top_p": 1.0, "temperature": 1.0
+}  # fmt: skip
+
+
+class Artist:
+    """A painter that shows one unfinished picture and then raises, or finishes."""
+
+    def __init__(self, error: Exception | None = None):
+        self.error, self.seeds = error, []
+
+    async def draw(self, asked, *, seed, **settings):
+        self.seeds.append(seed)
+        yield View([("0-2.png", b"part", "2 of 8 rows")], "begun", False)
+        if self.error:
+            raise self.error
+        yield View([("0-done.png", b"whole", "3 s")], "done", True)
+
+
+def respond(painter, folder, **settings):
+    async def main():
+        return [shown async for shown in app.respond(painter, "3", *{**SETTINGS, **settings}.values(), folder)]
+
+    return asyncio.run(main())
+
+
+def test_unfinished_pictures_files_go_with_the_drawing(tmp_path):
+    *_, (files, status, seed) = respond(Artist(), tmp_path / "pictures")
+    assert (status, seed) == ("done", 0) and [caption for _, caption in files] == ["3 s"]
+    assert [path.read_bytes() for path in tmp_path.rglob("*.png")] == [b"whole"]
+    respond(Artist(ValueError("no")), tmp_path / "others")
+    assert not list((tmp_path / "others").rglob("*.png"))
+
+
+def test_seed_is_new_at_each_click_unless_it_is_kept(tmp_path):
+    artist = Artist()
+    shown = [respond(artist, tmp_path, seed=7, fresh=fresh)[-1][2] for fresh in (True, True, False, False)]
+    assert shown == artist.seeds and len(set(shown)) == 3 and shown[2:] == [7, 7]
+    assert respond(artist, tmp_path, seed=None)[-1][2] != respond(artist, tmp_path, seed=None)[-1][2]
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (ValueError("no <b>class</b>"), "No &lt;b&gt;class"),
+        (ConnectionError("the server is gone"), "The server is gone"),
+        (KeyError("x"), "Drawing failed (KeyError); the terminal has the details"),
+    ],
+)
+def test_error_becomes_a_message_on_the_page(error, message, tmp_path, caplog):
+    _, (_, status, _) = respond(Artist(error), tmp_path)
+    assert status.startswith("<div class='error'") and message in status and "Traceback" not in status
+    assert bool(caplog.records) == isinstance(error, KeyError)
+
+
+# The page, in a process of its own
+
+
+class Page:
+    """A running app.py. folder: where it was started, with its log and tmp/, its folder for temporary files."""
+
+    def __init__(self, folder: Path, *words: object, **env: str):
+        pytest.importorskip("gradio", reason="gradio is not installed")
+        (folder / "tmp").mkdir(parents=True)
+        self.folder, self.port, self.log = folder, free_port(), folder / "app.log"
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "app.py"), *map(str, words), "--port", str(self.port)],
+            cwd=folder, env=environment(PYTHONPATH=paths, TMPDIR=str(folder / "tmp"), **env),
+            stdout=self.log.open("w"), stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def wait(self) -> "Page":
+        """Wait for the line with its address."""
+        deadline = time.monotonic() + 200
+        while self.address not in self.log.read_text():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.2)
+        return self
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        try:
+            return self.process.wait(30)
+        finally:
+            self.process.kill()
+
+    def temporary_files(self) -> list[Path]:
+        return [path for path in (self.folder / "tmp").rglob("*") if path.is_file()]
+
+    def left(self) -> list[str]:
+        """What is left of it, but for the folder of torch's compiler."""
+        found = [path.name for path in (*self.folder.iterdir(), *(self.folder / "tmp").iterdir())]
+        return [name for name in found if name not in ("app.log", "tmp") and not name.startswith("torchinductor")]
+
+
+@pytest.fixture(scope="module")
+def page(small_files, tmp_path_factory):
+    """The demo with a class model, ended by SIGTERM, which leaves nothing."""
+    page = Page(
+        tmp_path_factory.mktemp("page"), "--gpt-ckpt", small_files.gpt, "--vq-ckpt", small_files.vq, "--precision", "none"
+    ).wait()  # fmt: skip
+    yield page
+    assert page.end() == 0, page.log.read_text()
+    assert "Traceback" not in page.log.read_text()
+    assert not page.left()
+
+
+def visitor(page: Page, **settings):
+    from gradio_client import Client
+
+    return Client(page.address, verbose=False, download_files=False, **settings)
+
+
+def asked(asked="3", **settings) -> list:
+    return [asked, *{**SETTINGS, **settings}.values()]
 
 
 @pytest.mark.slow
-def test_pictures_are_written_once(small_files, tmp_path):
-    """And are those of `respond`."""
-    painter = app.make_painters(parse("--gpt-ckpt", small_files.gpt, "--vq-ckpt", small_files.vq))["class"]
-    asked = ["3", 2, *list(SETTINGS.values())[1:]]
-    *_, (pictures, _) = app.respond(painter, False, *asked)
-    *_, (files, status) = app.show(painter, False, str(tmp_path), *asked)
-    assert "data-done" in status and len(files) == 2
-    for (file, _), (image, _) in zip(files, pictures, strict=True):
-        assert np.array_equal(np.asarray(Image.open(file)), image)
-    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
-    assert {str(path) for path in written} >= {file for file, _ in files}
-    *_, (again, _) = app.show(painter, False, str(tmp_path), *asked)
-    assert [file for file, _ in again] == [file for file, _ in files]
-    assert {path: path.stat().st_mtime_ns for path in written} == written
-
-
-# The page
+def test_visitor_gets_pictures_captions_and_a_seed(page):
+    gallery, status, seed = visitor(page).predict(*asked(count=2, seed=5), api_name="/draw_class")
+    assert seed == 5 and "data-done" in status
+    assert [item["caption"].split(" · ")[:2] for item in gallery] == [["3", "seed 5"], ["3", "seed 6"]]
+    again = visitor(page).predict(*asked(fresh=True), api_name="/draw_class")
+    assert again[2] != visitor(page).predict(*asked(fresh=True), api_name="/draw_class")[2]
 
 
 @pytest.mark.slow
-def test_the_page_is_built_where_nothing_is_loaded(small_files, tmp_path):
-    pytest.importorskip("gradio", reason="gradio is not installed")
-    args = parse("--gpt-ckpt", tmp_path / "no.pt", "--vq-ckpt", small_files.vq)
-    page = app.build_page(app.make_painters(args), args, {"class": "<div class='error'>No checkpoint</div>"})
-    parts = {block.elem_id: block for block in page.blocks.values() if getattr(block, "elem_id", None)}
-    assert parts["class-status"].value == "<div class='error'>No checkpoint</div>" and "text-missing" in parts
-    assert parts["class-asked"].choices == []
+def test_page_opens_with_a_picture_that_is_drawn_once(page):
+    import httpx
+
+    with httpx.Client(base_url=page.address) as client:
+        config = client.get("/config").json()
+        (load,) = [fn["id"] for fn in config["dependencies"] if ["load"] in [target[1:] for target in fn["targets"]]]
+        urls = []
+        for session in ("one", "two"):
+            joined = {"data": [], "fn_index": load, "session_hash": session}
+            assert client.post("/gradio_api/queue/join", json=joined).status_code == 200
+            with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as stream:
+                told = (json.loads(line[5:]) for line in stream.iter_lines() if line.startswith("data:"))
+                done = next(message for message in told if message["msg"] == "process_completed")
+            ((item,), status) = done["output"]["data"]
+            assert "data-done" in status and item["caption"].startswith("0 · seed 0 · ")
+            urls.append(item["image"]["url"])
+        assert urls[0] == urls[1]
+        assert np.asarray(Image.open(BytesIO(client.get(urls[0]).content))).shape == (32, 32, 3)
+        examples = [part for part in config["components"] if part["type"] == "dataset"]
+        assert examples and [row[0] for row in examples[0]["props"]["samples"]] == list("01234567")
+
+
+@pytest.mark.slow
+def test_page_takes_no_files(page):
+    """Neither uploads, nor large bodies, nor addresses of files that gradio would fetch."""
+    import httpx
+
+    fetched = []
+
+    class Trap(BaseHTTPRequestHandler):
+        def do_GET(self):
+            fetched.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+    with HTTPServer(("127.0.0.1", 0), Trap) as server, httpx.Client(base_url=page.address, timeout=60) as client:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        before = len(page.temporary_files())
+        large = b"x" * 2**20
+        for path in ("upload", "upload?upload_id=x", "component_server", "stream/x", "process_recording", "vibe-edit"):
+            answer = client.post(f"/gradio_api/{path}", files={"files": ("a.png", large)})
+            assert answer.status_code in (404, 413), (path, answer.status_code)
+            assert client.post(f"/gradio_api/{path}", files={"files": ("a.png", b"x")}).status_code == 404, path
+        assert client.post("/gradio_api/queue/join", content=large).status_code == 413
+        file = {"path": f"http://127.0.0.1:{server.server_port}/a.png", "meta": {"_type": "gradio.FileData"}}
+        config = client.get("/config").json()
+        (draw,) = [fn["id"] for fn in config["dependencies"] if fn["api_name"] == "draw_class"]
+        for value in (file, [file], {"a": [file]}):
+            joined = {"data": asked(value), "fn_index": draw, "session_hash": "files"}
+            assert client.post("/gradio_api/queue/join", json=joined).status_code == 400
+            assert client.post("/gradio_api/call/draw_class", json={"data": asked(value)}).status_code == 400
+            assert client.post("/gradio_api/call/v2/draw_class", json={"asked": value}).status_code == 400
+        for body in ([], "x", {"data": {}}, {"data": None}):
+            assert 400 <= client.post("/gradio_api/queue/join", json=body).status_code < 500
+        assert len(page.temporary_files()) == before and not fetched
+        server.shutdown()
+
+
+@pytest.mark.slow
+def test_posts_that_nobody_listens_to_do_not_delay_a_visitor(page):
+    import httpx
+
+    guest = visitor(page)
+    guest.predict(*asked(), api_name="/draw_class")
+    with httpx.Client(base_url=page.address) as client:
+        config = client.get("/config").json()
+        (draw,) = [fn["id"] for fn in config["dependencies"] if fn["api_name"] == "draw_class"]
+        for i in range(150):
+            joined = {"data": asked(count=16, seed=i), "fn_index": draw, "session_hash": f"nobody{i}"}
+            assert client.post("/gradio_api/queue/join", json=joined).status_code == 200
+            assert client.post("/gradio_api/call/draw_class", json={"data": asked(count=16, seed=i)}).status_code == 200
+        before = len(page.temporary_files())
+        _, status, _ = guest.predict(*asked(seed=77), api_name="/draw_class")
+        assert "data-done" in status
+        assert len(page.temporary_files()) <= before + 1, "nothing was drawn for them"
+        time.sleep(app.SECONDS_TO_LISTEN + 1)
+        assert len(page.temporary_files()) <= before + 1
+
+
+@pytest.mark.slow
+def test_page_behind_a_login_and_a_path_draws_with_a_running_server(small_files, tmp_path):
+    """With the server's key, from the environment; ended by an interrupt."""
+    import httpx
+
+    pipeline = ImagePipeline(load_gpt(small_files.gpt), load_tokenizer(small_files.vq), batch_size=2)
+    with listening(lambda: Service(*native_parts(pipeline, "small")), api_key="open") as (address, service):
+        page = Page(
+            tmp_path, "--server", address + "/v1", "--auth", "me:secret", "--root-path", "/demo", SERVE_API_KEY="open"
+        ).wait()  # fmt: skip
+        try:
+            with httpx.Client(base_url=page.address) as client:
+                assert client.get("/config").status_code == 401
+                for path in ("queue/join", "call/draw_class"):
+                    answer = client.post(
+                        f"/gradio_api/{path}", json={"data": asked(), "fn_index": 0, "session_hash": "x"}
+                    )
+                    assert answer.status_code == 401
+                assert client.post("/login", data={"username": "me", "password": "wrong"}).status_code == 400
+                assert client.post("/login", data={"username": "me", "password": "secret"}).status_code == 200
+                assert client.get("/config").json()["root"].endswith("/demo")
+            gallery, *_ = visitor(page, auth=("me", "secret")).predict(*asked(seed=5), api_name="/draw_class")
+            (expected,) = pipeline([3], seed=5, cfg_scale=2.0, top_k=0, progress=False)
+            assert np.array_equal(np.asarray(Image.open(gallery[0]["image"]["path"])), np.asarray(expected))
+        finally:
+            assert page.end(signal.SIGINT) == 130
+        assert service.queued_images == 0
+    assert not page.left() and "Traceback" not in page.log.read_text()
+
+
+def test_server_that_is_not_there_ends_the_demo_with_one_line(tmp_path):
+    page = Page(tmp_path, "--server", f"http://127.0.0.1:{free_port()}")
+    assert page.process.wait(100) == 1
+    assert re.fullmatch(r"error: no server answers at http://\S+: .*\n", page.log.read_text())
+    assert not page.left()
+
+
+@pytest.mark.slow
+def test_tab_whose_model_is_missing_says_why_and_the_other_draws(quickstart, tmp_path):
+    words = ["--quickstart", "--text-gpt-ckpt", "no.pt", "--text-vq-ckpt", quickstart / "tokenizer"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "quickstart").symlink_to(quickstart)
+    page = Page(tmp_path / "run", *words)
+    try:
+        page.wait()
+        assert "\ntext: no file no.pt" in page.log.read_text()
+        with urllib.request.urlopen(page.address + "/config") as answer:
+            parts = {part["props"].get("elem_id"): part["props"] for part in json.load(answer)["components"]}
+        assert "No file no.pt" in parts["text-missing"]["value"] and "class-generate" in parts
+    finally:
+        page.end()
 
 
 @pytest.fixture
 def served(quickstart):
-    """The address of the demo, in a process of its own."""
-    pytest.importorskip("gradio", reason="gradio is not installed")
+    """The address of the demo with the quickstart's two models."""
     add_text(quickstart)
-    port = free_port()
-    words = [sys.executable, str(ROOT / "app.py"), "--quickstart", "--port", str(port)]
-    log = (quickstart.parent / "app.log").open("w+")
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    process = subprocess.Popen(
-        words, cwd=quickstart.parent, env=environment(PYTHONPATH=paths), stdout=log, stderr=subprocess.STDOUT
-    )
-    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 200
+    folder = quickstart.parent / "run"
+    folder.mkdir()
+    (folder / "quickstart").symlink_to(quickstart)
+    page = Page(folder, "--quickstart")
     try:
-        while time.monotonic() < deadline:
-            try:
-                urllib.request.urlopen(address, timeout=5)
-                break
-            except OSError:
-                assert process.poll() is None, Path(log.name).read_text()
-                time.sleep(0.5)
-        yield address
-        assert "Traceback" not in Path(log.name).read_text()
+        yield page.wait().address
+        assert "Traceback" not in page.log.read_text()
     finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        log.close()
+        page.end()
 
 
 @pytest.fixture
@@ -322,16 +546,31 @@ def pictures(driver, kind: str) -> list[np.ndarray]:
     ]
 
 
+def drawn(driver, kind: str) -> tuple[list[np.ndarray], int]:
+    """Click Generate. Returns the four pictures, once they are whole, and the seed that the page shows."""
+    driver.execute_script("document.querySelectorAll('[data-done]').forEach(e => e.removeAttribute('data-done'))")
+    wait(driver, f"#{kind}-generate").click()
+    wait(driver, f"#{kind}-status [data-done]")
+    wait(driver, f"#{kind}-gallery .thumbnail-item:nth-of-type(4) img")
+    time.sleep(1)
+    return pictures(driver, kind), int(wait(driver, f"#{kind}-seed input").get_attribute("value"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_page_in_a_browser(served, browser):
     """A class, a prompt, and mistakes in both tabs."""
     from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
 
     browser.get(served)
+    wait(browser, "#class-status [data-done]")
+    assert len(pictures(browser, "class")) == 1, "the page opens with a picture"
+    wait(browser, "#class-examples button:nth-of-type(5), #class-examples tr:nth-of-type(5)").click()
+    WebDriverWait(browser, 30).until(lambda _: wait(browser, "#class-asked input").get_attribute("value") == "4")
     for kind, asked, bad, message in (
         ("class", "7", "horse", "No class is called 'horse'"),
-        ("text", "a red lantern", " ", "The prompt is blank"),
+        ("text", "a red lantern", " ", "Prompt is blank"),
     ):
         if kind == "text":
             wait(browser, "button[role=tab]:nth-of-type(2)").click()
@@ -339,18 +578,17 @@ def test_the_page_in_a_browser(served, browser):
         type_into(browser, box, asked)
         if kind == "class":
             browser.switch_to.active_element.send_keys(Keys.ENTER)
-        wait(browser, f"#{kind}-generate").click()
-        wait(browser, f"#{kind}-status [data-done]")
-        wait(browser, f"#{kind}-gallery .thumbnail-item:nth-of-type(1) img")
-        time.sleep(1)
-        shown = pictures(browser, kind)
-        assert len(shown) == 4 and all(image.shape == (32, 32, 3) and image.std() > 5 for image in shown)
+        shown, seed = drawn(browser, kind)
+        assert all(image.shape == (32, 32, 3) and image.std() > 5 for image in shown)
         assert len({image.tobytes() for image in shown}) == 4
         captions = [e.text for e in browser.find_elements("css selector", f"#{kind}-gallery .caption-label")]
-        assert all(
-            caption.startswith(f"{asked} · image {i} · seed 0 · guidance 2") for i, caption in enumerate(captions)
-        )
-        assert len(captions) == 4 and all(" s for 4" in caption for caption in captions)
+        assert all(caption.startswith(f"{asked} · seed {seed + i} · guidance 2") for i, caption in enumerate(captions))
+        if kind == "class":  # another click, other pictures; with the seed kept, the same
+            others, other_seed = drawn(browser, kind)
+            assert other_seed != seed and not np.array_equal(others, shown)
+            wait(browser, f"#{kind}-fresh input").click()
+            again, same_seed = drawn(browser, kind)
+            assert same_seed == other_seed and np.array_equal(again, others)
 
         type_into(browser, box, bad)
         browser.switch_to.active_element.send_keys(Keys.TAB)

@@ -1,6 +1,8 @@
 """The command lines of README.md and GETTING_STARTED.md run: verbatim, but for paths and sizes."""
 
 import importlib
+import itertools
+import json
 import os
 import re
 import shlex
@@ -223,6 +225,66 @@ def test_the_python_examples_run(files, tmp_path, monkeypatch):
     exec(compile(source, "README.md", "exec"), {})
     for name in ("golden_retriever.png", "red_lantern.png"):
         assert Image.open(tmp_path / name).size == (32, 32)
+
+
+# docs/serving.md
+
+SERVING = (ROOT / "docs" / "serving.md").read_text()
+SERVES = re.compile(r"^(?:\s|ExecStart=)*(?:\S*python3? -m autoregressive\.serve\.server|bash scripts/serve\.sh|python3? app\.py) (.*)", re.MULTILINE)  # fmt: skip
+
+
+def table(header: str) -> dict[str, str]:
+    """The rows of the serving page's table with this first line: the first cell's words in backticks, and the last cell."""
+    lines = SERVING.split(f"{header}\n", 1)[1].splitlines()[1:]
+    rows = [line.strip("| ").split(" | ") for line in itertools.takewhile(lambda line: line.startswith("|"), lines)]
+    return {name: cells[-1] for cells in rows for name in re.findall(r"`([^`]*)`", cells[0]) or cells[:1]}
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/serving.md"])
+def test_documented_commands_that_serve_parse(document):
+    pytest.importorskip("fastapi")
+    found = list(SERVES.finditer((ROOT / document).read_text().replace("\\\n", " ")))
+    assert found
+    for match in found:
+        script = "app" if "app.py" in match[0] else "autoregressive.serve.server"
+        words = [word for word in shlex.split(match[1], comments=True) if word != "…"]
+        importlib.import_module(script).flags().parse_args(words)
+
+
+def test_serving_page_has_every_flag_of_the_server_and_every_field_of_a_request():
+    pytest.importorskip("fastapi")
+    from autoregressive.serve.body import ImageBody
+    from autoregressive.serve.server import flags
+
+    (group,) = [group for group in flags()._action_groups if group.title == "server"]
+    known = {option for action in flags()._actions for option in action.option_strings}
+    told = set(table("| flag | default | |"))
+    assert {action.option_strings[0] for action in group._group_actions} <= told <= known
+    told = set(table("| field | default | |")) | {"cfg_scale"}
+    assert told == set(ImageBody.model_fields)
+
+
+def test_serving_page_alerts_on_metrics_that_are_there():
+    pytest.importorskip("prometheus_client")
+    from autoregressive.serve.metrics import Metrics
+
+    there = set(re.findall(r"^# TYPE (\w+)", Metrics("small").text().decode(), re.MULTILINE))
+    section = SERVING.split("## What to alert on", 1)[1].split("\n## ", 1)[0]
+    for name in re.findall(r"\b(?:image|images|engine)_\w+", section):
+        assert name.removesuffix("_bucket") in there, name
+
+
+def test_container_starts_the_server_with_flags_that_it_has():
+    pytest.importorskip("fastapi")
+    from autoregressive.serve.server import flags
+
+    recipe = (ROOT / "Dockerfile").read_text()
+    python, *words = json.loads(re.search(r"^ENTRYPOINT (.*)", recipe, re.MULTILINE)[1])
+    assert python == ".venv-serve/bin/python" and words[:2] == ["-m", "autoregressive.serve.server"]
+    assert flags().parse_args(words[2:]).host == "0.0.0.0"
+    for line in re.findall(r"^COPY (.*) \S+$", recipe, re.MULTILINE):
+        assert all((ROOT / name).exists() for name in line.split()), line
+    compile(json.loads(re.search(r"HEALTHCHECK .*CMD (.*)", recipe)[1])[2], "HEALTHCHECK", "exec")
 
 
 @pytest.mark.parametrize("wrapper", sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "scripts").rglob("*.sh")))

@@ -1,189 +1,192 @@
-"""What the demo's page calls: names of classes, the views of a drawing, its end when nobody looks, and what a user gets wrong."""
+"""The demo's painter, over a real server: views of a drawing, waiting, leaving, the class that is meant, and mistakes."""
 
+import asyncio
 import threading
-import time
+from contextlib import aclosing
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
-import torch
 
-from autoregressive.demo import (
-    MOST_IMAGES,
-    Painter,
-    View,
-    error_html,
-    status_html,
-)
-from autoregressive.models.gpt import GPT_models
-from autoregressive.pipeline import GREY, ImagePipeline, load_gpt
-from tests.helpers import randomize
+pytest.importorskip("fastapi")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("httpx")
+
+from autoregressive.class_names import find_class, imagenet_names
+from autoregressive.demo import MOST_IMAGES, Painter, Picture, error_html, view, words
+from autoregressive.pipeline import ImagePipeline, load_gpt
+from autoregressive.serve.body import Limits
+from autoregressive.serve.decoder import GREY, Decoder
+from autoregressive.serve.server import native_parts
+from autoregressive.serve.service import Service
+from tests.serve.servers import ScriptedEngine, listening, picture, pixels
+from tests.serve.small import text_pipeline
 from tokenizer.load import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Words:
-    """A text encoder: each word has the features that its length draws; `dim` numbers."""
-
-    dim, use_text_preprocessing = 24, False
-
-    def get_text_embeddings(self, texts):
-        rows = [torch.randn(self.dim, generator=torch.Generator().manual_seed(len(w))) for w in texts[0].split()[:9]]
-        return torch.stack(rows)[None], torch.ones(1, len(rows))
-
-
 @pytest.fixture(scope="module")
-def pipeline(small_files):
-    return ImagePipeline(load_gpt(small_files.gpt), load_tokenizer(small_files.vq), batch_size=2)
+def tokenizer(small_files):
+    return load_tokenizer(small_files.vq)
 
 
-@pytest.fixture(scope="module")
-def text_pipeline(pipeline):
-    shape = {"vocab_size": 64, "block_size": 64, "model_type": "t2i", "cls_token_num": 9, "caption_dim": Words.dim}
-    gpt = randomize(GPT_models["GPT-XS"](**shape), seed=4).requires_grad_(False)
-    return ImagePipeline(gpt, pipeline.tokenizer, text_encoder=Words(), batch_size=2)
+def scripted(tokenizer, engine=None, **limits) -> Service:
+    return Service(engine or ScriptedEngine(), Decoder(tokenizer, 8), None, Limits(**limits))
 
 
-def painter_of(pipeline, **settings) -> Painter:
-    return Painter(lambda: pipeline, **{"interval": 3600, **settings})
+def shut(engine: ScriptedEngine, rows: int = 0) -> None:
+    """Have the engine stop after so many rows, until its open_gate is called, from any thread."""
+    engine.gate, engine.rows_before, loop = asyncio.Event(), rows, asyncio.get_running_loop()
+    engine.open_gate = lambda: loop.call_soon_threadsafe(engine.gate.set)
 
 
-EVERY_STEP = {"interval": 0, "preview_share": 1e9}  # a view after each step, with a preview
+async def views_of(address, asked, **settings) -> list:
+    painter = await Painter.connect(address)
+    async with aclosing(painter.draw(asked, **settings)) as views:
+        return [shown async for shown in views]
+
+
+def draw(address, asked, **settings) -> list:
+    return asyncio.run(views_of(address, asked, **settings))
 
 
 # Views
 
 
-@pytest.mark.slow
-def test_images_are_those_of_the_pipeline(pipeline):
-    settings = {"cfg_scale": 3.0, "top_k": 20}
-    views = list(painter_of(pipeline).draw("7", count=5, seed=3, **settings))
-    expected = pipeline([7] * 5, seed=3, progress=False, **settings)
-    last = views[-1]
-    assert last.done == last.total == 5 * 64 and len(last.pictures) == 5
-    for (image, caption), other in zip(last.pictures, expected, strict=True):
-        assert np.array_equal(image, other) and image.std() > 5
-        assert (
-            caption.startswith("7 · image ")
-            and " · seed 3 · guidance 3 · top-k 20 · top-p 1 · temperature 1 · " in caption
-        )
-    assert [caption.split(" · ")[1] for _, caption in last.pictures] == [f"image {i}" for i in range(5)]
-    assert last.pictures[0][1].endswith(" s for 2") and last.pictures[4][1].endswith(" s"), (
-        "batches of two, two and one"
-    )
+def test_painter_draws_the_images_of_consecutive_seeds(small_files, tokenizer):
+    pipeline = ImagePipeline(load_gpt(small_files.gpt), tokenizer, batch_size=4)
+    with listening(lambda: Service(*native_parts(pipeline, "small"))) as (address, _):
+        last = draw(address, "7", count=3, seed=5, guidance_scale=3.0, top_k=20)[-1]
+    expected = [pipeline([7], seed=seed, progress=False, cfg_scale=3.0, top_k=20)[0] for seed in (5, 6, 7)]
+    assert last.done and "data-done" in last.status and "3 images in" in last.status
+    for i, ((_, png, caption), image) in enumerate(zip(last.pictures, expected, strict=True)):
+        assert np.array_equal(pixels(png), image)
+        assert caption.startswith(f"7 · seed {5 + i} · guidance 3 · top-k 20 · ") and caption.endswith(" s")
 
 
-def test_tokens_are_counted_as_they_come(pipeline):
-    views = list(painter_of(pipeline, interval=0, preview_share=-1).draw("7", count=3))
-    done = [view.done for view in views]
-    assert done == sorted(done) and done[0] == 0 and done[-1] == 3 * 64 and len(set(done)) > 100
-    seconds = [view.seconds for view in views]
-    assert seconds == sorted(seconds) and {view.total for view in views} == {3 * 64}
+def test_painter_of_a_text_model_draws_prompts(tokenizer):
+    pipeline = text_pipeline(tokenizer)
+    with listening(lambda: Service(*native_parts(pipeline, "words"))) as (address, _):
+        ((_, png, caption),) = draw(address, "two cats sleep", seed=1, guidance_scale=2.0, top_k=0)[-1].pictures
+        assert caption.startswith("two cats sleep · seed 1 · guidance 2 · top-k all · ")
+        with pytest.raises(ValueError, match="blank"):
+            draw(address, "  \n")
+    (expected,) = pipeline(["two cats sleep"], seed=1, cfg_scale=2.0, progress=False)
+    assert np.array_equal(pixels(png), expected)
 
 
-def test_previews_are_the_first_rows(pipeline):
-    views = list(painter_of(pipeline, **EVERY_STEP).draw("7", count=3))
-    final = [image for image, _ in views[-1].pictures]
-    previews = [view for view in views if 0 < view.done < 128 and view.pictures]
-    assert min(view.done for view in previews) == 16, "from the first whole row on, of two images"
-    for view in previews:
-        assert len(view.pictures) == 2
-        for i, (image, caption) in enumerate(view.pictures):
-            tokens = int(caption.split(" · ")[2].split()[0])
-            assert caption == f"7 · image {i} · {tokens} of 64 tokens" and tokens <= view.done // 2
-            rows = tokens // 8 * 4  # of pixels, four a token
-            assert (image[rows + 4 :] == GREY).all() and image[:rows].std() > 5
-            close = np.abs(image[: max(rows - 12, 0)].astype(int) - final[i][: max(rows - 12, 0)])
-            assert not close.size or np.median(close) < 40
-    third = [view for view in views if view.done > 128]
-    assert all(np.array_equal(view.pictures[0][0], final[0]) for view in third), "finished ones stay"
+def test_unfinished_picture_shows_its_rows_and_grey_below(tokenizer):
+    engine = ScriptedEngine()
+
+    async def main(address):
+        painter = await Painter.connect(address)
+        async with aclosing(painter.draw("3", seed=2)) as views:
+            async for shown in views:
+                if shown.pictures:
+                    engine.open_gate()
+                    ((_, png, caption),) = shown.pictures
+                    return pixels(png), caption, shown.done
+
+    def make():
+        shut(engine, rows=4)
+        return scripted(tokenizer, engine)
+
+    with listening(make) as (address, _):
+        image, caption, done = asyncio.run(main(address))
+    rows = int(caption.split(" · ")[-1].split()[0])
+    assert not done and 1 <= rows <= 4 and caption.endswith(f"{rows} of 8 rows")
+    assert (image[rows * 4 :] == GREY).all() and image[: rows * 4].std() > 5
 
 
-def test_previews_take_no_more_than_their_share(pipeline):
-    never = list(painter_of(pipeline, interval=0, preview_share=-1).draw("7"))
-    assert all(not view.pictures for view in never[:-1])
-    rare = list(painter_of(pipeline, interval=3600).draw("7"))
-    assert [view.done for view in rare] == [0, 64]
+def test_painter_waits_for_its_place_in_a_full_server(tokenizer):
+    engine = ScriptedEngine()
+
+    def make():
+        shut(engine)
+        return scripted(tokenizer, engine, max_queue=1, max_n=1)
+
+    async def main(address, service):
+        painter = await Painter.connect(address)
+        async with aclosing(painter.draw("3")) as first, aclosing(painter.draw("4")) as second:
+            await anext(first)
+            while "waiting for the images of others" not in (shown := await anext(second)).status:
+                assert not shown.pictures
+            engine.open_gate()
+            return [[shown async for shown in views][-1] for views in (first, second)]
+
+    with listening(make) as (address, service):
+        lasts = asyncio.run(main(address, service))
+    assert [len(last.pictures) for last in lasts] == [1, 1]
+
+
+def test_drawing_that_nobody_reads_gives_its_place_up(tokenizer):
+    engine = ScriptedEngine()
+
+    def make():
+        shut(engine)
+        return scripted(tokenizer, engine)
+
+    async def main(address, service):
+        painter = await Painter.connect(address)
+        async with aclosing(painter.draw("3", count=4)) as views:
+            while engine.open < 4:
+                await anext(views)
+        for _ in range(100):
+            if engine.open == service.queued_images == 0:
+                return
+            await asyncio.sleep(0.05)
+        raise AssertionError(f"{engine.open} images are drawn for nobody")
+
+    with listening(make) as (address, service):
+        asyncio.run(main(address, service))
 
 
 @pytest.mark.parametrize(
-    "settings, words",
+    "settings, said",
     [
-        ({}, "seed 0 · no guidance · top-k all · top-p 1 · temperature 1"),
-        (
-            {"cfg_scale": 4.5, "cfg_interval": 6},
-            "seed 0 · guidance 4.5 to step 6 · top-k all · top-p 1 · temperature 1",
-        ),
-        ({"sample_logits": False, "cfg_scale": 2}, "seed 0 · guidance 2 · greedy"),
+        ({"guidance_scale": 1, "top_k": 0, "top_p": 1, "temperature": 1}, "no guidance · top-k all · top-p 1 · temperature 1"),
+        ({"guidance_scale": 4.5, "cfg_interval": 6, "top_k": 20}, "guidance 4.5 to step 6 · top-k 20"),
+        ({"guidance_scale": 2, "temperature": 0, "top_k": 9}, "guidance 2 · greedy"),
+        ({}, ""),
     ],
+)  # fmt: skip
+def test_caption_has_the_settings_that_were_given(settings, said):
+    assert words(settings) == said
+
+
+# Which class is meant
+
+
+@pytest.mark.parametrize(
+    "asked, label",
+    [("Cardigan", 264), ("cardigan", 474), ("264: Cardigan", 264), ("474", 474), ("GOLDEN_retriever", 207)],
 )
-def test_settings_stand_under_an_image(pipeline, settings, words):
-    (_, caption), *_ = list(painter_of(pipeline).draw(3, **settings))[-1].pictures
-    assert caption.startswith(f"3 · image 0 · {words} · ")
+def test_painter_and_server_draw_the_same_class_for_a_name(tokenizer, asked, label):
+    engine = ScriptedEngine(num_classes=1000)
+    with listening(lambda: scripted(tokenizer, engine)) as (address, _):
+        draw(address, asked)
+
+        async def ask(field):
+            painter = await Painter.connect(address)
+            answer = await painter.client.post("v1/images/generations", json={field: asked})
+            assert answer.status_code == 200, answer.text
+
+        for field in ("prompt", "class_name"):
+            asyncio.run(ask(field))
+    assert [request.label for request in engine.asked] == [label] * 3
 
 
-def test_prompts(text_pipeline):
-    views = list(painter_of(text_pipeline).draw("two cats sleep", count=2, seed=1, cfg_scale=2.0))
-    expected = text_pipeline(["two cats sleep"] * 2, seed=1, cfg_scale=2.0, progress=False)
-    for (image, caption), other in zip(views[-1].pictures, expected, strict=True):
-        assert np.array_equal(image, other) and caption.startswith("two cats sleep · image ")
-    assert not views[-1].note
-    with pytest.warns(UserWarning, match="fill all 9 text tokens"):
-        views = list(painter_of(text_pipeline).draw("a b c d e f g h i j k l"))
-    assert "fills all 9 text tokens" in views[-1].note and "fills all 9" in status_html(views[-1])
-
-
-@pytest.mark.slow
-def test_no_two_drawings_at_once(pipeline, text_pipeline):
-    """Two pages at the same time: each gets its own images."""
-    results = {}
-
-    def draw(key, painter, asked):
-        results[key] = list(painter.draw(asked, count=2, seed=5))[-1].pictures
-
-    asked = {"class": (painter_of(pipeline), 4), "text": (painter_of(text_pipeline), "rain")}
-    threads = [threading.Thread(target=draw, args=(key, *pair)) for key, pair in asked.items()]
-    [thread.start() for thread in threads]
-    [thread.join(60) for thread in threads]
-    expected = {
-        "class": pipeline([4, 4], seed=5, progress=False),
-        "text": text_pipeline(["rain"] * 2, seed=5, progress=False),
-    }
-    for key, images in expected.items():
-        assert all(np.array_equal(drawn, image) for (drawn, _), image in zip(results[key], images, strict=True))
-
-
-def test_a_drawing_ends_when_nobody_looks(pipeline, monkeypatch):
-    steps = []
-    painter = painter_of(pipeline, interval=0, preview_share=-1)
-    batches = pipeline.batches
-
-    def watched(*args, on_step, **settings):
-        def step(numbers, done, tokens):
-            steps.append(done)
-            time.sleep(0.01)
-            on_step(numbers, done, tokens)
-
-        return batches(*args, on_step=step, **settings)
-
-    monkeypatch.setattr(pipeline, "batches", watched)
-    views = painter.draw(3, count=64)
-    next(views), next(views)
-    views.close()
-    seen = len(steps)
-    monkeypatch.undo()
-    assert len(list(painter.draw(3))[-1].pictures) == 1, "the next one is drawn at once"
-    assert len(steps) <= seen + 3
-
-
-def test_a_program_that_ends_does_not_wait_for_its_images(pipeline):
-    painter = painter_of(pipeline, interval=0, preview_share=-1)
-    views = painter.draw(3, count=64)
-    next(views)
-    painter.close()
-    left = list(views)
-    assert not left or left[-1].done < 64 * 64
-    assert list(painter.draw(3)) == []
+def test_name_of_two_classes_is_refused_with_both_numbers_everywhere(tokenizer):
+    for name in ("CARDIGAN", "cARDIGAN", "MAILLOT", "Crane"):
+        labels = [i for i, known in enumerate(imagenet_names()) if known.casefold() == name.casefold()]
+        if len(labels) < 2 or name in imagenet_names():
+            continue
+        with pytest.raises(ValueError, match=f"{labels[0]}: .* and {labels[1]}: "):
+            find_class(name, imagenet_names())
+    service = listening(lambda: scripted(tokenizer, ScriptedEngine(num_classes=1000)))
+    with service as (address, _), pytest.raises(ValueError, match=r"264: Cardigan and 474: cardigan"):
+        draw(address, "CARDIGAN")
 
 
 # Mistakes
@@ -193,61 +196,84 @@ def test_a_program_that_ends_does_not_wait_for_its_images(pipeline):
     "asked, settings, message",
     [
         (10, {}, "class 10 is out of range"),
+        ("horse", {}, "no class is called 'horse'"),
         (None, {}, "no class is chosen"),
         (3, {"count": 0}, f"number of images is 1 to {MOST_IMAGES}, got 0"),
         (3, {"count": 10**6}, "got 1000000"),
-        (3, {"count": 1.5}, "whole number, got 1.5"),
-        (3, {"count": None}, "number of images is missing"),
-        (3, {"seed": None}, "the seed is missing"),
-        (3, {"seed": "x"}, "the seed must be a whole number, got 'x'"),
-        (3, {"seed": float("nan")}, "the seed must be a whole number, got nan"),
         (3, {"temperature": None}, "no value is given for temperature"),
-        (3, {"temperature": -1}, "--temperature must be 0 or more"),
-        (3, {"top_p": -1}, "--top-p must be 0"),
-        (3, {"top_k": 0.5}, "--top-k must be a whole number"),
-        (3, {"cfg_scale": float("inf")}, "--cfg-scale"),
+        (3, {"temperature": -1.0}, "temperature is -1"),
+        (3, {"top_k": 0.5}, "top_k is 0.5"),
+        (3, {"seed": -1}, "seed is -1"),
+        (3, {"top_k": 13}, "superstitious"),
     ],
-)
-def test_mistakes_are_told(pipeline, asked, settings, message):
-    painter = painter_of(pipeline)
+)  # fmt: skip
+def test_mistake_is_refused_with_its_reason(scripted_address, asked, settings, message):
     with pytest.raises(ValueError, match=message):
-        list(painter.draw(asked, **settings))
-    assert len(list(painter.draw(3))[-1].pictures) == 1, "and the next one is drawn"
+        draw(scripted_address, asked, **settings)
 
 
-@pytest.mark.parametrize("prompt", ["", "  \n", None])
-def test_blank_prompts(text_pipeline, prompt):
-    with pytest.raises(ValueError, match="the prompt is blank: write what to draw"):
-        list(painter_of(text_pipeline).draw(prompt))
+@pytest.fixture(scope="module")
+def scripted_address(tokenizer):
+    with listening(lambda: scripted(tokenizer), api_key=None) as (address, _):
+        yield address
 
 
-def test_a_model_that_is_not_there_is_asked_for_again(pipeline, tmp_path):
-    tries = []
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
+def test_server_is_found_at_its_address_with_or_without_v1(scripted_address, end):
+    painter = asyncio.run(Painter.connect(scripted_address + end))
+    assert painter.info.name == "small" and painter.names == list("0123456789")
 
-    def load():
-        tries.append(1)
-        return load_gpt(tmp_path / "no.pt") if len(tries) < 3 else pipeline
 
-    painter = Painter(load)
-    for _ in range(2):
-        with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*no\.pt"):
-            list(painter.draw(3))
-    assert painter.loaded is None
-    assert len(list(painter.draw(3))[-1].pictures) == 1 and len(tries) == 3
-    list(painter.draw(3))
-    assert len(tries) == 3 and painter.loaded is pipeline
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "localhost:8000", "http://", "http://no such host"])
+def test_address_without_a_server_is_refused(url):
+    with pytest.raises(ConnectionError, match="no server answers at"):
+        asyncio.run(Painter.connect(url))
+
+
+def test_other_program_at_the_address_is_refused():
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"data": [{"id": "gpt-9"}]}')
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(ConnectionError, match="is no server of this project"):
+            asyncio.run(Painter.connect(f"http://127.0.0.1:{server.server_port}"))
+        server.shutdown()
+
+
+def test_key_of_the_server_is_sent_and_a_wrong_one_refused(tokenizer):
+    with listening(lambda: scripted(tokenizer), api_key="open") as (address, _):
+        painter = asyncio.run(Painter.connect(address, "open"))
+        assert painter.info.name == "small"
+        for key in (None, "", "shut"):
+            with pytest.raises(ConnectionError, match="answers 401: "):
+                asyncio.run(Painter.connect(address, key))
+
+
+def test_failing_image_ends_the_drawing_with_the_servers_reason(tokenizer):
+    engine = ScriptedEngine()
+    engine.error = RuntimeError("it broke")
+    with listening(lambda: scripted(tokenizer, engine)) as (address, _), pytest.raises(ValueError, match="it broke"):
+        draw(address, "3")
 
 
 # HTML
 
 
-def test_html_is_escaped():
+def test_status_counts_images_and_escapes_errors():
     assert error_html(ValueError("no <script>")) == "<div class='error' role='alert'>No &lt;script&gt;</div>"
     assert error_html(ValueError()) == "<div class='error' role='alert'>ValueError</div>"
-    view = View([], 3, 64, 1.23, 1, "<b>")
-    assert (
-        "value='3' max='64'" in status_html(view)
-        and "&lt;b&gt;" in status_html(view)
-        and "1 image:" in status_html(view)
-    )
-    assert "4 images in 9.9 s" in status_html(View([], 64, 64, 9.9, 4))
+    half = view([Picture(1, b"png", rows=2, of_rows=4), Picture(2)], "3", {}, 1.23)
+    assert "value='0.250'" in half.status and "2 images: 25%, 1 s" in half.status and not half.done
+    assert "1 image in 9.9 s" in view([Picture(1, b"png", seconds=9)], "3", {}, 9.9).status
+
+
+def test_picture_of_a_server_is_the_decoders(tokenizer, scripted_address):
+    ((_, png, _),) = draw(scripted_address, 3, seed=5)[-1].pictures
+    assert np.array_equal(pixels(png), picture(tokenizer, 3, 5))
