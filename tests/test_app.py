@@ -407,6 +407,12 @@ def test_page_takes_no_files(page):
             assert client.post("/gradio_api/queue/join", json=joined).status_code == 400
             assert client.post("/gradio_api/call/draw_class", json={"data": asked(value)}).status_code == 400
             assert client.post("/gradio_api/call/v2/draw_class", json={"asked": value}).status_code == 400
+            for path in ("run/draw_class", "run/predict", "api/draw_class"):
+                answer = client.post(f"/gradio_api/{path}", json={"data": asked(value), "fn_index": draw})
+                assert answer.status_code in (400, 404)
+        for path in ("run/draw_class", "run/predict"):  # past the queue
+            answer = client.post(f"/gradio_api/{path}", json={"data": asked(), "fn_index": draw})
+            assert answer.status_code == 404, answer.text
         for body in ([], "x", {"data": {}}, {"data": None}):
             assert 400 <= client.post("/gradio_api/queue/join", json=body).status_code < 500
         assert len(page.temporary_files()) == before and not fetched
