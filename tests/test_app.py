@@ -554,10 +554,12 @@ def pictures(driver, kind: str) -> list[np.ndarray]:
 
 def drawn(driver, kind: str) -> tuple[list[np.ndarray], int]:
     """Click Generate. Returns the four pictures, once they are whole, and the seed that the page shows."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
     driver.execute_script("document.querySelectorAll('[data-done]').forEach(e => e.removeAttribute('data-done'))")
     wait(driver, f"#{kind}-generate").click()
     wait(driver, f"#{kind}-status [data-done]")
-    wait(driver, f"#{kind}-gallery .thumbnail-item:nth-of-type(4) img")
+    WebDriverWait(driver, 20).until(lambda _: len(pictures(driver, kind)) == 4)
     time.sleep(1)
     return pictures(driver, kind), int(wait(driver, f"#{kind}-seed input").get_attribute("value"))
 
