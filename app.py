@@ -492,8 +492,8 @@ def drawing_tab(
             with gr.Row():
                 button = gr.Button("Generate", variant="primary", elem_id=f"{kind}-generate")
                 stop = gr.Button("Stop", elem_id=f"{kind}-stop")
+            count = gr.Slider(1, MOST_IMAGES, value=4, step=1, label="Images")
             with gr.Row():
-                count = gr.Slider(1, MOST_IMAGES, value=4, step=1, label="Images")
                 seed = gr.Number(
                     args.seed, precision=0, minimum=0, maximum=LARGEST_SEED, label="Seed", elem_id=f"{kind}-seed"
                 )

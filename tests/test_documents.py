@@ -230,7 +230,10 @@ def test_the_python_examples_run(files, tmp_path, monkeypatch):
 # docs/serving.md
 
 SERVING = (ROOT / "docs" / "serving.md").read_text()
-SERVES = re.compile(r"^(?:\s|ExecStart=)*(?:\S*python3? -m autoregressive\.serve\.server|bash scripts/serve\.sh|python3? app\.py) (.*)", re.MULTILINE)  # fmt: skip
+SERVES = re.compile(
+    r"^(?: {4,})(?:ExecStart=)?(?:\S*python3? -m autoregressive\.serve\.server|bash scripts/serve\.sh|python3? app\.py) (.*)",
+    re.MULTILINE,
+)
 
 
 def table(header: str) -> dict[str, str]:
@@ -249,29 +252,6 @@ def test_documented_commands_that_serve_parse(document):
         script = "app" if "app.py" in match[0] else "autoregressive.serve.server"
         words = [word for word in shlex.split(match[1], comments=True) if word != "…"]
         importlib.import_module(script).flags().parse_args(words)
-
-
-def test_serving_page_has_every_flag_of_the_server_and_every_field_of_a_request():
-    pytest.importorskip("fastapi")
-    from autoregressive.serve.body import ImageBody
-    from autoregressive.serve.server import flags
-
-    (group,) = [group for group in flags()._action_groups if group.title == "server"]
-    known = {option for action in flags()._actions for option in action.option_strings}
-    told = set(table("| flag | default | |"))
-    assert {action.option_strings[0] for action in group._group_actions} <= told <= known
-    told = set(table("| field | default | |")) | {"cfg_scale"}
-    assert told == set(ImageBody.model_fields)
-
-
-def test_serving_page_alerts_on_metrics_that_are_there():
-    pytest.importorskip("prometheus_client")
-    from autoregressive.serve.metrics import Metrics
-
-    there = set(re.findall(r"^# TYPE (\w+)", Metrics("small").text().decode(), re.MULTILINE))
-    section = SERVING.split("## What to alert on", 1)[1].split("\n## ", 1)[0]
-    for name in re.findall(r"\b(?:image|images|engine)_\w+", section):
-        assert name.removesuffix("_bucket") in there, name
 
 
 def test_container_starts_the_server_with_flags_that_it_has():
