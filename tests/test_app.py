@@ -446,7 +446,7 @@ def test_page_behind_a_login_and_a_path_draws_with_a_running_server(small_files,
     import httpx
 
     pipeline = ImagePipeline(load_gpt(small_files.gpt), load_tokenizer(small_files.vq), batch_size=2)
-    with listening(lambda: Service(*native_parts(pipeline, "small")), api_key="open") as (address, service):
+    with listening(lambda: Service(*native_parts(pipeline, "small")), api_keys=["open"]) as (address, service):
         page = Page(
             tmp_path, "--server", address + "/v1", "--auth", "me:secret", "--root-path", "/demo", SERVE_API_KEY="open"
         ).wait()  # fmt: skip

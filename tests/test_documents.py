@@ -254,6 +254,36 @@ def test_documented_commands_that_serve_parse(document):
         importlib.import_module(script).flags().parse_args(words)
 
 
+def test_serving_page_has_every_flag_of_the_server_and_every_field_of_a_request():
+    pytest.importorskip("fastapi")
+    from autoregressive.serve.body import ImageBody
+    from autoregressive.serve.server import flags
+
+    (group,) = [group for group in flags()._action_groups if group.title == "server"]
+    known = {option for action in flags()._actions for option in action.option_strings}
+    told = set(table("| flag | default | |"))
+    assert {action.option_strings[0] for action in group._group_actions} <= told <= known
+    told = set(table("| field | default | |")) | {"cfg_scale"}
+    assert told == set(ImageBody.model_fields)
+
+
+def test_serving_page_alerts_on_metrics_that_are_there():
+    pytest.importorskip("prometheus_client")
+    from autoregressive.serve.metrics import Metrics
+
+    there = set(re.findall(r"^# TYPE (\w+)", Metrics("small").text().decode(), re.MULTILINE))
+    section = SERVING.split("## What to alert on", 1)[1].split("\n## ", 1)[0]
+    for name in re.findall(r"\b(?:image|images|engine)_\w+", section):
+        assert name.removesuffix("_bucket") in there, name
+
+
+def test_serving_page_has_the_servers_table_of_refusals():
+    pytest.importorskip("fastapi")
+    from autoregressive.serve.errors import REFUSED
+
+    assert table("| what | why, and what to do |") == REFUSED
+
+
 def test_container_starts_the_server_with_flags_that_it_has():
     pytest.importorskip("fastapi")
     from autoregressive.serve.server import flags

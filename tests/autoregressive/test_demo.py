@@ -214,7 +214,7 @@ def test_mistake_is_refused_with_its_reason(scripted_address, asked, settings, m
 
 @pytest.fixture(scope="module")
 def scripted_address(tokenizer):
-    with listening(lambda: scripted(tokenizer), api_key=None) as (address, _):
+    with listening(lambda: scripted(tokenizer)) as (address, _):
         yield address
 
 
@@ -248,7 +248,7 @@ def test_other_program_at_the_address_is_refused():
 
 
 def test_key_of_the_server_is_sent_and_a_wrong_one_refused(tokenizer):
-    with listening(lambda: scripted(tokenizer), api_key="open") as (address, _):
+    with listening(lambda: scripted(tokenizer), api_keys=["open"]) as (address, _):
         painter = asyncio.run(Painter.connect(address, "open"))
         assert painter.info.name == "small"
         for key in (None, "", "shut"):
