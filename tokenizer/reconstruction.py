@@ -192,7 +192,6 @@ class ReconstructionFolder:
         return [batch for batch in self.batches if not self._is_done(batch)]
 
     def _is_done(self, batch: range) -> bool:
-
         record = self.read(batch)
         return (
             self.wanted <= record.keys()
@@ -202,7 +201,6 @@ class ReconstructionFolder:
 
     def read(self, batch: range) -> dict[str, np.ndarray]:
         """Return a batch's figures by name, and `indices` of the images that could be read; nothing where there is no record."""
-
         try:
             with np.load(self.record(batch)) as arrays:
                 return {name: arrays[name] for name in arrays.files}
@@ -218,7 +216,6 @@ class ReconstructionFolder:
 
     def write(self, batch: range, indices: Sequence[int], trip: RoundTrip, figures: dict[str, np.ndarray]) -> None:
         """Write the images, then their figures: those tell that the images are there."""
-
         self.clear(batch, keep=indices)
         for index, image in zip(indices, trip.recons, strict=True):
             save_png(image, self.png(index))
@@ -235,7 +232,6 @@ class ReconstructionFolder:
         have no PSNR: they are counted instead. Codebook usage is the share of entries that occur in any image, perplexity
         exp(-sum p log p) of how often each does.
         """
-
         parts: dict[str, list[np.ndarray]] = {}
         times = np.zeros(codebook_size or 0, np.int64)
         for batch in self.batches:

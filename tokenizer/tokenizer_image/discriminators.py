@@ -17,19 +17,19 @@ STYLEGAN_CHANNELS = {4: 512, 8: 512, 16: 512, 32: 512, 64: 256, 128: 128, 256: 6
 class PatchGANDiscriminator(nn.Module):
     """Scores overlapping patches (pix2pix, arXiv 1611.07004, section 3.2.2; VQGAN, arXiv 2012.09841).
 
-    `n_layers` stride-2 4x4 convolutions of `ndf`, 2*ndf, ... (at most 8*ndf) channels, one with stride 1, and one to a
-    single channel; BatchNorm on all but the first and the last. With 3 layers a patch is 70x70 pixels.
+    Three stride-2 4x4 convolutions of `ndf`, 2*ndf and 4*ndf channels, one of 8*ndf with stride 1, and one to a single
+    channel; BatchNorm on all but the first and the last. A patch is 70x70 pixels.
     Weights start at N(0, 0.02).
     """
 
-    def __init__(self, input_nc: int = 3, ndf: int = 64, n_layers: int = 3):
+    def __init__(self, ndf: int = 64):
         super().__init__()
-        layers = [nn.Conv2d(input_nc, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+        layers = [nn.Conv2d(3, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
         channels = ndf
-        for n in range(1, n_layers + 1):
-            previous, channels = channels, ndf * min(2**n, 8)
+        for stride in (2, 2, 1):
+            previous, channels = channels, 2 * channels
             layers += [
-                nn.Conv2d(previous, channels, 4, stride=2 if n < n_layers else 1, padding=1, bias=False),
+                nn.Conv2d(previous, channels, 4, stride=stride, padding=1, bias=False),
                 nn.BatchNorm2d(channels),
                 nn.LeakyReLU(0.2, inplace=True),
             ]
@@ -46,7 +46,7 @@ class PatchGANDiscriminator(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, input_nc, H, W), H and W at least 24 with 3 layers -> logits (B, 1, H/8 - 2, W/8 - 2)."""
+        """Score images (B, 3, H, W), H and W at least 24 -> logits (B, 1, H/8 - 2, W/8 - 2)."""
         return self.main(x)
 
 
@@ -88,14 +88,14 @@ class StyleGANDiscriminator(nn.Module):
     Raises ValueError if `image_size` is not a power of two from 8 to 1024.
     """
 
-    def __init__(self, image_size: int = 256, input_nc: int = 3):
+    def __init__(self, image_size: int = 256):
         super().__init__()
         if image_size not in STYLEGAN_CHANNELS or image_size < 8:
             sizes = [size for size in STYLEGAN_CHANNELS if size >= 8]
             raise ValueError(f"the StyleGAN discriminator takes an image size of {sizes}, not {image_size}")
         self.image_size = image_size
         channels, size = STYLEGAN_CHANNELS[image_size], image_size
-        blocks = [nn.Conv2d(input_nc, channels, 3, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+        blocks = [nn.Conv2d(3, channels, 3, padding=1), nn.LeakyReLU(0.2, inplace=True)]
         while size > 4:
             size //= 2
             blocks.append(DiscriminatorBlock(channels, STYLEGAN_CHANNELS[size]))
@@ -107,7 +107,7 @@ class StyleGANDiscriminator(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, input_nc, image_size, image_size) -> logits (B, 1). Raises ValueError for another size."""
+        """Score images (B, 3, image_size, image_size) -> logits (B, 1). Raises ValueError for another size."""
         if x.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"this StyleGAN discriminator was built for images of {self.image_size}x{self.image_size}, "

@@ -9,6 +9,7 @@ channels (`vgg.pth`, version 0.1, part of the `lpips` package).
 import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -25,31 +26,24 @@ CHANNELS = (64, 128, 256, 512, 512)
 SLICES = (0, 4, 9, 16, 23, 30)  # where each begins among torchvision's layers, and where the last one ends
 
 
-def find_vgg_weights(vgg_path: str | Path | None = None) -> Path:
-    """Return the file with torchvision's VGG16: `vgg_path` if given, else from pretrained_models/ or the torch hub's folder.
+def find_vgg_weights() -> Path:
+    """Return the file with torchvision's VGG16, from pretrained_models/ or the torch hub's folder.
 
     Raises FileNotFoundError that lists the places looked at.
     """
-    hub = Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
-    places = [Path(vgg_path)] if vgg_path is not None else [PRETRAINED / VGG_FILE, hub]
+    places = [PRETRAINED / VGG_FILE, Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE]
     return _first(places, f"the VGG16 features of the perceptual loss ({VGG_FILE}, torchvision's ImageNet weights)")
 
 
-def find_lin_weights(lpips_path: str | Path | None = None) -> Path:
-    """Return the file with LPIPS' channel weights: `lpips_path` if given, else from pretrained_models/ or the lpips package.
+def find_lin_weights() -> Path:
+    """Return the file with LPIPS' channel weights, from pretrained_models/ or the lpips package.
 
     Raises FileNotFoundError that lists the places looked at.
     """
-    if lpips_path is not None:
-        places = [Path(lpips_path)]
-    else:
-        places = [PRETRAINED / LIN_FILE]
-        try:
-            # The package is located, not imported: this file has its name wherever the folder is on the import path.
-            package = metadata.distribution("lpips")
-            places.append(Path(str(package.locate_file("lpips/weights/v0.1/vgg.pth"))))
-        except metadata.PackageNotFoundError:
-            pass
+    places = [PRETRAINED / LIN_FILE]
+    with suppress(metadata.PackageNotFoundError):
+        # The package is located, not imported: this file has its name wherever the folder is on the import path.
+        places.append(Path(str(metadata.distribution("lpips").locate_file("lpips/weights/v0.1/vgg.pth"))))
     return _first(places, f"the channel weights of LPIPS ({LIN_FILE} of version 0.1; `pip install lpips` brings it)")
 
 
@@ -118,24 +112,18 @@ class LinLayer(nn.Module):
 class LPIPS(nn.Module):
     """The perceptual distance, frozen, and always in eval mode; gradients flow to the images.
 
-    `vgg_path` and `lpips_path` name the two weight files (see `find_vgg_weights`, `find_lin_weights`); with
-    `pretrained=False` the weights are random and no file is read.
+    With `pretrained=False` the weights are random and no file is read.
     Raises FileNotFoundError if a file is missing, ValueError if it holds something else.
     """
 
-    def __init__(
-        self,
-        pretrained: bool = True,
-        vgg_path: str | Path | None = None,
-        lpips_path: str | Path | None = None,
-    ):
+    def __init__(self, pretrained: bool = True):
         super().__init__()
         self.scaling_layer = ScalingLayer()
         self.net = VGG16Features()
         for i, channels in enumerate(CHANNELS):
             self.add_module(f"lin{i}", LinLayer(channels))
         if pretrained:
-            self.load_pretrained(find_vgg_weights(vgg_path), find_lin_weights(lpips_path))
+            self.load_pretrained(find_vgg_weights(), find_lin_weights())
         self.requires_grad_(False)
         self.eval()
 
