@@ -29,12 +29,12 @@ def register() -> None:
 
 def end_with_parent() -> None:
     """Has a process that an engine started be killed when its parent ends, however that ends: memory must not stay taken."""
-    parent = multiprocessing.parent_process()
-    if parent is None or os.environ.get(STARTED_BY) in (None, str(os.getpid())):
+    if os.environ.get(STARTED_BY) in (None, str(os.getpid())):
         return
+    parent = multiprocessing.parent_process()  # None as long as the main module is imported again
     if sys.platform == "linux":  # the kernel does it, even to a process that is stopped
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent.pid:
+        if parent and os.getppid() != parent.pid:
             os._exit(1)
-    else:
+    elif parent:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

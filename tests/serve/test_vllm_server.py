@@ -90,22 +90,20 @@ def descendants(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
-def wait_for_engine(server: subprocess.Popen, seconds: float = 120) -> list[psutil.Process]:
-    """What runs beside the server once its engine's process has begun."""
+def wait_for_engine(server: subprocess.Popen, seconds: float = 400) -> None:
+    """Returns once the engine's process exists."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         assert server.poll() is None
         if any("multiprocessing.spawn" in " ".join(child.cmdline()) for child in descendants(server.pid)):
-            return descendants(server.pid)
+            return
         time.sleep(0.05)
     raise TimeoutError("no engine")
 
 
-@pytest.mark.parametrize(
-    "seconds, number", [(0.1, signal.SIGTERM), (4, signal.SIGTERM), (1, signal.SIGKILL), (8, signal.SIGKILL)]
-)
+@pytest.mark.parametrize("seconds, number", [(0.1, signal.SIGTERM), (5, signal.SIGKILL)])
 def test_server_that_ends_while_its_engine_starts_leaves_no_process(small_files, seconds, number):
-    """From the moment at which the engine's process exists, at several points of its start."""
+    """Ends it so long after the engine's process was begun: before, and after vLLM is imported there."""
     words = [
         "--engine",
         "vllm",
@@ -119,13 +117,16 @@ def test_server_that_ends_while_its_engine_starts_leaves_no_process(small_files,
         "0",
     ]
     line = [sys.executable, "-m", "autoregressive.serve.server", *map(str, words)]
-    server = subprocess.Popen(line, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
-    wait_for_engine(server)
-    time.sleep(seconds)
-    left = descendants(server.pid)
-    server.send_signal(number)
-    server.wait(60)
-    _, alive = psutil.wait_procs(left, timeout=20)
+    with subprocess.Popen(line, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL) as server:
+        try:
+            wait_for_engine(server)
+            time.sleep(seconds)
+            left = descendants(server.pid)
+            server.send_signal(number)
+            server.wait(120)
+        finally:
+            server.kill()
+    _, alive = psutil.wait_procs(left, timeout=60)
     assert not alive
 
 
@@ -136,5 +137,5 @@ def test_killed_server_leaves_no_engine_even_a_stopped_one(small_files):
         assert left
         left[-1].suspend()
         server.process.kill()
-        _, alive = psutil.wait_procs(left, timeout=20)
+        _, alive = psutil.wait_procs(left, timeout=60)
         assert not alive
