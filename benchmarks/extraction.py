@@ -16,7 +16,7 @@ from utils.cli import add_image_size_flags, flag_parser, positive_int, run_scrip
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from autoregressive.train.extract_codes_c2i import encode_views
+    from autoregressive.train.extraction import encode_views
     from tokenizer.tokenizer_image.vq_model import VQ_models
     from utils.distributed import start
 

@@ -68,7 +68,7 @@ class Scripts:
         """Makes a folder of random codes, `side` x `side` tokens an image."""
         import numpy as np
 
-        from dataset.codes import CodeSettings, CodeWriter
+        from dataset.code_files import CodeSettings, CodeWriter
 
         path = self.folder / f"codes{side}"
         settings = CodeSettings(

@@ -111,13 +111,13 @@ def read_codes(args: argparse.Namespace, tokens: int) -> "tuple[Tensor, Tensor]"
     """The first codes (n, tokens) of --codes and their labels (n,). Raises ValueError where they are of other images."""
     import torch
 
-    from dataset.codes import PackedCodes
+    from dataset.codes import open_codes
 
-    data = PackedCodes(args.codes, random_view=False)
+    data = open_codes(args.codes, random_view=False)
     if data.settings.tokens != tokens:
         raise ValueError(f"{args.codes} has {data.settings.tokens} tokens an image and the model {tokens}")
     items = [data[i] for i in range(min(len(data), args.scored))]
-    return torch.stack([codes for codes, _ in items]), torch.tensor([label for _, label in items])
+    return torch.stack([item["codes"] for item in items]), torch.tensor([item["label"] for item in items])
 
 
 def score(model: "Transformer", codes: "Tensor", labels: "Tensor", batch: int) -> "tuple[float, Tensor]":

@@ -19,7 +19,7 @@ from utils.cli import flag_parser, positive_float, positive_int, run_script
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dataset.text_features import FeatureStore
+    from dataset.text_features import Features
 
 STEM = "part-00000"
 
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"ratio: {first / second:.1f}")
 
 
-def read(store: "FeatureStore", order: Sequence[int]) -> "list[Tensor]":
+def read(store: "Features", order: Sequence[int]) -> "list[Tensor]":
     """The features of every line, a batch of 256 held at a time; the last batch."""
     batch: list[Tensor] = []
     for place, line in enumerate(order):

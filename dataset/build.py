@@ -5,11 +5,13 @@ data = build_dataset(args, transform=partial(random_view, image_size=256))
 
 import logging
 from argparse import Namespace
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from torch.utils.data import Dataset
 
+from dataset.arrays import ArrayFolder, PairArrays, condition_folders
 from dataset.augmentation import center_view
 from dataset.codes import open_codes
 from dataset.folders import class_folders, flat_folder, listed_images, nested_folder
@@ -39,24 +41,28 @@ def build_dataset(args: Namespace, **kwargs: Any) -> Dataset:
     Images (imagenet, pexels, coco, openimage, t2i_image) are read from `args.data_path`, followed by those below
     `args.data_face_path` where that is given: an ImageDataset. `transform` takes a PIL image; without it items are
     centre crops of `args.image_size` pixels (256 unless given). `args.exif` and `args.background` say how files are read.
-    Codes (imagenet_code) are read from `args.code_path` for `args.image_size` and `args.downsample_size`: PackedCodes or
-    PublishedCodes. `args.global_seed` seeds the draws.
+    Codes (imagenet_code) are read from `args.code_path` for `args.image_size` and `args.downsample_size`: a CodeDataset.
+    `args.global_seed` seeds the draws.
     Further keyword arguments go to `class_folders` (classes, order), ImageDataset or `open_codes`.
     Image-text pairs (t2i, t2i_code) are those of `args.data_path`, jsonl or WebDataset shards, with the features in
     `args.t5_feat_path` and now and then of `args.short_t5_feat_path`, `args.t5_feature_dim` wide: TextImages, of pixels
     (t2i) or of the codes in `args.code_path` (t2i_code). Further keyword arguments go to TextImages.
+    What is stored beside codes comes from `args.condition_path`, a list of NAME=FOLDER.
 
     Raises ValueError for an unknown name or a path that is not given, and what the data sets raise for their files.
     """
     name = getattr(args, "dataset", None)
     seed = kwargs.pop("seed", getattr(args, "global_seed", 0))
     image_size = getattr(args, "image_size", 256)
+    further = condition_folders(getattr(args, "condition_path", None))
     if name == CODES:
         kwargs.pop("transform", None)
         downsample_size = getattr(args, "downsample_size", 16)
-        return open_codes(_given(args, "code_path"), image_size, downsample_size, seed=seed, **kwargs)
+        codes = open_codes(_given(args, "code_path"), image_size, downsample_size, seed=seed, **kwargs)
+        codes.add({name: ArrayFolder(folder, name) for name, folder in further.items()})
+        return codes
     if name in (TEXT, TEXT_CODES):
-        return _text_images(args, image_size, seed=seed, **kwargs)
+        return _text_images(args, image_size, further, seed=seed, **kwargs)
     if name not in IMAGE_LISTS:
         known = ", ".join([*IMAGE_LISTS, CODES, TEXT, TEXT_CODES])
         raise ValueError(f"unknown --dataset {name!r}; choose one of {known}")
@@ -73,17 +79,18 @@ def build_dataset(args: Namespace, **kwargs: Any) -> Dataset:
     return ImageDataset(images, transform, seed=seed, reading=reading, **kwargs)
 
 
-def _text_images(args: Namespace, image_size: int, **kwargs: Any) -> TextImages:
+def _text_images(args: Namespace, image_size: int, further: Mapping[str, str], **kwargs: Any) -> TextImages:
     width, short = getattr(args, "t5_feature_dim", None), getattr(args, "short_t5_feat_path", None)
     pairs = open_pairs(_given(args, "data_path"), getattr(args, "index_path", None))
     features = open_features(_given(args, "t5_feat_path"), dim=width)
     kwargs["short_features"] = open_features(short, dim=features.dim) if short else None
+    stems = [stem for stem, _ in pairs.files]
+    kwargs["arrays"] = {name: PairArrays(folder, name, stems) for name, folder in further.items()}
     if args.dataset == TEXT:
         kwargs["reading"] = Reading.of(args)
         logger.info(kwargs["reading"])
         return TextImages(pairs, features, image_size=image_size, **kwargs)
     tokens = grid_size(image_size, getattr(args, "downsample_size", 16)) ** 2
-    stems = [stem for stem, _ in pairs.files]
     codes = TextCodes(_given(args, "code_path"), stems, tokens, getattr(args, "vocab_size", None))
     return TextImages(pairs, features, codes=codes, **kwargs)
 

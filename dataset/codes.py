@@ -2,50 +2,50 @@
 
     data = open_codes("imagenet_code_c2i_flip_ten_crop", image_size=256, seed=0)
     data.set_epoch(3)
-    codes, label = data[0]      # int64 (256,), int
+    data[0]      # {"codes": int64 (256,), "label": int}, and what is stored beside the codes
 
-Packed shards (dataset/shards.py) are recognised by their `index.json`, the published one-file-per-image layout
-(dataset/published.py) by its `imagenet{size}_codes` folder. The view of a sample is a function of (seed, epoch, index).
+The view of a sample is a function of (seed, epoch, index).
 """
 
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from dataset.code_files import (
+    CodeSettings,
+    PublishedFolder,
+    ShardFolder,
+    published_folders,
+    published_sizes,
+)
 from dataset.pixels import Reading
-from dataset.published import PublishedFolder, published_folders, published_sizes, record_published, write_published
-from dataset.shards import INDEX_FILE, CodeSettings, CodeWriter, ShardFolder
+from dataset.store import INDEX_FILE
 from utils.origin import require_same
 from utils.rng import item_seed
 
-__all__ = [
-    "CodeDataset",
-    "CodeSettings",
-    "CodeWriter",
-    "PackedCodes",
-    "PublishedCodes",
-    "open_codes",
-    "record_published",
-    "write_published",
-]
+if TYPE_CHECKING:
+    from dataset.arrays import ArrayFolder
 
 logger = logging.getLogger(__name__)
 
+_ALIKE = ["tokenizer", "classes", "num_classes", "images", "views", "image_size", "codebook_size", "exif", "background"]
+
 
 class CodeDataset(Dataset):
-    """Items (codes int64 (tokens,), label int), each of one view of one of `sources`, which hold the same samples.
+    """Items {"codes": int64 (tokens,), "label": int}, each of one view of one of `sources`, which hold the same samples.
 
     Where there are several sources, one is drawn per sample, and with `random_view` one of its views, both from
     (seed, epoch, index); without, it is the centre view. Raises ValueError where the sources hold other samples.
     """
 
-    def __init__(self, sources: Sequence[ShardFolder | PublishedFolder], seed: int, random_view: bool):
+    def __init__(self, sources: Sequence[ShardFolder | PublishedFolder], seed: int = 0, random_view: bool = True):
         first = sources[0]
         for source in sources[1:]:
             if source.tokens != first.tokens or not np.array_equal(source.numbers, first.numbers):
@@ -57,67 +57,88 @@ class CodeDataset(Dataset):
             if first.settings and source.settings:
                 require_same(
                     *(vars(s) | Reading.recorded(s.extra).record() for s in (first.settings, source.settings)),
-                    (
-                        "tokenizer",
-                        "classes",
-                        "num_classes",
-                        "images",
-                        "views",
-                        "image_size",
-                        "codebook_size",
-                        "exif",
-                        "background",
-                    ),
+                    _ALIKE,
                     (str(first.folder), str(source.folder)),
                     "extract one of them again, or give the other folder another name",
                 )
-        self.sources = sources
-        self.seed = seed
-        self.random_view = random_view
+        self.sources, self.seed, self.random_view = sources, seed, random_view
+        self.settings: CodeSettings | None = first.settings
+        self.tokens = first.tokens
+        self.arrays: dict[str, ArrayFolder] = {}
+        self._limits: dict[str, tuple[int, str]] = {}
         # Shared memory, so that persistent workers see a new epoch.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.sources[0])
 
-    @property
-    def settings(self) -> CodeSettings | None:
-        """Return the folder's record; None of published files that record nothing."""
-        return self.sources[0].settings
+    def add(self, arrays: "Mapping[str, ArrayFolder]") -> None:
+        """Give every item an array of each of these folders too. Raises ValueError where they are of other images or views."""
+        numbers = self.sources[0].numbers
+        for one in arrays.values():
+            for source in self.sources:
+                one.require_images(numbers, source.settings.images if source.settings else None, source.folder)
+                views = source.view_names if self.random_view else [source.view_names[_center(source.view_names)]]
+                one.require_views(views, source.folder)
+            if len(self.sources) > 1 and one.views != ["any"]:
+                names = " and ".join(str(source.folder) for source in self.sources)
+                raise ValueError(
+                    f"{one.name} in {one.folder} is of one crop, and {names} are drawn from: rename one of them"
+                )
+        self.arrays |= arrays
+        self._numbers = numbers
 
     def sizes(self) -> dict[str, int | None]:
         """Return num_classes and codebook_size as far as they are known."""
         if self.settings is None:
             return {}
-        return {
-            "num_classes": self.sources[0].num_classes,
-            "codebook_size": self.settings.codebook_size,
-        }
+        return {"num_classes": self.sources[0].num_classes, "codebook_size": self.settings.codebook_size}
+
+    def limit(self, num_classes: int, vocab_size: int) -> None:
+        """Refuse codes and labels that a model has no row for.
+
+        A label too large by one would pass for "no class". Raises ValueError where the folder records more of either; where
+        one turns up, as in the published layout, which records nothing, the batch does.
+        """
+        path, settings = self.sources[0].folder, self.settings
+        if settings and (settings.num_classes or 0) > num_classes:
+            raise ValueError(
+                f"{path} has {settings.num_classes} classes, more than {num_classes}; pass --num-classes "
+                f"{settings.num_classes}, and --finetune too where training begins with the weights of another model"
+            )
+        if settings and settings.codebook_size > vocab_size:
+            raise ValueError(
+                f"{path} was made with {settings.codebook_size} codes; pass --vocab-size {settings.codebook_size}"
+            )
+        self._limits = {"label": (num_classes, "--num-classes"), "codes": (vocab_size, "--vocab-size")}
+
+    def rows(self) -> dict[str, int]:
+        """Return the arrays whose items have as many rows as each needs, and how many a batch gets: those of the longest."""
+        return {name: one.rows for name, one in self.arrays.items() if one.rows is not None}
 
     def identity(self) -> list[dict[str, str]]:
-        """Return an identity of each source, which tells whether its codes are still the same."""
-        return [source.identity() for source in self.sources]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens per image."""
-        return self.sources[0].tokens
+        """Return an identity of each folder, which tells whether its content is still the same."""
+        return [folder.identity() for folder in (*self.sources, *self.arrays.values())]
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next pass draw other views; reaches running workers too."""
+        """Draw other views in the next pass; reaches running workers too."""
         self._epoch[0] = epoch
 
+    def sample_numbers(self, indices: Sequence[int]) -> list[int]:
+        """Return the numbers that extraction gave these samples: unreadable images count too."""
+        return self.sources[0].numbers[list(indices)].tolist()
+
     def describe(self) -> str:
-        """One line for the log: folders, samples and what is drawn."""
+        """Return a line for the log: folders, samples and what is drawn."""
         folders = " and ".join(f"{source.folder} ({len(source.view_names)} views)" for source in self.sources)
         drawn = "a random view of each" if self.random_view else "the centre view of each"
         return f"codes: {folders}, {len(self)} samples of {self.tokens} tokens, {drawn}"
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([range(len(self))[index]])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
-        """The items of a batch at once: DataLoader calls this instead of one index at a time."""
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the items of a batch at once: DataLoader calls this instead of one index at a time."""
         positions = np.asarray(indices, dtype=np.int64)
         if positions.size and not 0 <= positions.min() <= positions.max() < len(self):
             raise IndexError(f"indices from {positions.min()} to {positions.max()} of {len(self)} samples")
@@ -127,105 +148,120 @@ class CodeDataset(Dataset):
             mine = np.flatnonzero(chosen == number)
             if len(mine):
                 codes[mine] = source.rows(positions[mine], views[mine])
-        return list(zip(torch.from_numpy(codes).unbind(), self.sources[0].labels(positions).tolist()))
+        labels = self.sources[0].labels(positions)
+        for name, values in (("label", labels[:, None]), ("codes", codes)):
+            self._require_below(name, values, positions)
+        items = [
+            {"codes": row, "label": label} for row, label in zip(torch.from_numpy(codes).unbind(), labels.tolist())
+        ]
+        for name, arrays in self.arrays.items():
+            for item, position, source, view in zip(items, positions, chosen, views, strict=True):
+                item[name] = arrays.get(int(self._numbers[position]), self.sources[source].view_names[view])
+        return items
+
+    def _require_below(self, name: str, values: np.ndarray, positions: np.ndarray) -> None:
+        limit, flag = self._limits.get(name, (None, ""))
+        if limit is None or not values.size or 0 <= values.min() <= values.max() < limit:
+            return
+        row = np.flatnonzero(((values < 0) | (values >= limit)).any(1))[0]
+        found = (
+            f"label {values[row, 0]}" if name == "label" else f"codes from {values[row].min()} to {values[row].max()}"
+        )
+        raise ValueError(f"sample {positions[row]} of {self.sources[0].folder} has {found}, not below {flag} {limit}")
 
     def _draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Per sample, the number of its source and the view in it: (n,), (n,)."""
+        """Return per sample the number of its source and of the view in it: (n,), (n,)."""
         epoch = int(self._epoch[0])
         draws = np.asarray([item_seed(self.seed, epoch, i) for i in positions.tolist()], np.int64)
         draws, sources = np.divmod(draws, len(self.sources))
         names = [source.view_names for source in self.sources]
         if self.random_view:
             return sources, draws % np.asarray([len(views) for views in names])[sources]
-        return sources, np.asarray([views.index("center") if "center" in views else 0 for views in names])[sources]
+        return sources, np.asarray(list(map(_center, names)))[sources]
 
 
-class PackedCodes(CodeDataset):
-    """The codes of a folder of packed shards, and of its ten_crop_105 sibling where there is one and views are drawn.
-
-    Raises FileNotFoundError and ValueError as ShardFolder does.
-    """
-
-    def __init__(self, folder: str | Path, seed: int = 0, random_view: bool = True):
-        sources = [ShardFolder(folder)]
-        if random_view and (sibling := ten_crop_sibling(folder)) and (sibling / INDEX_FILE).exists():
-            sources.append(checked_sibling(ShardFolder(sibling)))
-        super().__init__(sources, seed, random_view)
-
-    def verify(self) -> None:
-        """Reads every file and compares its checksum. Raises ValueError that names the damaged ones."""
-        for source in self.sources:
-            source.verify()
-
-
-class PublishedCodes(CodeDataset):
-    """The codes of a folder in the published layout, whose name decides what is drawn.
-
-    With 'flip' in the path a random view is drawn; a folder named with 'ten_crop' beside one with 'ten_crop_105' in its
-    place gives one of both with probability 1/2. `random_view` overrides the name: False is the centre view of this
-    folder alone. Raises FileNotFoundError and ValueError as PublishedFolder does.
-    """
-
-    def __init__(self, code_path: str | Path, image_size: int, seed: int = 0, random_view: bool | None = None):
-        sources = [PublishedFolder(code_path, image_size)]
-        sibling = ten_crop_sibling(code_path) if random_view is not False else None
-        if sibling and all(folder.is_dir() for folder in published_folders(sibling, image_size)):
-            sources.append(checked_sibling(PublishedFolder(sibling, image_size)))
-        if random_view is None:
-            random_view = "flip" in str(code_path)
-            if not random_view and len(sources[0].view_names) > 1:
-                logger.warning(
-                    "%s has %d views of each image, but only the centre one is used: 'flip' is not in its path",
-                    code_path,
-                    len(sources[0].view_names),
-                )
-        super().__init__(sources, seed, random_view)
+def _center(views: Sequence[str]) -> int:
+    return views.index("center") if "center" in views else 0
 
 
 def open_codes(
     code_path: str | Path,
-    image_size: int,
+    image_size: int | None = None,
     downsample_size: int = 16,
     seed: int = 0,
     random_view: bool | None = None,
-) -> PackedCodes | PublishedCodes:
-    """Opens the codes of a folder, whichever layout it holds, for images of `image_size` pixels.
+) -> CodeDataset:
+    """Open the codes of a folder, whichever layout it holds, for images of `image_size` pixels.
 
-    Raises FileNotFoundError where the folder is missing, ValueError where it holds neither layout, is incomplete, or
-    its images have not (image_size / downsample_size)² tokens.
+    Where there is a folder with 'ten_crop_105' in the place of 'ten_crop' beside it, samples are drawn from both.
+
+    Args:
+        code_path: the folder.
+        image_size: pixels a side (default: the only size that the folder holds).
+        downsample_size: pixels a side of a token.
+        seed: decides what is drawn.
+        random_view: False for the centre view of this folder alone. By default a view is drawn of packed codes; of the
+            published layout only with 'flip' in the path, as its scripts do.
+
+    Raises:
+        FileNotFoundError: where the folder is missing.
+        ValueError: where it holds neither layout, is incomplete, or its images have not (image_size / downsample_size)²
+            tokens.
     """
     folder = Path(code_path)
     if not folder.is_dir():
         raise FileNotFoundError(f"the code folder {folder} does not exist: check --code-path, or extract codes first")
+    sizes = published_sizes(folder)
     if (folder / INDEX_FILE).exists():
-        data = PackedCodes(folder, seed, True if random_view is None else random_view)
-    elif image_size in (sizes := published_sizes(folder)):
-        data = PublishedCodes(folder, image_size, seed, random_view)
+        source, holds = ShardFolder(folder), lambda other: (other / INDEX_FILE).exists()
+        random_view = random_view is not False
+        size = image_size or source.settings.image_size
+    elif image_size in sizes or (image_size is None and len(sizes) == 1):
+        size = sizes[0] if image_size is None else image_size
+        source = PublishedFolder(folder, size)
+
+        def holds(other: Path) -> bool:
+            return all(place.is_dir() for place in published_folders(other, size))
+
     elif sizes:
         raise ValueError(f"{folder} holds codes of --image-size {', '.join(map(str, sizes))}, not {image_size}")
     else:
         entries = sorted(entry.name for entry in folder.iterdir())
         raise ValueError(
             f"{folder} holds no codes: neither {INDEX_FILE} of packed shards nor "
-            f"{published_folders(folder, image_size)[0].name}/ of the published layout. "
+            f"{published_folders(folder, image_size or 256)[0].name}/ of the published layout. "
             f"In it: {', '.join(entries[:8]) + (', ...' if len(entries) > 8 else '') or 'nothing'}"
         )
-    expected = (image_size // downsample_size) ** 2
-    if data.tokens != expected:
-        side = math.isqrt(data.tokens)
-        fits = f", which fits --image-size {side * downsample_size}" if side**2 == data.tokens else ""
+    if image_size and source.tokens != (expected := (size // downsample_size) ** 2):
+        side = math.isqrt(source.tokens)
+        fits = f", which fits --image-size {side * downsample_size}" if side**2 == source.tokens else ""
         raise ValueError(
-            f"codes in {folder} have {data.tokens} tokens per image{fits}; --image-size {image_size} with "
+            f"codes in {folder} have {source.tokens} tokens per image{fits}; --image-size {size} with "
             f"--downsample-size {downsample_size} needs {expected}"
         )
-    if isinstance(data, PackedCodes) and data.settings.image_size != image_size:
-        raise ValueError(f"{folder} holds codes of --image-size {data.settings.image_size}, not {image_size}")
+    if isinstance(source, ShardFolder) and source.settings.image_size != size:
+        raise ValueError(f"{folder} holds codes of --image-size {source.settings.image_size}, not {size}")
+    if not len(source):
+        raise ValueError(f"{folder} has no codes: all {source.items} images were skipped")
+    sources = [source]
+    sibling = ten_crop_sibling(folder) if random_view is not False else None
+    if sibling and holds(sibling):
+        other = ShardFolder(sibling) if isinstance(source, ShardFolder) else PublishedFolder(sibling, size)
+        sources.append(_of_crop_105(other))
+    if random_view is None:
+        random_view = "flip" in str(code_path)
+        if not random_view and len(source.view_names) > 1:
+            logger.warning(
+                "%s has %d views of each image, but only the centre one is used: 'flip' is not in its path",
+                *(code_path, len(source.view_names)),
+            )
+    data = CodeDataset(sources, seed, random_view)
     logger.info(data.describe())
     return data
 
 
 def ten_crop_sibling(folder: str | Path) -> Path | None:
-    """The existing folder with 'ten_crop_105' where this one has 'ten_crop': in one part of its path, or in all."""
+    """Return the existing folder with 'ten_crop_105' where this one has 'ten_crop': in one part of its path, or in all."""
     parts = Path(folder).parts
     renamed = [re.sub("ten_crop(?!_105)", "ten_crop_105", part) for part in parts]
     changed = [place for place, part in enumerate(parts) if renamed[place] != part]
@@ -236,7 +272,7 @@ def ten_crop_sibling(folder: str | Path) -> Path | None:
     return None
 
 
-def checked_sibling(source: ShardFolder | PublishedFolder) -> ShardFolder | PublishedFolder:
+def _of_crop_105(source: ShardFolder | PublishedFolder) -> ShardFolder | PublishedFolder:
     """Return the ten_crop_105 folder. Raises ValueError where it records another crop than its name tells."""
     crop = source.settings.crop_range if source.settings else None
     if crop not in (None, 1.05):

@@ -1,7 +1,7 @@
 """Image-text pairs listed in jsonl files: {"image_path": ..., "text": [blip, llava, llava_first]} on each line.
 
-    lines = JsonLines("laion_coco")      # all *.jsonl of the folder, by name
-    stem, number, pair = lines[0]        # ('part-00000', 0, {'image_path': ..., 'text': [...]})
+    pairs = JsonPairs("laion_coco")                   # all *.jsonl of the folder, by name
+    pairs.identity(0), pairs.texts(0)                 # ('part-00000', 0), ['a bee', 'A bee sits on …', …]
 
 Only the place of each line is held in memory: fifty million pairs are 400 MB of offsets, and as strings ten times that.
 """
@@ -15,17 +15,20 @@ from pathlib import Path
 import numpy as np
 
 from dataset.images import ImageList
+from dataset.lines import digest
 from utils.files import require_regular
 
 _CHUNK = 1 << 24
 
 
-class JsonLines(Sequence[tuple[str, int, dict]]):
-    """Items (file stem, line number from 0, decoded line): the pair's identity and what the line says.
+class JsonPairs(Sequence[dict]):
+    """Decoded lines of a folder's jsonl files. A pair is known by its file's stem and its line there, from 0.
 
     Raises FileNotFoundError where the folder is missing, ValueError where it has no *.jsonl, or a file has no lines or
     does not begin with a JSON object that has an `image_path`. A later line that is damaged raises it when read.
     """
+
+    image_kind = "image paths"
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -38,51 +41,89 @@ class JsonLines(Sequence[tuple[str, int, dict]]):
             require_regular(file)
         # Per file: (lines + 1,), the last is its length.
         self._starts, self._digests = zip(*[_line_starts(file) for file in self._files])
-        self._ends = np.cumsum([len(starts) - 1 for starts in self._starts])
-        for file, starts, end in zip(self._files, self._starts, self._ends):
-            if len(starts) < 2:
+        self.files = [(file.stem, len(starts) - 1) for file, starts in zip(self._files, self._starts)]
+        self._ends = np.cumsum([lines for _, lines in self.files])
+        for file, (_, lines), end in zip(self._files, self.files, self._ends):
+            if not lines:
                 raise ValueError(f"{file} has no lines: remove it, or fill it")
-            self[int(end) - len(starts) + 1]
+            self[int(end) - lines]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, index: int) -> tuple[str, int, dict]:
+    def _place(self, index: int) -> tuple[int, int]:
+        """Return a pair's file and its line there. The line itself is not read."""
         index = range(len(self))[index]
         which = int(np.searchsorted(self._ends, index, side="right"))
+        return which, index - int(self._ends[which]) + self.files[which][1]
+
+    def __getitem__(self, index: int) -> dict:
+        which, line = self._place(index)
         file, starts = self._files[which], self._starts[which]
-        number = index - int(self._ends[which]) + len(starts) - 1
         with open(file, "rb") as f:
-            f.seek(starts[number])
-            text = f.read(starts[number + 1] - starts[number])
+            f.seek(starts[line])
+            text = f.read(starts[line + 1] - starts[line])
         try:
             pair = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"line {number} (from 0) of {file} is not JSON: {error}") from error
+            raise ValueError(f"{self.where(index)} is not JSON: {error}") from error
         if not isinstance(pair, dict) or not isinstance(pair.get("image_path"), str):
-            raise ValueError(f"line {number} (from 0) of {file} must be an object with a string 'image_path'")
-        return file.stem, number, pair
+            raise ValueError(f"{self.where(index)} must be an object with a string 'image_path'")
+        return pair
 
-    def image_path(self, pair: dict) -> str:
-        """Where a pair's image is: a relative path is looked for in the folder, then in the working directory."""
-        inside = os.path.join(self.folder, pair["image_path"])
-        return inside if os.path.exists(inside) else pair["image_path"]
+    def identity(self, index: int) -> tuple[str, int]:
+        """Return a pair's (file stem, line)."""
+        which, line = self._place(index)
+        return self.files[which][0], line
+
+    def where(self, index: int) -> str:
+        """Return a pair's place, for messages."""
+        which, line = self._place(index)
+        return f"line {line} (from 0) of {self._files[which]}"
+
+    def image_file(self, index: int) -> str:
+        """Return the path of a pair's image: a relative one is looked for in the folder, then in the working directory.
+
+        Raises ValueError for a damaged line.
+        """
+        path = self[index]["image_path"]
+        inside = os.path.join(self.folder, path)
+        return inside if os.path.exists(inside) else path
+
+    def image_digest(self, index: int) -> int:
+        """Return what the image's path in the line comes to, from any folder above it. Raises ValueError for a damaged line."""
+        path = os.path.normpath(self[index]["image_path"])
+        while path.startswith("../"):  # the same image in a list that lies deeper
+            path = path[3:]
+        return digest(path)
+
+    def list_digest(self, k: int) -> str:
+        """Return what the bytes of file number `k` come to."""
+        return self._digests[k]
+
+    def texts(self, index: int) -> list[str]:
+        """Return a pair's captions. Raises ValueError for a damaged line, or one whose `text` is no string or list of them."""
+        texts = self[index].get("text")
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{self.where(index)} must have 'text', a string or a list of strings")
+        return texts
 
 
 class _ImagePaths(Sequence[str]):
-    def __init__(self, lines: JsonLines):
-        self.lines = lines
+    def __init__(self, pairs: JsonPairs):
+        self.pairs = pairs
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.pairs)
 
     def __getitem__(self, index: int) -> str:
-        return self.lines.image_path(self.lines[index][2])
+        return self.pairs.image_file(index)
 
 
 def jsonl_images(folder: str | Path) -> ImageList:
-    """The images of a folder's jsonl files without their texts, all with label 0. Raises as JsonLines does."""
-    return ImageList(_ImagePaths(JsonLines(folder)))
+    """Return the images of a folder's jsonl files without their texts, all with label 0. Raises as JsonPairs does."""
+    return ImageList(_ImagePaths(JsonPairs(folder)))
 
 
 def _line_starts(file: Path) -> tuple[np.ndarray, str]:
@@ -90,10 +131,10 @@ def _line_starts(file: Path) -> tuple[np.ndarray, str]:
 
     Empty lines at the end do not count.
     """
-    starts, position, last_text, digest = [np.zeros(1, np.int64)], 0, 0, hashlib.blake2b(digest_size=16)
+    starts, position, last_text, content = [np.zeros(1, np.int64)], 0, 0, hashlib.blake2b(digest_size=16)
     with open(file, "rb") as f:
         while chunk := f.read(_CHUNK):
-            digest.update(chunk)
+            content.update(chunk)
             ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
             starts.append(ends + position + 1)
             if text := chunk.rstrip():
@@ -101,4 +142,4 @@ def _line_starts(file: Path) -> tuple[np.ndarray, str]:
             position += len(chunk)
     starts = np.concatenate(starts)
     starts = starts[starts < last_text]
-    return np.append(starts, position) if last_text else np.zeros(1, np.int64), digest.hexdigest()
+    return np.append(starts, position) if last_text else np.zeros(1, np.int64), content.hexdigest()

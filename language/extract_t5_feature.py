@@ -117,7 +117,10 @@ def main(args: argparse.Namespace) -> None:
         skipped = sum(writer.skipped(*pairs.files[k]) for k in chosen)
     nothing = dist.is_main and skipped == count
     if nothing and not writer:
-        nothing = not any(published_lines(args.t5_path, *pairs.files[k]).any() for k in chosen)
+        nothing = not any(
+            published_lines(args.t5_path, stem, range(count)).any()
+            for stem, count in map(pairs.files.__getitem__, chosen)
+        )
     if dist.broadcast(nothing):
         first = captions[sum(count for _, count in pairs.files[: chosen[0]])]
         another = f" and give another --t5-path, or remove {args.t5_path}" if writer else ""
@@ -262,7 +265,7 @@ def missing_published(args: argparse.Namespace, pairs: "Pairs", chosen: Sequence
     missing = []
     for k in chosen:
         stem, lines = pairs.files[k]
-        there = published_lines(args.t5_path, stem, lines)
+        there = published_lines(args.t5_path, stem, range(lines))
         for shard in range(num_shards(lines, args.shard_size)):
             here = shard_lines(shard, lines, args.shard_size)
             if not there[here.start : here.stop].all():
@@ -281,7 +284,7 @@ def refuse_packed(folder: str) -> None:
     """Raises ValueError where a folder has packed features: with both in it, which are meant would be a guess."""
     from pathlib import Path
 
-    from dataset.shards import INDEX_FILE
+    from dataset.store import INDEX_FILE
 
     if Path(folder, INDEX_FILE).exists():
         raise ValueError(f"{folder} holds packed features: give --t5-path another folder for the published layout")

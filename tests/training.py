@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from dataset.augmentation import FLIP_VIEWS, TEN_CROP_VIEWS
-from dataset.shards import CodeSettings, CodeWriter
+from dataset.code_files import CodeSettings, CodeWriter
 from tests.helpers import ROOT
 from utils.cli import LLAMAGEN_FLAGS
 

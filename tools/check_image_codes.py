@@ -25,9 +25,7 @@ from utils.cli import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from dataset.codes import CodeSettings
-    from dataset.published import PublishedFolder
-    from dataset.shards import ShardFolder
+    from dataset.code_files import CodeSettings
     from tokenizer.base import Tokenizer
 
 # Pixels that go through the decoder at once, 8 views of 256x256.
@@ -55,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
         refuse_other_flags(args, settings)
     print(f"{args.code_path}: {len(source)} samples of {len(source.view_names)} views and {source.tokens} tokens")
     if args.verify:
-        print(verify(source, args.codebook_size or (settings.codebook_size if settings else 16384)))
+        print(f"verified: {source.verify(args.codebook_size or (settings.codebook_size if settings else 16384))}")
     if args.vq_ckpt is None:
         return
 
@@ -126,22 +124,6 @@ def refuse_codes_outside(codes: "np.ndarray", codebook_size: int, where: str) ->
             f"{where} have codes from {codes.min()} to {codes.max()}, outside a codebook of {codebook_size}: "
             "check --codebook-size, or extract them again"
         )
-
-
-def verify(source: "ShardFolder | PublishedFolder", codebook_size: int) -> str:
-    """Reads a whole folder and says what was compared. Raises ValueError that names what is damaged."""
-    from tqdm import tqdm
-
-    from dataset.shards import ShardFolder
-
-    if isinstance(source, ShardFolder):
-        source.verify()
-        return f"verified: the checksums of all {source.settings.num_shards} shards are right"
-    for position in tqdm(range(len(source)), unit="samples", desc="verifying"):
-        where = f"{source.folder}, sample {source.numbers[position]}:"
-        refuse_codes_outside(source.all_views(position), codebook_size, where)
-        source.labels([position])
-    return f"verified: all {len(source)} samples can be read (this layout has no checksums)"
 
 
 def choose(numbers: "np.ndarray", asked: list[int] | None, count: int, seed: int) -> "np.ndarray":

@@ -15,8 +15,7 @@ from utils.cli import flag_parser, positive_int, run_script
 if TYPE_CHECKING:
     import numpy as np
 
-    from dataset.codes import CodeWriter
-    from dataset.published import PublishedFolder
+    from dataset.code_files import CodeWriter, PublishedFolder
 
 
 def published_to_packed(
@@ -39,8 +38,7 @@ def published_to_packed(
     import numpy as np
     from tqdm import tqdm
 
-    from dataset.codes import CodeSettings, CodeWriter
-    from dataset.published import PublishedFolder
+    from dataset.code_files import CodeSettings, CodeWriter, PublishedFolder
 
     published = PublishedFolder(source, image_size)
     settings = published.settings or CodeSettings(
@@ -93,25 +91,32 @@ def packed_to_published(source: str | Path, target: str | Path, image_size: int)
     import numpy as np
     from tqdm import tqdm
 
-    from dataset.published import published_folders, published_numbers, record_published, write_published
-    from dataset.shards import SHARD_SIZE, ShardFolder
+    from dataset.code_files import (
+        SHARD_SIZE,
+        ShardFolder,
+        published_folders,
+        published_record,
+        record_settings,
+        write_published,
+    )
+    from dataset.store import Loose
 
     packed = ShardFolder(source)
     if packed.settings.image_size != image_size:
         raise ValueError(f"{source} holds codes of --image-size {packed.settings.image_size}, not {image_size}")
     packed.verify()
     folders = published_folders(target, image_size)
-    present = [published_numbers(folder) if folder.is_dir() else np.empty(0, np.int64) for folder in folders]
+    present = [Loose(folder, "integers", ()).numbers for folder in folders]
     for folder, numbers in zip(folders, present):
         foreign = np.setdiff1d(numbers, packed.numbers)
         if len(foreign):
             raise ValueError(
                 f"{folder} holds {len(foreign)} samples that {source} has not ({foreign[0]}.npy): use another folder"
             )
-    record_published(target, replace(packed.settings, shard_size=SHARD_SIZE))
+    record_settings(target, replace(packed.settings, shard_size=SHARD_SIZE), published_record(image_size))
     whole = set(np.intersect1d(*present).tolist())
     with tqdm(total=len(packed), unit="image") as progress:
-        for shard_codes, labels, indices in packed.shards():
+        for shard_codes, labels, indices in packed.parts():
             for codes, label, i in zip(shard_codes, labels.tolist(), indices.tolist()):
                 if i in whole:
                     _compare_sample(folders, i, codes, label)
@@ -145,8 +150,8 @@ def _compare_sample(folders: tuple[Path, Path], i: int, codes: "np.ndarray", lab
 
 def main(args: argparse.Namespace) -> None:
     """Converts in the direction that `args.source` asks for. Raises ValueError where it holds no codes."""
-    from dataset.published import published_sizes
-    from dataset.shards import INDEX_FILE
+    from dataset.code_files import published_sizes
+    from dataset.store import INDEX_FILE
 
     source, target = Path(args.source), Path(args.target)
     if not source.is_dir():

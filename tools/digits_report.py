@@ -42,7 +42,7 @@ def of_classes(args: argparse.Namespace) -> dict:
 
     from autoregressive.pipeline import load_gpt
     from autoregressive.train.evaluation import mean_loss
-    from dataset.codes import PackedCodes
+    from dataset.codes import open_codes
     from tokenizer.codecs import VQCodec
     from tokenizer.load import load_tokenizer
     from tokenizer.reconstruction import round_trip
@@ -67,7 +67,7 @@ def of_classes(args: argparse.Namespace) -> dict:
     shown = np.random.default_rng(0).permutation(len(originals))[:16]
     save_png(make_grid(np.concatenate([originals[shown], recons[shown]]), columns=16), output / "reconstructions.png")
 
-    nll = mean_loss(gpt, PackedCodes(args.codes, random_view=False), 64, dist)
+    nll = mean_loss(gpt, open_codes(args.codes, random_view=False), 64, dist)
 
     archives = sorted(Path(args.samples).glob("*.npz"), key=lambda path: path.stat().st_mtime)
     if not archives:

@@ -22,16 +22,14 @@ def main(args: argparse.Namespace) -> None:
     import hashlib
     import json
 
-    from dataset.jsonl import JsonLines
+    from dataset.jsonl import JsonPairs
     from language.captions import clean_caption
     from utils.files import write_json
 
     texts: dict[str, None] = {}
-    for stem, number, pair in JsonLines(args.data_path):
-        captions = pair.get("text")
-        if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-            raise ValueError(f"line {number} (from 0) of {stem}.jsonl has no list of captions 'text'")
-        texts.update(dict.fromkeys(filter(None, map(clean_caption, captions))))
+    pairs = JsonPairs(args.data_path)
+    for index in range(len(pairs)):
+        texts.update(dict.fromkeys(filter(None, map(clean_caption, pairs.texts(index)))))
     if not texts:
         raise ValueError(f"the captions of {args.data_path} are empty")
     made_from = {

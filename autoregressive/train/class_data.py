@@ -1,15 +1,17 @@
 """Data of class-conditional training: codes with labels, and what they record of themselves."""
 
 import argparse
-from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from autoregressive.train.recipe import Inputs, agreed_tokenizer, model_sizes
+from autoregressive.models.gpt import Conditions
+from autoregressive.train.recipe import Inputs, agreed_tokenizer, further_conditions, model_sizes
 from dataset.build import build_dataset
-from dataset.codes import CodeDataset, open_codes
+from dataset.codes import CodeDataset
+from dataset.t2i import collate
+from language.features import left_padded
 from utils.distributed import Distributed
 from utils.logger import console_logger
 from utils.origin import listed_classes, origin, require_same
@@ -18,40 +20,46 @@ from utils.origin import listed_classes, origin, require_same
 class ClassData:
     """Codes to train on and those held out; fills in --num-classes and --vocab-size where they are not given."""
 
-    collate = prepare = None
+    prepare = None
 
     def __init__(self, args: argparse.Namespace, dist: Distributed):
         self.args, self.dist, self.log = args, dist, console_logger("dataset", dist.is_main)
-        self.codes = build_dataset(args)
+        self.further = further_conditions(args, args.val_code_path)
+        self.train = self.codes = build_dataset(args)
         settings = self.codes.settings
         args.num_classes, args.vocab_size = model_sizes(args, self.codes.sizes())
-        self.train = CheckedCodes(self.codes, args.code_path, args.num_classes, args.vocab_size)
+        self.codes.limit(args.num_classes, args.vocab_size)
+        self.collate = partial(collate, rows=self.codes.rows(), pad=left_padded)
         self._log_classes()
         told = {"tokenizer": settings.tokenizer, "classes": settings.classes} if settings else {}
         self.config = origin(**told, codes=self.codes.identity())
         self.held_out = None
         if args.val_code_path:
-            held_out = open_codes(args.val_code_path, args.image_size, args.downsample_size, random_view=False)
-            self._require_same_kind(held_out)
-            self.held_out = CheckedCodes(held_out, args.val_code_path, args.num_classes, args.vocab_size)
+            held_out = {"code_path": args.val_code_path, "condition_path": args.val_condition_path}
+            self.held_out = build_dataset(argparse.Namespace(**vars(args) | held_out), random_view=False)
+            self._require_same_kind(self.held_out)
+            self.held_out.limit(args.num_classes, args.vocab_size)
         self.tokenizer = None
         if args.vq_ckpt:
             fingerprint = settings and settings.tokenizer
             self.tokenizer = agreed_tokenizer(args, dist, args.data_parallel != "ddp", fingerprint)
 
-    def inputs(self, batch: list[Tensor]) -> Inputs:
+    def inputs(self, batch: dict[str, Tensor]) -> Inputs:
         """Return a batch on the device as the model takes it."""
-        return Inputs(*batch)
+        return Inputs(batch["codes"], {name: batch[name] for name in ("label", *self.further)})
 
-    def held_out_inputs(self, items: list[tuple]) -> Inputs:
+    def held_out_inputs(self, items: list[dict]) -> Inputs:
         """Return items of `held_out` as the model takes them, on the device."""
-        codes, labels = zip(*items, strict=True)
-        return Inputs(torch.stack(codes).to(self.dist.device), torch.tensor(labels, device=self.dist.device))
+        return self.inputs({name: value.to(self.dist.device) for name, value in self.collate(items).items()})
 
-    def shown(self) -> tuple[Tensor, None] | None:
-        """Return eight labels to draw pictures of while training; None without a tokenizer."""
-        labels = torch.arange(8, device=self.dist.device) * self.args.num_classes // 8
-        return (labels, None) if self.args.vq_ckpt else None
+    def shown(self) -> tuple[Conditions, None] | None:
+        """Return eight labels to draw pictures of while training, or the conditions of eight samples; None without a tokenizer."""
+        if not self.args.vq_ckpt:
+            return None
+        if self.further:
+            data = self.held_out or self.codes
+            return self.held_out_inputs([data[i] for i in range(min(8, len(data)))]).cond, None
+        return torch.arange(8, device=self.dist.device) * self.args.num_classes // 8, None
 
     def _log_classes(self) -> None:
         """Write down which label has which name, and where the model has more rows than the codes have classes."""
@@ -76,50 +84,3 @@ class ClassData:
         if unknown:
             words = " and ".join(key.replace("_", " ") for key in unknown)
             self.log.info(f"{paths[1]} and {paths[0]}: one of them records no {words}: not compared")
-
-
-class CheckedCodes:
-    """A data set of codes that the model has rows for; ValueError where it records others, or where one turns up.
-
-    The published layout records nothing, and a label too large by one would pass for "no class".
-    """
-
-    def __init__(self, data: CodeDataset, path: str, num_classes: int, vocab_size: int):
-        self.data, self.path, self.num_classes, self.vocab_size = data, path, num_classes, vocab_size
-        settings = data.settings
-        if settings and (settings.num_classes or 0) > num_classes:
-            raise ValueError(
-                f"{path} has {settings.num_classes} classes, more than {num_classes}; pass --num-classes "
-                f"{settings.num_classes}, and --finetune too where training begins with the weights of another model"
-            )
-        if settings and settings.codebook_size > vocab_size:
-            raise ValueError(
-                f"{path} was made with {settings.codebook_size} codes; pass --vocab-size {settings.codebook_size}"
-            )
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.data.set_epoch(epoch)
-
-    def sample_numbers(self, indices: Sequence[int]) -> list[int]:
-        """Return the numbers that extraction gave these samples: unreadable images count too."""
-        return self.data.sources[0].numbers[list(indices)].tolist()
-
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple]:
-        items = self.data.__getitems__(indices)
-        for index, (codes, label) in zip(indices, items, strict=True):
-            if not 0 <= label < self.num_classes:
-                raise ValueError(
-                    f"sample {index} of {self.path} has label {label}, not below --num-classes {self.num_classes}"
-                )
-            if not 0 <= int(codes.min()) <= int(codes.max()) < self.vocab_size:
-                raise ValueError(
-                    f"sample {index} of {self.path} has codes from {codes.min()} to {codes.max()}, "
-                    f"not below --vocab-size {self.vocab_size}"
-                )
-        return items

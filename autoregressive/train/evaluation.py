@@ -21,12 +21,12 @@ def require_readable(dataset: Dataset, dist: Distributed) -> None:
 
 @torch.no_grad()
 def mean_loss(model: Transformer, dataset: Dataset, batch_size: int, dist: Distributed) -> float:
-    """Return the cross-entropy over a whole data set of (codes, label), each process reading a share (nats per token)."""
+    """Return the cross-entropy over a whole data set of {"codes", "label"}, each process reading a share (nats per token)."""
     loss = TokenLoss(model)
 
-    def losses(items: list[tuple]) -> tuple[Tensor, int]:
-        codes = torch.stack([codes for codes, _ in items]).to(dist.device)
-        labels = torch.tensor([label for _, label in items], device=dist.device)
+    def losses(items: list[dict]) -> tuple[Tensor, int]:
+        codes = torch.stack([item["codes"] for item in items]).to(dist.device)
+        labels = torch.tensor([item["label"] for item in items], device=dist.device)
         return loss(codes, labels), len(items)
 
     return mean_over(losses, dataset, batch_size, dist)

@@ -14,6 +14,10 @@ def add_gpt_training_flags(
     if gpt_type == "t2i":
         help += " if the image size is the same"
     parser.add_argument("--gpt-ckpt", default=None, help=help)
+    help = "data of a --condition, a folder that dataset/arrays.py wrote; repeatable"
+    parser.add_argument("--condition-path", action="append", default=None, metavar="NAME=FOLDER", help=help)
+    help = "the same of the held-out data"
+    parser.add_argument("--val-condition-path", action="append", default=None, metavar="NAME=FOLDER", help=help)
     help = "what each token is trained by (autoregressive/train/objectives/); held-out losses are the cross-entropy"
     parser.add_argument("--objective", default="cross_entropy", help=help)
     help = "do not torch.compile each block (it is only on CUDA)"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from autoregressive.models.generate import generate, release_cache
-from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.models.gpt import Conditions, GPT_models, Transformer
 from autoregressive.models.layouts.patches import with_patches
 from autoregressive.models.sampling import SamplingConfig
 from autoregressive.released import find_identity, flags_of
@@ -27,6 +27,7 @@ from autoregressive.train.loss import TokenLoss, dropped_conditions
 from autoregressive.train.next_patch import PatchSchedule
 from autoregressive.train.objectives import OBJECTIVES
 from autoregressive.train.start import starting_point
+from dataset.arrays import condition_folders
 from tokenizer.base import Tokenizer
 from tokenizer.load import load_tokenizer
 from utils.checkpoint import read_checkpoint
@@ -52,7 +53,7 @@ class Inputs:
     """
 
     codes: Tensor
-    cond: Tensor
+    cond: Conditions
     prefix_mask: Tensor | None = None
     valid: Tensor | None = None
     share: Tensor | None = None
@@ -76,9 +77,25 @@ class Data(Protocol):
         """Return items of `held_out` as the model takes them, on the device."""
         ...
 
-    def shown(self) -> tuple[Tensor, Tensor | None] | None:
+    def shown(self) -> tuple[Conditions, Tensor | None] | None:
         """Return the conditions to draw pictures of while training, as `generate` takes them; None for no pictures."""
         ...
+
+
+def further_conditions(args: argparse.Namespace, held_out: str | None) -> list[str]:
+    """Return the names of --condition. held_out: the path of held-out data, if any.
+
+    Raises ValueError where --condition-path, or --val-condition-path with held-out data, does not give the data of each.
+    """
+    names = [condition["name"] for condition in args.condition]
+    for flag, words in (
+        ("condition", args.condition_path),
+        ("val-condition", args.val_condition_path if held_out else None),
+    ):
+        if sorted(condition_folders(words)) != sorted(names) and (held_out or flag == "condition"):
+            wanted = " ".join(f"--{flag}-path {name}=FOLDER" for name in names) or f"no --{flag}-path"
+            raise ValueError(f"--{flag}-path gives {', '.join(words or ()) or 'nothing'}; this model takes {wanted}")
+    return names
 
 
 def join(args: argparse.Namespace) -> tuple[Distributed, Parallel]:
@@ -233,7 +250,7 @@ class Preview:
     def __init__(
         self,
         tokenizer: Tokenizer | None,
-        cond: Tensor,
+        cond: Conditions,
         emb_masks: Tensor | None,
         args: argparse.Namespace,
         dist: Distributed,
@@ -244,7 +261,8 @@ class Preview:
 
     def __call__(self, model: Transformer) -> dict[str, np.ndarray]:
         tokenizer, tokens = cast(Tokenizer, self.tokenizer), model.args.block_size
-        noise = image_noise(self.seed, range(len(self.cond)), tokens).to(self.device)
+        first = next(iter(self.cond.values())) if isinstance(self.cond, Mapping) else self.cond
+        noise = image_noise(self.seed, range(len(first)), tokens).to(self.device)
         try:
             drawn = generate(model, self.cond, tokens, emb_masks=self.emb_masks, cfg_scale=self.cfg_scale, noise=noise)
         finally:

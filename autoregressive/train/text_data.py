@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoregressive.train.extract_codes_c2i import encode_views
+from autoregressive.models.gpt import Conditions
+from autoregressive.train.extraction import encode_views
 from autoregressive.train.loss import share_of_valid
-from autoregressive.train.recipe import Inputs, agreed_tokenizer, model_sizes
+from autoregressive.train.recipe import Inputs, agreed_tokenizer, further_conditions, model_sizes
 from dataset.build import TEXT, TEXT_CODES, build_dataset
-from dataset.t2i import TextImages, collate_t2i, none_usable, require_same_encoder
+from dataset.t2i import TextImages, collate, none_usable, require_same_encoder
 from language.features import left_padded, prefix_mask
 from tokenizer.base import Tokenizer
 from utils.distributed import Distributed
@@ -34,10 +35,11 @@ class TextData:
     def __init__(self, args: argparse.Namespace, dist: Distributed):
         self.args, self.dist, self.tokens = args, dist, args.cls_token_num
         console_logger("dataset", dist.is_main)
+        self.further = further_conditions(args, args.val_data_path)
         with dist.main_first():  # which indexes shards where they have no index yet
             self.train = build_dataset(args, random_crop=args.random_crop)
             self.held_out = build_dataset(held_out_flags(args)) if args.val_data_path else None
-        self.collate = partial(collate_t2i, tokens=self.tokens, pad=left_padded)
+        self.collate = partial(collate, rows=self.train.rows(self.tokens), pad=left_padded)
         self.first = FirstPairs(self.train, args, dist)
         codes, self.on_the_fly = self.train.codes, args.dataset == TEXT
         fingerprint = codes.tokenizer if codes else None
@@ -55,27 +57,33 @@ class TextData:
             tokenizer=fingerprint, text_encoder=self.train.features.encoder, codes=self.train.identity()
         )
 
-    def prepare(self, micros: list[list[Tensor]]) -> list[list[Tensor]]:
+    def prepare(self, micros: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Encode images, and give each part of the batch its weight in the mean over all valid samples."""
-        counts = torch.stack([valid.sum() for *_, valid in micros])
+        counts = torch.stack([micro["valid"].sum() for micro in micros])
         self.first.require_one(counts)
         shares = share_of_valid(counts, self.dist)
-        return [[self._codes(targets), *rest, share] for (targets, *rest), share in zip(micros, shares, strict=True)]
+        return [{**self._with_codes(micro), "share": share} for micro, share in zip(micros, shares, strict=True)]
 
-    def inputs(self, batch: list[Tensor]) -> Inputs:
+    def inputs(self, batch: dict[str, Tensor]) -> Inputs:
         """Return a batch on the device as the model takes it."""
-        codes, features, lengths, valid, share = batch
-        return Inputs(codes, features, prefix_mask(lengths, self.tokens), valid, share)
+        cond = {name: batch[name] for name in ("caption", *self.further)}
+        mask = prefix_mask(batch["caption_length"], self.tokens)
+        return Inputs(batch["codes"], cond, mask, batch["valid"], batch.get("share"))
 
-    def held_out_inputs(self, items: list[tuple]) -> Inputs:
+    def held_out_inputs(self, items: list[dict]) -> Inputs:
         """Return items of `held_out` as the model takes them, on the device."""
-        targets, features, lengths, valid = (part.to(self.dist.device) for part in self.collate(items))
-        return Inputs(self._codes(targets), features, prefix_mask(lengths, self.tokens), valid)
+        batch = {name: value.to(self.dist.device) for name, value in self.collate(items).items()}
+        return self.inputs(self._with_codes(batch))
 
-    def shown(self) -> tuple[Tensor, Tensor] | None:
-        """Return the features of the first few captions and their mask; None without a tokenizer or features."""
+    def shown(self) -> tuple[Conditions, Tensor] | None:
+        """Return the conditions of the first few pairs and the mask of captions; None without a tokenizer or features."""
         if not self.args.vq_ckpt:
             return None
+        if self.further:
+            data = self.held_out or self.train
+            items = [item for i in range(min(CAPTION_TRIES, len(data))) if (item := data[i])["valid"]]
+            inputs = self.held_out_inputs(items[:SHOWN_CAPTIONS]) if items else None
+            return (inputs.cond, inputs.prefix_mask) if inputs else None
         shown = first_captions(self.held_out or self.train) if self.dist.is_main else None
         shown = self.dist.broadcast(shown)
         if not shown:
@@ -83,10 +91,11 @@ class TextData:
         features, lengths = left_padded(shown, self.tokens)
         return features, prefix_mask(lengths, self.tokens)
 
-    def _codes(self, targets: Tensor) -> Tensor:
+    def _with_codes(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if not self.on_the_fly:
-            return targets
-        return encode(self.tokenizer, targets, self.args.mixed_precision if self.args.half_tokenizer else "none")
+            return batch
+        precision = self.args.mixed_precision if self.args.half_tokenizer else "none"
+        return {**batch, "codes": encode(self.tokenizer, batch["image"], precision)}
 
     def _require_same_kind(self, fingerprint: str | None) -> None:
         """Raise ValueError where held-out pairs are of another text encoder, or their codes of another tokenizer."""
@@ -156,4 +165,5 @@ def held_out_flags(args: argparse.Namespace) -> argparse.Namespace:
     """Return the flags as they are for held-out pairs, which are read as they are: no random crops, no short captions."""
     index_path = f"{args.index_path}/held_out" if args.index_path else None
     paths = {"data_path": args.val_data_path, "t5_feat_path": args.val_t5_feat_path, "code_path": args.val_code_path}
+    paths["condition_path"] = args.val_condition_path
     return argparse.Namespace(**{**vars(args), **paths, "short_t5_feat_path": None, "index_path": index_path})

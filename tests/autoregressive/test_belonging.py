@@ -178,7 +178,7 @@ def test_held_out_codes_without_a_class_are_refused(held_out, tmp_path, layout):
         train(codes, tmp_path / "run", "--val-code-path", other)
     right = extract(held_out, "a.pt", tmp_path / "flip2", *layout, "--classes-of", codes, images="held_out")
     data = open_codes(right, 16, 4, random_view=False)
-    assert sorted({label for _, label in data}) == [1, 2]
+    assert sorted({item["label"] for item in data}) == [1, 2]
     train(codes, tmp_path / "run", "--val-code-path", right)
 
 
@@ -365,7 +365,7 @@ def test_the_centre_of_five_crops_is_the_centre(home, tmp_path, layout):
     data = open_codes(codes, 16, 4, random_view=False)
     assert data.sources[0].view_names[4] == "center"
     centre = data.sources[0].rows(np.arange(9), np.full(9, 4))
-    assert all(np.array_equal(codes, centre[i]) for i, (codes, _) in enumerate(data))
+    assert all(np.array_equal(codes, centre[i]) for i, codes in enumerate(item["codes"] for item in data))
 
 
 def test_conversion_keeps_what_is_recorded(home, tmp_path):

@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader
 
 from autoregressive.pipeline import load_tokenizer
 from autoregressive.train import extract_codes_c2i
+from autoregressive.train.extraction import encode_views, shard_batches
 from dataset.augmentation import FLIP_VIEWS, TEN_CROP_VIEWS, code_views
-from dataset.codes import PublishedCodes, open_codes
+from dataset.code_files import CodeSettings, CodeWriter, PublishedFolder, ShardFolder
+from dataset.codes import open_codes
 from dataset.folders import class_folders
 from dataset.pixels import Reading, load_rgb
-from dataset.shards import CodeSettings, CodeWriter, ShardFolder
 from tests.helpers import free_port
 from tests.training import (
     check_published_flags,
@@ -87,7 +88,7 @@ def directly(images, tokenizer, use_ema=False, **views):
 
 def read(folder):
     """Codes (n, views, tokens), labels (n,) and data set indices (n,) of a folder of shards."""
-    return tuple(np.concatenate(arrays) for arrays in zip(*ShardFolder(folder).shards(), strict=True))
+    return tuple(np.concatenate(arrays) for arrays in zip(*ShardFolder(folder).parts(), strict=True))
 
 
 def digests(folder):
@@ -160,7 +161,7 @@ def test_the_published_layout(images, tokenizer, extracted, tmp_path):
         assert array.dtype == label.dtype == np.int64 and array.shape == (1, 2, TOKENS) and label.shape == (1,)
         assert np.array_equal(array[0], codes[i]) and label[0] == labels[i]
     data = open_codes(folder, 16, 4)
-    assert isinstance(data, PublishedCodes) and len(data) == COUNT
+    assert isinstance(data.sources[0], PublishedFolder) and len(data) == COUNT
 
 
 def test_many_views_are_encoded_in_parts(tokenizer, monkeypatch):
@@ -173,11 +174,11 @@ def test_many_views_are_encoded_in_parts(tokenizer, monkeypatch):
 
     monkeypatch.setattr(model, "to_codes", counted)
     pixels = torch.rand(3, 10, 3, 16, 16) * 2 - 1
-    whole = extract_codes_c2i.encode_views(model, pixels)
+    whole = encode_views(model, pixels)
     assert whole.shape == (3, 10, TOKENS) and whole.dtype == torch.int64 and sizes == [30]
-    assert torch.equal(extract_codes_c2i.encode_views(model, pixels, pixels_at_once=8 * 16 * 16), whole)
+    assert torch.equal(encode_views(model, pixels, pixels_at_once=8 * 16 * 16), whole)
     assert sizes[1:] == [8, 8, 8, 6]
-    extract_codes_c2i.encode_views(model, pixels[:1, :2], pixels_at_once=1)  # less than a single view
+    encode_views(model, pixels[:1, :2], pixels_at_once=1)  # less than a single view
     assert sizes[5:] == [1, 1]
 
 
@@ -266,9 +267,9 @@ def test_again_does_nothing(images, tokenizer, tmp_path, extracted, loaders, cap
 
 def test_batches_end_with_their_shard():
     settings = CodeSettings("imagenet", 16, TOKENS, FLIP_VIEWS, 64, COUNT, shard_size=5)
-    batches = extract_codes_c2i.shard_batches(settings, [1, 3], 2)
+    batches = shard_batches(settings, [1, 3], 2)
     assert batches == [(1, range(5, 7)), (1, range(7, 9)), (1, range(9, 10)), (3, range(15, 17)), (3, range(17, 18))]
-    assert extract_codes_c2i.shard_batches(settings, [], 2) == []
+    assert shard_batches(settings, [], 2) == []
 
 
 @pytest.mark.parametrize(
@@ -277,10 +278,13 @@ def test_batches_end_with_their_shard():
 def test_missing_shards_are_dealt_out(images, tokenizer, extracted, tmp_path, monkeypatch, missing, written):
     """What the second of two processes writes, where the first found these to be missing."""
 
+    settings = CodeSettings("imagenet", 16, TOKENS, FLIP_VIEWS, 64, COUNT, shard_size=5)
+    found = [((0, shard), items) for shard, items in shard_batches(settings, missing, 4)]
+
     class Second:
         device, rank, world_size, local_rank, local_world_size, is_main = torch.device("cpu"), 1, 2, 1, 2, False
         barrier = close = lambda self: None
-        broadcast = lambda self, value: missing  # noqa: E731
+        broadcast = lambda self, value: found  # noqa: E731
         gather = lambda self, value: [value]  # noqa: E731
         main_first = lambda self: nullcontext()  # noqa: E731
 

@@ -18,7 +18,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from autoregressive.pipeline import load_tokenizer
 from autoregressive.train import extract_codes_t2i
 from dataset.augmentation import center_view
-from dataset.shards import ShardFolder
+from dataset.code_files import ShardFolder
 from dataset.t2i import PairViews, TextCodes
 from tests.helpers import ROOT
 from tests.text_training import make_pairs, make_shards, picture

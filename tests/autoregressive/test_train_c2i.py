@@ -13,10 +13,10 @@ from PIL import Image
 
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.train import train_c2i, train_c2i_fsdp
-from autoregressive.train.class_data import CheckedCodes
 from autoregressive.train.evaluation import mean_loss
 from autoregressive.train.loss import TokenLoss, dropped_conditions
-from dataset.codes import open_codes, write_published
+from dataset.code_files import write_published
+from dataset.codes import open_codes
 from tests.training import (
     check_published_flags,
     command,
@@ -150,7 +150,7 @@ def test_conditions_are_dropped_with_their_probability():
 
 def test_the_mean_loss_of_a_data_set_by_any_number_of_processes():
     codes, classes = sample(5)
-    data = [(codes[i], int(classes[i])) for i in range(5)]
+    data = [{"codes": codes[i], "label": int(classes[i])} for i in range(5)]
     model = tiny()
     with torch.no_grad():
         expected = float(losses_by_hand(model, codes, classes).mean())
@@ -444,6 +444,10 @@ def published(tmp_path):
         (["--cls-token-num", 2], r"--cls-token-num 2"),
         (["--dataset", "imagenette"], r"unknown --dataset 'imagenette'"),
         (["--no-local-save"], r"--cloud-save-path"),
+        (
+            ["--condition-path", "depth=maps"],
+            r"--condition-path gives depth=maps; this model takes no --condition-path",
+        ),
         (["--device", "cuda:9"], r"--device cuda:9: no CUDA device"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
@@ -468,15 +472,17 @@ def test_flags_that_do_not_fit(codes, tmp_path, more, message):
 def test_labels_and_codes_beyond_the_model(published, label, code, message):
     """A label of --num-classes would train the row that means "no class"."""
     folder = published(label, code)
-    data = CheckedCodes(open_codes(folder, 16, 4), folder, CLASSES, VOCAB)
-    assert len(data) == 4 and data[1][1] == 0
+    data = open_codes(folder, 16, 4)
+    data.limit(CLASSES, VOCAB)
+    assert len(data) == 4 and data[1]["label"] == 0
     with pytest.raises(ValueError, match=message):
         data[2]
     with pytest.raises(ValueError, match=message):
         data.__getitems__([0, 3, 2])
     folder = published(CLASSES - 1, VOCAB - 1)
-    data = CheckedCodes(open_codes(folder, 16, 4), folder, CLASSES, VOCAB)
-    assert [label for _, label in data.__getitems__(range(4))] == [0, 0, CLASSES - 1, 0]
+    data = open_codes(folder, 16, 4)
+    data.limit(CLASSES, VOCAB)
+    assert [item["label"] for item in data.__getitems__(range(4))] == [0, 0, CLASSES - 1, 0]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -16,7 +16,7 @@ from PIL import Image
 
 from autoregressive.pipeline import load_gpt
 from autoregressive.train import train_c2i_fsdp
-from dataset.published import write_published
+from dataset.code_files import write_published
 from tests.helpers import ROOT, free_port
 from tests.training import (
     check_published_flags,

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dataset.augmentation import flip_views, random_view
 from dataset.build import build_dataset
-from dataset.codes import PackedCodes, PublishedCodes, write_published
+from dataset.code_files import PublishedFolder, ShardFolder, write_published
 from dataset.images import ImageDataset, collate_present
 from tests.dataset.test_codes import write
 
@@ -88,10 +88,10 @@ def test_codes(tmp_path):
     args = Namespace(dataset="imagenet_code", code_path=tmp_path / "packed", image_size=64, global_seed=5)
     write(args.code_path)
     data = build_dataset(args)
-    assert isinstance(data, PackedCodes) and data.seed == 5 and data[0][0].shape == (16,)
+    assert isinstance(data.sources[0], ShardFolder) and data.seed == 5 and data[0]["codes"].shape == (16,)
     args = Namespace(dataset="imagenet_code", code_path=tmp_path / "flip", image_size=64, downsample_size=16)
     write_published(args.code_path, 64, 0, torch.zeros(2, 16), 1)
-    assert isinstance(build_dataset(args), PublishedCodes)
+    assert isinstance(build_dataset(args).sources[0], PublishedFolder)
     args.downsample_size = 8
     with pytest.raises(ValueError, match="--downsample-size 8 needs 64"):
         build_dataset(args)

@@ -15,8 +15,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset.augmentation import FLIP_VIEWS, TEN_CROP_VIEWS
-from dataset.codes import CodeSettings, CodeWriter, PackedCodes, PublishedCodes, open_codes, write_published
-from dataset.shards import SHARD_SIZE, ShardFolder, _open_maps
+from dataset.code_files import SHARD_SIZE, CodeSettings, CodeWriter, PublishedFolder, ShardFolder, write_published
+from dataset.codes import open_codes
+from dataset.store import OPEN_MAPS
 from tests.helpers import ROOT
 
 SETTINGS = CodeSettings(
@@ -65,27 +66,27 @@ def drawn_view(codes, index, shift=0):
 
 def test_round_trip(tmp_path):
     write(tmp_path)
-    data = PackedCodes(tmp_path, seed=1)
+    data = open_codes(tmp_path, seed=1)
     assert len(data) == 25 and data.tokens == 16 and data.settings == SETTINGS
     assert data.settings.num_classes == 3
     for i in range(25):
-        codes, label = data[i]
+        codes, label = data[i].values()
         assert codes.dtype == torch.int64 and codes.shape == (16,) and label == i % 3 and isinstance(label, int)
         view = drawn_view(codes, i)
         np.testing.assert_array_equal(codes, codes_of(SETTINGS, i)[view])
-    assert {drawn_view(data[i][0], i) for i in range(25)} == {0, 1}
+    assert {drawn_view(data[i]["codes"], i) for i in range(25)} == {0, 1}
     assert np.load(tmp_path / "shard-000000.npy").dtype == np.uint16
-    data.verify()
+    data.sources[0].verify()
 
 
 def test_batches_are_the_items(tmp_path):
     write(tmp_path)
-    data = PackedCodes(tmp_path)
+    data = open_codes(tmp_path)
     order = np.random.RandomState(0).permutation(25).tolist()
     order += [3, 3]
-    for (codes, label), i in zip(data.__getitems__(order), order):
-        assert torch.equal(codes, data[i][0]) and label == data[i][1]
-    assert torch.equal(data[-1][0], data[24][0])
+    for item, i in zip(data.__getitems__(order), order):
+        assert torch.equal(item["codes"], data[i]["codes"]) and item["label"] == data[i]["label"]
+    assert torch.equal(data[-1]["codes"], data[24]["codes"])
     for outside in ([25], [-1], [0, 30]):
         with pytest.raises(IndexError):
             data.__getitems__(outside)
@@ -96,50 +97,36 @@ def test_batches_are_the_items(tmp_path):
 @pytest.mark.slow
 def test_views_are_a_function_of_seed_epoch_and_index(tmp_path):
     write(tmp_path)
-    data = PackedCodes(tmp_path, seed=1)
+    data = open_codes(tmp_path, seed=1)
 
     def read(workers, data=data, **options):
         out = []
         loader = DataLoader(data, batch_size=4, num_workers=workers, persistent_workers=workers > 0, **options)
         for epoch in (0, 1):
             data.set_epoch(epoch)
-            out.append(torch.cat([codes for codes, _ in loader]))
+            out.append(torch.cat([batch["codes"] for batch in loader]))
         return out
 
     expected = read(0)
     assert not torch.equal(*expected)
     for other in (read(2), read(1, multiprocessing_context="spawn")):
         assert all(torch.equal(a, b) for a, b in zip(expected, other))
-    assert not torch.equal(read(0, PackedCodes(tmp_path, seed=2))[0], expected[0])
+    assert not torch.equal(read(0, open_codes(tmp_path, seed=2))[0], expected[0])
 
 
 def test_pickles_without_the_maps(tmp_path):
     write(tmp_path)
-    data = PackedCodes(tmp_path)
+    data = open_codes(tmp_path)
+    assert torch.equal(data[0]["codes"], pickle.loads(pickle.dumps(data))[0]["codes"])
     before = len(pickle.dumps(data))
-    assert torch.equal(data[0][0], pickle.loads(pickle.dumps(data))[0][0])
     data.__getitems__(range(25))
     assert len(pickle.dumps(data)) == before < 5000
 
 
-def test_few_files_stay_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("dataset.shards.OPEN_MAPS", 2)
-    write(tmp_path)
-    data = PackedCodes(tmp_path, random_view=False)
-    order = [0, 24, 8, 1, 12, 20, 0]
-    for _ in range(2):  # the second time over files that were closed in between
-        for (codes, _), i in zip(data.__getitems__(order), order):
-            np.testing.assert_array_equal(codes, codes_of(SETTINGS, i)[0])
-        assert len(data.sources[0]._maps) == 2
-
-
-def test_all_shards_of_imagenet_stay_open(monkeypatch):
-    """With the 1,024 files that a process commonly may open, twice: for the two folders of ten crops."""
-    monkeypatch.setattr("os.sysconf", lambda name: 1024)
+def test_all_shards_of_two_folders_of_imagenet_stay_open():
+    """With the 1,024 files that a process commonly may open."""
     imagenet = replace(SETTINGS, num_images=1281167, shard_size=SHARD_SIZE)
-    assert imagenet.num_shards <= _open_maps() <= 1024 // 3
-    monkeypatch.setattr("os.sysconf", lambda name: -1)  # where a system does not say
-    assert _open_maps() == 256
+    assert 2 * imagenet.num_shards <= OPEN_MAPS <= 1024 * 3 // 4
 
 
 def own_memory():
@@ -155,7 +142,7 @@ def test_a_pass_holds_no_codes_in_memory(tmp_path):
     for shard in range(settings.num_shards):
         images = np.asarray(settings.images_of(shard))
         writer.write_shard(shard, np.zeros((512, 10, 512), np.uint16), images % 3, images)
-    data = PackedCodes(tmp_path)
+    data = open_codes(tmp_path)
     order = np.random.RandomState(0).permutation(4096)
     data.__getitems__(order[:64])
     before = own_memory()
@@ -168,32 +155,32 @@ def test_a_pass_holds_no_codes_in_memory(tmp_path):
 def test_without_random_views_the_centre_is_read(tmp_path):
     settings = replace(SETTINGS, views=TEN_CROP_VIEWS)
     write(tmp_path, settings)
-    data = PackedCodes(tmp_path, random_view=False)
-    assert {drawn_view(data[i][0], i) for i in range(25)} == {TEN_CROP_VIEWS.index("center")}
+    data = open_codes(tmp_path, random_view=False)
+    assert {drawn_view(data[i]["codes"], i) for i in range(25)} == {TEN_CROP_VIEWS.index("center")}
 
 
 def test_large_codebooks_get_four_bytes(tmp_path):
     settings = replace(SETTINGS, codebook_size=70000)
     write(tmp_path, settings, shift=60000 - 24 * 400)
     assert np.load(tmp_path / "shard-000006.npy").dtype == np.uint32
-    assert PackedCodes(tmp_path)[24][0].max() >= 60000
+    assert open_codes(tmp_path)[24]["codes"].max() >= 60000
     assert replace(SETTINGS, codebook_size=65536).dtype == np.uint16
 
 
 def test_skipped_images_close_the_gap(tmp_path):
     write(tmp_path, skipped=[4, 5, 6, 7, 9, 24])  # all of shards 1 and 6
-    data = PackedCodes(tmp_path, random_view=False)
+    data = open_codes(tmp_path, random_view=False)
     present = [i for i in range(25) if i not in (4, 5, 6, 7, 9, 24)]
     assert data.sources[0].numbers.tolist() == present
-    assert [int(codes[0]) // 400 for codes, _ in data] == present
-    assert [label for _, label in data] == [i % 3 for i in present]
-    data.verify()
+    assert [int(item["codes"][0]) // 400 for item in data] == present
+    assert [item["label"] for item in data] == [i % 3 for i in present]
+    data.sources[0].verify()
 
 
 def test_only_skipped_images(tmp_path):
     write(tmp_path, skipped=range(25))
     with pytest.raises(ValueError, match="all 25 images were skipped"):
-        PackedCodes(tmp_path)
+        open_codes(tmp_path)
 
 
 def test_ranks_share_the_shards(tmp_path):
@@ -209,8 +196,8 @@ def test_order_and_tensors_do_not_matter(tmp_path):
     writer = CodeWriter(tmp_path, replace(SETTINGS, num_images=4))
     codes = torch.from_numpy(np.stack([codes_of(SETTINGS, i) for i in (2, 0, 3)]))
     writer.write_shard(0, codes, torch.tensor([2, 0, 0]), torch.tensor([2, 0, 3]), skipped=[1])
-    data = PackedCodes(tmp_path, random_view=False)
-    assert [(int(codes[0]) // 400, label) for codes, label in data] == [(0, 0), (2, 2), (3, 0)]
+    data = open_codes(tmp_path, random_view=False)
+    assert [(int(item["codes"][0]) // 400, item["label"]) for item in data] == [(0, 0), (2, 2), (3, 0)]
 
 
 @pytest.mark.parametrize(
@@ -269,9 +256,9 @@ def test_index_is_checked(tmp_path):
 KILLED = """
 import os, signal, sys
 from tests.dataset.test_codes import write
-import dataset.shards as shards
+import dataset.store as store
 
-after, real = int(sys.argv[2]), shards.atomic_write
+after, real = int(sys.argv[2]), store.atomic_write
 def dying(path):
     global after
     after -= 1
@@ -279,7 +266,7 @@ def dying(path):
         (path.parent / f".{path.name}.left.tmp").write_bytes(b"half a shard")
         os.kill(os.getpid(), signal.SIGKILL)
     return real(path)
-shards.atomic_write = dying
+store.atomic_write = dying
 write(sys.argv[1])
 """
 
@@ -291,7 +278,7 @@ def test_killed_runs_leave_whole_shards_and_resume(tmp_path, files):
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(files)], cwd=ROOT, capture_output=True)
     assert done.returncode == -9
     with pytest.raises(ValueError, match=r"2 of 7 shards") as error:
-        PackedCodes(tmp_path)
+        open_codes(tmp_path)
     command = str(error.value).splitlines()[-1]
     assert command == "  " + SETTINGS.finish_command(tmp_path)
     for part in ("extract_codes_c2i.sh", f"--code-path {tmp_path}", "--image-size 64", "--vq-model VQ-16"):
@@ -303,9 +290,9 @@ def test_killed_runs_leave_whole_shards_and_resume(tmp_path, files):
         write(tmp_path, shards=writer.missing_shards(rank, 3))
     assert (tmp_path / "shard-000000.npy").stat().st_mtime_ns == kept
     assert not list(tmp_path.glob(".*.tmp"))
-    data = PackedCodes(tmp_path, random_view=False)
-    data.verify()
-    assert [int(codes[0]) // 400 for codes, _ in data] == list(range(25))
+    data = open_codes(tmp_path, random_view=False)
+    data.sources[0].verify()
+    assert [int(item["codes"][0]) // 400 for item in data] == list(range(25))
 
 
 def test_damaged_shards(tmp_path):
@@ -315,24 +302,24 @@ def test_damaged_shards(tmp_path):
     for size in (0, len(whole) - 1):
         file.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=rf"shard-000003\.npy is damaged \({size} bytes"):
-            PackedCodes(tmp_path)
+            open_codes(tmp_path)
     file.unlink()
     with pytest.raises(ValueError, match=r"shard-000003\.npy is damaged \(missing"):
-        PackedCodes(tmp_path)
+        open_codes(tmp_path)
     assert CodeWriter(tmp_path, SETTINGS).missing_shards() == [3]  # so running again mends it
     write(tmp_path)
     flipped = bytearray(whole)
     flipped[-3] ^= 1
     file.write_bytes(flipped)
     with pytest.raises(ValueError, match=r"(?s)shard-000003\.npy \(checksum.*Remove shard-000003\.json"):
-        PackedCodes(tmp_path).verify()
+        ShardFolder(tmp_path).verify()
     file.write_bytes(b"x" * len(whole))
-    data = PackedCodes(tmp_path)
+    data = open_codes(tmp_path)
     with pytest.raises(ValueError, match=r"shard-000003\.npy is damaged \(not an array"):
         data[13]
     (tmp_path / "shard-000003.json").write_text("{}")
     with pytest.raises(ValueError, match=r"shard-000003\.json is damaged"):
-        PackedCodes(tmp_path)
+        open_codes(tmp_path)
 
 
 def test_the_command_that_finishes_repeats_the_settings(tmp_path):
@@ -359,55 +346,55 @@ def test_published_layout_is_the_recorded_one(tmp_path):
 
 def test_published_items(tmp_path):
     publish(tmp_path / "flip")
-    data = PublishedCodes(tmp_path / "flip", 64)
+    data = open_codes(tmp_path / "flip", 64)
     views = []
     for i in range(25):  # in numeric order, not 0, 1, 10, 11
-        codes, label = data[i]
+        codes, label = data[i].values()
         views.append(drawn_view(codes, i))
         assert codes.dtype == torch.int64 and label == i % 3
         np.testing.assert_array_equal(codes, codes_of(SETTINGS, i)[views[-1]])
     assert set(views) == {0, 1}
-    batch = torch.cat([codes for codes, _ in DataLoader(data, batch_size=4, num_workers=2)])
+    batch = torch.cat([part["codes"] for part in DataLoader(data, batch_size=4, num_workers=2)])
     assert [drawn_view(codes, i) for i, codes in enumerate(batch)] == views
 
 
 def test_published_name_without_random_views(tmp_path, caplog):
     folder = tmp_path / "plain"
     publish(folder)
-    data = PublishedCodes(folder, 64)
-    assert {drawn_view(data[i][0], i) for i in range(25)} == {0}
+    data = open_codes(folder, 64)
+    assert {drawn_view(data[i]["codes"], i) for i in range(25)} == {0}
     assert "2 views" in caplog.text and "'flip'" in caplog.text
-    data = PublishedCodes(folder, 64, random_view=True)
-    assert {drawn_view(data[i][0], i) for i in range(25)} == {0, 1}
+    data = open_codes(folder, 64, random_view=True)
+    assert {drawn_view(data[i]["codes"], i) for i in range(25)} == {0, 1}
 
 
 def test_published_codes_and_labels_must_match(tmp_path):
     publish(tmp_path)
     (tmp_path / "imagenet64_labels" / "3.npy").unlink()
     with pytest.raises(ValueError, match=r"25 samples.*24 in .*1 are missing in .*imagenet64_labels.*3\.npy"):
-        PublishedCodes(tmp_path, 64)
+        open_codes(tmp_path, 64)
     (tmp_path / "imagenet64_codes" / "3.npy").unlink()
     (tmp_path / "imagenet64_codes" / "4.npy").unlink()
     with pytest.raises(ValueError, match=r"missing in .*imagenet64_codes.*4\.npy"):
-        PublishedCodes(tmp_path, 64)
+        open_codes(tmp_path, 64)
     (tmp_path / "imagenet64_labels" / "4.npy").unlink()
-    data = PublishedCodes(tmp_path, 64)  # numbers may have gaps
-    assert len(data) == 23 and int(data[3][0][0]) == 5 * 400
+    data = open_codes(tmp_path, 64)  # numbers may have gaps
+    assert len(data) == 23 and int(data[3]["codes"][0]) == 5 * 400
 
 
 def test_published_files_are_checked(tmp_path):
     publish(tmp_path, count=3)
     file = tmp_path / "imagenet64_codes" / "1.npy"
-    data = PublishedCodes(tmp_path, 64)
-    for array, message in [(np.zeros((1, 2, 9), int), "has shape"), (np.zeros((2, 16), int), "expected integers")]:
+    data = open_codes(tmp_path, 64)
+    for array in [np.zeros((1, 2, 9), int), np.zeros((2, 16), int), np.zeros((1, 2, 16))]:
         np.save(file, array)
-        with pytest.raises(ValueError, match=rf"1\.npy.*{message}"):
+        with pytest.raises(ValueError, match=r"1\.npy holds .*expected integers \(1, 2, 16\)"):
             data[1]
     file.write_bytes(b"")
     with pytest.raises(ValueError, match=r"1\.npy is damaged"):
         data[1]
     with pytest.raises(FileNotFoundError, match="imagenet128_codes does not exist"):
-        PublishedCodes(tmp_path, 128)
+        PublishedFolder(tmp_path, 128)
 
 
 # ten_crop and ten_crop_105
@@ -431,7 +418,7 @@ def test_ten_crop_draws_from_its_sibling_too(tmp_path, layout, name):
     drawn = Counter()
     for epoch in range(4):
         data.set_epoch(epoch)
-        for i, (codes, label) in enumerate(data):
+        for i, (codes, label) in enumerate(map(dict.values, data)):
             drawn[drawn_view(codes, i)] += 1  # 0 to 9 here, 10 to 19 in the sibling
             assert label == i % 3
     assert set(drawn) == set(range(20))
@@ -445,8 +432,8 @@ def test_ten_crop_draws_from_its_sibling_too(tmp_path, layout, name):
 def test_sibling_names_without_random_views(tmp_path):
     publish(tmp_path / "ten_crop", views=10)
     publish(tmp_path / "ten_crop_105", views=10, shift=160)
-    data = PublishedCodes(tmp_path / "ten_crop", 64)
-    assert {drawn_view(data[i][0], i) for i in range(25)} == {4, 14}
+    data = open_codes(tmp_path / "ten_crop", 64)
+    assert {drawn_view(data[i]["codes"], i) for i in range(25)} == {4, 14}
 
 
 @pytest.mark.parametrize("layout", ["packed", "published"])
@@ -466,8 +453,8 @@ def test_siblings_must_hold_the_same_images(tmp_path, layout):
 def test_open_codes_recognises_the_layout(tmp_path):
     write(tmp_path / "a")
     publish(tmp_path / "b_flip")
-    assert isinstance(open_codes(tmp_path / "a", 64), PackedCodes)
-    assert isinstance(open_codes(tmp_path / "b_flip", 64), PublishedCodes)
+    assert isinstance(open_codes(tmp_path / "a", 64).sources[0], ShardFolder)
+    assert isinstance(open_codes(tmp_path / "b_flip", 64).sources[0], PublishedFolder)
 
 
 def test_open_codes_says_what_it_found(tmp_path):

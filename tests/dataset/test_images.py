@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from dataset.augmentation import center_view, flip_views, random_view
 from dataset.folders import class_folders, find_images, flat_folder, listed_images, nested_folder
 from dataset.images import ImageDataset, collate_present, present_batches
-from dataset.jsonl import JsonLines, jsonl_images
+from dataset.jsonl import JsonPairs, jsonl_images
 from dataset.pixels import load_rgb
 from utils.rng import item_seed
 
@@ -160,9 +160,9 @@ def test_json_lines(tmp_path):
     pairs = [{"image_path": "in/a.png", "text": ["é"]}, {"image_path": str(tmp_path / "elsewhere.png"), "text": ["b"]}]
     (tmp_path / "2.jsonl").write_text(json.dumps(pairs[0], ensure_ascii=False))
     (tmp_path / "1.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs) + "\n  \n")
-    lines = pickle.loads(pickle.dumps(JsonLines(tmp_path)))
-    assert [(stem, number) for stem, number, _ in lines] == [("1", 0), ("1", 1), ("2", 0)]
-    assert lines[-1][2] == pairs[0] and lines[1][2] == pairs[1]
+    lines = pickle.loads(pickle.dumps(JsonPairs(tmp_path)))
+    assert [lines.identity(i) for i in range(3)] == [("1", 0), ("1", 1), ("2", 0)]
+    assert lines[2] == pairs[0] and lines[1] == pairs[1]
     data = ImageDataset(jsonl_images(tmp_path), partial(center_view, image_size=SIZE))
     assert [data[i][0][:, 0, 0].tolist() for i in range(3)] == [[-1, 1, -1], [-1, -1, 1], [-1, 1, -1]]
 
@@ -171,7 +171,7 @@ def test_json_lines_across_read_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr("dataset.jsonl._CHUNK", 7)
     texts = [json.dumps({"image_path": "x" * n}) for n in range(1, 30)]
     (tmp_path / "a.jsonl").write_text("\r\n".join(texts) + "\n\n\n")
-    assert [pair["image_path"] for _, _, pair in JsonLines(tmp_path)] == ["x" * n for n in range(1, 30)]
+    assert [pair["image_path"] for pair in JsonPairs(tmp_path)] == ["x" * n for n in range(1, 30)]
 
 
 @pytest.mark.parametrize(
@@ -181,13 +181,13 @@ def test_json_lines_across_read_chunks(tmp_path, monkeypatch):
 def test_json_lines_of_a_bad_file(tmp_path, content, message):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
-        JsonLines(tmp_path)
+        JsonPairs(tmp_path)
 
 
 def test_a_pipe_among_the_lists_does_not_wait(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"a\.jsonl is not a regular file"):
-        JsonLines(tmp_path)
+        JsonPairs(tmp_path)
 
 
 def test_images_of_lists_that_are_no_files_are_skipped(tmp_path, caplog):
@@ -206,7 +206,7 @@ def test_images_of_lists_that_are_no_files_are_skipped(tmp_path, caplog):
 
 def test_no_jsonl(tmp_path):
     with pytest.raises(ValueError, match=r"no \*\.jsonl"):
-        JsonLines(tmp_path)
+        JsonPairs(tmp_path)
 
 
 def test_damaged_line_is_skipped_like_a_damaged_image(tmp_path, caplog):

@@ -11,11 +11,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dataset import text_features
 from dataset.text_features import (
     FeatureWriter,
-    PackedFeatures,
-    PublishedFeatures,
     num_shards,
     open_features,
     published_lines,
@@ -72,7 +69,7 @@ def digests(folder):
 @pytest.mark.parametrize("make", [write, publish])
 def test_round_trip(tmp_path, make):
     store = open_features(make(tmp_path / "features"), dim=DIM)
-    assert isinstance(store, PackedFeatures if make is write else PublishedFeatures)
+    assert store.packed == (make is write)
     assert len(store) == 13 and store.dim == DIM
     for stem, count in LINES.items():
         for line in range(count):
@@ -147,15 +144,6 @@ def test_files_say_what_they_are(tmp_path):
 def test_shards_of_lines():
     assert [list(shard_lines(k, 11, 4)) for k in range(num_shards(11, 4))] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
     assert num_shards(8, 4) == 2 and num_shards(0, 4) == 0
-
-
-def test_few_files_stay_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_features, "OPEN_MAPS", 2)
-    store = open_features(write(tmp_path))
-    for _ in range(2):  # the second time over maps that were closed in between
-        for stem, line in [("part-0", 0), ("part-0", 10), ("part-1", 1), ("part-0", 5), ("part-0", 1)]:
-            assert torch.equal(store.get(stem, line), rows(stem, line))
-        assert len(store._maps) == 2
 
 
 def test_pickles_without_the_maps(tmp_path):
@@ -394,6 +382,6 @@ def test_published_lines(tmp_path):
     publish(tmp_path)
     (tmp_path / "part-0" / ".7.npy.x.tmp").write_bytes(b"")
     (tmp_path / "part-0" / "99.npy").write_bytes(b"")
-    assert published_lines(tmp_path, "part-0", 11).tolist() == [(line not in (2, 3)) for line in range(11)]
-    assert not published_lines(tmp_path, "nowhere", 5).any()
+    assert published_lines(tmp_path, "part-0", range(11)).tolist() == [(line not in (2, 3)) for line in range(11)]
+    assert not published_lines(tmp_path, "nowhere", range(5)).any()
     assert np.load(tmp_path / "part-0" / "0.npy").shape == (1, *rows("part-0", 0).shape)

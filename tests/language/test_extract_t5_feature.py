@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.text_features import FeatureWriter, PackedFeatures, open_features
+from dataset.text_features import FeatureWriter, open_features
 from language import extract_t5_feature
 from language.captions import clean_caption
 from language.extract_t5_feature import encode_captions
@@ -119,7 +119,7 @@ def extracted(lists, t5, tmp_path_factory):
 def test_every_caption(extracted, embedder):
     store = open_features(extracted, dim=32)
     expected = directly(embedder, texts)
-    assert isinstance(store, PackedFeatures) and len(store) == len(expected) == 30
+    assert store.packed and len(store) == len(expected) == 30
     for (stem, line), features in expected.items():
         torch.testing.assert_close(store.get(stem, line), features, **CLOSE)
     assert all(store.get(*place) is None for place in EMPTY), "nothing is left of a file's name"

@@ -136,7 +136,7 @@ def test_verify_finds_damage(folders, tokenizer, tmp_path):
     codes = shutil.copytree(folders / "published", tmp_path / "published")
     file = codes / "imagenet16_codes" / "9.npy"
     np.save(file, np.load(file) + 64)
-    with pytest.raises(ValueError, match=r"sample 9: have codes from \d+ to \d+, outside a codebook of 64"):
+    with pytest.raises(ValueError, match=r"sample 9: codes from \d+ to \d+, outside a codebook of 64"):
         check(codes, tokenizer, tmp_path / "x.png", "--verify")
     with pytest.raises(ValueError, match=r"the samples drawn from .* outside a codebook of 64: check --codebook-size"):
         check(codes, tokenizer, tmp_path / "x.png", "--indices", 9)

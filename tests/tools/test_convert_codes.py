@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dataset.augmentation import FLIP_VIEWS, TEN_CROP_VIEWS
-from dataset.codes import PackedCodes, PublishedCodes, write_published
-from dataset.shards import ShardFolder
+from dataset.code_files import ShardFolder, write_published
+from dataset.codes import open_codes
 from tests.dataset.test_codes import SETTINGS, codes_of, publish, write
 from tests.helpers import ROOT
 from tools.convert_codes import flags, main, packed_to_published, published_to_packed
@@ -24,14 +24,14 @@ def files(folder):
 def test_there_and_back(tmp_path, views):
     publish(tmp_path / "flip", 11, views=views)
     published_to_packed(tmp_path / "flip", tmp_path / "packed", 64, shard_size=4, num_classes=3)
-    packed = PackedCodes(tmp_path / "packed", seed=2)
-    packed.verify()
+    packed = open_codes(tmp_path / "packed", seed=2)
+    packed.sources[0].verify()
     expected = {1: ["center"], 2: list(FLIP_VIEWS), 10: list(TEN_CROP_VIEWS)}[views]
     assert packed.settings.views == expected and packed.settings.num_classes == 3
-    published = PublishedCodes(tmp_path / "flip", 64, seed=2)
-    for (codes, label), (other, other_label) in zip(packed, published, strict=True):
-        np.testing.assert_array_equal(codes, other)
-        assert label == other_label
+    published = open_codes(tmp_path / "flip", 64, seed=2)
+    for one, other in zip(packed, published, strict=True):
+        np.testing.assert_array_equal(one["codes"], other["codes"])
+        assert one["label"] == other["label"]
     packed_to_published(tmp_path / "packed", tmp_path / "back", 64)
     assert files(tmp_path / "back") == files(tmp_path / "flip")
 
@@ -42,7 +42,7 @@ def test_gaps_are_kept(tmp_path):
     published_to_packed(tmp_path / "flip", tmp_path / "again", 64, shard_size=4)
     first, second = ShardFolder(tmp_path / "packed"), ShardFolder(tmp_path / "again")
     np.testing.assert_array_equal(first.numbers, second.numbers)
-    for one, other in zip(first.shards(), second.shards(), strict=True):
+    for one, other in zip(first.parts(), second.parts(), strict=True):
         for a, b in zip(one, other):
             np.testing.assert_array_equal(a, b)
 
@@ -54,7 +54,7 @@ def test_resuming_to_packed(tmp_path):
     (tmp_path / "packed" / "shard-000001.json").unlink()
     kept = (tmp_path / "packed" / "shard-000000.npy").stat().st_mtime_ns
     with pytest.raises(ValueError, match=r"2 of 3(.|\n)*tools/convert_codes\.py --from(.|\n)*--shard-size 4"):
-        PackedCodes(tmp_path / "packed")
+        open_codes(tmp_path / "packed")
     published_to_packed(tmp_path / "flip", tmp_path / "packed", 64, shard_size=4)
     assert files(tmp_path / "packed") == whole
     assert (tmp_path / "packed" / "shard-000000.npy").stat().st_mtime_ns == kept

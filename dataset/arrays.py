@@ -1,0 +1,214 @@
+"""Arrays stored beside codes, one an image: what else a model is conditioned on, such as a depth map.
+
+    write_arrays("depth", "depth", maps, of="codes")                 # maps: an array for each sample of the codes
+    ArrayFolder("depth", "depth").get(17)                            # of the image numbered 17
+
+`--condition-path depth=depth` of the training scripts brings them into the batch under their name. For image-text pairs
+there is a folder for each file, `depth/{stem}/`, as there is one of codes.
+"""
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset.codes import open_codes
+from dataset.store import INDEX_FILE, Fixed, Ragged, Shards, ends_of, read_record
+from utils.files import write_json
+
+logger = logging.getLogger(__name__)
+
+ANY_VIEW = ("any",)
+_RESERVED = ("codes", "label", "image", "caption", "valid")
+
+
+def write_arrays(
+    folder: str | Path,
+    name: str,
+    arrays: Sequence,
+    *,
+    of: str | Path | None = None,
+    views: Sequence[str] = ("center",),
+    shard_size: int = 4096,
+) -> None:
+    """Store an array for each image. What the folder held before is replaced.
+
+    Args:
+        folder: where they go.
+        name: of the condition, by which batches have them.
+        arrays: (n, …), or a sequence of n arrays of one dtype. They have one shape, or each its own number of rows.
+        of: folder of codes whose samples they are of, in order. Without it array i is that of image i.
+        views: names of the views that the arrays' first axis goes through where there are several; ANY_VIEW for arrays
+            that hold for whichever view is drawn.
+        shard_size: arrays a shard.
+
+    Raises:
+        ValueError: where the arrays differ in more than their rows, are not as many as the samples, or the folder holds
+            something else.
+    """
+    folder, codes = Path(folder), open_codes(of).sources[0] if of else None
+    if (folder / INDEX_FILE).exists() and "array" not in read_record(folder / INDEX_FILE):
+        raise ValueError(f"{folder} holds codes or features: give {name} a folder of its own")
+    numbers = np.arange(len(arrays)) if codes is None else codes.numbers
+    if len(numbers) != len(arrays) or not len(arrays):
+        raise ValueError(f"{len(arrays)} arrays of {name} for {len(numbers)} samples: give one for each")
+    first = np.asarray(arrays[0])
+    shapes = {np.shape(array) for array in arrays}
+    ragged = len(shapes) > 1
+    if ragged and {shape[1:] for shape in shapes} != {first.shape[1:]}:
+        raise ValueError(
+            f"arrays of {name} have shapes {sorted(shapes)[:4]}: all but the first axis has to be the same"
+        )
+    if len(views) > 1 and (ragged or first.shape[:1] != (len(views),)):
+        raise ValueError(f"arrays of {name} are {first.shape}: the first axis has to go through {', '.join(views)}")
+    items = int(numbers[-1]) + 1
+    if codes is not None and codes.settings:
+        items = codes.settings.num_images
+    index = {
+        "array": name,
+        "dtype": first.dtype.name,
+        "shape": [None, *first.shape[1:]] if ragged else list(first.shape),
+        "rows": max(shape[0] for shape in shapes) if ragged else None,
+        "items": items,
+        "shard_size": shard_size,
+        "views": list(views),
+        "images": codes.settings.images if codes is not None and codes.settings else None,
+    }
+    for record in folder.glob("shard-*.json"):
+        record.unlink()
+    write_json(folder / INDEX_FILE, index)
+    for lines in Path(of).glob("lines-*.npz") if of else ():  # which lines of a list the codes are of
+        shutil.copy(lines, folder)
+    shards = Shards(folder)
+    for shard, start in enumerate(range(0, items, shard_size)):
+        wanted = range(start, min(start + shard_size, items))
+        place, end = np.searchsorted(numbers, [wanted.start, wanted.stop])
+        there = dict(zip(numbers[place:end].tolist(), map(np.asarray, arrays[place:end]), strict=True))
+        parts = [np.empty((0, *first.shape[ragged:]), first.dtype)]
+        if ragged:
+            ends = np.cumsum([len(there.get(number, ())) for number in wanted]).astype(np.uint32)
+            shards.write(shard, {"": [*parts, *there.values()], ends_of(""): [ends]}, lines=items, captions=len(there))
+        else:
+            skipped = [number for number in wanted if number not in there]
+            parts += [array[None] for array in there.values()]
+            shards.write(shard, {"": parts}, samples=len(there), skipped=skipped)
+
+
+class ArrayFolder:
+    """Reader of what write_arrays wrote.
+
+    Raises FileNotFoundError where the folder is missing, ValueError where it is incomplete or holds something else.
+    """
+
+    def __init__(self, folder: str | Path, name: str):
+        self.folder, self.name = Path(folder), name
+        index = read_record(self.folder / INDEX_FILE)
+        if index.get("array") != name:
+            raise ValueError(
+                f"{folder} holds {index.get('array', 'codes or features')}, not {name}: check --condition-path"
+            )
+        self.items, self.views, self.images = index["items"], index["views"], index["images"]
+        shape, again = tuple(index["shape"]), "write it again with dataset.arrays.write_arrays"
+        shards, size = Shards(folder, again), index["shard_size"]
+        self.rows: int | None = index["rows"]
+        self._arrays: Fixed | Ragged = (
+            Fixed(shards, "", index["dtype"], shape, self.items, size, again)
+            if self.rows is None
+            else Ragged(shards, "", index["dtype"], shape[1:], size, again)
+        )
+        several = len(self.views) > 1
+        self._nothing = np.zeros((0, *shape[1:]) if self.rows is not None else shape[several:], index["dtype"])
+
+    def get(self, number: int, view: str | None = None) -> Tensor | None:
+        """Return an image's array, that of a view where there are several; None where it has none."""
+        array = self._arrays.get(number)
+        if array is not None and len(self.views) > 1:
+            array = array[self.views.index(view)]
+        return None if array is None else torch.as_tensor(array)
+
+    def nothing(self) -> Tensor:
+        """Return zeros in the shape of an array, for a pair that does not count; no rows where each has its own number."""
+        return torch.as_tensor(self._nothing)
+
+    def identity(self) -> dict[str, str]:
+        """Return a digest that tells whether the arrays are still the same."""
+        shards = self._arrays.shards
+        records = [sorted(shards.record(shard)["files"].items()) for shard in range(self._arrays.count)]
+        return {self.name: hashlib.sha256(repr(records).encode()).hexdigest()[:16]}
+
+    def require_views(self, views: Iterable[str], of: str | Path) -> None:
+        """Raise ValueError where views of these codes are drawn that the arrays do not have."""
+        missing = [view for view in views if view not in self.views]
+        if missing and self.views != list(ANY_VIEW):
+            raise ValueError(
+                f"{self.name} in {self.folder} has the views {', '.join(self.views)}, and {of} {', '.join(missing)} too: write "
+                "an array for each view (views=…), or extract the codes with --no-flip"
+            )
+
+    def require_images(self, numbers: np.ndarray, images: str | None, of: str | Path) -> None:
+        """Raise ValueError where the arrays are of other images than these codes, or lack some of them."""
+        if None not in (images, self.images) and images != self.images:
+            raise ValueError(
+                f"{self.name} in {self.folder} and {of} are of other images: write it again for these codes"
+            )
+        if None in (images, self.images):
+            logger.info("%s or %s does not record its images: they could not be compared", self.folder, of)
+        absent = [number for number in numbers.tolist() if number >= self.items]
+        if isinstance(self._arrays, Fixed):
+            absent += np.intersect1d(numbers, self._arrays.skipped).tolist()
+        else:
+            present = np.flatnonzero(self._arrays.present())
+            absent = np.setdiff1d(numbers, present).tolist()
+        if absent:
+            more = f" (and of {len(absent) - 1} more)" if len(absent) > 1 else ""
+            raise ValueError(
+                f"{self.folder} has no {self.name} of image {absent[0]}{more} of {of}: write it for all of them"
+            )
+
+
+class PairArrays:
+    """Arrays of image-text pairs by (file stem, line): an ArrayFolder for each stem that has a folder.
+
+    Raises FileNotFoundError where none of the stems has one.
+    """
+
+    def __init__(self, folder: str | Path, name: str, stems: Iterable[str]):
+        self.folder, self.name = Path(folder), name
+        self.stems = {stem: ArrayFolder(self.folder / stem, name) for stem in stems if (self.folder / stem).is_dir()}
+        if not self.stems:
+            raise FileNotFoundError(f"{folder} has no {name} of these pairs: a folder for each file is looked for")
+        self.rows = max((one.rows for one in self.stems.values() if one.rows is not None), default=None)
+
+    def get(self, stem: str, line: int) -> Tensor | None:
+        """Return a pair's array; None where it has none."""
+        return self.stems[stem].get(line, "center") if stem in self.stems else None
+
+    def lines(self, stem: str) -> int | None:
+        """Return how many lines a stem's file had when its arrays were made."""
+        return self.stems[stem].items
+
+    def nothing(self) -> Tensor:
+        """Return what a pair without an array has in its place."""
+        return next(iter(self.stems.values())).nothing()
+
+    def identity(self) -> dict[str, str]:
+        """Return a digest that tells whether the arrays are still the same."""
+        found = {stem: one.identity() for stem, one in sorted(self.stems.items())}
+        return {self.name: hashlib.sha256(repr(found).encode()).hexdigest()[:16]}
+
+
+def condition_folders(words: Sequence[str] | None) -> Mapping[str, str]:
+    """Return {name: folder} of the flag --condition-path NAME=FOLDER. Raises ValueError for a name that is taken."""
+    folders = {}
+    for word in words or ():
+        name, equals, folder = word.partition("=")
+        if not (name and equals and folder) or name in folders or name in _RESERVED:
+            taken = ", ".join([*_RESERVED, *folders])
+            raise ValueError(f"--condition-path {word}: give NAME=FOLDER with a name other than {taken}")
+        folders[name] = folder
+    return folders
