@@ -5,15 +5,19 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from autoregressive.train import extract_codes_c2i
+from autoregressive.sample import sample_c2i
+from autoregressive.train import extract_codes_c2i, train_c2i
 from dataset.codes import open_codes
-from tests.examples.conftest import SIZE
+from tests.examples.conftest import SAMPLE, SIZE
+from tests.examples.conftest import TRAIN as GPT_TRAIN
 from tests.helpers import ROOT
 from tests.training import load, metrics, run_folder, run_here, same
 from tokenizer.base import QUANTIZERS
 from tokenizer.load import load_tokenizer
 from tokenizer.tokenizer_image import reconstruction_vq_ddp, vq_demo, vq_train
+from tokenizer.tokenizer_image.hub import VQModelHF
 from tools import export_checkpoint, push_vae_to_hf
 from utils.registry import import_file
 
@@ -63,17 +67,33 @@ def test_file_says_its_quantiser_and_what_registers_it(trained):
         assert 0 < line["codebook_usage"] <= 1
 
 
-def test_codes_are_extracted_and_images_reconstructed(digits, trained, tmp_path, capsys):
-    tokenizer = load_tokenizer(trained)
+@pytest.fixture(scope="module")
+def codes(digits, trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("codes")
+    words = ["--vq-ckpt", trained, "--image-size", SIZE, *IMPORT, "--device", "cpu", "--num-workers", 0, "--no-flip"]
+    run_here(extract_codes_c2i, *words, "--data-path", digits / "images", "--code-path", folder)
+    return folder
+
+
+def test_extracted_codes_are_of_its_tokenizer(trained, codes):
+    settings = open_codes(codes, SIZE, 4).settings
+    fingerprint = load_tokenizer(trained).fingerprint()
+    assert (settings.codebook_size, settings.vq_model, settings.tokenizer) == (64, "VQ-4", fingerprint)
+
+
+def test_gpt_of_its_codes_draws_with_it(trained, codes, tmp_path):
+    words = [*GPT_TRAIN, "--max-steps", 1, "--results-dir", tmp_path, "--vq-ckpt", trained, *IMPORT]
+    run_here(train_c2i, "--code-path", codes, *words)
+    gpt = max((run_folder(tmp_path) / "checkpoints").glob("*.pt"))
+    image = tmp_path / "sample.png"
+    run_here(sample_c2i, "--gpt-ckpt", gpt, "--vq-ckpt", trained, *SAMPLE, *IMPORT, "--output", image)
+    assert Image.open(image).width >= SIZE
+
+
+def test_images_are_reconstructed(digits, trained, tmp_path, capsys):
     common = ["--vq-ckpt", trained, "--image-size", SIZE, *IMPORT, "--device", "cpu"]
-    data = ["--data-path", digits / "images", "--num-workers", 0]
-    run_here(extract_codes_c2i, *common, *data, "--code-path", tmp_path / "codes", "--no-flip")
-    settings = open_codes(tmp_path / "codes", SIZE, 4).settings
-    assert (settings.codebook_size, settings.vq_model, settings.tokenizer) == (64, "VQ-4", tokenizer.fingerprint())
-    run_here(
-        reconstruction_vq_ddp,
-        *(*common, *data, "--sample-dir", tmp_path, "--image-size-eval", SIZE, "--no-lpips", "--no-use-ema"),
-    )
+    data = ["--data-path", digits / "images", "--num-workers", 0, "--sample-dir", tmp_path, "--image-size-eval", SIZE]
+    run_here(reconstruction_vq_ddp, *common, *data, "--no-lpips", "--no-use-ema")
     (found,) = tmp_path.glob("*_results.json")
     assert found.name.startswith("VQ-4-imagenet-size-32-size-32-codebook-size-64-dim-6")
     assert json.loads(found.read_text())["codebook_size"] == 64
@@ -91,6 +111,7 @@ def test_copies_in_other_formats_give_the_same_codes(trained, tmp_path, pixels):
     for copy in ("pt", "consolidated", "safetensors", "hub"):
         loaded = load_tokenizer(tmp_path / copy)
         assert loaded.fingerprint() == expected.fingerprint() and torch.equal(loaded.to_codes(pixels), codes)
+    assert torch.equal(VQModelHF.from_pretrained(tmp_path / "hub").to_codes(pixels), codes)
 
 
 def test_run_resumes_bit_identically_and_with_its_own_quantiser(digits, trained, tmp_path):
