@@ -12,7 +12,6 @@ compared with it.
 import argparse
 import asyncio
 import os
-import signal
 import socket
 import sys
 import time
@@ -23,9 +22,11 @@ from functools import partial
 from pathlib import Path
 from secrets import randbelow, token_urlsafe
 from tempfile import TemporaryDirectory, mkdtemp
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from autoregressive.models.sizes import GPT_SIZES
+from autoregressive.serve.server import Signals
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
     Number,
@@ -82,7 +83,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"{flag} is of models that are loaded here, and --server draws elsewhere: give one of the two")
     if args.api_key is not None and not args.server:
         raise ValueError("--api-key is the key of a --server: give that too; --auth asks visitors for a login")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes
+    signals = Signals(lambda: sys.exit(0))  # so that the folder goes
     with TemporaryDirectory(prefix="demo-") as folder, listen(args.host, args.port) as sock:
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": f"{folder}/pictures"}
         import gradio  # noqa: F401 - what is absent is told before a model is loaded
@@ -100,7 +101,7 @@ def main(args: argparse.Namespace) -> None:
                     raise
                 loaded[kind] = error_html(error)  # the page says it, and has the other tab
                 print(f"{kind}: {error}", flush=True)
-        asyncio.run(serve(args, Path(folder), sock, loaded))
+        asyncio.run(serve(args, Path(folder), sock, loaded, signals))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -254,7 +255,9 @@ def settings_for(kind: str, args: argparse.Namespace) -> dict[str, float]:
     return values | ends | ({"temperature": 0} if args.greedy else {})
 
 
-async def serve(args: argparse.Namespace, folder: Path, sock: socket.socket, loaded: dict[str, Any]) -> None:
+async def serve(
+    args: argparse.Namespace, folder: Path, sock: socket.socket, loaded: dict[str, Any], signals: Signals
+) -> None:
     """Serve the page, and to it alone, over a Unix socket in `folder`, the models that are loaded here, until a signal ends it.
 
     Args:
@@ -262,13 +265,12 @@ async def serve(args: argparse.Namespace, folder: Path, sock: socket.socket, loa
     """
     import gradio
     import httpx
-    import uvicorn
     from fastapi import Depends, FastAPI
     from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
     from autoregressive.demo import HTTP, Painter
     from autoregressive.serve.api import create_app
-    from autoregressive.serve.server import native_parts
+    from autoregressive.serve.server import draining_server, native_parts
     from autoregressive.serve.service import Service
 
     problems = {kind: found for kind, found in loaded.items() if isinstance(found, str)}
@@ -322,10 +324,12 @@ async def serve(args: argparse.Namespace, folder: Path, sock: socket.socket, loa
         inside = scope["type"] == "http" and (scope.get("server") or (None, None))[1] is None  # over the Unix socket
         await (private if inside else public)(scope, receive, send)
 
-    config = uvicorn.Config(both, http="h11", ws="none", log_level="error", timeout_graceful_shutdown=2)
+    # It knows one thing of a service: whether there is something to wait for when it ends.
+    server = draining_server(both, SimpleNamespace(draining=False, idle=True, info=SimpleNamespace(name="the demo")))
+    signals.act = lambda: setattr(server, "should_exit", True)
     with socket.socket(socket.AF_UNIX) as unix:
         unix.bind(f"{folder}/socket")
-        await uvicorn.Server(config).serve([sock, unix])
+        await server.serve([sock, unix])
 
 
 def logins(args: argparse.Namespace) -> list[tuple[str, str]] | None:
