@@ -186,10 +186,7 @@ def create_app(
             "object": "model",
             "created": started,
             "owned_by": "local",
-            "kind": info.kind,
-            "image_size": info.image_size,
-            "tokens": info.tokens,
-            "num_classes": info.num_classes,
+            **{field: getattr(info, field) for field in ("kind", "image_size", "tokens", "num_classes")},
             "classes": list(service.classes),
         }
 

@@ -82,7 +82,7 @@ class ImageBody(BaseModel):
     top_p: float | None = Field(
         None, ge=0, le=1, description="Keep the most likely tokens of this mass, 0 for the likeliest. Default 1."
     )
-    response_format: Literal["b64_json"] | Kind | None = Field(
+    response_format: Literal["b64_json", "png", "jpeg", "webp"] | None = Field(
         None, description="JSON with files in base64 (default), or the file itself, as with Accept: image/png."
     )
     output_format: Kind | None = Field(None, description="Of the pictures' files. Default png.")

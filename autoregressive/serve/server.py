@@ -61,7 +61,7 @@ SECONDS_TO_READ = (
 )
 SECONDS_TO_HEAR = 0.5  # what clients that are connected by then ask, once no others can connect
 SECONDS_TO_CLOSE = 30  # for the engine, after that
-MOST_UNREAD = 64 * 2**20  # bytes of answers that clients have not taken yet
+MOST_UNREAD = 64 * 2**20  # bytes of answers that clients do not take; four times as many of those that they take slowly
 SECONDS_BETWEEN_WARNINGS = 60
 
 
@@ -229,7 +229,8 @@ def draining_server(app: Any, service: "Service", seconds: float = 600) -> "uvic
             excess = len(self.server_state.connections) - resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
             for (connection, _, size), began in sorted(since.items(), key=lambda item: item[1]):
                 late = now - began > (SECONDS_TO_READ if size else SECONDS_TO_ASK)
-                if late or excess > 0 or (size and unread > MOST_UNREAD):
+                crowded = size and unread > MOST_UNREAD * (1 if now - began > 1 else 4)
+                if late or crowded or excess > 0:
                     connection.transport.abort()
                     unread, excess = unread - size, excess - 1
 
@@ -453,36 +454,23 @@ def flags() -> argparse.ArgumentParser:
     add_text_flags(parser)
     add_vllm_flags(parser, places=False)
     group = parser.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 for every one")
-    group.add_argument("--port", type=PORT, default=8000, help="0 takes one that is free, which the log tells")
-    group.add_argument("--uds", default=None, help="path of a Unix socket to listen at in place of --host and --port")
-    group.add_argument("--root-path", default="", help="the path under which a proxy has the server, such as /images")
-    group.add_argument(
-        "--cors-origin",
-        action="append",
-        default=[],
-        help="of web pages whose scripts may ask the server, * for all; may be given several times",
-    )
-    group.add_argument(
-        "--api-key",
-        action="append",
-        default=[],
-        help="asked of every request to /v1; may be given several times (default: those in SERVE_API_KEY, with spaces between)",
-    )
-    group.add_argument(
-        "--max-queue", type=positive_int, default=64, help="images accepted and not yet drawn; more get 429"
-    )
-    group.add_argument("--max-n", type=positive_int, default=8, help="images of one request")
-    group.add_argument("--max-prompt-length", type=positive_int, default=4000, help="characters of a prompt")
-    group.add_argument(
-        "--timeout", type=positive_float, default=600, help="seconds a request may take; then it gets 504"
-    )
-    group.add_argument(
-        "--stall-timeout",
-        type=positive_float,
-        default=120,
-        help="seconds without a token, while images are drawn, after which /health answers 503",
-    )
+    for flag, kind, default, help in (
+        ("--host", str, "127.0.0.1", "the address to listen at; 0.0.0.0 for every one"),
+        ("--port", PORT, 8000, "0 takes one that is free, which the log tells"),
+        ("--uds", str, None, "path of a Unix socket to listen at in place of --host and --port"),
+        ("--root-path", str, "", "the path under which a proxy has the server, such as /images"),
+        ("--max-queue", positive_int, 64, "images accepted and not yet drawn; more get 429"),
+        ("--max-n", positive_int, 8, "images of one request"),
+        ("--max-prompt-length", positive_int, 4000, "characters of a prompt"),
+        ("--timeout", positive_float, 600, "seconds a request may take; then it gets 504"),
+        ("--stall-timeout", positive_float, 120, "seconds of drawing without a token until /health answers 503"),
+    ):
+        group.add_argument(flag, type=kind, default=default, help=help)
+    for flag, help in (
+        ("--api-key", "asked of every request to /v1 (default: those in SERVE_API_KEY, with spaces between)"),
+        ("--cors-origin", "of web pages whose scripts may ask the server, * for all"),
+    ):
+        group.add_argument(flag, action="append", default=[], help=f"{help}; may be given several times")
     return parser
 
 

@@ -100,7 +100,7 @@ class Service:
     @property
     def queued_images(self) -> int:
         """Images accepted and not yet drawn."""
-        return sum(len(job.files) for job in self._jobs)
+        return sum(job.files.count(None) for job in self._jobs)
 
     @property
     def idle(self) -> bool:

@@ -30,7 +30,7 @@ from autoregressive.serve.service import Service
 from benchmarks.serving import started_server
 from tests.helpers import ROOT
 from tests.serve.servers import ScriptedEngine, listening
-from tokenizer.tokenizer_image.load import load_tokenizer
+from tokenizer.load import load_tokenizer
 
 PATIENCE = 20  # seconds, of which a fraction is needed
 
@@ -122,7 +122,7 @@ def test_unread_answers_beyond_the_memory_for_them_are_cut_oldest_first(tokenize
             with ExitStack() as stack:
                 stack.callback(sock.close)
                 try:
-                    sock.settimeout(3)
+                    sock.settimeout(1)
                     while chunk := sock.recv(2**20):
                         received += len(chunk)
                 except (TimeoutError, ConnectionError):
@@ -172,6 +172,7 @@ def test_connections_that_ask_for_nothing_are_closed(tokenizer, monkeypatch, sen
         waits.settimeout(0.5)
         with pytest.raises(TimeoutError):
             waits.recv(1)
+        waits.close()
 
 
 def trickle(sock: socket.socket) -> None:
