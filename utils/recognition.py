@@ -24,11 +24,13 @@ def looks_like(state: Mapping[str, torch.Tensor]) -> str:
     def has(prefix: str) -> bool:
         return any(name.startswith(prefix) for name in state)
 
-    if "quantize.embedding.weight" in state and has("encoder.down."):
-        return "it looks like a VQGAN of taming-transformers (tokenizer/vqgan/reconstruction_vqgan_ddp.py reads it)"
+    if has("encoder.down.0.block."):
+        return "it looks like a VQGAN of taming-transformers (give it as --vq-ckpt)"
     if "quantize.embedding.weight" in state and has("encoder."):
         rows, width = state["quantize.embedding.weight"].shape
         return f"it looks like a VQ image tokenizer with {rows} codes of {width} (give it as --vq-ckpt)"
+    if has("encoder.conv_blocks."):
+        return "it looks like an image tokenizer without a codebook (give it as --vq-ckpt)"
     if {"layers.0.attention.wqkv.weight", "tok_embeddings.weight"} <= state.keys() and has("cls_embedding."):
         return "it looks like a GPT (give it as --gpt-ckpt)"
     if any(".lora_" in name for name in state):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from autoregressive.pipeline import load_gpt
 from autoregressive.sample import sample_c2i
 from autoregressive.train import extract_codes_c2i, train_c2i
 from dataset.codes import open_codes
@@ -128,6 +129,13 @@ def test_finetune_takes_the_quantiser_of_its_file(digits, trained, tmp_path):
     path = train(digits, tmp_path, "--finetune", "--vq-ckpt", trained, "--max-steps", 1, "--lr", 0)
     assert load(path)["config"]["quantizer"] == load(trained)["config"]["quantizer"]
     assert load_tokenizer(path).fingerprint() == load_tokenizer(trained).fingerprint()
+
+
+def test_file_in_the_place_of_a_gpt_is_told_apart(trained):
+    with pytest.raises(
+        ValueError, match=r"it looks like an image tokenizer without a codebook \(give it as --vq-ckpt\)"
+    ):
+        load_gpt(trained)
 
 
 def test_file_without_import_is_refused_with_the_flag(trained, digits, tmp_path, monkeypatch):
