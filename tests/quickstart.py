@@ -3,10 +3,10 @@
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tests import forkserver
 from tests.helpers import ROOT
 
 
@@ -30,7 +30,7 @@ def small_recipe(folder: Path, *replacements: tuple[str, str, int]) -> tuple[Pat
         assert replaced == times, before
     script = folder / "quickstart.sh"
     script.write_text(recipe)
-    environment = {**os.environ, "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
+    environment = {**os.environ, "PATH": f"{forkserver.shim()}{os.pathsep}{os.environ['PATH']}"}
 
     def run(*words):
         done = subprocess.run(

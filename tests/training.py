@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from PIL import Image
 
 from dataset.augmentation import FLIP_VIEWS, TEN_CROP_VIEWS
 from dataset.code_files import CodeSettings, CodeWriter
+from tests import forkserver
 from tests.helpers import ROOT
 from utils.cli import LLAMAGEN_FLAGS
 
@@ -35,7 +35,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def run_script(module: str, *args: object, processes: int = 1, fails: bool = False, **env: str) -> str:
     """Runs a script to its end and returns what it printed; it has to succeed, or with `fails` to end with code 1."""
-    done = subprocess.run(
+    done = forkserver.run(
         command(module, *args, processes=processes), env=environment(**env), capture_output=True, text=True, timeout=600
     )
     output = done.stdout + done.stderr

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 
 import numpy as np
@@ -20,6 +19,7 @@ from autoregressive.train import extract_codes_t2i
 from dataset.augmentation import center_view
 from dataset.code_files import ShardFolder
 from dataset.t2i import PairViews, TextCodes
+from tests import forkserver
 from tests.helpers import ROOT
 from tests.text_training import make_pairs, make_shards, picture
 from tests.training import check_published_flags, environment, quiet_loggers, run_here
@@ -161,7 +161,7 @@ def test_again_does_what_is_missing(data, extracted, published, tmp_path, layout
 def run_lives(tmp_path, *lives):
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps(lives))
-    done = subprocess.run(
+    done = forkserver.run(
         [sys.executable, str(ROOT / "tests/processes.py"), str(plan)],
         env=environment(), capture_output=True, text=True, timeout=200,
     )  # fmt: skip

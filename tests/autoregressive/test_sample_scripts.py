@@ -18,6 +18,7 @@ from PIL import Image
 from autoregressive.pipeline import ImagePipeline
 from autoregressive.sample import common, sample_c2i, sample_c2i_ddp
 from autoregressive.sample.common import BATCHES_WAITING, save_images
+from tests import forkserver
 from tests.helpers import ROOT
 from tests.training import check_published_flags, run_here
 from utils.cli import run_script
@@ -50,7 +51,7 @@ def start(script, words, cwd, processes: int = 1) -> subprocess.CompletedProcess
     path = ROOT / f"{script.__name__.replace('.', '/')}.py"
     env = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "OMP_NUM_THREADS": "1"}
     command = [*launch, str(path), *map(str, words)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return forkserver.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -21,6 +21,7 @@ from autoregressive.pipeline import ImagePipeline
 from autoregressive.sample import sample_c2i, sample_t2i, sample_t2i_ddp
 from autoregressive.sample.common import text_settings
 from language import extract_t5_feature
+from tests import forkserver
 from tests.helpers import ROOT, randomize
 from tests.language.small_t5 import make_small_t5
 from tests.training import check_published_flags, environment, run_here
@@ -96,7 +97,7 @@ def command(words, processes: int = 1) -> list[str]:
 def start(words, cwd, processes: int = 1) -> subprocess.CompletedProcess:
     """Runs sample_t2i_ddp.py as a user would, from another folder."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
+    return forkserver.run(
         command(words, processes),
         cwd=cwd,
         env=env,
@@ -343,7 +344,7 @@ def test_a_run_that_is_killed_goes_on(text_files, drawn, tmp_path):
     life = {"module": sample_t2i_ddp.__name__, "args": list(map(str, words)), "world": 2}
     (tmp_path / "plan.json").write_text(json.dumps([{**life, "kill_at": str(folder / "images" / "*.png")}]))
     plan = [sys.executable, str(ROOT / "tests/processes.py"), str(tmp_path / "plan.json")]
-    done = subprocess.run(plan, env=environment(), capture_output=True, text=True, timeout=280)
+    done = forkserver.run(plan, env=environment(), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and "life: killed" in done.stdout, done.stderr
     assert 1 <= len(list((folder / "images").glob("[0-9]*.png"))) < 6 and not (folder / "captions.txt").exists()
     run_here(sample_t2i_ddp, *words)

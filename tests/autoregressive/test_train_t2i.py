@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -17,6 +16,7 @@ from autoregressive.train import extract_codes_t2i, train_t2i
 from autoregressive.train.loss import TokenLoss, dropped_conditions
 from dataset.augmentation import center_view
 from language.features import left_padded, prefix_mask
+from tests import forkserver
 from tests.helpers import ROOT
 from tests.text_training import (
     COLOURS,
@@ -106,7 +106,7 @@ def live(tmp_path, *lives):
     plan = tmp_path / f"plan{len(list(tmp_path.glob('plan*')))}.json"
     plan.write_text(json.dumps(lives))
     command = [sys.executable, str(ROOT / "tests/processes.py"), str(plan)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280)
+    done = forkserver.run(command, env=environment(), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 

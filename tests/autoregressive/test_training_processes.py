@@ -17,6 +17,7 @@ from PIL import Image
 from autoregressive.pipeline import load_gpt
 from autoregressive.train import train_c2i_fsdp
 from dataset.code_files import write_published
+from tests import forkserver
 from tests.helpers import ROOT, free_port
 from tests.training import (
     check_published_flags,
@@ -71,7 +72,7 @@ def live(tmp_path, *lives, timeout=280):
     plan = tmp_path / f"plan{random.getrandbits(32)}.json"
     plan.write_text(json.dumps(lives))
     words = [sys.executable, str(ROOT / "tests/processes.py"), str(plan)]
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=timeout)
+    done = forkserver.run(words, env=environment(), capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 

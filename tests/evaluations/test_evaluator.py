@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from evaluations.c2i import evaluator
+from tests import forkserver
 from tests.helpers import GOLDEN, ROOT, free_port
 from tests.training import run_here
 
@@ -216,7 +217,7 @@ def test_two_processes_give_the_figures_of_one(batches, tmp_path):
         str(ROOT / "evaluations/c2i/evaluator.py"), str(reference), str(samples), "--graph", str(GRAPH), "--device",
         "cpu", "--output", str(tmp_path / "two"), "--batch-size", "24",
     ]  # fmt: skip
-    subprocess.run(
+    forkserver.run(
         command, check=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL
     )
     together = json.loads((tmp_path / "two.json").read_text())

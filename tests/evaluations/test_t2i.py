@@ -18,6 +18,7 @@ from evaluations.t2i import evaluation
 from evaluations.t2i.clip import CLIP, CLIP_MODELS, find_clip, load_clip
 from evaluations.t2i.images import generated_images, natural_order, square
 from evaluations.t2i.reference import RecordedReference, save_reference
+from tests import forkserver
 from tests.helpers import GOLDEN, ROOT, free_port
 from tests.training import run_here
 
@@ -470,7 +471,7 @@ def test_two_processes_give_the_figures_of_one(folders, clip_folder, tmp_path):
         "--output", str(tmp_path / "two"),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, timeout=200, env=environment, stdin=subprocess.DEVNULL)
+    forkserver.run(command, check=True, timeout=200, env=environment, stdin=subprocess.DEVNULL)
     together = json.loads((tmp_path / "two.json").read_text())
     assert together["protocol"]["processes"] == 2
     for name in ("clip_score", "fid"):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 
 from dataset.augmentation import center_view
 from dataset.images import ImageDataset, ImageList
+from tests import forkserver
 from tests.helpers import ROOT, randomize
 from tests.training import check_published_flags, environment, make_images, run_here
 from tests.training import run_script as run_in_processes
@@ -319,7 +319,7 @@ def test_killed_runs_and_two_processes_write_the_same(small_files, images, done,
     ]
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     command = [sys.executable, str(ROOT / "tests/processes.py"), str(tmp_path / "plan.json")]
-    ran = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    ran = forkserver.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert [row for row in ran.stdout.splitlines() if row.startswith("life")] == [
         "life: ended",

@@ -1,6 +1,5 @@
 """tools/convert_codes.py: both ways, stopped and resumed, and what it refuses."""
 
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -10,6 +9,7 @@ import pytest
 from dataset.augmentation import FLIP_VIEWS, TEN_CROP_VIEWS
 from dataset.code_files import ShardFolder, write_published
 from dataset.codes import open_codes
+from tests import forkserver
 from tests.dataset.test_codes import SETTINGS, codes_of, publish, write
 from tests.helpers import ROOT
 from tools.convert_codes import flags, main, packed_to_published, published_to_packed
@@ -124,5 +124,5 @@ def test_command_line_errors_are_one_line(tmp_path):
         with pytest.raises((ValueError, OSError), match=message):
             main(flags().parse_args(arguments))
     command = [sys.executable, "tools/convert_codes.py", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = forkserver.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "not 128" in done.stderr

@@ -1,13 +1,13 @@
 """tools/openimage_json.py as it is run."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 from PIL import Image
 
 from dataset.folders import listed_images
+from tests import forkserver
 from tests.helpers import ROOT
 from tests.training import run_here
 from tools import openimage_json
@@ -21,7 +21,7 @@ def test_lists_images_in_natural_order(tmp_path):
         Image.new("RGB", (4, 4)).save(file, "PNG")
     (tmp_path / "notes.txt").write_text("")
     command = [sys.executable, "tools/openimage_json.py", "--data-path", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = forkserver.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "6 images" in done.stdout
     expected = ["a/9/x.png", "a/10/x.png", "b/1.webp", "img02.png", "img3.JPG", "img10.png"]
     assert json.loads((tmp_path / "image_paths.json").read_text()) == expected

@@ -21,6 +21,7 @@ from PIL import Image
 from autoregressive.models.gpt import GPT_models
 from autoregressive.sample import sample_c2i_ddp
 from evaluations.published import REFERENCE, ROWS, find_row
+from tests import forkserver
 from tests.helpers import GOLDEN, ROOT
 from tests.training import run_here
 from tokenizer.tokenizer_image import reconstruction_vq_ddp
@@ -72,7 +73,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run(name: str, *words, fails: bool = False, **env: str) -> str:
-    done = subprocess.run(command(name, *words), env=environment(**env), capture_output=True, text=True, timeout=280)
+    done = forkserver.run(command(name, *words), env=environment(**env), capture_output=True, text=True, timeout=280)
     output = done.stdout + done.stderr
     assert (done.returncode != 0) == fails, output
     return output
