@@ -98,7 +98,7 @@ def generate(
         sampling, settings: the fields of SamplingConfig in their order or by name (cfg_scale, …, sample_logits).
         negative: conditions of the same shapes that guidance leads away from, in place of "no condition"; a label may be
             num_classes, "no class". Without guidance they change nothing.
-        negative_masks: (B, T), beside emb_masks: which rows of a negative caption are real (default: emb_masks).
+        negative_masks: (B, T), which rows of a negative caption are real (default: emb_masks).
         known: int64 (B, N) in raster order, tokens that are given and not drawn; -1 for those to draw.
         noise: float32 (B, N) in [0, 1), one number per token of the layout's order; drawn from torch's global generator
             where not given.
@@ -147,6 +147,8 @@ def generate(
             if negative is not None:
                 nulls |= {name: value.to(device) for name, value in model.by_name(negative).items()}
             values = {name: torch.cat([value, nulls[name]]) for name, value in values.items()}
+            if emb_masks is None and negative_masks is not None:
+                emb_masks = torch.ones_like(negative_masks)
             if emb_masks is not None:
                 emb_masks = torch.cat([emb_masks, emb_masks if negative_masks is None else negative_masks])
         cache = cache_for(model, batch * (2 if config.guided else 1), device, dtype)

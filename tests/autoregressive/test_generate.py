@@ -123,6 +123,50 @@ def test_a_batch_without_masks_equals_one_of_whole_captions():
     assert torch.equal(drawn, generate(model, features, noise=noise_for(2), cfg_scale=2.0))
 
 
+# Negative conditions
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_negative_equal_to_none_draws_the_same_bits(n):
+    model, settings = tiny(ar_token_num=n), {"noise": noise_for(4), "cfg_scale": 3.0}
+    expected = generate(model, LABELS, **settings)
+    assert torch.equal(generate(model, LABELS, negative=torch.full((4,), 5), **settings), expected)
+    mixed = generate(model, LABELS, negative=torch.tensor([5, 2, 5, 5]), **settings)
+    assert torch.equal(mixed != expected, mixed.ne(expected) & torch.tensor([[0], [1], [0], [0]], dtype=torch.bool))
+    assert not torch.equal(mixed, expected)
+    text = tiny(**TEXT, ar_token_num=n)
+    features, mask = captions(6, 2, 1, 4)
+    null = text.cls_embedding.null(features)
+    assert torch.equal(
+        generate(text, features, emb_masks=mask, negative=null, **settings),
+        generate(text, features, emb_masks=mask, **settings),
+    )
+
+
+def test_negative_masks_count_without_masks_of_the_captions():
+    model, settings = tiny(**TEXT), {"noise": noise_for(2), "cfg_scale": 3.0}
+    features, whole = captions(6, 6)
+    negative, mask = captions(2, 3)
+    drawn = generate(model, features, negative=negative, negative_masks=mask, **settings)
+    assert torch.equal(
+        drawn, generate(model, features, emb_masks=whole, negative=negative, negative_masks=mask, **settings)
+    )
+    assert not torch.equal(drawn, generate(model, features, negative=negative, **settings))
+
+
+@pytest.mark.parametrize(
+    "negative, message",
+    [
+        (torch.tensor([1, 2]), "2 negative conditions for 4 images"),
+        (torch.tensor([1, 2, 3, 6]), "label 6 is out of range"),
+        (torch.tensor([1.0, 2, 3, 4]), "whole numbers"),
+    ],
+)
+def test_negatives_that_do_not_fit_raise(negative, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny(), LABELS, negative=negative, cfg_scale=2.0)
+
+
 # Caches
 
 
