@@ -15,12 +15,14 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("httpx")
 
 import httpx
+from pydantic import ValidationError
 
 from autoregressive.pipeline import ImagePipeline, load_gpt
 from autoregressive.serve.api import IMAGES, create_app
-from autoregressive.serve.body import MAX_SEED, ImageBody, Limits, ask
+from autoregressive.serve.body import MAX_SEED, ImageBody, Limits, ask, invalid_body
 from autoregressive.serve.decoder import GREY, Decoder
 from autoregressive.serve.engine import ModelInfo
+from autoregressive.serve.errors import REFUSED as REFUSED_ON_PURPOSE
 from autoregressive.serve.errors import RequestError
 from autoregressive.serve.metrics import JsonLines
 from autoregressive.serve.native import NativeEngine
@@ -848,6 +850,20 @@ def test_the_openai_client(live):
         assert caught.value.param == "prompt" and caught.value.code == "unknown_class"
         with pytest.raises(openai.NotFoundError, match="this server has 'small'"):
             client.images.generate(prompt="1", model="gpt-image-1")
+
+
+def test_openai_options_are_all_taken_or_refused_on_purpose():
+    params = pytest.importorskip("openai.types.image_generate_params")
+    options = set(params.ImageGenerateParamsBase.__annotations__) | {"stream"}
+    assert options <= {*ImageBody.model_fields, *REFUSED_ON_PURPOSE}
+    for what in REFUSED_ON_PURPOSE:
+        field, _, value = what.partition(": ")
+        if field.startswith("/"):
+            continue
+        with pytest.raises(ValidationError) as caught:
+            ImageBody.model_validate({"prompt": "1", field: value or "x"})
+        (first, *_) = caught.value.errors()
+        assert REFUSED_ON_PURPOSE[what] in invalid_body({**first, "loc": ("body", *first["loc"])}).message
 
 
 def test_a_megabyte_over_the_network(live):

@@ -110,6 +110,18 @@ def test_answers_nobody_reads_hold_no_place_and_are_cut(tokenizer, monkeypatch, 
             assert 'status="499"} 3.0' in text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_draining_ends_though_answers_are_not_read(tokenizer, monkeypatch, large_files, stream):
+    monkeypatch.setattr(server, "SECONDS_TO_READ", 1)
+    with serving(tokenizer) as (address, service):
+        unread = [ask(address, class_label=3, stream=stream) for _ in range(3)]
+        until(lambda: service.metrics.images._value.get() == 3)
+        service.draining = True
+        until(lambda: service.engine.dead)  # with which the server ends
+        for sock in unread:
+            sock.close()
+
+
 def test_unread_answers_beyond_the_memory_for_them_are_cut_oldest_first(tokenizer, monkeypatch, large_files):
     monkeypatch.setattr(server, "MOST_UNREAD", 24 * 2**20)
     with serving(tokenizer) as (address, service):
@@ -406,6 +418,19 @@ def test_signals_first_acts_second_ends_at_once(state, sent, code):
         time.sleep(0.2)
     assert process.wait(PATIENCE) == code
     process.stdout.close()
+
+
+STUCK = """
+import time
+from types import SimpleNamespace
+from autoregressive.serve.server import draining_server
+draining_server(None, SimpleNamespace(draining=False), seconds=0.2).drain()
+time.sleep(60)
+"""
+
+
+def test_draining_that_does_not_end_is_ended():
+    assert subprocess.run([sys.executable, "-c", STUCK], cwd=ROOT, timeout=PATIENCE).returncode == 1
 
 
 @pytest.mark.slow
