@@ -12,6 +12,7 @@ compared with it.
 import argparse
 import asyncio
 import os
+import re
 import socket
 import sys
 import time
@@ -83,6 +84,9 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"{flag} is of models that are loaded here, and --server draws elsewhere: give one of the two")
     if args.api_key is not None and not args.server:
         raise ValueError("--api-key is the key of a --server: give that too; --auth asks visitors for a login")
+    if args.root_path and not re.fullmatch(r"(/[^/?#]+)+", args.root_path):
+        raise ValueError(f"--root-path is {args.root_path}: write it as /demo, without a slash at its end")
+    args.auth = logins(args)
     signals = Signals(lambda: sys.exit(0))  # so that the folder goes
     with TemporaryDirectory(prefix="demo-") as folder, listen(args.host, args.port) as sock:
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": f"{folder}/pictures"}
@@ -270,11 +274,15 @@ async def serve(
 
     from autoregressive.demo import HTTP, Painter
     from autoregressive.serve.api import create_app
+    from autoregressive.serve.body import Limits
     from autoregressive.serve.server import draining_server, native_parts
     from autoregressive.serve.service import Service
 
+    limits = Limits(timeout=24 * 3600)  # visitors wait as long as they like
     problems = {kind: found for kind, found in loaded.items() if isinstance(found, str)}
-    services = {kind: Service(*native_parts(found, kind)) for kind, found in loaded.items() if kind not in problems}
+    services = {
+        kind: Service(*native_parts(found, kind), limits) for kind, found in loaded.items() if kind not in problems
+    }
     private, painters = FastAPI(), {}
     for kind, service in services.items():
         private.mount(f"/{kind}", create_app(service))
@@ -293,10 +301,8 @@ async def serve(
         told_host, told_port = sock.getsockname()[:2]
         print(f"http://{f'[{told_host}]' if ':' in told_host else told_host}:{told_port}{args.root_path}", flush=True)
         if args.share:
-            tunnel = await asyncio.to_thread(
-                gradio.networking.setup_tunnel, "127.0.0.1", told_port, token_urlsafe(32), None, None
-            )
-            print(tunnel, flush=True)
+            tunnel = ("127.0.0.1", told_port, token_urlsafe(32), None, None)
+            print(await asyncio.to_thread(gradio.networking.setup_tunnel, *tunnel), flush=True)
         yield
         for service in services.values():
             await service.close()
@@ -309,7 +315,7 @@ async def serve(
         public,
         build_page(painters, problems, args, folder, here),
         "/",
-        auth=logins(args),
+        auth=args.auth,
         root_path=args.root_path or None,
         show_error=False,
         max_file_size=1,
@@ -335,17 +341,11 @@ async def serve(
 def logins(args: argparse.Namespace) -> list[tuple[str, str]] | None:
     """Return who may see the page, None for everybody, with a warning where that is more than this machine."""
     given = args.auth or ([os.environ["DEMO_AUTH"]] if "DEMO_AUTH" in os.environ else [])
-    for login in given:
-        user, _, password = login.partition(":")
-        if not (user and password):
-            raise ValueError(
-                "--auth (or DEMO_AUTH) is USER:PASSWORD, and one of them is empty: leave it out to ask nobody"
-            )
+    if not all(re.fullmatch("[^:]+:.+", login) for login in given):
+        raise ValueError("--auth (or DEMO_AUTH) is USER:PASSWORD, and one of them is empty: leave it out to ask nobody")
     if not given and (args.share or args.host not in ("127.0.0.1", "localhost", "::1")):
-        print(
-            f"warning: whoever reaches {args.host}:{args.port} can draw; --auth USER:PASSWORD asks for a login",
-            file=sys.stderr,
-        )
+        told = f"warning: whoever reaches {args.host}:{args.port} can draw; --auth USER:PASSWORD asks for a login"
+        print(told, file=sys.stderr)
     return [tuple(login.split(":", 1)) for login in given] or None
 
 
@@ -416,8 +416,8 @@ async def respond(
     try:
         Path(folder).mkdir(exist_ok=True)
         made = Path(mkdtemp(dir=folder))
-        settings = {"cfg_scale": cfg_scale, "cfg_interval": cfg_interval, "top_k": top_k, "top_p": top_p}
-        settings = {"guidance_scale": settings.pop("cfg_scale"), **settings, "temperature": temperature}
+        settings = {"guidance_scale": cfg_scale, "cfg_interval": cfg_interval, "top_k": top_k, "top_p": top_p}
+        settings["temperature"] = temperature
         async with aclosing(painter.draw(asked, count=int(count or 0), seed=int(seed), **settings)) as views:
             async for view in views:
                 for name, png, _ in view.pictures:
@@ -453,11 +453,9 @@ def build_page(
                 with gr.Tab(kind.title(), id=kind):
                     drawing_tab(page, kind, painters[kind], args, folder, here)
             elif kind in problems or (kind == "text" and not args.server):
-                how = (
-                    "`bash scripts/quickstart.sh text`" if args.quickstart else "`--text-gpt-ckpt`, or `--gpt-type t2i`"
-                )
+                how = "`bash scripts/quickstart.sh text`" if args.quickstart else "`--text-gpt-ckpt`"
+                missing = f"No text-conditional model is loaded: {how} brings one."
                 with gr.Tab(kind.title(), id=kind):
-                    missing = f"No text-conditional model is loaded: {how} brings one."
                     gr.Markdown(problems.get(kind, missing), elem_id=f"{kind}-missing")
     page.max_threads = MOST_OPEN
     return page.queue(max_size=MOST_WAITING, default_concurrency_limit=None, api_open=False)
@@ -482,14 +480,8 @@ def drawing_tab(
         with gr.Column(scale=2, min_width=320):
             name = f"{kind}-asked"
             if kind == "class":
-                asked = gr.Dropdown(
-                    choices,
-                    value=examples[0],
-                    allow_custom_value=True,
-                    label="Class",
-                    info="type to search",
-                    elem_id=name,
-                )
+                label = "Class (type to search)"
+                asked = gr.Dropdown(choices, value=examples[0], allow_custom_value=True, label=label, elem_id=name)
             else:
                 asked = gr.Textbox(examples[0], label="Prompt", lines=2, elem_id=name)
             gr.Examples([[example] for example in examples], asked, elem_id=f"{kind}-examples")
@@ -508,9 +500,8 @@ def drawing_tab(
             with gr.Row():
                 top_k = gr.Number(at["top_k"], precision=0, minimum=0, label="Top-k (0: all)")
                 top_p = gr.Slider(0, 1, value=at["top_p"], step=0.01, label="Top-p (1: all)")
-            temperature = gr.Slider(
-                0, 2, value=at["temperature"], step=0.05, label="Temperature (0: the likeliest token)"
-            )
+            label = "Temperature (0: the likeliest token)"
+            temperature = gr.Slider(0, 2, value=at["temperature"], step=0.05, label=label)
         with gr.Column(scale=3, min_width=320):
             status = gr.HTML(elem_id=f"{kind}-status")
             gallery = gr.Gallery(

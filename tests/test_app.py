@@ -188,6 +188,8 @@ def test_where_the_sliders_stand():
         (["--server", "http://127.0.0.1:1", "--gpt-ckpt", "a.pt"], "--gpt-ckpt is of models that are loaded here"),
         (["--quickstart", "--server", "http://127.0.0.1:1"], "--quickstart is of models"),
         (["--api-key", "x"], "--api-key is the key of a --server"),
+        (["--root-path", "demo"], "--root-path is demo: write it as /demo"),
+        (["--auth", "me:"], "USER:PASSWORD"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(flags, message):
