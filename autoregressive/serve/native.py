@@ -58,7 +58,9 @@ class NativeEngine:
         args, layout = pipeline.gpt.args, pipeline.gpt.layout
         if args.extra_conditions:
             names = ", ".join(args.extra_conditions)
-            raise ValueError(f"the server draws from a class or a prompt alone; this model is conditioned on {names} too")
+            raise ValueError(
+                f"the server draws from a class or a prompt alone; this model is conditioned on {names} too"
+            )
         self.info = ModelInfo(
             name=name,
             kind="t2i" if pipeline.is_text else "c2i",
