@@ -7,8 +7,8 @@ Recipe: LlamaGen (arXiv 2406.06525, section 3.1); VQGAN (2012.09841).
 """
 
 import argparse
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import json
+from typing import Any
 
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
@@ -25,39 +25,22 @@ from utils.cli import (
     run_script,
 )
 
-# Flags that say what is trained.
-DESCRIPTION = (
-    "vq_model", "vq_width", "codebook_size", "codebook_embed_dim", "codebook_l2_norm", "quantizer", "quantizer_options",
-)  # fmt: skip
-# What three halvings and two 4x4 convolutions without padding to spare leave a pixel of.
-PATCHGAN_MINIMUM = 24
-
-if TYPE_CHECKING:
-    from torch.nn import Module
-
-    from tokenizer.base import Tokenizer
-    from utils.checkpoint import Checkpoint
-
 
 def main(args: argparse.Namespace) -> None:
-    import copy
-    from dataclasses import replace
     from functools import partial
 
     import torch
 
-    from dataset.augmentation import center_view, random_view
+    from dataset.augmentation import random_view
     from dataset.build import build_dataset
-    from tokenizer.load import build_tokenizer
-    from tokenizer.tokenizer_image.vq_loss import VQLoss
+    from tokenizer.tokenizer_image.recipe import Adversaries, Comparison, begin_anew, new_losses, new_tokenizer
     from utils.checkpoint import read_checkpoint
     from utils.distributed import start
-    from utils.images import make_grid, to_uint8
     from utils.logger import console_logger
     from utils.origin import origin
     from utils.runs import find_checkpoint
     from utils.training.parallel import Parallel
-    from utils.training.trainer import Micro, Phase, Trainer
+    from utils.training.trainer import Trainer
 
     if args.finetune and not args.vq_ckpt:
         raise ValueError("--finetune needs --vq-ckpt, the weights to begin with")
@@ -65,90 +48,23 @@ def main(args: argparse.Namespace) -> None:
     console_logger("dataset", dist.is_main)
     torch.manual_seed(args.global_seed)
     initial = read_checkpoint(find_checkpoint(args.vq_ckpt), mmap=False) if args.vq_ckpt else None
-    tokenizer = build_tokenizer(
-        choose_config(args, initial),
-        commit_loss_beta=args.commit_loss_beta,
-        entropy_loss_ratio=args.entropy_loss_ratio,
-        dropout_p=args.dropout_p,
-    ).to(dist.device)
-    options = tokenizer.quantize.config
-    args.codebook_size, args.codebook_embed_dim = options.get("codebook_size"), options.get("codebook_embed_dim")
-    args.codebook_l2_norm = options.get("l2_norm")
-    if args.image_size % tokenizer.downsample:
-        raise ValueError(
-            f"--image-size {args.image_size} is not a multiple of {tokenizer.downsample}, the pixels a side of a {args.vq_model} token"
-        )
-    if args.disc_weight and args.disc_type == "patchgan" and args.image_size < PATCHGAN_MINIMUM:
-        raise ValueError(
-            f"--disc-type patchgan needs images of {PATCHGAN_MINIMUM} pixels a side, got --image-size {args.image_size}; "
-            "use a larger one, --disc-type stylegan, or --disc-weight 0"
-        )
-    losses = VQLoss(
-        disc_start=args.disc_start,
-        disc_loss=args.disc_loss,
-        disc_type=args.disc_type,
-        image_size=args.image_size,
-        disc_weight=args.disc_weight,
-        gen_adv_loss=args.gen_loss,
-        reconstruction_loss=args.reconstruction_loss,
-        reconstruction_weight=args.reconstruction_weight,
-        codebook_weight=args.codebook_weight,
-        perceptual_weight=args.perceptual_weight,
-    ).to(dist.device)
-    dataset = build_dataset(args, transform=partial(random_view, image_size=args.image_size, flip=args.flip))
+    tokenizer = new_tokenizer(args, initial).to(dist.device)
+    losses = new_losses(args).to(dist.device)
     discriminator = losses.discriminator
+    dataset = build_dataset(args, transform=partial(random_view, image_size=args.image_size, flip=args.flip))
     if args.finetune:
         begin_anew(initial, discriminator, args)
     plan = Parallel(dist, precision=args.mixed_precision, compile=args.compile)
-    generator = plan.apply(tokenizer)
-    losses.discriminator = replace(plan, compile=False).apply(discriminator)
-
-    reconstructions: dict[int, torch.Tensor] = {}
-
-    def generator_loss(batch: list[torch.Tensor], place: Micro) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        images, _ = batch
-        recons, codebook = generator(images)
-        reconstructions[place.number] = recons.detach()
-        return losses.generator_loss(codebook, images, recons, place.step + 1)
-
-    def discriminator_loss(batch: list[torch.Tensor], place: Micro) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return losses.discriminator_loss(batch[0], reconstructions[place.number], place.step + 1)
-
-    def adam(module: torch.nn.Module) -> torch.optim.Adam:
-        betas = (args.beta1, args.beta2)
-        if getattr(args, "weight_decay_given", False):
-            return torch.optim.AdamW(module.parameters(), lr=args.lr, betas=betas, weight_decay=args.weight_decay)
-        return torch.optim.Adam(module.parameters(), lr=args.lr, betas=betas)
-
-    plain = copy.copy(dataset)
-    plain.transform = partial(center_view, image_size=args.image_size)
-    shown = torch.stack([plain[i][0] for i in range(min(8, len(dataset)))])
-
-    def sample(model: "Tokenizer") -> dict:
-        images = shown.to(dist.device)
-        recons = model.to_pixels(model.to_codes(images).clamp(min=0))  # -1 where training has diverged
-        return {"reconstructions": make_grid(to_uint8(torch.cat([images, recons])), columns=len(images))}
-
     trainer = Trainer(
         args,
         dist,
         run_name=args.vq_model,
         models={"model": tokenizer, "discriminator": discriminator},
-        phases=[
-            Phase("optimizer", generator, adam(tokenizer), generator_loss),
-            Phase(
-                "optimizer_disc",
-                losses.discriminator,
-                adam(discriminator),
-                discriminator_loss,
-                lambda step: losses.discriminator_active(step + 1),
-                model="discriminator",
-            ),
-        ],
+        phases=Adversaries(args, plan, tokenizer, losses).phases,
         dataset=dataset,
         plan=plan,
         initial=initial,
-        sample=sample,
+        sample=Comparison(dataset, args.image_size, dist.device),
         config=origin(**tokenizer.identity),
     )
     if args.codebook_l2_norm is False:
@@ -162,77 +78,8 @@ def main(args: argparse.Namespace) -> None:
     dist.close()
 
 
-def choose_config(args: argparse.Namespace, initial: "Checkpoint | None") -> dict[str, Any]:
-    """Return the config of the tokenizer to train, that of --vq-ckpt or of the flags, and give the checkpoint our names.
-
-    Flags that are left out are set as the file has them, or the run that is resumed.
-    Raises ValueError where a flag contradicts the file or the run.
-    """
-    from tokenizer.load import described
-    from tokenizer.released import recorded_l2_norm
-    from utils.runs import runs_in
-
-    config = None
-    if initial:
-        config, initial.model = described(initial)
-        kind = config["quantizer"]
-        held = {"vq_model": config["family"], "vq_width": config["network"].get("ch"), "quantizer": kind["name"]}
-        held |= {name: kind.get(name) for name in ("codebook_size", "codebook_embed_dim")}
-        if args.quantizer_options:
-            held["quantizer_options"] = {name: kind.get(name) for name in args.quantizer_options}
-        complete(args, {**held, "codebook_l2_norm": recorded_l2_norm(initial)}, args.vq_ckpt)
-    args.vq_model = args.vq_model or "VQ-16"
-    for run in runs_in(args.results_dir, args.vq_model)[:1] if args.resume else []:
-        began = run.flags()
-        complete(args, {name: began.get(name) for name in DESCRIPTION}, run.folder)
-    args.quantizer = args.quantizer or "vq"
-    given = {"codebook_size": args.codebook_size, "codebook_embed_dim": args.codebook_embed_dim}
-    given |= {"l2_norm": args.codebook_l2_norm, **(args.quantizer_options or {})}
-    quantizer = {"name": args.quantizer, **{name: value for name, value in given.items() if value is not None}}
-    if config:
-        return {**config, "quantizer": {**config["quantizer"], **quantizer}}
-    width = {} if args.vq_width is None else {"ch": args.vq_width}
-    return {"network": {"name": "vqgan", **VQ_SIZES[args.vq_model], **width}, "quantizer": quantizer}
-
-
-def complete(args: argparse.Namespace, held: Mapping[str, Any], source: object) -> None:
-    """Set the flags that are left out to what the source holds. Raises ValueError for one that contradicts it."""
-
-    def said(name: str, value: Any) -> str:
-        flag = name.replace("_", "-")
-        return f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
-
-    for name, value in held.items():
-        asked = getattr(args, name)
-        if None not in (asked, value) and asked != value:
-            raise ValueError(f"{said(name, asked)}: {source} was trained with {said(name, value)}; leave the flag out")
-        setattr(args, name, value if asked is None else asked)
-
-
-def begin_anew(initial: "Checkpoint", discriminator: "Module", args: argparse.Namespace) -> None:
-    """Set a checkpoint back to step 0, for --finetune; without --keep-discriminator nothing but its tokenizer stays.
-
-    Raises ValueError where the file's discriminator is another than the run's.
-    """
-    if not args.keep_discriminator:
-        initial.optimizer, initial.extra = None, {}
-    own, found = (
-        {name: tensor.shape for name, tensor in state.items()}
-        for state in (discriminator.state_dict(), initial.extra.get("discriminator") or {})
-    )
-    if found and found != own:
-        raise ValueError(
-            f"{initial.path} has another discriminator than --disc-type {args.disc_type} at --image-size {args.image_size}; "
-            "--no-keep-discriminator begins with a new one"
-        )
-    initial.steps = 0
-    initial.extra.pop("trainer", None)
-
-
 def json_object(text: str) -> dict[str, Any]:
     """Read a flag's JSON object."""
-    import json
-
     try:
         return dict(json.loads(text))
     except (ValueError, TypeError) as error:
