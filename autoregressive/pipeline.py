@@ -87,7 +87,7 @@ def load_gpt(
 
 
 class TextEncoder(Protocol):
-    """What turns prompts into features; language/t5.py's T5Embedder is one."""
+    """Encoder of prompts into features; language/t5.py's T5Embedder is one."""
 
     def get_text_embeddings(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Features (B, L, caption_dim) and their mask (B, L), nonzero where a row stands for text."""
@@ -220,7 +220,7 @@ class ImagePipeline:
 
     @property
     def is_text(self) -> bool:
-        """Whether images are drawn from prompts (else from classes)."""
+        """Tell whether images are drawn from prompts (else from classes)."""
         return self.gpt.args.model_type == "t2i"
 
     @property
@@ -289,7 +289,7 @@ class ImagePipeline:
         extra_conditions: Mapping[str, Tensor] | None = None,
         **sampling,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
-        """As calling the pipeline, but one micro-batch at a time: the images' numbers, and uint8 (n, size, size, 3).
+        """Draw one micro-batch at a time: yield the images' numbers, and uint8 (n, size, size, 3).
 
         on_step: called after each decode step with the numbers of the images that are being drawn, how many of their tokens
         are done, and the tokens (n, N) as preview() takes them. What it raises ends the drawing.
@@ -504,7 +504,7 @@ class ImagePipeline:
 
     @torch.inference_mode()
     def preview(self, tokens: Tensor, done: int) -> np.ndarray:
-        """What images look like while they are drawn: uint8 (B, side, side, 3), grey where there are no tokens yet.
+        """Return a preview of images that are being drawn: uint8 (B, side, side, 3), grey where there are no tokens yet.
 
         tokens: (B, N) in the layout's order, of which the first `done` are drawn. Only the rows of tokens that have begun
         are decoded. Near its edge the drawn part may change yet: the decoder looks further than one token.
@@ -607,7 +607,7 @@ class ImagePipeline:
 
     @property
     def _cleans(self) -> bool:
-        """Whether prompts are cleaned before they are read, as the T5 does unless it is told not to."""
+        """Tell whether prompts are cleaned before they are read, as the T5 does by default."""
         return getattr(self.text_encoder, "use_text_preprocessing", self.text_encoder is None)
 
     def _find_text_encoder(self) -> TextEncoder:
@@ -677,12 +677,12 @@ def check_guided(config: SamplingConfig, *negatives: object) -> None:
 
 
 def holds_text(asked: object) -> bool:
-    """Whether this is a string, or a sequence of things of which one is."""
+    """Tell whether this is a string, or a sequence with a string in it."""
     return isinstance(asked, str) or (isinstance(asked, Sequence) and any(isinstance(item, str) for item in asked))
 
 
 def is_list(value: object) -> bool:
-    """Whether it has items in an order, and as many as it says."""
+    """Tell whether this has a length and items in an order."""
     return hasattr(value, "__len__") and hasattr(value, "__getitem__")
 
 

@@ -118,7 +118,7 @@ def read_checkpoint(
 
 
 def _add_companions(checkpoint: Checkpoint, map_location: str | torch.device, mmap: bool) -> None:
-    """What this project writes beside a consolidated.pth: the averaged weights, the run's flags and its step."""
+    """Add the files beside a consolidated.pth: the averaged weights, the run's flags and its step."""
     averaged, record = (checkpoint.path.with_name(name) for name in (AVERAGED_FILE, RECORD_FILE))
     if checkpoint.path.name != CONSOLIDATED_FILE:
         return
@@ -266,7 +266,7 @@ def _read_pickle(path: Path, map_location: str | torch.device, mmap: bool) -> An
 
 
 def _globals_in_raw_pickle(path: Path) -> list[str]:
-    """What a bare pickle (not a zip from torch.save) would import, read from its opcodes without executing them."""
+    """Return the names that a bare pickle (no zip of torch.save) would import, from its opcodes, which are not run."""
     names: list[str] = []
     strings: list[str] = []
     try:

@@ -35,7 +35,7 @@ class Distributed:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Tell whether this process is the first one, which writes shared files."""
         return self.rank == 0
 
     def mean(self, value: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Distributed:
             torch_dist.barrier()
 
     def first_failure(self, error: Exception | None) -> str | None:
-        """What failed on the first process where something did, so that all of them decide alike; None for nothing."""
+        """Return the failure of the first process that has one, on all of them; None where none has."""
         return next(
             (text for text in self.gather(None if error is None else words_of(error)) if text is not None), None
         )

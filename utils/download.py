@@ -65,7 +65,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def _entity(part: Path) -> Path:
-    """Where the server's name for the version of the file that `part` belongs to is kept."""
+    """Return the file that keeps the server's version name of the download `part`."""
     return part.with_name(part.name + ".etag")
 
 

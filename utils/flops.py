@@ -1,4 +1,4 @@
-"""What accelerators can do at most: dense peak FLOPs a second and memory, by name.
+"""Peak dense FLOPs a second and memory of accelerators, by name.
 
     peak = peak_flops(torch.device("cuda"), "bf16")          # FLOPs a second; None where it is not known
     utilisation = flops_per_sample * samples_per_second / peak

@@ -47,7 +47,7 @@ class Release:
 
     @property
     def address(self) -> str:
-        """Where a browser finds it."""
+        """Return the address for a browser."""
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         return f"{endpoint}/{self.repo_id}/" + (f"resolve/main/{self.filename}" if self.filename else "tree/main")
 
@@ -167,7 +167,7 @@ def _find(name: str | None) -> Release | None:
 
 
 def _homes(release: Release) -> list[str]:
-    """Where it may lie in pretrained_models/: a folder named after the repository, its own place, the top if free."""
+    """Return the places in pretrained_models/: a folder named after the repository, the file's own place, the top if free."""
     homes = [f"{release.repo_id.split('/')[1]}/{release.filename}".rstrip("/"), release.home]
     first = next((r for r in RELEASED.values() if r.filename == release.filename), None)
     if release.filename and first == release:

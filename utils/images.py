@@ -56,7 +56,7 @@ def save_png(image: np.ndarray | Image.Image, path: str | Path) -> None:
 
 
 def is_whole_png(path: Path) -> bool:
-    """Whether the file ends as a complete PNG does."""
+    """Tell whether the file ends as a complete PNG does."""
     try:
         with open(path, "rb") as f:
             f.seek(-12, io.SEEK_END)

@@ -1,4 +1,4 @@
-"""What a run tells: lines on the terminal and in log.txt, scalars and pictures for tensorboard, and metrics.jsonl.
+"""Log of a run: lines on the terminal and in log.txt, scalars and pictures for tensorboard, and metrics.jsonl.
 
 log = RunLogger(folder, main=dist.is_main)
 log.info("…"); log.scalars(step, {"loss": 2.3}); log.image(step, "reconstructions", grid)

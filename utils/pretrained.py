@@ -43,7 +43,7 @@ _Module = torch.nn.Module if TYPE_CHECKING else object
 
 
 class HubModel(PyTorchModelHubMixin, _Module):
-    """What a model becomes that the hub keeps; stands behind the model among the bases.
+    """Mixin of models that the hub keeps; comes after the model among the bases.
 
     The model's constructor takes one dataclass, `config`, which becomes config.json.
     training_args: the flags of the run that made the weights, steps: its optimizer steps; None where nobody knows.
@@ -102,7 +102,7 @@ class HubModel(PyTorchModelHubMixin, _Module):
         return model.eval()
 
     def describe(self) -> str:
-        """What the model is, in one line."""
+        """Describe the model in one line."""
         return f"{type(self).__name__} with {format_count(count_parameters(self.state_dict()))} parameters"
 
     def how_to_load(self, name: str) -> str:

@@ -7,7 +7,7 @@ import torch
 
 
 def count_parameters(state: Mapping[str, torch.Tensor]) -> int:
-    """How many numbers a state dict holds."""
+    """Count the numbers in a state dict."""
     return sum(tensor.numel() for tensor in state.values())
 
 

@@ -45,7 +45,7 @@ class Run:
         return json.loads(record.read_text())["args"] if record.exists() else {}
 
     def changed_flags(self, args: Namespace) -> list[str]:
-        """What `args` has otherwise than the run began with, as "--lr 0.0001 (was 0.0002)"."""
+        """Return the flags that differ from those the run began with, as "--lr 0.0001 (was 0.0002)"."""
         began, now = self.flags(), vars(args)
         return [
             f"--{name.replace('_', '-')} {now[name]} (was {began[name]})"

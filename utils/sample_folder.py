@@ -105,7 +105,7 @@ def _described(value: Any) -> Any:
 
 
 def text_identity(texts: list[str]) -> dict[str, Any]:
-    """What tells one list of texts from another, wherever the file is that they came from."""
+    """Return the identity of a list of texts, wherever their file lies."""
     return {"count": len(texts), "sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
 
 

@@ -29,7 +29,7 @@ Decode = Callable[..., Tensor]  # as decode_rows
 
 @dataclass(frozen=True)
 class StepKind:
-    """What fixes the work of a step, and so its kernels and the shapes they see.
+    """Kind of a step: all that fixes its work, and so its kernels and the shapes they see.
 
     inputs, special, queries: rows of tokens, special vectors and queries. outputs: tokens drawn. reads, sees: as in
     DecodeStep. length: rows attended to. masked: whether not all of those rows may be seen. streams: 2 where the
@@ -75,7 +75,7 @@ def kinds_of(
 
 
 class DecodeState:
-    """What the steps of a batch of images read and write.
+    """State of a batch of images, which its steps read and write.
 
     tokens: int64 (B, N), in the layout's order. noise: float32 (B, N). seen: bool (samples of the cache, rows), false where
     a condition row is padding. at: int64 (3,): the step's first row, first input and first output.

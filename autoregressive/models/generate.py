@@ -202,7 +202,7 @@ def cleared_after_errors(cache: StaticCache) -> Iterator[None]:
 
 
 def broken_steps(finite: list[list[bool]], layout: Layout) -> list[int | None]:
-    """By image, the first decode step (from 1) with a token that is not of finite logits; None for none."""
+    """Return for each image the first decode step (from 1) with logits that are not finite; None where all are."""
     step_of = [1] * layout.tokens
     for number, step in enumerate(layout.steps, start=2):
         step_of[step.outputs] = [number] * (step.outputs.stop - step.outputs.start)

@@ -164,7 +164,7 @@ class ModelArgs:
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the rows of a decode step stand: `positions` (s,) in the sequence, the cache, and how many rows to attend to."""
+    """Place of a decode step's rows: `positions` (s,) in the sequence, the cache, and the number of rows to attend to."""
 
     cache: StaticCache
     positions: Tensor
@@ -425,7 +425,7 @@ class Transformer(nn.Module):
     def attention_mask(
         self, rows: int, prefix_mask: Tensor | None, device: torch.device, layout: Layout | None = None
     ) -> Tensor | None:
-        """Which of the first `rows` rows of a layout (the model's own) sees which; None where that is plainly causal.
+        """Return which of the first `rows` rows of a layout (the model's own) sees which; None where plainly causal.
 
         prefix_mask: (B, T), nonzero where the condition row is real. Padded rows are seen by none but themselves.
         Returns bool, (rows, rows) or (B, 1, rows, rows).

@@ -24,7 +24,7 @@ class StaticCache:
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
 
     def fits(self, batch: int, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether `batch` samples of this kind go in."""
+        """Tell whether `batch` samples of this kind go in."""
         keys = self.keys[0]
         return len(keys) >= batch and keys.device == device and keys.dtype == dtype
 

@@ -46,7 +46,7 @@ class PackedWeights:
             _copies[number] = laid_out, rows_at_once(layer.in_features, layer.out_features, weight.dtype)
 
     def is_current(self, model: nn.Module) -> bool:
-        """Whether the model's weights are those that were laid out."""
+        """Tell whether the model's weights are the packed ones."""
         layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
         return layers == list(self.layers) and all(_identity(layer.weight) == self.made_of[layer] for layer in layers)
 
@@ -59,7 +59,7 @@ _packed: WeakKeyDictionary[nn.Module, PackedWeights] = WeakKeyDictionary()
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether the model's linear layers are of a kind that can be laid out, here and now."""
+    """Tell whether the model's linear layers can be packed, here and now."""
     if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu") or torch.is_grad_enabled():
         return False
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
@@ -154,7 +154,7 @@ def _release(model: nn.Module, weights: PackedWeights) -> None:
 
 
 def _identity(weight: Tensor) -> tuple:
-    """What a weight is known by: where it lies, how often it was written to, and some of its numbers.
+    """Return the identity of a weight: its address, the number of writes to it, and some of its numbers.
 
     The numbers tell of writing through `.data`, which is not counted.
     """

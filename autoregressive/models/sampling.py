@@ -21,7 +21,7 @@ from utils.errors import NotFiniteError
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are chosen.
+    """Settings by which tokens are chosen.
 
     cfg_scale: guidance scale; 1 or less is none. cfg_interval: the last guided decode step, -1 for all.
     temperature: 0 or more. top_k: 0 or less keeps all. top_p: 0 or more; 1 or more keeps all. sample_logits: whether to draw.
@@ -50,7 +50,7 @@ class SamplingConfig:
 
     @property
     def guided(self) -> bool:
-        """Whether unconditional rows are needed at all."""
+        """Tell whether unconditional rows are needed at all."""
         return self.cfg_scale > 1
 
     @property
@@ -65,11 +65,11 @@ class SamplingConfig:
 
     @property
     def numbers(self) -> tuple[float, float, float]:
-        """What the same operations may be done with: guidance scale, the temperature to divide by (above 0), top-p."""
+        """Return the numbers of these operations: guidance scale, the temperature to divide by (above 0), top-p."""
         return self.cfg_scale, max(self.temperature, 1e-5), self.top_p
 
     def guides(self, step: int) -> bool:
-        """Whether the decode step of this number is guided (see Layout.steps)."""
+        """Tell whether the decode step of this number is guided (see Layout.step_number)."""
         return self.guided and (self.cfg_interval < 0 or step <= self.cfg_interval)
 
 

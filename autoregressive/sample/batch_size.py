@@ -1,4 +1,4 @@
-"""How many images are drawn at once: as many as fit into memory, or a clear word where there are too many.
+"""Batch size of sampling: as many images as fit into memory, or a clear error where there are too many.
 
 batch = fitting_batch_size(pipeline, dist, limit=images, **settings)      # --per-proc-batch-size auto
 with memory_errors_told(batch):
@@ -74,7 +74,7 @@ def fitting_batch_size(pipeline: ImagePipeline, dist: Distributed, limit: int, *
 
 
 def fits_on_cuda(pipeline: ImagePipeline, batch: int, **sampling) -> bool:
-    """Whether a batch can be drawn while another is decoded, in SHARE_ON_CUDA of the memory. Leaves it as it was."""
+    """Tell whether a batch can be drawn while another is decoded, in SHARE_ON_CUDA of the memory."""
     gpt, device = pipeline.gpt, pipeline.device
     release_cache(gpt)
     gc.collect()

@@ -1,4 +1,4 @@
-"""What the sampling scripts share: from their flags to a pipeline, and many images over processes.
+"""Common part of the sampling scripts: from their flags to a pipeline, and many images over processes.
 
 pipeline, gpt_path, vq_path = build_pipeline(args, device)
 mine = share_of_missing(dist, folder, png, count, batch)
@@ -70,7 +70,7 @@ def condition_files(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def condition_identity(args: argparse.Namespace) -> dict[str, Any] | None:
-    """What a folder of samples records of --condition-file; None without the flag."""
+    """Return the record of --condition-file for a folder of samples; None without the flag."""
     return {name: file_identity(file) for name, file in condition_files(args).items()} or None
 
 
@@ -108,7 +108,7 @@ def encode(
 
 
 def weights_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What --precision stands for. bf16 is float32 on a processor that would compute it by other means; says so."""
+    """Return the dtype of --precision; for bf16 float32, with a line that says so, on a processor without instructions for it."""
     dtype = PRECISIONS[precision]
     if dtype == torch.bfloat16 and device.type == "cpu" and not has_bf16_units():
         print("--precision bf16: this processor has no instructions for it, float32 is used")
@@ -117,7 +117,7 @@ def weights_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def has_bf16_units() -> bool:
-    """Whether the processor multiplies bf16 itself (AVX512_BF16 or AMX; on other architectures it is taken to)."""
+    """Tell whether the processor multiplies bf16 itself (AVX512_BF16 or AMX; assumed on other architectures)."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return True
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu, not in every release
@@ -148,7 +148,7 @@ def load_gpt_of_flags(
 
 
 def compiles(device: torch.device, images: int | None = None) -> bool:
-    """Whether --compile is followed; says so where it is not. images: of the whole run, where --compile is on by itself.
+    """Tell whether --compile is followed, and print where it is not. images: of the whole run, where --compile is the default.
 
     A few images are drawn sooner by the plain step on a CPU. The number of the run decides, so that a run that goes on, or
     on other processes, draws as it did.
@@ -211,7 +211,7 @@ def build_pipeline(
 
 
 def text_settings(args: argparse.Namespace) -> dict:
-    """How prompts are encoded, as ImagePipeline takes it. Raises FileNotFoundError where there is no T5, ValueError."""
+    """Return the settings of ImagePipeline for encoding prompts. Raises FileNotFoundError where there is no T5, ValueError."""
     from language.t5 import find_t5
 
     if args.t5_device:

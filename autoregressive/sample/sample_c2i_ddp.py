@@ -115,7 +115,7 @@ def image_class(args: argparse.Namespace, index: int) -> int:
 
 
 def run_settings(args: argparse.Namespace, gpt_path: Path, vq_path: Path) -> dict:
-    """What decides the images, as plain values."""
+    """Return all settings that decide the images, as plain values."""
     from autoregressive.sample.common import condition_identity
     from utils.sample_folder import file_identity
 

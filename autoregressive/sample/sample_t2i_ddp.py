@@ -138,7 +138,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def run_settings(args: argparse.Namespace, prompts: list[str], gpt_path: Path, vq_path: Path) -> dict:
-    """What decides the images, as plain values, but the T5 or the features in its place."""
+    """Return all settings that decide the images but the T5 or its features, as plain values."""
     from autoregressive.sample.common import condition_identity
     from utils.sample_folder import file_identity, text_identity
 

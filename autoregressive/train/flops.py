@@ -1,4 +1,4 @@
-"""How much arithmetic a training sample is: the numerator of model FLOPs utilisation (MFU).
+"""Arithmetic of a training sample: the numerator of model FLOPs utilisation (MFU).
 
 flops = training_flops_per_image(model.args)             # per image, forward and backward
 mfu = flops * images_per_second / (processes * peak_flops(device, "bf16"))

@@ -116,7 +116,7 @@ def dropped_conditions(
 
 
 def share_of_valid(counts: Tensor, dist: Distributed) -> Tensor:
-    """By what each micro-batch's loss is to be multiplied, so that the mean over all of them is that over valid samples.
+    """Return the factor of each micro-batch's loss that makes the mean over micro-batches the mean over valid samples.
 
     counts: int64 (M,), the valid samples of each of this process's micro-batches of a step. Losses are means over a
     micro-batch's valid samples, gradients are averaged over micro-batches and processes: where their numbers of valid

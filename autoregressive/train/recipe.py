@@ -60,7 +60,7 @@ class Inputs:
 
 
 class Data(Protocol):
-    """What a GPT is trained on. config: what its codes are of, recorded in checkpoints (utils/origin.py)."""
+    """Data that a GPT is trained on. config: origin of its codes, recorded in checkpoints (utils/origin.py)."""
 
     train: Dataset
     held_out: Dataset | None

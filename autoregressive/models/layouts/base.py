@@ -125,7 +125,7 @@ class Layout:
 
     @cached_property
     def kept(self) -> tuple[bool, ...]:
-        """Whether later blocks see the row."""
+        """Tell of each row whether later blocks see it."""
         return (True,) * self.rows
 
     @cached_property
@@ -182,7 +182,7 @@ class Layout:
 
     @cached_property
     def is_raster(self) -> bool:
-        """Whether single tokens are read row by row, each predicted from the one before."""
+        """Tell whether single tokens are read row by row, each predicted from the one before."""
         single = self.patch_side == 1 and all(len(step.rows) == 1 and step.reads is None for step in self.steps)
         return single and self.order.equal(torch.arange(self.tokens, device="cpu"))
 
