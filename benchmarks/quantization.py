@@ -1,16 +1,12 @@
-"""What weight-only int8 costs and saves when sampling: a GPT in float32, bf16 and int8, in one run.
+"""Measures what weight-only int8 costs and saves on a model: float32, bf16 and int8 side by side.
 
     python3 benchmarks/quantization.py --gpt-ckpt quickstart/gpt --codes quickstart/codes_held_out
-    python3 benchmarks/quantization.py --gpt-model GPT-B --image-size 128        # random weights
 
-Needs torchao. NLL: of the codes, or where none are given of those that float32 draws. `next` is the share of tokens of which
-the most likely one, after the same tokens, is float32's. `greedy` and `sampled` are the shares of the tokens of whole images
-that are float32's, with equal noise: after the first other token an image is another one, so `first` has the mean place of
-that token, in sampled images. int8 multiplies in bf16. Images are drawn in turn, with each model in each round.
+Needs torchao. NLL and `next` are over the codes, or random ones without --codes; `next` is the share of places at which the most likely
+token is float32's; `sampled` the share of tokens of whole images drawn with equal noise.
 """
 
 import argparse
-import statistics
 from typing import TYPE_CHECKING
 
 from autoregressive.models.sizes import GPT_SIZES
@@ -52,43 +48,31 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.gpt_ckpt} is text-conditional; this benchmark draws from class-conditional models")
     labels = torch.arange(args.images, device=device) * 37 % shape.num_classes
     noise = image_noise(0, range(args.images), shape.block_size).to(device)
-
-    drawn: dict[str, Tensor] = {}
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    different = labels.unique()  # greedy images of one class are one image
-    greedy = {
-        kind: generate(model, different, **{**settings, "sample_logits": False}) for kind, model in models.items()
-    }
-    for _ in range(args.rounds):
-        for kind, model in models.items():
-
-            def draw(kind: str = kind, model: "Transformer" = model) -> None:
-                drawn[kind] = generate(model, labels, noise=noise, compile=args.compile, **settings)
-
-            seconds[kind].append(timed(draw, device))
-
-    codes, classes = read_codes(args, shape.block_size) if args.codes else (drawn["float32"], labels)
-    scored = {kind: score(model, codes, classes, args.images) for kind, model in models.items()}
+    codes, classes = read_codes(args, shape)
     print(
         f"{args.gpt_ckpt or args.gpt_model}, {device.type}, {torch.get_num_threads()} threads, {args.images} images of "
-        f"{shape.block_size} tokens at once, guidance {args.cfg_scale}, best of {args.rounds}; NLL of {len(codes)} images"
+        f"{shape.block_size} tokens, guidance {args.cfg_scale}; NLL of {len(codes)} images"
     )
-    print("| weights | MiB | NLL (nats/token) | next | greedy | sampled | first | tokens/s |\n|" + "---|" * 8)
+    print("| weights | MiB | NLL (nats/token) | next | sampled | tokens/s |\n|---|---|---|---|---|---|")
+    exact: tuple[Tensor, Tensor] | None = None
     for kind, model in models.items():
-        nll, likeliest = scored[kind]
-        same = [share_equal(a, b) for a, b in ((likeliest, scored["float32"][1]), (greedy[kind], greedy["float32"]))]
-        speed = drawn[kind].numel() / min(seconds[kind])
-        print(
-            f"| {kind} | {weight_bytes(model) / MIB:,.1f} | {nll:.5f} | {same[0]:.2%} | {same[1]:.2%} | "
-            f"{share_equal(drawn[kind], drawn['float32']):.2%} | {first_other(drawn[kind], drawn['float32']):.0f} | "
-            f"{speed:,.0f} |"
+        drawn = []
+        seconds = min(
+            timed(lambda m=model: drawn.append(generate(m, labels, noise=noise, **settings)), device)
+            for _ in range(args.rounds)
         )
-    spread = statistics.median(b / a for a, b in zip(seconds["bf16"], seconds["int8"], strict=True))
-    print(f"int8 takes {spread:.2f} times as long as bf16 (median of the rounds)")
+        nll, likeliest = score(model, codes, classes, args.images)
+        exact = exact or (likeliest, drawn[0])
+        same = [f"{(a == b).double().mean():.2%}" for a, b in zip((likeliest, drawn[0]), exact, strict=True)]
+        print(
+            f"| {kind} | {weight_bytes(model) / MIB:,.1f} | {nll:.5f} | {same[0]} | {same[1]} | "
+            f"{drawn[0].numel() / seconds:,.0f} |",
+            flush=True,
+        )
 
 
 def make_model(args: argparse.Namespace, kind: str) -> "Transformer":
-    """The file's model, or one with random weights, as `kind` says."""
+    """Returns the file's model, or one with random weights, in the precision of `kind`."""
     import torch
 
     from autoregressive.models.gpt import GPT_models
@@ -107,21 +91,25 @@ def make_model(args: argparse.Namespace, kind: str) -> "Transformer":
     return quantize(model, head=kind.endswith("head too")) if kind.startswith("int8") else model
 
 
-def read_codes(args: argparse.Namespace, tokens: int) -> "tuple[Tensor, Tensor]":
-    """The first codes (n, tokens) of --codes and their labels (n,). Raises ValueError where they are of other images."""
+def read_codes(args: argparse.Namespace, shape: object) -> "tuple[Tensor, Tensor]":
+    """Returns the first codes (n, tokens) of --codes and their labels (n,); random ones without --codes."""
     import torch
 
     from dataset.codes import open_codes
 
+    if args.codes is None:
+        draw = torch.Generator().manual_seed(0)
+        codes = torch.randint(shape.vocab_size, (args.images, shape.block_size), generator=draw)
+        return codes, torch.arange(args.images) % shape.num_classes
     data = open_codes(args.codes, random_view=False)
-    if data.settings.tokens != tokens:
-        raise ValueError(f"{args.codes} has {data.settings.tokens} tokens an image and the model {tokens}")
+    if data.settings.tokens != shape.block_size:
+        raise ValueError(f"{args.codes} has {data.settings.tokens} tokens an image and the model {shape.block_size}")
     items = [data[i] for i in range(min(len(data), args.scored))]
     return torch.stack([item["codes"] for item in items]), torch.tensor([item["label"] for item in items])
 
 
 def score(model: "Transformer", codes: "Tensor", labels: "Tensor", batch: int) -> "tuple[float, Tensor]":
-    """The mean NLL of codes (n, N) in nats a token, and the most likely token at each place (n, N) given those before it."""
+    """Returns the mean NLL of codes (n, N) in nats a token, and the most likely token at each place (n, N)."""
     import torch
     import torch.nn.functional as F
 
@@ -136,18 +124,8 @@ def score(model: "Transformer", codes: "Tensor", labels: "Tensor", batch: int) -
     return total / codes.numel(), torch.cat(likeliest)
 
 
-def share_equal(tokens: "Tensor", others: "Tensor") -> float:
-    """The share of places where two sets of tokens are the same."""
-    return float((tokens == others).double().mean())
-
-
-def first_other(tokens: "Tensor", others: "Tensor") -> float:
-    """Tokens before the first that differs, in raster order, the mean over images; (n, N) each."""
-    return float((tokens == others).long().cumprod(1).sum(1).double().mean())
-
-
 def weight_bytes(model: "Transformer") -> int:
-    """The bytes of a model's parameters, quantized or not."""
+    """Returns the bytes of a model's parameters, quantized or not."""
 
     def size(tensor: "Tensor") -> int:
         if hasattr(tensor, "__tensor_flatten__"):  # several tensors in one: values, scales
@@ -158,7 +136,7 @@ def weight_bytes(model: "Transformer") -> int:
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+    """Returns the script's flags."""
     parser = flag_parser(__doc__)
     add_gpt_file_flags(parser)
     parser.add_argument("--codes", default=None, help="packed codes whose likelihood is compared")
@@ -167,8 +145,7 @@ def flags() -> argparse.ArgumentParser:
     add_image_size_flags(parser, 256)
     add_sampling_flags(parser, cfg_scale=2.0, top_k=0)
     parser.add_argument("--images", type=positive_int, default=8, help="drawn at once")
-    parser.add_argument("--rounds", type=positive_int, default=3, help="times each model draws them")
-    parser.add_argument("--compile", action="store_true", help="compile the decode step")
+    parser.add_argument("--rounds", type=positive_int, default=3, help="times each model draws them; the fastest counts")
     parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
     return parser
 
