@@ -24,12 +24,13 @@ Result = TypeVar("Result")
 
 def main(args: argparse.Namespace) -> None:
     from evaluations import metrics
-    from evaluations.c2i.inception import TensorFlowInception, TorchInception, find_graph
+    from evaluations.c2i.inception import TensorFlowInception, TorchInception
     from evaluations.features import read_features
     from evaluations.image_sets import open_images
+    from evaluations.published import GRAPH, find_file
     from utils.distributed import start
 
-    dist, graph = start(args.device), find_graph(args.graph)
+    dist, graph = start(args.device), find_file(GRAPH, args.graph)
     print(f"twice {args.images} images of {args.image_size} pixels, {dist.device.type}\n| what | s |\n|---|---|")
     with TemporaryDirectory(dir=args.folder) as folder:
         sets = [open_images(write_images(Path(folder) / f"{seed}.npz", args, seed)) for seed in range(2)]

@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -21,10 +20,10 @@ from numpy.lib import format as npy
 from dataset.folders import find_images
 from dataset.pixels import DEFAULT, LOSSY_EXTENSIONS, Reading, load_rgb
 from utils.files import require_regular
+from utils.sample_folder import content_of
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 FEATURES = "pool"
-_CHUNK = 1 << 24
 _THREADS = 8
 
 
@@ -65,6 +64,7 @@ class ImageSet(ABC):
             "lossy_files": self.lossy,
             "reading": self.reading and self.reading.record(),
             "recorded_statistics": sorted(self.statistics or ()),
+            "content": content_of(self.path),
         }
 
 
@@ -90,82 +90,55 @@ class ImageArchive(ImageSet):
         self.path, self.kind, self.count, self.size = path, "npz", 0, None
         try:
             with zipfile.ZipFile(path) as archive:
-                members = {name.removesuffix(".npy"): archive.getinfo(name) for name in archive.namelist()}
-                if all(name in members for name in STATISTICS):
+                held = [name.removesuffix(".npy") for name in archive.namelist()]
+                if "arr_0" in held:
+                    with archive.open("arr_0.npy") as f:
+                        self._check(*_npy_header(f))
+            with np.load(path, allow_pickle=False) as arrays:
+                if set(STATISTICS) <= set(held):
                     self.kind = "statistics"
-                    self.statistics = {name: _small_array(archive, members[name], path) for name in STATISTICS}
-                    if FEATURES in members:
-                        self.features = _small_array(archive, members[FEATURES], path, np.float32)
-                if "arr_0" in members:
-                    self._read_header(archive, members["arr_0"])
-                if "arr_1" in members and self.count:
-                    self.labels = self._read_labels(archive, members["arr_1"])
+                    self.statistics = {name: np.asarray(arrays[name], np.float64) for name in STATISTICS}
+                    self.features = arrays[FEATURES].astype(np.float32) if FEATURES in held else None
+                if "arr_1" in held and self.count:
+                    labels = arrays["arr_1"]
+                    if labels.dtype.kind in "iu" and labels.shape == (self.count,):  # else something else of that name
+                        self.labels = labels.astype(np.int64)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+            size = path.stat().st_size
             raise ValueError(
-                f"{path} is not a whole .npz ({error}; {path.stat().st_size:,} bytes): truncated or another kind of "
-                "file. Write, copy or download it again"
+                f"{path} is not a whole .npz ({error}; {size:,} bytes): write, copy or download it again"
             ) from error
         if not self.count and self.statistics is None:
-            held = ", ".join(members) or "nothing"
             raise ValueError(
-                f"{path} has no arr_0 with images, nor statistics ({', '.join(STATISTICS)}); it holds {held}. "
+                f"{path} has no arr_0 with images, nor statistics ({', '.join(STATISTICS)}); it holds {', '.join(held)}. "
                 "sample_c2i_ddp.py writes such files, as does numpy.savez(path, images)"
             )
 
-    def _read_header(self, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
-        with archive.open(member) as f:
-            shape, fortran, dtype = _npy_header(f, self.path, "arr_0")
-        wanted = "uint8 (N, H, W, 3), values 0 to 255"
-        if dtype != np.uint8:
-            hint = "(images * 255).round().astype('uint8') if they are in [0, 1]" if dtype.kind == "f" else "uint8"
-            raise ValueError(f"{self.path}: arr_0 is {dtype} {shape}, expected {wanted}: save it as {hint}")
-        if len(shape) == 4 and shape[1] == 3 and shape[3] != 3:
+    def _check(self, shape: tuple[int, ...], fortran: bool, dtype: np.dtype) -> None:
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape or fortran:
+            order = " in Fortran order" if fortran else ""
             raise ValueError(
-                f"{self.path}: arr_0 is {shape}, channels first; expected {wanted}: save images.transpose(0, 2, 3, 1)"
+                f"{self.path}: arr_0 is {dtype} {shape}{order}, expected uint8 (N, H, W, 3), values 0 to 255, in C order"
             )
-        if len(shape) != 4 or shape[3] != 3 or 0 in shape[1:3]:
-            raise ValueError(f"{self.path}: arr_0 is {shape}, expected {wanted}")
-        if fortran:
-            raise ValueError(f"{self.path}: arr_0 is in Fortran order: save numpy.ascontiguousarray(images)")
-        if not shape[0]:
-            raise ValueError(f"{self.path}: arr_0 is {shape}, without a single image")
-        self._member, self.count, self.size = member.filename, shape[0], tuple(shape[1:3])
-
-    def _read_labels(self, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray | None:
-        labels = _small_array(archive, member, self.path, None)
-        if labels.dtype.kind not in "iu" or labels.shape != (self.count,):
-            return None  # something else under that name
-        return labels.astype(np.int64)
+        self.count, self.size = shape[0], tuple(shape[1:3])
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
         """See ImageSet.batches. From image 0 to the last the archive's checksum is compared too."""
         image_bytes = self.size[0] * self.size[1] * 3
         try:
-            with ExitStack() as open_files:
-                f = self._open_at(start * image_bytes, open_files)
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as f:
+                _npy_header(f)
+                f.seek(start * image_bytes, 1)
                 for place in range(start, stop, batch_size):
                     count = min(batch_size, stop - place)
-                    data = _read_exactly(f, count * image_bytes)
+                    data = bytearray(f.read(count * image_bytes))
+                    if len(data) < count * image_bytes:
+                        raise EOFError(f"it ends in image {place + len(data) // image_bytes}")
+                    yield np.frombuffer(data, np.uint8).reshape(count, *self.size, 3)
                     if place + count == self.count:
                         f.read(1)  # past the end, where zipfile compares the checksum
-                    yield np.frombuffer(data, np.uint8).reshape(count, *self.size, 3)
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
             raise ValueError(f"{self.path} is damaged ({error}): write, copy or download it again") from error
-
-    def _open_at(self, distance: int, open_files: ExitStack) -> IO[bytes]:
-        """The array's values from byte `distance` on."""
-        archive = open_files.enter_context(zipfile.ZipFile(self.path))
-        f = open_files.enter_context(archive.open(self._member))
-        _npy_header(f, self.path, "arr_0")
-        info = archive.getinfo(self._member)
-        if distance and info.compress_type == zipfile.ZIP_STORED:
-            position = _data_offset(self.path, info) + f.tell() + distance
-            f = open_files.enter_context(self.path.open("rb"))
-            f.seek(position)
-            return f
-        while distance:  # what is compressed has to be read through
-            distance -= len(_read_exactly(f, min(distance, _CHUNK)))
-        return f
 
 
 class ImageFolder(ImageSet):
@@ -216,47 +189,7 @@ class ImageFolder(ImageSet):
                     future.cancel()
 
 
-def _npy_header(f: IO[bytes], path: Path, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and dtype of an array in an archive, whose file then stands at the first value."""
-    try:
-        version = npy.read_magic(f)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        return read(f)
-    except ValueError as error:
-        raise ValueError(f"{path}: {name} is not an array of numpy.savez ({error})") from error
-
-
-def _small_array(
-    archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, dtype: type | None = np.float64
-) -> np.ndarray:
-    """A whole array, of plain numbers only."""
-    name = member.filename.removesuffix(".npy")
-    with archive.open(member) as f:
-        try:
-            array = npy.read_array(f, allow_pickle=False)
-        except ValueError as error:
-            raise ValueError(f"{path}: {name} is damaged or not an array of numbers ({error})") from error
-    if dtype is None:
-        return array
-    if array.dtype.kind not in "fiu":
-        raise ValueError(f"{path}: {name} is {array.dtype}, expected numbers")
-    return array.astype(dtype)
-
-
-def _read_exactly(f: IO[bytes], size: int) -> bytearray:
-    data = bytearray(size)
-    view, missing = memoryview(data), size
-    while missing:
-        count = f.readinto(view[size - missing :])
-        if not count:
-            raise EOFError(f"{missing:,} bytes are missing at its end")
-        missing -= count
-    return data
-
-
-def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where a member's content begins: after its local header, whose two last lengths are its own."""
-    with open(path, "rb") as f:
-        f.seek(info.header_offset + 26)
-        name, extra = (int.from_bytes(f.read(2), "little") for _ in range(2))
-    return info.header_offset + 30 + name + extra
+def _npy_header(f: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Returns shape, Fortran order and dtype of an array in an archive, whose file then stands at the first value."""
+    read = npy.read_array_header_1_0 if npy.read_magic(f) == (1, 0) else npy.read_array_header_2_0
+    return read(f)

@@ -10,18 +10,31 @@ Next-Patch-Prediction (2412.15321) and PAR (2412.15119) give for the weights the
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import grid_size
-from utils.hub import RELEASED
+from utils.download import download
+from utils.hub import RELEASED, WEIGHTS
 
 if TYPE_CHECKING:
     from autoregressive.models.gpt import ModelArgs
 
-REFERENCE = "VIRTUAL_imagenet256_labeled.npz"
-REFERENCE_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/{REFERENCE}"
-REFERENCE_IMAGES = 10_000
+REFERENCE, REFERENCE_IMAGES = "VIRTUAL_imagenet256_labeled.npz", 10_000
 GRAPH = "classify_image_graph_def.pb"
+_BATCHES = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
+# Addresses and sizes in bytes; the reference has its images and their statistics.
+URLS = {REFERENCE: f"{_BATCHES}/imagenet/256/{REFERENCE}", GRAPH: f"{_BATCHES}/{GRAPH}"}
+BYTES = {REFERENCE: 2.03e9, GRAPH: 0.096e9}
+FIGURES = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "inception_score": "Inception Score",
+    "precision": "Precision",
+    "recall": "Recall",
+}
+LOWER_IS_BETTER = {"fid", "sfid"}
+ROOT = Path(__file__).resolve().parent.parent
 
 _LLAMAGEN = "FoundationVision/LlamaGen"
 _NPP = "pytttttt/LlamaGen-NPP"
@@ -124,6 +137,29 @@ def find_row(name: str) -> Row:
     close = [by_lower[match] for match in difflib.get_close_matches(name.lower().removesuffix(".pt"), by_lower, n=3)]
     known = f"did you mean {' or '.join(close)}" if close else f"known are {', '.join(ROWS)}"
     raise ValueError(f"there is no published row {name!r}; {known}")
+
+
+def on_disk(name: str) -> Path | None:
+    """Returns a file of this name in the working directory, its pretrained_models/ or that of the project."""
+    folders = (Path.cwd(), Path.cwd() / WEIGHTS, ROOT / WEIGHTS)
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
+def find_file(name: str, given: str | Path | None = None) -> Path:
+    """Returns the evaluator's graph or the reference batch: `given`, else where `on_disk` finds it, else downloaded.
+
+    Raises FileNotFoundError (no file `given`; offline), ConnectionError or OSError (the download failed).
+    """
+    if given is not None:
+        path = Path(given).expanduser()
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise FileNotFoundError(
+                f"{path} {what}; without a name, {name} is looked for in {WEIGHTS}/, else downloaded from {URLS[name]}"
+            )
+        return path
+    home = next((folder for folder in (Path.cwd() / WEIGHTS, ROOT / WEIGHTS) if folder.is_dir()), Path.cwd() / WEIGHTS)
+    return on_disk(name) or download(URLS[name], home / name, name)
 
 
 def gpt_args(settings: Mapping[str, Any]) -> "ModelArgs":

@@ -43,6 +43,15 @@ def small_files(tmp_path_factory) -> SmallFiles:
     return files
 
 
+@pytest.fixture
+def one_thread():
+    """Computes on one thread: for small tensors more of them only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_configure() -> None:
     """Signals as a terminal has them: a shell starts what runs in the background with some ignored, and children inherit it."""
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

@@ -157,10 +157,11 @@ def describe(name: str, images: "ImageSet") -> str:
 
 def open_backend(args: argparse.Namespace, dist: "Distributed") -> "Inception":
     """The Inception graph, run by what --backend names."""
-    from evaluations.c2i.inception import TensorFlowInception, TorchInception, find_graph
+    from evaluations.c2i.inception import TensorFlowInception, TorchInception
+    from evaluations.published import GRAPH, find_file
     from utils.download import sha256_of
 
-    path = find_graph(args.graph)
+    path = find_file(GRAPH, args.graph)
     backend = TensorFlowInception(path) if args.backend == "tensorflow" else TorchInception(path, dist.device)
     backend.path, backend.sha256 = path, sha256_of(path)
     return backend

@@ -1,6 +1,6 @@
 """The evaluator's features: what the Inception network of 2015 makes of images, by torch or by TensorFlow.
 
-    inception = TorchInception(find_graph(None), device="cuda")
+    inception = TorchInception(find_file(GRAPH), device="cuda")
     pool, spatial = inception(images)  # uint8 (B, H, W, 3) -> float32 (B, 2048) and (B, 2023)
 
 Published figures are of one network, a frozen TensorFlow graph. Both backends run that file; features agree to a few
@@ -17,17 +17,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils.download import download, sha256_of
 from utils.extras import how_to_install
-from utils.hub import WEIGHTS
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TensorFlowInception", "TorchInception", "find_graph", "sha256_of"]
-
-GRAPH_FILE = "classify_image_graph_def.pb"
-GRAPH_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/" + GRAPH_FILE
 # Images as float32 in 0..255 (B, H, W, 3), of any size: the graph resizes them to 299x299.
 INPUT = "ExpandDims:0"
 POOL = "pool_3:0"
@@ -37,30 +31,6 @@ SPATIAL_CHANNELS = 7
 LOGITS = "softmax/logits/MatMul"
 # Of larger batches a CPU's activations are so large that the C library takes them from the system anew each time.
 CPU_BATCH = 8
-_ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-def find_graph(name: str | Path | None = None) -> Path:
-    """The graph's file: `name`, or else classify_image_graph_def.pb where it lies, or else downloaded.
-
-    It is looked for in the working directory, in its pretrained_models/ and in that of the project.
-    Raises FileNotFoundError (no file `name`; offline), ConnectionError or OSError (the download failed).
-    """
-    if name is not None:
-        path = Path(name).expanduser()
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else "does not exist"
-            raise FileNotFoundError(
-                f"the Inception graph {path} {what}; without a name, {GRAPH_FILE} is looked for in {WEIGHTS}/ and "
-                f"otherwise downloaded from {GRAPH_URL}"
-            )
-        return path
-    folders = [Path.cwd() / WEIGHTS, _ROOT / WEIGHTS]
-    for folder in (Path.cwd(), *folders):
-        if (folder / GRAPH_FILE).is_file():
-            return folder / GRAPH_FILE
-    folder = next((folder for folder in folders if folder.is_dir()), folders[0])
-    return download(GRAPH_URL, folder / GRAPH_FILE, "the Inception graph")
 
 
 class _Inception:
@@ -79,13 +49,10 @@ class _Inception:
         self.graph = FrozenGraph(path)
         try:
             self.graph.check([POOL, SPATIAL], [INPUT])
-            inputs = self.graph.inputs(LOGITS)
-            (weights,) = self.graph.run([inputs[1]], {})
+            weights = self.graph.constant(self.graph.inputs(LOGITS)[1])
         except (ValueError, IndexError) as error:
             raise ValueError(f"{path} is not the evaluator's Inception graph: {error}") from error
-        if self.graph.nodes[LOGITS].attr["transpose_b"].b:
-            weights = weights.T
-        self.weights: np.ndarray = np.ascontiguousarray(weights.numpy(), dtype=np.float32)
+        self.weights: np.ndarray = np.ascontiguousarray(weights, dtype=np.float32)
         self.pool_dim = self.weights.shape[0]
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,16 +1,16 @@
 """evaluations/c2i/inception.py: the evaluator's features from both backends, where the graph is found, what is refused."""
 
-import hashlib
 import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-import torch
 
+from evaluations import published
 from evaluations.c2i import inception
-from evaluations.c2i.inception import GRAPH_FILE, GRAPH_URL, TensorFlowInception, TorchInception, find_graph, sha256_of
+from evaluations.c2i.inception import TensorFlowInception, TorchInception
+from evaluations.published import GRAPH, URLS, find_file
 from tests.evaluations.graphs import FLOAT, GraphBuilder, inception_graph
 from tests.helpers import GOLDEN, ROOT
 
@@ -21,12 +21,7 @@ BACKENDS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +89,7 @@ def test_images_that_are_refused(batch):
         TorchInception(STANDIN)(batch)
 
 
-def other_graph(tmp_path, *, pool=True, transpose=False, features=4):
+def other_graph(tmp_path, *, pool=True, features=4):
     """Like the evaluator's graph in names only."""
     graph = GraphBuilder()
     graph.placeholder("ExpandDims")
@@ -103,16 +98,10 @@ def other_graph(tmp_path, *, pool=True, transpose=False, features=4):
     graph.add("Conv2D", "mixed_6/conv", "ExpandDims", "w", T=FLOAT, strides=[1, 1, 1, 1], padding="SAME")
     if pool:
         graph.add("Mean", "pool_3", "mixed_6/conv", "axes", T=FLOAT)
-    graph.floats("weights", np.arange(5 * features).reshape(5, features) if transpose else np.ones((features, 5)))
+    graph.floats("weights", np.ones((features, 5)))
     graph.add("Identity", "weights/read", "weights", T=FLOAT)
-    graph.add("MatMul", "softmax/logits/MatMul", "ExpandDims", "weights/read", T=FLOAT, transpose_b=transpose)
+    graph.add("MatMul", "softmax/logits/MatMul", "ExpandDims", "weights/read", T=FLOAT)
     return graph.save(tmp_path / "other.pb")
-
-
-def test_weights_behind_an_identity_and_transposed(tmp_path):
-    features = TorchInception(other_graph(tmp_path, transpose=True))
-    np.testing.assert_array_equal(features.weights, np.arange(20, dtype=np.float32).reshape(5, 4).T)
-    assert features.pool_dim == 4
 
 
 def test_graphs_that_are_refused(tmp_path):
@@ -120,18 +109,6 @@ def test_graphs_that_are_refused(tmp_path):
         TorchInception(other_graph(tmp_path, pool=False))
     with pytest.raises(ValueError, match=r"pool_3:0 gives 4 features an image, softmax/logits/MatMul takes 6"):
         TorchInception(other_graph(tmp_path, features=6))(images(1))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_features_that_are_not_finite(tmp_path, backend):
-    graph = GraphBuilder()
-    graph.graph.ParseFromString(inception_graph(width=0.02, classes=3))
-    for node in graph.graph.node:
-        if node.name == "mixed_2/conv/batchnorm/beta":
-            node.attr["value"].tensor.tensor_content = np.full(8, np.nan, dtype=np.float32).tobytes()
-    features = backend(graph.save(tmp_path / "graph.pb"))
-    with pytest.raises(ValueError, match="mixed_2/conv/CheckNumerics"):
-        features(images(1))
 
 
 def test_without_tensorflow(monkeypatch):
@@ -161,14 +138,14 @@ def places(tmp_path, monkeypatch):
     work.mkdir()
     (project / "pretrained_models").mkdir(parents=True)
     monkeypatch.chdir(work)
-    monkeypatch.setattr(inception, "_ROOT", project)
+    monkeypatch.setattr(published, "ROOT", project)
     asked = []
 
     def download(url, target, what):
         asked.append((url, target))
         return target
 
-    monkeypatch.setattr(inception, "download", download)
+    monkeypatch.setattr(published, "download", download)
     return work, project, asked
 
 
@@ -177,30 +154,30 @@ def test_where_the_graph_is_found(places):
     # From the last place that is looked at to the first.
     for folder in (project / "pretrained_models", work / "pretrained_models", work):
         folder.mkdir(exist_ok=True)
-        (folder / GRAPH_FILE).write_bytes(b"graph")
-        assert os.path.samefile(find_graph(), folder / GRAPH_FILE)
+        (folder / GRAPH).write_bytes(b"graph")
+        assert os.path.samefile(find_file(GRAPH), folder / GRAPH)
     assert not asked
 
 
 def test_where_the_graph_is_downloaded_to(places):
     work, project, asked = places
-    assert find_graph() == project / "pretrained_models" / GRAPH_FILE
+    assert find_file(GRAPH) == project / "pretrained_models" / GRAPH
     (work / "pretrained_models").mkdir()
-    assert find_graph() == work / "pretrained_models" / GRAPH_FILE
+    assert find_file(GRAPH) == work / "pretrained_models" / GRAPH
     assert asked == [
-        (GRAPH_URL, project / "pretrained_models" / GRAPH_FILE),
-        (GRAPH_URL, work / "pretrained_models" / GRAPH_FILE),
+        (URLS[GRAPH], project / "pretrained_models" / GRAPH),
+        (URLS[GRAPH], work / "pretrained_models" / GRAPH),
     ]
 
 
 def test_a_graph_by_its_name(places):
     work, _, asked = places
     (work / "mine.pb").write_bytes(b"graph")
-    assert find_graph("mine.pb").samefile(work / "mine.pb")
+    assert find_file(GRAPH, "mine.pb").samefile(work / "mine.pb")
     for name, what in (("other.pb", "does not exist"), (work, "is a folder")):
         with pytest.raises(FileNotFoundError, match=what) as error:
-            find_graph(name)
-        assert str(name) in str(error.value) and GRAPH_URL in str(error.value)
+            find_file(GRAPH, name)
+        assert str(name) in str(error.value) and URLS[GRAPH] in str(error.value)
     assert not asked
 
 
@@ -208,12 +185,8 @@ def test_offline(places, monkeypatch):
     """What the real download says where it may not go."""
     from utils.download import download
 
-    monkeypatch.setattr(inception, "download", download)
+    monkeypatch.setattr(published, "download", download)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE") as error:
-        find_graph()
-    assert GRAPH_URL in str(error.value)
-
-
-def test_sha256():
-    assert sha256_of(STANDIN) == hashlib.sha256(STANDIN.read_bytes()).hexdigest()
+        find_file(GRAPH)
+    assert URLS[GRAPH] in str(error.value)
