@@ -62,11 +62,10 @@ def read_features(
                 rows[place - start : place - start + len(batch)] = kinds[0]
             place += len(batch)
             bar.update(len(batch))
-    shares = dist.collect(([total.state() for total in running], rows, inspection))
+    shares = dist.collect((running, rows, inspection))
     if shares is None:
         return None
-    for states, _, other in shares[1:]:
-        parts = [RunningStatistics.from_state(state) for state in states]
+    for parts, _, other in shares[1:]:
         for total, part in zip(running, parts):
             total.merge(part)
         running = running or parts  # with fewer images than processes the first has none
