@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
     for kind, model in models.items():
         drawn = []
         seconds = min(
-            timed(lambda m=model: drawn.append(generate(m, labels, noise=noise, **settings)), device)
+            timed(lambda m=model, d=drawn: d.append(generate(m, labels, noise=noise, **settings)), device)
             for _ in range(args.rounds)
         )
         nll, likeliest = score(model, codes, classes, args.images)
@@ -145,7 +145,9 @@ def flags() -> argparse.ArgumentParser:
     add_image_size_flags(parser, 256)
     add_sampling_flags(parser, cfg_scale=2.0, top_k=0)
     parser.add_argument("--images", type=positive_int, default=8, help="drawn at once")
-    parser.add_argument("--rounds", type=positive_int, default=3, help="times each model draws them; the fastest counts")
+    parser.add_argument(
+        "--rounds", type=positive_int, default=3, help="times each model draws them; the fastest counts"
+    )
     parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
     return parser
 

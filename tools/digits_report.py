@@ -33,10 +33,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def of_classes(args: argparse.Namespace) -> dict:
-    """The figures of a tokenizer and of samples by class; draws reconstructions.png and samples.png.
-
-    Raises ValueError for flags that are missing, FileNotFoundError where there are no samples.
-    """
+    """Returns the figures of a tokenizer and of samples by class; draws reconstructions.png and samples.png."""
     import numpy as np
     import torch
 
@@ -53,10 +50,7 @@ def of_classes(args: argparse.Namespace) -> dict:
     for flag in ("codes", "gpt_ckpt", "vq_ckpt"):
         if getattr(args, flag) is None:
             raise ValueError(f"--{flag.replace('_', '-')} is needed, or --prompts for digits asked for in words")
-    output = Path(args.output)
-    dist = start("cpu")
-    judge = Judge(args.digits)
-
+    output, dist, judge = Path(args.output), start("cpu"), Judge(args.digits)
     gpt = load_gpt(find_checkpoint(args.gpt_ckpt))
     tokenizer = load_tokenizer(find_checkpoint(args.vq_ckpt), fingerprint=gpt.file_config.get("tokenizer"))
     pixels = torch.from_numpy(judge.held_images).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -67,32 +61,21 @@ def of_classes(args: argparse.Namespace) -> dict:
     shown = np.random.default_rng(0).permutation(len(originals))[:16]
     save_png(make_grid(np.concatenate([originals[shown], recons[shown]]), columns=16), output / "reconstructions.png")
 
-    nll = mean_loss(gpt, open_codes(args.codes, random_view=False), 64, dist)
-
-    archives = sorted(Path(args.samples).glob("*.npz"), key=lambda path: path.stat().st_mtime)
-    if not archives:
-        raise FileNotFoundError(
-            f"{args.samples} has no .npz: run sample_c2i_ddp.py with --sample-dir {args.samples} first"
-        )
-    with np.load(archives[-1]) as archive:
+    with np.load(newest(args.samples, "*.npz")) as archive:
         samples, asked = archive["arr_0"], archive["arr_1"]
     rows = [np.flatnonzero(asked == digit)[:10] for digit in range(10)]
     save_png(make_grid(samples[np.concatenate(rows)], columns=10), output / "samples.png")
+    ratios = [peak_signal_to_noise_ratio(a, b) for a, b in zip(originals, recons, strict=True)]
     return {
-        "psnr_held_out_db": float(
-            np.mean([peak_signal_to_noise_ratio(a, b) for a, b in zip(originals, recons, strict=True)])
-        ),
+        "psnr_held_out_db": float(np.mean(ratios)),
         "codebook_usage_held_out": len(np.unique(codes)) / tokenizer.codebook_size,
-        "nll_held_out_nats_per_token": nll,
+        "nll_held_out_nats_per_token": mean_loss(gpt, open_codes(args.codes, random_view=False), 64, dist),
         **judge.figures(samples, asked),
     }
 
 
 def of_prompts(args: argparse.Namespace) -> dict:
-    """The figures of samples by prompt; draws samples.png and prompts.png, in which each stands below its words.
-
-    Raises ValueError for flags that are missing or samples of other prompts, FileNotFoundError where there are none.
-    """
+    """Returns the figures of samples by prompt; draws samples.png and prompts.png, each sample below its words."""
     import numpy as np
     from PIL import Image
 
@@ -104,46 +87,42 @@ def of_prompts(args: argparse.Namespace) -> dict:
 
     if not args.runs:
         raise ValueError("--runs is needed with --prompts: the results folders of the stages")
+    drawn = newest(args.samples, "*/result.jsonl")
+    lines = [json.loads(line) for line in drawn.read_text().splitlines()]
     with open(args.prompts, newline="", encoding="utf-8") as f:
-        asked = list(csv.DictReader(f, delimiter="\t"))
-    drawn = sorted(Path(args.samples).glob("*/result.jsonl"), key=lambda path: path.stat().st_mtime)
-    if not drawn:
-        raise FileNotFoundError(
-            f"{args.samples} has no finished samples: run sample_t2i_ddp.py with --sample-dir {args.samples} first"
-        )
-    lines = [json.loads(line) for line in drawn[-1].read_text().splitlines()]
-    asked = asked[: len(lines)]
+        asked = list(csv.DictReader(f, delimiter="\t"))[: len(lines)]
     if [line["text"] for line in lines] != [row["Prompt"] for row in asked]:
-        raise ValueError(f"{drawn[-1]} is not of the prompts in {args.prompts}: draw the samples again")
-    files = sorted((drawn[-1].parent / "images").glob("*.png"))[: len(asked)]
+        raise ValueError(f"{drawn} is not of the prompts in {args.prompts}: draw the samples again")
+    files = sorted((drawn.parent / "images").glob("*.png"))[: len(asked)]
     samples = np.stack([np.asarray(load_rgb(path)) for path in files])
     digits = np.asarray([int(row["Digit"]) for row in asked])
-
-    output = Path(args.output)
     rows = [np.flatnonzero(digits == digit)[:16] for digit in range(10)]
-    save_png(make_grid(samples[np.concatenate(rows)], columns=16), output / "samples.png")
-    draw_prompts(samples, [row["Prompt"] for row in asked], output / "prompts.png")
+    save_png(make_grid(samples[np.concatenate(rows)], columns=16), Path(args.output) / "samples.png")
+    draw_prompts(samples, [row["Prompt"] for row in asked], Path(args.output) / "prompts.png")
 
     judge = Judge(args.digits)
     side = judge.held_images.shape[1]
     # At the size of the class-conditional digits, so that the figures can be laid side by side.
     resized = np.stack([np.asarray(Image.fromarray(image).resize((side, side), Image.BOX)) for image in samples])
-    losses = {}
-    for name in args.runs:
-        run = runs_in(name)
-        if not run:
-            raise FileNotFoundError(f"{name} has no runs: it is the --results-dir of train_t2i.py")
-        losses[Path(name).name] = read_curves(run[0].folder / "metrics.jsonl")["val_loss"][-1][1]
+    curves = {Path(name).name: read_curves(runs_in(name)[0].folder / "metrics.jsonl") for name in args.runs}
     return {
-        "nll_held_out_nats_per_token": losses,
+        "nll_held_out_nats_per_token": {name: curve["val_loss"][-1][1] for name, curve in curves.items()},
         "prompts": len({row["Prompt"] for row in asked}),
         **judge.figures(resized, digits),
         **attributes_as_asked(samples, asked, attribute_limits(judge.train_images[..., 0], judge.train_labels)),
     }
 
 
+def newest(folder: str, pattern: str) -> Path:
+    """Returns the newest file of a pattern. Raises FileNotFoundError where there are no finished samples."""
+    found = sorted(Path(folder).glob(pattern), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"{folder} has no {pattern}: run the sampling script with --sample-dir {folder} first")
+    return found[-1]
+
+
 class Judge:
-    """What make_digits.py's training digits teach about digits: a classifier, and features to compare sets in."""
+    """A classifier of digits, and features to compare sets in, both learned from make_digits.py's training digits."""
 
     def __init__(self, folder: str | Path):
         from sklearn.neural_network import MLPClassifier
@@ -156,13 +135,12 @@ class Judge:
         self.perceptron = MLPClassifier((64,), max_iter=500, random_state=0).fit(pixels, self.train_labels)
 
     def figures(self, samples: "np.ndarray", asked: "np.ndarray") -> dict:
-        """samples: uint8 (n, H, W, 3). asked: the digits they should be (n,)."""
+        """Returns the figures of samples, uint8 (n, H, W, 3), that should be the digits `asked` (n,)."""
+        held_out = self.classifier.score(self._pixels(self.held_images), self.held_labels)
         return {
             "samples": len(samples),
             "samples_read_as_asked": float(self.classifier.score(self._pixels(samples), asked)),
-            "held_out_digits_read_right": float(
-                self.classifier.score(self._pixels(self.held_images), self.held_labels)
-            ),
+            "held_out_digits_read_right": float(held_out),
             "train_against_held_out": self._distances(self.held_images),
             "train_against_samples": self._distances(samples),
         }
@@ -171,26 +149,23 @@ class Judge:
         return images[..., 0].reshape(len(images), -1) / 255.0
 
     def _features(self, images: "np.ndarray") -> "np.ndarray":
-        """The hidden layer: (n, 64)."""
-        import numpy as np
-
-        return np.maximum(self._pixels(images) @ self.perceptron.coefs_[0] + self.perceptron.intercepts_[0], 0)
+        return (self._pixels(images) @ self.perceptron.coefs_[0] + self.perceptron.intercepts_[0]).clip(0)
 
     def _distances(self, images: "np.ndarray") -> dict[str, float]:
-        """How far a set of images is from the training digits."""
+        """Returns how far a set of images is from the training digits."""
         from evaluations.metrics import RunningStatistics, frechet_distance, precision_recall
 
-        statistics = []
-        for part in (self.train_images, images):
-            running = RunningStatistics(64)
-            running.update(self._features(part))
-            statistics.append(running.result())
-        precision, recall = precision_recall(self._features(self.train_images), self._features(images))
-        return {"frechet_distance": frechet_distance(*statistics), "precision": precision, "recall": recall}
+        features, statistics = [self._features(part) for part in (self.train_images, images)], []
+        for part in features:
+            statistics.append(RunningStatistics(64))
+            statistics[-1].update(part)
+        precision, recall = precision_recall(*features)
+        distance = frechet_distance(*(one.result() for one in statistics))
+        return {"frechet_distance": distance, "precision": precision, "recall": recall}
 
 
 def read_digits(folder: Path) -> "tuple[np.ndarray, np.ndarray]":
-    """The images of class folders, uint8 (n, H, W, 3), and their digits (n,)."""
+    """Returns the images of class folders, uint8 (n, H, W, 3), and their digits (n,)."""
     import numpy as np
 
     from dataset.folders import class_folders
@@ -203,10 +178,7 @@ def read_digits(folder: Path) -> "tuple[np.ndarray, np.ndarray]":
 def attributes_as_asked(
     samples: "np.ndarray", asked: list[dict[str, str]], limits: "np.ndarray"
 ) -> dict[str, float | None]:
-    """The shares of digits that lean, and are as heavy, as their prompts say, where these say so: one in three by chance.
-
-    samples: uint8 (n, H, W, 3). limits: of make_digit_captions.attribute_limits.
-    """
+    """Returns the shares of digits, uint8 (n, H, W, 3), that lean and are as heavy as their prompts say; by chance a third."""
     import numpy as np
 
     from tools.make_digit_captions import attributes
@@ -246,7 +218,7 @@ def draw_prompts(samples: "np.ndarray", prompts: list[str], path: Path, count: i
 
 
 def stage_seconds(path: Path) -> dict[str, float]:
-    """The seconds of each stage over all calls, and their total."""
+    """Returns the seconds of each stage over all calls, and their total."""
     seconds: dict[str, float] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         stage, value = line.split("\t")
@@ -255,7 +227,7 @@ def stage_seconds(path: Path) -> dict[str, float]:
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+    """Returns the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--digits", required=True, help="folder with train/ and held_out/ from make_digits.py")
     parser.add_argument("--samples", required=True, help="--sample-dir of sample_c2i_ddp.py or sample_t2i_ddp.py")
