@@ -222,7 +222,7 @@ class Tokenizer(nn.Module):
     def decode_in_bfloat16(self) -> "Tokenizer":
         """Turn what decodes into bfloat16 and channels-last, in place, and return the tokenizer. Codes stay as they are.
 
-        For pixels sooner that are not quite the same (benchmarks/image_tokenizer.py): images come in bfloat16.
+        For pixels sooner that are not quite the same (docs/log.md): images come in bfloat16.
         """
         for name in self.decoding:
             self.get_submodule(name).to(torch.bfloat16, memory_format=torch.channels_last)

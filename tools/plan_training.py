@@ -150,13 +150,10 @@ def accelerator_of(args: argparse.Namespace) -> "Accelerator":
 
 def make_plan(args: argparse.Namespace, setup: "Setup | None" = None) -> Plan:
     """The plan of the flags, or of another setup in their place."""
-    import torch
-
-    from autoregressive.models.gpt import Transformer
     from autoregressive.models.layouts import build_layout
     from autoregressive.models.layouts.patches import with_patches
     from autoregressive.train.flops import training_flops_per_image
-    from autoregressive.train.memory import training_memory
+    from autoregressive.train.memory import parameters_of, training_memory
     from autoregressive.train.next_patch import PatchSchedule
 
     setup, model, card = setup or setup_of(args), model_args(args), accelerator_of(args)
@@ -172,11 +169,9 @@ def make_plan(args: argparse.Namespace, setup: "Setup | None" = None) -> Plan:
         raise ValueError(f"{card.name} has no {setup.precision} units; choose another --mixed-precision")
     if args.images < args.global_batch_size:
         raise ValueError(f"--images {args.images} are fewer than --global-batch-size {args.global_batch_size}")
-    with torch.device("meta"):
-        parameters = Transformer(model).num_parameters
     return Plan(
         setup,
-        parameters,
+        parameters_of(model)[0],
         training_memory(model, setup),
         card.name,
         int((args.gpu_memory_gib or card.memory) * GIB),
@@ -189,27 +184,20 @@ def make_plan(args: argparse.Namespace, setup: "Setup | None" = None) -> Plan:
     )
 
 
-def remedies(args: argparse.Namespace, plan: Plan) -> list[tuple[str, Plan]]:
-    """Changes that make a plan fit, the cheapest first; of each kind the smallest step that is enough."""
-    found = []
-    bases = [([], plan.setup)]
-    if plan.setup.waits:
-        bases.append((["--sync-every-micro-batch"], replace(plan.setup, sync_every_micro_batch=True)))
-    if plan.setup.gpus > 1 and plan.setup.strategy != "fsdp":
-        bases.append((["--data-parallel fsdp"], replace(plan.setup, strategy="fsdp", shard=plan.setup.gpus)))
-    if not plan.setup.checkpointing:
-        more = ["--activation-checkpointing"]
-        bases += [(words + more, replace(setup, checkpointing=True)) for words, setup in bases]
-    for words, setup in bases:
-        whole = setup.micro_batch * setup.accumulation
-        tries = [n for n in range(setup.accumulation, whole + 1) if whole % n == 0]
-        plans = (make_plan(args, replace(setup, accumulation=n, micro_batch=whole // n)) for n in tries)
-        if not make_plan(args, replace(setup, accumulation=whole, micro_batch=1)).fits:
-            continue
-        steps, better = next((n, plan) for n, plan in zip(tries, plans, strict=True) if plan.fits)
-        changed = words + [f"--gradient-accumulation-steps {steps}"] * (steps > setup.accumulation)
-        found.append((" ".join(changed), better))
-    return found
+def remedies(args: argparse.Namespace, setup: "Setup") -> Iterator[tuple[str, Plan]]:
+    """Yields flags that make a plan fit, and the plan: of each kind the smallest number of parts that is enough."""
+    whole = setup.micro_batch * setup.accumulation
+    sharded = replace(setup, strategy="fsdp", shard=setup.gpus)
+    for words, base in ((), setup), *[(("--data-parallel fsdp",), sharded)] * (setup.gpus > 1 and setup != sharded):
+        for checkpointing in sorted({setup.checkpointing, True}):
+            more = ("--activation-checkpointing",) * (checkpointing > setup.checkpointing)
+            for parts in (n for n in range(setup.accumulation, whole + 1) if whole % n == 0):
+                tried = replace(base, checkpointing=checkpointing, accumulation=parts, micro_batch=whole // parts)
+                plan = make_plan(args, tried)
+                if plan.fits:
+                    last = (f"--gradient-accumulation-steps {parts}",) * (parts > setup.accumulation)
+                    yield " ".join((*words, *more, *last)), plan
+                    break
 
 
 def describe(args: argparse.Namespace, plan: Plan) -> Iterator[str]:
@@ -241,7 +229,7 @@ def describe(args: argparse.Namespace, plan: Plan) -> Iterator[str]:
     if plan.fits:
         return
     yield ""
-    found = remedies(args, plan)
+    found = list(remedies(args, plan.setup))
     yield "what would fit:" if found else "nothing that this tool tries would fit: take more GPUs, or larger ones"
     for words, other in found:
         yield f"  {words:<70}{other.memory.total / GIB:7.1f} GiB"

@@ -1,7 +1,6 @@
 """tools/plan_training.py: planned memory against what real steps hold, sharding and hours by hand, mistakes."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -9,28 +8,23 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from autoregressive.models.gpt import ModelArgs, Transformer
+from autoregressive.models.layouts.patches import with_patches
+from autoregressive.models.sizes import GPT_SIZES
 from autoregressive.train import memory
 from autoregressive.train.flops import training_flops_per_image
 from autoregressive.train.loss import TokenLoss
-from autoregressive.train.memory import Setup, example_batch, passes_memory, training_memory
-from tools.plan_training import GIB, describe, flags, main, make_plan, remedies
+from autoregressive.train.memory import Setup, parameters_of, training_memory
+from tools.plan_training import GIB, flags, main, make_plan, remedies
 from utils.distributed import Distributed, start
 from utils.training.ema import EMA
 from utils.training.optim import adamw
 from utils.training.parallel import Parallel
 
 SMALL = ModelArgs(dim=128, n_layer=6, n_head=4, vocab_size=1024, num_classes=10, block_size=256)
-CPU = Setup(micro_batch=2, as_gpu=False)
+CPU = Setup(micro_batch=2)
 RATES = flags().parse_args([])
+pytestmark = pytest.mark.usefixtures("one_thread")
 RATES.lr, RATES.beta1, RATES.beta2, RATES.weight_decay = 1e-4, 0.9, 0.95, 0.05
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train(args: ModelArgs, setup: Setup, dist: Distributed, steps: int = 2) -> None:
@@ -52,7 +46,12 @@ def train(args: ModelArgs, setup: Setup, dist: Distributed, steps: int = 2) -> N
     for _ in range(steps):
         optimizer.zero_grad(set_to_none=True)
         for number in range(setup.accumulation):
-            batch = {name: tensor.to(dist.device) for name, tensor in example_batch(args, setup.micro_batch).items()}
+            shape = (setup.micro_batch,)
+            batch = {
+                "codes": torch.zeros(*shape, args.block_size, dtype=torch.long, device=dist.device),
+                "cond": torch.zeros(shape, dtype=torch.long, device=dist.device),
+                "drop": torch.zeros(shape, dtype=torch.bool, device=dist.device),
+            }
             with plan.last_only(module, last=number == setup.accumulation - 1):
                 with torch.autocast(dist.device.type, dtype, enabled=dtype is not None):
                     loss = module(**batch)
@@ -80,19 +79,16 @@ def measured_peak(folder, work) -> int:
 
 
 @pytest.mark.parametrize("precision", ["none", "bf16"])
-@pytest.mark.parametrize(
-    ("checkpointing", "accumulation"),
-    [(False, 1), pytest.param(True, 1, marks=pytest.mark.slow), pytest.param(True, 2, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("checkpointing", "accumulation"), [(False, 1), pytest.param(True, 2, marks=pytest.mark.slow)])
 def test_plan_is_what_training_steps_hold(tmp_path, precision, checkpointing, accumulation):
+    """A CPU's kernels keep other tensors than those of a GPU, which the plan is for."""
     setup = replace(
         CPU, precision=precision, checkpointing=checkpointing, accumulation=accumulation, ema=accumulation > 1
     )
     planned = training_memory(SMALL, setup)
     peak = measured_peak(tmp_path, lambda: train(SMALL, setup, Distributed(torch.device("cpu"))))
     print(f"{setup.precision}, {checkpointing=}, {accumulation=}: {peak / 2**20:.1f}, {planned.total / 2**20:.1f} MiB")
-    # bfloat16 kernels of a CPU also have float32 buffers of their own
-    assert planned.total == pytest.approx(peak, rel=0.01 if precision == "none" else 0.1)
+    assert planned.total == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "sdp"])
@@ -120,100 +116,56 @@ def test_plan_is_what_a_gpu_holds():
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("name", "setup", "counted"),
     [
-        {},
-        pytest.param({"checkpointing": True}, marks=pytest.mark.slow),
-        pytest.param({"strategy": "fsdp", "gpus": 4, "shard": 4}, marks=pytest.mark.slow),
-        pytest.param({"as_gpu": True, "compiled": True}, marks=pytest.mark.slow),
-        {"precision": "none", "gpus": 2},
+        ("GPT-B", Setup(micro_batch=32, gpus=8, compiled=True), 4.97),
+        ("GPT-B", Setup(micro_batch=32, gpus=8), 6.16),
+        ("GPT-L", Setup(micro_batch=32, gpus=8, compiled=True, checkpointing=True), 6.64),
+        ("GPT-XXL", Setup("sdp", gpus=32, shard=32, micro_batch=8, compiled=True), 15.67),
+        ("GPT-3B", Setup("fsdp", gpus=32, shard=32, micro_batch=8, compiled=True), 15.20),
+        ("GPT-3B", Setup("fsdp", gpus=32, shard=32, micro_batch=8, compiled=True, checkpointing=True), 4.24),
+        ("GPT-3B", Setup("fsdp", "none", gpus=32, shard=32, micro_batch=8), 34.80),
     ],
 )
-def test_a_few_blocks_stand_for_all(change):
-    setup = replace(CPU, **change)
-    few = {m.at: sum(m.parts.values()) for m in passes_memory(SMALL, setup)}
-    every = {m.at: sum(m.parts.values()) for m in passes_memory(SMALL, setup, simulated=SMALL.n_layer)}
-    assert few.keys() == every.keys()
-    assert max(few.values()) == max(every.values())
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_blocks_keep_what_is_counted():
-    args = replace(SMALL, n_layer=1)
-
-    def kept(model: Transformer) -> int:
-        weights = {p.untyped_storage()._cdata for p in model.parameters()}
-        storages = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
-                storages[storage._cdata] = storage.nbytes()
-            return tensor
-
-        x, rope = torch.zeros(2, 256, args.dim, requires_grad=True), torch.zeros(256, 16, 2)
-        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = model.layers[0](x, rope)
-        assert out.requires_grad
-        return sum(storages.values())
-
-    with memory.FakeTensorMode():
-        model = Transformer(args).train()
-        with torch.autocast("cpu", torch.bfloat16):
-            memory.compile_blocks(model)
-        counted = kept(model)
-    model = Transformer(args).train()
-    model.layers[0].forward = torch.compile(model.layers[0].forward)
-    assert kept(model) == counted
-
-
-def test_checkpointed_blocks_keep_their_inputs():
-    planned = {m.at: m.parts for m in passes_memory(SMALL, replace(CPU, checkpointing=True))}
-    rows = 2 * 256 * SMALL.dim * 4  # float32
-    kept = (SMALL.n_layer + 1) * rows  # and the noise of the first dropout
-    assert planned[memory.IN_LOSS][memory.ACTIVATIONS] == pytest.approx(kept, rel=0.01)
+def test_training_memory_is_what_was_counted_storage_by_storage(name, setup, counted):
+    """GiB of a step on fake tensors with a GPU's kernels, every storage followed: docs/log.md."""
+    layers, heads, dim = GPT_SIZES[name]
+    args = ModelArgs(dim=dim, n_layer=layers, n_head=heads, block_size=256 if setup.strategy == "ddp" else 576)
+    assert training_memory(args, setup).total / GIB == pytest.approx(counted, rel=0.06)
 
 
 def test_shards_by_hand():
-    args = ModelArgs(
-        dim=64, n_layer=4, n_head=2, vocab_size=100, num_classes=10, block_size=64, ar_token_num=4, multiple_of=32
-    )
+    args = ModelArgs(dim=64, n_layer=4, n_head=2, vocab_size=100, num_classes=10, block_size=64, multiple_of=32)
     hidden = 192  # int(2 * 256 / 3) = 170, rounded up to a multiple of 32
     block = 64 * 192 + 64 * 64 + 3 * 64 * hidden + 2 * 64
-    root = 11 * 64 + 100 * 64 + 3 * 64 + 64 + 100 * 64  # classes and "no class", codes, special tokens, norm, head
-    # rank 0 of 8: 8 or 24 rows of each block's matrices and 8 of its norms; 2 of 11 classes, 13 of 100 codes, 1 of 3
-    block_shard = 24 * 64 + 8 * 64 + (24 + 24) * 64 + 8 * hidden + 2 * 8
-    shard = 4 * block_shard + (2 + 13 + 1 + 13) * 64 + 8
+    root = 11 * 64 + 100 * 64 + 64 + 100 * 64  # classes and "no class", codes, norm, head
+    assert parameters_of(args) == (4 * block + root, block)
+    shard = (4 * block + root) // 8
 
     def parts(strategy: str, **change) -> dict[str, int]:
         setup = Setup(strategy=strategy, gpus=8, shard=8, micro_batch=64, ema=True, **change)
         return training_memory(args, setup).parts
 
     fsdp = parts("fsdp", grad_precision="fp32")
-    assert fsdp[memory.WEIGHTS] == fsdp[memory.AVERAGE] == 4 * shard
-    assert fsdp[memory.MOMENTS] == 8 * shard
+    assert fsdp[memory.WEIGHTS] == fsdp[memory.AVERAGE] == 4 * shard and fsdp[memory.MOMENTS] == 8 * shard
     assert fsdp[memory.GATHERED] == 2 * (2 * block + root)  # bfloat16, two blocks in flight
-    in_flight = (2 + 4) * block
-    assert fsdp[memory.WHOLE_GRADIENTS] == in_flight + 2 * (64 + 100 * 64)  # and the head's and the last norm's
+    assert fsdp[memory.WHOLE_GRADIENTS] == (2 + 4) * block
     assert parts("sdp")[memory.GATHERED] == 2 * (4 * block + root)
     assert parts("fsdp", precision="none")[memory.GATHERED] == 4 * (2 * block + root)
-    # parts of a batch wait unsharded, or their shards are added up
+    # Parts of a batch wait unsharded, or their shards are added up.
     waiting = parts("fsdp", grad_precision="fp32", accumulation=2)
-    assert waiting[memory.WHOLE_GRADIENTS] == in_flight + 4 * (4 * block + root)
+    assert waiting[memory.WHOLE_GRADIENTS] == (2 + 4) * block + 4 * (4 * block + root)
     synced = parts("fsdp", grad_precision="fp32", accumulation=2, sync_every_micro_batch=True)
     assert synced[memory.GRADIENTS] == 4 * shard
-    # DDP keeps everything, and buckets for all gradients
+    # DDP keeps everything, and buckets for all gradients.
     ddp = training_memory(args, Setup(gpus=8, micro_batch=64)).parts
     assert ddp[memory.WEIGHTS] == ddp[memory.GRADIENTS] == 4 * (4 * block + root)
-    assert ddp[memory.MOMENTS] == 8 * (4 * block + root)
 
 
 def test_the_optimizer_step_can_be_the_fullest():
     args = replace(SMALL, vocab_size=8, block_size=4)
-    alone = replace(CPU, strategy="fsdp", micro_batch=1, accumulation=2)  # gradients wait in bfloat16
-    planned = training_memory(args, alone)
-    assert planned.at == memory.UPDATE and planned.total == 16 * Transformer(args).num_parameters
+    planned = training_memory(args, replace(CPU, strategy="fsdp", micro_batch=1))
+    assert planned.at == memory.UPDATE and planned.total == 16 * parameters_of(args)[0]
 
 
 def arguments(*words: object):
@@ -231,7 +183,7 @@ def test_times_by_hand():
     plan = plan_of(*SIXTEEN, "--images", 1000, "--epochs", 10, "--mfu", 0.5, "--gpu", "A100", "--patch-level", 2)
     model = Transformer(ModelArgs(dim=128, n_layer=4, n_head=4, block_size=64))
     fine = training_flops_per_image(model.args)
-    coarse = training_flops_per_image(model.args, replace(model.layout, patch_side=2))
+    coarse = training_flops_per_image(model.args, with_patches(model.layout, 2))
     per_second = 16 * 0.5 * 312e12
     assert plan.parameters == model.num_parameters and plan.tokens_per_step == 256 * 64
     assert plan.steps_per_epoch == 3
@@ -264,21 +216,15 @@ def test_text_rows_take_memory_and_time():
     assert text.step_flops > 1.5 * label.step_flops  # the head's are the same
 
 
-@pytest.mark.slow
-def test_says_what_would_fit():
+def test_a_plan_that_does_not_fit_says_what_would(capsys):
     half = plan_of(*SIXTEEN, "--global-batch-size", 512).memory.total
-    args = arguments(*SIXTEEN, "--global-batch-size", 1024, "--gpu-memory-gib", 2 + half / GIB)
-    plan = make_plan(args)
-    assert not plan.fits
-    found = dict(remedies(args, plan))
+    words = (*SIXTEEN, "--global-batch-size", 1024, "--gpu-memory-gib", 2 + half / GIB)
+    assert not plan_of(*words).fits
+    found = dict(remedies(arguments(*words), plan_of(*words).setup))
     assert all(other.fits for other in found.values())
     assert "--gradient-accumulation-steps 2" in found and "--activation-checkpointing" in found
-
-
-def test_says_where_nothing_fits():
-    args = arguments(*SIXTEEN, "--gpu-memory-gib", 1)
-    shown = "\n".join(describe(args, make_plan(args)))
-    assert "DOES NOT FIT" in shown and "more GPUs" in shown
+    main(arguments(*SIXTEEN, "--gpu-memory-gib", 1))
+    assert "DOES NOT FIT" in capsys.readouterr().out
 
 
 def test_script_prints_and_writes_the_plan(tmp_path, capsys):
