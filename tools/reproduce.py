@@ -88,6 +88,8 @@ def check_flags(row: Row, args: argparse.Namespace, given: dict[str, Any]) -> No
     for path in filter(None, (args.reference, args.graph)):
         if not Path(path).exists():
             raise FileNotFoundError(f"{path} does not exist: give another --reference or --graph, or none")
+    for name in ("gpt_ckpt", "vq_ckpt"):
+        weights_on_disk(str(given.get(name, row.tokenizer)))
     if row.gpt:
         if args.data_path is not None:
             raise ValueError(f"--data-path is for tokenizers' rows; {row.name} is compared with the reference batch")
@@ -243,9 +245,7 @@ def describe_plan(row: Row, args: argparse.Namespace, given: dict[str, Any]) -> 
     yield from ("", "commands")
     if row.gpt:
         drawing = [*words(row, given), "--sample-dir", str(folder / "samples")]
-        settings = steps.sampling_args(drawing)
-        gpt, vq = (found[str(name)] for name in (settings.gpt_ckpt, settings.vq_ckpt))
-        reference, samples, task = found[REFERENCE], steps.samples_of(settings, gpt, vq), "generation"
+        reference, samples, task = found[REFERENCE], folder / "samples" / "*.npz", "generation"
     else:
         cropped, samples, task = (
             validation_folder(row, args, given),

@@ -3,8 +3,8 @@
     samples = draw(["--gpt-model", "GPT-L", ...], processes=8)
     report = evaluate(reference, samples, processes=8, graph=graph)
 
-Every step is a script that does only what is missing. A step whose outcome is there is not started: samples are known by the
-settings their folder records, a report by the contents of the files it is of.
+Every step is a script that does only what is missing. The evaluator, which does everything again, is not started where its
+report is of these very files.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 
 from autoregressive.sample import sample_c2i_ddp
 from evaluations.published import GRAPH, REFERENCE
-from utils.sample_folder import content_of, folder_name, recorded_settings, same_settings
+from utils.sample_folder import content_of, recorded_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLER, EVALUATOR = "autoregressive/sample/sample_c2i_ddp.py", "evaluations/c2i/evaluator.py"
@@ -85,31 +85,25 @@ def sampling_args(words: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def samples_of(args: argparse.Namespace, gpt: Path, vq: Path) -> Path:
-    """Returns the .npz that sample_c2i_ddp.py leaves for these flags."""
-    folder = Path(args.sample_dir) / folder_name(args, gpt, vq)
-    return folder.with_name(folder.name + ".npz")
-
-
 def draw(words: Sequence[str], processes: int) -> Path:
-    """Draws what flags of sample_c2i_ddp.py ask for, unless it is there, and returns the .npz."""
-    from evaluations.image_sets import open_images
-    from utils.runs import find_checkpoint
-
+    """Draws what flags of sample_c2i_ddp.py ask for and is missing, and returns the .npz."""
     args = sampling_args(words)
-    gpt, vq = find_checkpoint(args.gpt_ckpt), find_checkpoint(args.vq_ckpt)
-    output = samples_of(args, gpt, vq)
-    before, now = recorded_settings(output.with_suffix("")), sample_c2i_ddp.run_settings(args, gpt, vq)
-    if before and output.exists() and same_settings(before, now) and open_images(output).count == args.num_fid_samples:
-        print(f"== there already: {output}")
-    else:
-        run(SAMPLER, words, processes)
-    return output
+    run(SAMPLER, words, processes)
+    samples = newest(Path(args.sample_dir))
+    drawn = recorded_settings(samples.with_suffix(""))
+    if drawn is None or drawn["cfg_scale"] != args.cfg_scale:
+        raise ValueError(f"{samples} is another run's: give a --sample-dir that no other run writes to meanwhile")
+    return samples
 
 
 def reconstruct(script: str, words: Sequence[str], folder: Path, processes: int) -> Path:
     """Writes what a reconstruction script makes of a data set into `folder` and returns the .npz."""
     run(script, [*words, "--sample-dir", folder], processes)
+    return newest(folder)
+
+
+def newest(folder: Path) -> Path:
+    """Returns the .npz of a folder that was written last."""
     return max(folder.glob("*.npz"), key=lambda path: path.stat().st_mtime_ns)
 
 

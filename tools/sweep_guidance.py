@@ -34,8 +34,7 @@ def main(args: argparse.Namespace) -> None:
         words = [*args.flags, "--gpt-ckpt", str(gpt), "--vq-ckpt", str(vq), "--cfg-scale", str(scale)]
         samples = steps.draw(words, processes)
         reports[scale] = steps.evaluate(reference, samples, processes, graph=graph, device=drawn.device)
-    drawn.cfg_scale = "sweep"
-    folder = steps.samples_of(drawn, gpt, vq).with_suffix("")
+    folder = samples.with_name(samples.stem.replace(f"cfg-{scale}", "cfg-sweep"))
     reports = dict(sorted(reports.items()))
     text = "\n".join(table(reports, args.metric)) + "\n"
     with atomic_write(folder / "sweep.md") as f:

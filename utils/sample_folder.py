@@ -97,11 +97,6 @@ def _same(before: Any, now: Any) -> bool:
     return all(now.get(key) == value for key, value in before.items())
 
 
-def same_settings(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Compare what a folder records with the settings of now, which decide the names."""
-    return all(_same(before.get(key), value) for key, value in now.items())
-
-
 def _described(value: Any) -> Any:
     if not (isinstance(value, dict) and {"file", "folder"} & value.keys()):
         return value
@@ -156,7 +151,7 @@ def rename_earlier(earlier: Path, folder: Path, settings: dict[str, Any]) -> Non
     if folder.exists() or not earlier.exists():
         return
     before = recorded_settings(earlier)
-    if before and same_settings(before, settings):
+    if before and all(_same(before.get(key), value) for key, value in settings.items()):
         earlier.rename(folder)
         print(f"{earlier} is named {folder.name} now")
 

@@ -91,8 +91,7 @@ def training_memory(args: ModelArgs, setup: Setup) -> Memory:
     held = numbers // setup.shard if setup.sharded else numbers
     width = 2 if setup.sharded and setup.half else 4
     summed = {None: width, "fp32": 4}.get(setup.grad_precision, 2)
-    kept = 4 * held + 8 * held + (4 * held if setup.ema else 0)
-    fixed = {WEIGHTS: 4 * held, MOMENTS: 8 * held, AVERAGE: kept - 12 * held}
+    fixed = {WEIGHTS: 4 * held, MOMENTS: 8 * held, AVERAGE: 4 * held * setup.ema}
 
     rows = setup.micro_batch * (args.block_size + args.cls_token_num - 1)
     of_block, backward = rows * block_bytes(args, setup), COMPILED if setup.compiled else EAGER

@@ -72,12 +72,9 @@ def environment(**more: str) -> dict[str, str]:
 
 @pytest.fixture
 def run_quickly(monkeypatch, capsys):
-    """Runs a script in this process, and the steps of one process too: nothing is imported again."""
-    launch = steps.launch
+    """Runs a script in this process, and its steps too: nothing is imported again."""
 
     def launch_here(command: list[str]) -> int:
-        if "-m" in command:
-            return launch(command)
         script = importlib.import_module(".".join(Path(command[1]).relative_to(ROOT).with_suffix("").parts))
         script.main(script.flags().parse_args(command[2:]))
         return 0
@@ -175,7 +172,7 @@ def test_a_plan_touches_nothing(capsys, tmp_path):
     script, *words = sampling.split()[1:]
     args = sample_c2i_ddp.flags().parse_args(words)
     assert script == "autoregressive/sample/sample_c2i_ddp.py" and args.from_fsdp and args.cfg_scale == 1.75
-    assert judging.split()[1] == "evaluations/c2i/evaluator.py" and "-cfg-1.75-seed-0.npz" in judging
+    assert judging.split()[1] == "evaluations/c2i/evaluator.py" and "c2i_XXL_384/samples/" in judging
     images = 50_000 * 256 * 256 * 3  # as they are in the .npz, and two thirds of it as PNG files
     assert f"{images * 1.65 / 1e9:.1f} GB   50,000 as PNG files" in printed and "not comparable" not in printed
 
@@ -304,7 +301,7 @@ def test_who_is_stopped_stops_its_script(tmp_path):
 
 
 @pytest.mark.slow
-def test_from_nothing_to_a_row(small_files, run_quickly, monkeypatch):
+def test_from_nothing_to_a_row(small_files, run_quickly):
     shutil.copy(REFERENCE_BATCH, "reference.npz")
     line = [*row_line(small_files), "--reference", "reference.npz", "--num-samples", 8]
     printed = run_quickly("reproduce", *line)
@@ -327,16 +324,15 @@ def test_from_nothing_to_a_row(small_files, run_quickly, monkeypatch):
     )
 
     # Again: nothing is to do.
-    assert run_quickly("reproduce", *line).count("there already") == 2
+    again = run_quickly("reproduce", *line)
+    assert "has these 8 images already" in again and "== there already: results_reproduced" in again
     # Another reference: judged again, not drawn again.
     with np.load("reference.npz") as arrays:
         np.savez("reference.npz", arr_0=255 - arrays["arr_0"])
     printed = run_quickly("reproduce", *line)
-    assert printed.count("there already") == 1 and "== python3 evaluations" in printed
+    assert "has these 8 images already" in printed and "== python3 evaluations" in printed
     # More samples: the rest is drawn.
-    monkeypatch.setenv("nproc_per_node", "2")
-    printed = run_quickly("reproduce", *line, "--num-samples", 12)
-    assert "torchrun --standalone --nproc_per_node=2" in printed
+    run_quickly("reproduce", *line, "--num-samples", 12)
     assert result()["samples"] == 12 and result()["figures"]["fid"] != first["figures"]["fid"]
 
 
@@ -378,7 +374,7 @@ def test_a_sweep(small_files, run_quickly):
     run_quickly("sweep_guidance", "--scales", "2.5", *words)
     # One more scale: only that one is drawn.
     printed = run_quickly("sweep_guidance", "--scales", "2.5 1", *words)
-    assert printed.count("there already") == 2 and printed.count("== python3 autoregressive") == 1
+    assert printed.count("== there already") == 1 and printed.count("6 images already") == 1
     (folder,) = Path("samples").glob("*-cfg-sweep-*")
     rows = json.loads((folder / "sweep.json").read_text())
     assert [row["cfg_scale"] for row in rows] == [1.0, 2.5]
@@ -390,6 +386,16 @@ def test_a_sweep(small_files, run_quickly):
     table = (folder / "sweep.md").read_text()
     assert f"| **{best['cfg_scale']:g}** | {best['fid']:.4g} |" in table and "NOT COMPARABLE" in table
     assert Image.open(folder / "sweep.png").size[0] > 600
+
+
+def test_steps_of_several_processes_go_through_torchrun(monkeypatch, capsys):
+    commands = []
+    monkeypatch.setattr(steps, "launch", lambda command: commands.append(command))
+    steps.run(steps.SAMPLER, ["--top-k", 5], 2)
+    assert commands[0][1:] == [
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / steps.SAMPLER), "--top-k", "5",
+    ]  # fmt: skip
+    assert f"torchrun --standalone --nproc_per_node=2 {steps.SAMPLER} --top-k 5" in capsys.readouterr().out
 
 
 def test_reproduce_names_the_script_that_fails(small_files, monkeypatch):
