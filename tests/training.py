@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,17 @@ def run_script(module: str, *args: object, processes: int = 1, fails: bool = Fal
     output = done.stdout + done.stderr
     assert (done.returncode == 1) if fails else (done.returncode == 0), output
     return output
+
+
+def live(*lives: dict, timeout: float = 280) -> str:
+    """Runs lives one after another, as tests/processes.py reads them; returns what they printed."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as plan:
+        json.dump(lives, plan)
+        plan.flush()
+        words = [sys.executable, str(ROOT / "tests/processes.py"), plan.name]
+        done = forkserver.run(words, env=environment(), capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
 
 
 def run_here(script, *args: object) -> None:

@@ -40,11 +40,7 @@ class Distributed:
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of `value` over the processes."""
-        if self.world_size == 1:
-            return value
-        value = value.clone()
-        torch_dist.all_reduce(value)
-        return value / self.world_size
+        return value if self.world_size == 1 else self.sum(value) / self.world_size
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of `value` over the processes."""

@@ -7,15 +7,12 @@ with atomic_write("report.json") as f:
 import json
 import os
 import stat
-import tempfile
-import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
-
-_umask_lock = threading.Lock()
+from uuid import uuid4
 
 
 @contextmanager
@@ -28,26 +25,23 @@ def atomic_write(path: str | Path, durable: bool = True) -> Iterator[IO[bytes]]:
     Raises OSError that names the file: the folder is not writable, or the disk is full.
     """
     path = Path(path)
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        with os.fdopen(handle, "wb") as f:
+        with open(temporary, "xb") as f:
             yield f
             f.flush()
             if durable:
                 os.fsync(f.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-        temporary = None
         if durable:
             sync_folder(path.parent)
     except OSError as error:
         kept = "; the file that was there before is untouched" if path.exists() else ""
         raise OSError(error.errno, f"could not write {path} ({error.strerror or error}){kept}") from error
     finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -69,13 +63,6 @@ def crc32_of(path: str | Path) -> int:
         while chunk := f.read(1 << 22):
             value = zlib.crc32(chunk, value)
     return value
-
-
-def _umask() -> int:
-    with _umask_lock:  # it is the process's: of two threads the second would read, and restore, the first one's 0
-        mask = os.umask(0)
-        os.umask(mask)
-    return mask
 
 
 def sync_folder(folder: Path) -> None:

@@ -19,10 +19,8 @@ from autoregressive.train import extract_codes_t2i
 from dataset.augmentation import center_view
 from dataset.code_files import ShardFolder
 from dataset.t2i import PairViews, TextCodes
-from tests import forkserver
-from tests.helpers import ROOT
 from tests.text_training import make_pairs, make_shards, picture
-from tests.training import check_published_flags, environment, quiet_loggers, run_here
+from tests.training import check_published_flags, live, quiet_loggers, run_here
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.cli import run_script
 
@@ -158,17 +156,6 @@ def test_again_does_what_is_missing(data, extracted, published, tmp_path, layout
     assert digests(folder) == digests(whole)
 
 
-def run_lives(tmp_path, *lives):
-    plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps(lives))
-    done = forkserver.run(
-        [sys.executable, str(ROOT / "tests/processes.py"), str(plan)],
-        env=environment(), capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [[], ["--published-layout"]], ids=["packed", "published"])
 def test_killed_and_taken_up_by_others(data, extracted, published, tmp_path, layout):
@@ -181,7 +168,7 @@ def test_killed_and_taken_up_by_others(data, extracted, published, tmp_path, lay
         {"module": module, "args": args, "world": 1, "kill_at": f"{folder}/part-*/{second}"},
         {"module": module, "args": args, "world": 2},
     ]
-    printed = run_lives(tmp_path, *lives)
+    printed = live(*lives)
     assert "life: killed" in printed
     assert digests(folder) == digests(published if layout else extracted)
 

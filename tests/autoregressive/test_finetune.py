@@ -8,8 +8,7 @@ import torch
 
 from autoregressive.train import train_c2i
 from tests.autoregressive.test_training_processes import last as newest
-from tests.autoregressive.test_training_processes import live
-from tests.training import load, make_codes, metrics, quiet_loggers, repetitive_codes, run_folder, run_here, same
+from tests.training import live, load, make_codes, metrics, quiet_loggers, repetitive_codes, run_folder, run_here, same
 from utils.checkpoint import read_checkpoint
 
 VOCAB, TOKENS = 64, 16
@@ -115,7 +114,7 @@ def test_finetune_in_shards_from_a_file_and_from_shards(source, tmp_path):
         words = ["--code-path", codes, "--results-dir", tmp_path / name, "--image-size", 16, *FLAGS, *more, *STILL]
         return {"module": fsdp, "args": list(map(str, [*words, "--finetune", "--gpt-ckpt", start])), "world": 2}
 
-    live(tmp_path, life("one", source), life("two", tmp_path / "one"))
+    live(life("one", source), life("two", tmp_path / "one"))
     train(codes, tmp_path / "alone", "--finetune", "--gpt-ckpt", source, *STILL)
     alone, *others = (read_checkpoint(newest(tmp_path / name)).model[TABLE] for name in ("alone", "one", "two"))
     for table in others:

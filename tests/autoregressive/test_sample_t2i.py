@@ -24,7 +24,7 @@ from language import extract_t5_feature
 from tests import forkserver
 from tests.helpers import ROOT, randomize
 from tests.language.small_t5 import make_small_t5
-from tests.training import check_published_flags, environment, run_here
+from tests.training import check_published_flags, live, run_here
 from utils.cli import run_script
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*fill all .* text tokens")]
@@ -342,10 +342,7 @@ def test_a_run_that_is_killed_goes_on(text_files, drawn, tmp_path):
     words = ddp_line(text_files, tmp_path / "samples", "--per-proc-batch-size", 1)
     folder = tmp_path / "samples" / NAME
     life = {"module": sample_t2i_ddp.__name__, "args": list(map(str, words)), "world": 2}
-    (tmp_path / "plan.json").write_text(json.dumps([{**life, "kill_at": str(folder / "images" / "*.png")}]))
-    plan = [sys.executable, str(ROOT / "tests/processes.py"), str(tmp_path / "plan.json")]
-    done = forkserver.run(plan, env=environment(), capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0 and "life: killed" in done.stdout, done.stderr
+    assert "life: killed" in live({**life, "kill_at": str(folder / "images" / "*.png")})
     assert 1 <= len(list((folder / "images").glob("[0-9]*.png"))) < 6 and not (folder / "captions.txt").exists()
     run_here(sample_t2i_ddp, *words)
     left = contents(tmp_path / "samples")

@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -16,8 +15,6 @@ from autoregressive.train import extract_codes_t2i, train_t2i
 from autoregressive.train.loss import TokenLoss, dropped_conditions
 from dataset.augmentation import center_view
 from language.features import left_padded, prefix_mask
-from tests import forkserver
-from tests.helpers import ROOT
 from tests.text_training import (
     COLOURS,
     DIM,
@@ -30,7 +27,7 @@ from tests.text_training import (
 )
 from tests.training import (
     check_published_flags,
-    environment,
+    live,
     load,
     metrics,
     quiet_loggers,
@@ -99,16 +96,6 @@ def train(data, results, *more, **kinds):
 
 def life(data, results, *more, world=1, features="patchy", kind="codes", **when):
     return {"module": MODULE, "args": words(data, results, *more, features=features, kind=kind), "world": world, **when}
-
-
-def live(tmp_path, *lives):
-    """Runs lives one after another, as tests/processes.py reads them; returns what they printed."""
-    plan = tmp_path / f"plan{len(list(tmp_path.glob('plan*')))}.json"
-    plan.write_text(json.dumps(lives))
-    command = [sys.executable, str(ROOT / "tests/processes.py"), str(plan)]
-    done = forkserver.run(command, env=environment(), capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout + done.stderr
 
 
 def held_out(data):
@@ -202,7 +189,7 @@ def test_two_processes_give_the_losses_of_one(data, tmp_path, one, layout):
         *(PAR if layout == "PAR" else []),
     ]
     kinds = ("ddp", "fsdp")
-    live(tmp_path, *(life(data, tmp_path / kind, *flags, "--data-parallel", kind, world=2) for kind in kinds))
+    live(*(life(data, tmp_path / kind, *flags, "--data-parallel", kind, world=2) for kind in kinds))
     for kind in kinds:
         for name, tolerance in (("loss", {"abs": 1e-5}), ("grad_norm", {"rel": 1e-4}), ("val_loss", {"abs": 1e-4})):
             expected, found = metrics(one / layout, name), metrics(tmp_path / kind, name)
@@ -262,22 +249,20 @@ def all_codes(data):
 @pytest.mark.parametrize("kind, parallel", [("shards", "ddp"), ("images", "fsdp")])
 def test_killed_and_resumed_gives_the_same_bits(data, tmp_path, kind, parallel):
     """Two processes with dropout, random crops and short captions, killed -9 three times: before, while and after saving."""
-    flags = ["--epochs", 8, "--ckpt-every", 4, "--ema", "--ema-decay", 0.9, "--resume", "--random-crop"]
+    flags = ["--epochs", 5, "--ckpt-every", 3, "--ema", "--ema-decay", 0.9, "--resume", "--random-crop"]
     flags += ["--short-t5-feat-path", data / "short", "--data-parallel", parallel]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     store, end = f"{killed}/*/checkpoints", "" if parallel == "fsdp" else ".pt"
     moments = [
-        {"kill_at": f"{store}/0000004{end}"},
-        {"kill_at": f"{store}/.0000008.*"},
-        {"kill_at": f"{store}/0000012{end}", "kill_later": 0.1},
+        {"kill_at": f"{store}/0000003{end}"},
+        {"kill_at": f"{store}/.0000006.*"},
+        {"kill_at": f"{store}/0000009{end}", "kill_later": 0.1},
     ]
     runs = [life(data, killed, *flags, world=2, kind=kind, **moment) for moment in moments]
-    printed = live(
-        tmp_path, life(data, whole, *flags, world=2, kind=kind), *runs, life(data, killed, *flags, world=2, kind=kind)
-    )
+    printed = live(life(data, whole, *flags, world=2, kind=kind), *runs, life(data, killed, *flags, world=2, kind=kind))
     assert printed.count("life: killed") == 3 and printed.count("resuming") >= 2
     one, other = read_checkpoint(last(whole)), read_checkpoint(last(killed))
-    assert one.steps == other.steps == 24
+    assert one.steps == other.steps == 15
     assert same(one.model, other.model) and same(one.ema, other.ema)
     if parallel == "ddp":
         one, other = load(last(whole)), load(last(killed))
@@ -318,7 +303,7 @@ def test_the_order_goes_on_over_other_numbers_of_processes(data, tmp_path, kind)
     for number, (world, steps) in enumerate([(1, 2), (4, 5), (2, 9)]):
         watched = str(tmp_path / f"{number}.txt")
         lives.append(life(data, moved, *flags, "--max-steps", steps, world=world, kind=kind, watch=watched))
-    live(tmp_path, *lives)
+    live(*lives)
     expected = read_steps(tmp_path / "whole.txt")
     read = [step for number in range(3) for step in read_steps(tmp_path / f"{number}.txt")]
     assert read == expected and len(read) == 9
@@ -354,7 +339,6 @@ def test_finetune_begins_at_step_0_with_the_weights_of_the_same_image_size(data,
 def test_stage_2_begins_with_the_weights_of_stage_1(data, tmp_path):
     """From a file and from a sharded folder: another image size, the same weights, step and optimizer of its own."""
     live(
-        tmp_path,
         life(data, tmp_path / "ddp", "--max-steps", 4, "--ema"),
         life(data, tmp_path / "fsdp", "--max-steps", 4, "--ema", "--data-parallel", "fsdp", world=2),
     )
@@ -375,7 +359,6 @@ def test_two_processes_encode_images_and_draw_pictures(data, tmp_path):
     more = ["--sample-every", 3, "--max-steps", 6, "--sample-cfg-scale", 3, *EXACT]
     kinds = ("ddp", "fsdp")
     live(
-        tmp_path,
         *(life(data, tmp_path / k, *more, "--data-parallel", k, world=2, kind="images") for k in kinds),
         life(data, tmp_path / "one", *more, kind="codes"),
     )
@@ -486,7 +469,7 @@ def test_images_that_are_all_too_small_end_the_first_pass(data, tmp_path, worker
 @pytest.mark.slow
 def test_images_that_are_too_small_are_told_by_both_processes(data, tmp_path):
     flags = ["--image-size", 32, "--epochs", 1, "--global-batch-size", 16]
-    printed = live(tmp_path, life(data, tmp_path / "results", *flags, world=2, kind="images", fails=True))
+    printed = live(life(data, tmp_path / "results", *flags, world=2, kind="images", fails=True))
     told = re.findall(r"AgreedError: (.*)", printed)
     assert len(told) == 2 and len(set(told)) == 1 and told[0].startswith("none of the first 32 pairs could be used")
 

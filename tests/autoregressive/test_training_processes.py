@@ -6,7 +6,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -17,12 +16,12 @@ from PIL import Image
 from autoregressive.pipeline import load_gpt
 from autoregressive.train import train_c2i_fsdp
 from dataset.code_files import write_published
-from tests import forkserver
-from tests.helpers import ROOT, free_port
+from tests.helpers import free_port
 from tests.training import (
     check_published_flags,
     command,
     environment,
+    live,
     load,
     make_codes,
     metrics,
@@ -42,10 +41,10 @@ MODEL = ["--gpt-model", "GPT-XS", "--vocab-size", VOCAB, "--num-classes", CLASSE
 MODEL += ["--downsample-size", 4, "--mixed-precision", "fp32"]
 PLAIN = ["--global-batch-size", 16, "--num-workers", 0, "--log-every", 1, "--lr", 2e-3, "--ema", "--ema-decay", 0.9]
 EXACT = ["--dropout-p", 0, "--token-dropout-p", 0]
-TWENTY = [*EXACT, "--epochs", 9, "--max-steps", 20, "--gradient-accumulation-steps", 2, "--ckpt-every", 100]
+TEN = [*EXACT, "--epochs", 9, "--max-steps", 10, "--gradient-accumulation-steps", 2, "--ckpt-every", 100]
 # A smaller rate: Adam makes large steps of the special tokens' first, tiny gradients, whose rounding would then show.
 PAR = ["--ar-token-num", 4, "--spe-token-num", 3, "--lr", 5e-4]
-NPP = ["--patch-level", 2, "--epoch-rate", 0.5, "--scheduler", "--epochs", 4]
+NPP = ["--patch-level", 2, "--epoch-rate", 0.5, "--scheduler", "--epochs", 4, "--max-steps", 20]
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +66,6 @@ def odd_codes(folder):
     return make_codes(folder, array, np.arange(11) % CLASSES, image_size=16, vocab=VOCAB, classes=CLASSES)
 
 
-def live(tmp_path, *lives, timeout=280):
-    """Runs lives one after another; returns what they printed."""
-    plan = tmp_path / f"plan{random.getrandbits(32)}.json"
-    plan.write_text(json.dumps(lives))
-    words = [sys.executable, str(ROOT / "tests/processes.py"), str(plan)]
-    done = forkserver.run(words, env=environment(), capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout + done.stderr
-
-
 def last(results):
     """The newest checkpoint of a run: a file or a folder."""
     return max((run_folder(results) / "checkpoints").glob("0*"), key=lambda path: int(path.stem))
@@ -96,15 +85,15 @@ def one(codes, tmp_path_factory):
     """Runs of one process, to compare with."""
     folder = tmp_path_factory.mktemp("one")
     held_out = ["--val-code-path", odd_codes(folder / "held_out")]
-    runs = {"raster": [*TWENTY, *held_out], "PAR": [*TWENTY, *PAR], "NPP": [*TWENTY, *NPP]}
-    live(folder, *(life(codes, folder / name, *flags, module=DDP) for name, flags in runs.items()))
+    runs = {"raster": [*TEN, *held_out], "PAR": [*TEN, *PAR], "NPP": [*TEN, *NPP]}
+    live(*(life(codes, folder / name, *flags, module=DDP) for name, flags in runs.items()))
     return folder
 
 
 def agree(folder, one):
     """Losses to 1e-5, averaged weights to what a step may add to that."""
     losses = metrics(one, "loss")
-    assert len(losses) == 20 and metrics(folder, "loss") == pytest.approx(losses, abs=1e-5)
+    assert len(losses) >= 10 and metrics(folder, "loss") == pytest.approx(losses, abs=1e-5)
     assert metrics(folder, "val_loss") == pytest.approx(metrics(one, "val_loss"), abs=1e-4)
     assert metrics(folder, "grad_norm") == pytest.approx(metrics(one, "grad_norm"), rel=1e-4)
     for mine, theirs in zip(weights(folder), weights(one), strict=True):
@@ -115,30 +104,30 @@ def agree(folder, one):
 
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(codes, tmp_path, one):
-    """With accumulation, in float32, over 20 steps, by DDP and by every way of sharding."""
+    """With accumulation, in float32, over 10 steps, by DDP and by every way of sharding."""
     kinds = {
         "ddp": ["--data-parallel", "ddp"],
         "fsdp": ["--data-parallel", "fsdp", "--activation-checkpointing"],
         "sdp": ["--data-parallel", "sdp", "--sync-every-micro-batch"],
     }
-    flags = [*TWENTY, "--val-code-path", odd_codes(tmp_path / "held_out")]
-    live(tmp_path, *(life(codes, tmp_path / name, *flags, *more, world=2) for name, more in kinds.items()))
+    flags = [*TEN, "--val-code-path", odd_codes(tmp_path / "held_out")]
+    live(*(life(codes, tmp_path / name, *flags, *more, world=2) for name, more in kinds.items()))
     for name in kinds:
         agree(tmp_path / name, one / "raster")
 
 
 @pytest.mark.slow
 def test_four_processes_give_the_losses_of_one(codes, tmp_path, one):
-    flags = [*TWENTY, "--val-code-path", odd_codes(tmp_path / "held_out"), "--data-parallel", "hsdp", "--shard-size", 2]
-    live(tmp_path, life(codes, tmp_path / "hsdp", *flags, world=4))
+    flags = [*TEN, "--val-code-path", odd_codes(tmp_path / "held_out"), "--data-parallel", "hsdp", "--shard-size", 2]
+    live(life(codes, tmp_path / "hsdp", *flags, world=4))
     agree(tmp_path / "hsdp", one / "raster")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, flags", [("PAR", PAR), ("NPP", NPP)])
 def test_par_and_npp_give_the_losses_of_one_process(codes, tmp_path, one, name, flags):
-    kinds = {kind: life(codes, tmp_path / kind, *TWENTY, *flags, "--data-parallel", kind, world=2) for kind in KINDS}
-    live(tmp_path, *kinds.values())
+    kinds = {kind: life(codes, tmp_path / kind, *TEN, *flags, "--data-parallel", kind, world=2) for kind in KINDS}
+    live(*kinds.values())
     for kind in kinds:
         agree(tmp_path / kind, one / name)
     if name == "NPP":
@@ -154,7 +143,7 @@ KINDS = ("ddp", "fsdp")
 def test_two_processes_draw_pictures_of_shards(codes, tmp_path, small_files):
     """While weights are in shards every process has to take part in gathering them."""
     flags = [*EXACT, "--vq-ckpt", small_files.vq, "--sample-every", 3, "--max-steps", 6]
-    live(tmp_path, life(codes, tmp_path / "run", *flags, world=2))
+    live(life(codes, tmp_path / "run", *flags, world=2))
     folder = run_folder(tmp_path / "run") / "samples"
     assert sorted(os.listdir(folder)) == ["0000003.png", "0000006.png"]
     for name in os.listdir(folder):
@@ -169,13 +158,13 @@ def test_two_processes_draw_pictures_of_shards(codes, tmp_path, small_files):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_random_moments_and_resumed_gives_the_same_bits(codes, tmp_path, kind):
-    """Six kills -9 over one run of two processes, with dropout on: some while a checkpoint is being written."""
-    flags = ["--epochs", 7, "--ckpt-every", 3, "--keep-last", 3, "--resume", "--data-parallel", kind]
+    """Three kills -9 over one run of two processes, with dropout on: one while a checkpoint is being written."""
+    flags = ["--epochs", 3, "--ckpt-every", 2, "--keep-last", 3, "--resume", "--data-parallel", kind]
     rng, lives = random.Random(2), [life(codes, tmp_path / "whole", *flags, world=2)]
     killed = tmp_path / "killed"
     store = f"{killed}/*/checkpoints"
-    for kill, moment in enumerate(["written", "being written", "later"] * 2):
-        step = 6 * (kill + 1)
+    for kill, moment in enumerate(["written", "being written", "later"]):
+        step = 4 * (kill + 1)
         finished = f"{store}/{step:07d}" + ("" if kind == "fsdp" else ".pt")
         unfinished = f"{store}/.{step:07d}.*"
         when = {"kill_at": unfinished if moment == "being written" else finished}
@@ -183,10 +172,10 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(codes, tmp_pat
             when["kill_later"] = rng.uniform(0, 0.3)
         lives.append(life(codes, killed, *flags, world=2, **when))
     lives.append(life(codes, killed, *flags, world=2))
-    printed = live(tmp_path, *lives)
-    assert printed.count("life: killed") == 6 and printed.count("resuming") >= 6
+    printed = live(*lives)
+    assert printed.count("life: killed") == 3 and printed.count("resuming") >= 3
     whole, parts = last(tmp_path / "whole"), last(killed)
-    assert whole.name == parts.name and whole.stem == "0000042"
+    assert whole.name == parts.name and whole.stem == "0000018"
     for one, other in zip(weights(tmp_path / "whole"), weights(killed), strict=True):
         assert same(one, other)
     if kind == "ddp":
@@ -202,9 +191,9 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(codes, tmp_pat
 @pytest.mark.slow
 def test_sums_over_four_processes_are_the_same_after_resuming(codes, tmp_path):
     """DDP rearranges its buckets after the first step of a process, and with them the order of sums of more than two."""
-    flags = ["--epochs", 2, "--ckpt-every", 5, "--lr", 1e-2, "--resume"]
-    stops = [life(codes, tmp_path / "stopped", *flags, "--max-steps", n, module=DDP, world=4) for n in (5, 12)]
-    live(tmp_path, life(codes, tmp_path / "whole", *flags, module=DDP, world=4), *stops)
+    flags = ["--epochs", 1, "--ckpt-every", 3, "--lr", 1e-2, "--resume"]
+    stops = [life(codes, tmp_path / "stopped", *flags, "--max-steps", n, module=DDP, world=4) for n in (3, 6)]
+    live(life(codes, tmp_path / "whole", *flags, module=DDP, world=4), *stops)
     assert same(weights(tmp_path / "whole")[0], weights(tmp_path / "stopped")[0])
 
 
@@ -212,17 +201,16 @@ def test_sums_over_four_processes_are_the_same_after_resuming(codes, tmp_path):
 @pytest.mark.parametrize("module", [DDP, FSDP])
 def test_sigterm_saves_and_exits_0(codes, tmp_path, module):
     """Of two processes only one is told; both stop after the same step."""
-    flags = ["--epochs", 8, "--ckpt-every", 1000, "--resume"]
+    flags = ["--epochs", 4, "--ckpt-every", 3, "--resume"]
     folder = tmp_path / "stopped"
-    told = {"kill_at": f"{folder}/*/metrics.jsonl", "kill_later": 0.5, "signal": "SIGTERM", "only": 1}
-    lives = [life(codes, folder, *flags, module=module, world=2, **told)]
-    live(tmp_path, *lives)
+    told = {"kill_at": f"{folder}/*/checkpoints/0000003*", "signal": "SIGTERM", "only": 1}
+    live(life(codes, folder, *flags, module=module, world=2, **told))
     saved = read_checkpoint(last(folder))
     text = (run_folder(folder) / "log.txt").read_text()
-    assert 0 < saved.steps < 48
-    assert f"stopped by SIGTERM after step {saved.steps} of 48; --resume goes on from there" in text
+    assert 0 < saved.steps < 24
+    assert f"stopped by SIGTERM after step {saved.steps} of 24; --resume goes on from there" in text
     again = [life(codes, name, *flags, module=module, world=2) for name in (folder, tmp_path / "whole")]
-    live(tmp_path, *again)
+    live(*again)
     assert all(same(a, b) for a, b in zip(weights(folder), weights(tmp_path / "whole"), strict=True))
 
 
@@ -262,7 +250,7 @@ def test_sample_that_one_process_cannot_read_ends_all_at_one_step_with_the_state
     file.write_bytes(good[:-9])
     flags = ["--epochs", 1, "--global-seed", 0]
     stop = life(tmp_path / "codes", tmp_path / "results", *flags, module=module, world=2, fails=True)
-    told = live(tmp_path, stop)
+    told = live(stop)
     assert len(set(re.findall(r"AgreedError: (no more data .*)", told))) == 1, told
     assert f"by process 1 after step 5: {file}" in told.replace(
         "by process 1 after step 4", "by process 1 after step 5"
@@ -271,7 +259,7 @@ def test_sample_that_one_process_cannot_read_ends_all_at_one_step_with_the_state
     assert last(tmp_path / "results").stem == "0000005"
     file.write_bytes(good)
     lives = [life(tmp_path / "codes", tmp_path / "results", *flags, "--resume", module=module, world=2)]
-    live(tmp_path, *lives, life(tmp_path / "codes", tmp_path / "whole", *flags, module=module, world=2))
+    live(*lives, life(tmp_path / "codes", tmp_path / "whole", *flags, module=module, world=2))
     assert all(same(a, b) for a, b in zip(weights(tmp_path / "results"), weights(tmp_path / "whole"), strict=True))
 
 
@@ -281,7 +269,7 @@ def test_a_loss_that_is_no_number_is_told_by_all_in_the_same_words(tmp_path):
     args = ["--results-dir", tmp_path, "--broken-rank", 1, "--broken-step", 6, "--gradient-accumulation-steps", 2]
     args += ["--mixed-precision", "none", "--ckpt-every", 4, "--log-every", 100]
     broken = {"module": "tests.broken_run", "args": list(map(str, args)), "world": 2, "fails": True}
-    printed = live(tmp_path, broken)
+    printed = live(broken)
     order = BatchOrder(64, 16, 2, rank=1, world_size=2, seed=0)
     order.start_at(epoch=1, batch=2)
     samples = list(order)[1]
@@ -317,7 +305,7 @@ def test_from_two_processes_to_one_to_four(codes, tmp_path):
         more = ["--max-steps", steps, *(["--ema"] if world else [])]
         watched = {"watch": str(tmp_path / f"{number}.txt")}
         lives.append(life(codes, moved, *flags, *more, module=module, world=world, **watched))
-    live(tmp_path, *lives)
+    live(*lives)
     assert metrics(moved, "loss") == pytest.approx(metrics(whole, "loss"), abs=1e-5)
     expected = read_samples(tmp_path / "whole.txt")
     read = [step for number in range(3) for step in read_samples(tmp_path / f"{number}.txt")]
@@ -339,7 +327,6 @@ def test_a_sharded_checkpoint_samples_and_starts_other_runs(codes, tmp_path, sma
     first, cloud = tmp_path / "first", tmp_path / "cloud"
     flags = ["--mixed-precision", "bf16", "--grad-precision", "fp32", "--max-steps", 3, "--cloud-save-path", cloud]
     live(
-        tmp_path,
         life(codes, first, *flags, "--no-local-save", world=2),
         life(codes, tmp_path / "half", "--mixed-precision", "fp16", "--max-steps", 3, world=2),
     )
@@ -356,7 +343,6 @@ def test_a_sharded_checkpoint_samples_and_starts_other_runs(codes, tmp_path, sma
 
     more = ["--max-steps", 4, "--lr", 0]
     live(
-        tmp_path,
         life(codes, tmp_path / "whole", *more, "--gpt-resume", folder, world=2),
         life(codes, tmp_path / "weights", *more, "--gpt-resume", folder / "consolidated.pth"),
         life(codes, tmp_path / "file", "--max-steps", 2, module=DDP),
@@ -411,7 +397,7 @@ def test_the_script_itself_by_torchrun(codes, tmp_path):
     "more, message",
     [
         (["--data-parallel", "hsdp", "--shard-size", 3], r"groups of 3 do not divide 1 processes"),
-        ([*PAR, "--patch-level", 2], r"--ar-token-num 4 and patches of 2x2 .*both"),
+        ([*PAR, "--patch-level", 2], r"'parallel' and patches of 2x2 .*both"),
         (["--patch-level", 4, "--epochs", 64], r"patches of 8x8 tokens, which do not divide a grid of 4x4"),
         (["--patch-level", 5], r"--patch-level goes from 1"),
         (["--scheduler", "--lr-schedule", "cosine"], r"leave out --lr-schedule"),

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -13,9 +12,8 @@ from PIL import Image
 
 from dataset.augmentation import center_view
 from dataset.images import ImageDataset, ImageList
-from tests import forkserver
-from tests.helpers import ROOT, randomize
-from tests.training import check_published_flags, environment, make_images, run_here
+from tests.helpers import randomize
+from tests.training import check_published_flags, live, make_images, run_here
 from tests.training import run_script as run_in_processes
 from tokenizer import reconstruction
 from tokenizer.codecs import Loaded, VQCodec
@@ -317,15 +315,8 @@ def test_killed_runs_and_two_processes_write_the_same(small_files, images, done,
         life("killed", *one, world=2, kill_at=str(tmp_path / "killed" / NAME / "figures" / "*.npz")),
         life("killed", *one),
     ]
-    (tmp_path / "plan.json").write_text(json.dumps(plan))
-    command = [sys.executable, str(ROOT / "tests/processes.py"), str(tmp_path / "plan.json")]
-    ran = forkserver.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert [row for row in ran.stdout.splitlines() if row.startswith("life")] == [
-        "life: ended",
-        "life: killed",
-        "life: ended",
-    ]
+    printed = [row for row in live(*plan).splitlines() if row.startswith("life")]
+    assert printed == ["life: ended", "life: killed", "life: ended"]
     assert contents(tmp_path / "two") == contents(done)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 

@@ -8,8 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -45,29 +43,6 @@ def test_permissions_follow_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
-
-
-def test_threads_do_not_change_the_umask(tmp_path, monkeypatch):
-    set_umask = os.umask
-
-    def slowly(mask: int) -> int:
-        before = set_umask(mask)
-        time.sleep(0.005)
-        return before
-
-    def write(number: int) -> None:
-        with atomic_write(tmp_path / str(number), durable=False) as f:
-            f.write(b"x")
-
-    before = os.umask(0o027)
-    monkeypatch.setattr("os.umask", slowly)
-    try:
-        with ThreadPoolExecutor(4) as threads:
-            list(threads.map(write, range(12)))
-    finally:
-        after = set_umask(before)
-    assert after == 0o027
-    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("half-way"), OSError(errno.ENOSPC, "disk full")])

@@ -10,9 +10,6 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-# Steps whose values stay on an accelerator that is not CUDA before they are looked at.
-_KEPT = 50
-
 
 @dataclass(frozen=True, order=True)
 class NotFinite:
@@ -54,7 +51,7 @@ class FiniteWatch:
                 if not wait and not event.query():
                     break
                 event.synchronize()
-            elif not (wait or numbers.device.type == "cpu" or len(self._pending) > _KEPT):
+            elif not (wait or numbers.device.type == "cpu"):
                 break  # an accelerator without events would be waited for
             self._pending.popleft()
             for (name, part), value in zip(names, numbers.tolist(), strict=True):

@@ -23,6 +23,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 from utils.checkpoint import RECORD_FILE, Checkpoint, prune_checkpoints, read_checkpoint, require_fit, save_checkpoint
 from utils.distributed import Distributed
@@ -81,7 +82,7 @@ class TrainingState:
     def file_content(self, args: Namespace) -> dict[str, Any]:
         """The published layout, as a copy in the host's memory."""
         optimizers = {key: optimizer.state_dict() for key, (_, optimizer) in self.optimizers.items()}
-        content = _copied({**self.weights(), **optimizers})
+        content = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), {**self.weights(), **optimizers})
         return content | {
             "steps": self.step,
             "args": args,
@@ -290,17 +291,6 @@ class Saver:
             return OSError(f"could not write {store / name} ({first_failure(error)})")
         self._done(store / name)
         return None
-
-
-def _copied(value: Any) -> Any:
-    """A tree of tensors and plain values, its tensors copied to the host's memory."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(_copied, value))
-    return value
 
 
 def _spread(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: Path) -> dict[str, Any]:

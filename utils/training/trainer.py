@@ -24,6 +24,7 @@ from typing import Any, cast
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -249,7 +250,7 @@ class Trainer:
     def _train_step(self, batch: list[Any]) -> None:
         rate = self._learning_rate()
         torch.manual_seed(item_seed(self.args.global_seed, self.dist.rank, self.step))
-        batch = [_to_device(micro, self.dist.device) for micro in batch]
+        batch = tree_map_only(Tensor, lambda t: t.to(self.dist.device, non_blocking=True), batch)
         if self.prepare:
             batch = self.prepare(batch)
         epoch = self._batches_done // self.order.batches_per_epoch
@@ -544,14 +545,3 @@ def _gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
     """The norm of all gradients together, of all shards."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    """Move the tensors of a tree of lists and dicts."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, list | tuple):
-        return [_to_device(item, device) for item in value]
-    if isinstance(value, dict):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    return value
