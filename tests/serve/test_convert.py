@@ -9,7 +9,7 @@ from autoregressive.models.gpt import GPT_models
 from autoregressive.pipeline import load_gpt
 from autoregressive.serve.convert import engine_config, engine_weights, hidden_value, open_gpt
 from autoregressive.serve.engine import ImageRequest
-from autoregressive.serve.vllm_engine import ServedModel
+from autoregressive.serve.vllm_engine import ServedModel, engine_settings
 from tests.helpers import randomize
 
 
@@ -62,6 +62,16 @@ def test_served_model_pads_the_shorter_of_a_prompt_and_its_negative(t2i_file, le
     for stream, found in zip((expected, negative), rows.chunk(2, dim=1)):
         padding = len(rows) - len(stream)
         assert torch.equal(found[padding:], stream) and (found[:padding] == hidden_value(torch.float32)).all()
+
+
+def test_served_model_leaves_the_folders_of_earlier_editions_alone(small_files, tmp_path, monkeypatch):
+    old = tmp_path / "autoregressive-image-generation" / "vllm" / "gpt-float32-0123456789abcdef"
+    old.mkdir(parents=True)
+    (old / "config.json").write_text("{}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = ServedModel(small_files.gpt, dtype=torch.float32)
+    assert engine_settings(model)["hf_overrides"]["checkpoint"]["path"] == str(small_files.gpt)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [old / "config.json"]
 
 
 def test_open_gpt_of_what_vllm_cannot_draw_raises(small_files, tmp_path):

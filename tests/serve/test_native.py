@@ -322,6 +322,18 @@ def test_calls_run_between_micro_batches(raster):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    "flag, value", [("--kv-cache-gib", 2), ("--tensor-parallel-size", 2), ("--data-parallel-size", 4)]
+)
+def test_flags_of_vllm_with_the_native_engine_are_refused(flag, value):
+    pytest.importorskip("fastapi")
+    from autoregressive.serve import server
+
+    args = server.flags().parse_args(["--engine", "native", flag, str(value)])
+    with pytest.raises(ValueError, match=f"{flag} {value} is of vLLM"):
+        asyncio.run(server.load_native(args))
+
+
 # Decoding
 
 

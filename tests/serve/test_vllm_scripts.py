@@ -72,6 +72,7 @@ def test_without_vllm(script):
 def test_classes(small_files, tmp_path):
     words = [
         *SMALL, "--gpt-ckpt", small_files.gpt, "--vq-ckpt", small_files.vq, "--num-classes", 10, "--labels", 1, 2, 2, 7, 9,
+        "--negative-class", 4,
     ]  # fmt: skip
     said = run_apart(sample_c2i, *words, "--max-num-seqs", 3, "--output", tmp_path / "vllm.png")
     assert "5 images of 32x32" in said
