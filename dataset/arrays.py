@@ -10,14 +10,17 @@ there is a folder for each file, `depth/{stem}/`, as there is one of codes.
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
-from dataset.codes import open_codes
+from dataset.codes import CodeDataset, open_codes
 from dataset.store import INDEX_FILE, Fixed, Ragged, Shards, ends_of, read_record
 from utils.files import write_json
 
@@ -212,3 +215,44 @@ def condition_folders(words: Sequence[str] | None) -> Mapping[str, str]:
             raise ValueError(f"--condition-path {word}: give NAME=FOLDER with a name other than {taken}")
         folders[name] = folder
     return folders
+
+
+def codes_of(args: Namespace, **kwargs: Any) -> CodeDataset:
+    """Open the codes of `args.code_path` with what `args.condition_path`, a list of NAME=FOLDER, has beside them.
+
+    `args.image_size` and `args.downsample_size` say how many tokens an image has, `args.global_seed` seeds the draws.
+    kwargs: as `open_codes` takes them.
+    """
+    size, downsample = getattr(args, "image_size", 256), getattr(args, "downsample_size", 16)
+    codes = open_codes(args.code_path, size, downsample, **{"seed": getattr(args, "global_seed", 0), **kwargs})
+    further = condition_folders(getattr(args, "condition_path", None))
+    codes.add({name: ArrayFolder(folder, name) for name, folder in further.items()})
+    return codes
+
+
+def collate(
+    items: Sequence[Mapping[str, Any]],
+    rows: Mapping[str, int],
+    pad: Callable[[list[Tensor], int], tuple[Tensor, Tensor]],
+) -> dict[str, Tensor]:
+    """Batch items by name.
+
+    Args:
+        items: of one data set.
+        rows: entries whose items have as many rows as each needs, and how many a batch has.
+        pad: language/features.py:left_padded.
+
+    Returns:
+        Every entry stacked; of those in `rows` (B, rows, dim) with the last of them an item's, and `{name}_length` int64
+        (B,). There is no mask: the device makes it from the lengths.
+    """
+    batch = {}
+    for name in items[0]:
+        values = [item[name] for item in items]
+        if name in rows:
+            # Items without rows have some of the first dtype at hand.
+            dtype = next((value.dtype for value in values if len(value)), values[0].dtype)
+            batch[name], batch[f"{name}_length"] = pad([value.to(dtype) for value in values], rows[name])
+        else:
+            batch[name] = default_collate(values)
+    return batch

@@ -5,15 +5,14 @@ data = build_dataset(args, transform=partial(random_view, image_size=256))
 
 import logging
 from argparse import Namespace
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from dataset.arrays import ArrayFolder, PairArrays, condition_folders
+from dataset.arrays import PairArrays, codes_of, condition_folders
 from dataset.augmentation import center_view
-from dataset.codes import open_codes
+from dataset.codes import CODES
 from dataset.folders import class_folders, flat_folder, listed_images, nested_folder
 from dataset.images import ImageDataset
 from dataset.jsonl import jsonl_images
@@ -31,7 +30,6 @@ IMAGE_LISTS = {
     "openimage": listed_images,
     "t2i_image": jsonl_images,
 }
-CODES = "imagenet_code"
 TEXT, TEXT_CODES = "t2i", "t2i_code"
 
 
@@ -54,15 +52,12 @@ def build_dataset(args: Namespace, **kwargs: Any) -> Dataset:
     name = getattr(args, "dataset", None)
     seed = kwargs.pop("seed", getattr(args, "global_seed", 0))
     image_size = getattr(args, "image_size", 256)
-    further = condition_folders(getattr(args, "condition_path", None))
     if name == CODES:
         kwargs.pop("transform", None)
-        downsample_size = getattr(args, "downsample_size", 16)
-        codes = open_codes(_given(args, "code_path"), image_size, downsample_size, seed=seed, **kwargs)
-        codes.add({name: ArrayFolder(folder, name) for name, folder in further.items()})
-        return codes
+        _given(args, "code_path")
+        return codes_of(args, seed=seed, **kwargs)
     if name in (TEXT, TEXT_CODES):
-        return _text_images(args, image_size, further, seed=seed, **kwargs)
+        return _text_images(args, image_size, seed=seed, **kwargs)
     if name not in IMAGE_LISTS:
         known = ", ".join([*IMAGE_LISTS, CODES, TEXT, TEXT_CODES])
         raise ValueError(f"unknown --dataset {name!r}; choose one of {known}")
@@ -79,7 +74,8 @@ def build_dataset(args: Namespace, **kwargs: Any) -> Dataset:
     return ImageDataset(images, transform, seed=seed, reading=reading, **kwargs)
 
 
-def _text_images(args: Namespace, image_size: int, further: Mapping[str, str], **kwargs: Any) -> TextImages:
+def _text_images(args: Namespace, image_size: int, **kwargs: Any) -> TextImages:
+    further = condition_folders(getattr(args, "condition_path", None))
     width, short = getattr(args, "t5_feature_dim", None), getattr(args, "short_t5_feat_path", None)
     pairs = open_pairs(_given(args, "data_path"), getattr(args, "index_path", None))
     features = open_features(_given(args, "t5_feat_path"), dim=width)

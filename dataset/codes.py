@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 _ALIKE = ["tokenizer", "classes", "num_classes", "images", "views", "image_size", "codebook_size", "exif", "background"]
 
+# The word of --dataset.
+CODES = "imagenet_code"
+
 
 class CodeDataset(Dataset):
     """Items {"codes": int64 (tokens,), "label": int}, each of one view of one of `sources`, which hold the same samples.

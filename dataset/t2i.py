@@ -11,14 +11,14 @@ any other and counts for nothing in the loss: over internet-scale lists some are
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from dataset.arrays import PairArrays
 from dataset.augmentation import UnusableImage, center_crop_arr, random_crop_arr, to_tensor
@@ -357,31 +357,3 @@ class PairViews(_PairItems):
             raise ValueError(
                 none_usable(f"none of {len(missing)} pairs in a row could be used", self.examples(missing))
             )
-
-
-def collate(
-    items: Sequence[Mapping[str, Any]],
-    rows: Mapping[str, int],
-    pad: Callable[[list[Tensor], int], tuple[Tensor, Tensor]],
-) -> dict[str, Tensor]:
-    """Batch items by name.
-
-    Args:
-        items: of one data set.
-        rows: entries whose items have as many rows as each needs, and how many a batch has.
-        pad: language/features.py:left_padded.
-
-    Returns:
-        Every entry stacked; of those in `rows` (B, rows, dim) with the last of them an item's, and `{name}_length` int64
-        (B,). There is no mask: the device makes it from the lengths.
-    """
-    batch = {}
-    for name in items[0]:
-        values = [item[name] for item in items]
-        if name in rows:
-            # Items without rows have some of the first dtype at hand.
-            dtype = next((value.dtype for value in values if len(value)), values[0].dtype)
-            batch[name], batch[f"{name}_length"] = pad([value.to(dtype) for value in values], rows[name])
-        else:
-            batch[name] = default_collate(values)
-    return batch

@@ -92,8 +92,9 @@ def watch_samples(file: str) -> None:
     """Has the data set write down which samples are read of it, and by which process."""
     from autoregressive.train import class_data, text_data
 
-    build = class_data.build_dataset
-    class_data.build_dataset = text_data.build_dataset = lambda args, **kwargs: SeenCodes(build(args, **kwargs), file)
+    codes, pairs = class_data.codes_of, text_data.build_dataset
+    class_data.codes_of = lambda args, **kwargs: SeenCodes(codes(args, **kwargs), file)
+    text_data.build_dataset = lambda args, **kwargs: SeenCodes(pairs(args, **kwargs), file)
 
 
 def kill_when_due(life: dict, children: list[int]) -> bool:

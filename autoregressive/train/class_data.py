@@ -8,9 +8,8 @@ from torch import Tensor
 
 from autoregressive.models.gpt import Conditions
 from autoregressive.train.recipe import Inputs, agreed_tokenizer, further_conditions, model_sizes
-from dataset.build import build_dataset
-from dataset.codes import CodeDataset
-from dataset.t2i import collate
+from dataset.arrays import codes_of, collate
+from dataset.codes import CODES, CodeDataset
 from language.features import left_padded
 from utils.distributed import Distributed
 from utils.logger import console_logger
@@ -25,7 +24,9 @@ class ClassData:
     def __init__(self, args: argparse.Namespace, dist: Distributed):
         self.args, self.dist, self.log = args, dist, console_logger("dataset", dist.is_main)
         self.further = further_conditions(args, args.val_code_path)
-        self.train = self.codes = build_dataset(args)
+        if args.dataset != CODES:
+            raise ValueError(f"train_c2i.py reads --dataset {CODES}, got {args.dataset!r}")
+        self.train = self.codes = codes_of(args)
         settings = self.codes.settings
         args.num_classes, args.vocab_size = model_sizes(args, self.codes.sizes())
         self.codes.limit(args.num_classes, args.vocab_size)
@@ -36,7 +37,7 @@ class ClassData:
         self.held_out = None
         if args.val_code_path:
             held_out = {"code_path": args.val_code_path, "condition_path": args.val_condition_path}
-            self.held_out = build_dataset(argparse.Namespace(**vars(args) | held_out), random_view=False)
+            self.held_out = codes_of(argparse.Namespace(**vars(args) | held_out), random_view=False)
             self._require_same_kind(self.held_out)
             self.held_out.limit(args.num_classes, args.vocab_size)
         self.tokenizer = None

@@ -11,8 +11,9 @@ from autoregressive.models.gpt import Conditions
 from autoregressive.train.extraction import encode_views
 from autoregressive.train.loss import share_of_valid
 from autoregressive.train.recipe import Inputs, agreed_tokenizer, further_conditions, model_sizes
+from dataset.arrays import collate
 from dataset.build import TEXT, TEXT_CODES, build_dataset
-from dataset.t2i import TextImages, collate, none_usable, require_same_encoder
+from dataset.t2i import TextImages, none_usable, require_same_encoder
 from language.features import left_padded, prefix_mask
 from tokenizer.base import Tokenizer
 from utils.distributed import Distributed

@@ -442,7 +442,7 @@ def published(tmp_path):
         (["--ar-token-num", 9], r"cannot be cut into 3x3 regions"),
         (["--ar-token-num", 16], r"--ar-token-num 16 is all of the 4x4 tokens"),
         (["--cls-token-num", 2], r"--cls-token-num 2"),
-        (["--dataset", "imagenette"], r"unknown --dataset 'imagenette'"),
+        (["--dataset", "imagenette"], r"reads --dataset imagenet_code, got 'imagenette'"),
         (["--no-local-save"], r"--cloud-save-path"),
         (
             ["--condition-path", "depth=maps"],

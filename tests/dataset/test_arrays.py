@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dataset.arrays import ANY_VIEW, ArrayFolder, condition_folders, write_arrays
+from dataset.arrays import ANY_VIEW, ArrayFolder, collate, condition_folders, write_arrays
 from dataset.build import build_dataset
 from dataset.codes import open_codes
-from dataset.t2i import collate
 from language.features import left_padded
 from tests.dataset.test_codes import SETTINGS, drawn_view, publish, write
 from tests.dataset.test_t2i import COUNTS, TOKENS, make_codes
