@@ -56,9 +56,8 @@ log = logging.getLogger(__name__)
 # Has vLLM's processes log as this one does.
 VLLM_LOGGING = Path(__file__).parent / "vllm_logging.json"
 SECONDS_TO_ASK = 10  # from connecting, or from the last answer, to a whole request's headers
-SECONDS_TO_READ = (
-    30  # without taking anything of an answer; so long the last answers have too, once everything is drawn
-)
+# Without taking anything of an answer; so long the last answers have, too, once everything is drawn.
+SECONDS_TO_READ = 30
 SECONDS_TO_HEAR = 0.5  # what clients that are connected by then ask, once no others can connect
 SECONDS_TO_CLOSE = 30  # for the engine, after that
 MOST_UNREAD = 64 * 2**20  # bytes of answers that clients do not take; four times as many of those that they take slowly

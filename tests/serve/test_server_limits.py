@@ -249,6 +249,20 @@ def test_large_pictures_hold_up_no_picture_of_the_models_size(tokenizer, monkeyp
         assert all(sock.recv(12) == b"HTTP/1.1 200" for sock in large)
 
 
+def test_decoder_whole_images_come_before_partial_ones(tokenizer, monkeypatch):
+    decoding, lengths = Decoder(tokenizer, 8), []
+    compute = decoding._compute
+    monkeypatch.setattr(decoding, "_compute", lambda tokens: lengths.append(len(tokens[0])) or compute(tokens))
+
+    async def main():
+        await asyncio.gather(*(decoding.decode([1] * length) for length in (8, 16, 24, 64)))
+        await asyncio.gather(*(decoding.decode([1] * length) for length in (16, 64, 64)))
+        await decoding.close()
+
+    asyncio.run(main())
+    assert lengths == [64, 24, 16, 8, 64, 16]
+
+
 def test_small_matters_of_http(tokenizer):
     with serving(tokenizer, app={"cors_origins": ["https://a.example"]}) as (address, _), httpx.Client() as client:
         for path in ("/health", "/metrics", "/v1/models"):
