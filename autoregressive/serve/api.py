@@ -266,9 +266,8 @@ class Watched:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", number)]}
-            else:
-                ended = not message.get("more_body")
             await send(message)
+            ended = message["type"] == "http.response.body" and not message.get("more_body")
 
         try:
             refusal = self._refusal(scope, headers, path)

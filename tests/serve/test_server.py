@@ -391,7 +391,7 @@ def test_bad_requests_and_the_next_one(tokenizer):
         (b'{"n": ' + b"9" * 5000 + b"}", "application/json", 400, "error parsing the body"),
         (b'["prompt"]', "application/json", 400, "a JSON object, not a list"),
         (b'"prompt"', "application/json", 400, "a JSON object"),
-        (b"null", "application/json", 400, "a JSON object, not null"),
+        (b"null", "application/json", 400, "the body is a JSON object, not n"),
         (b'{"prompt": "\\ud800"}', "application/json", 400, "half of a surrogate pair"),
         (b"prompt=1", "application/x-www-form-urlencoded", 415, "send application/json"),
         (b'{"prompt": "1"}', "text/plain", 415, "send application/json"),
