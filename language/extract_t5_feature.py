@@ -21,11 +21,9 @@ from utils.cli import add_extraction_flags, flag_parser, nonnegative_int, positi
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from tqdm import tqdm
     from transformers import PreTrainedTokenizerBase
 
     from dataset.t2i import Pairs
-    from language.prompts import PromptList
     from language.t5 import T5Embedder
 
 MAX_LENGTH = 120
@@ -40,15 +38,15 @@ Unit = tuple[int, int]
 
 
 def main(args: argparse.Namespace) -> None:
-    import time
     from pathlib import Path
 
     import torch
-    from tqdm import tqdm
 
+    from dataset.extraction import counted, dealt
     from dataset.lines import CaptionLines, compare_before_writing, record_lines
     from dataset.t2i import chosen_files, open_pairs
-    from dataset.text_features import FeatureWriter, published_lines, shard_lines, write_published_features
+    from dataset.text_features import shard_lines
+    from language.prompts import open_prompts
     from language.t5 import T5Embedder, encoder_identity, find_t5, without_fork_warnings
     from utils.distributed import start
     from utils.errors import AgreedError
@@ -65,76 +63,128 @@ def main(args: argparse.Namespace) -> None:
     embedder = T5Embedder(
         dist.device, folder, torch_dtype=getattr(torch, _DTYPES[args.precision]), model_max_length=MAX_LENGTH
     )
-    if args.published_layout:
-        refuse_packed(args.t5_path)
-        writer, missing = None, missing_published(args, pairs, chosen) if dist.is_main else None
-    else:
-        # The first process writes the index and looks for all: one that looked for itself would miss what a quicker one
-        # has written already.
-        make = {"dim": embedder.dim, "max_length": MAX_LENGTH, "dtype": args.feature_dtype or _DTYPES[args.precision]}
-        make |= {"settings": feature_settings(args, embedder), "shard_size": args.shard_size}
-        writer = FeatureWriter(args.t5_path, **make) if dist.is_main else None
-        missing = [(k, shard) for k in chosen for shard in writer.missing_shards(*pairs.files[k])] if writer else None
     lines = CaptionLines(pairs, CaptionLines.kind_of(args.caption_key, args.trunc_caption), encoder_identity(embedder))
-    if dist.is_main:
+    target, missing = (PublishedTarget if args.published_layout else PackedTarget)(args, embedder), None
+    if dist.is_main:  # it looks for all: one that looked for itself would miss what a quicker one has written already
+        missing = [(k, shard) for k in chosen for shard in target.missing(*pairs.files[k])]
         compare_before_writing(Path(args.t5_path), lines, chosen)
-    missing = dist.broadcast(missing)
-    if not args.published_layout:
-        writer = writer or FeatureWriter(args.t5_path, **make)
-    # Dealt out in turn, so that no process has more than one shard more than another, in a resumed run either.
-    mine = missing[dist.rank :: dist.world_size]
+    mine = dealt(dist.broadcast(missing), dist)
+    captions = Captions(pairs, embedder.tokenizer, args.caption_key, args.trunc_caption)
     total = sum(len(shard_lines(shard, pairs.files[k][1], args.shard_size)) for k, shard in mine)
-    of_all = f" (process 1 of {dist.world_size})" if dist.world_size > 1 else ""
-    encoded, started = 0, time.monotonic()
-    with tqdm(total=total, unit="captions", desc=f"encoding{of_all}", disable=not dist.is_main) as progress:
-        captions = Captions(pairs, embedder.tokenizer, args.caption_key, args.trunc_caption)
-        read = read_shards(captions, mine, args.shard_size, loader_workers(args.num_workers, dist))
-        for (k, shard), items in read:
+    with counted(dist, log, "captions", total) as progress:
+        for (k, shard), items in read_shards(captions, mine, args.shard_size, loader_workers(args.num_workers, dist)):
             stem, count = pairs.files[k]
-            lines_here = shard_lines(shard, count, args.shard_size)
+            here = shard_lines(shard, count, args.shard_size)
             for reason in (item for item in items if isinstance(item, str)):
                 log.warning(f"skipped: {reason}")
-            ids = [None if isinstance(item, str) else item for item in items]
-            if args.published_layout:
-                there = published_here(args.t5_path, stem, lines_here)
-                wanted = [line for line, i in zip(lines_here, ids, strict=True) if i is not None and line not in there]
-                # All of the shard where any is missing: what is encoded together, and so rounded, does not depend on it.
-                features = encode_captions(embedder, ids, args.batch_size, progress) if wanted else []
-                encoded += sum(rows is not None for rows in features)
-                record_lines(Path(args.t5_path, stem), lines, k, lines_here, made=wanted)
-                for line in wanted:
-                    write_published_features(args.t5_path, stem, line, features[line - lines_here.start])
-            else:
-                features = encode_captions(embedder, ids, args.batch_size, progress)
-                encoded += sum(rows is not None for rows in features)
-                made = [line for line, i in zip(lines_here, ids, strict=True) if i is not None]
-                record_lines(Path(args.t5_path, stem), lines, k, lines_here, made)
-                writer.write_shard(stem, shard, features, count)
-            progress.update(sum(i is None for i in ids) if features else len(ids))
-    encoded, skipped = (sum(dist.gather(value)) for value in (encoded, captions.skipped))
-    count = sum(pairs.files[k][1] for k in chosen)
-    if writer and dist.is_main:  # some shards may be an earlier run's
-        skipped = sum(writer.skipped(*pairs.files[k]) for k in chosen)
-    nothing = dist.is_main and skipped == count
-    if nothing and not writer:
-        nothing = not any(
-            published_lines(args.t5_path, stem, range(count)).any()
-            for stem, count in map(pairs.files.__getitem__, chosen)
-        )
-    if dist.broadcast(nothing):
+            ids = {line: item for line, item in zip(here, items, strict=True) if not isinstance(item, str)}
+            wanted = target.wanted(stem, ids)
+            # All of the shard where any is missing: what is encoded together, and so rounded, does not depend on it.
+            features = dict(zip(ids, encode_captions(embedder, [*ids.values()], args.batch_size))) if wanted else {}
+            record_lines(Path(args.t5_path, stem), lines, k, here, made=wanted)
+            target.write(stem, shard, count, here, {line: features[line] for line in wanted})
+            progress.update(len(here))
+    files = [pairs.files[k] for k in chosen]
+    count, skipped = sum(lines for _, lines in files), sum(dist.gather(captions.skipped))
+    there = target.count(files, count - skipped) if dist.is_main else None
+    if dist.broadcast(there) == 0:
         first = captions[sum(count for _, count in pairs.files[: chosen[0]])]
-        another = f" and give another --t5-path, or remove {args.t5_path}" if writer else ""
         raise AgreedError(
-            f"none of the {count} lines has a caption: check --data-path and --caption-key{another}; the first: {first}"
+            f"none of the {count} lines has a caption: check --data-path and --caption-key, and give another --t5-path, or "
+            f"remove {args.t5_path}; the first: {first}"
         )
     if dist.is_main:
-        seconds = time.monotonic() - started
-        if encoded:
-            log.info(
-                f"encoded {encoded} captions in {seconds:.1f} s, {encoded / seconds:.1f} captions/s over all processes"
-            )
-        log.info(f"{args.t5_path}: features of {count - skipped} captions, {skipped} lines without a caption skipped")
+        log.info(f"{args.t5_path}: features of {there} captions, {count - there} lines without a caption skipped")
     dist.close()
+
+
+class PackedTarget:
+    """Folder of packed features that captions go to."""
+
+    def __init__(self, args: argparse.Namespace, embedder: "T5Embedder"):
+        from language.t5 import fingerprint
+
+        self.folder = args.t5_path
+        settings = {
+            "t5": args.t5_model_type,
+            "fingerprint": fingerprint(embedder),
+            "precision": args.precision,
+            "caption_key": args.caption_key,
+            "truncated": args.trunc_caption,
+            "cleaning": "twice",
+        }
+        self.index = {
+            "dim": embedder.dim,
+            "max_length": MAX_LENGTH,
+            "dtype": args.feature_dtype or _DTYPES[args.precision],
+            "settings": settings,
+            "shard_size": args.shard_size,
+        }
+
+    def missing(self, stem: str, lines: int) -> list[int]:
+        """Return the shards of a file that are not there whole."""
+        from dataset.text_features import FeatureWriter
+
+        return FeatureWriter(self.folder, **self.index).missing_shards(stem, lines)
+
+    def wanted(self, stem: str, lines: "dict[int, list[int]]") -> list[int]:
+        """Return which of these lines of a shard are to be written."""
+        return [*lines]
+
+    def write(self, stem: str, shard: int, lines: int, here: range, features: "dict[int, Tensor]") -> None:
+        """Write a shard, the lines `here` of a file of so many."""
+        from dataset.text_features import FeatureWriter
+
+        FeatureWriter(self.folder, **self.index).write_shard(stem, shard, [features.get(line) for line in here], lines)
+
+    def count(self, files: Sequence[tuple[str, int]], found: int) -> int:
+        """Return how many captions of the files have features: some may be an earlier run's."""
+        from dataset.text_features import FeatureWriter
+
+        writer = FeatureWriter(self.folder, **self.index)
+        return sum(lines - writer.skipped(stem, lines) for stem, lines in files)
+
+
+class PublishedTarget(PackedTarget):
+    """Folder of the published layout. Raises ValueError where it has packed features: with both, which are meant is a guess."""
+
+    def __init__(self, args: argparse.Namespace, embedder: "T5Embedder"):
+        from pathlib import Path
+
+        from dataset.store import INDEX_FILE
+
+        self.folder, self.shard_size = args.t5_path, args.shard_size
+        if Path(self.folder, INDEX_FILE).exists():
+            raise ValueError(
+                f"{self.folder} holds packed features: give --t5-path another folder for the published layout"
+            )
+
+    def missing(self, stem: str, lines: int) -> list[int]:
+        """Return the shards of a file in which a line has no features yet."""
+        from dataset.text_features import num_shards, published_lines, shard_lines
+
+        there = published_lines(self.folder, stem, range(lines))
+        shards = [shard_lines(shard, lines, self.shard_size) for shard in range(num_shards(lines, self.shard_size))]
+        return [shard for shard, here in enumerate(shards) if not there[here.start : here.stop].all()]
+
+    def wanted(self, stem: str, lines: "dict[int, list[int]]") -> list[int]:
+        """Return those of the lines that have no features yet."""
+        from pathlib import Path
+
+        return [line for line in lines if not Path(self.folder, stem, f"{line}.npy").exists()]
+
+    def write(self, stem: str, shard: int, lines: int, here: range, features: "dict[int, Tensor]") -> None:
+        """Write the lines."""
+        from dataset.text_features import write_published_features
+
+        for line, rows in features.items():
+            write_published_features(self.folder, stem, line, rows)
+
+    def count(self, files: Sequence[tuple[str, int]], found: int) -> int:
+        """Return how many captions were found, or 1 where an earlier run has written some: others are not counted."""
+        from dataset.text_features import published_lines
+
+        return found or int(any(published_lines(self.folder, stem, range(lines)).any() for stem, lines in files))
 
 
 class Captions:
@@ -162,7 +212,7 @@ class Captions:
         texts = {}
         for place, index in enumerate(indices):
             try:
-                text = self.text(index)
+                text = caption_of(self.pairs, index, self.key, self.truncate)
                 texts[place] = preprocess(text)
             except ValueError as error:
                 items[place] = str(error)
@@ -176,10 +226,6 @@ class Captions:
             for place, ids in zip(texts, tokens, strict=True):
                 items[place] = ids
         return items
-
-    def text(self, index: int) -> str:
-        """A line's caption as it is written there. Raises ValueError as caption_of does."""
-        return caption_of(self.pairs, index, self.key, self.truncate)
 
 
 def read_shards(
@@ -219,7 +265,7 @@ def read_shards(
 
 
 def encode_captions(
-    embedder: "T5Embedder", ids: "Sequence[list[int] | None]", batch_size: int, progress: "tqdm | None" = None
+    embedder: "T5Embedder", ids: "Sequence[list[int] | None]", batch_size: int
 ) -> "list[Tensor | None]":
     """The features (length, dim) of captions given as token numbers, on the CPU; None for a None.
 
@@ -242,66 +288,7 @@ def encode_captions(
         rows = embedder.encode(padded, mask).cpu()  # (batch, longest, dim)
         for row, place in enumerate(batch):
             features[place] = rows[row, : len(ids[place])]
-        if progress is not None:
-            progress.update(len(batch))
     return features
-
-
-def open_prompts(path: str) -> "PromptList | None":
-    """The prompts of a file, a table or a line each; None where the path is no file. Raises ValueError as the readers do."""
-    from pathlib import Path
-
-    if not Path(path).is_file():
-        return None
-    from language.prompts import PromptList, read_prompts
-
-    return PromptList(path, read_prompts(path))
-
-
-def missing_published(args: argparse.Namespace, pairs: "Pairs", chosen: Sequence[int]) -> list[Unit]:
-    """The shards of the files in which a line has no features in the published layout yet."""
-    from dataset.text_features import num_shards, published_lines, shard_lines
-
-    missing = []
-    for k in chosen:
-        stem, lines = pairs.files[k]
-        there = published_lines(args.t5_path, stem, range(lines))
-        for shard in range(num_shards(lines, args.shard_size)):
-            here = shard_lines(shard, lines, args.shard_size)
-            if not there[here.start : here.stop].all():
-                missing.append((k, shard))
-    return missing
-
-
-def published_here(folder: str, stem: str, lines: range) -> set[int]:
-    """Those of `lines` that have features in the published layout."""
-    from pathlib import Path
-
-    return {line for line in lines if Path(folder, stem, f"{line}.npy").exists()}
-
-
-def refuse_packed(folder: str) -> None:
-    """Raises ValueError where a folder has packed features: with both in it, which are meant would be a guess."""
-    from pathlib import Path
-
-    from dataset.store import INDEX_FILE
-
-    if Path(folder, INDEX_FILE).exists():
-        raise ValueError(f"{folder} holds packed features: give --t5-path another folder for the published layout")
-
-
-def feature_settings(args: argparse.Namespace, embedder: "T5Embedder") -> dict:
-    """What the index records of the features: all that decides them beyond rounding, but the captions themselves."""
-    from language.t5 import fingerprint
-
-    return {
-        "t5": args.t5_model_type,
-        "fingerprint": fingerprint(embedder),
-        "precision": args.precision,
-        "caption_key": args.caption_key,
-        "truncated": args.trunc_caption,
-        "cleaning": "twice",
-    }
 
 
 def flags() -> argparse.ArgumentParser:

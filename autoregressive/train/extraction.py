@@ -8,9 +8,7 @@ depend on which shards a process has to write.
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
 from logging import Logger
@@ -31,6 +29,7 @@ from dataset.code_files import (
     recorded_settings,
     write_published,
 )
+from dataset.extraction import counted, dealt
 from dataset.images import Omitting, present_batches
 from dataset.pixels import Reading
 from dataset.store import Loose
@@ -184,23 +183,6 @@ def extract(
             tokenizer, dataset, batches, workers, args.mixed_precision, progress
         ):
             targets[k].write(shard, codes, labels, numbers - targets[k].start)
-
-
-def dealt(units: Sequence, dist: Distributed) -> list:
-    """Return this process's share: dealt out in turn, none has more than one more than another, in a resumed run either."""
-    return [*units][dist.rank :: dist.world_size]
-
-
-@contextmanager
-def counted(dist: Distributed, log: Logger, unit: str, total: int) -> Iterator[tqdm]:
-    """Show a bar of this process's progress; at the end log how many were done by all of them, and how fast."""
-    of_all = f" (process 1 of {dist.world_size})" if dist.world_size > 1 else ""
-    started = time.monotonic()
-    with tqdm(total=total, unit=unit, desc=f"encoding{of_all}", disable=not dist.is_main) as progress:
-        yield progress
-    done, seconds = sum(dist.gather(total)), time.monotonic() - started
-    if dist.is_main and done:
-        log.info(f"encoded {done} {unit} in {seconds:.1f} s, {done / seconds:.1f} {unit}/s over all processes")
 
 
 def encoded(
