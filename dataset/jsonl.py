@@ -16,50 +16,33 @@ import numpy as np
 
 from dataset.images import ImageList
 from dataset.lines import digest
-from utils.files import require_regular
+from dataset.pair_files import PairFiles
 
 _CHUNK = 1 << 24
 
 
-class JsonPairs(Sequence[dict]):
-    """Decoded lines of a folder's jsonl files. A pair is known by its file's stem and its line there, from 0.
+class JsonPairs(PairFiles, Sequence[dict]):
+    """Decoded lines of a folder's jsonl files.
 
-    Raises FileNotFoundError where the folder is missing, ValueError where it has no *.jsonl, or a file has no lines or
-    does not begin with a JSON object that has an `image_path`. A later line that is damaged raises it when read.
+    Raises as PairFiles does, and ValueError where a file has no lines or does not begin with a JSON object that has an
+    `image_path`. A later line that is damaged raises it when read.
     """
 
     image_kind = "image paths"
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"the folder of jsonl files {self.folder} does not exist: check --data-path")
-        self._files = sorted(p for p in self.folder.glob("*.jsonl") if not p.name.startswith("."))
-        if not self._files:
-            raise ValueError(f"no *.jsonl files in {self.folder}")
-        for file in self._files:
-            require_regular(file)
+        super().__init__(folder, ".jsonl")
         # Per file: (lines + 1,), the last is its length.
-        self._starts, self._digests = zip(*[_line_starts(file) for file in self._files])
-        self.files = [(file.stem, len(starts) - 1) for file, starts in zip(self._files, self._starts)]
-        self._ends = np.cumsum([lines for _, lines in self.files])
-        for file, (_, lines), end in zip(self._files, self.files, self._ends):
+        self._starts, digests = zip(*map(_line_starts, self.paths))
+        self.number([len(starts) - 1 for starts in self._starts], digests)
+        for file, (_, lines), end in zip(self.paths, self.files, self._ends):
             if not lines:
                 raise ValueError(f"{file} has no lines: remove it, or fill it")
             self[int(end) - lines]
 
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def _place(self, index: int) -> tuple[int, int]:
-        """Return a pair's file and its line there. The line itself is not read."""
-        index = range(len(self))[index]
-        which = int(np.searchsorted(self._ends, index, side="right"))
-        return which, index - int(self._ends[which]) + self.files[which][1]
-
     def __getitem__(self, index: int) -> dict:
-        which, line = self._place(index)
-        file, starts = self._files[which], self._starts[which]
+        which, line = self.place(index)
+        file, starts = self.paths[which], self._starts[which]
         with open(file, "rb") as f:
             f.seek(starts[line])
             text = f.read(starts[line + 1] - starts[line])
@@ -71,15 +54,10 @@ class JsonPairs(Sequence[dict]):
             raise ValueError(f"{self.where(index)} must be an object with a string 'image_path'")
         return pair
 
-    def identity(self, index: int) -> tuple[str, int]:
-        """Return a pair's (file stem, line)."""
-        which, line = self._place(index)
-        return self.files[which][0], line
-
     def where(self, index: int) -> str:
         """Return a pair's place, for messages."""
-        which, line = self._place(index)
-        return f"line {line} (from 0) of {self._files[which]}"
+        which, line = self.place(index)
+        return f"line {line} (from 0) of {self.paths[which]}"
 
     def image_file(self, index: int) -> str:
         """Return the path of a pair's image: a relative one is looked for in the folder, then in the working directory.
@@ -96,10 +74,6 @@ class JsonPairs(Sequence[dict]):
         while path.startswith("../"):  # the same image in a list that lies deeper
             path = path[3:]
         return digest(path)
-
-    def list_digest(self, k: int) -> str:
-        """Return what the bytes of file number `k` come to."""
-        return self._digests[k]
 
     def texts(self, index: int) -> list[str]:
         """Return a pair's captions. Raises ValueError for a damaged line, or one whose `text` is no string or list of them."""

@@ -11,15 +11,14 @@ the digest of its list as a whole. Where that is the same still, no line is read
 import hashlib
 import logging
 import zipfile
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
-from dataset.caption_keys import CAPTION_KEYS, TextSource, caption_of
+from dataset.caption_keys import CAPTION_KEYS, caption_of
 from utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -28,34 +27,30 @@ _TRUNCATED = " truncated"
 _REMEDY = "give the list it was made of, or make it anew in another folder"
 
 
-class ImageSource(TextSource, Protocol):
-    """Files of lines with images."""
-
-    image_kind: str
-
-    def image_digest(self, index: int) -> int: ...
-
-
-class Lines(ABC):
+class Lines:
     """The lines of a source's files by what decides something made of them.
 
-    kind: which of several such things it is. maker: a fingerprint of the model that makes something of them. Both are
-    given where something is going to be made, and then refuse what others made.
+    Args:
+        source: the files.
+        kind: which of several such things it is.
+        maker: a fingerprint of the model that makes something of the lines.
+
+    kind and maker are given where something is going to be made, and then refuse what others made.
     """
 
-    part: str
+    part: str  # of a line, for messages
 
-    def __init__(self, source: TextSource, kind: str | None = None, maker: str | None = None):
+    def __init__(self, source: Any, kind: str | None = None, maker: str | None = None):
         self.source, self.files, self.kind, self.maker = source, list(source.files), kind, maker
         self.starts = [0, *accumulate(count for _, count in self.files)]
 
-    @abstractmethod
     def reads(self, kind: str) -> bool:
         """Tell whether records of this kind can be compared."""
+        raise NotImplementedError
 
-    @abstractmethod
     def digest(self, kind: str, index: int) -> int:
         """Return what a line comes to, by its number among all. Raises ValueError where it is damaged or has nothing."""
+        raise NotImplementedError
 
 
 class CaptionLines(Lines):
@@ -79,7 +74,6 @@ class ImageLines(Lines):
     """The images that codes are made of: their paths in a list; name, size and beginning of a tar's members."""
 
     part = "image"
-    source: ImageSource
 
     def reads(self, kind: str) -> bool:
         return kind == self.source.image_kind

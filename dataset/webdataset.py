@@ -25,8 +25,9 @@ from pathlib import Path
 import numpy as np
 
 from dataset.lines import digest, digest_all
+from dataset.pair_files import PairFiles
 from dataset.pixels import IMAGE_EXTENSIONS
-from utils.files import atomic_write, crc32_of, require_regular, write_json
+from utils.files import atomic_write, crc32_of, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -51,51 +52,30 @@ class Member(io.BytesIO):
         return self.place
 
 
-class TarPairs:
-    """The samples of a folder's *.tar files: identity (file stem, number in the file from 0), image and texts.
+class TarPairs(PairFiles):
+    """The samples of a folder's *.tar files, image and texts.
 
     A sample's members follow each other and share their path up to the first dot of the name, as WebDataset's do. Where
     no image is among them (`a.v1.jpg`, `a.v1.txt`, `a.v2.jpg`), they share it up to the last dot.
 
     Opening looks at every shard's size and time and indexes the new and changed ones. The index lies in the folder, or in
     `index_path` where the folder is not writable; processes share its pages.
-    Raises FileNotFoundError where the folder is missing, ValueError where it has no *.tar, or one is damaged or has no
-    image, OSError where the index cannot be written.
+    Raises as PairFiles does, ValueError where a shard is damaged or has no image, OSError where the index cannot be
+    written.
     """
 
     image_kind = "tar members"
 
     def __init__(self, folder: str | Path, index_path: str | Path | None = None):
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"the folder of shards {self.folder} does not exist: check --data-path")
+        packed = next((path.name for path in sorted(Path(folder).glob("*.tar.*"))), None)
+        hint = f"; {packed} is compressed, and samples are read at their offsets: unpack it" if packed else ""
+        super().__init__(folder, ".tar", hint)
         self.index_path = Path(index_path) if index_path else self.folder
-        self._shards = sorted(p for p in self.folder.glob("*.tar") if not p.name.startswith("."))
-        if not self._shards:
-            packed = sorted(p.name for p in self.folder.glob("*.tar.*"))
-            hint = f"; {packed[0]} is compressed, and samples are read at their offsets: unpack it" if packed else ""
-            raise ValueError(f"no *.tar files in {self.folder}{hint}")
-        for shard in self._shards:
-            require_regular(shard)
-        self._counts, self._digests = _open_index(self._shards, self.index_path)
-        self._ends = np.cumsum(self._counts)
+        self.number(*_open_index(self.paths, self.index_path))
         self._map: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_map": None}
-
-    @property
-    def files(self) -> list[tuple[str, int]]:
-        """(stem, samples) of every shard, in order."""
-        return [(shard.stem, count) for shard, count in zip(self._shards, self._counts)]
-
-    def identity(self, index: int) -> tuple[str, int]:
-        """A sample's (file stem, number in the file): what its features and codes are kept by."""
-        which = self._shard_of(index)
-        return self._shards[which].stem, index - int(self._ends[which]) + self._counts[which]
 
     def image_file(self, index: int) -> Member:
         """The bytes of a sample's image. Raises ValueError where it has none or the shard is shorter than it was, OSError."""
@@ -125,16 +105,10 @@ class TarPairs:
         """Return what the image's name, size and first bytes come to; 0 for a sample without one."""
         return int(self._rows[index, 6])
 
-    def list_digest(self, k: int) -> str:
-        """Return what all images and texts of shard number `k` come to."""
-        return self._digests[k]
-
     def where(self, index: int) -> str:
-        """A sample's place, for messages."""
-        return f"sample {self.identity(index)[1]} of {self._shards[self._shard_of(index)]}"
-
-    def _shard_of(self, index: int) -> int:
-        return int(np.searchsorted(self._ends, range(len(self))[index], side="right"))
+        """Return a sample's place, for messages."""
+        which, number = self.place(index)
+        return f"sample {number} of {self.paths[which]}"
 
     @property
     def _rows(self) -> np.ndarray:
@@ -143,7 +117,7 @@ class TarPairs:
         return self._map
 
     def _read(self, index: int, offset: int, size: int) -> bytes:
-        path = self._shards[self._shard_of(index)]
+        path = self.paths[self.place(index)[0]]
         with open(path, "rb") as f:
             f.seek(offset)
             content = f.read(size)
