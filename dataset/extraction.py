@@ -5,7 +5,7 @@ with counted(dist, log, "captions", total) as progress: ...
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from logging import Logger
 from typing import TypeVar
@@ -23,12 +23,17 @@ def dealt(units: Sequence[T], dist: Distributed) -> list[T]:
 
 
 @contextmanager
-def counted(dist: Distributed, log: Logger, unit: str, total: int) -> Iterator[tqdm]:
-    """Show a bar of this process's progress; at the end log how many were done by all of them, and how fast."""
+def counted(
+    dist: Distributed, log: Logger, unit: str, total: int, encoded: Callable[[], int] | None = None
+) -> Iterator[tqdm]:
+    """Show a bar of this process's progress; at the end log how many were encoded by all of them, and how fast.
+
+    total: of the bar. encoded: tells how many of these this process encoded (default: all).
+    """
     of_all = f" (process 1 of {dist.world_size})" if dist.world_size > 1 else ""
     started = time.monotonic()
     with tqdm(total=total, unit=unit, desc=f"encoding{of_all}", disable=not dist.is_main) as progress:
         yield progress
-    done, seconds = sum(dist.gather(total)), time.monotonic() - started
+    done, seconds = sum(dist.gather(encoded() if encoded else total)), time.monotonic() - started
     if dist.is_main and done:
         log.info(f"encoded {done} {unit} in {seconds:.1f} s, {done / seconds:.1f} {unit}/s over all processes")

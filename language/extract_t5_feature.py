@@ -71,7 +71,8 @@ def main(args: argparse.Namespace) -> None:
     mine = dealt(dist.broadcast(missing), dist)
     captions = Captions(pairs, embedder.tokenizer, args.caption_key, args.trunc_caption)
     total = sum(len(shard_lines(shard, pairs.files[k][1], args.shard_size)) for k, shard in mine)
-    with counted(dist, log, "captions", total) as progress:
+    encoded = 0
+    with counted(dist, log, "captions", total, lambda: encoded) as progress:
         for (k, shard), items in read_shards(captions, mine, args.shard_size, loader_workers(args.num_workers, dist)):
             stem, count = pairs.files[k]
             here = shard_lines(shard, count, args.shard_size)
@@ -81,6 +82,7 @@ def main(args: argparse.Namespace) -> None:
             wanted = target.wanted(stem, ids)
             # All of the shard where any is missing: what is encoded together, and so rounded, does not depend on it.
             features = dict(zip(ids, encode_captions(embedder, [*ids.values()], args.batch_size))) if wanted else {}
+            encoded += len(features)
             record_lines(Path(args.t5_path, stem), lines, k, here, made=wanted)
             target.write(stem, shard, count, here, {line: features[line] for line in wanted})
             progress.update(len(here))
