@@ -1,5 +1,7 @@
 """The loss of training: against full logits, its gradients, its precision, and the memory it does without."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from autoregressive.models.layouts.patches import with_patches
 from autoregressive.train.loss import TokenLoss, token_log_probs
 from autoregressive.train.objectives import chunked
 from autoregressive.train.objectives.chunked import chunked_loss, chunked_values
-from autoregressive.train.objectives.cross_entropy import cross_entropy, weighted_cross_entropy
+from autoregressive.train.objectives.cross_entropy import cross_entropy
 from tests.helpers import randomize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -247,21 +249,25 @@ def test_without_gradients_none_are_computed():
     assert seen.products == 8
 
 
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_compiled_chunk_gives_the_same(dtype):
+def test_chunk_loss_compiled_gives_the_same(dtype, objective, monkeypatch):
     """What runs on CUDA, traced and made functional without generating code."""
     torch._dynamo.reset()
+    chunked._chunk_loss.cache_clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
     hidden, weight, chosen = problem(12, 8, 33, 4, dtype)
     logits, weights = (hidden @ weight.t()).detach(), torch.arange(12.0)[:, None]
-    compiled = torch.compile(weighted_cross_entropy, backend="aot_eager", fullgraph=True)
+    plain_chunk, compiled = (chunked._chunk_loss(objective, compiled) for compiled in (False, True))
     for wanted in (True, False):
-        loss, gradient = weighted_cross_entropy(logits.clone(), chosen, weights, torch.float32, wanted)
+        loss, gradient = plain_chunk(logits.clone(), chosen, weights, torch.float32, wanted)
         same_loss, same_gradient = compiled(logits.clone(), chosen, weights, torch.float32, wanted)
         torch.testing.assert_close(same_loss, loss)
         assert (gradient is None) == (not wanted)
         if wanted:
             assert gradient.dtype == dtype
             torch.testing.assert_close(same_gradient, gradient)
+    chunked._chunk_loss.cache_clear()
 
 
 # Objectives

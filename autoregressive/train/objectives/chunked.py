@@ -9,7 +9,7 @@ for the backward pass or computed twice.
 """
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -180,25 +180,20 @@ def _chunk_loss(objective: Objective, compiled: bool) -> Callable[..., tuple[Ten
     """
     if objective is cross_entropy:
         return torch.compile(weighted_cross_entropy) if compiled else weighted_cross_entropy
-    weighted = partial(_weighted, objective)
-    return partial(_by_autograd, torch.compile(weighted) if compiled else weighted)
 
+    def weighted(logits: Tensor, targets: Tensor, weights: Tensor, wide: torch.dtype) -> Tensor:
+        return (weights * objective(logits.to(wide), targets).mean(1, keepdim=True)).sum()
 
-def _weighted(objective: Objective, logits: Tensor, targets: Tensor, weights: Tensor, wide: torch.dtype) -> Tensor:
-    return (weights * objective(logits.to(wide), targets).mean(1, keepdim=True)).sum()
+    loss_of = torch.compile(weighted) if compiled else weighted
 
+    def by_autograd(
+        logits: Tensor, targets: Tensor, weights: Tensor, wide: torch.dtype, want_gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        with torch.set_grad_enabled(want_gradient):
+            loss = loss_of(logits.requires_grad_(want_gradient), targets, weights, wide)
+        return loss.detach(), torch.autograd.grad(loss, logits)[0] if want_gradient else None
 
-def _by_autograd(
-    weighted: Callable[..., Tensor],
-    logits: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    wide: torch.dtype,
-    want_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    with torch.set_grad_enabled(want_gradient):
-        loss = weighted(logits.requires_grad_(want_gradient), targets, weights, wide)
-    return loss.detach(), torch.autograd.grad(loss, logits)[0] if want_gradient else None
+    return by_autograd
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
