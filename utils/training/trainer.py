@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sized
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,14 +30,15 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from utils.checkpoint import Checkpoint
 from utils.distributed import Distributed
-from utils.errors import AgreedError, is_lost_process, words_of
+from utils.errors import AgreedError, words_of
 from utils.flops import peak_flops
 from utils.loading import ReadAhead, batches_of, loader_workers
 from utils.logger import RunLogger
 from utils.precision import WORDS
 from utils.rng import item_seed
-from utils.training.ema import EMA, local, warmed_up
-from utils.training.finite import FiniteWatch, NotFinite
+from utils.training.ema import EMA, warmed_up
+from utils.training.failures import Failures
+from utils.training.finite import FiniteWatch
 from utils.training.meter import Meter, format_window
 from utils.training.optim import learning_rate
 from utils.training.order import BatchOrder
@@ -138,6 +138,7 @@ class Trainer:
         project = None if args.no_wandb else args.wandb_project
         self.log = RunLogger(self.run.folder, dist.is_main, project, vars(args))
         self.saver = Saver(self.state, self.run, args, dist, self.log)
+        self.failures = Failures(self.saver, self.order, dataset, self.watch)
         if not resumed and initial is None and self.run.earlier:
             self.log.info(f"a run before this one stands at {self.run.earlier}; --resume would go on with it")
         resumed = resumed and resume(self.state, self.run, args, dist, self.log)
@@ -178,7 +179,7 @@ class Trainer:
             try:
                 self._fit(signals)
             except Exception as error:
-                told = self._lost_process(error) or error
+                told = self.failures.lost_process(error) or error
                 self.log.record(f"ended at step {self.step} by {type(told).__name__}: {words_of(told)}")
                 if told is error:
                     raise
@@ -199,7 +200,7 @@ class Trainer:
         with self._progress() as bar, logging_redirect_tqdm(self.log.loggers) if not bar.disable else nullcontext():
             batches = ReadAhead(self._batches())
             if any(self.dist.gather(batches.failure is not None)):
-                self._require_data(batches.failure)
+                self.failures.require_data(batches.failure)
             for batch in batches:
                 self._train_step(batch)
                 bar.update()
@@ -382,7 +383,7 @@ class Trainer:
         self.log.scalars(self.step, {**values, "lr": lr, **rates})
         if self.meter.slowest:
             self.log.info(self.meter.slowest)
-        self._require_finite_losses()
+        self.failures.require_finite_losses()
         self.sums = {}
         return words
 
@@ -397,8 +398,8 @@ class Trainer:
         if not (checkpoint or pictures):
             return
         with self.meter.paused_for():
-            self._require_finite_losses()
-            self._require_finite_weights()
+            self.failures.require_finite_losses()
+            self.failures.require_finite_weights()
             if checkpoint:
                 self._save(final)
             if pictures or self.validate:
@@ -430,10 +431,7 @@ class Trainer:
             with self._autocast():
                 values = validate(model)
         except (ValueError, OSError) as error:
-            raise AgreedError(
-                f"the held-out loss failed after step {self.step}: {words_of(error)}; mend the held-out data or leave it "
-                f"out, {self._way_on(together=isinstance(error, AgreedError))}"
-            ) from error
+            raise self.failures.of_held_out(error) from error
         of = " of the averaged weights (--ema)" if self.ema else ""
         self.log.info(f"(step={self.step:07d}) " + ", ".join(f"{k}: {v:.4f}" for k, v in values.items()) + of)
         self.log.scalars(self.step, values)
@@ -459,86 +457,20 @@ class Trainer:
             signals.asked is not None, self.watch.first(wait=False) is not None, batches.failure is not None
         )
         if broken:
-            self._require_finite_losses()
+            self.failures.require_finite_losses()
         if not (stop or starved) or self.step >= self.total_steps:
             return False
-        self._require_finite_losses()
-        self._require_finite_weights()
+        self.failures.require_finite_losses()
+        self.failures.require_finite_weights()
         if self.saver.saved_step < self.step:
             self._save(final=True)
         self.saver.wait(final=True)
         self.agreement.close()
         if starved:
-            self._require_data(batches.failure)
+            self.failures.require_data(batches.failure)
         asked = next((name for name in self.dist.gather(signals.asked and signals.asked.name) if name), "a signal")
         self.log.info(f"stopped by {asked} after step {self.step} of {self.total_steps}; --resume goes on from there")
         return True
-
-    def _require_data(self, failure: Exception | None) -> None:
-        """Raise AgreedError on every process where one of them could not read its data; a mistake in code as it is."""
-        if failure is not None and not isinstance(failure, ValueError | OSError | MemoryError):
-            raise failure
-        reasons = self.dist.gather(None if failure is None else words_of(failure) or type(failure).__name__)
-        rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason)
-        where = f" by process {rank}" if self.dist.world_size > 1 else ""
-        raise AgreedError(f"no more data could be read{where} after step {self.step}: {reason}; {self._way_on()}")
-
-    def _require_finite_losses(self) -> None:
-        """Raise the same AgreedError on every process where one had a loss that is not finite. Every process calls it."""
-        found = self.dist.gather(self.watch.first(wait=True))
-        places = sorted((bad.step, bad.part is None, rank, bad) for rank, bad in enumerate(found) if bad)
-        if places:
-            _, _, rank, bad = places[0]
-            raise AgreedError(f"{self._describe(rank, bad)} {self._not_finite_advice()}")
-
-    @torch.no_grad()
-    def _require_finite_weights(self) -> None:
-        weights = [local(p) for p in self.models["model"].parameters()]
-        norm = torch.stack(torch._foreach_norm([p for p in weights if p.numel()])).norm()
-        if not isfinite(float(self.dist.mean(norm))):
-            raise AgreedError(
-                f"the weights are no longer finite after step {self.step}, and were not saved. {self._not_finite_advice()}"
-            )
-
-    def _describe(self, rank: int, bad: NotFinite) -> str:
-        epoch, batch = divmod(self._batches_done - (self.step - bad.step), self.order.batches_per_epoch)
-        samples = self.order.samples(epoch, batch, None if bad.part is None else rank, bad.part)
-        if hasattr(self.dataset, "sample_numbers"):  # as other tools count them
-            samples = self.dataset.sample_numbers(samples)
-        listed = ", ".join(map(str, samples[:64])) + (", …" if len(samples) > 64 else "")
-        parts = self.args.gradient_accumulation_steps
-        part = f", part {bad.part + 1} of {parts} of its batch" if bad.part is not None and parts > 1 else ""
-        where = f" on process {rank}{part}" if bad.part is not None else ""
-        return (
-            f"the {bad.name} became {bad.value} at step {bad.step + 1}{where}; it is no longer finite, and nothing of it "
-            f"was saved. Samples there: {listed}."
-        )
-
-    def _not_finite_advice(self) -> str:
-        last = self._last_checkpoint()
-        told = f"The last checkpoint is {last}." if last else "There is no checkpoint yet."
-        return f"{told} Try a lower --lr, or --mixed-precision none"
-
-    def _way_on(self, together: bool = True) -> str:
-        last = self._last_checkpoint(together)
-        return f"--resume goes on from {last}" if last else "there is no checkpoint yet"
-
-    def _last_checkpoint(self, together: bool = True) -> Path | None:
-        """together: every process calls it, and gets the first one's answer, which knows what has been written."""
-        self.saver.wait()
-        last = self.run.checkpoints()[:1]
-        last = self.dist.broadcast(last) if together else last
-        return last[0] if last else None
-
-    def _lost_process(self, error: Exception) -> ConnectionError | None:
-        """Return what to raise in place of an error of torch.distributed that tells of another process's end."""
-        if self.dist.world_size == 1 or not is_lost_process(error):
-            return None
-        reason = str(error).strip().splitlines()[0][:200]
-        return ConnectionError(
-            f"process {self.dist.rank} lost the others at step {self.step} ({reason}): one of them has ended, "
-            f"see what it said itself; {self._way_on(together=False)}"
-        )
 
 
 def _gradient_norm(parameters: list[nn.Parameter]) -> Tensor:

@@ -590,7 +590,7 @@ def test_loader_processes_that_get_the_signal_too_let_the_run_save(tmp_path):
 def test_a_lost_process_is_told_with_the_way_to_go_on(tmp_path):
     def lost(place):
         if place.step == 4:
-            trainer.dist = replace(CPU, world_size=2)  # as far as the error's handling goes
+            trainer.failures.dist = replace(CPU, world_size=2)  # as far as the error's handling goes
             raise RuntimeError("[/build/gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:5023")
 
     trainer = build(tmp_path, "--ckpt-every", 3, at=lost)
@@ -600,7 +600,7 @@ def test_a_lost_process_is_told_with_the_way_to_go_on(tmp_path):
         trainer.fit()
 
     def mistake(place):
-        other.dist = replace(CPU, world_size=2)
+        other.failures.dist = replace(CPU, world_size=2)
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     other = build(tmp_path / "other", at=mistake)
