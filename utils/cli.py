@@ -110,7 +110,7 @@ class _StoreGiven(argparse.Action):
         setattr(namespace, f"{self.dest}_given", True)
 
 
-def add_flag(parser: Flags, name: str, type: Callable[[str], Any] | None, default: Any, help: str, **more: Any) -> None:
+def add_flag(parser: Flags, name: str, type: Any, default: Any, help: str, **more: Any) -> None:
     """Add a flag with a value. type: None for text."""
     parser.add_argument(name, type=type, default=default, help=help, **more)
 

@@ -6,6 +6,7 @@ whole = not resumed and start_from(checkpoint, state, args, log)
 """
 
 from argparse import Namespace
+from typing import cast
 
 from utils.checkpoint import Checkpoint
 from utils.distributed import Distributed
@@ -24,7 +25,7 @@ def open_run_together(args: Namespace, name: str, dist: Distributed, sharded: bo
     opened = None
     with dist.together():
         opened = open_run(args, name, sharded) if dist.is_main else None
-    run, resumed = dist.broadcast(opened)
+    run, resumed = cast(tuple[Run, bool], dist.broadcast(opened))
     if sharded:  # every process writes its shards
         with dist.together():
             require_writable(run.stores[0])
