@@ -10,16 +10,15 @@ figures go to SAMPLES.txt, and with the whole protocol to SAMPLES.json. Under to
 import argparse
 from typing import TYPE_CHECKING
 
-from utils.cli import add_reading_flags, add_switch, flag_parser, positive_int, run_script
+from evaluations.report import Report, add_evaluation_flags, open_backend, sample_settings, versions
+from utils.cli import add_switch, flag_parser, positive_int, run_script
 
 if TYPE_CHECKING:
-    from evaluations.c2i.inception import TensorFlowInception, TorchInception
     from evaluations.features import Features
     from evaluations.image_sets import ImageSet
     from evaluations.metrics import Statistics
+    from evaluations.report import Inception
     from utils.distributed import Distributed
-
-    Inception = TorchInception | TensorFlowInception
 
 NEIGHBOURS = 3
 FIGURES = {
@@ -36,7 +35,6 @@ FIGURES = {
 
 def main(args: argparse.Namespace) -> None:
     import os
-    import time
 
     import scipy  # noqa: F401 - what is absent is told before images are read
 
@@ -51,54 +49,35 @@ def main(args: argparse.Namespace) -> None:
             "two arguments are needed: REF and SAMPLES, each an .npz or a folder of images "
             "(evaluator.py VIRTUAL_imagenet256_labeled.npz samples/….npz)"
         )
-    begin = time.perf_counter()
     console_logger("dataset", os.environ.get("RANK", "0") == "0")
     reading = Reading.of(args)
     reference, samples = open_images(args.ref_batch, reading), open_images(args.sample_batch, reading)
     require_enough(reference, samples, args)
-    output = output_stem(args)
-    require_writable(output)
-    warnings = judge(reference, samples, args.task)
-    if warnings and args.strict:
-        raise ValueError(strict_message(warnings))
+    report = Report((args.output or args.sample_batch).removesuffix(".npz").rstrip("/"), args.strict)
+    report.warn(judge(reference, samples, args.task))
     dist = start(args.device)
     with dist.main_first():
         backend = open_backend(args, dist)
     if dist.is_main:
-        for line in (*map(describe, ("reference", "samples"), (reference, samples)), f"graph: {backend.path}"):
-            print(line)
-        print(f"backend: {backend.name} on {backend.device}, graph SHA-256 {backend.sha256}")
-        for warning in warnings:  # and again beside the figures: before hours are spent is a good time to know
-            print(f"warning: {warning}", flush=True)
+        graph = f"graph: {backend.path} by {backend.name} on {backend.device}, SHA-256 {backend.sha256}"
+        report.print_inputs([describe("reference", reference), describe("samples", samples), graph])
 
     seen = look_at(reference, backend, args, dist, rows=args.precision_recall or args.kid, name="reference")
     sampled = look_at(samples, backend, args, dist, rows=True, name="samples")
     dino = dinov2_distance(reference, samples, args, dist) if args.fd_dinov2 else None
+    late = []
     if dist.is_main:
-        figures = compare(seen, sampled, backend, args)
-        if dino is not None:
-            figures["fd_dinov2"] = dino
-        late = [
-            warning
-            for name, images, features in (("samples", samples, sampled), ("reference images", reference, seen))
-            if features.inspection
-            for warning in features.inspection.warnings(name, images.lossy)
-        ]
+        figures = compare(seen, sampled, backend, args) | ({} if dino is None else {"fd_dinov2": dino})
+        for name, images, features in (("samples", samples, sampled), ("reference images", reference, seen)):
+            late += features.inspection.warnings(name, images.lossy) if features.inspection else []
         scale = sum(float(features.statistics[0].covariance.trace()) for features in (seen, sampled))
         late += same_images(seen.inspection, sampled.inspection, figures["fid"], scale)
-        warnings += late
+        report.warnings += late
         if args.save_statistics:
             save_statistics(args.save_statistics, seen)
-        report = {
-            **figures,
-            "warnings": warnings,
-            "protocol": protocol(args, reference, samples, backend, dist),
-            "seconds": round(time.perf_counter() - begin, 1),
-        }
-        write_report(output, report)
+        report.write(figures, FIGURES, protocol(args, reference, samples, backend, dist))
     dist.close()
-    if dist.is_main and late and args.strict:
-        raise ValueError(f"{strict_message(late)} (the figures are in {output}.json)")
+    report.warn(late, late=True)
 
 
 def require_enough(reference: "ImageSet", samples: "ImageSet", args: argparse.Namespace) -> None:
@@ -116,33 +95,6 @@ def require_enough(reference: "ImageSet", samples: "ImageSet", args: argparse.Na
             raise ValueError(f"{flag} compares images, and {reference.path} has statistics only")
 
 
-def output_stem(args: argparse.Namespace) -> str:
-    """The path of the reports without .txt or .json: --output, else that of the samples."""
-    return (args.output or args.sample_batch).removesuffix(".npz").rstrip("/")
-
-
-def require_writable(output: str) -> None:
-    """Raises OSError where the reports could not be written, before the work and not after it."""
-    import os
-
-    another = f"the reports {output}.txt and .json cannot be written there: give another place by --output"
-    for file in (f"{output}.txt", f"{output}.json"):
-        if os.path.isdir(file):
-            raise IsADirectoryError(f"{file} is a folder; {another}")
-    folder = os.path.dirname(output) or "."
-    while not os.path.exists(folder):  # the folders that are missing are made below the first that is there
-        folder = os.path.dirname(folder) or "."
-    if not os.path.isdir(folder):
-        raise NotADirectoryError(f"{folder} is no folder; {another}")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(another)
-
-
-def strict_message(warnings: list[str]) -> str:
-    """The warnings as one error."""
-    return "--strict: " + "; ".join(f"({number}) {text}" for number, text in enumerate(warnings, start=1))
-
-
 def describe(name: str, images: "ImageSet") -> str:
     """One line about a set of images."""
     if not images.count:
@@ -153,18 +105,6 @@ def describe(name: str, images: "ImageSet") -> str:
     if images.statistics is not None:
         parts.append("with recorded statistics")
     return f"{name}: {images.path}, " + ", ".join(parts)
-
-
-def open_backend(args: argparse.Namespace, dist: "Distributed") -> "Inception":
-    """The Inception graph, run by what --backend names."""
-    from evaluations.c2i.inception import TensorFlowInception, TorchInception
-    from evaluations.published import GRAPH, find_file
-    from utils.download import sha256_of
-
-    path = find_file(GRAPH, args.graph)
-    backend = TensorFlowInception(path) if args.backend == "tensorflow" else TorchInception(path, dist.device)
-    backend.path, backend.sha256 = path, sha256_of(path)
-    return backend
 
 
 def look_at(
@@ -267,23 +207,14 @@ def save_statistics(path: str, reference: "Features") -> None:
 
 
 def protocol(
-    args: argparse.Namespace,
-    reference: "ImageSet",
-    samples: "ImageSet",
-    backend: "Inception",
-    dist: "Distributed",
+    args: argparse.Namespace, reference: "ImageSet", samples: "ImageSet", backend: "Inception", dist: "Distributed"
 ) -> dict:
-    """Everything that a figure depends on, JSON values."""
-    import platform
-
-    import numpy as np
-    import scipy
-    import torch
-
+    """Returns everything that a figure depends on, JSON values."""
     return {
         "task": args.task,
         "reference": reference.describe(),
-        "samples": {**samples.describe(), "settings": sample_settings(output_stem_of(samples))},
+        # A sampling script keeps its PNG files and settings in the folder of the .npz's name.
+        "samples": {**samples.describe(), "settings": sample_settings(str(samples.path).removesuffix(".npz"))},
         "graph": {"path": str(backend.path), "sha256": backend.sha256},
         "backend": backend.name,
         "device": backend.device,
@@ -291,45 +222,8 @@ def protocol(
         "processes": dist.world_size,
         "neighbours": NEIGHBOURS,
         "distances": "exact" if args.exact_distances else "float16",
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "scipy": scipy.__version__,
-            "torch": torch.__version__,
-            **backend.versions,
-        },
+        "versions": versions(backend),
     }
-
-
-def output_stem_of(samples: "ImageSet") -> str:
-    """The folder a sampling script keeps its PNG files and settings in: the .npz without its ending, or the folder."""
-    return str(samples.path).removesuffix(".npz")
-
-
-def sample_settings(folder: str) -> dict | None:
-    """The flags that sample_c2i_ddp.py recorded, where the folder of its images is still there."""
-    import json
-    from pathlib import Path
-
-    record = Path(folder) / "settings.json"
-    try:
-        return json.loads(record.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def write_report(output: str, report: dict) -> None:
-    """Prints the figures, writes them as published to .txt, and with the protocol to .json."""
-    from utils.files import atomic_write, write_json
-
-    lines = [f"{title}: {report[key]}" for key, title in FIGURES.items() if report.get(key) is not None]
-    for warning in report["warnings"]:
-        print(f"warning: {warning}")
-    print("\n".join(lines))
-    with atomic_write(f"{output}.txt") as f:
-        f.write(("\n".join(lines) + "\n").encode())
-    write_json(f"{output}.json", report)
-    print(f"wrote {output}.txt and {output}.json")
 
 
 def flags() -> argparse.ArgumentParser:
@@ -339,36 +233,12 @@ def flags() -> argparse.ArgumentParser:
         "ref_batch", nargs="?", metavar="REF", help="reference: .npz or folder of images, or statistics"
     )
     parser.add_argument("sample_batch", nargs="?", metavar="SAMPLES", help="samples: .npz or folder of images")
-    parser.add_argument(
-        "--task",
-        choices=["generation", "reconstruction"],
-        default="generation",
-        help="which published protocol the input is compared with",
-    )
-    parser.add_argument(
-        "--strict", action="store_true", help="what makes figures incomparable is an error, not a warning"
-    )
-    parser.add_argument(
-        "--backend",
-        choices=["torch", "tensorflow"],
-        default="torch",
-        help="what runs the graph; tensorflow is the reference, torch agrees with it to 1e-5 of the largest feature on a CPU",
-    )
-    parser.add_argument(
-        "--graph",
-        default=None,
-        help="classify_image_graph_def.pb (default: in the working directory or pretrained_models/, else downloaded)",
-    )
-    parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
-    add_reading_flags(parser)
+    help = "which published protocol the input is compared with"
+    parser.add_argument("--task", choices=["generation", "reconstruction"], default="generation", help=help)
+    add_evaluation_flags(parser, "that of SAMPLES")
     parser.add_argument("--batch-size", type=positive_int, default=64, help="images at once on each process")
-    parser.add_argument("--output", default=None, help="path of the reports, without .txt (default: that of SAMPLES)")
-    parser.add_argument(
-        "--save-statistics",
-        default=None,
-        metavar="FILE",
-        help="keep the reference's features; give FILE as REF next time",
-    )
+    help = "keep the reference's features; give FILE as REF next time"
+    parser.add_argument("--save-statistics", default=None, metavar="FILE", help=help)
     add_switch(parser, "--precision-recall", True, "precision and recall (they compare every image with every other)")
     parser.add_argument(
         "--exact-distances",

@@ -12,15 +12,16 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from utils.cli import add_reading_flags, add_switch, flag_parser, positive_int, run_script
+from evaluations.report import Report, add_evaluation_flags, open_backend, sample_settings, versions
+from utils.cli import add_switch, flag_parser, positive_int, run_script
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy as np
 
-    from evaluations.c2i.evaluator import Inception
     from evaluations.features import Features
+    from evaluations.report import Inception
     from evaluations.t2i.clip import CLIP
     from evaluations.t2i.images import SquareImages
     from evaluations.t2i.reference import RecordedReference
@@ -34,10 +35,8 @@ INCEPTION_SIZE = 299
 
 def main(args: argparse.Namespace) -> None:
     import os
-    import time
 
     from dataset.pixels import Reading
-    from evaluations.c2i.evaluator import open_backend, require_writable, strict_message
     from evaluations.features import read_features
     from evaluations.judgement import same_images
     from evaluations.t2i.clip import find_clip, load_clip
@@ -46,56 +45,35 @@ def main(args: argparse.Namespace) -> None:
     from utils.distributed import start
     from utils.logger import console_logger
 
-    if not (args.clip or args.fid):
-        raise ValueError("--no-clip and --no-fid leave nothing to compute: give one of them")
-    if args.save_statistics and not args.fid:
-        raise ValueError("--save_statistics keeps what FID knows of the reference: leave --no-fid out")
-    if args.save_statistics and not args.save_statistics.endswith(".npz"):
-        raise ValueError(f"--save_statistics {args.save_statistics} must end in .npz: --ref_dir knows such files by it")
-    if args.save_statistics and args.ref_dir.endswith(".npz"):
-        raise ValueError(f"--ref_dir {args.ref_dir} has statistics already: --save_statistics makes them of a folder")
-    begin = time.perf_counter()
+    check_flags(args)
     folder = fake_folder(args)
-    output = (args.output or f"{folder}/score").removesuffix(".txt")
-    require_writable(output)
+    report = Report((args.output or f"{folder}/score").removesuffix(".txt"), args.strict)
     console_logger("dataset", os.environ.get("RANK", "0") == "0")
     fakes = generated_images(folder / "images", args.eval_res, args.how_many, Reading.of(args))
-    captions = read_captions(folder, fakes, args) if args.clip else []
+    captions = read_captions(folder, fakes) if args.clip else []
     reference = open_reference(args) if args.fid else None
     require_enough(fakes, reference)
     clip_folder = find_clip(args.clip_model4eval, args.clip_path) if args.clip else None
-    warnings = judge(fakes, captions, reference, args)
-    if warnings and args.strict:  # before models are read
-        raise ValueError(strict_message(warnings))
+    report.warn(judge(fakes, captions, reference, args))  # before models are read
     dist = start(args.device)
-    backend = clip = None
     with dist.main_first():
-        if args.fid:
-            backend = open_backend(args, dist)
-            require_fitting(reference, backend)
-        if args.clip:
-            clip = load_clip(clip_folder, dist.device)
+        backend = open_backend(args, dist) if args.fid else None
+        clip = load_clip(clip_folder, dist.device) if args.clip else None
+    if args.fid:
+        require_fitting(reference, backend)
     if args.clip:
-        warnings += another_clip(clip, args.clip_model4eval)
-        if warnings and args.strict:
-            raise ValueError(strict_message(warnings))
+        report.warn(another_clip(clip, args.clip_model4eval))
     if dist.is_main:
-        for line in described(fakes, captions, reference, clip, backend):
-            print(line)
-        for warning in warnings:  # and again beside the figures: before hours are spent is a good time to know
-            print(f"warning: {warning}", flush=True)
+        report.print_inputs(described(fakes, captions, reference, clip, backend))
 
     inception = inception_features(backend, args.inception_resize) if args.fid else None
 
     def extract(batch: "np.ndarray") -> "tuple[np.ndarray, ...]":
-        kinds = [clip.images(batch)] if args.clip else []
-        return (*kinds, inception(batch)) if args.fid else tuple(kinds)
+        return (clip.images(batch),) * args.clip + ((inception(batch),) if args.fid else ())
 
     drawn = read_features(fakes, extract, dist, batch_size=args.batch_size, keep=args.clip, name="generated images")
     texts, cut = embed(captions, clip, args.batch_size, dist) if args.clip else (None, 0)
-    seen = None
-    if args.fid:
-        seen = reference_features(reference, inception, args, dist)
+    seen = reference_features(reference, inception, args, dist) if args.fid else None
     late = []
     if dist.is_main:
         if args.save_statistics:
@@ -108,17 +86,23 @@ def main(args: argparse.Namespace) -> None:
         if args.fid:
             scale = sum(float(one.covariance.trace()) for one in (seen.statistics[0], drawn.statistics[-1]))
             late += same_images(seen.inspection, drawn.inspection, figures["fid"], scale)
-        warnings += late
-        report = {
-            **figures,
-            "warnings": warnings,
-            "protocol": protocol(args, fakes, captions, reference, clip, backend, dist),
-            "seconds": round(time.perf_counter() - begin, 1),
-        }
-        write_report(output, report, args)
+        report.warnings += late
+        titles = {"clip_score": "CLIP score", "fid": f"FID_{args.eval_res}px"}
+        report.write(figures, titles, protocol(args, fakes, captions, reference, clip, backend, dist))
     dist.close()
-    if late and args.strict:
-        raise ValueError(f"{strict_message(late)} (the figures are in {output}.json)")
+    report.warn(late, late=True)
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises ValueError for flags that exclude each other."""
+    if not (args.clip or args.fid):
+        raise ValueError("--no-clip and --no-fid leave nothing to compute: give one of them")
+    if args.save_statistics and not args.fid:
+        raise ValueError("--save_statistics keeps what FID knows of the reference: leave --no-fid out")
+    if args.save_statistics and not args.save_statistics.endswith(".npz"):
+        raise ValueError(f"--save_statistics {args.save_statistics} must end in .npz: --ref_dir knows such files by it")
+    if args.save_statistics and args.ref_dir.endswith(".npz"):
+        raise ValueError(f"--ref_dir {args.ref_dir} has statistics already: --save_statistics makes them of a folder")
 
 
 def fake_folder(args: argparse.Namespace) -> "Path":
@@ -192,7 +176,7 @@ def another_clip(clip: "CLIP", name: str) -> list[str]:
     return [f"{clip.folder} makes vectors of {clip.dim} numbers, {name} has {DIMS[name]}: these are other weights"]
 
 
-def read_captions(folder: "Path", fakes: "SquareImages", args: argparse.Namespace) -> list[str]:
+def read_captions(folder: "Path", fakes: "SquareImages") -> list[str]:
     """The lines of captions.txt, one for each image that is evaluated.
 
     Raises FileNotFoundError, or ValueError where there are not as many as images, or the file is not UTF-8.
@@ -429,34 +413,18 @@ def protocol(
     backend: "Inception | None",
     dist: "Distributed",
 ) -> dict:
-    """Everything that a figure depends on, JSON values."""
-    import platform
-
-    import numpy as np
-    import PIL
-    import scipy
-    import torch
-    import transformers
-
-    from evaluations.c2i.evaluator import sample_settings
+    """Returns everything that a figure depends on, JSON values."""
     from evaluations.t2i.clip import CLIP_MODELS, PREFIX
 
     made = {
-        "generated": {**fakes.describe(), "settings": sample_settings(str(fakes.path.parent))},
+        "generated": {**fakes.describe(), "settings": sample_settings(fakes.path.parent)},
         "eval_res": args.eval_res,
         "crop": "centre square",
         "resize": "lanczos",
         "device": str(dist.device),
         "batch_size": args.batch_size,
         "processes": dist.world_size,
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "scipy": scipy.__version__,
-            "torch": torch.__version__,
-            "pillow": PIL.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(backend, "pillow", "transformers"),
     }
     if clip is not None:
         made["clip"] = {
@@ -473,23 +441,7 @@ def protocol(
         made["reference"] = {**reference.describe(), "data": args.ref_data}
         made["graph"] = {"path": str(backend.path), "sha256": backend.sha256, "resize": args.inception_resize}
         made["backend"] = backend.name
-        made["versions"] |= backend.versions
     return made
-
-
-def write_report(output: str, report: dict, args: argparse.Namespace) -> None:
-    """Prints the figures, writes them to .txt, and with the protocol to .json."""
-    from utils.files import atomic_write, write_json
-
-    titles = {"clip_score": "CLIP score", "fid": f"FID_{args.eval_res}px"}
-    lines = [f"{title}: {report[key]}" for key, title in titles.items() if key in report]
-    for warning in report["warnings"]:
-        print(f"warning: {warning}")
-    print("\n".join(lines))
-    with atomic_write(f"{output}.txt") as f:
-        f.write(("\n".join(lines) + "\n").encode())
-    write_json(f"{output}.json", report)
-    print(f"wrote {output}.txt and {output}.json")
 
 
 def flags() -> argparse.ArgumentParser:
@@ -521,7 +473,6 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--how_many", type=positive_int, default=30000, help="generated images to look at, at most")
     parser.add_argument("--clip_model4eval", default="ViT-B/32", help="ViT-B/32, ViT-G/14 or ViT-bigG/14")
     parser.add_argument("--eval_res", type=positive_int, default=256, help="pixels a side at which images are compared")
-    add_reading_flags(parser)
     parser.add_argument("--batch_size", type=positive_int, default=8, help="images at once on each process")
     parser.add_argument("--clip_path", default=None, help="folder of CLIP's weights (default: looked for by name)")
     add_switch(parser, "--clip", True, "the CLIP score")
@@ -532,19 +483,7 @@ def flags() -> argparse.ArgumentParser:
         default="clean",
         help="how images get the Inception network's size: clean, as published text-to-image figures are made, or graph",
     )
-    parser.add_argument("--backend", choices=["torch", "tensorflow"], default="torch", help="what runs that network")
-    parser.add_argument(
-        "--graph",
-        default=None,
-        help="classify_image_graph_def.pb (default: in the working directory or pretrained_models/, else downloaded)",
-    )
-    parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
-    parser.add_argument(
-        "--output", default=None, help="path of the reports, without .txt (default: score in --fake_dir)"
-    )
-    parser.add_argument(
-        "--strict", action="store_true", help="what makes figures incomparable is an error, not a warning"
-    )
+    add_evaluation_flags(parser, "score in --fake_dir")
     return parser
 
 
