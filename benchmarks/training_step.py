@@ -2,9 +2,9 @@
 
     python3 benchmarks/training_step.py --gpt-model GPT-B --image-size 256 --batch-size 64
 
-Both train the same model on the same random codes, each in a process of its own, in turn step by step, so that another
-job on the machine slows both alike. The plain step is eager, holds all logits in float32, and its AdamW goes parameter by
-parameter (on CUDA by `foreach`). This project's takes the loss in chunks and a fused AdamW, and compiles each block on CUDA.
+Both train the same model on the same random codes, one after the other, each in a process of its own. The plain step is eager,
+holds all logits in float32, and its AdamW goes parameter by parameter (on CUDA by `foreach`). This project's takes the loss
+in chunks and a fused AdamW, and compiles each block on CUDA.
 """
 
 import argparse
@@ -12,16 +12,14 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 from autoregressive.models.sizes import GPT_SIZES
 from utils.cli import add_image_size_flags, flag_parser, grid_size, positive_int, run_script
 
 if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-
     import torch
     from torch import Tensor
 
@@ -41,15 +39,6 @@ def main(args: argparse.Namespace) -> None:
 
     device = start(args.device).device
     grid = grid_size(args.image_size, args.downsample_size)
-    seconds: dict[str, list[float]] = {"plain": [], "project": []}
-    with workers(list(seconds), args) as (ask, peak_memory):
-        for step in range(args.warmup + args.steps):
-            for name, taken in seconds.items():
-                once = ask(name)
-                if step >= args.warmup:
-                    taken.append(once)
-        memory = {name: peak_memory(name) for name in seconds}
-
     with torch.device("meta"):
         model = GPT_models[args.gpt_model](block_size=grid**2)
     peak = peak_flops(device, args.mixed_precision)
@@ -60,44 +49,18 @@ def main(args: argparse.Namespace) -> None:
         f"median of {args.steps} steps"
     )
     print("| step | s | tokens/s | peak memory (MiB) | MFU |\n|---|---|---|---|---|")
-    for name, taken in seconds.items():
-        median = statistics.median(taken)
+    found = {}
+    for name in ("plain", "project"):
+        with get_context("spawn").Pool(1) as process:  # whose peak memory is that of one way
+            median, memory = found[name] = process.apply(measure, (name, args))
         mfu = f"{flops / median / peak:.1%}" if peak else "–"
-        print(f"| {name} | {median:.3f} | {tokens / median:,.0f} | {memory[name] / MIB:,.0f} | {mfu} |")
-    faster = statistics.median(seconds["plain"]) / statistics.median(seconds["project"])
-    print(f"speed: {faster:.2f} times; memory: {memory['project'] / memory['plain']:.2f} times")
+        print(f"| {name} | {median:.3f} | {tokens / median:,.0f} | {memory / MIB:,.0f} | {mfu} |", flush=True)
+    (plain, plain_memory), (ours, memory) = found.values()
+    print(f"speed: {plain / ours:.2f} times; memory: {memory / plain_memory:.2f} times")
 
 
-@contextmanager
-def workers(
-    names: list[str], args: argparse.Namespace
-) -> Iterator[tuple[Callable[[str], float], Callable[[str], float]]]:
-    """Processes that hold a training step each; yields functions that take a step (seconds) and ask for peak memory (bytes)."""
-    from multiprocessing import get_context
-
-    context = get_context("spawn")
-    pipes, processes = {}, []
-    for name in names:
-        pipes[name], other = context.Pipe()
-        processes.append(context.Process(target=serve, args=(name, args, other), daemon=True))
-        processes[-1].start()
-        other.close()
-
-    def ask(name: str, question: str = "step") -> float:
-        pipes[name].send(question)
-        return pipes[name].recv()
-
-    try:
-        yield ask, lambda name: ask(name, "memory")
-    finally:
-        for pipe in pipes.values():
-            pipe.close()
-        for process in processes:
-            process.join()
-
-
-def serve(name: str, args: argparse.Namespace, pipe: "Connection") -> None:
-    """Answers until the pipe is closed: "step" with its seconds, "memory" with the peak in bytes."""
+def measure(name: str, args: argparse.Namespace) -> tuple[float, int]:
+    """Returns the median seconds of a step and the peak memory in bytes, less what the libraries take."""
     from importlib import import_module
 
     import torch
@@ -105,23 +68,15 @@ def serve(name: str, args: argparse.Namespace, pipe: "Connection") -> None:
     from utils.distributed import start
 
     for module in ("autoregressive.train.loss", "utils.training.optim", "utils.training.parallel"):
-        import_module(module)  # the memory of libraries is not what is measured
-
+        import_module(module)
     dist = start(args.device)
     before = resident_peak()
     step = (plain_step if name == "plain" else project_step)(random_model(args, dist), args, dist)
-    codes, labels = random_batch(args, dist)
-    while True:
-        try:
-            question = pipe.recv()
-        except EOFError:
-            return
-        if question == "step":
-            pipe.send(timed(lambda: step(codes, labels), dist.device))
-        elif dist.device.type == "cuda":
-            pipe.send(torch.cuda.max_memory_allocated(dist.device))
-        else:
-            pipe.send(resident_peak() - before)
+    batch = random_batch(args, dist)
+    taken = [timed(lambda: step(*batch), dist.device) for _ in range(args.warmup + args.steps)][args.warmup :]
+    cuda = dist.device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated(dist.device) if cuda else resident_peak() - before
+    return statistics.median(taken), memory
 
 
 def resident_peak() -> int:
@@ -168,8 +123,8 @@ def random_batch(args: argparse.Namespace, dist: "Distributed") -> "tuple[Tensor
 
 def project_step(
     model: "Transformer", args: argparse.Namespace, dist: "Distributed"
-) -> "Callable[[Tensor, Tensor, int], None]":
-    """A step as the training scripts take it; the last argument is the patch side."""
+) -> "Callable[[Tensor, Tensor], None]":
+    """Returns a step as the training scripts take it."""
     import torch
 
     from autoregressive.train.loss import TokenLoss
@@ -180,10 +135,10 @@ def project_step(
     token_loss = plan.apply(TokenLoss(model), blocks=model.layers)
     optimizer = adamw(model, argparse.Namespace(lr=1e-4, weight_decay=0.05, beta1=0.9, beta2=0.95))
 
-    def step(codes: "Tensor", labels: "Tensor", patch_side: int = 1) -> None:
+    def step(codes: "Tensor", labels: "Tensor") -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(dist.device.type, plan.autocast_dtype, enabled=plan.autocast_dtype is not None):
-            loss = token_loss(codes, labels, patch_side=patch_side)
+            loss = token_loss(codes, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -194,7 +149,7 @@ def project_step(
 def plain_step(
     model: "Transformer", args: argparse.Namespace, dist: "Distributed"
 ) -> "Callable[[Tensor, Tensor], None]":
-    """A step written down without any care."""
+    """Returns a step written down without any care."""
     import torch
     import torch.nn.functional as F
 
@@ -214,14 +169,8 @@ def plain_step(
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+    """Returns the script's flags."""
     parser = flag_parser(__doc__)
-    add_step_flags(parser)
-    return parser
-
-
-def add_step_flags(parser: argparse.ArgumentParser) -> None:
-    """What is trained, where, and how often it is measured."""
     parser.add_argument("--gpt-model", choices=list(GPT_SIZES), default="GPT-B", help="size of the transformer")
     add_image_size_flags(parser, 256)
     parser.add_argument("--batch-size", type=positive_int, default=64, help="images a step")
@@ -229,6 +178,7 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mixed-precision", choices=["none", "bf16"], default="bf16", help="of the forward pass")
     parser.add_argument("--steps", type=positive_int, default=10, help="steps that are timed")
     parser.add_argument("--warmup", type=positive_int, default=2, help="steps before those")
+    return parser
 
 
 if __name__ == "__main__":

@@ -18,16 +18,13 @@ from utils.cli import (
     add_parallel_flags,
     flag_parser,
     grid_size,
-    layout_numbers,
     positive_float,
     positive_int,
     run_script,
 )
 
 if TYPE_CHECKING:
-    from autoregressive.models.gpt import ModelArgs
     from autoregressive.train.memory import Memory, Setup
-    from utils.flops import Accelerator
 
 GIB = 2**30
 # The driver's context, the workspaces of cuBLAS and NCCL, and what the allocator cannot join (assumed).
@@ -79,30 +76,11 @@ class Plan:
         return record
 
 
-def model_args(args: argparse.Namespace) -> "ModelArgs":
-    """The model the flags describe, as the training scripts build it."""
-    from autoregressive.models.gpt import ModelArgs
-
-    layers, heads, dim = GPT_SIZES[args.gpt_model]
-    grid = grid_size(args.image_size, args.downsample_size)
-    ar_token_num, spe_token_num = layout_numbers(args)
-    dropout = 0.0 if args.drop_path_rate > 0 else args.dropout_p
-    return ModelArgs(
-        dim=dim,
-        n_layer=layers,
-        n_head=heads,
-        vocab_size=args.vocab_size or 16384,
-        block_size=grid**2,
-        num_classes=args.num_classes or 1000,
-        cls_token_num=args.cls_token_num or (1 if args.gpt_type == "c2i" else 120),
-        model_type=args.gpt_type,
-        resid_dropout_p=dropout,
-        ffn_dropout_p=dropout,
-        token_dropout_p=args.token_dropout_p,
-        drop_path_rate=args.drop_path_rate,
-        spe_token_num=spe_token_num or 0,
-        ar_token_num=ar_token_num or 1,
-    )
+def model_flags(args: argparse.Namespace) -> argparse.Namespace:
+    """Returns the flags with what training takes from the data in place of what was not given."""
+    given = vars(args)
+    data = {"vocab_size": 16384, "num_classes": 1000, "cls_token_num": 1 if args.gpt_type == "c2i" else 120}
+    return argparse.Namespace(**given | {name: given[name] or value for name, value in data.items()})
 
 
 def setup_of(args: argparse.Namespace) -> "Setup":
@@ -138,32 +116,24 @@ def setup_of(args: argparse.Namespace) -> "Setup":
     )
 
 
-def accelerator_of(args: argparse.Namespace) -> "Accelerator":
-    """The card that --gpu names. Raises ValueError for one that is not known."""
-    from utils.flops import ACCELERATORS, find_accelerator
-
-    found = find_accelerator(args.gpu)
-    if found is None:
-        raise ValueError(f"--gpu {args.gpu} is not known; known are {', '.join(a.name for a in ACCELERATORS)}")
-    return found
-
-
 def make_plan(args: argparse.Namespace, setup: "Setup | None" = None) -> Plan:
     """The plan of the flags, or of another setup in their place."""
-    from autoregressive.models.layouts import build_layout
     from autoregressive.models.layouts.patches import with_patches
     from autoregressive.train.flops import training_flops_per_image
-    from autoregressive.train.memory import parameters_of, training_memory
+    from autoregressive.train.memory import training_memory
     from autoregressive.train.next_patch import PatchSchedule
+    from autoregressive.train.recipe import new_model
+    from utils.flops import require_accelerator
 
-    setup, model, card = setup or setup_of(args), model_args(args), accelerator_of(args)
+    setup, card = setup or setup_of(args), require_accelerator(args.gpu)
     grid = grid_size(args.image_size, args.downsample_size)
+    model = new_model(model_flags(args), grid)
     patches = PatchSchedule(args.epochs, args.patch_level, args.epoch_rate)
     patches.check_grid(grid)
     stages = []
     for stage in patches.stages:
-        layout = with_patches(build_layout(model.layout_config, grid, model.cls_token_num), stage.patch_side)
-        stages.append((stage.end - stage.start, stage.patch_side, training_flops_per_image(model, layout)))
+        flops = training_flops_per_image(model.args, with_patches(model.layout, stage.patch_side))
+        stages.append((stage.end - stage.start, stage.patch_side, flops))
     peak = card.peak_flops(setup.precision)
     if peak is None:
         raise ValueError(f"{card.name} has no {setup.precision} units; choose another --mixed-precision")
@@ -171,12 +141,12 @@ def make_plan(args: argparse.Namespace, setup: "Setup | None" = None) -> Plan:
         raise ValueError(f"--images {args.images} are fewer than --global-batch-size {args.global_batch_size}")
     return Plan(
         setup,
-        parameters_of(model)[0],
-        training_memory(model, setup),
+        model.num_parameters,
+        training_memory(model.args, setup),
         card.name,
         int((args.gpu_memory_gib or card.memory) * GIB),
         args.global_batch_size,
-        args.global_batch_size * model.block_size,
+        args.global_batch_size * model.args.block_size,
         args.images // args.global_batch_size,
         args.epochs,
         stages,

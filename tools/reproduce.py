@@ -303,12 +303,10 @@ def describe_time(row: Row, args: argparse.Namespace, given: dict[str, Any], cou
     """Returns the hours that arithmetic and assumed shares of an accelerator's peak give."""
     import torch
 
-    from utils.flops import ACCELERATORS, find_accelerator
+    from utils.flops import find_accelerator, require_accelerator
 
-    name = args.gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else None)
-    card = find_accelerator(name) if name else None
-    if card is None and args.gpu:
-        raise ValueError(f"--gpu {args.gpu} is not known; known are {', '.join(a.name for a in ACCELERATORS)}")
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    card = require_accelerator(args.gpu) if args.gpu else find_accelerator(here)
     if card is None:
         return "no estimate without a known accelerator: name one by --gpu"
     gpt, convolutions = flops_per_image(row, given)

@@ -91,6 +91,14 @@ def find_accelerator(name: str) -> Accelerator | None:
     return next((a for a in ACCELERATORS if set(a.name.upper().split()) <= words), None)
 
 
+def require_accelerator(name: str) -> Accelerator:
+    """Return the accelerator of a name. Raises ValueError for one that is not known."""
+    found = find_accelerator(name)
+    if found is None:
+        raise ValueError(f"--gpu {name} is not known; known are {', '.join(a.name for a in ACCELERATORS)}")
+    return found
+
+
 def peak_flops(device: "torch.device", precision: str) -> float | None:
     """Dense peak FLOPs a second of a device in a precision of --mixed-precision; None for a CPU or an unknown card.
 
