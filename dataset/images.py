@@ -22,11 +22,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from dataset.augmentation import UnusableImage
 from dataset.pixels import DEFAULT, Reading, load_rgb
-from utils.loading import batches_of
+from utils.loading import load
 from utils.rng import item_seed
 
 logger = logging.getLogger(__name__)
@@ -267,15 +267,8 @@ def present_batches(
     Raises ValueError as `dataset.require_readable` does, which is asked about those that are missing in a row, in the
     order of the batches, whatever the number of loader processes.
     """
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=min(workers, len(batches)),
-        collate_fn=collate_present,
-        pin_memory=pin_memory,
-    )
     missing: list[int] = []
-    for indices, batch in zip(batches, batches_of(loader), strict=True):
+    for indices, batch in zip(batches, load(dataset, batches, workers, collate_present, pin_memory), strict=True):
         present = set() if batch is None else set(batch[2].tolist())
         for index in indices:
             missing = [] if index in present else [*missing, index]

@@ -239,10 +239,8 @@ def read_shards(
     """
     from itertools import accumulate, groupby
 
-    from torch.utils.data import DataLoader
-
     from dataset.text_features import shard_lines
-    from utils.loading import batches_of
+    from utils.loading import load
 
     starts = [0, *accumulate(count for _, count in captions.pairs.files)]
     batches = []
@@ -251,13 +249,8 @@ def read_shards(
         for first in range(lines.start, lines.stop, LINES_AT_ONCE):
             last = min(first + LINES_AT_ONCE, lines.stop)
             batches.append(((k, shard), range(starts[k] + first, starts[k] + last)))
-    loader = DataLoader(
-        captions,
-        batch_sampler=[indices for _, indices in batches],
-        num_workers=min(workers, len(batches)),
-        collate_fn=list,
-    )
-    for unit, loaded in groupby(zip(batches, batches_of(loader), strict=True), key=lambda pair: pair[0][0]):
+    loaded_lines = load(captions, [indices for _, indices in batches], workers, list)
+    for unit, loaded in groupby(zip(batches, loaded_lines, strict=True), key=lambda pair: pair[0][0]):
         items = [item for _, batch in loaded for item in batch]
         reasons = [item for item in items if isinstance(item, str)]
         if len(reasons) == len(items) >= NONE_OF:

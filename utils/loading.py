@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,21 @@ def loader_workers(asked: int, dist: Distributed) -> int:
     own = "SLURM_CPUS_PER_TASK" in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS") == str(dist.world_size)
     share = processors if own else processors // max(dist.local_world_size, 1)
     return max(0, min(asked, share))
+
+
+def load(
+    dataset: Any,
+    batches: Sequence[Sequence[int]],
+    workers: int,
+    collate: Callable[[list[Any]], Any],
+    pin_memory: bool = False,
+) -> Iterator[Any]:
+    """Yield what `collate` makes of the items of each batch of indices, once. Raises LoaderKilled as batches_of does."""
+    from torch.utils.data import DataLoader
+
+    workers = min(workers, len(batches))
+    options: dict[str, Any] = {"num_workers": workers, "collate_fn": collate, "pin_memory": pin_memory}
+    return batches_of(DataLoader(dataset, batch_sampler=batches, **options))
 
 
 def batches_of(loader: "DataLoader") -> Iterator[Any]:
