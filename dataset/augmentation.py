@@ -31,7 +31,7 @@ class UnusableImage(ValueError):
 
 
 def center_crop_arr(pil_image: Image.Image, image_size: int) -> Image.Image:
-    """Scales the short side to `image_size` pixels and cuts the central square: (image_size, image_size).
+    """Scale the short side to `image_size` pixels and cut the central square: (image_size, image_size).
 
     Raises UnusableImage for extreme strips.
     """
@@ -44,7 +44,7 @@ def center_crop_arr(pil_image: Image.Image, image_size: int) -> Image.Image:
 def random_crop_arr(
     pil_image: Image.Image, image_size: int, min_crop_frac: float = 0.8, max_crop_frac: float = 1.0
 ) -> Image.Image:
-    """Cuts a random square of `image_size` pixels whose side is between the two fractions of the scaled short side.
+    """Cut a random square of `image_size` pixels whose side is between the two fractions of the scaled short side.
 
     Draws the short side, then y, then x from Python's `random`. Raises UnusableImage for extreme strips and ValueError
     for fractions that are not 0 < min <= max <= 1.
@@ -60,18 +60,18 @@ def random_crop_arr(
 
 
 def to_tensor(pil_image: Image.Image) -> torch.Tensor:
-    """An RGB image as float32 (3, H, W) in [-1, 1]: pixel / 127.5 - 1."""
+    """Return an RGB image as float32 (3, H, W) in [-1, 1]: pixel / 127.5 - 1."""
     pixels = torch.from_numpy(np.array(pil_image, dtype=np.uint8))  # (H, W, 3)
     return pixels.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 
 def center_view(pil_image: Image.Image, image_size: int) -> torch.Tensor:
-    """The centre crop as a tensor (3, image_size, image_size): evaluation."""
+    """Return the centre crop as a tensor (3, image_size, image_size): evaluation."""
     return to_tensor(center_crop_arr(pil_image, image_size))
 
 
 def random_view(pil_image: Image.Image, image_size: int, flip: bool = True) -> torch.Tensor:
-    """A random crop, with `flip` mirrored half of the time, as a tensor (3, image_size, image_size): tokenizer training."""
+    """Return a random crop, mirrored half of the time with `flip`, as a tensor (3, image_size, image_size): tokenizer training."""
     image = random_crop_arr(pil_image, image_size)
     if flip and random.random() < 0.5:
         image = ImageOps.mirror(image)
@@ -79,13 +79,13 @@ def random_view(pil_image: Image.Image, image_size: int, flip: bool = True) -> t
 
 
 def flip_views(pil_image: Image.Image, image_size: int) -> list[torch.Tensor]:
-    """The centre crop and its mirror image: 2 tensors (3, image_size, image_size), in the order of FLIP_VIEWS."""
+    """Return the centre crop and its mirror image: 2 tensors (3, image_size, image_size), in the order of FLIP_VIEWS."""
     view = center_view(pil_image, image_size)
     return [view, view.flip(-1)]
 
 
 def ten_crop_views(pil_image: Image.Image, image_size: int, crop_range: float) -> list[torch.Tensor]:
-    """The corners and centre of the centre crop of int(image_size * crop_range), then their mirror images.
+    """Cut the corners and centre of the centre crop of int(image_size * crop_range), then their mirror images.
 
     Returns 10 tensors (3, image_size, image_size) in the order of TEN_CROP_VIEWS. Raises ValueError for a crop range
     below 1.
@@ -106,7 +106,7 @@ def corrected_views(recorded: Sequence[str]) -> list[str]:
 
 
 def code_view_names(ten_crop: bool, flip: bool = True) -> tuple[str, ...]:
-    """The names of what `code_views` gives, in its order."""
+    """Return the names of what `code_views` gives, in its order."""
     names = TEN_CROP_VIEWS if ten_crop else FLIP_VIEWS
     return names if flip else names[: len(names) // 2]
 
@@ -114,7 +114,7 @@ def code_view_names(ten_crop: bool, flip: bool = True) -> tuple[str, ...]:
 def code_views(
     pil_image: Image.Image, image_size: int, ten_crop: bool, crop_range: float, flip: bool = True
 ) -> list[torch.Tensor]:
-    """The views whose codes are stored: ten crops, or the centre crop and its mirror image; unflipped ones alone without `flip`.
+    """Return the views whose codes are stored: ten crops, or the centre crop and its mirror image; unflipped ones alone without `flip`.
 
     Images in which left and right matter (digits, text, scans) must not be mirrored.
     """
@@ -123,7 +123,7 @@ def code_views(
 
 
 def _scale_short_side(image: Image.Image, size: int) -> Image.Image:
-    """The image with a short side of `size` pixels: halved by averaging while it can be, then resampled bicubically."""
+    """Scale an image to a short side of `size` pixels: halved by averaging while it can be, then resampled bicubically."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

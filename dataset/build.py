@@ -34,7 +34,7 @@ TEXT, TEXT_CODES = "t2i", "t2i_code"
 
 
 def build_dataset(args: Namespace, **kwargs: Any) -> Dataset:
-    """Builds the data set that `args.dataset` names.
+    """Build the data set that `args.dataset` names.
 
     Images (imagenet, pexels, coco, openimage, t2i_image) are read from `args.data_path`, followed by those below
     `args.data_face_path` where that is given: an ImageDataset. `transform` takes a PIL image; without it items are

@@ -287,7 +287,7 @@ class ShardFolder(Fixed):
 
     @property
     def num_classes(self) -> int:
-        """As recorded, or what the labels reach to."""
+        """Return the recorded number, or what the labels reach to."""
         return self.settings.num_classes or int(self.all_labels.max()) + 1
 
     def identity(self) -> dict[str, str]:

@@ -28,7 +28,7 @@ _SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
 def class_folders(folder: str | Path, classes: Sequence[str] | None = None, order: str = "natural") -> ImageList:
-    """Images at any depth below one sub-folder per class; a label is the place of its class among the names.
+    """List the images at any depth below one sub-folder per class; a label is the place of its class among the names.
 
     Order: by class, then folder, then file name. Hidden files and folders are left out.
     classes: the names by label, of which some may have no folder. Without them the folders' own, in `order`: natural (2
@@ -88,7 +88,7 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
 
 
 def flat_folder(folder: str | Path) -> ImageList:
-    """The images that lie directly in a folder, by name, all with label 0.
+    """List the images that lie directly in a folder, by name, all with label 0.
 
     Raises FileNotFoundError where the folder is missing, ValueError where no image lies directly in it.
     """
@@ -104,7 +104,7 @@ def flat_folder(folder: str | Path) -> ImageList:
 
 
 def nested_folder(folder: str | Path) -> ImageList:
-    """The images at any depth below a folder, all with label 0. Raises FileNotFoundError, or ValueError for none."""
+    """List the images at any depth below a folder, all with label 0. Raises FileNotFoundError, or ValueError for none."""
     folder = _existing(folder)
     tree = _Tree(folder)
     found = tree.images("")
@@ -114,7 +114,7 @@ def nested_folder(folder: str | Path) -> ImageList:
 
 
 def listed_images(folder: str | Path) -> ImageList:
-    """The images named in `image_paths.json` of a folder, a list of paths relative to it, all with label 0.
+    """List the images named in `image_paths.json` of a folder, a list of paths relative to it, all with label 0.
 
     Raises FileNotFoundError where the folder or the list is missing, ValueError where the list is not one.
     """
@@ -137,7 +137,7 @@ def listed_images(folder: str | Path) -> ImageList:
 
 
 def find_images(folder: str | Path) -> list[str]:
-    """Relative paths, with '/', of the images at any depth, by folder, then file name; hidden ones are left out.
+    """Return relative paths, with '/', of the images at any depth, by folder, then file name; hidden ones are left out.
 
     Raises OSError for a folder that cannot be listed, ValueError for links as the module says.
     """

@@ -53,11 +53,11 @@ class PathList(Sequence[str]):
         return os.path.join(self.folder, self._relative(index))
 
     def relative(self) -> list[str]:
-        """The paths as they were given."""
+        """Return the paths as they were given."""
         return [self._relative(index) for index in range(len(self))]
 
     def update(self, digest: "hashlib._Hash") -> None:
-        """Adds the relative paths to a digest."""
+        """Add the relative paths to a digest."""
         digest.update(self._ends.tobytes())
         digest.update(self._bytes.tobytes())
 
@@ -106,7 +106,7 @@ class ImageList:
         return 0 if self.labels is None else int(self.labels[index])
 
     def __add__(self, other: "ImageList") -> "ImageList":
-        """These images, then the other ones; those of a list without labels get label 0. Keeps these classes."""
+        """Return these images, then the other ones; those of a list without labels get label 0. Keeps these classes."""
         labels = None
         if self.labels is not None or other.labels is not None:
             labels = np.concatenate(
@@ -150,21 +150,21 @@ class ImageDataset(Dataset):
 
     @property
     def classes(self) -> list[str]:
-        """Class names in the order of their labels; empty where the images have no classes."""
+        """Return class names in the order of their labels; empty where the images have no classes."""
         return self.images.classes
 
     @property
     def skipped(self) -> int:
-        """How many images were found unreadable so far, in this process and its workers."""
+        """Return how many images were found unreadable so far, in this process and its workers."""
         return int(self._skipped.count_nonzero())
 
     @property
     def skipped_indices(self) -> list[int]:
-        """The indices of the images found unreadable so far, ascending."""
+        """Return the indices of the images found unreadable so far, ascending."""
         return self._skipped.nonzero().flatten().tolist()
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next pass draw other crops and flips; reaches running workers too."""
+        """Draw other crops and flips in the next pass; reaches running workers too."""
         self._epoch[0] = epoch
 
     def __getitem__(self, index: int) -> tuple | None:
@@ -190,7 +190,7 @@ class ImageDataset(Dataset):
             return None
 
     def require_readable(self, missing: Sequence[int]) -> None:
-        """Raises ValueError with paths and reasons where the images `missing` in a row are too many for accidents.
+        """Raise ValueError with paths and reasons where the images `missing` in a row are too many for accidents.
 
         One bad file is an accident; a run of them is a disk that went away, and must not pass for an empty one.
         """
@@ -205,7 +205,7 @@ class ImageDataset(Dataset):
         raise ValueError(_nothing_readable(failures))
 
     def _read(self, place: int, index: int) -> tuple[Any, int]:
-        """The image at `place`, augmented with the draws of `index`."""
+        """Return the image at `place`, augmented with the draws of `index`."""
         path = f"image {place}"
         try:
             path = self.images.paths[place]
@@ -240,7 +240,7 @@ def _nothing_readable(failures: list[str]) -> str:
 
 
 def collate_present(items: Sequence[tuple | None]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Batches the items of an `unreadable="omit"` data set without its Nones.
+    """Batch the items of an `unreadable="omit"` data set without its Nones.
 
     Returns pixels (n, ...) — (n, views, 3, H, W) where the transform gives a list of views —, labels (n,) and data set
     indices (n,), both int64; None where no item is left.
@@ -262,7 +262,7 @@ class Omitting(Protocol):
 def present_batches(
     dataset: Omitting, batches: Sequence[Sequence[int]], workers: int, pin_memory: bool
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:
-    """Yields what collate_present makes of the items of each batch of indices.
+    """Yield what collate_present makes of the items of each batch of indices.
 
     Raises ValueError as `dataset.require_readable` does, which is asked about those that are missing in a row, in the
     order of the batches, whatever the number of loader processes.
@@ -278,7 +278,7 @@ def present_batches(
 
 @contextmanager
 def drawing_from(seed: int) -> Iterator[None]:
-    """Draws from Python's `random` and torch's CPU generator start at `seed` inside, and go on as before after it."""
+    """Start Python's `random` and torch's CPU generator at `seed` inside; after it they continue as before."""
     python_state, torch_state = random.getstate(), torch.get_rng_state()
     random.seed(seed)
     torch.default_generator.manual_seed(seed)

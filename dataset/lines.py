@@ -95,7 +95,7 @@ def digest_all(contents: Iterable[bytes | str]) -> str:
 
 
 def record_lines(folder: Path, lines: Lines, k: int, shard: range, made: Iterable[int]) -> None:
-    """Records what the lines `made` of a shard of file `k` are made of; what is recorded of its other lines stays.
+    """Record what the lines `made` of a shard of file `k` are made of; what is recorded of its other lines stays.
 
     Call it before the shard is written: features or codes without a record would pass for those of any list.
     """
@@ -111,7 +111,7 @@ def record_lines(folder: Path, lines: Lines, k: int, shard: range, made: Iterabl
 
 
 def compare_lines(folder: Path, lines: Lines, k: int) -> int:
-    """Compares what a folder records with the lines of file `k` as they are now. Returns how many lines are recorded.
+    """Compare what a folder records with the lines of file `k` as they are now. Returns how many lines are recorded.
 
     Raises ValueError that names the first line that differs, or another kind or maker.
     """
@@ -139,7 +139,7 @@ def compare_lines(folder: Path, lines: Lines, k: int) -> int:
 
 
 def compare_before_writing(folder: Path, lines: Lines, chosen: Iterable[int]) -> None:
-    """Compares what there is in a folder already of the `chosen` files, whose missing parts are going to be written.
+    """Compare what there is in a folder already of the `chosen` files, whose missing parts are going to be written.
 
     Raises ValueError as compare_lines does.
     """
@@ -153,7 +153,7 @@ def compare_before_writing(folder: Path, lines: Lines, chosen: Iterable[int]) ->
 
 
 def compare_folder(folder: Path, lines: Lines, count_of: Callable[[str], int | None]) -> None:
-    """Compares the folder of every file in `folder` with its lines, and logs what could not be compared.
+    """Compare the folder of every file in `folder` with its lines, and log what could not be compared.
 
     count_of: how many lines a stem's file had, None where that is not known. Raises ValueError as compare_lines does, and
     where the number of lines is another and nothing tells which they were.

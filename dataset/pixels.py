@@ -131,7 +131,7 @@ def to_rgb(image: Image.Image, background: str | None = None) -> Image.Image:
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation shows it. A TIFF's own orientation is undone by Pillow."""
+    """Return the image as its EXIF orientation shows it. A TIFF's own orientation is undone by Pillow."""
     try:
         method = _UPRIGHT.get(image.getexif().get(_ORIENTATION))
     except Exception:  # EXIF that is damaged in any way does not make the pixels unreadable
@@ -140,7 +140,7 @@ def _turned(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits or of floats from 0 to 1 in 8 bits; Pillow would clip them to white or to black."""
+    """Return grey of 16 bits or of floats from 0 to 1 in 8 bits; Pillow would clip them to white or to black."""
     values = np.asarray(image)
     if image.mode == "F":
         if not (values.min() >= 0 and values.max() <= 1):

@@ -173,7 +173,7 @@ class Fixed:
 
     @property
     def numbers(self) -> np.ndarray:
-        """The number of every item that is there, (n,) ascending."""
+        """Return the number of every item that is there, (n,) ascending."""
         return np.delete(np.arange(self.items), self.skipped)
 
     def array(self, shard: int, name: str | None = None, dtype: Any = None, shape: Any = None) -> np.ndarray:
@@ -284,7 +284,7 @@ class Loose:
 
     @property
     def numbers(self) -> np.ndarray:
-        """The number of every item, (n,) ascending; none where the folder is missing."""
+        """Return the number of every item, (n,) ascending; none where the folder is missing."""
         numbers = (number for number, _ in self.files()) if self.folder.is_dir() else ()
         return np.sort(np.fromiter(numbers, np.int64))
 

@@ -183,7 +183,7 @@ class _PairItems(Dataset):
 
     @property
     def skipped(self) -> int:
-        """How many pairs were found unusable so far, in this process and its workers."""
+        """Return how many pairs were found unusable so far, in this process and its workers."""
         return int(self._skipped.count_nonzero())
 
     def set_epoch(self, epoch: int) -> None:

@@ -78,14 +78,14 @@ class TarPairs(PairFiles):
         return {**self.__dict__, "_map": None}
 
     def image_file(self, index: int) -> Member:
-        """The bytes of a sample's image. Raises ValueError where it has none or the shard is shorter than it was, OSError."""
+        """Return the bytes of a sample's image. Raises ValueError where it has none or the shard is shorter than it was, OSError."""
         offset, size = self._rows[index, :2].tolist()
         if not size:
             raise ValueError(f"{self.where(index)} has no image")
         return Member(self._read(index, offset, size), self.where(index))
 
     def texts(self, index: int) -> list[str]:
-        """A sample's captions: `text` or `caption` of its .json (a string or a list of them), else its .txt.
+        """Return a sample's captions: `text` or `caption` of its .json (a string or a list of them), else its .txt.
 
         Raises ValueError where there is neither, or it is damaged.
         """
@@ -127,7 +127,7 @@ class TarPairs(PairFiles):
 
 
 def _open_index(shards: Sequence[Path], index_path: Path) -> tuple[list[int], list[str]]:
-    """Brings the index up to date; returns the samples of each shard and what they come to."""
+    """Bring the index up to date; returns the samples of each shard and what they come to."""
     rows_file, record_file = (index_path / f"{INDEX_NAME}{ending}" for ending in (".npy", ".json"))
     states = [(shard.name, os.stat(shard)) for shard in shards]
     now = {name: [state.st_size, state.st_mtime_ns] for name, state in states}
@@ -155,7 +155,7 @@ def _open_index(shards: Sequence[Path], index_path: Path) -> tuple[list[int], li
 
 
 def _known_rows(rows_file: Path, record_file: Path) -> dict[str, tuple[list[int], np.ndarray, str]]:
-    """{shard name: (its size and time, its rows, their digest)} of an index; nothing where it is missing, damaged or half written."""
+    """Return {shard name: (its size and time, its rows, their digest)} of an index; nothing where it is missing, damaged or half written."""
     try:
         record = json.loads(record_file.read_bytes())
         if record["format"] != FORMAT or record["crc32"] != crc32_of(rows_file):
@@ -234,7 +234,7 @@ def _samples(shard: Path) -> list[Sample]:
 
 
 def _grouped(shard: Path, members: Iterable[Entry], name: re.Pattern) -> Iterator[tuple[str, Sample]]:
-    """Yields names and the members that follow each other under them."""
+    """Yield names and the members that follow each other under them."""
     matched = ((match, member) for member in members if (match := name.fullmatch(member[0])))
     for key, group in groupby(matched, key=lambda item: item[0][1]):
         sample: Sample = {}
@@ -251,7 +251,7 @@ def _has_image(sample: Sample) -> bool:
 
 
 def _members(shard: Path) -> Iterator[Entry]:
-    """(name, offset, bytes) of the files in a tar."""
+    """Yield (name, offset, bytes) of the files in a tar."""
     end = 0
     try:
         with tarfile.open(shard, "r:") as tar:

@@ -37,19 +37,19 @@ class Step:
 
 
 def _replace(name: str, pattern: str, replacement: str = "") -> Step:
-    """The step that puts `replacement` in the place of every match."""
+    """Return the step that replaces every match."""
     compiled = re.compile(pattern)
     return Step(name, lambda text: compiled.sub(replacement, text))
 
 
 def _address(scheme: str) -> str:
-    """`scheme:` with its slashes or next sign, or a host and path that do not end before an @, as e-mail does."""
+    """Return a pattern of `scheme:` with its slashes or next sign, or a host and path that do not end before an @, as e-mail does."""
     host = rf"[a-zA-Z0-9.-]+\.(?:{_SITES})[\w/-]*\b/?(?!@)"
     return rf"\b(?:{scheme}:(?:/{{1,3}}|[a-zA-Z0-9%])|{host})"
 
 
 def _without_markup(text: str) -> str:
-    """The text between HTML tags, entities decoded."""
+    """Return the text between HTML tags, entities decoded."""
     if "<" not in text and "&" not in text:
         return text
     with optional_imports():
@@ -65,12 +65,12 @@ def _without_markup(text: str) -> str:
 
 
 def _spaces_for_many_hyphens(text: str) -> str:
-    """this-is-my-cute-cat and this_is_my_cute_cat as words, where the caption has more than three such signs."""
+    """Write this-is-my-cute-cat and this_is_my_cute_cat as words, where the caption has more than three such signs."""
     return re.sub("[-_]", " ", text) if text.count("-") + text.count("_") > 3 else text
 
 
 def _mended(text: str) -> str:
-    """Mangled encodings mended, entities decoded that were encoded twice."""
+    """Mend mangled encodings, and decode entities that were encoded twice."""
     with optional_imports():
         import ftfy
 
@@ -132,7 +132,7 @@ STEPS: tuple[Step, ...] = (
 
 
 def clean_caption(text: str) -> str:
-    """The caption as T5 reads it in extraction and in sampling. May be empty: nothing was left that says something.
+    """Return the caption as T5 reads it in extraction and in sampling. May be empty: nothing was left that says something.
 
     Raises ValueError where `text` is no string.
     """

@@ -207,7 +207,7 @@ class Captions:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[list[int] | str]:
-        """The items of several lines at once: DataLoader calls this instead of one index at a time."""
+        """Return the items of several lines at once: DataLoader calls this instead of one index at a time."""
         from language.t5 import preprocess
 
         items: list[list[int] | str] = [""] * len(indices)
@@ -233,7 +233,7 @@ class Captions:
 def read_shards(
     captions: Captions, units: Sequence[Unit], shard_size: int, workers: int
 ) -> "Iterator[tuple[Unit, list[list[int] | str]]]":
-    """Yields (file and shard, an item of `captions` for each of its lines) of every shard in `units`.
+    """Yield (file and shard, an item of `captions` for each of its lines) of every shard in `units`.
 
     One loader goes through all the shards, so that its `workers` processes start once and work ahead of the encoder.
     """
@@ -262,7 +262,7 @@ def read_shards(
 def encode_captions(
     embedder: "T5Embedder", ids: "Sequence[list[int] | None]", batch_size: int
 ) -> "list[Tensor | None]":
-    """The features (length, dim) of captions given as token numbers, on the CPU; None for a None.
+    """Return the features (length, dim) of captions given as token numbers, on the CPU; None for a None.
 
     Captions of like length are encoded together, `batch_size` at a time and padded to the longest of them: an alternative
     text has 15 tokens where the published extraction computes 120. A function of `ids` and `batch_size`.
@@ -287,7 +287,7 @@ def encode_captions(
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument(
         "--data-path",

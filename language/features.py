@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def left_padded(features: Sequence[Tensor], tokens: int) -> tuple[Tensor, Tensor]:
-    """A batch of captions of different lengths, in the order the Transformer reads them.
+    """Batch captions of different lengths, in the order the Transformer reads them.
 
     features: (length_i, D) each, a length of 0 for no caption. Longer ones are cut to their first `tokens` rows.
     Returns (B, tokens, D), features last and padding rows zero, and the lengths, int64 (B,), both on the features' device.
@@ -37,5 +37,5 @@ def left_padded(features: Sequence[Tensor], tokens: int) -> tuple[Tensor, Tensor
 
 
 def prefix_mask(lengths: Tensor, tokens: int) -> Tensor:
-    """Which of the `tokens` rows hold a caption: lengths (B,) -> bool (B, tokens), on the lengths' device."""
+    """Tell which of the `tokens` rows hold a caption: lengths (B,) -> bool (B, tokens), on the lengths' device."""
     return torch.arange(tokens, device=lengths.device) >= tokens - lengths[:, None]

@@ -24,12 +24,12 @@ csv.field_size_limit(1 << 20)
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file: of a .tsv or .csv file its column `Prompt`, of another its lines. Raises as these two do."""
+    """Read the prompts of a file: of a .tsv or .csv file its column `Prompt`, of another its lines. Raises as these two do."""
     return (read_prompt_table if Path(path).suffix.lower() in (".tsv", ".csv") else read_prompt_lines)(path)
 
 
 def read_prompt_lines(path: str | Path) -> list[str]:
-    """The prompts of a text file, one a line; blank lines are passed over.
+    """Read the prompts of a text file, one a line; blank lines are passed over.
 
     Raises FileNotFoundError, and ValueError where the file is not UTF-8 or has no prompt.
     """
@@ -43,7 +43,7 @@ def read_prompt_lines(path: str | Path) -> list[str]:
 
 
 def read_prompt_table(path: str | Path) -> list[str]:
-    """The column `Prompt` of a table with tabs between its columns and their names in the first line.
+    """Read the column `Prompt` of a table with tabs between its columns and their names in the first line.
 
     A cell may stand in quotation marks, and then have tabs, line ends and doubled marks in it. Blank lines are passed
     over. Raises FileNotFoundError, and ValueError that names the line: no such column, no rows, an empty prompt, a
@@ -66,7 +66,7 @@ def read_prompt_table(path: str | Path) -> list[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a text file with their ends as they are, since within quotation marks they belong to a prompt."""
+    """Return the lines of a text file with their ends as they are, since within quotation marks they belong to a prompt."""
     try:
         return list(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""))
     except UnicodeDecodeError as error:
@@ -104,7 +104,7 @@ def _prompts_of_table(lines: list[str], path: Path) -> list[str]:
 
 
 def _require_closed(lines: list[str], number: int, path: Path) -> None:
-    """Raises ValueError where the file ends within quotation marks, which took all its last lines for one prompt."""
+    """Raise ValueError where the file ends within quotation marks, which took all its last lines for one prompt."""
     try:
         list(csv.reader(lines, delimiter="\t", strict=True))
     except csv.Error as error:
@@ -128,7 +128,7 @@ class PromptList(Sequence[str]):
         return self.prompts[index]
 
     def texts(self, index: int) -> list[str]:
-        """The prompt as the only text."""
+        """Return the prompt as the only text."""
         return [self.prompts[index]]
 
     def list_digest(self, k: int) -> str:
@@ -136,7 +136,7 @@ class PromptList(Sequence[str]):
         return digest_all(self.prompts)
 
     def where(self, index: int) -> str:
-        """A prompt's place, for messages."""
+        """Return a prompt's place, for messages."""
         return f"prompt {index} (from 0) of {self.path}"
 
 

@@ -33,7 +33,7 @@ _TOKENIZER = ("tokenizer.json", "spiece.model")
 
 
 def find_t5(t5_path: str | Path | None = None, model_type: str = "flan-t5-xl") -> Path:
-    """The folder of T5's files: `{t5_path}/{model_type}`, `t5_path` itself, or `model_type` where that is a folder.
+    """Find the folder of T5's files: `{t5_path}/{model_type}`, `t5_path` itself, or `model_type` where that is a folder.
 
     Where none of them is there and the released flan-t5-xl is asked for, pretrained_models/ and the hub, as
     utils/hub.py looks for released files. Raises FileNotFoundError or ConnectionError with the command that gets it.
@@ -102,11 +102,11 @@ class T5Embedder:
 
     @property
     def dim(self) -> int:
-        """The width of the features: 2048 for XL."""
+        """Return the width of the features: 2048 for XL."""
         return self.model.config.d_model
 
     def get_text_embeddings(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Features (B, L, dim) in `torch_dtype` and the tokenizer's mask, int64 (B, L), L = model_max_length.
+        """Return features (B, L, dim) in `torch_dtype` and the tokenizer's mask, int64 (B, L), L = model_max_length.
 
         A text's features do not depend on the other texts beyond rounding. Longer texts are cut.
         Raises ValueError for no texts, or one that is no string.
@@ -129,17 +129,17 @@ class T5Embedder:
     # Not inference_mode: a model that is trained on these features could not save its tensors for the backward pass.
     @torch.no_grad()
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The encoder alone: token numbers and mask, both whole numbers (B, length), to features (B, length, dim)."""
+        """Encode token numbers, with a mask, both whole numbers (B, length), to features (B, length, dim)."""
         return self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).last_hidden_state
 
 
 def preprocess(text: str, clean: bool = True) -> str:
-    """A caption as the tokenizer gets it: cleaned, or only stripped and in lower case."""
+    """Return a caption as the tokenizer gets it: cleaned, or only stripped and in lower case."""
     return clean_caption(text) if clean else text.lower().strip()
 
 
 def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
-    """T5's tokenizer from a local folder. Raises FileNotFoundError or ValueError that names the folder."""
+    """Load T5's tokenizer from a local folder. Raises FileNotFoundError or ValueError that names the folder."""
     from transformers import AutoTokenizer
 
     folder = Path(folder)
@@ -182,7 +182,7 @@ def _load_encoder(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def _dtype_argument() -> str:
-    """What from_pretrained calls the dtype: the name changed with transformers 4.56."""
+    """Return the name of from_pretrained's argument for the dtype, which changed with transformers 4.56."""
     from transformers import __version__
 
     return "dtype" if tuple(map(int, __version__.split(".")[:2])) >= (4, 56) else "torch_dtype"
@@ -190,7 +190,7 @@ def _dtype_argument() -> str:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Loading takes seconds, and a bar for each of eight processes tells nothing."""
+    """Turn the bars of loading off: it takes seconds, and one for each of eight processes tells nothing."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -203,7 +203,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def fingerprint(embedder: T5Embedder) -> str:
-    """Sixteen characters that tell encoders apart by what decides their features: vocabulary, embeddings, first and last layer."""
+    """Return sixteen characters that tell encoders apart by what decides their features: vocabulary, embeddings, first and last layer."""
     import hashlib
 
     stack = embedder.model.encoder
@@ -230,5 +230,5 @@ def encoder_identity(embedder: T5Embedder) -> str:
 
 
 def without_fork_warnings() -> None:
-    """Keeps the tokenizer's threads off: loader processes are forked from one that has used it, and each has its own."""
+    """Keep the tokenizer's threads off: loader processes are forked from one that has used it, and each has its own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -26,7 +26,7 @@ class LoaderKilled(ChildProcessError):
 
 
 def loader_workers(asked: int, dist: Distributed) -> int:
-    """`asked`, but no more than this process's share of the processors it may use; 0 loads in the process itself."""
+    """Return `asked`, but no more than this process's share of the processors it may use; 0 loads in the process itself."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # srun --cpus-per-task gives each task processors of its own.
     own = "SLURM_CPUS_PER_TASK" in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS") == str(dist.world_size)
@@ -50,7 +50,7 @@ def load(
 
 
 def batches_of(loader: "DataLoader") -> Iterator[Any]:
-    """Yields a loader's batches. Raises LoaderKilled where a batch is asked for that a dead loader process had to read.
+    """Yield a loader's batches. Raises LoaderKilled where a batch is asked for that a dead loader process had to read.
 
     torch tells of a death by a signal handler that raises in the middle of whatever the run does at that moment, a step
     or the writing of a file. That handler is removed; the loader itself finds a dead process within seconds.

@@ -140,7 +140,7 @@ def code_settings(args: argparse.Namespace, dataset: "ImageDataset", tokenizer: 
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--data-path", required=True, help="folder of images")
     parser.add_argument("--code-path", required=True, help="folder to write the codes to")
