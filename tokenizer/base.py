@@ -150,7 +150,10 @@ class Tokenizer(nn.Module):
         raise NotImplementedError
 
     def to_pixels_in_strips(self, codes: Tensor) -> Tensor:
-        """As `to_pixels`, on the CPU, with little of the device's memory. Raises NotImplementedError where it cannot."""
+        """Return the images of codes as `to_pixels` does, on the CPU, with little of the device's memory.
+
+        Raises NotImplementedError where the network cannot.
+        """
         raise NotImplementedError(f"the tokenizer {self.family} cannot decode in strips: memory is short for an image")
 
     @property

@@ -19,14 +19,14 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 def swish(x: Tensor) -> Tensor:
-    """x * sigmoid(x)."""
+    """Return x * sigmoid(x)."""
     # The fused kernel saves a tensor per call. On the CPU the two operations meet the recorded figures to the last bit:
     # the difference is a rounding, but group norm in channels-last amplifies it there to the size of the tolerance.
     return x * torch.sigmoid(x) if x.device.type == "cpu" else F.silu(x)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Single-head attention over all positions, scale C^-0.5: three times (B, C, H, W) -> (B, C, H, W)."""
+    """Compute single-head attention over all positions, scale C^-0.5: three times (B, C, H, W) -> (B, C, H, W)."""
     shape = q.shape
     q, k, v = (x.flatten(2).transpose(1, 2) for x in (q, k, v))  # (B, H*W, C)
     if q.device.type == "cpu":  # for the reason given in swish
