@@ -112,5 +112,6 @@ def _require_same(
     except ValueError as error:
         raise AgreedError(str(error)) from error
     if unknown:
-        log.info(f"{saved.path} or {other} records no {' and no '.join(unknown)}: not compared")
+        silent = saved.path if all(saved.config.get(key) is None for key in unknown) else f"{saved.path} or {other}"
+        log.info(f"{silent} records no {' and no '.join(unknown)}: not compared")
         state.config |= {key: saved.config[key] for key in unknown if saved.config.get(key) is not None}
