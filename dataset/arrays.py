@@ -161,13 +161,8 @@ class ArrayFolder:
             )
         if None in (images, self.images):
             logger.info("%s or %s does not record its images: they could not be compared", self.folder, of)
-        absent = [number for number in numbers.tolist() if number >= self.items]
-        if isinstance(self._arrays, Fixed):
-            absent += np.intersect1d(numbers, self._arrays.skipped).tolist()
-        else:
-            present = np.flatnonzero(self._arrays.present())
-            absent = np.setdiff1d(numbers, present).tolist()
-        if absent:
+        absent = np.setdiff1d(numbers, np.flatnonzero(self._arrays.present()))
+        if len(absent):
             more = f" (and of {len(absent) - 1} more)" if len(absent) > 1 else ""
             raise ValueError(
                 f"{self.folder} has no {self.name} of image {absent[0]}{more} of {of}: write it for all of them"

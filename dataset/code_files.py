@@ -27,7 +27,7 @@ import numpy as np
 
 from dataset.augmentation import TEN_CROP_VIEWS, VIEWS, corrected_views
 from dataset.pixels import Reading
-from dataset.store import INDEX_FILE, Fixed, Loose, Shards, read_record
+from dataset.store import INDEX_FILE, Fixed, Loose, Shards, read_record, refuse_other
 from utils.files import write_json
 from utils.origin import same_tokenizer
 
@@ -172,13 +172,9 @@ def record_settings(folder: str | Path, settings: CodeSettings, name: str = INDE
         side["extra"] = Reading.recorded(side["extra"]).record() | side["extra"]
     if recorded.tokenizer and same_tokenizer(recorded.tokenizer, settings.tokenizer):
         there["tokenizer"] = now["tokenizer"]
-    wrong = [f"{key}: {short(there[key])} there, {short(now[key])} now" for key in now if there[key] != now[key]]
-    if wrong:
-        moved = there["images"] != now["images"]
-        hint = " (images were added, removed, renamed or moved to another class)" if moved else ""
-        raise ValueError(
-            f"{folder} holds codes of other settings; use another folder, or the same ones: {'; '.join(wrong)}{hint}"
-        )
+    moved = there["images"] != now["images"]
+    hint = " (images were added, removed, renamed or moved to another class)" if moved else ""
+    refuse_other(Path(folder), "codes", there, now, hint)
 
 
 class CodeWriter:

@@ -174,7 +174,13 @@ class Fixed:
     @property
     def numbers(self) -> np.ndarray:
         """Return the number of every item that is there, (n,) ascending."""
-        return np.delete(np.arange(self.items), self.skipped)
+        return np.flatnonzero(self.present())
+
+    def present(self) -> np.ndarray:
+        """Return which items are there, bool (items,)."""
+        there = np.ones(self.items, bool)
+        there[self.skipped] = False
+        return there
 
     def array(self, shard: int, name: str | None = None, dtype: Any = None, shape: Any = None) -> np.ndarray:
         """Return the items of a shard, (n, *shape); those of another array where its name, dtype and shape are given."""
@@ -337,6 +343,16 @@ class _Checksummed:
 def damaged(file: Path, what: str, remedy: str) -> ValueError:
     """Return the error for a file that is not as it was written."""
     return ValueError(f"{file} is damaged ({what}): {remedy}")
+
+
+def refuse_other(folder: Path, what: str, there: Mapping[str, Any], now: Mapping[str, Any], hint: str = "") -> None:
+    """Raise ValueError where a folder's settings are not those of now. what: it holds."""
+    wrong = [key for key in {**there, **now} if there.get(key) != now.get(key)]
+    if wrong:
+        listed = "; ".join(f"{key}: {short(there.get(key))} there, {short(now.get(key))} now" for key in wrong)
+        raise ValueError(
+            f"{folder} holds {what} of other settings; use another folder, or the same ones: {listed}{hint}"
+        )
 
 
 def read_record(file: Path, remedy: str = "write to another folder") -> dict:

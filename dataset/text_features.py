@@ -15,14 +15,13 @@ layout too, `{stem}/{line}.npy` float32 (1, length, D).
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from reprlib import repr as short
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dataset.lines import recorded_maker
-from dataset.store import INDEX_FILE, Loose, Ragged, Shards, ends_of, read_record
+from dataset.store import INDEX_FILE, Loose, Ragged, Shards, ends_of, read_record, refuse_other
 from utils.files import write_json
 
 FORMAT = 1
@@ -84,7 +83,8 @@ class FeatureWriter:
             raise ValueError(f"{shard_size} lines of up to {max_length} rows are too many for one shard")
         index = dict(zip(_KEYS, (dim, max_length, dtype, shard_size, settings or {}), strict=True))
         if (self.folder / INDEX_FILE).exists():
-            _refuse_other_settings(self.folder, index)
+            there, now = dict(zip(_KEYS, _read_index(self.folder), strict=True)), dict(index)
+            refuse_other(self.folder, "features", {**there, **there.pop("settings")}, {**now, **now.pop("settings")})
         else:
             write_json(self.folder / INDEX_FILE, {"format": FORMAT, **index})
 
@@ -224,30 +224,6 @@ class Features:
     def __len__(self) -> int:
         return sum(int(self.present(stem).sum()) for stem in self._stems)
 
-    def verify(self) -> None:
-        """Read every file. Raises ValueError that names the damaged ones."""
-        wrong = []
-        for stem, one in self._stems.items():
-            if isinstance(one, Ragged):
-                wrong += [f"{stem}/{name}" for name in one.shards.verify(one.count)]
-                continue
-            for number, _ in one.files():
-                try:
-                    one.get(number)
-                except ValueError as error:
-                    wrong.append(str(error))
-        if wrong and self.packed:
-            raise ValueError(
-                f"damaged in {self.folder}: {', '.join(wrong)} (checksum differs). Remove the .json of the same name beside "
-                f"each and {AGAIN}"
-            )
-        if wrong:
-            raise ValueError("\n  ".join(["damaged text features:", *wrong]))
-
-    def describe(self) -> str:
-        """Return a line for the log."""
-        return f"text features: {self.folder}, {len(self)} captions of width {self.dim}"
-
 
 def open_features(path: str | Path, *, dim: int | None = None) -> Features:
     """Open a folder of text features, packed or in the published layout.
@@ -290,14 +266,3 @@ def _read_index(folder: Path) -> tuple:
             "another folder"
         )
     return tuple(index[key] for key in _KEYS)
-
-
-def _refuse_other_settings(folder: Path, index: dict) -> None:
-    there, now = dict(zip(_KEYS, _read_index(folder), strict=True)), dict(index)
-    there, now = {**there, **there.pop("settings")}, {**now, **now.pop("settings")}
-    differing = [key for key in {**there, **now} if there.get(key) != now.get(key)]
-    if differing:
-        listed = "\n  ".join(f"{k}: {short(there.get(k))} there, {short(now.get(k))} now" for k in differing)
-        raise ValueError(
-            f"{folder} holds features of other settings; use another folder, or the same ones:\n  {listed}"
-        )
