@@ -118,15 +118,14 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 def _factor(covariance: np.ndarray) -> np.ndarray:
     """Returns A (D, rank) with A A^T = covariance."""
     # Of correlations rather than covariances, so that coordinates of small scale are not taken for rounding.
-    deviations = np.sqrt(np.maximum(covariance.diagonal(), 0))
+    dim, deviations = len(covariance), np.sqrt(np.maximum(covariance.diagonal(), 0))
     deviations[deviations == 0] = 1
     correlations = covariance / deviations[:, None] / deviations
-    try:
-        return np.linalg.cholesky(correlations) * deviations[:, None]
-    except np.linalg.LinAlgError:  # singular, or stored in float32
-        values, vectors = scipy.linalg.eigh(correlations)
-        kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
-        return vectors[:, kept] * np.sqrt(values[kept]) * deviations[:, None]
+    # Cholesky with pivots stops at the rank: covariances of few samples are singular.
+    packed, pivots, rank, _ = scipy.linalg.lapack.dpstrf(correlations, tol=dim * np.finfo(np.float64).eps, lower=1)
+    factor = np.zeros((dim, rank))
+    factor[pivots - 1] = np.tril(packed)[:, :rank]
+    return factor * deviations[:, None]
 
 
 def inception_score(pool: np.ndarray, weights: np.ndarray, split_size: int = 5000) -> float:

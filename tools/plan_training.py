@@ -155,13 +155,14 @@ def make_plan(args: argparse.Namespace, setup: "Setup | None" = None) -> Plan:
 
 
 def remedies(args: argparse.Namespace, setup: "Setup") -> Iterator[tuple[str, Plan]]:
-    """Yields flags that make a plan fit, and the plan: of each kind the smallest number of parts that is enough."""
+    """Yields flags that make a plan fit, and the plan: of each kind the first number of parts, doubled, that is enough."""
     whole = setup.micro_batch * setup.accumulation
     sharded = replace(setup, strategy="fsdp", shard=setup.gpus)
     for words, base in ((), setup), *[(("--data-parallel fsdp",), sharded)] * (setup.gpus > 1 and setup != sharded):
         for checkpointing in sorted({setup.checkpointing, True}):
             more = ("--activation-checkpointing",) * (checkpointing > setup.checkpointing)
-            for parts in (n for n in range(setup.accumulation, whole + 1) if whole % n == 0):
+            doubled = (setup.accumulation * 2**power for power in range(whole.bit_length()))
+            for parts in (n for n in doubled if whole % n == 0):
                 tried = replace(base, checkpointing=checkpointing, accumulation=parts, micro_batch=whole // parts)
                 plan = make_plan(args, tried)
                 if plan.fits:
