@@ -15,59 +15,38 @@ import torch
 from PIL import Image
 from torch import nn
 
+from evaluations.published import on_disk
 from utils.checkpoint import load_into, read_checkpoint
 
 MODEL_NAME = "vit_large_patch14_dinov2.lvd142m"
 IMAGE_SIZE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_WEIGHTS = "pretrained_models"
-_ROOT = Path(__file__).resolve().parent.parent
-# As the first release names its files, by timm's names.
-_FIRST_RELEASE = {
-    "vit_small_patch14_dinov2": "dinov2_vits14_pretrain.pth",
-    "vit_base_patch14_dinov2": "dinov2_vitb14_pretrain.pth",
-    "vit_large_patch14_dinov2": "dinov2_vitl14_pretrain.pth",
-}
+FIRST_RELEASE = "dinov2_vitl14_pretrain.pth"  # as the first release names the file
 
 
-def find_weights(path: str | Path | None = None, model_name: str = MODEL_NAME) -> Path:
-    """Where the weights of timm's `model_name` lie on this disk: `path` where given, pretrained_models/, or a cache.
+def find_weights(path: str | Path | None = None) -> Path:
+    """Returns where the weights lie: `path` where given, else pretrained_models/, else the caches of the hub and of torch.
 
-    pretrained_models/ of the current folder, then of this project, is looked through for {model_name}.safetensors, .pth
-    or a folder of that name with model.safetensors, and for the first release's file (dinov2_vitl14_pretrain.pth); after
-    that the caches of the Hugging Face hub and of torch hub. Raises FileNotFoundError that says how to get them.
+    Raises FileNotFoundError that says how to get them.
     """
     import huggingface_hub
 
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    address = f"{endpoint}/timm/{MODEL_NAME}/resolve/main/model.safetensors"
+    how = f"fetch {address} and put it at pretrained_models/{MODEL_NAME}.safetensors, or give the path of a file"
     if path is not None:
         found = Path(path).expanduser()
         if not found.exists():
-            raise FileNotFoundError(f"no DINOv2 weights at {path}; {_how_to_get(model_name)}")
+            raise FileNotFoundError(f"no DINOv2 weights at {path}; {how}")
         return found
-    first_release = _FIRST_RELEASE.get(model_name.split(".")[0])
-    names = [f"{model_name}.safetensors", f"{model_name}.pth", f"{model_name}/model.safetensors"]
-    folders = [Path.cwd() / _WEIGHTS, _ROOT / _WEIGHTS]
-    places = [folder / name for folder in folders for name in names + ([first_release] if first_release else [])]
-    cached = huggingface_hub.try_to_load_from_cache(f"timm/{model_name}", "model.safetensors")
-    if isinstance(cached, str):
-        places.append(Path(cached))
-    if first_release:
-        places.append(Path(torch.hub.get_dir()) / "checkpoints" / first_release)
-    for place in places:
-        if place.is_file():
+    names = (f"{MODEL_NAME}.safetensors", f"{MODEL_NAME}.pth", f"{MODEL_NAME}/model.safetensors", FIRST_RELEASE)
+    cached = huggingface_hub.try_to_load_from_cache(f"timm/{MODEL_NAME}", "model.safetensors")
+    caches = [Path(cached)] if isinstance(cached, str) else []
+    caches.append(Path(torch.hub.get_dir()) / "checkpoints" / FIRST_RELEASE)
+    for place in (on_disk(*names), *caches):
+        if place is not None and place.is_file():
             return place
-    raise FileNotFoundError(
-        f"no weights of {model_name} in {_WEIGHTS}/ or in the caches of the Hugging Face hub and torch hub; "
-        f"{_how_to_get(model_name)}"
-    )
-
-
-def _how_to_get(model_name: str) -> str:
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    return (
-        f"fetch {endpoint}/timm/{model_name}/resolve/main/model.safetensors and put it at "
-        f"{_WEIGHTS}/{model_name}.safetensors, or give the path of a file"
-    )
+    raise FileNotFoundError(f"no weights of {MODEL_NAME} in pretrained_models/ or in the caches of hubs; {how}")
 
 
 class DINOv2Features:
@@ -95,7 +74,7 @@ class DINOv2Features:
             raise ValueError(
                 f"{model_name} is not a model that timm knows; DINOv2's are {timm.list_models('*dinov2*')}"
             )
-        self.path = find_weights(path, model_name)
+        self.path = find_weights(path)
         checkpoint = read_checkpoint(self.path)
         # The mask token is for training.
         state = {name: tensor for name, tensor in checkpoint.model.items() if name != "mask_token"}

@@ -139,10 +139,10 @@ def find_row(name: str) -> Row:
     raise ValueError(f"there is no published row {name!r}; {known}")
 
 
-def on_disk(name: str) -> Path | None:
-    """Returns a file of this name in the working directory, its pretrained_models/ or that of the project."""
+def on_disk(*names: str) -> Path | None:
+    """Returns a file of one of these names in the working directory, its pretrained_models/ or that of the project."""
     folders = (Path.cwd(), Path.cwd() / WEIGHTS, ROOT / WEIGHTS)
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+    return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
 
 
 def find_file(name: str, given: str | Path | None = None) -> Path:

@@ -6,17 +6,9 @@ The list is in natural order: img2.jpg before img10.jpg.
 """
 
 import argparse
-import re
 from pathlib import Path
 
 from utils.cli import flag_parser, run_script
-
-
-def natural_key(path: str) -> tuple[list[str | int], str]:
-    """Sorts numbers in a path by value: img2.jpg before img10.jpg."""
-    # Splitting at groups of digits leaves text at even places and numbers at odd ones: never compared to each other.
-    parts = re.split(r"([0-9]+)", path)
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], path
 
 
 def list_images(data_path: str | Path) -> list[str]:
@@ -24,7 +16,7 @@ def list_images(data_path: str | Path) -> list[str]:
 
     Raises FileNotFoundError where the folder is missing, ValueError where it holds no images.
     """
-    from dataset.folders import nested_folder
+    from dataset.folders import natural_key, nested_folder
 
     return sorted(nested_folder(data_path).paths.relative(), key=natural_key)
 

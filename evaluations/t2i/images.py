@@ -4,7 +4,6 @@ images = generated_images("samples_parti/…/images", resolution=256, limit=3000
 for batch in images.batches(0, images.count, 64): ...       # uint8 (n, 256, 256, 3), in natural order
 """
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dataset.folders import find_images
+from dataset.folders import find_images, natural_key
 from dataset.pixels import DEFAULT, LOSSY_EXTENSIONS, Reading, load_rgb
 from evaluations.image_sets import ImageFolder
 
@@ -90,7 +89,7 @@ def generated_images(folder: str | Path, resolution: int, limit: int, reading: R
             f"no folder of generated images at {folder}: --fake_dir is the folder that holds images/ and captions.txt, "
             "as sample_t2i_ddp.py writes it"
         )
-    names = sorted((name for name in find_images(folder) if "/" not in name), key=natural_order)
+    names = sorted((name for name in find_images(folder) if "/" not in name), key=natural_key)
     images = SquareImages(folder, names[:limit], resolution, reading)
     images.total = len(names)
     return images
@@ -102,12 +101,6 @@ def reference_images(folder: str | Path, resolution: int, reading: Reading = DEF
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of reference images at {folder}: check --ref_dir")
     return SquareImages(folder, find_images(folder), resolution, reading)
-
-
-def natural_order(name: str) -> tuple:
-    """A key that sorts names as people number them: digits by their value."""
-    parts = re.split(r"(\d+)", name)
-    return tuple((part, 0) if place % 2 == 0 else ("", int(part)) for place, part in enumerate(parts)), name
 
 
 def _unreadable(file: Path, error: Exception) -> ValueError:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 
-from evaluations import dinov2
+from evaluations import dinov2, published
 from evaluations.dinov2 import DINOv2Features, find_weights, preprocess, resized_positions
 
 NAME = "tiny_patch14_dinov2"
@@ -36,7 +36,7 @@ def weights() -> dict[str, torch.Tensor]:
 def nothing_at_hand(tmp_path, monkeypatch):
     """No weights in pretrained_models/ or in a cache."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(dinov2, "_ROOT", tmp_path / "project")
+    monkeypatch.setattr(published, "ROOT", tmp_path / "project")
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "torch_hub"))
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from dataset.folders import natural_key
 from evaluations.c2i.inception import TorchInception
 from evaluations.metrics import Statistics, frechet_distance
 from evaluations.t2i import evaluation
 from evaluations.t2i.clip import CLIP, CLIP_MODELS, find_clip, load_clip
-from evaluations.t2i.images import generated_images, natural_order, square
+from evaluations.t2i.images import generated_images, square
 from evaluations.t2i.reference import RecordedReference, save_reference
 from tests import forkserver
 from tests.helpers import GOLDEN, ROOT, free_port
@@ -408,7 +409,7 @@ def test_other_captions_give_another_score(folders, clip_folder):
     (fake / "images" / "2.png").rename(fake / "images" / "10.png")  # now the last: captions slip by one
     assert evaluate(fake, ref, clip_folder, "--no-fid")["clip_score"] != pytest.approx(right, abs=1e-4)
     names = ["000010.png", "2.png", "a10b2.png", "a10b10.png", "1.png", "a9b3.png"]
-    assert sorted(names, key=natural_order) == ["1.png", "2.png", "000010.png", "a9b3.png", "a10b2.png", "a10b10.png"]
+    assert sorted(names, key=natural_key) == ["1.png", "2.png", "000010.png", "a9b3.png", "a10b2.png", "a10b10.png"]
 
 
 @pytest.mark.slow
