@@ -46,7 +46,7 @@ def load(
 
     workers = min(workers, len(batches))
     options: dict[str, Any] = {"num_workers": workers, "collate_fn": collate, "pin_memory": pin_memory}
-    return batches_of(DataLoader(dataset, batch_sampler=batches, **options))
+    return batches_of(DataLoader(dataset, batch_sampler=[list(batch) for batch in batches], **options))
 
 
 def batches_of(loader: "DataLoader") -> Iterator[Any]:
