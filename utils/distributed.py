@@ -39,11 +39,11 @@ class Distributed:
         return self.rank == 0
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean of `value` over the processes."""
+        """Return the mean of `value` over the processes."""
         return value if self.world_size == 1 else self.sum(value) / self.world_size
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of `value` over the processes."""
+        """Return the sum of `value` over the processes."""
         if self.world_size == 1:
             return value
         value = value.clone()
@@ -51,7 +51,7 @@ class Distributed:
         return value
 
     def gather(self, value: T) -> list[T]:
-        """Every process's picklable `value`, in rank order."""
+        """Return every process's picklable `value`, in rank order."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -59,7 +59,7 @@ class Distributed:
         return values
 
     def collect(self, value: T) -> list[T] | None:
-        """Every process's picklable `value`, in rank order, on the first process; None on the others."""
+        """Return every process's picklable `value`, in rank order, on the first process; None on the others."""
         if self.world_size == 1:
             return [value]
         values: list[Any] | None = [None] * self.world_size if self.is_main else None
@@ -67,7 +67,7 @@ class Distributed:
         return values
 
     def broadcast(self, value: T) -> T:
-        """The first process's picklable `value`."""
+        """Return the first process's picklable `value`."""
         if self.world_size == 1:
             return value
         values = [value]
@@ -75,7 +75,7 @@ class Distributed:
         return values[0]
 
     def barrier(self) -> None:
-        """Waits for every process."""
+        """Wait for every process."""
         if self.world_size > 1:
             torch_dist.barrier()
 
@@ -86,7 +86,7 @@ class Distributed:
         )
 
     def agree(self, error: Exception | None) -> None:
-        """Raises AgreedError on every process where one of them has an error; a process alone raises its own."""
+        """Raise AgreedError on every process where one of them has an error; a process alone raises its own."""
         failure = self.first_failure(error)
         if failure is not None:
             raise error if error and self.world_size == 1 else AgreedError(failure) from error
@@ -118,7 +118,7 @@ class Distributed:
             self.agree(None)
 
     def close(self) -> None:
-        """Leaves the process group, at a run's good end and together: who left early would take the others' connections."""
+        """Leave the process group, at a run's good end and together: who left early would take the others' connections."""
         if torch_dist.is_initialized():
             self.barrier()
             torch_dist.destroy_process_group()
@@ -146,7 +146,7 @@ def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
 def start(
     device: str | None = None, group: bool = False, timeout_minutes: float = 30, deterministic: bool = False
 ) -> Distributed:
-    """Joins the process group that torchrun, srun or mpirun describe in the environment, or stands alone without one.
+    """Join the process group that torchrun, srun or mpirun describe in the environment, or stands alone without one.
 
     group: make a process group for a single process too, which sharding needs. timeout_minutes: how long a process waits
     for the others before it gives up. deterministic: see `add_up_in_one_order`.

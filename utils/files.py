@@ -17,7 +17,7 @@ from uuid import uuid4
 
 @contextmanager
 def atomic_write(path: str | Path, durable: bool = True) -> Iterator[IO[bytes]]:
-    """Opens a binary file that takes the name `path` only once it is complete.
+    """Open a binary file that takes the name `path` only once it is complete.
 
     Missing parent folders are made. Where anything fails, the partial file is removed and what stood at `path` stays.
     Without `durable` the disk is not waited for: for thousands of small files that can be made again, which a power cut
@@ -45,7 +45,7 @@ def atomic_write(path: str | Path, durable: bool = True) -> Iterator[IO[bytes]]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically."""
+    """Write `value` as indented JSON, atomically."""
     with atomic_write(path) as f:
         f.write((json.dumps(value, indent=2) + "\n").encode())
 
@@ -57,7 +57,7 @@ def require_regular(path: str | os.PathLike) -> None:
 
 
 def crc32_of(path: str | Path) -> int:
-    """The checksum of a file's content."""
+    """Return the checksum of a file's content."""
     value = 0
     with open(path, "rb") as f:
         while chunk := f.read(1 << 22):
@@ -66,7 +66,7 @@ def crc32_of(path: str | Path) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the rename itself durable; file systems that cannot sync a folder are let be."""
+    """Make the rename itself durable; file systems that cannot sync a folder are let be."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

@@ -84,7 +84,7 @@ _OTHERWISE = {"MIG", "LAPTOP", "Q", "D", "SUPER"}
 
 
 def find_accelerator(name: str) -> Accelerator | None:
-    """The accelerator a device's name speaks of ("NVIDIA H100 80GB HBM3", "h100 nvl"); None where it is not known."""
+    """Return the accelerator that a device's name speaks of ("NVIDIA H100 80GB HBM3", "h100 nvl"); None where it is not known."""
     words = set(re.split(r"[^A-Z0-9]+", name.upper()))
     if words & _OTHERWISE:
         return None

@@ -89,7 +89,7 @@ def _mpi(env: MutableMapping[str, str]) -> Place | None:
 
 
 def _slurm(env: MutableMapping[str, str]) -> Place | None:
-    """None where srun did not start this process: a batch script has a rank, 0, and the job's number of tasks as well."""
+    """Return None where srun did not start this process: a batch script has a rank, 0, and the job's number of tasks as well."""
     if "SLURM_PROCID" not in env:
         return None
     rank, step = int(env["SLURM_PROCID"]), env.get("SLURM_STEP_ID", env.get("SLURM_STEPID"))

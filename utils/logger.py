@@ -18,7 +18,7 @@ from utils.files import atomic_write
 
 
 def console_logger(name: str = "run", main: bool = True) -> logging.Logger:
-    """A logger that prints times and messages; on processes other than the first it prints warnings only."""
+    """Return a logger that prints times and messages; on processes other than the first it prints warnings only."""
     logger = logging.getLogger(name)
     logger.propagate = False
     logger.setLevel(logging.INFO if main else logging.WARNING)
@@ -99,12 +99,12 @@ class RunLogger:
         self.logger.warning(message)
 
     def record(self, message: str) -> None:
-        """Writes a line to log.txt alone, where the terminal has it from somewhere else."""
+        """Write a line to log.txt alone, where the terminal has it from somewhere else."""
         if self.file is not None:
             self.file.emit(logging.makeLogRecord({"msg": message, "levelno": logging.ERROR, "levelname": "ERROR"}))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Records numbers of a step."""
+        """Record numbers of a step."""
         if self.metrics is None or self.board is None:
             return
         with self._outliving_a_full_disk():
@@ -116,7 +116,7 @@ class RunLogger:
             self.wandb.log(values, step=step)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Records a picture of a step, in tensorboard and as `{name}/{step:07d}.png`. image: uint8 (H, W, 3)."""
+        """Record a picture of a step, in tensorboard and as `{name}/{step:07d}.png`. image: uint8 (H, W, 3)."""
         if self.board is None or self.folder is None:
             return
         with self._outliving_a_full_disk():
@@ -127,7 +127,7 @@ class RunLogger:
             self.wandb.log({name: self.wandb_image(image)}, step=step)
 
     def close(self) -> None:
-        """Flushes and closes the files."""
+        """Flush and closes the files."""
         if self.metrics is not None and self.board is not None and self.file is not None:
             for file in (self.metrics, self.board):
                 with self._outliving_a_full_disk():
@@ -140,7 +140,7 @@ class RunLogger:
 
     @contextmanager
     def _outliving_a_full_disk(self) -> Iterator[None]:
-        """A figure that cannot be recorded is no reason to stop a training run."""
+        """Turn an error of the disk into a warning: a figure that cannot be recorded is no reason to stop a run."""
         try:
             yield
         except OSError as error:

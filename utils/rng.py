@@ -13,7 +13,7 @@ _MASK = 2**64 - 1
 
 
 def item_seed(*ints: int) -> int:
-    """Hashes integers to a seed in [0, 2**63): SplitMix64 folded over their count and values.
+    """Hash integers to a seed in [0, 2**63): SplitMix64 folded over their count and values.
 
     Order and count matter, neighbours give unrelated seeds, and the result is the same on every machine.
     """
@@ -31,7 +31,7 @@ def _mix(x: int) -> int:
 
 
 def image_noise(seed: int, indices: Sequence[int], tokens: int) -> Tensor:
-    """The numbers that draw the tokens of images `indices` of a run: float32 (len(indices), tokens) in [0, 1).
+    """Return the numbers that draw the tokens of images `indices` of a run: float32 (len(indices), tokens) in [0, 1).
 
     Row i is a function of (seed, indices[i]) alone, whatever the batch, the process or the device.
     """
@@ -40,5 +40,5 @@ def image_noise(seed: int, indices: Sequence[int], tokens: int) -> Tensor:
 
 
 def image_label(seed: int, index: int, num_classes: int) -> int:
-    """The class of image `index` of a run where classes are drawn at random."""
+    """Return the class of image `index` of a run where classes are drawn at random."""
     return item_seed(seed, index, 1) % num_classes

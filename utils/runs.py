@@ -35,12 +35,12 @@ class Run:
     former: tuple[Path, ...] = ()
 
     def checkpoints(self) -> list[Path]:
-        """Its checkpoints, newest first: files `{step:07d}.pt`, and folders `{step:07d}` of sharded runs."""
+        """Return its checkpoints, newest first: files `{step:07d}.pt`, and folders `{step:07d}` of sharded runs."""
         found = [path for store in (*self.stores, *self.former) for path in checkpoints_in(store)]
         return sorted(found, key=lambda path: int(path.stem), reverse=True)
 
     def flags(self) -> dict[str, Any]:
-        """The flags that the run began with."""
+        """Return the flags that the run began with."""
         record = self.folder / "run.json"
         return json.loads(record.read_text())["args"] if record.exists() else {}
 
@@ -55,7 +55,7 @@ class Run:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Files `{step:07d}.pt` and folders `{step:07d}` of a folder, newest first."""
+    """Return the files `{step:07d}.pt` and folders `{step:07d}` of a folder, newest first."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and (path.suffix or path.is_dir())]
@@ -63,7 +63,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def runs_in(results_dir: str | Path, name: str | None = None) -> list[Run]:
-    """The runs in a results folder (those called `name`, where given), newest first."""
+    """Return the runs in a results folder (those called `name`, where given), newest first."""
     folder = Path(results_dir)
     found = []
     for child in folder.iterdir() if folder.is_dir() else ():
@@ -80,7 +80,7 @@ def runs_in(results_dir: str | Path, name: str | None = None) -> list[Run]:
 
 
 def open_run(args: Namespace, name: str, sharded: bool = False) -> tuple[Run, bool]:
-    """The run to write to: the newest one of this name with --resume where there is one, else a new one.
+    """Open the run to write to: the newest one of this name with --resume where there is one, else a new one.
 
     sharded: its checkpoints are folders, which the published scripts put at `{cloud_save_path}/{time}-{name}/{step:07d}`.
     Returns the run and whether it is an old one. Raises ValueError where --no-local-save leaves no place to save to, or a
@@ -127,7 +127,7 @@ def _with_stores(run: Run, args: Namespace, sharded: bool) -> Run:
 
 
 def _record_stores(run: Run) -> None:
-    """Writes down in run.json where checkpoints go from now on."""
+    """Write down in run.json where checkpoints go from now on."""
     file = run.folder / "run.json"
     record = json.loads(file.read_text()) if file.exists() else {"args": {}}
     # Inside the folder, which may be moved, by relative paths.
@@ -140,7 +140,7 @@ def _record_stores(run: Run) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Writes a small file and removes it. Raises ValueError where the folder is read-only, its disk full, or it is no folder."""
+    """Write a small file and removes it. Raises ValueError where the folder is read-only, its disk full, or it is no folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable.", suffix=".tmp") as f:
@@ -156,7 +156,7 @@ def require_writable(folder: Path) -> None:
 
 
 def _new_folder(results: Path, name: str) -> Path:
-    """Makes the folder with the next free number, also where another run does so at the same time."""
+    """Make the folder with the next free number, also where another run does so at the same time."""
     results.mkdir(parents=True, exist_ok=True)
     number = max((int(run.folder.name.partition("-")[0]) for run in runs_in(results)), default=-1) + 1
     while True:
@@ -170,7 +170,7 @@ def _new_folder(results: Path, name: str) -> Path:
 
 
 def find_checkpoint(name: str | Path, repo_id: str | None = None) -> Path:
-    """The checkpoint a flag names: a file, a folder of one, a run or results folder (its newest), or a released file.
+    """Find the checkpoint that a flag names: a file, a folder of one, a run or results folder (its newest), or a released file.
 
     Raises FileNotFoundError that says what was looked for.
     """
@@ -185,7 +185,7 @@ def find_checkpoint(name: str | Path, repo_id: str | None = None) -> Path:
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint of a checkpoints folder, a run, or the newest run of a results folder; None for none."""
+    """Return the newest checkpoint of a checkpoints folder, a run, or the newest run of a results folder; None for none."""
     folder = Path(folder)
     itself = [run for run in runs_in(folder.parent) if run.folder == folder]
     runs = [run.checkpoints() for run in itself or runs_in(folder)]

@@ -32,7 +32,7 @@ def add_gpt_training_flags(
 
 
 def add_finetune_flags(parser: argparse.ArgumentParser, *, classes: bool) -> None:
-    """Adds --finetune and --use-ema; with `classes` --class-rows too."""
+    """Add --finetune and --use-ema; with `classes` --class-rows too."""
     group = parser.add_argument_group("fine-tuning")
     help = "take only the weights of --gpt-ckpt, and begin at step 0: other data, classes or image size"
     group.add_argument("--finetune", action="store_true", help=help)

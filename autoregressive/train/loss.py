@@ -34,7 +34,7 @@ class TokenLoss(nn.Module):
         self._layouts: dict[tuple[int, torch.device], tuple[Layout, Tensor]] = {}
 
     def layout(self, patch_side: int, device: torch.device) -> tuple[Layout, Tensor]:
-        """The model's layout with patches of that side, and its order on the device."""
+        """Return the model's layout with patches of that side, and its order on the device."""
         if (patch_side, device) not in self._layouts:
             layout = with_patches(self.model.layout, patch_side)
             with torch.inference_mode(False):  # kept for training too, whoever asks first
@@ -96,7 +96,7 @@ def _predictions(
     drop: Tensor | None,
     prefix_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The model's outputs before the output layer, (R, dim), and the tokens that each predicts, (R, P).
+    """Return the model's outputs before the output layer, (R, dim), and the tokens that each predicts, (R, P).
 
     tokens: int64 (B, N) in the layout's order. Rows go by samples, then by the order.
     """

@@ -93,7 +93,7 @@ class PatchSchedule:
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
-        """The stages that have epochs, in the order of training."""
+        """Return the stages that have epochs, in the order of training."""
         sides = [2**later for later in range(self.patch_level - 1, -1, -1)]
         bounds = zip(pairwise([0, *self._ends]), sides, strict=True)
         return tuple(Stage(start, end, side) for (start, end), side in bounds if start < end)
@@ -104,7 +104,7 @@ class PatchSchedule:
         return sorted({2**later for later in range(self.patch_level)} - {stage.patch_side for stage in self.stages})
 
     def check_grid(self, grid: int) -> None:
-        """Raises ValueError where the first stage's patches do not divide a grid of grid x grid tokens (nor do later ones)."""
+        """Raise ValueError where the first stage's patches do not divide a grid of grid x grid tokens (nor do later ones)."""
         side = self.stages[0].patch_side
         if grid % side:
             raise ValueError(
@@ -113,7 +113,7 @@ class PatchSchedule:
             )
 
     def check_scheduler(self) -> None:
-        """Raises ValueError for learning rates that make no sense with --scheduler."""
+        """Raise ValueError for learning rates that make no sense with --scheduler."""
         if self.end_lr > self.lr:
             raise ValueError(f"--end-lr {self.end_lr} is above --lr {self.lr}: the rate cannot decay to it")
         shortest = min(self.stages, key=lambda stage: stage.end - stage.start)
@@ -132,11 +132,11 @@ class PatchSchedule:
         )
 
     def stage(self, epoch: float) -> Stage:
-        """The stage of an epoch, from 0, or of a place in one; past the end, the last one."""
+        """Return the stage of an epoch, from 0, or of a place in one; past the end, the last one."""
         return next((stage for stage in self.stages if epoch < stage.end), self.stages[-1])
 
     def patch_side(self, epoch: float) -> int:
-        """Side of the patches that an epoch, or a place in one, trains with."""
+        """Return the side of the patches that an epoch, or a place in one, trains with."""
         return self.stage(epoch).patch_side
 
     def side_at(self, step: int, epoch: int) -> int:
@@ -144,7 +144,7 @@ class PatchSchedule:
         return self.patch_side(epoch if self.max_steps is None else step / self.steps_per_epoch)
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """The rate at an optimizer step, from 0, of steps_per_epoch in each epoch.
+        """Return the learning rate at an optimizer step, from 0, of steps_per_epoch in each epoch.
 
         Inside each stage: from 0 up to `lr` over warmup_epochs, constant, then down over the last decay_ratio of the
         stage towards `end_lr`, which the step after its last would have.

@@ -142,7 +142,7 @@ def new_model(args: argparse.Namespace, grid: int, **more: object) -> Transforme
 
 
 def _split_name(named: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The name and the settings of what `named_settings` parsed."""
+    """Return the name and the settings of what `named_settings` parsed."""
     return named["name"], {key: value for key, value in named.items() if key != "name"}
 
 

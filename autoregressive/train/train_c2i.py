@@ -74,7 +74,7 @@ def order_in_words(patches: "PatchSchedule", layout: "Layout") -> list[str]:
 
 
 def flags(sharded: bool = False) -> argparse.ArgumentParser:
-    """The script's flags. sharded: with the defaults of train_c2i_fsdp.py."""
+    """Return the script's flags. sharded: with the defaults of train_c2i_fsdp.py."""
     added = "--vq-ckpt" if sharded else "--data-parallel --grad-precision --no-wandb --vq-ckpt --wandb-project"
     parser = flag_parser(__doc__, added.split())
     parser.add_argument("--code-path", required=True, help="folder of codes, packed or in the published layout")

@@ -15,7 +15,7 @@ main = train_c2i.main
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+    """Return the script's flags."""
     parser = train_c2i.flags(sharded=True)
     parser.description = __doc__
     return parser

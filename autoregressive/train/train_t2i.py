@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+    """Return the script's flags."""
     added = "--data-parallel --drop-path-rate --ema --grad-precision --no-wandb --t5-feature-dim --wandb-project"
     parser = flag_parser(__doc__, added.split())
     parser.add_argument("--data-path", required=True, help="folder of *.jsonl lists, or of WebDataset *.tar shards")
@@ -63,7 +63,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--val-data-path", default=None, help="held-out pairs: their loss is reported too")
     parser.add_argument("--val-t5-feat-path", default=None, help="features of the held-out pairs' captions")
     parser.add_argument("--val-code-path", default=None, help="their codes, for --dataset t2i_code")
-    add_switch(parser, "--random-crop", False, "a random crop of each image in the place of the centred one")
+    add_switch(parser, "--random-crop", False, "a random crop of each image in place of the centred one")
     add_tokenizer_flags(parser, VQ_SIZES)
     add_switch(
         parser,

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, which shares its memory; a plain tensor as it is."""
+    """Return this process's part of a sharded tensor, which shares its memory; a plain tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -39,22 +39,22 @@ class EMA:
 
     @torch.no_grad()
     def update(self, decay: float | None = None) -> None:
-        """average = decay * average + (1 - decay) * weight, for every parameter. decay: in the place of the usual one."""
+        """average = decay * average + (1 - decay) * weight, for every parameter. decay: in place of the usual one."""
         averages, weights = self._pairs()
         torch._foreach_lerp_(averages, weights, 1 - (self.decay if decay is None else decay))
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Makes the averages the model's present weights."""
+        """Make the averages the model's present weights."""
         torch._foreach_copy_(*self._pairs())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages under the names, and in the order, of the model's state dict, with its buffers."""
+        """Return the averages under the names of the model's state dict and in its order, with its buffers."""
         return {name: self.averages.get(name, tensor) for name, tensor in self.model.state_dict().items()}
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Puts the averages into the model for a while, and its own weights back afterwards."""
+        """Put the averages into the model for a while, and its own weights back afterwards."""
         self._swap()
         try:
             yield

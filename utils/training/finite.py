@@ -1,4 +1,4 @@
-"""Watches losses for values that are no numbers, without waiting for an accelerator at every step.
+"""Watch for losses that are NaN or infinite, without waiting for an accelerator at every step.
 
 watch = FiniteWatch(); watch.add(step, {"loss": [loss of each part of the batch]}); watch.first(wait=False)
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, order=True)
 class NotFinite:
-    """Where a value stopped being a number: the optimizer step, the part of the batch (None: all of it), what it was."""
+    """Place of a value that is not finite: the optimizer step, the part of the batch (None: all of it), what it was."""
 
     step: int
     part: int | None
@@ -29,7 +29,7 @@ class FiniteWatch:
         self._found: NotFinite | None = None
 
     def add(self, step: int, values: list[tuple[str, int | None, Tensor]]) -> None:
-        """Takes note of scalars of a step: (name, part of the batch, value). A step may have none."""
+        """Take note of scalars of a step: (name, part of the batch, value). A step may have none."""
         if not values:
             return
         names = [(name, part) for name, part, _ in values]
@@ -44,7 +44,7 @@ class FiniteWatch:
         self._pending.append((step, names, numbers, event))
 
     def first(self, wait: bool) -> NotFinite | None:
-        """The first value that is not finite among those that have arrived, or with `wait` among all."""
+        """Return the first value that is not finite among those that have arrived, or with `wait` among all."""
         while self._pending and self._found is None:
             step, names, numbers, event = self._pending[0]
             if event is not None:

@@ -34,28 +34,28 @@ class Meter:
         self.start_window()
 
     def start_window(self) -> None:
-        """Forgets what was counted."""
+        """Forget what was counted."""
         self.steps, self.flops, self.waited, self.paused, self.worked = 0, 0.0, 0.0, 0.0, 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.start = time.perf_counter()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts as time in which there was no data."""
+        """Count as time in which there was no data."""
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
 
     @contextmanager
     def paused_for(self) -> Iterator[None]:
-        """Does not count: evaluation, and what of a checkpoint is not written in the background."""
+        """Do not count: evaluation, and what of a checkpoint is not written in the background."""
         start = time.perf_counter()
         yield
         self.paused += time.perf_counter() - start
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Counts as this process's own work: the forward pass, which waits for no other's gradients."""
+        """Count as this process's own work: the forward pass, which waits for no other's gradients."""
         if self.dist.device.type == "cuda":
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()
@@ -68,12 +68,12 @@ class Meter:
             self.worked += time.perf_counter() - start
 
     def count_step(self, flops_per_sample: float | None) -> None:
-        """One more step, of so many model FLOPs a sample."""
+        """Count one more step, of so many model FLOPs a sample."""
         self.steps += 1
         self.flops += self.samples * (flops_per_sample or 0.0)
 
     def close_window(self) -> dict[str, float]:
-        """The window's figures, the same on every process, and a new window.
+        """Return the window's figures, the same on every process, and begin a new window.
 
         steps, images and tokens a second; mfu (share of the devices' peak) where both are known; the longest wait for
         data of any process as a share of the time; the largest peak memory of a process in GiB. `slowest` names a process
@@ -118,7 +118,7 @@ def _peak_memory(device: torch.device) -> float:
 
 
 def format_window(values: dict[str, float]) -> str:
-    """The figures of a window as a log line shows them, after its steps per second."""
+    """Format the figures of a window for a log line, after its steps per second."""
     parts = [f"images/sec: {values['images_per_second']:,.0f}"]
     if "tokens_per_second" in values:
         parts.append(f"tokens/sec: {values['tokens_per_second']:,.0f}")

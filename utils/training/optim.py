@@ -19,7 +19,7 @@ def adamw(model: nn.Module, args: Namespace) -> torch.optim.AdamW:
 
 
 def learning_rate(args: Namespace, step: int, total: int) -> float:
-    """The rate at a step (from 0): linear warm-up over --warmup-steps, then constant, or a cosine that ends at 0."""
+    """Return the learning rate at a step (from 0): linear warm-up over --warmup-steps, then constant, or a cosine that ends at 0."""
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
     if args.lr_schedule == "cosine":

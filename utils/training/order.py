@@ -42,16 +42,16 @@ class BatchOrder(Sampler[list[int]]):
         return self.size // self.global_batch
 
     def start_at(self, epoch: int, batch: int = 0) -> None:
-        """Where the next iteration begins."""
+        """Set where the next iteration begins."""
         self.epoch, self.batch = epoch, batch
 
     def positions(self, micro_batch: int) -> slice:
-        """The places in the global batch that this process's micro-batch of that number takes."""
+        """Return the positions in the global batch of this process's micro-batch of that number."""
         start = self.rank * self.share + micro_batch * (self.share // self.micro_batches)
         return slice(start, start + self.share // self.micro_batches)
 
     def samples(self, epoch: int, batch: int, rank: int | None = None, part: int | None = None) -> list[int]:
-        """The samples of a batch, of a process's share, or of one part of that; for telling a user which they were."""
+        """Return the samples of a batch, of a process's share, or of one part of that, to name them to a user."""
         order = self._order(epoch)[batch * self.global_batch : (batch + 1) * self.global_batch]
         if rank is not None:
             order = order[rank * self.share : (rank + 1) * self.share]

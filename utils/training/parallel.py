@@ -61,7 +61,7 @@ class Parallel:
 
     @classmethod
     def from_args(cls, args: Namespace, dist: Distributed, compile: bool) -> "Parallel":
-        """The plan that --data-parallel and the flags beside it ask for. Raises ValueError for a group that does not fit."""
+        """Return the plan that --data-parallel and the flags beside it ask for. Raises ValueError for a group that does not fit."""
         return cls(
             dist,
             args.data_parallel,
@@ -84,7 +84,7 @@ class Parallel:
 
     @property
     def sharded(self) -> bool:
-        """Whether a process holds only a part of the weights."""
+        """Tell whether a process holds only a part of the weights."""
         return self.strategy != "ddp"
 
     @property
@@ -94,11 +94,11 @@ class Parallel:
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """What the forward pass is autocast to; None where the weights themselves are cast, or nothing is."""
+        """Return the autocast dtype, or None if FSDP casts the weights itself or nothing is cast."""
         return None if self.sharded else HALF.get(self.precision)
 
     def mesh(self) -> DeviceMesh:
-        """One dimension to shard over, and for hsdp one of copies before it."""
+        """Return the device mesh: one dimension to shard over, and for hsdp one of copies before it."""
         kind, world = self.dist.device.type, self.dist.world_size
         if self.strategy != "hsdp":
             return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
@@ -150,7 +150,7 @@ class Parallel:
 
     @contextmanager
     def last_only(self, wrapped: nn.Module, last: bool) -> Iterator[None]:
-        """Leaves out the exchange of gradients on all parts of a batch but the last."""
+        """Leave out the exchange of gradients on all parts of a batch but the last."""
         wait = not last and not self.sync_every_micro_batch
         if isinstance(wrapped, FSDPModule):
             wrapped.set_requires_gradient_sync(not wait)
@@ -161,7 +161,7 @@ class Parallel:
 
     @contextmanager
     def gathered(self, wrapped: nn.Module) -> Iterator[None]:
-        """Every process has all weights of `wrapped` in its hands, so that each may use any part of the model alone.
+        """Gather all weights of `wrapped` on every process, so that each may use any part of the model alone.
 
         Takes the memory of the whole model, in its training precision. Every process enters and leaves it together; inside,
         nobody asks for a state dict, at which FSDP would shard the weights again.
@@ -180,13 +180,13 @@ class Parallel:
 
 
 def _recomputed(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Keeps a block's inputs only and computes it once more for its gradients (arXiv 1604.06174)."""
+    """Keep a block's inputs only and computes it once more for its gradients (arXiv 1604.06174)."""
     outputs: Any = checkpoint(forward, *args, use_reentrant=False, **kwargs)
     return outputs
 
 
 def rows_held(tensor: Tensor) -> slice:
-    """Which rows (first dimension) of a tensor this process holds; all of one that is not sharded."""
+    """Return the rows (first dimension) of a tensor that this process holds; all of one that is not sharded."""
     if not isinstance(tensor, DTensor):
         return slice(0, len(tensor) if tensor.dim() else 1)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -195,7 +195,7 @@ def rows_held(tensor: Tensor) -> slice:
 
 @torch.no_grad()
 def copy_rows(target: Tensor, whole: Tensor) -> None:
-    """Copies `whole` into `target`, each process the rows that it holds."""
+    """Copy `whole` into `target`, each process the rows that it holds."""
     local(target).copy_(whole[rows_held(target)] if isinstance(target, DTensor) else whole)
 
 
@@ -223,11 +223,11 @@ class SeededNormal:
 
 @torch.no_grad()
 def materialize(model: nn.Module, device: torch.device, seed: int) -> None:
-    """Gives a model from the meta device memory and its initial weights, the same for every way of sharding it."""
+    """Give a model from the meta device memory and its initial weights, the same for every way of sharding it."""
     model.to_empty(device=device)
     cast(Any, model).reset_parameters(SeededNormal(seed))
 
 
 def parameters_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[nn.Parameter]:
-    """Every parameter that the optimizers move, in the order of their groups."""
+    """Return every parameter that the optimizers move, in the order of their groups."""
     return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]

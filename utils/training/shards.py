@@ -25,7 +25,7 @@ class ShardedCheckpoint:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The record of what the weights belong to, as `Checkpoint.config`."""
+        """Return the record of what the weights belong to, as `Checkpoint.config`."""
         return self.record.get("config", {})
 
 
@@ -43,7 +43,7 @@ def open_folder(path: Path, rank: int = 0, world_size: int = 1) -> ShardedCheckp
 
 
 def consolidate(folder: Path) -> None:
-    """Writes `consolidated.pth`, and `consolidated_ema.pth` where there is an average, from a folder's shards.
+    """Write `consolidated.pth`, and `consolidated_ema.pth` where there is an average, from a folder's shards.
 
     Takes the memory of the whole model once. Needs no other process.
     """
@@ -54,7 +54,7 @@ def consolidate(folder: Path) -> None:
 
 
 def whole_weights(folder: Path, part: str) -> dict[str, Tensor]:
-    """The state dict "model" or "ema" put together from a folder's shards; empty where there is none."""
+    """Return the state dict "model" or "ema" put together from a folder's shards; empty where there is none."""
     prefix = f"{part}."
     entries: dict[str, Any] = SafeReader(folder).read_metadata().state_dict_metadata
     state = {
@@ -68,14 +68,14 @@ def whole_weights(folder: Path, part: str) -> dict[str, Tensor]:
 
 
 def first_failure(error: BaseException) -> str:
-    """One line of what went wrong; DCP wraps what befell any process."""
+    """Return one line on what went wrong; DCP wraps the errors of all processes."""
     failures = getattr(error, "failures", None)
     cause = next(iter(failures.values()))[0] if failures else error
     return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
 
 
 def load_shards(tree: dict[str, Any], folder: Path, alone: bool) -> None:
-    """Fills a tree of tensors from a folder. alone: this process by itself, whatever the others do."""
+    """Fill a tree of tensors from a folder. alone: this process by itself, whatever the others do."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
@@ -106,7 +106,7 @@ class SafeReader(dcp.FileSystemReader):
     """Reads a folder of shards; its table of contents is a pickle, of which only the library's own classes are built."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
-        """Raises ValueError for a table that is damaged or asks to run anything else."""
+        """Raise ValueError for a table that is damaged or asks to run anything else."""
         file = Path(self.path) / ".metadata"
         try:
             with open(file, "rb") as f:
@@ -155,7 +155,7 @@ class _TableReader(pickle.Unpickler):
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """A small JSON file of a checkpoint's folder. Raises ValueError that names it."""
+    """Read a small JSON file of a checkpoint's folder. Raises ValueError that names it."""
     try:
         return dict(json.loads(file.read_bytes()))
     except (OSError, ValueError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""How a run ends before its end: asked to by a signal, or because a loss is no longer a number.
+"""How a run ends before its end: asked to by a signal, or by another process that stops.
 
     with StopSignals() as signals:
         ...
@@ -87,7 +87,7 @@ class Agreement:
             threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        """Waits for each message; where one fails, lets the main thread end the process, then ends it."""
+        """Wait for each message; where one fails, lets the main thread end the process, then ends it."""
         try:
             while True:
                 self._sent.get().wait()
@@ -102,7 +102,7 @@ class Agreement:
         os._exit(1)
 
     def exchange(self, *flags: bool) -> tuple[bool, ...]:
-        """Every process calls it once a step; all get the same answer, from what each said at the call before."""
+        """Exchange flags once a step: every process gets the same answer, from what each said at the call before."""
         if self.dist.world_size == 1:
             return flags
         self.close()
@@ -113,7 +113,7 @@ class Agreement:
         return answer
 
     def close(self) -> None:
-        """Waits for the last message, after which no process has one under way."""
+        """Wait for the last message, after which no process has one under way."""
         if self._work is not None:
             self._work.wait()
             self._work = None

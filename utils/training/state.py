@@ -64,23 +64,23 @@ class TrainingState:
 
     @property
     def sharded(self) -> bool:
-        """Whether this process holds a part of the weights only."""
+        """Tell whether this process holds only a part of the weights."""
         return any(isinstance(p, DTensor) for model in self.models.values() for p in model.parameters())
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """State dicts of the models, and the averages as "ema"; their tensors are the state's own."""
+        """Return state dicts of the models, and the averages as "ema"; their tensors are the state's own."""
         averaged = {"ema": self.ema.state_dict()} if self.ema else {}
         return {name: dict(model.state_dict()) for name, model in self.models.items()} | averaged
 
     def moments(self) -> dict[str, dict[str, dict[str, Tensor]]]:
-        """The optimizers' tensors by parameter name; what has not been made yet is made."""
+        """Return the optimizers' tensors by parameter name; what has not been made yet is made."""
         return {
             key: cast(dict[str, Any], get_optimizer_state_dict(model, optimizer))["state"]
             for key, (model, optimizer) in self.optimizers.items()
         }
 
     def file_content(self, args: Namespace) -> dict[str, Any]:
-        """The published layout, as a copy in the host's memory."""
+        """Return the content of a file in the published format, as a copy in the host's memory."""
         optimizers = {key: optimizer.state_dict() for key, (_, optimizer) in self.optimizers.items()}
         content = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), {**self.weights(), **optimizers})
         return content | {
@@ -91,7 +91,7 @@ class TrainingState:
         }
 
     def record(self, args: Namespace, dist: Distributed) -> dict[str, Any]:
-        """What is no tensor."""
+        """Return what of the state is no tensor."""
         flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         return {
             "steps": self.step,
@@ -104,7 +104,7 @@ class TrainingState:
 
     @staticmethod
     def read(path: Path, dist: Distributed, whole: bool = True) -> Checkpoint | ShardedCheckpoint:
-        """Opens a checkpoint and compares its checksums, of a folder each process some of the files.
+        """Open a checkpoint and compares its checksums, of a folder each process some of the files.
 
         Without `whole` a file is read when its tensors are first used, and not compared: published files are large, and
         every process reads them. Raises ValueError that names the damaged file.
@@ -116,7 +116,7 @@ class TrainingState:
         return open_folder(path, dist.rank, dist.world_size)
 
     def take(self, saved: Checkpoint | ShardedCheckpoint, global_batch: int) -> bool:
-        """Takes over everything the checkpoint has. False where it has weights alone: a new run that starts from them.
+        """Take over everything the checkpoint has. False where it has weights alone: a new run that starts from them.
 
         global_batch: samples a step, for published files that do not say. Raises ValueError where it does not fit the models.
         """
@@ -150,7 +150,7 @@ class TrainingState:
 
     @staticmethod
     def _fill(targets: dict[str, Tensor], all_: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
-        """Copies what was found into `targets`, some of `all_`, which it has to fit."""
+        """Copy what was found into `targets`, some of `all_`, which it has to fit."""
         require_fit(all_, {name: tensor.shape for name, tensor in found.items()}, path)
         for name, tensor in targets.items():
             copy_rows(tensor, found[name])
@@ -192,7 +192,7 @@ class Saver:
         self._written, self._failed = False, 0  # whether a store took the last checkpoint; how many none took in a row
 
     def save(self) -> None:
-        """Copies the state and begins to write it; first waits for the one before. Every process calls it."""
+        """Copy the state and begins to write it; first waits for the one before. Every process calls it."""
         self.wait()
         self.saved_step = self.state.step
         if self.state.sharded:
@@ -202,12 +202,12 @@ class Saver:
             self._job = self._thread.submit(self._write_files, f"{self.state.step:07d}.pt", content)
 
     def poll(self) -> None:
-        """Tells of a checkpoint that has been written meanwhile, or could not be."""
+        """Tell of a checkpoint that has been written meanwhile, or could not be."""
         if self._job is not None and self._job.done():
             self.wait()
 
     def wait(self, final: bool = False) -> None:
-        """Waits until nothing is being written. With `final`, which every process calls together, raises OSError on all of
+        """Wait until nothing is being written. With `final`, which every process calls together, raises OSError on all of
         them where it could not be written."""
         job, self._job = self._job, None
         failures = job.result() if job is not None else []
@@ -226,7 +226,7 @@ class Saver:
             raise failure
 
     def finish(self) -> None:
-        """Waits and lets the thread go, whatever became of its last job: for a run that an error ends."""
+        """Wait and lets the thread go, whatever became of its last job: for a run that an error ends."""
         self._thread.shutdown(wait=True)
 
     def _done(self, path: Path) -> None:
@@ -247,7 +247,7 @@ class Saver:
         return failures
 
     def _save_folder(self, name: str) -> Future:
-        """Every process writes its shards to a temporary folder; the first completes it and gives it its name."""
+        """Begin to write a folder: every process its shards under a temporary name; the first process completes and renames it."""
         unfinished = self.run.stores[0] / f".{name}.tmp"
         record = self.state.record(self.args, self.dist)
         failure = None
@@ -316,7 +316,7 @@ def _spread(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: Path)
 
 
 def _rename_folder(unfinished: Path, path: Path) -> None:
-    """Gives a complete folder its name; one that a run left there before it was set back is replaced."""
+    """Give a complete folder its name; one that a run left there before it was set back is replaced."""
     sync_folder(unfinished)
     if path.exists():
         old = path.rename(path.with_name(f".{path.name}.removed.tmp"))

@@ -220,7 +220,7 @@ class Trainer:
         self.log.info("done")
 
     def _batches(self) -> Iterator[list[Any]]:
-        """This process's micro-batches of each remaining step."""
+        """Yield this process's micro-batches of each remaining step."""
         workers = loader_workers(self.args.num_workers, self.dist)
         loader = DataLoader(
             self.dataset,
@@ -332,7 +332,7 @@ class Trainer:
     # Logs
 
     def _progress(self) -> tqdm:
-        """A bar on a terminal, nothing in a file."""
+        """Return a progress bar, which is shown on a terminal only."""
         shown = self.dist.is_main and sys.stderr.isatty()
         return tqdm(total=self.total_steps, initial=self.step, unit="step", disable=not shown, dynamic_ncols=True)
 
@@ -474,6 +474,6 @@ class Trainer:
 
 
 def _gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
-    """The norm of all gradients together, of all shards."""
+    """Return the norm of all gradients together, over all shards."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

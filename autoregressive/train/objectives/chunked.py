@@ -119,7 +119,7 @@ def _in_chunks(
     hidden_gradient: bool = False,
     weight_gradient: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """The loss, and the gradients of its sum over rows: to be multiplied by the last tensor, which makes it a mean.
+    """Return the loss, the gradients of its sum over rows, and the factor that makes that sum a mean.
 
     Gradients of a sum are of the size of a probability, which half precision holds; those of a mean would vanish in it.
     """
@@ -155,7 +155,7 @@ def _in_chunks(
 
 
 def _dtypes(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype of products, and that of logits and sums."""
+    """Return the dtype of products, and that of logits and sums."""
     device = hidden.device.type
     own = torch.promote_types(hidden.dtype, weight.dtype)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else own
@@ -174,7 +174,7 @@ def even_chunk(rows: int, most: int) -> int:
 
 @cache
 def _chunk_loss(objective: Objective, compiled: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """A chunk's weighted loss and its gradient by the logits, as `weighted_cross_entropy` returns them.
+    """Return the function of a chunk's weighted loss and its gradient by the logits, as `weighted_cross_entropy` returns them.
 
     compiled: for CUDA, one pass over the logits in place of several; the compiler takes long to import.
     """
