@@ -169,7 +169,7 @@ def released_gpt(kind: str, gpt_model: str) -> str:
 
 
 def given_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags say of the files, where they are not at their defaults."""
+    """Return what the flags say of the files, where they are not at their defaults."""
     parser, ar_token_num = flags(), layout_numbers(args)[0]
     names = ("gpt_model", "num_classes", "cls_token_num", "codebook_size", "downsample_size", "image_size", "vq_model")
     given = {name: getattr(args, name) for name in (*names, "codebook_embed_dim")}
@@ -227,7 +227,7 @@ def load_pipeline(
 
 
 def is_on_hub(name: str | Path) -> bool:
-    """Whether this names a model that save_pretrained wrote: owner/name on the hub, or a folder with config.json."""
+    """Tell whether this names a model that save_pretrained wrote: owner/name on the hub, or a folder with config.json."""
     from utils.hub import is_released
 
     path = Path(name)
@@ -245,7 +245,7 @@ def describe(pipeline: "ImagePipeline") -> str:
 
 
 def settings_for(kind: str, args: argparse.Namespace) -> dict[str, float]:
-    """Where a tab's sliders stand at first: the flags' values, and where those are at their defaults what suits the models."""
+    """Return a tab's first settings: the flags' values, and where those are at their defaults what suits the models."""
     parser = flags()
     values = {name: getattr(args, name) for name in ("cfg_scale", "cfg_interval", "top_k", "top_p", "temperature")}
     own = QUICKSTART_SETTINGS if args.quickstart else TEXT_SETTINGS if kind == "text" else {}

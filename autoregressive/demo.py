@@ -43,7 +43,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class View:
-    """What there is to show: pictures as (name, PNG, caption), and how far the drawing is, in HTML."""
+    """State of a drawing to show: pictures as (name, PNG, caption), and how far it is, in HTML."""
 
     pictures: list[tuple[str, bytes, str]]
     status: str

@@ -656,7 +656,7 @@ def decode_codes(
 def _decode_so_many(
     tokenizer: Tokenizer, codes: Tensor, width: int, size: int | None, at_once: int, in_strips: bool
 ) -> np.ndarray:
-    """As decode_codes, `at_once` images in each pass, the last one filled up to that number."""
+    """Decode as decode_codes does, `at_once` images in each pass, the last one filled up to that number."""
     decode = tokenizer.to_pixels_in_strips if in_strips else tokenizer.to_pixels
     arrays = []
     for part in codes.split(at_once):

@@ -1,4 +1,4 @@
-"""How close drawing tokens comes to what the machine allows: the floor, a plain loop, and `generate`, in one process.
+"""Speed of drawing tokens beside what the machine allows: the floor, a plain loop, and `generate`, in one process.
 
     python3 benchmarks/sampling.py --gpt-model GPT-B --precision bf16 --batches 1 8 32
     python3 benchmarks/sampling.py --gpt-model GPT-B --precision bf16 --batches 1 --groups 1 4 16      # PAR

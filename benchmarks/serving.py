@@ -1,4 +1,4 @@
-"""How a server does under load: latency, images a second, and how many requests it had no room for.
+"""Server under load: latency, images a second, and the number of requests refused for want of room.
 
     python3 benchmarks/serving.py --gpt-ckpt c2i_B_256.pt --vq-ckpt vq_ds16_c2i.pt --engine native
     python3 benchmarks/serving.py --url http://127.0.0.1:8000 --requests 200 --bursts 4 --hang-up 0.1
@@ -32,7 +32,7 @@ IMAGES = "/v1/images/generations"
 
 @dataclass
 class Outcome:
-    """What became of a request.
+    """Outcome of a request.
 
     status: of the last answer; "hung up" where the client did, "unreachable" where nobody listened, "broken" where the
     connection ended without an answer. seconds: from the first attempt to the answer. begun_at: time.monotonic() of the

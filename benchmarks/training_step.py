@@ -1,4 +1,4 @@
-"""How fast a training step is and what it holds: this project's against a plain one, in one run.
+"""Seconds and memory of a training step: this project's beside a plain one, in one run.
 
     python3 benchmarks/training_step.py --gpt-model GPT-B --image-size 256 --batch-size 64
 

@@ -85,7 +85,7 @@ class _Joined(Sequence[str]):
 
 @dataclass
 class ImageList:
-    """Where the images are, and their labels: int64 (n,), or None where all are 0."""
+    """Paths of images, and their labels: int64 (n,), or None where all are 0."""
 
     paths: Sequence[str]
     labels: np.ndarray | None = None

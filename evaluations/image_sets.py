@@ -52,7 +52,7 @@ class ImageSet(ABC):
         """Images start … stop - 1 in order, uint8 (n, H, W, 3) with n up to batch_size. Raises ValueError for damage."""
 
     def describe(self) -> dict:
-        """What a report says of the set, JSON values."""
+        """Describe the set for a report, in JSON values."""
         size = None if self.size is None else list(self.size)
         return {
             "path": str(self.path),

@@ -1,4 +1,4 @@
-"""What makes a figure incomparable with published ones, said before anyone publishes it.
+"""Judgement of figures: what makes one incomparable with published ones, said before anyone publishes it.
 
     warnings = judge(reference, samples, task="generation")
 
@@ -182,7 +182,7 @@ def was_jpeg(image: np.ndarray) -> bool:
 
 
 def _class_balance(samples: ImageSet) -> list[str]:
-    """Whether the labels could have been drawn evenly: Pearson's chi-squared test, and the rarest and commonest class."""
+    """Test whether the labels could have been drawn evenly: Pearson's chi-squared test, and the rarest and commonest class."""
     if samples.labels is None:
         return []
     from scipy.stats import binom, chi2

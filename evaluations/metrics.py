@@ -1,4 +1,4 @@
-"""How near a set of images is to another: Fréchet distance, Inception Score, precision, recall and kernel distance of features.
+"""Distances between sets of images: Fréchet distance, Inception Score, precision, recall and kernel distance of features.
 
     statistics = RunningStatistics(2048)                      # or one a process, joined by merge()
     for features in batches:                                  # (B, 2048)

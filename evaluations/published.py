@@ -69,7 +69,7 @@ class Row:
 
     @property
     def figure(self) -> str:
-        """What `fid` is called."""
+        """Return the name of `fid`."""
         return "FID" if self.gpt else "rFID"
 
     def flags(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What reconstruction scripts put images through: a tokenizer, or one of the baselines, by the flags that name it.
+"""Codecs of the reconstruction scripts: a tokenizer, or one of the baselines, by the flags that name it.
 
 loaded = load_vae(args, dist, seed)                    # Loaded(codec, name, weights)
 recons, codes = loaded.codec(images, indices)          # (B, 3, H, W) in [-1, 1], and the images' numbers

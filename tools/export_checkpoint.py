@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _beside(source: Path, format: str, averaged: bool) -> Path:
-    """Where an export goes by default: into a sharded checkpoint's folder, else beside it under its name."""
+    """Return the default place of an export: a sharded checkpoint's folder, else beside the file under its name."""
     if source.is_dir() and format == "consolidated":
         return source / f"consolidated{'_ema' if averaged else ''}.pth"
     name = (source.name if source.is_dir() else source.stem) + ("-ema" if averaged else "")

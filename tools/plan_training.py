@@ -1,4 +1,4 @@
-"""What a training run will take, before it is started: parameters, memory of each GPU by part, FLOPs and hours.
+"""Plan of a training run before it is started: parameters, memory of each GPU by part, FLOPs and hours.
 
 python3 tools/plan_training.py --gpt-model GPT-3B --gpus 32 --image-size 384 --data-parallel fsdp
 
@@ -49,7 +49,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether a GPU has room for it, and for what no plan can see."""
+        """Tell whether a GPU has room for it, and for what no plan can see."""
         return self.memory.total + ALLOWANCE <= self.card_bytes
 
     @property
@@ -59,12 +59,12 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """Of that step."""
+        """Return the seconds of that step."""
         return self.step_flops / self.flops_per_second
 
     @property
     def run_seconds(self) -> float:
-        """Of all epochs, each with the FLOPs of its stage."""
+        """Return the seconds of all epochs, each with the FLOPs of its stage."""
         images = self.batch * self.steps_per_epoch
         return sum(epochs * images * flops for epochs, _, flops in self.stages) / self.flops_per_second
 
@@ -84,7 +84,7 @@ def model_flags(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def setup_of(args: argparse.Namespace) -> "Setup":
-    """What the flags ask of a GPU. Raises ValueError where batch or groups do not divide."""
+    """Return the set-up of a GPU that the flags ask for. Raises ValueError where batch or groups do not divide."""
     import torch
 
     from autoregressive.train.memory import Setup

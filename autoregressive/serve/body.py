@@ -29,7 +29,7 @@ PUBLISHED = {"c2i": (4.0, 2000), "t2i": (7.5, 1000)}
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes on.
+    """Limits of what a server accepts.
 
     max_queue: images accepted and not yet drawn. max_n: images of a request. max_prompt: its characters.
     max_body: bytes. timeout: seconds from accepting a request to its pictures. stall: seconds without a token after which
@@ -49,7 +49,7 @@ Kind = Literal["png", "jpeg", "webp"]
 
 
 class ImageBody(BaseModel):
-    """What to draw, and how. Of `prompt`, `class_label` and `class_name` a request has one."""
+    """Body of a request. Of `prompt`, `class_label` and `class_name` it has one."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, title="ImageGenerationRequest")
 

@@ -1,4 +1,4 @@
-"""What the offline scripts share: from the flags of the other sampling scripts to an image's tokens by vLLM, and a grid.
+"""Common part of the offline scripts: from the flags of the other sampling scripts to tokens by vLLM, and a grid.
 
 models = open_models(args)                       # all that can be wrong with flags and files is told here
 draw_grid(args, models, [ImageRequest(label=207, **models.settings)])

@@ -39,7 +39,7 @@ def open_gpt(path: str | Path, **flags) -> Transformer:
 
 
 def hidden_value(dtype: torch.dtype) -> float:
-    """What all numbers of a condition's row are that stands for padding."""
+    """Return the number that fills a padding row of a condition."""
     return torch.finfo(dtype).min
 
 

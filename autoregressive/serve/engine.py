@@ -1,4 +1,4 @@
-"""What the server and the offline scripts ask of an engine: the tokens of one image a request, as they come.
+"""Interface of engines to the server and the offline scripts: the tokens of one image a request, as they come.
 
 engine = NativeEngine(pipeline)                     # native.py, through ImagePipeline
 engine = await VllmEngine.start("c2i_L_384.pt")     # vllm_engine.py, where vLLM is installed
@@ -75,7 +75,7 @@ class Engine(Protocol):
 
     @property
     def dead(self) -> bool:
-        """Whether the engine has ended, by itself or by close(): requests raise RuntimeError then."""
+        """Tell whether the engine has ended, by itself or by close(): requests raise RuntimeError then."""
 
     def token_age(self) -> float | None:
         """Seconds since the last token (or since work came) while anything is in flight; None where nothing is."""

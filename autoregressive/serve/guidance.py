@@ -34,7 +34,7 @@ class Drawing:
 
     @property
     def guided(self) -> bool:
-        """Whether the token that comes is guided."""
+        """Tell whether the next token is guided."""
         return self.settings.guides_token(len(self.tokens))
 
 

@@ -1,4 +1,4 @@
-"""How vLLM reads the weights of a checkpoint of this project: from the file itself, without a copy on the disk. Needs vLLM."""
+"""Loader of this project's checkpoints for vLLM: from the file itself, without a copy on the disk. Needs vLLM."""
 
 from torch import nn
 from vllm.config import ModelConfig

@@ -148,7 +148,7 @@ class GuidedLayers(nn.Module):
 
 
 class ImageGPT(nn.Module):
-    """What vLLM registers: a request's prompt is embedded rows of both streams, or a class's id; its output an image's codes."""
+    """Model that vLLM registers: a request's prompt is embedded rows of both streams, or a class's id; its output an image's codes."""
 
     supports_mrope = True
 

@@ -1,4 +1,4 @@
-"""What vLLM calls in each of its processes before it reads a model (entry point `vllm.general_plugins`).
+"""Plugin that vLLM calls in each of its processes before it reads a model (entry point `vllm.general_plugins`).
 
 vLLM is given the folder vllm_model/ as its model, the checkpoint's config in its place, and the load format PLUGIN.
 """

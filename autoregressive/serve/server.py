@@ -396,7 +396,7 @@ async def load_vllm(args: argparse.Namespace) -> tuple:
 
 
 def text_settings(args: argparse.Namespace) -> dict:
-    """How prompts are encoded, as ImagePipeline takes it."""
+    """Return the settings of ImagePipeline for encoding prompts."""
     from autoregressive.pipeline import PRECISIONS
 
     if args.t5_feat_path:

@@ -104,7 +104,7 @@ class Service:
 
     @property
     def idle(self) -> bool:
-        """Whether every accepted request has been drawn or given up."""
+        """Tell whether every accepted request has been drawn or given up."""
         return not self._jobs
 
     @property
@@ -116,7 +116,7 @@ class Service:
 
     @property
     def state(self) -> str:
-        """What /health tells: "ok", or why no requests are taken."""
+        """Return the state for /health: "ok", or why no requests are taken."""
         return "shutting down" if self.draining else self.engine_state
 
     def accept(self, asked: Asked) -> Job:

@@ -1,4 +1,4 @@
-"""How a request's settings travel to vLLM's engine: as plain values in `SamplingParams.extra_args`.
+"""Settings of a request on their way to vLLM's engine: plain values in `SamplingParams.extra_args`.
 
     settings = DrawSettings.read({"cfg_scale": 4.0, "top_k": 2000, "seed": 3})
     noise = settings.noise(tokens=256)
@@ -23,7 +23,7 @@ Bits64 = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]  # numbers tr
 
 @dataclass(frozen=True)
 class DrawSettings(SamplingConfig):
-    """How the tokens of one image are drawn. seed, index: of its noise (utils/rng.py:image_noise)."""
+    """Settings by which one image is drawn. seed, index: of its noise (utils/rng.py:image_noise)."""
 
     cfg_scale: Number = 1.0
     cfg_interval: Number = -1
@@ -50,7 +50,7 @@ class DrawSettings(SamplingConfig):
         return SamplingConfig(**{field.name: getattr(self, field.name) for field in fields(SamplingConfig)})
 
     def guides_token(self, token: int) -> bool:
-        """Whether the step that draws token `token` of the image is guided: `cfg_interval` counts from the second on."""
+        """Tell whether the step that draws token `token` of the image is guided: `cfg_interval` counts from the second on."""
         return self.guides(token - 1)
 
     def noise(self, tokens: int) -> Tensor:

@@ -207,7 +207,7 @@ class VllmEngine:
 
     @property
     def dead(self) -> bool:
-        """Whether the engine has ended, by itself or by close(): requests raise RuntimeError then."""
+        """Tell whether the engine has ended, by itself or by close(): requests raise RuntimeError then."""
         return self._closed or self._engine.errored
 
     async def close(self) -> None:

@@ -53,17 +53,17 @@ class Setup:
 
     @property
     def sharded(self) -> bool:
-        """Whether a process holds only a part of the weights."""
+        """Tell whether a process holds only a part of the weights."""
         return self.strategy != "ddp"
 
     @property
     def half(self) -> bool:
-        """Whether products are computed in 16 bits."""
+        """Tell whether products are computed in 16 bits."""
         return self.precision in ("fp16", "bf16")
 
     @property
     def waits(self) -> bool:
-        """Whether unsharded gradients of all weights wait for the last part of a batch."""
+        """Tell whether unsharded gradients of all weights wait for the last part of a batch."""
         return self.sharded and self.accumulation > 1 and not self.sync_every_micro_batch
 
 

@@ -120,7 +120,7 @@ def look_at(
 
 
 def recorded_statistics(images: "ImageSet", backend: "Inception") -> "list[Statistics] | None":
-    """Those of the file, if it has any. Raises ValueError where they are not of this graph's features."""
+    """Return the statistics recorded in the file, if any. Raises ValueError where they are not of this graph's features."""
     from evaluations.metrics import Statistics
 
     if images.statistics is None:

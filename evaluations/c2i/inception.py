@@ -34,7 +34,7 @@ CPU_BATCH = 8
 
 
 class _Inception:
-    """What both backends share: reading the file, checking it and the images, shaping the features.
+    """Common part of both backends: reading the file, checking it and the images, shaping the features.
 
     `weights` (features, classes) float32 give class scores as pool @ weights; `pool_dim` is how many features there are.
     """
@@ -78,7 +78,7 @@ class _Inception:
 
 
 class TorchInception(_Inception):
-    """By torch, on `device` (cpu, cuda, mps)."""
+    """Features by torch, on `device` (cpu, cuda, mps)."""
 
     name = "torch"
 
@@ -106,7 +106,7 @@ class TorchInception(_Inception):
 
 
 class TensorFlowInception(_Inception):
-    """By TensorFlow, as the published figures were made; on a GPU where TensorFlow finds one.
+    """Features by TensorFlow, as the published figures were made; on a GPU where TensorFlow finds one.
 
     `threads` bounds the processor threads of an operation (default: as many as there are cores); TensorFlow keeps the first
     value that a process gives it.

@@ -68,7 +68,7 @@ def find_clip(name: str, folder: str | Path | None = None) -> Path:
 
 
 def for_open_clip(folder: Path) -> bool:
-    """Whether a folder is in open_clip's format, and not in that of transformers."""
+    """Tell whether a folder is in open_clip's format, and not in that of transformers."""
     return not _has(folder, "config.json", _WEIGHT_FILES) and _has(folder, _OPEN_CLIP_CONFIG, _OPEN_CLIP_FILES)
 
 

@@ -120,7 +120,7 @@ def fake_folder(args: argparse.Namespace) -> "Path":
 
 
 def reference_folder(args: argparse.Namespace) -> "Path":
-    """Where the reference images are: val2014 of --ref_dir for coco2014, else its --ref_type; or --ref_dir itself.
+    """Return the folder of reference images: val2014 of --ref_dir for coco2014, else its --ref_type; or --ref_dir itself.
 
     Raises FileNotFoundError where there is no such folder.
     """
@@ -141,7 +141,7 @@ def reference_folder(args: argparse.Namespace) -> "Path":
 
 
 def open_reference(args: argparse.Namespace) -> "SquareImages | RecordedReference":
-    """What --ref_dir names: an .npz of statistics, or a folder of images. Raises as RecordedReference and `reference_images` do."""
+    """Open the --ref_dir: an .npz of statistics, or a folder of images. Raises as RecordedReference and `reference_images` do."""
     from dataset.pixels import Reading
     from evaluations.t2i.images import reference_images
     from evaluations.t2i.reference import RecordedReference
@@ -215,7 +215,7 @@ def judge(
     reference: "SquareImages | RecordedReference | None",
     args: argparse.Namespace,
 ) -> list[str]:
-    """What makes the figures incomparable with published ones, from what is known before the images are read."""
+    """List what makes the figures incomparable with published ones, as far as is known before the images are read."""
     found = []
     if fakes.count < PUBLISHED_IMAGES:
         found.append(
@@ -287,7 +287,7 @@ def other_pairs(fakes: "SquareImages") -> list[str]:
 
 
 def overlap(one: "Path", other: "Path") -> bool:
-    """Whether one of two folders is the other or lies in it."""
+    """Tell whether one of two folders is the other or lies in it."""
     one, other = one.resolve(), other.resolve()
     return one == other or one in other.parents or other in one.parents
 
@@ -361,7 +361,7 @@ def reference_features(
 
 
 def reference_protocol(args: argparse.Namespace, reference: "SquareImages", backend: "Inception") -> dict:
-    """What the statistics of the reference depend on, JSON values."""
+    """Return the settings that the statistics of the reference depend on, JSON values."""
     return {
         "path": str(reference.path),
         "data": args.ref_data,

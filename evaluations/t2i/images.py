@@ -59,7 +59,7 @@ class SquareImages(ImageFolder):
 
     @property
     def enlarged(self) -> int:
-        """How many files have a side shorter than the evaluated resolution."""
+        """Count the files with a side shorter than the evaluated resolution."""
         return sum(count for size, count in self.sizes.items() if min(size) < self.size[0])
 
     def describe(self) -> dict:

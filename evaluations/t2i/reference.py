@@ -62,7 +62,7 @@ class RecordedReference:
                 )
 
     def describe(self) -> dict:
-        """What a report says of the reference, JSON values."""
+        """Describe the reference for a report, in JSON values."""
         return {"path": str(self.path), "kind": self.kind, "count": self.count, "made": self.made}
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TamingVQGAN:
-    """What a released file has to hold, and the address that a browser finds it at.
+    """Content of a released file, and its address for a browser.
 
     embed_dim: numbers a code has. ch_mult: channel multipliers, one a level from the image down.
     """

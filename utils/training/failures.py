@@ -19,7 +19,7 @@ SHOWN_SAMPLES = 64
 
 
 class Failures:
-    """What a run watches for. Every process calls its methods together, but where they say otherwise."""
+    """Watch over failures of a run. Every process calls its methods together, but where they say otherwise."""
 
     def __init__(self, saver: Saver, order: BatchOrder, dataset: Dataset, watch: FiniteWatch):
         self.saver, self.order, self.dataset, self.watch = saver, order, dataset, watch

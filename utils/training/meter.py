@@ -1,4 +1,4 @@
-"""What a window of steps cost: rates, waiting for data, memory, and which process was slowest.
+"""Cost of a window of steps: rates, waiting for data, memory, and which process was slowest.
 
 meter = Meter(dist, samples=256, tokens=576, flops=1.9e12, peak=989e12)
 with meter.waiting(): batch = next(loader)

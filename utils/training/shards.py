@@ -93,7 +93,7 @@ class ChecksummedWriter(dcp.FileSystemWriter):
         self.folder, self.rank = folder, rank
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future:
-        """As the library does, then reads the files once more: what is on the disk is what the sums vouch for."""
+        """Write as the library does, then read the files once more, so that the checksums are of what is on the disk."""
         results = super().write_data(plan, planner).wait()
         names = {result.storage_data.relative_path for result in results}
         write_json(self.folder / f"{self.rank}.crc32.json", {name: crc32_of(self.folder / name) for name in names})
