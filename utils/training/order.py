@@ -1,4 +1,4 @@
-"""Which samples make up which batch: a function of (seed, epoch, batch number), whatever the number of processes.
+"""Order of samples: each batch is a function of (seed, epoch, batch number), whatever the number of processes.
 
     order = BatchOrder(len(dataset), global_batch=256, micro_batch=32, rank=0, world_size=8, seed=0)
     order.start_at(epoch=3, batch=17)

@@ -1,4 +1,4 @@
-"""How a model is laid over processes, from outside: it knows nothing of it.
+"""Parallelism of a model over processes, applied from outside: the model knows nothing of it.
 
     plan = Parallel.from_args(args, dist)
     wrapped = plan.apply(module, blocks=model.layers)        # DDP, or FSDP2 of each block and of the rest

@@ -1,4 +1,4 @@
-"""What a training run consists of, and how it goes to the disk and comes back, while training goes on.
+"""State of a training run, and its way to the disk and back while training continues.
 
     state = TrainingState(models={"model": model}, optimizers={"optimizer": (model, adam)}, ema=ema, scaler=scaler)
     saver = Saver(state, run, args, dist, log); saver.save(); saver.finish()
