@@ -1,4 +1,4 @@
-"""Watch for losses that are NaN or infinite, without waiting for an accelerator at every step.
+"""Watch over losses: NaN and infinity are found without waiting for an accelerator at every step.
 
 watch = FiniteWatch(); watch.add(step, {"loss": [loss of each part of the batch]}); watch.first(wait=False)
 """
