@@ -87,9 +87,9 @@ class PublishedTarget(PackedTarget):
 
     def missing(self, batch_size: int) -> list[tuple[int, range]]:
         """Return the batches in which an image has no codes yet; all, where the folder does not record whose its codes are."""
-        begun = recorded_settings(self.folder, self.settings.image_size)
-        settings = replace(self.settings, shard_size=SHARD_SIZE)
-        record_settings(self.folder, settings, published_record(self.settings.image_size))
+        record = published_record(self.settings.image_size)
+        begun = (self.folder / record).exists()
+        record_settings(self.folder, replace(self.settings, shard_size=SHARD_SIZE), record)
         labels = published_folders(self.folder, self.settings.image_size)[1]  # a sample is whole once it has one
         return _lacking(self.settings, batch_size, Loose(labels, "integers", ()).numbers if begun else ())
 

@@ -164,6 +164,19 @@ def test_the_published_layout(images, tokenizer, extracted, tmp_path):
     assert isinstance(data.sources[0], PublishedFolder) and len(data) == COUNT
 
 
+def test_published_layout_again_encodes_what_is_missing(images, tokenizer, tmp_path, capsys):
+    folder = extract(images, tmp_path / "flip", tokenizer, "--published-layout")
+    whole = digests(folder)
+    (folder / "imagenet16_labels" / "7.npy").unlink()  # the second batch of 4 images of the second shard of 5
+    capsys.readouterr()
+    extract(images, folder, tokenizer, "--published-layout")
+    assert "encoded 4 images" in capsys.readouterr().out and digests(folder) == whole
+    (folder / "imagenet16.json").unlink()  # whose codes these are is not known then
+    np.save(folder / "imagenet16_codes" / "3.npy", np.zeros((1, 2, TOKENS), np.int64))
+    extract(images, folder, tokenizer, "--published-layout")
+    assert "encoded 18 images" in capsys.readouterr().out and digests(folder) == whole
+
+
 def test_many_views_are_encoded_in_parts(tokenizer, monkeypatch):
     model = load_tokenizer(tokenizer)
     encode, sizes = model.to_codes, []
