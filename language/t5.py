@@ -6,6 +6,7 @@
 Features are right-padded, as the tokenizer pads; what stands in the padding is not zero, and `mask` tells where that is.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -203,29 +204,25 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def fingerprint(embedder: T5Embedder) -> str:
-    """Return sixteen characters that tell encoders apart by what decides their features: vocabulary, embeddings, first and last layer."""
-    import hashlib
-
+    """Return sixteen digits that tell encoders apart by what decides their features: vocabulary, first and last weights."""
     stack = embedder.model.encoder
-    weights = [
-        embedder.model.shared.weight[:64],
-        stack.block[0].layer[0].SelfAttention.q.weight,
-        stack.final_layer_norm.weight,
-    ]
-    digest = hashlib.sha256(repr(sorted(embedder.tokenizer.get_vocab().items())).encode())
-    for weight in weights:
-        digest.update(weight.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    weights = *_first_weights(embedder), stack.final_layer_norm.weight
+    return _digest(embedder, [weight.detach().float() for weight in weights])
 
 
 def encoder_identity(embedder: T5Embedder) -> str:
     """Return sixteen digits that are equal for one encoder in any precision: of its vocabulary and its weights' signs."""
-    import hashlib
+    return _digest(embedder, [weight.detach().signbit() for weight in _first_weights(embedder)])
 
-    stack = embedder.model.encoder
+
+def _first_weights(embedder: T5Embedder) -> tuple[Tensor, Tensor]:
+    return embedder.model.shared.weight[:64], embedder.model.encoder.block[0].layer[0].SelfAttention.q.weight
+
+
+def _digest(embedder: T5Embedder, values: Sequence[Tensor]) -> str:
     digest = hashlib.sha256(repr(sorted(embedder.tokenizer.get_vocab().items())).encode())
-    for weight in (embedder.model.shared.weight[:64], stack.block[0].layer[0].SelfAttention.q.weight):
-        digest.update(weight.detach().signbit().cpu().numpy().tobytes())
+    for value in values:
+        digest.update(value.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

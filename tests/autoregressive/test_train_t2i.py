@@ -13,8 +13,10 @@ import torch
 from autoregressive.models.gpt import GPT_models
 from autoregressive.train import extract_codes_t2i, train_t2i
 from autoregressive.train.loss import TokenLoss, dropped_conditions
+from dataset.arrays import write_arrays
 from dataset.augmentation import center_view
 from language.features import left_padded, prefix_mask
+from tests.helpers import ROOT
 from tests.text_training import (
     COLOURS,
     DIM,
@@ -510,3 +512,23 @@ FLAGS = """
 
 def test_published_flags():
     check_published_flags(train_t2i, FLAGS, ("--cloud-save-path",))
+
+
+@pytest.mark.parametrize("kind", ["codes", "images"])
+def test_a_map_stored_for_each_pair_reaches_the_model(data, tmp_path, kind):
+    """With a held-out loss and pictures, for which it is read too."""
+    maps, first = tmp_path / "maps", 0
+    for stem, count in COUNTS.items():
+        values = [np.full((N, 1), first + line, np.float32) for line in range(count)]
+        write_arrays(maps / stem, "depth", values, of=data / "codes" / stem)
+        first += count
+    flags = ["--import", ROOT / "examples/depth_map.py", "--condition", "depth", "--condition-path", f"depth={maps}"]
+    more = [*held_out(data), "--val-condition-path", f"depth={maps}", "--vq-ckpt", data / "vq.pt", "--sample-every", 2]
+    train(data, tmp_path / "results", *flags, *more, "--max-steps", 2, "--ckpt-every", 1, kind=kind)
+    assert any(value.any() for name, value in weights(tmp_path / "results").items() if "depth" in name)
+    assert len(metrics(tmp_path / "results", "val_loss")) == 2
+    assert list(run_folder(tmp_path / "results").rglob("*.png"))
+    with pytest.raises(
+        ValueError, match="--val-condition-path gives nothing; this model takes --val-condition-path depth="
+    ):
+        train(data, tmp_path / "results", *flags, *held_out(data), kind=kind)
