@@ -11,7 +11,6 @@ from argparse import Namespace
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from math import isfinite
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class PatchSchedule:
     epoch_rate: the share of a stage's end at which the one before it ends; the last one ends at `epochs`.
     warmup_epochs, decay_ratio, lr, end_lr: the learning rate with --scheduler, see `learning_rate`.
     max_steps: where the run ends before `epochs`, of steps_per_epoch steps: the stages are then shares of these steps.
-    A stage whose epochs round to none is left out. Raises ValueError for values out of their range and where no epoch is
-    left for single tokens.
+    A stage whose epochs round to none is left out. Raises ValueError for a level that there is not, and where no epoch is
+    left for single tokens; the flags have the ranges of the others.
     """
 
     epochs: int
@@ -48,15 +47,8 @@ class PatchSchedule:
     @classmethod
     def from_args(cls, args: Namespace) -> "PatchSchedule":
         """Return the schedule of --patch-level and the flags beside it."""
-        return cls(
-            epochs=args.epochs,
-            patch_level=args.patch_level,
-            epoch_rate=args.epoch_rate,
-            warmup_epochs=args.warmup_epochs,
-            decay_ratio=args.decay_ratio,
-            lr=args.lr,
-            end_lr=args.end_lr,
-        )
+        names = ("epochs", "patch_level", "epoch_rate", "warmup_epochs", "decay_ratio", "lr", "end_lr")
+        return cls(**{name: getattr(args, name) for name in names})
 
     def for_run(self, samples: int, args: Namespace) -> "PatchSchedule":
         """Return the schedule of a run on so many samples: where --max-steps ends it, stages are shares of these steps."""
@@ -70,14 +62,6 @@ class PatchSchedule:
             raise ValueError(
                 f"--patch-level goes from 1 (no patches) to 4 (patches of 8x8 first), got {self.patch_level}"
             )
-        if not 0 < self.epoch_rate <= 1:
-            raise ValueError(f"--epoch-rate is a share of the epochs, above 0 and at most 1, got {self.epoch_rate}")
-        if not 0 <= self.warmup_epochs < float("inf"):
-            raise ValueError(f"--warmup-epochs must be 0 or more, got {self.warmup_epochs}")
-        if not 0 <= self.decay_ratio <= 1:
-            raise ValueError(f"--decay-ratio is a share of each stage, from 0 to 1, got {self.decay_ratio}")
-        if not (self.end_lr >= 0 and isfinite(self.end_lr)):
-            raise ValueError(f"--end-lr must be 0 or more, got {self.end_lr}")
         if not self.stages or self.stages[-1].patch_side > 1:
             raise ValueError(
                 f"single tokens would get no epoch: with --epochs {self.epochs} --patch-level {self.patch_level} --epoch-rate "

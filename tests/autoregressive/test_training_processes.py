@@ -16,7 +16,7 @@ from PIL import Image
 from autoregressive.pipeline import load_gpt
 from autoregressive.train import train_c2i_fsdp
 from dataset.code_files import write_published
-from tests.helpers import free_port
+from tests.helpers import ROOT, free_port
 from tests.training import (
     check_published_flags,
     command,
@@ -42,6 +42,8 @@ MODEL += ["--downsample-size", 4, "--mixed-precision", "fp32"]
 PLAIN = ["--global-batch-size", 16, "--num-workers", 0, "--log-every", 1, "--lr", 2e-3, "--ema", "--ema-decay", 0.9]
 EXACT = ["--dropout-p", 0, "--token-dropout-p", 0]
 TEN = [*EXACT, "--epochs", 9, "--max-steps", 10, "--gradient-accumulation-steps", 2, "--ckpt-every", 100]
+# An objective that autograd differentiates.
+OWN = ["--import", ROOT / "examples/z_loss.py", "--objective", "z_loss"]
 # A smaller rate: Adam makes large steps of the special tokens' first, tiny gradients, whose rounding would then show.
 PAR = ["--ar-token-num", 4, "--spe-token-num", 3, "--lr", 5e-4]
 NPP = ["--patch-level", 2, "--epoch-rate", 0.5, "--scheduler", "--epochs", 4, "--max-steps", 20]
@@ -85,7 +87,7 @@ def one(codes, tmp_path_factory):
     """Runs of one process, to compare with."""
     folder = tmp_path_factory.mktemp("one")
     held_out = ["--val-code-path", odd_codes(folder / "held_out")]
-    runs = {"raster": [*TEN, *held_out], "PAR": [*TEN, *PAR], "NPP": [*TEN, *NPP]}
+    runs = {"raster": [*TEN, *OWN, *held_out], "PAR": [*TEN, *PAR], "NPP": [*TEN, *NPP]}
     live(*(life(codes, folder / name, *flags, module=DDP) for name, flags in runs.items()))
     return folder
 
@@ -110,7 +112,7 @@ def test_two_processes_give_the_losses_of_one(codes, tmp_path, one):
         "fsdp": ["--data-parallel", "fsdp", "--activation-checkpointing"],
         "sdp": ["--data-parallel", "sdp", "--sync-every-micro-batch"],
     }
-    flags = [*TEN, "--val-code-path", odd_codes(tmp_path / "held_out")]
+    flags = [*TEN, *OWN, "--val-code-path", odd_codes(tmp_path / "held_out")]
     live(*(life(codes, tmp_path / name, *flags, *more, world=2) for name, more in kinds.items()))
     for name in kinds:
         agree(tmp_path / name, one / "raster")
@@ -118,7 +120,8 @@ def test_two_processes_give_the_losses_of_one(codes, tmp_path, one):
 
 @pytest.mark.slow
 def test_four_processes_give_the_losses_of_one(codes, tmp_path, one):
-    flags = [*TEN, "--val-code-path", odd_codes(tmp_path / "held_out"), "--data-parallel", "hsdp", "--shard-size", 2]
+    flags = [*TEN, *OWN, "--val-code-path", odd_codes(tmp_path / "held_out")]
+    flags += ["--data-parallel", "hsdp", "--shard-size", 2]
     live(life(codes, tmp_path / "hsdp", *flags, world=4))
     agree(tmp_path / "hsdp", one / "raster")
 
