@@ -500,7 +500,7 @@ def refuse_t5(monkeypatch) -> None:
 @pytest.mark.parametrize("more", [[], ["--published-layout"]], ids=["packed", "published"])
 def test_features_in_the_place_of_the_t5(text_files, drawn, tmp_path, monkeypatch, more):
     """The images are those that the T5 gives in the same precision, of a long prompt too where it was cut alike."""
-    monkeypatch.setattr(extract_t5_feature, "MAX_LENGTH", ROWS)
+    monkeypatch.setattr("language.extraction.MAX_LENGTH", ROWS)
     features = extracted(text_files, text_files.table, tmp_path / "features", *more)
     refuse_t5(monkeypatch)
     folder = tmp_path / "samples"

@@ -15,7 +15,7 @@ import torch
 from dataset.text_features import FeatureWriter, open_features
 from language import extract_t5_feature
 from language.captions import clean_caption
-from language.extract_t5_feature import encode_captions
+from language.extraction import encode_captions
 from language.prompts import PromptFeatures
 from language.t5 import T5Embedder
 from tests.helpers import free_port
