@@ -58,17 +58,40 @@ def main(args: argparse.Namespace) -> None:
         return
     steps.require_evaluator()
     graph, processes = find_file(GRAPH, args.graph), steps.local_processes(args.device)
+    reference = find_file(REFERENCE, args.reference) if row.gpt else None
+    made = commands(row, args, given)
+    for script, flags, _ in made:
+        steps.run(script, flags, processes)
+    *cropped, samples = (steps.newest(folder) for _, _, folder in made)
+    report = steps.evaluate(
+        reference or cropped[0], samples, processes, graph=graph, task=task_of(row), device=args.device
+    )
+    write_result(Path(args.output) / row.name, result_of(row, departures(row, args, given), report))
+
+
+def task_of(row: Row) -> str:
+    """Returns the evaluator's --task."""
+    return "generation" if row.gpt else "reconstruction"
+
+
+def commands(row: Row, args: argparse.Namespace, given: dict[str, Any]) -> list[tuple[str, list[str], Path]]:
+    """Returns the scripts that make a row's images, their flags, and the folders in which they leave an .npz.
+
+    Tokenizers' rows share the folder of cropped validation images, which is their reference.
+    """
     folder = Path(args.output) / row.name
     if row.gpt:
-        reference = find_file(REFERENCE, args.reference)
-        samples = steps.draw([*words(row, given), "--sample-dir", str(folder / "samples")], processes)
+        made = [(steps.SAMPLER, words(row, given), folder / "samples")]
     else:
-        cropped = validation_folder(row, args, given)
-        reference = steps.reconstruct(steps.VALIDATION, validation_words(row, given), cropped, processes)
-        samples = steps.reconstruct(steps.RECONSTRUCTOR, words(row, given), folder / "reconstructions", processes)
-    task = "generation" if row.gpt else "reconstruction"
-    report = steps.evaluate(reference, samples, processes, graph=graph, task=task, device=args.device)
-    write_result(folder, result_of(row, departures(row, args, given), report))
+        size = given.get("image_size_eval", row.image_size_eval)
+        taken = {name: value for name, value in given.items() if name in DATA | {"per_proc_batch_size", "device"}}
+        flags = {"data_path": "/path/to/imagenet/val", **taken, "image_size": size}
+        cropping = [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), str(value))]
+        made = [
+            (steps.VALIDATION, cropping, Path(args.output) / f"validation_{size}"),
+            (steps.RECONSTRUCTOR, words(row, given), folder / "reconstructions"),
+        ]
+    return [(script, [*flags, "--sample-dir", str(place)], place) for script, flags, place in made]
 
 
 def given_flags(args: argparse.Namespace) -> dict[str, Any]:
@@ -125,19 +148,6 @@ def words(row: Row, given: dict[str, Any]) -> list[str]:
             flag, value = flag.replace("--", "--no-", 1), True
         flags[flag] = "" if value is True else str(value)
     return [word for flag, value in flags.items() for word in ([flag, value] if value else [flag])]
-
-
-def validation_words(row: Row, given: dict[str, Any]) -> list[str]:
-    """Returns the flags with which val_ddp.py crops the validation set."""
-    taken = {name: value for name, value in given.items() if name in DATA | {"per_proc_batch_size", "device"}}
-    size = given.get("image_size_eval", row.image_size_eval)
-    flags = {"data_path": "/path/to/imagenet/val", **taken, "image_size": size}
-    return [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), str(value))]
-
-
-def validation_folder(row: Row, args: argparse.Namespace, given: dict[str, Any]) -> Path:
-    """Returns the folder of cropped validation images, which the tokenizers' rows share."""
-    return Path(args.output) / f"validation_{given.get('image_size_eval', row.image_size_eval)}"
 
 
 def departures(row: Row, args: argparse.Namespace, given: dict[str, Any]) -> list[str]:
@@ -243,20 +253,13 @@ def describe_plan(row: Row, args: argparse.Namespace, given: dict[str, Any]) -> 
         yield f"  {name:<32} {where}"
     folder, processes = Path(args.output) / row.name, steps.local_processes(args.device)
     yield from ("", "commands")
-    if row.gpt:
-        drawing = [*words(row, given), "--sample-dir", str(folder / "samples")]
-        reference, samples, task = found[REFERENCE], folder / "samples" / "*.npz", "generation"
-    else:
-        cropped, samples, task = (
-            validation_folder(row, args, given),
-            folder / "reconstructions" / "*.npz",
-            "reconstruction",
-        )
-        cropping, reference = [*validation_words(row, given), "--sample-dir", cropped], cropped / "*.npz"
-        yield "  " + steps.describe(steps.VALIDATION, cropping, processes)
-        drawing = [*words(row, given), "--sample-dir", samples.parent]
-    yield "  " + steps.describe(steps.SAMPLER if row.gpt else steps.RECONSTRUCTOR, drawing, processes)
-    judging = steps.evaluation_words(reference, samples, found[GRAPH], task, args.device)
+    made = commands(row, args, given)
+    for script, flags, _ in made:
+        yield "  " + steps.describe(script, flags, processes)
+    *cropped, samples = (place / "*.npz" for _, _, place in made)
+    judging = steps.evaluation_words(
+        found[REFERENCE] if row.gpt else cropped[0], samples, found[GRAPH], task_of(row), args.device
+    )
     yield "  " + steps.describe(steps.EVALUATOR, judging, processes)
     count, size = given.get("num_fid_samples", row.samples), given.get("image_size_eval", row.image_size_eval)
     images = count * size**2 * 3 * (1 + PNG_SHARE) * (1 if row.gpt else 2)  # a tokenizer's row has its reference too

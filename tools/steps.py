@@ -1,4 +1,4 @@
-"""Steps of a published figure, for reproduce.py and sweep_guidance.py: draw, reconstruct, evaluate.
+"""Steps of a published figure, for reproduce.py and sweep_guidance.py: run a script, draw, evaluate.
 
     samples = draw(["--gpt-model", "GPT-L", ...], processes=8)
     report = evaluate(reference, samples, processes=8, graph=graph)
@@ -94,12 +94,6 @@ def draw(words: Sequence[str], processes: int) -> Path:
     if drawn is None or drawn["cfg_scale"] != args.cfg_scale:
         raise ValueError(f"{samples} is another run's: give a --sample-dir that no other run writes to meanwhile")
     return samples
-
-
-def reconstruct(script: str, words: Sequence[str], folder: Path, processes: int) -> Path:
-    """Writes what a reconstruction script makes of a data set into `folder` and returns the .npz."""
-    run(script, [*words, "--sample-dir", folder], processes)
-    return newest(folder)
 
 
 def newest(folder: Path) -> Path:
