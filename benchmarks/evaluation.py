@@ -64,7 +64,7 @@ def run_all(inception: Callable, images: object) -> None:
 
 
 def published_distance(a: "np.ndarray", b: "np.ndarray") -> float:
-    """Returns the Fréchet distance of features (N, D) and (M, D) by the root of the product of covariances."""
+    """Return the Fréchet distance of features (N, D) and (M, D) by the root of the product of covariances."""
     import numpy as np
     import scipy.linalg
 
@@ -88,7 +88,7 @@ def write_images(path: Path, args: argparse.Namespace, seed: int) -> Path:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Returns the script's flags."""
+    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--images", type=positive_int, default=2000, help="images of either set")
     parser.add_argument("--image-size", type=positive_int, default=256, help="pixels a side")

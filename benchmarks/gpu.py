@@ -109,7 +109,7 @@ def write_report(out: Path, done: dict[str, dict], seconds: float, small: bool) 
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("out", metavar="OUT", help="folder for the report and the figures")
     parser.add_argument("--device", default="cuda", help="cuda or cpu")

@@ -43,7 +43,7 @@ class Part:
             self.put(what, f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}")
 
     def seconds(self, work: Callable[[], object], repeats: int = 1) -> float:
-        """Seconds of a call to its end on the device, the mean over `repeats`."""
+        """Return seconds of a call to its end on the device, the mean over `repeats`."""
         self.wait()
         began = time.perf_counter()
         for _ in range(repeats):
@@ -57,7 +57,7 @@ class Part:
             torch.cuda.synchronize(self.device)
 
     def peak(self, work: Callable[[], object]) -> float:
-        """The most memory that a call allocates on the device, GiB; nan on a CPU."""
+        """Return the most memory that a call allocates on the device, GiB; nan on a CPU."""
         if not self.cuda:
             work()
             return float("nan")
@@ -80,7 +80,7 @@ class Part:
         return self.seconds(graph.replay, 20) / calls * 1e6
 
     def gpt(self, name: str, tokens: int, **changes: int) -> Transformer:
-        """A model with random weights in bf16, of two layers of GPT-XS where models are small."""
+        """Return a model with random weights in bf16, of two layers of GPT-XS where models are small."""
         if self.small:
             groups = {key: value for key, value in changes.items() if key == "ar_token_num"}
             name, tokens, changes = "GPT-XS", 16, {"n_layer": 2, "vocab_size": 4096, **groups}
@@ -99,5 +99,5 @@ class Part:
 
 
 def memory_held() -> str:
-    """Returns the peaks of the process: allocated and reserved, GiB."""
+    """Return the peaks of the process: allocated and reserved, GiB."""
     return f"{torch.cuda.max_memory_allocated() / 2**30:.2f}, {torch.cuda.max_memory_reserved() / 2**30:.2f}"

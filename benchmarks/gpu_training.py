@@ -82,7 +82,7 @@ class Scripts:
         return path
 
     def flags(self, side: int, results: str, *more: object) -> list[str]:
-        """Returns the flags of a run on codes of this size."""
+        """Return the flags of a run on codes of this size."""
         common = [
             "--code-path",
             self.codes(side, 512),
@@ -110,11 +110,11 @@ class Scripts:
         train_c2i.main(train_c2i.flags().parse_args(self.flags(side, results, *more)))
 
     def command(self, script: str, flags: list[str]) -> list[str]:
-        """Returns the command line of a training script."""
+        """Return the command line of a training script."""
         return [sys.executable, f"autoregressive/train/{script}.py", *flags]
 
     def last(self, results: str) -> Path:
-        """Returns the newest checkpoint of a run."""
+        """Return the newest checkpoint of a run."""
         from utils.runs import find_checkpoint
 
         return find_checkpoint(self.folder / results)

@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def make_model(args: argparse.Namespace, kind: str) -> "Transformer":
-    """Returns the file's model, or one with random weights, in the precision of `kind`."""
+    """Return the file's model, or one with random weights, in the precision of `kind`."""
     import torch
 
     from autoregressive.models.gpt import GPT_models
@@ -92,7 +92,7 @@ def make_model(args: argparse.Namespace, kind: str) -> "Transformer":
 
 
 def read_codes(args: argparse.Namespace, shape: object) -> "tuple[Tensor, Tensor]":
-    """Returns the first codes (n, tokens) of --codes and their labels (n,); random ones without --codes."""
+    """Return the first codes (n, tokens) of --codes and their labels (n,); random ones without --codes."""
     import torch
 
     from dataset.codes import open_codes
@@ -109,7 +109,7 @@ def read_codes(args: argparse.Namespace, shape: object) -> "tuple[Tensor, Tensor
 
 
 def score(model: "Transformer", codes: "Tensor", labels: "Tensor", batch: int) -> "tuple[float, Tensor]":
-    """Returns the mean NLL of codes (n, N) in nats a token, and the most likely token at each place (n, N)."""
+    """Return the mean NLL of codes (n, N) in nats a token, and the most likely token at each place (n, N)."""
     import torch
     import torch.nn.functional as F
 
@@ -125,7 +125,7 @@ def score(model: "Transformer", codes: "Tensor", labels: "Tensor", batch: int) -
 
 
 def weight_bytes(model: "Transformer") -> int:
-    """Returns the bytes of a model's parameters, quantized or not."""
+    """Return the bytes of a model's parameters, quantized or not."""
 
     def size(tensor: "Tensor") -> int:
         if hasattr(tensor, "__tensor_flatten__"):  # several tensors in one: values, scales
@@ -136,7 +136,7 @@ def weight_bytes(model: "Transformer") -> int:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Returns the script's flags."""
+    """Return the script's flags."""
     parser = flag_parser(__doc__)
     add_gpt_file_flags(parser)
     parser.add_argument("--codes", default=None, help="packed codes whose likelihood is compared")

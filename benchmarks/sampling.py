@@ -89,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def timed(work: Callable[[], object], device: "torch.device") -> float:
-    """Seconds of a call."""
+    """Return seconds of a call."""
     import torch
 
     began = time.perf_counter()
@@ -100,7 +100,7 @@ def timed(work: Callable[[], object], device: "torch.device") -> float:
 
 
 def floor(model: "Transformer", rows: int, group: int, passes: int) -> float:
-    """Seconds of a step of which nothing but the linear layers is left, the best of `passes`; on CUDA recorded as a graph.
+    """Return seconds of a step of which nothing but the linear layers is left, the best of `passes`; on CUDA recorded as a graph.
 
     rows: samples, each of `group` rows a step; the head too.
     """
@@ -133,7 +133,7 @@ def floor(model: "Transformer", rows: int, group: int, passes: int) -> float:
 
 
 def bandwidth(device: "torch.device") -> float:
-    """Bytes a second that a copy on the device reads and writes."""
+    """Return bytes a second that a copy on the device reads and writes."""
     import torch
 
     source = torch.empty(2**30, dtype=torch.uint8, device=device)
@@ -159,7 +159,7 @@ def reset_memory(device: "torch.device") -> int:
 
 
 def memory(device: "torch.device") -> int:
-    """The peak since reset_memory, bytes."""
+    """Return the peak since reset_memory, bytes."""
     import torch
 
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
@@ -174,7 +174,7 @@ def _resident(field: str) -> int:
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--gpt-model", choices=list(GPT_SIZES), default="GPT-B", help="the model's size")
     parser.add_argument("--tokens", type=positive_int, default=256, help="of an image, a square number")

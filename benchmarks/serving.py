@@ -112,7 +112,7 @@ class Server:
     terminated: bool = False
 
     def events(self) -> list[dict]:
-        """The lines that are JSON objects."""
+        """Return the lines that are JSON objects."""
         return [json.loads(line) for line in list(self.lines) if line.startswith("{")]
 
     def terminate(self) -> None:
@@ -129,7 +129,7 @@ class Server:
 
 @contextmanager
 def started_server(words: Sequence[object], timeout: float = 600) -> Iterator[Server]:
-    """A server of its own on a free port, ended with the block. Raises RuntimeError with its last words if it does not start."""
+    """Yield a server of its own on a free port, ended with the block. Raises RuntimeError with its last words if it does not start."""
     line = [sys.executable, "-m", "autoregressive.serve.server", *map(str, words), "--port", "0"]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
@@ -162,13 +162,13 @@ def started_server(words: Sequence[object], timeout: float = 600) -> Iterator[Se
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that `share` of the values do not exceed; nan of none."""
+    """Return the smallest value that `share` of the values do not exceed; nan of none."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
 
 
 def table(outcomes: Sequence[Outcome], images: int, seconds: float) -> str:
-    """The figures of a run as a table. images: of a request. seconds: the run's."""
+    """Return the figures of a run as a table. images: of a request. seconds: the run's."""
     done = [outcome.seconds for outcome in outcomes if outcome.status == 200]
     statuses = Counter(outcome.status for outcome in outcomes if outcome.status != 200)
     others = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items(), key=str)) or "none"
@@ -198,7 +198,7 @@ def main(args: argparse.Namespace, words: Sequence[str]) -> None:
 
 
 def make_bodies(url: str, args: argparse.Namespace) -> list[dict]:
-    """The requests: classes in turn, or a prompt, each with a seed of its own."""
+    """Return the requests: classes in turn, or a prompt, each with a seed of its own."""
     import httpx
 
     (model,) = httpx.get(f"{url}/v1/models").json()["data"]
@@ -227,7 +227,7 @@ def report(url: str, args: argparse.Namespace, bodies: list[dict]) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags; those it does not know are the server's."""
+    """Return the script's flags; those it does not know are the server's."""
     parser = flag_parser(__doc__)
     parser.add_argument("--url", default=None, help="of a server that runs (default: one is started)")
     parser.add_argument("--requests", type=positive_int, default=200, help="in all")

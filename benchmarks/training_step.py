@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def measure(name: str, args: argparse.Namespace) -> tuple[float, int]:
-    """Returns the median seconds of a step and the peak memory in bytes, less what the libraries take."""
+    """Return the median seconds of a step and the peak memory in bytes, less what the libraries take."""
     from importlib import import_module
 
     import torch
@@ -80,12 +80,12 @@ def measure(name: str, args: argparse.Namespace) -> tuple[float, int]:
 
 
 def resident_peak() -> int:
-    """The most memory that this process has had, in bytes."""
+    """Return the most memory that this process has had, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def timed(step: Callable[[], None], device: "torch.device") -> float:
-    """Seconds that a step takes, to its end on the device."""
+    """Return seconds that a step takes, to its end on the device."""
     import torch
 
     wait = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize if device.type == "mps" else None
@@ -99,7 +99,7 @@ def timed(step: Callable[[], None], device: "torch.device") -> float:
 
 
 def random_model(args: argparse.Namespace, dist: "Distributed") -> "Transformer":
-    """A model in training, the output layer random too: with zeros there the first gradients would be."""
+    """Return a model in training, the output layer random too: with zeros there the first gradients would be."""
     import torch
 
     from autoregressive.models.gpt import GPT_models
@@ -113,7 +113,7 @@ def random_model(args: argparse.Namespace, dist: "Distributed") -> "Transformer"
 
 
 def random_batch(args: argparse.Namespace, dist: "Distributed") -> "tuple[Tensor, Tensor]":
-    """Codes (B, N) and labels (B,)."""
+    """Return codes (B, N) and labels (B,)."""
     import torch
 
     grid = grid_size(args.image_size, args.downsample_size)
@@ -124,7 +124,7 @@ def random_batch(args: argparse.Namespace, dist: "Distributed") -> "tuple[Tensor
 def project_step(
     model: "Transformer", args: argparse.Namespace, dist: "Distributed"
 ) -> "Callable[[Tensor, Tensor], None]":
-    """Returns a step as the training scripts take it."""
+    """Return a step as the training scripts take it."""
     import torch
 
     from autoregressive.train.loss import TokenLoss
@@ -149,7 +149,7 @@ def project_step(
 def plain_step(
     model: "Transformer", args: argparse.Namespace, dist: "Distributed"
 ) -> "Callable[[Tensor, Tensor], None]":
-    """Returns a step written down without any care."""
+    """Return a step written down without any care."""
     import torch
     import torch.nn.functional as F
 
@@ -169,7 +169,7 @@ def plain_step(
 
 
 def flags() -> argparse.ArgumentParser:
-    """Returns the script's flags."""
+    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--gpt-model", choices=list(GPT_SIZES), default="GPT-B", help="size of the transformer")
     add_image_size_flags(parser, 256)

@@ -25,7 +25,7 @@ FIRST_RELEASE = "dinov2_vitl14_pretrain.pth"  # as the first release names the f
 
 
 def find_weights(path: str | Path | None = None) -> Path:
-    """Returns where the weights lie: `path` where given, else pretrained_models/, else the caches of the hub and of torch.
+    """Return where the weights lie: `path` where given, else pretrained_models/, else the caches of the hub and of torch.
 
     Raises FileNotFoundError that says how to get them.
     """
@@ -111,7 +111,7 @@ def preprocess(images: np.ndarray) -> torch.Tensor:
 
 
 def resized_positions(table: torch.Tensor, side: int, prefix: int, path: str | Path = "the file") -> torch.Tensor:
-    """A table of positions for side x side patches: (1, prefix + n², C) -> (1, prefix + side², C).
+    """Return a table of positions for side x side patches: (1, prefix + n², C) -> (1, prefix + side², C).
 
     Bicubic without antialiasing, at the scale (side + 0.1) / n: DINOv2's first release (2304.07193) adds a tenth of a patch
     against rounding, and its features for 224 pixels include that. Tables that fit stay as they are.

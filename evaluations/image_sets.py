@@ -49,7 +49,7 @@ class ImageSet(ABC):
 
     @abstractmethod
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
-        """Images start … stop - 1 in order, uint8 (n, H, W, 3) with n up to batch_size. Raises ValueError for damage."""
+        """Return images start … stop - 1 in order, uint8 (n, H, W, 3) with n up to batch_size. Raises ValueError for damage."""
 
     def describe(self) -> dict:
         """Describe the set for a report, in JSON values."""
@@ -69,7 +69,7 @@ class ImageSet(ABC):
 
 
 def open_images(path: str | Path, reading: Reading = DEFAULT) -> ImageSet:
-    """The images at a path, once it is clear that they can be used; files of a folder are read as `reading` says.
+    """Return the images at a path, once it is clear that they can be used; files of a folder are read as `reading` says.
 
     Raises FileNotFoundError (nothing there), ValueError (no .npz or damaged, no arr_0, another dtype or shape than uint8
     (N, H, W, 3), an empty folder, images of different sizes).
@@ -190,6 +190,6 @@ class ImageFolder(ImageSet):
 
 
 def _npy_header(f: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Returns shape, Fortran order and dtype of an array in an archive, whose file then stands at the first value."""
+    """Return shape, Fortran order and dtype of an array in an archive, whose file then stands at the first value."""
     read = npy.read_array_header_1_0 if npy.read_magic(f) == (1, 0) else npy.read_array_header_2_0
     return read(f)

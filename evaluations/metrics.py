@@ -70,7 +70,7 @@ class RunningStatistics:
         self._add(other._count, other._mean, other._scatter)
 
     def result(self) -> Statistics:
-        """Returns the statistics of all samples seen so far. Raises ValueError for fewer than two."""
+        """Return the statistics of all samples seen so far. Raises ValueError for fewer than two."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
         self._flush()
@@ -94,7 +94,7 @@ class RunningStatistics:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Returns |m1 - m2|² + tr(S1 + S2 - 2 (S1 S2)^½), the Fréchet distance of two Gaussians (Heusel et al., 1706.08500).
+    """Return |m1 - m2|² + tr(S1 + S2 - 2 (S1 S2)^½), the Fréchet distance of two Gaussians (Heusel et al., 1706.08500).
 
     Published evaluators take the root of the product by scipy.linalg.sqrtm. Its trace is the sum of the roots of the eigenvalues of
     A^T S2 A for any A A^T = S1, which is all that is needed. Nothing is added to the diagonals: with fewer samples than
@@ -116,7 +116,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def _factor(covariance: np.ndarray) -> np.ndarray:
-    """Returns A (D, rank) with A A^T = covariance."""
+    """Return A (D, rank) with A A^T = covariance."""
     # Of correlations rather than covariances, so that coordinates of small scale are not taken for rounding.
     dim, deviations = len(covariance), np.sqrt(np.maximum(covariance.diagonal(), 0))
     deviations[deviations == 0] = 1
@@ -209,7 +209,7 @@ def precision_recall(
     progress: bool = False,
     float16: bool = False,
 ) -> tuple[float, float]:
-    """Returns precision and recall by nearest neighbours (Kynkäänniemi et al., 1904.06991).
+    """Return precision and recall by nearest neighbours (Kynkäänniemi et al., 1904.06991).
 
     Around each point lies a ball that reaches to its `neighbours`-th nearest other point of its own set. Precision is the
     share of samples in at least one ball of the reference, recall the converse; the rim belongs to a ball.

@@ -32,12 +32,12 @@ class Float64:
         self.scale = max(float(np.abs(features - self.centre).max()) for features in sets) or 1.0
 
     def points(self, which: int, part: slice) -> Points:
-        """Returns points of a set (n, D) and their squared norms (n,)."""
+        """Return points of a set (n, D) and their squared norms (n,)."""
         x = torch.from_numpy((self.sets[which][part] - self.centre) / self.scale).to(self.device)
         return x, (x * x).sum(dim=1)
 
     def between(self, left: Points, right: Points, least: bool = False) -> Tensor:
-        """Returns squared distances (n, m); with `least`, less what rounding may have added."""
+        """Return squared distances (n, m); with `least`, less what rounding may have added."""
         (x, xx), (y, yy) = left, right
         norms = xx[:, None] + yy
         return (norms * (1 - 1e-13 * least) - 2 * (x @ y.T)).clamp_(min=0)
@@ -56,12 +56,12 @@ class Float16:
         self.dtype = torch.float16 if (2 * max(longest)) ** 2 < 60_000 else torch.float32
 
     def points(self, which: int, part: slice) -> Points:
-        """Returns points of a set (n, D), float32 with values of the dtype, and their squared norms (n,) in it."""
+        """Return points of a set (n, D), float32 with values of the dtype, and their squared norms (n,) in it."""
         x = torch.from_numpy(np.asarray(self.sets[which][part], np.float32)).to(self.device).to(self.dtype)
         return x.float(), _sums(x * x)
 
     def between(self, left: Points, right: Points, least: bool = False) -> Tensor:
-        """Returns squared distances (n, m) float32."""
+        """Return squared distances (n, m) float32."""
         (x, xx), (y, yy) = left, right
         return (xx[:, None] - 2 * (x @ y.T).to(self.dtype) + yy).clamp_(min=0).float()
 
@@ -91,7 +91,7 @@ def points_inside(
 
 
 def _squared_radii(distances: Float64 | Float16, which: int, neighbours: int, side: int, bar: tqdm) -> Tensor:
-    """Returns the squared distance of each point of a set to its `neighbours`-th nearest other one, (N,).
+    """Return the squared distance of each point of a set to its `neighbours`-th nearest other one, (N,).
 
     A point is its own nearest neighbour, so that the next one is looked for: in float16 another may be as near.
     """
@@ -113,7 +113,7 @@ def _parts(count: int, side: int) -> Iterator[slice]:
 
 
 def _sums(x: Tensor) -> Tensor:
-    """Returns the sum of each row (n, D), in the order in which TensorFlow adds float16; (n,) of the same dtype."""
+    """Return the sum of each row (n, D), in the order in which TensorFlow adds float16; (n,) of the same dtype."""
     if x.dtype != torch.float16:
         return x.sum(dim=1)
     dim = x.shape[1]

@@ -130,7 +130,7 @@ ROWS: dict[str, Row] = {
 
 
 def find_row(name: str) -> Row:
-    """The row of a name. Raises ValueError that lists close names, or all, for one that is not known."""
+    """Return the row of a name. Raises ValueError that lists close names, or all, for one that is not known."""
     if name in ROWS:
         return ROWS[name]
     by_lower = {known.lower(): known for known in ROWS}
@@ -140,13 +140,13 @@ def find_row(name: str) -> Row:
 
 
 def on_disk(*names: str) -> Path | None:
-    """Returns a file of one of these names in the working directory, its pretrained_models/ or that of the project."""
+    """Return a file of one of these names in the working directory, its pretrained_models/ or that of the project."""
     folders = (Path.cwd(), Path.cwd() / WEIGHTS, ROOT / WEIGHTS)
     return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
 
 
 def find_file(name: str, given: str | Path | None = None) -> Path:
-    """Returns the evaluator's graph or the reference batch: `given`, else where `on_disk` finds it, else downloaded.
+    """Return the evaluator's graph or the reference batch: `given`, else where `on_disk` finds it, else downloaded.
 
     Raises FileNotFoundError (no file `given`; offline), ConnectionError or OSError (the download failed).
     """
@@ -163,7 +163,7 @@ def find_file(name: str, given: str | Path | None = None) -> Path:
 
 
 def gpt_args(settings: Mapping[str, Any]) -> "ModelArgs":
-    """The model that flags of sample_c2i_ddp.py describe, from their values or a sample folder's settings.json.
+    """Return the model that flags of sample_c2i_ddp.py describe, from their values or a sample folder's settings.json.
 
     Raises ValueError for a size that is not known, KeyError where a setting is missing.
     """

@@ -73,7 +73,7 @@ class Report:
 
 
 def open_backend(args: argparse.Namespace, dist: "Distributed") -> "Inception":
-    """Returns the Inception graph, run by what --backend names."""
+    """Return the Inception graph, run by what --backend names."""
     from evaluations.c2i.inception import TensorFlowInception, TorchInception
     from evaluations.published import GRAPH, find_file
     from utils.download import sha256_of
@@ -85,7 +85,7 @@ def open_backend(args: argparse.Namespace, dist: "Distributed") -> "Inception":
 
 
 def sample_settings(folder: str | Path) -> dict | None:
-    """Returns the flags that a sampling script recorded, where the folder of its images is still there."""
+    """Return the flags that a sampling script recorded, where the folder of its images is still there."""
     try:
         return json.loads((Path(folder) / "settings.json").read_text())
     except (OSError, ValueError):
@@ -93,7 +93,7 @@ def sample_settings(folder: str | Path) -> dict | None:
 
 
 def versions(backend: "Inception | None", *packages: str) -> dict[str, str]:
-    """Returns the versions that figures may depend on."""
+    """Return the versions that figures may depend on."""
     from importlib.metadata import version
 
     names = ("numpy", "scipy", "torch", *packages)

@@ -145,7 +145,7 @@ def choose(numbers: "np.ndarray", asked: list[int] | None, count: int, seed: int
 
 
 def decode(tokenizer: "Tokenizer", codes: "np.ndarray", side: int) -> "np.ndarray":
-    """Codes (n, side*side) to pictures, uint8 (n, H, W, 3), a bounded number at a time."""
+    """Return codes (n, side*side) to pictures, uint8 (n, H, W, 3), a bounded number at a time."""
     import numpy as np
     import torch
 
@@ -158,7 +158,7 @@ def decode(tokenizer: "Tokenizer", codes: "np.ndarray", side: int) -> "np.ndarra
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--code-path", required=True, help="folder of codes, packed or in the published layout")
     add_tokenizer_flags(parser, VQ_SIZES)

@@ -173,7 +173,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--from", dest="source", required=True, help="folder of codes in either layout")
     parser.add_argument("--to", dest="target", required=True, help="folder that gets the other layout")

@@ -50,7 +50,7 @@ def owned(state: dict) -> dict:
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--input", required=True, help="the Lightning checkpoint")
     parser.add_argument("--output", default=None, help="file or folder to write to (default: beside it, .pt)")

@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def of_classes(args: argparse.Namespace) -> dict:
-    """Returns the figures of a tokenizer and of samples by class; draws reconstructions.png and samples.png."""
+    """Return the figures of a tokenizer and of samples by class; draws reconstructions.png and samples.png."""
     import numpy as np
     import torch
 
@@ -75,7 +75,7 @@ def of_classes(args: argparse.Namespace) -> dict:
 
 
 def of_prompts(args: argparse.Namespace) -> dict:
-    """Returns the figures of samples by prompt; draws samples.png and prompts.png, each sample below its words."""
+    """Return the figures of samples by prompt; draws samples.png and prompts.png, each sample below its words."""
     import numpy as np
     from PIL import Image
 
@@ -114,7 +114,7 @@ def of_prompts(args: argparse.Namespace) -> dict:
 
 
 def newest(folder: str, pattern: str) -> Path:
-    """Returns the newest file of a pattern. Raises FileNotFoundError where there are no finished samples."""
+    """Return the newest file of a pattern. Raises FileNotFoundError where there are no finished samples."""
     found = sorted(Path(folder).glob(pattern), key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(f"{folder} has no {pattern}: run the sampling script with --sample-dir {folder} first")
@@ -135,7 +135,7 @@ class Judge:
         self.perceptron = MLPClassifier((64,), max_iter=500, random_state=0).fit(pixels, self.train_labels)
 
     def figures(self, samples: "np.ndarray", asked: "np.ndarray") -> dict:
-        """Returns the figures of samples, uint8 (n, H, W, 3), that should be the digits `asked` (n,)."""
+        """Return the figures of samples, uint8 (n, H, W, 3), that should be the digits `asked` (n,)."""
         held_out = self.classifier.score(self._pixels(self.held_images), self.held_labels)
         return {
             "samples": len(samples),
@@ -152,7 +152,7 @@ class Judge:
         return (self._pixels(images) @ self.perceptron.coefs_[0] + self.perceptron.intercepts_[0]).clip(0)
 
     def _distances(self, images: "np.ndarray") -> dict[str, float]:
-        """Returns how far a set of images is from the training digits."""
+        """Return how far a set of images is from the training digits."""
         from evaluations.metrics import RunningStatistics, frechet_distance, precision_recall
 
         features, statistics = [self._features(part) for part in (self.train_images, images)], []
@@ -165,7 +165,7 @@ class Judge:
 
 
 def read_digits(folder: Path) -> "tuple[np.ndarray, np.ndarray]":
-    """Returns the images of class folders, uint8 (n, H, W, 3), and their digits (n,)."""
+    """Return the images of class folders, uint8 (n, H, W, 3), and their digits (n,)."""
     import numpy as np
 
     from dataset.folders import class_folders
@@ -178,7 +178,7 @@ def read_digits(folder: Path) -> "tuple[np.ndarray, np.ndarray]":
 def attributes_as_asked(
     samples: "np.ndarray", asked: list[dict[str, str]], limits: "np.ndarray"
 ) -> dict[str, float | None]:
-    """Returns the shares of digits, uint8 (n, H, W, 3), that lean and are as heavy as their prompts say; by chance a third."""
+    """Return the shares of digits, uint8 (n, H, W, 3), that lean and are as heavy as their prompts say; by chance a third."""
     import numpy as np
 
     from tools.make_digit_captions import attributes
@@ -218,7 +218,7 @@ def draw_prompts(samples: "np.ndarray", prompts: list[str], path: Path, count: i
 
 
 def stage_seconds(path: Path) -> dict[str, float]:
-    """Returns the seconds of each stage over all calls, and their total."""
+    """Return the seconds of each stage over all calls, and their total."""
     seconds: dict[str, float] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         stage, value = line.split("\t")
@@ -227,7 +227,7 @@ def stage_seconds(path: Path) -> dict[str, float]:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Returns the script's flags."""
+    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--digits", required=True, help="folder with train/ and held_out/ from make_digits.py")
     parser.add_argument("--samples", required=True, help="--sample-dir of sample_c2i_ddp.py or sample_t2i_ddp.py")

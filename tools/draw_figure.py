@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def read_results(places: Sequence[str]) -> list[Result]:
-    """Returns the evaluator's reports among files, in folders and below; prints what every other .json file is not."""
+    """Return the evaluator's reports among files, in folders and below; prints what every other .json file is not."""
     paths: dict[Path, None] = {}
     for place in map(Path, places):
         if not place.exists():
@@ -89,7 +89,7 @@ def read_results(places: Sequence[str]) -> list[Result]:
 
 
 def read_result(path: Path) -> Result:
-    """Returns one report. Raises ValueError, KeyError or TypeError for a file that is none, or none of samples."""
+    """Return one report. Raises ValueError, KeyError or TypeError for a file that is none, or none of samples."""
     import torch
 
     from autoregressive.models.gpt import Transformer
@@ -105,7 +105,7 @@ def read_result(path: Path) -> Result:
 
 
 def lines_of(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Returns label → results by rising guidance scale; a label says what tells its line from the others."""
+    """Return label → results by rising guidance scale; a label says what tells its line from the others."""
     groups = defaultdict(list)
     for result in results:
         groups[result.series].append(result)
@@ -122,7 +122,7 @@ def lines_of(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def name_of(file: Path) -> str:
-    """Returns what a person calls weights: the file's name, or for a checkpoint of a run the run's and the step."""
+    """Return what a person calls weights: the file's name, or for a checkpoint of a run the run's and the step."""
     if file.stem.isdigit() and file.parent.name == "checkpoints":
         return f"{file.parent.parent.name} at {int(file.stem):,}"
     return file.parent.name if file.stem.startswith("consolidated") else file.stem
@@ -158,7 +158,7 @@ def draw_lines(axes: "Sequence[Axes]", lines: dict[str, list[Result]], metric: s
 
 
 def flags() -> argparse.ArgumentParser:
-    """Returns the script's flags."""
+    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--results", nargs="+", required=True, help="folders, or the evaluator's .json files")
     parser.add_argument("--output", default="figure.png", help="the picture to write")

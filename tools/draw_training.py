@@ -64,7 +64,7 @@ def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--runs", nargs="+", required=True, help="run folders, or results folders (their newest run)")
     parser.add_argument("--output", default="training.png", help="the picture to write")

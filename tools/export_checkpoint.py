@@ -62,7 +62,7 @@ def _beside(source: Path, format: str, averaged: bool) -> Path:
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--checkpoint", required=True, help="a checkpoint's file or folder, or a run's folder")
     parser.add_argument("--format", choices=list(SUFFIX), required=True, help="what to write")

@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def wording(rng: "np.random.Generator", whole: bool) -> str:
-    """A caption's wording: one of some thousand. whole: it tells both slant and stroke, else one of them or none."""
+    """Return a caption's wording: one of some thousand. whole: it tells both slant and stroke, else one of them or none."""
     told = {"slant", "stroke"} if whole else {("slant", "stroke", "")[rng.integers(3)]}
     stroke = ("{stroke} ", " in {stroke} strokes")[rng.integers(2)] if "stroke" in told else ""
     before, after = (stroke, "") if stroke.endswith(" ") else ("", stroke)
@@ -112,7 +112,7 @@ def prompt_table(count: int) -> str:
 
 
 def fill(template: str, digit: int, slant: str, stroke: str) -> str:
-    """A template's sentence."""
+    """Return a template's sentence."""
     return template.format(word=WORDS[digit], figure=digit, slant=slant, stroke=stroke)
 
 
@@ -133,7 +133,7 @@ def measure(image: "np.ndarray") -> tuple[float, float]:
 
 
 def attribute_limits(images: "np.ndarray", labels: "np.ndarray") -> "np.ndarray":
-    """The values that part each digit's images (n, H, W) into thirds: (10, 2, 2), for digit, slant or weight, lower or upper."""
+    """Return the values that part each digit's images (n, H, W) into thirds: (10, 2, 2), for digit, slant or weight, lower or upper."""
     import numpy as np
 
     values = np.asarray([measure(image) for image in images])
@@ -141,13 +141,13 @@ def attribute_limits(images: "np.ndarray", labels: "np.ndarray") -> "np.ndarray"
 
 
 def attributes(image: "np.ndarray", digit: int, limits: "np.ndarray") -> tuple[str, str]:
-    """One of SLANTS and one of STROKES: in which third of its kind a digit is."""
+    """Return one of SLANTS and one of STROKES: in which third of its kind a digit is."""
     slant, stroke = (int((value > pair).sum()) for value, pair in zip(measure(image), limits[digit], strict=True))
     return SLANTS[slant], STROKES[stroke]
 
 
 def view(scan: "Image.Image", size: int, rng: "np.random.Generator | None") -> "Image.Image":
-    """The scan at `size` pixels a side; with a generator a crop of it enlarged by up to a tenth, as ten crops give."""
+    """Return the scan at `size` pixels a side; with a generator a crop of it enlarged by up to a tenth, as ten crops give."""
     from PIL import Image
 
     if rng is None:
@@ -158,7 +158,7 @@ def view(scan: "Image.Image", size: int, rng: "np.random.Generator | None") -> "
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--output", required=True, help="folder to write to")
     parser.add_argument("--image-size", type=positive_int, default=32, help="pixels a side")

@@ -77,7 +77,7 @@ class Plan:
 
 
 def model_flags(args: argparse.Namespace) -> argparse.Namespace:
-    """Returns the flags with what training takes from the data in place of what was not given."""
+    """Return the flags with what training takes from the data in place of what was not given."""
     given = vars(args)
     data = {"vocab_size": 16384, "num_classes": 1000, "cls_token_num": 1 if args.gpt_type == "c2i" else 120}
     return argparse.Namespace(**given | {name: given[name] or value for name, value in data.items()})
@@ -117,7 +117,7 @@ def setup_of(args: argparse.Namespace) -> "Setup":
 
 
 def make_plan(args: argparse.Namespace, setup: "Setup | None" = None) -> Plan:
-    """The plan of the flags, or of another setup in their place."""
+    """Return the plan of the flags, or of another setup in their place."""
     from autoregressive.models.layouts.patches import with_patches
     from autoregressive.train.flops import training_flops_per_image
     from autoregressive.train.memory import training_memory
@@ -155,7 +155,7 @@ def make_plan(args: argparse.Namespace, setup: "Setup | None" = None) -> Plan:
 
 
 def remedies(args: argparse.Namespace, setup: "Setup") -> Iterator[tuple[str, Plan]]:
-    """Yields flags that make a plan fit, and the plan: of each kind the first number of parts, doubled, that is enough."""
+    """Yield flags that make a plan fit, and the plan: of each kind the first number of parts, doubled, that is enough."""
     whole = setup.micro_batch * setup.accumulation
     sharded = replace(setup, strategy="fsdp", shard=setup.gpus)
     for words, base in ((), setup), *[(("--data-parallel fsdp",), sharded)] * (setup.gpus > 1 and setup != sharded):
@@ -172,7 +172,7 @@ def remedies(args: argparse.Namespace, setup: "Setup") -> Iterator[tuple[str, Pl
 
 
 def describe(args: argparse.Namespace, plan: Plan) -> Iterator[str]:
-    """The plan in lines."""
+    """Yield the plan in lines."""
     setup = plan.setup
     how = f"{setup.strategy}, {setup.precision}" + ", activation checkpointing" * setup.checkpointing
     yield f"{args.gpt_model}, {args.image_size} pixels, {setup.gpus} x {plan.card}, {how}"
@@ -217,7 +217,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags: the training scripts' own, and the machine's."""
+    """Return the script's flags: the training scripts' own, and the machine's."""
     parser = flag_parser(__doc__)
     add_gpt_flags(parser, GPT_SIZES, training=True)
     parser.set_defaults(cls_token_num=None)

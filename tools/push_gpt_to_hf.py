@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+    """Return the script's flags."""
     parser = flag_parser(__doc__)
     add_gpt_flags(parser, GPT_SIZES)
     add_gpt_file_flags(parser)

@@ -70,12 +70,12 @@ def main(args: argparse.Namespace) -> None:
 
 
 def task_of(row: Row) -> str:
-    """Returns the evaluator's --task."""
+    """Return the evaluator's --task."""
     return "generation" if row.gpt else "reconstruction"
 
 
 def commands(row: Row, args: argparse.Namespace, given: dict[str, Any]) -> list[tuple[str, list[str], Path]]:
-    """Returns the scripts that make a row's images, their flags, and the folders in which they leave an .npz.
+    """Return the scripts that make a row's images, their flags, and the folders in which they leave an .npz.
 
     Tokenizers' rows share the folder of cropped validation images, which is their reference.
     """
@@ -95,7 +95,7 @@ def commands(row: Row, args: argparse.Namespace, given: dict[str, Any]) -> list[
 
 
 def given_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the scripts' flags that stand on the command line, by name."""
+    """Return the scripts' flags that stand on the command line, by name."""
     found = {name: value for name, value in vars(args).items() if name not in OWN and value is not None}
     return found if args.num_samples is None else {**found, "num_fid_samples": args.num_samples}
 
@@ -133,14 +133,14 @@ def check_flags(row: Row, args: argparse.Namespace, given: dict[str, Any]) -> No
 
 
 def script_flags(row: Row) -> argparse.ArgumentParser:
-    """Returns the parser of the script that makes the row's images."""
+    """Return the parser of the script that makes the row's images."""
     from tokenizer.tokenizer_image import reconstruction_vq_ddp
 
     return sample_c2i_ddp.flags() if row.gpt else reconstruction_vq_ddp.flags()
 
 
 def words(row: Row, given: dict[str, Any]) -> list[str]:
-    """Returns the row's flags for its script, the given ones in place of its own."""
+    """Return the row's flags for its script, the given ones in place of its own."""
     flags = row.flags() if row.gpt else {"--data-path": "/path/to/imagenet/val", **row.flags()}
     for name, value in given.items():
         flag = "--" + name.replace("_", "-")
@@ -151,7 +151,7 @@ def words(row: Row, given: dict[str, Any]) -> list[str]:
 
 
 def departures(row: Row, args: argparse.Namespace, given: dict[str, Any]) -> list[str]:
-    """Returns what keeps the result from being comparable with the published figure."""
+    """Return what keeps the result from being comparable with the published figure."""
     parser, found = script_flags(row), []
     published, here = (vars(parser.parse_args(words(row, flags))) for flags in ({}, given))
     if row.gpt and here["num_fid_samples"] != row.samples:
@@ -168,7 +168,7 @@ def departures(row: Row, args: argparse.Namespace, given: dict[str, Any]) -> lis
 
 
 def result_of(row: Row, reasons: list[str], report: dict[str, Any]) -> dict[str, Any]:
-    """Returns what result.json holds: the figures beside the published one, and whether they are comparable."""
+    """Return what result.json holds: the figures beside the published one, and whether they are comparable."""
     protocol = report["protocol"]
     if row.gpt and protocol["reference"]["count"] != REFERENCE_IMAGES:
         reasons = [
@@ -204,7 +204,7 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 
 
 def result_lines(result: dict[str, Any]) -> Iterator[str]:
-    """Yields the result as Markdown."""
+    """Yield the result as Markdown."""
     row = ROWS[result["row"]]
     yield from (f"# {row.name}: {row.system}, {row.model}, {row.image_size} pixels", "")
     yield from ("| figure | here | published | difference |", "|---|---|---|---|")
@@ -224,7 +224,7 @@ def result_lines(result: dict[str, Any]) -> Iterator[str]:
 
 
 def table_of_rows() -> Iterator[str]:
-    """Yields what --list prints."""
+    """Yield what --list prints."""
     yield f"{'name':<17}{'system':<10}{'model':<9}{'parameters':>14}{'pixels':>8}{'guidance':>10}{'figure':>8}{'published':>11}"
     for row in ROWS.values():
         scale = "" if row.cfg_scale is None else f"{row.cfg_scale:g}"
@@ -235,7 +235,7 @@ def table_of_rows() -> Iterator[str]:
 
 
 def describe_plan(row: Row, args: argparse.Namespace, given: dict[str, Any]) -> Iterator[str]:
-    """Yields what --dry-run prints: files, commands, disk, time. Writes and downloads nothing."""
+    """Yield what --dry-run prints: files, commands, disk, time. Writes and downloads nothing."""
     scale = "" if row.cfg_scale is None else f" at guidance {row.cfg_scale:g}"
     yield f"{row.name}: {row.system}, {row.model}, {row.parameters:,} parameters; published {row.figure} {row.fid:.2f}{scale}"
     reasons = departures(row, args, given)
@@ -273,7 +273,7 @@ def describe_plan(row: Row, args: argparse.Namespace, given: dict[str, Any]) -> 
 
 
 def needed_files(row: Row, args: argparse.Namespace, given: dict[str, Any]) -> Iterator[tuple]:
-    """Yields name, path (None where it is downloaded), where a download goes, bytes, address of the files of a row."""
+    """Yield name, path (None where it is downloaded), where a download goes, bytes, address of the files of a row."""
     tokenizer_parameters = next(r.parameters for r in ROWS.values() if r.gpt is None and r.tokenizer == row.tokenizer)
     weights = [("gpt_ckpt", row.gpt, row.parameters)] if row.gpt else []
     for flag, released, parameters in (*weights, ("vq_ckpt", row.tokenizer, tokenizer_parameters)):
@@ -288,7 +288,7 @@ def needed_files(row: Row, args: argparse.Namespace, given: dict[str, Any]) -> I
 
 
 def weights_on_disk(name: str) -> Path | None:
-    """Returns where weights are; None for released ones that are not here. Raises FileNotFoundError for others."""
+    """Return where weights are; None for released ones that are not here. Raises FileNotFoundError for others."""
     from unittest.mock import patch
 
     from utils.runs import find_checkpoint
@@ -303,7 +303,7 @@ def weights_on_disk(name: str) -> Path | None:
 
 
 def describe_time(row: Row, args: argparse.Namespace, given: dict[str, Any], count: int, processes: int) -> str:
-    """Returns the hours that arithmetic and assumed shares of an accelerator's peak give."""
+    """Return the hours that arithmetic and assumed shares of an accelerator's peak give."""
     import torch
 
     from utils.flops import find_accelerator, require_accelerator
@@ -328,7 +328,7 @@ def describe_time(row: Row, args: argparse.Namespace, given: dict[str, Any], cou
 
 
 def flops_per_image(row: Row, given: dict[str, Any]) -> tuple[float, float]:
-    """Returns the FLOPs of an image in the GPT, with guidance twice, and in the tokenizer."""
+    """Return the FLOPs of an image in the GPT, with guidance twice, and in the tokenizer."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -350,14 +350,14 @@ def flops_per_image(row: Row, given: dict[str, Any]) -> tuple[float, float]:
 
 
 def format_hours(seconds: float) -> str:
-    """Returns 40 minutes, 3.5 hours, 12 days."""
+    """Return 40 minutes, 3.5 hours, 12 days."""
     if seconds < 5400:
         return f"{max(1, round(seconds / 60))} minutes"
     return f"{seconds / 3600:.1f} hours" if seconds < 3 * 86400 else f"{seconds / 86400:.0f} days"
 
 
 def flags() -> argparse.ArgumentParser:
-    """Returns the script's flags: the sampling script's, without defaults since a row has its own, and those here."""
+    """Return the script's flags: the sampling script's, without defaults since a row has its own, and those here."""
     parser = sample_c2i_ddp.flags()
     parser.description = __doc__
     parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))

@@ -28,7 +28,7 @@ RECONSTRUCTOR, VALIDATION = "tokenizer/tokenizer_image/reconstruction_vq_ddp.py"
 
 
 def describe(script: str, words: Sequence[object], processes: int) -> str:
-    """Returns the command line as a user would type it in the project's folder."""
+    """Return the command line as a user would type it in the project's folder."""
     launch = f"torchrun --standalone --nproc_per_node={processes}" if processes > 1 else "python3"
     return f"{launch} {script} {shlex.join(map(str, words))}"
 
@@ -57,7 +57,7 @@ def launch(command: Sequence[str]) -> int:
 
 
 def local_processes(device: str | None) -> int:
-    """Returns nproc_per_node of the environment, else one process a GPU, else one."""
+    """Return nproc_per_node of the environment, else one process a GPU, else one."""
     nodes, given = os.environ.get("nnodes", "1"), os.environ.get("nproc_per_node")  # noqa: SIM112, the wrappers' names
     if nodes != "1":
         raise ValueError(
@@ -75,7 +75,7 @@ def local_processes(device: str | None) -> int:
 
 
 def sampling_args(words: Sequence[str]) -> argparse.Namespace:
-    """Returns what flags of sample_c2i_ddp.py mean. Raises ValueError where they leave nothing to evaluate."""
+    """Return what flags of sample_c2i_ddp.py mean. Raises ValueError where they leave nothing to evaluate."""
     args = sample_c2i_ddp.flags().parse_args(list(words))
     if not args.npz:
         raise ValueError("--no-npz leaves nothing to evaluate: leave it out")
@@ -97,12 +97,12 @@ def draw(words: Sequence[str], processes: int) -> Path:
 
 
 def newest(folder: Path) -> Path:
-    """Returns the .npz of a folder that was written last."""
+    """Return the .npz of a folder that was written last."""
     return max(folder.glob("*.npz"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def evaluation_words(reference: Path, samples: Path, graph: Path, task: str, device: str | None) -> list[str]:
-    """Returns the evaluator's flags."""
+    """Return the evaluator's flags."""
     return [
         str(reference),
         str(samples),

@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def read_scales(text: str) -> list[float]:
-    """Returns the numbers of --scales, each once, in their order. Raises ValueError for what is no guidance scale."""
+    """Return the numbers of --scales, each once, in their order. Raises ValueError for what is no guidance scale."""
     scales = []
     for word in text.replace(",", " ").split():
         try:
@@ -60,7 +60,7 @@ def read_scales(text: str) -> list[float]:
 
 
 def table(reports: dict[float, dict[str, Any]], metric: str) -> Iterator[str]:
-    """Yields the figures of each scale as Markdown, the best of `metric` in bold."""
+    """Yield the figures of each scale as Markdown, the best of `metric` in bold."""
     known = [scale for scale in reports if reports[scale].get(metric) is not None]
     pick = min if metric in LOWER_IS_BETTER else max
     best = pick(known, key=lambda scale: reports[scale][metric], default=None)
@@ -76,12 +76,12 @@ def table(reports: dict[float, dict[str, Any]], metric: str) -> Iterator[str]:
 
 
 def figures(report: dict[str, Any]) -> dict[str, float | None]:
-    """Returns the five figures of a report, None for one that was left out."""
+    """Return the five figures of a report, None for one that was left out."""
     return {name: report.get(name) for name in FIGURES}
 
 
 def flags() -> argparse.ArgumentParser:
-    """Returns the script's flags."""
+    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--scales", required=True, help='guidance scales in one word: "1.5 1.75 2.0"')
     steps.add_judge_flags(parser)

@@ -81,7 +81,7 @@ class Memory:
 
 
 def training_memory(args: ModelArgs, setup: Setup) -> Memory:
-    """Returns what one GPU holds at the moment it holds most.
+    """Return what one GPU holds at the moment it holds most.
 
     Sharding as FSDP2 does it (arXiv 2304.11277): of every parameter a process keeps a share in float32; two blocks are
     gathered at a time in the precision of training, one computed with and one on its way, and embeddings and head the
@@ -118,7 +118,7 @@ def training_memory(args: ModelArgs, setup: Setup) -> Memory:
 
 
 def parameters_of(args: ModelArgs) -> tuple[int, int]:
-    """Returns the numbers of a model's parameters, and of one block's."""
+    """Return the numbers of a model's parameters, and of one block's."""
     import torch
 
     from autoregressive.models.gpt import Transformer
@@ -129,7 +129,7 @@ def parameters_of(args: ModelArgs) -> tuple[int, int]:
 
 
 def block_bytes(args: ModelArgs, setup: Setup) -> int:
-    """Returns the bytes that a block keeps for its backward pass of one row."""
+    """Return the bytes that a block keeps for its backward pass of one row."""
     width = 2 if setup.half else 4
     stream = 2 if setup.half and setup.sharded else 4
     dim, ffn, dropout = args.dim, args.ffn_dim, bool(args.resid_dropout_p) + bool(args.ffn_dropout_p)

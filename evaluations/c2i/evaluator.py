@@ -96,7 +96,7 @@ def require_enough(reference: "ImageSet", samples: "ImageSet", args: argparse.Na
 
 
 def describe(name: str, images: "ImageSet") -> str:
-    """One line about a set of images."""
+    """Return one line about a set of images."""
     if not images.count:
         return f"{name}: {images.path}, recorded statistics without images"
     parts = [f"{images.count:,} images, {images.size[1]}x{images.size[0]}, uint8"]
@@ -110,7 +110,7 @@ def describe(name: str, images: "ImageSet") -> str:
 def look_at(
     images: "ImageSet", backend: "Inception", args: argparse.Namespace, dist: "Distributed", *, rows: bool, name: str
 ) -> "Features | None":
-    """Features of a set on the first process, None on the others. What the file has recorded is not computed again."""
+    """Return features of a set on the first process, None on the others. What the file has recorded is not computed again."""
     from evaluations.features import Features, read_features
 
     recorded = recorded_statistics(images, backend)
@@ -138,7 +138,7 @@ def recorded_statistics(images: "ImageSet", backend: "Inception") -> "list[Stati
 
 
 def compare(reference: "Features", samples: "Features", backend: "Inception", args: argparse.Namespace) -> dict:
-    """The published five, in the published order, and KID where asked for."""
+    """Return the published five, in the published order, and KID where asked for."""
     from evaluations.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
 
     figures = {
@@ -209,7 +209,7 @@ def save_statistics(path: str, reference: "Features") -> None:
 def protocol(
     args: argparse.Namespace, reference: "ImageSet", samples: "ImageSet", backend: "Inception", dist: "Distributed"
 ) -> dict:
-    """Returns everything that a figure depends on, JSON values."""
+    """Return everything that a figure depends on, JSON values."""
     return {
         "task": args.task,
         "reference": reference.describe(),
@@ -227,7 +227,7 @@ def protocol(
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument(
         "ref_batch", nargs="?", metavar="REF", help="reference: .npz or folder of images, or statistics"

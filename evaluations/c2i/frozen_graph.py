@@ -53,7 +53,7 @@ class FrozenGraph:
         self._plans: dict[tuple, list[tuple[str, Compute, list[str], list[str]]]] = {}
 
     def run(self, fetches: Sequence[str], feeds: dict[str, Tensor]) -> list[Tensor]:
-        """Returns the values called `fetches` ("pool_3:0" or "pool_3"), computed from `feeds` on their device, without TF32.
+        """Return the values called `fetches` ("pool_3:0" or "pool_3"), computed from `feeds` on their device, without TF32.
 
         Raises ValueError for an unknown name or an operation that is not supported.
         """
@@ -74,18 +74,18 @@ class FrozenGraph:
         self._plan([self._known(name) for name in fetches], {self._known(name) for name in feeds}, torch.device("cpu"))
 
     def inputs(self, name: str) -> list[str]:
-        """Returns the names of the values that a node reads, without those that it only waits for."""
+        """Return the names of the values that a node reads, without those that it only waits for."""
         return [_name(text) for text in self.nodes[self._known(name)].input if text[:1] != "^"]
 
     def constant(self, name: str) -> np.ndarray | None:
-        """Returns the value of a constant node, None for another kind of node."""
+        """Return the value of a constant node, None for another kind of node."""
         node = self.nodes[name]
         if node.op in PASSED_ON:
             return self.constant(self.inputs(name)[0])
         return make_ndarray(node.attr["value"].tensor) if node.op == "Const" else None
 
     def subgraph(self, fetches: Sequence[str], feeds: Iterable[str]) -> bytes:
-        """Returns a GraphDef of what the fetches need, each fed node a Placeholder that takes a batch of any size."""
+        """Return a GraphDef of what the fetches need, each fed node a Placeholder that takes a batch of any size."""
         fed, part = {self._known(name) for name in feeds}, GraphDef()
         part.versions.CopyFrom(self._graph.versions)
         for name in self._order([self._known(name) for name in fetches], fed, waits=True):
@@ -110,7 +110,7 @@ class FrozenGraph:
         return name
 
     def _order(self, names: Sequence[str], fed: set[str], waits: bool = False) -> list[str]:
-        """Returns the nodes that `names` need, each after what it reads (and, with `waits`, what it waits for)."""
+        """Return the nodes that `names` need, each after what it reads (and, with `waits`, what it waits for)."""
         reads: dict[str, list[str]] = {}
         todo = list(names)
         while todo:
@@ -124,7 +124,7 @@ class FrozenGraph:
     def _plan(
         self, names: list[str], fed: set[str], device: torch.device
     ) -> list[tuple[str, Compute, list[str], list[str]]]:
-        """Returns steps in order: the value's name, how it is computed, from which, and which nothing reads after it.
+        """Return steps in order: the value's name, how it is computed, from which, and which nothing reads after it.
 
         A normalization is folded into the convolution before it where nothing else reads that.
         """
@@ -159,18 +159,18 @@ class FrozenGraph:
 
 
 def _name(text: str) -> str:
-    """Returns the node in "name", "name:0" or "^name", which is only waited for."""
+    """Return the node in "name", "name:0" or "^name", which is only waited for."""
     return text.removeprefix("^").partition(":")[0]
 
 
 def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """Returns what TensorFlow's SAME adds before and after: as many outputs as strides begin, the odd one after."""
+    """Return what TensorFlow's SAME adds before and after: as many outputs as strides begin, the odd one after."""
     total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
 
 
 def _windowed(node: NodeDef, kernel: Sequence[int], work: Callable, filler: float = 0.0) -> Compute:
-    """Returns a function of (B, H, W, C) that pads as the node says and calls work(x in NCHW, strides, padding around)."""
+    """Return a function of (B, H, W, C) that pads as the node says and calls work(x in NCHW, strides, padding around)."""
     stride, same = tuple(node.attr["strides"].list.i)[1:3], node.attr["padding"].s == b"SAME"
 
     def compute(x: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def _windowed(node: NodeDef, kernel: Sequence[int], work: Callable, filler: floa
 
 
 def _convolution(node: NodeDef, weight: np.ndarray, bias: np.ndarray | None, device: torch.device) -> Compute:
-    """Returns a convolution with weights (height, width, in, out) and a bias (out,)."""
+    """Return a convolution with weights (height, width, in, out) and a bias (out,)."""
     w = torch.from_numpy(weight.astype(np.float32)).to(device).permute(3, 2, 0, 1)
     w = w.contiguous(memory_format=torch.channels_last)
     b = None if bias is None else torch.from_numpy(bias.astype(np.float32)).to(device)
@@ -207,7 +207,7 @@ def _pool(node: NodeDef, held: list, device: torch.device) -> Compute:
 
 
 def _scale_and_shift(node: NodeDef, held: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a normalization as x * scale + shift, float64, from its mean, variance, beta and gamma (C,)."""
+    """Return a normalization as x * scale + shift, float64, from its mean, variance, beta and gamma (C,)."""
     mean, variance, beta, gamma = (values.astype(np.float64) for values in held[1:])
     scale = (variance + node.attr["variance_epsilon"].f) ** -0.5
     if node.attr["scale_after_normalization"].b:
@@ -221,7 +221,7 @@ def _normalization(node: NodeDef, held: list, device: torch.device) -> Compute:
 
 
 def _resize(node: NodeDef, held: list, device: torch.device) -> Compute:
-    """Returns TensorFlow 1's bilinear resize: new pixel i lies at i * size / length, and the last ones repeat the edge."""
+    """Return TensorFlow 1's bilinear resize: new pixel i lies at i * size / length, and the last ones repeat the edge."""
     if node.attr["align_corners"].b or node.attr["half_pixel_centers"].b:
         raise ValueError(f"ResizeBilinear {node.name!r} has aligned corners or pixel centers, which is not supported")
 
@@ -281,4 +281,4 @@ OPERATIONS: dict[str, Callable[..., Compute]] = {
     "ResizeBilinear": _resize,
     "Sub": _elementwise(torch.sub),
 }
-"""What each operation becomes, from its node, its inputs that are constants (None for the others), and the device."""
+"""Makers of each operation from its node, its inputs that are constants (None for the others), and the device."""

@@ -56,7 +56,7 @@ class _Inception:
         self.pool_dim = self.weights.shape[0]
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Features of a batch: uint8 (B, H, W, 3) → float32 (B, pool_dim) and (B, h * w * 7).
+        """Return features of a batch: uint8 (B, H, W, 3) → float32 (B, pool_dim) and (B, h * w * 7).
 
         The second are the first seven channels of mixed_6/conv, 17x17 places of the published graph. What an image gives
         does not depend on the others of its batch beyond rounding.

@@ -38,7 +38,7 @@ _OPEN_CLIP_CONFIG, _OPEN_CLIP_FILES = (
 
 
 def find_clip(name: str, folder: str | Path | None = None) -> Path:
-    """The folder of a model of CLIP_MODELS: `folder` where given, else in pretrained_models/, else in the hub's cache.
+    """Return the folder of a model of CLIP_MODELS: `folder` where given, else in pretrained_models/, else in the hub's cache.
 
     Raises FileNotFoundError with the command that gets it, ValueError for an unknown name.
     """
@@ -78,7 +78,7 @@ def _has(folder: Path, config: str, weights: Sequence[str]) -> bool:
 
 
 def load_clip(folder: str | Path, device: torch.device | str = "cpu") -> "CLIP":
-    """The CLIP in a folder, by the library whose format the folder has. Raises ValueError as CLIP and OpenCLIP do."""
+    """Return the CLIP in a folder, by the library whose format the folder has. Raises ValueError as CLIP and OpenCLIP do."""
     return (OpenCLIP if for_open_clip(Path(folder)) else CLIP)(folder, device)
 
 

@@ -168,7 +168,7 @@ def require_fitting(reference: "SquareImages | RecordedReference", backend: "Inc
 
 
 def another_clip(clip: "CLIP", name: str) -> list[str]:
-    """A warning where the weights cannot be those of --clip_model4eval."""
+    """Return a warning where the weights cannot be those of --clip_model4eval."""
     from evaluations.t2i.clip import DIMS
 
     if clip.dim == DIMS[name]:
@@ -177,7 +177,7 @@ def another_clip(clip: "CLIP", name: str) -> list[str]:
 
 
 def read_captions(folder: "Path", fakes: "SquareImages") -> list[str]:
-    """The lines of captions.txt, one for each image that is evaluated.
+    """Return the lines of captions.txt, one for each image that is evaluated.
 
     Raises FileNotFoundError, or ValueError where there are not as many as images, or the file is not UTF-8.
     """
@@ -263,7 +263,7 @@ def judge(
 
 
 def other_pairs(fakes: "SquareImages") -> list[str]:
-    """A warning where result.jsonl, beside images/, has other images in the places of captions.txt's lines.
+    """Return a warning where result.jsonl, beside images/, has other images in the places of captions.txt's lines.
 
     So it is when one image was removed and another added: the counts agree, and the captions have slipped.
     """
@@ -299,7 +299,7 @@ def described(
     clip: "CLIP | None",
     backend: "Inception | None",
 ) -> list[str]:
-    """A line about everything that is compared, and what compares it."""
+    """Return a line about everything that is compared, and what compares it."""
     named = [("generated", fakes), ("reference", reference)]
     lines = [
         f"{name}: {images.path}, {images.count:,} images at {images.size[0]}x{images.size[1]}"
@@ -316,7 +316,7 @@ def described(
 
 
 def inception_features(backend: "Inception", resize: str) -> "Callable[[np.ndarray], np.ndarray]":
-    """A function from uint8 (B, H, W, 3) to pool features (B, D).
+    """Return a function from uint8 (B, H, W, 3) to pool features (B, D).
 
     resize: 'clean', to the network's 299 pixels by Pillow's bicubic filter, in floating point and antialiased (Parmar et
     al., 2104.11222); 'graph', by the graph's own bilinear operation, as class-conditional figures are made.
@@ -373,7 +373,7 @@ def reference_protocol(args: argparse.Namespace, reference: "SquareImages", back
 
 
 def embed(captions: list[str], clip: "CLIP", batch_size: int, dist: "Distributed") -> "tuple[np.ndarray | None, int]":
-    """The captions' unit vectors (N, D) on the first process, None on the others; and how many captions were cut."""
+    """Return the captions' unit vectors (N, D) on the first process, None on the others; and how many captions were cut."""
     import numpy as np
     from tqdm import tqdm
 
@@ -393,7 +393,7 @@ def embed(captions: list[str], clip: "CLIP", batch_size: int, dist: "Distributed
 def compare(
     drawn: "Features", texts: "np.ndarray | None", seen: "Features | None", args: argparse.Namespace
 ) -> dict[str, float]:
-    """The figures: clip_score, the mean cosine of image and caption, and fid."""
+    """Return the figures: clip_score, the mean cosine of image and caption, and fid."""
     from evaluations.metrics import frechet_distance
 
     figures = {}
@@ -413,7 +413,7 @@ def protocol(
     backend: "Inception | None",
     dist: "Distributed",
 ) -> dict:
-    """Returns everything that a figure depends on, JSON values."""
+    """Return everything that a figure depends on, JSON values."""
     from evaluations.t2i.clip import CLIP_MODELS, PREFIX
 
     made = {
@@ -445,7 +445,7 @@ def protocol(
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
+    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--fake_dir", default="/home/GigaGAN_images/", help="folder with images/ and captions.txt")
     parser.add_argument(

@@ -69,7 +69,7 @@ class SquareImages(ImageFolder):
 
 
 def square(image: Image.Image, resolution: int) -> Image.Image:
-    """The centre square of an image, by Pillow's Lanczos filter at `resolution` pixels a side.
+    """Return the centre square of an image, by Pillow's Lanczos filter at `resolution` pixels a side.
 
     A centre that falls between two pixels is rounded as torchvision's center_crop rounds it: half to even.
     """
@@ -79,7 +79,7 @@ def square(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def generated_images(folder: str | Path, resolution: int, limit: int, reading: Reading = DEFAULT) -> SquareImages:
-    """The first `limit` images directly in a folder, in natural order: 2.png before 10.png.
+    """Return the first `limit` images directly in a folder, in natural order: 2.png before 10.png.
 
     Raises FileNotFoundError for no folder, ValueError for no images or an unreadable one.
     """
@@ -96,7 +96,7 @@ def generated_images(folder: str | Path, resolution: int, limit: int, reading: R
 
 
 def reference_images(folder: str | Path, resolution: int, reading: Reading = DEFAULT) -> SquareImages:
-    """All images of a folder, at any depth. Raises FileNotFoundError, ValueError as `generated_images` does."""
+    """Return all images of a folder, at any depth. Raises FileNotFoundError, ValueError as `generated_images` does."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of reference images at {folder}: check --ref_dir")
