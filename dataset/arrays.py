@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from dataset.code_files import PublishedFolder, ShardFolder
 from dataset.codes import CodeDataset, open_codes
 from dataset.store import INDEX_FILE, Fixed, Ragged, Shards, ends_of, read_record
 from utils.files import write_json
@@ -81,6 +82,7 @@ def write_arrays(
         "shard_size": shard_size,
         "views": list(views),
         "images": codes.settings.images if codes is not None and codes.settings else None,
+        "crop_range": codes.settings.crop_range if codes is not None and codes.settings else None,
     }
     for record in folder.glob("shard-*.json"):
         record.unlink()
@@ -115,7 +117,8 @@ class ArrayFolder:
             raise ValueError(
                 f"{folder} holds {index.get('array', 'codes or features')}, not {name}: check --condition-path"
             )
-        self.items, self.views, self.images = index["items"], index["views"], index["images"]
+        self.items, self.views = index["items"], index["views"]
+        self.images, self.crop_range = index["images"], index["crop_range"]
         shape, again = tuple(index["shape"]), "write it again with dataset.arrays.write_arrays"
         shards, size = Shards(folder, again), index["shard_size"]
         self.rows: int | None = index["rows"]
@@ -144,28 +147,33 @@ class ArrayFolder:
         records = [sorted(shards.record(shard)["files"].items()) for shard in range(self._arrays.count)]
         return {self.name: hashlib.sha256(repr(records).encode()).hexdigest()[:16]}
 
-    def require_views(self, views: Iterable[str], of: str | Path) -> None:
-        """Raise ValueError where views of these codes are drawn that the arrays do not have."""
-        missing = [view for view in views if view not in self.views]
-        if missing and self.views != list(ANY_VIEW):
-            raise ValueError(
-                f"{self.name} in {self.folder} has the views {', '.join(self.views)}, and {of} {', '.join(missing)} too: write "
-                "an array for each view (views=…), or extract the codes with --no-flip"
-            )
+    def require_codes(self, codes: ShardFolder | PublishedFolder, views: Sequence[str]) -> None:
+        """Raise ValueError where the arrays are not of these codes: of other images, crops or views, or not of all of them.
 
-    def require_images(self, numbers: np.ndarray, images: str | None, of: str | Path) -> None:
-        """Raise ValueError where the arrays are of other images than these codes, or lack some of them."""
-        if None not in (images, self.images) and images != self.images:
-            raise ValueError(
-                f"{self.name} in {self.folder} and {of} are of other images: write it again for these codes"
-            )
+        views: those that are drawn of the codes.
+        """
+        mine, theirs = f"{self.name} in {self.folder}", codes.folder
+        images, crop = (codes.settings.images, codes.settings.crop_range) if codes.settings else (None, None)
+        any_view = self.views == list(ANY_VIEW)
         if None in (images, self.images):
-            logger.info("%s or %s does not record its images: they could not be compared", self.folder, of)
-        absent = np.setdiff1d(numbers, np.flatnonzero(self._arrays.present()))
+            logger.info("%s or %s does not record its images: they could not be compared", self.folder, theirs)
+        elif images != self.images:
+            raise ValueError(f"{mine} and {theirs} are of other images: write it again for these codes")
+        elif crop != self.crop_range and not any_view:
+            raise ValueError(
+                f"{mine} is of --crop-range {self.crop_range}, {theirs} of {crop}: write it again for these codes"
+            )
+        missing = [] if any_view else [view for view in views if view not in self.views]
+        if missing:
+            raise ValueError(
+                f"{mine} has the views {', '.join(self.views)}, and {theirs} {', '.join(missing)} too: write an array for each "
+                "view (views=…), or extract the codes with --no-flip"
+            )
+        absent = np.setdiff1d(codes.numbers, np.flatnonzero(self._arrays.present()))
         if len(absent):
             more = f" (and of {len(absent) - 1} more)" if len(absent) > 1 else ""
             raise ValueError(
-                f"{self.folder} has no {self.name} of image {absent[0]}{more} of {of}: write it for all of them"
+                f"{self.folder} has no {self.name} of image {absent[0]}{more} of {theirs}: write it for all of them"
             )
 
 

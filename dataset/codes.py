@@ -77,19 +77,17 @@ class CodeDataset(Dataset):
 
     def add(self, arrays: "Mapping[str, ArrayFolder]") -> None:
         """Give every item an array of each of these folders too. Raises ValueError where they are of other images or views."""
-        numbers = self.sources[0].numbers
         for one in arrays.values():
             for source in self.sources:
-                one.require_images(numbers, source.settings.images if source.settings else None, source.folder)
                 views = source.view_names if self.random_view else [source.view_names[_center(source.view_names)]]
-                one.require_views(views, source.folder)
+                one.require_codes(source, views)
             if len(self.sources) > 1 and one.views != ["any"]:
                 names = " and ".join(str(source.folder) for source in self.sources)
                 raise ValueError(
                     f"{one.name} in {one.folder} is of one crop, and {names} are drawn from: rename one of them"
                 )
         self.arrays |= arrays
-        self._numbers = numbers
+        self._numbers = self.sources[0].numbers
 
     def sizes(self) -> dict[str, int | None]:
         """Return num_classes and codebook_size as far as they are known."""

@@ -102,10 +102,13 @@ def test_arrays_that_are_not_of_these_codes_are_refused(codes, tmp_path):
     shutil.copytree(codes, other)
     index = json.loads((other / "index.json").read_text())
     (other / "index.json").write_text(json.dumps(index | {"images": "b" * 16}))
+    cropped = shutil.copytree(codes, tmp_path / "cropped")
+    (cropped / "index.json").write_text(json.dumps(index | {"crop_range": 1.1}))
     for place, words, message in (
         (codes, f"depth={one}", r"depth in \S*one has the views center, and \S*codes center_flip too"),
         (codes, f"depth={tmp_path / 'few'}", r"few has no depth of image 9 \(and of 14 more\) of \S*codes"),
         (other, f"depth={folder}", r"depth in \S*depth and \S*other are of other images"),
+        (cropped, f"depth={folder}", r"depth in \S*depth is of --crop-range None, \S*cropped of 1\.1"),
         (codes, f"control={folder}", r"holds depth, not control: check --condition-path"),
         (codes, f"depth={codes}", r"holds codes or features, not depth"),
     ):
