@@ -53,7 +53,7 @@ PLAIN += ["--mixed-precision", "fp32"]
 EXACT = ["--dropout-p", 0, "--token-dropout-p", 0]
 PAR = ["--ar-token-num", 4, "--spe-token-num", 3]
 # A smaller rate: Adam makes large steps of tiny gradients, whose rounding would then show.
-COMPARED = [*EXACT, "--epochs", 4, "--lr", 5e-4]
+COMPARED = [*EXACT, "--epochs", 2, "--lr", 5e-4]
 # Unevenly over batches and their parts.
 MISSING = (0, 1, 2, 5, 9, 17, 23, 24, 25, 26, 33, 40, 41, 46)
 
@@ -174,29 +174,22 @@ def test_accumulation_gives_the_same_losses(data, tmp_path, one):
     assert metrics(tmp_path, "loss") == pytest.approx(metrics(one / "raster", "loss"), abs=1e-5)
     assert metrics(tmp_path, "grad_norm") == pytest.approx(metrics(one / "raster", "grad_norm"), rel=1e-4)
     assert metrics(tmp_path, "valid") == pytest.approx(metrics(one / "raster", "valid"))
-    assert len(set(metrics(one / "raster", "valid").values())) > 3
+    assert len(set(metrics(one / "raster", "valid").values())) > 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["raster", "PAR"])
 def test_two_processes_give_the_losses_of_one(data, tmp_path, one, layout):
     """By DDP and in shards, with accumulation: the mean is over the valid samples of the whole batch."""
-    flags = [
-        *COMPARED,
-        "--gradient-accumulation-steps",
-        2,
-        "--ckpt-every",
-        5,
-        *held_out(data),
-        *(PAR if layout == "PAR" else []),
-    ]
+    flags = [*COMPARED, "--gradient-accumulation-steps", 2, "--ckpt-every", 4, *held_out(data)]
+    flags += PAR if layout == "PAR" else []
     kinds = ("ddp", "fsdp")
     live(*(life(data, tmp_path / kind, *flags, "--data-parallel", kind, world=2) for kind in kinds))
     for kind in kinds:
         for name, tolerance in (("loss", {"abs": 1e-5}), ("grad_norm", {"rel": 1e-4}), ("val_loss", {"abs": 1e-4})):
             expected, found = metrics(one / layout, name), metrics(tmp_path / kind, name)
             assert {step: found[step] for step in expected} == pytest.approx(expected, **tolerance), (kind, name)
-        assert len(metrics(tmp_path / kind, "loss")) == 12
+        assert len(metrics(tmp_path / kind, "loss")) == 6
         for name, tensor in weights(tmp_path / kind).items():
             torch.testing.assert_close(tensor, weights(one / layout)[name], rtol=1e-3, atol=1e-4, msg=name)
 
@@ -214,7 +207,7 @@ def test_the_held_out_loss_is_the_mean_over_pairs_that_count(data, tmp_path, one
         features, lengths = left_padded([caption_features(number)], TOKENS)
         with torch.no_grad():
             losses.append(float(TokenLoss(model)(codes, features, prefix_mask=prefix_mask(lengths, TOKENS))))
-    assert metrics(one / "raster", "val_loss")[12] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert metrics(one / "raster", "val_loss")[6] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -250,21 +243,20 @@ def all_codes(data):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, parallel", [("shards", "ddp"), ("images", "fsdp")])
 def test_killed_and_resumed_gives_the_same_bits(data, tmp_path, kind, parallel):
-    """Two processes with dropout, random crops and short captions, killed -9 three times: before, while and after saving."""
-    flags = ["--epochs", 5, "--ckpt-every", 3, "--ema", "--ema-decay", 0.9, "--resume", "--random-crop"]
+    """Two processes with dropout, random crops and short captions, killed -9 twice: after and while saving."""
+    flags = ["--epochs", 3, "--ckpt-every", 3, "--ema", "--ema-decay", 0.9, "--resume", "--random-crop"]
     flags += ["--short-t5-feat-path", data / "short", "--data-parallel", parallel]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     store, end = f"{killed}/*/checkpoints", "" if parallel == "fsdp" else ".pt"
     moments = [
         {"kill_at": f"{store}/0000003{end}"},
         {"kill_at": f"{store}/.0000006.*"},
-        {"kill_at": f"{store}/0000009{end}", "kill_later": 0.1},
     ]
     runs = [life(data, killed, *flags, world=2, kind=kind, **moment) for moment in moments]
     printed = live(life(data, whole, *flags, world=2, kind=kind), *runs, life(data, killed, *flags, world=2, kind=kind))
-    assert printed.count("life: killed") == 3 and printed.count("resuming") >= 2
+    assert printed.count("life: killed") == 2 and printed.count("resuming") >= 2
     one, other = read_checkpoint(last(whole)), read_checkpoint(last(killed))
-    assert one.steps == other.steps == 15
+    assert one.steps == other.steps == 9
     assert same(one.model, other.model) and same(one.ema, other.ema)
     if parallel == "ddp":
         one, other = load(last(whole)), load(last(killed))
@@ -296,15 +288,14 @@ def test_resume_with_other_pairs_is_refused(data, tmp_path, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["shards", "codes"])
-def test_the_order_goes_on_over_other_numbers_of_processes(data, tmp_path, kind):
+def test_the_order_goes_on_over_other_numbers_of_processes(data, tmp_path):
     """One process, then four, then two: no sample of an epoch twice, none left out, and losses within rounding."""
     flags = [*EXACT, "--epochs", 3, "--ckpt-every", 100, "--resume"]
     whole, moved = tmp_path / "whole", tmp_path / "moved"
-    lives = [life(data, whole, *flags, kind=kind, watch=str(tmp_path / "whole.txt"))]
+    lives = [life(data, whole, *flags, kind="shards", watch=str(tmp_path / "whole.txt"))]
     for number, (world, steps) in enumerate([(1, 2), (4, 5), (2, 9)]):
         watched = str(tmp_path / f"{number}.txt")
-        lives.append(life(data, moved, *flags, "--max-steps", steps, world=world, kind=kind, watch=watched))
+        lives.append(life(data, moved, *flags, "--max-steps", steps, world=world, kind="shards", watch=watched))
     live(*lives)
     expected = read_steps(tmp_path / "whole.txt")
     read = [step for number in range(3) for step in read_steps(tmp_path / f"{number}.txt")]
