@@ -69,7 +69,8 @@ def main(args: argparse.Namespace) -> None:
     inception = inception_features(backend, args.inception_resize) if args.fid else None
 
     def extract(batch: "np.ndarray") -> "tuple[np.ndarray, ...]":
-        return (clip.images(batch),) * args.clip + ((inception(batch),) if args.fid else ())
+        seen_by_clip = (clip.images(batch),) if args.clip else ()
+        return (*seen_by_clip, inception(batch)) if args.fid else seen_by_clip
 
     drawn = read_features(fakes, extract, dist, batch_size=args.batch_size, keep=args.clip, name="generated images")
     texts, cut = embed(captions, clip, args.batch_size, dist) if args.clip else (None, 0)

@@ -213,7 +213,7 @@ def test_two_processes_give_the_figures_of_one(batches, tmp_path):
     evaluate(reference, samples)
     alone = report_of(samples)
     command = [
-        str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2", f"--master_port={free_port()}",
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
         str(ROOT / "evaluations/c2i/evaluator.py"), str(reference), str(samples), "--graph", str(GRAPH), "--device",
         "cpu", "--output", str(tmp_path / "two"), "--batch-size", "24",
     ]  # fmt: skip

@@ -466,7 +466,7 @@ def test_two_processes_give_the_figures_of_one(folders, clip_folder, tmp_path):
     fake, ref = folders
     alone = evaluate(fake, ref, clip_folder)
     command = [
-        str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2", f"--master_port={free_port()}",
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
         str(ROOT / "evaluations/t2i/evaluation.py"), "--fake_dir", str(fake), "--ref_dir", str(ref), "--graph",
         str(GRAPH), "--clip_path", str(clip_folder), "--device", "cpu", "--eval_res", "16", "--batch_size", "2",
         "--output", str(tmp_path / "two"),
