@@ -14,6 +14,7 @@ from autoregressive.train.flags import add_gpt_training_flags
 from utils.cli import (
     PORTION,
     SHARE,
+    add_flag,
     add_image_size_flags,
     add_parallel_flags,
     add_switch,
@@ -77,31 +78,21 @@ def flags(sharded: bool = False) -> argparse.ArgumentParser:
     """Return the script's flags. sharded: with the defaults of train_c2i_fsdp.py."""
     added = "--vq-ckpt" if sharded else "--data-parallel --grad-precision --no-wandb --vq-ckpt --wandb-project"
     parser = flag_parser(__doc__, added.split())
-    parser.add_argument("--code-path", required=True, help="folder of codes, packed or in the published layout")
-    parser.add_argument("--val-code-path", default=None, help="codes of held-out images: their loss is reported too")
-    parser.add_argument("--dataset", default="imagenet_code", help="kind of data")
-    parser.add_argument("--gpt-resume", default=None, help="the same as --gpt-ckpt")
-    parser.add_argument("--vq-ckpt", default=None, help="the codes' tokenizer: draws grids of samples with it")
-    project = "c2i_fsdp" if sharded else None
-    add_gpt_training_flags(parser, "c2i", sample_cfg_scale=2.0, wandb_project=project)
+    add_flag(parser, "--code-path", None, None, "folder of codes, packed or in the published layout", required=True)
+    add_flag(parser, "--val-code-path", None, None, "codes of held-out images: their loss is reported too")
+    add_flag(parser, "--dataset", None, "imagenet_code", "kind of data")
+    add_flag(parser, "--gpt-resume", None, None, "the same as --gpt-ckpt")
+    add_flag(parser, "--vq-ckpt", None, None, "the codes' tokenizer: draws grids of samples with it")
+    add_gpt_training_flags(parser, "c2i", sample_cfg_scale=2.0, wandb_project="c2i_fsdp" if sharded else None)
     add_image_size_flags(parser, 256)
     add_parallel_flags(parser, "fsdp" if sharded else "ddp")
     group = parser.add_argument_group("next-patch prediction")
-    group.add_argument(
-        "--patch-level",
-        type=positive_int,
-        default=1,
-        help="stages of coarser to finer patches, 1 for none (NPP's own: 2)",
-    )
-    group.add_argument(
-        "--epoch-rate", type=PORTION, default=0.5, help="share of the epochs left at which a stage of patches ends"
-    )
+    add_flag(group, "--patch-level", positive_int, 1, "stages of coarser to finer patches, 1 for none (NPP's own: 2)")
+    add_flag(group, "--epoch-rate", PORTION, 0.5, "share of the epochs left at which a stage of patches ends")
     add_switch(group, "--scheduler", False, "NPP's learning rate: warm-up, constant and decay in each stage")
-    group.add_argument("--warmup-epochs", type=nonnegative_int, default=1, help="of each stage, with --scheduler")
-    group.add_argument("--decay-ratio", type=SHARE, default=0.2, help="last part of each stage, with --scheduler")
-    group.add_argument(
-        "--end-lr", type=nonnegative_float, default=1e-5, help="where a stage's decay ends, with --scheduler"
-    )
+    add_flag(group, "--warmup-epochs", nonnegative_int, 1, "of each stage, with --scheduler")
+    add_flag(group, "--decay-ratio", SHARE, 0.2, "last part of each stage, with --scheduler")
+    add_flag(group, "--end-lr", nonnegative_float, 1e-5, "where a stage's decay ends, with --scheduler")
     return parser
 
 

@@ -16,6 +16,7 @@ from autoregressive.train.flags import add_gpt_training_flags
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
     PROBABILITY,
+    add_flag,
     add_image_size_flags,
     add_parallel_flags,
     add_reading_flags,
@@ -48,34 +49,24 @@ def flags() -> argparse.ArgumentParser:
     """Return the script's flags."""
     added = "--data-parallel --drop-path-rate --ema --grad-precision --no-wandb --t5-feature-dim --wandb-project"
     parser = flag_parser(__doc__, added.split())
-    parser.add_argument("--data-path", required=True, help="folder of *.jsonl lists, or of WebDataset *.tar shards")
-    parser.add_argument(
-        "--t5-feat-path", required=True, help="folder of caption features, packed or in the published layout"
-    )
-    parser.add_argument(
-        "--short-t5-feat-path", default=None, help="features of shorter captions, taken with probability 0.3"
-    )
-    parser.add_argument("--dataset", default="t2i", help="t2i: images, encoded while training; t2i_code: their codes")
-    parser.add_argument("--code-path", default=None, help="folder of codes, for --dataset t2i_code")
-    parser.add_argument(
-        "--index-path", default=None, help="where the index of WebDataset shards goes (default: beside them)"
-    )
-    parser.add_argument("--val-data-path", default=None, help="held-out pairs: their loss is reported too")
-    parser.add_argument("--val-t5-feat-path", default=None, help="features of the held-out pairs' captions")
-    parser.add_argument("--val-code-path", default=None, help="their codes, for --dataset t2i_code")
+    add_flag(parser, "--data-path", None, None, "folder of *.jsonl lists, or of WebDataset *.tar shards", required=True)
+    help = "folder of caption features, packed or in the published layout"
+    add_flag(parser, "--t5-feat-path", None, None, help, required=True)
+    help = "features of shorter captions, taken with probability 0.3"
+    add_flag(parser, "--short-t5-feat-path", None, None, help)
+    add_flag(parser, "--dataset", None, "t2i", "t2i: images, encoded while training; t2i_code: their codes")
+    add_flag(parser, "--code-path", None, None, "folder of codes, for --dataset t2i_code")
+    add_flag(parser, "--index-path", None, None, "where the index of WebDataset shards goes (default: beside them)")
+    add_flag(parser, "--val-data-path", None, None, "held-out pairs: their loss is reported too")
+    add_flag(parser, "--val-t5-feat-path", None, None, "features of the held-out pairs' captions")
+    add_flag(parser, "--val-code-path", None, None, "their codes, for --dataset t2i_code")
     add_switch(parser, "--random-crop", False, "a random crop of each image in place of the centred one")
     add_tokenizer_flags(parser, VQ_SIZES)
-    add_switch(
-        parser,
-        "--half-tokenizer",
-        False,
-        "encode images in --mixed-precision: faster, but some codes differ from those of float32",
-    )
+    help = "encode images in --mixed-precision: faster, but some codes differ from those of float32"
+    add_switch(parser, "--half-tokenizer", False, help)
     add_gpt_training_flags(parser, "t2i", sample_cfg_scale=7.5)
-    parser.add_argument("--drop-path", type=PROBABILITY, default=0.0, help="the same as --drop-path-rate")
-    parser.add_argument(
-        "--t5-feature-dim", type=positive_int, default=2048, help="numbers a caption token's feature has"
-    )
+    add_flag(parser, "--drop-path", PROBABILITY, 0.0, "the same as --drop-path-rate")
+    add_flag(parser, "--t5-feature-dim", positive_int, 2048, "numbers a caption token's feature has")
     add_image_size_flags(parser, 384)
     add_reading_flags(parser)
     add_parallel_flags(parser, "ddp")
