@@ -55,7 +55,7 @@ def resume(state: TrainingState, run: Run, args: Namespace, dist: Distributed, l
         remedy = f"give the flags it began with (other now: {changed or 'none'}), {anew}"
         _require_same(saved, state, ("layout", "conditions", "objective"), "these flags", remedy, log)
         try:
-            take(saved, state, args, log)
+            _take(saved, state, args, log)
         except ValueError as error:
             raise ValueError(
                 f"{str(error).splitlines()[0].rstrip(':')}; --resume goes on with the newest "
@@ -76,12 +76,12 @@ def start_from(saved: Checkpoint | ShardedCheckpoint, state: TrainingState, args
     """Begin a new run with a checkpoint; return False where it has weights alone."""
     data = getattr(args, "code_path", None) or "this run's data"
     _require_same(saved, state, _ORIGIN, data, "give weights of a run on such codes, or --finetune", log)
-    whole = take(saved, state, args, log)
+    whole = _take(saved, state, args, log)
     log.info(f"starting from {saved.path}, {f'step {state.step}' if whole else 'its weights alone'}")
     return whole
 
 
-def take(saved: Checkpoint | ShardedCheckpoint, state: TrainingState, args: Namespace, log: RunLogger) -> bool:
+def _take(saved: Checkpoint | ShardedCheckpoint, state: TrainingState, args: Namespace, log: RunLogger) -> bool:
     """Take over a checkpoint; return False where it has weights alone. Averages that began with a fixed decay keep it."""
     whole = state.take(saved, args.global_batch_size)
     flags = (saved.record["args"] if isinstance(saved, ShardedCheckpoint) else saved.args) or {}
