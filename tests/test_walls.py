@@ -92,6 +92,16 @@ def test_modules_say_what_they_are_for(room):
             assert ast.get_docstring(ast.parse(source)), f"{path.relative_to(ROOT)} has no docstring"
 
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_docstrings_begin_with_a_verb_or_a_noun(room):
+    wrong = {"What", "Whether", "Which", "Of", "That", "Those", "How", "Where", "As", "By"}
+    for path in sorted((ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node) or "-"
+                assert text.split()[0] not in wrong, f"{path.relative_to(ROOT)}: {text.splitlines()[0]}"
+
+
 def test_help_needs_nothing_heavy():
     """All scripts in one process: what comes with a script is its own, or that of what it imports."""
     names = scripts()
