@@ -33,6 +33,8 @@ from tests.training import environment
 from tokenizer.load import load_tokenizer
 from utils.checkpoint import save_checkpoint
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
 
@@ -91,7 +93,6 @@ def add_text(quickstart: Path) -> None:
     )
 
 
-@pytest.mark.slow
 def test_the_quickstart_models(quickstart):
     loads = app.models(parse("--quickstart"))
     assert list(loads) == ["class"]
@@ -345,7 +346,6 @@ def asked(asked="3", **settings) -> list:
     return [asked, *{**SETTINGS, **settings}.values()]
 
 
-@pytest.mark.slow
 def test_visitor_gets_pictures_captions_and_a_seed(page):
     gallery, status, seed = visitor(page).predict(*asked(count=2, seed=5), api_name="/draw_class")
     assert seed == 5 and "data-done" in status
@@ -354,7 +354,6 @@ def test_visitor_gets_pictures_captions_and_a_seed(page):
     assert again[2] != visitor(page).predict(*asked(fresh=True), api_name="/draw_class")[2]
 
 
-@pytest.mark.slow
 def test_page_opens_with_a_picture_that_is_drawn_once(page):
     import httpx
 
@@ -377,7 +376,6 @@ def test_page_opens_with_a_picture_that_is_drawn_once(page):
         assert examples and [row[0] for row in examples[0]["props"]["samples"]] == list("01234567")
 
 
-@pytest.mark.slow
 def test_page_takes_no_files(page):
     """Neither uploads, nor large bodies, nor addresses of files that gradio would fetch."""
     import httpx
@@ -421,7 +419,6 @@ def test_page_takes_no_files(page):
         server.shutdown()
 
 
-@pytest.mark.slow
 def test_posts_that_nobody_listens_to_do_not_delay_a_visitor(page):
     import httpx
 
@@ -446,7 +443,6 @@ def test_posts_that_nobody_listens_to_do_not_delay_a_visitor(page):
         assert connection.recv(1) == b""
 
 
-@pytest.mark.slow
 def test_page_behind_a_login_and_a_path_draws_with_a_running_server(small_files, tmp_path):
     """With the server's key, from the environment; ended by an interrupt."""
     import httpx
@@ -483,7 +479,6 @@ def test_server_that_is_not_there_ends_the_demo_with_one_line(tmp_path):
     assert not page.left()
 
 
-@pytest.mark.slow
 def test_tab_whose_model_is_missing_says_why_and_the_other_draws(quickstart, tmp_path):
     words = ["--quickstart", "--text-gpt-ckpt", "no.pt", "--text-vq-ckpt", quickstart / "tokenizer"]
     (tmp_path / "run").mkdir()
@@ -570,7 +565,6 @@ def drawn(driver, kind: str) -> tuple[list[np.ndarray], int]:
     return pictures(driver, kind), int(wait(driver, f"#{kind}-seed input").get_attribute("value"))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_page_in_a_browser(served, browser):
     """A class, a prompt, and mistakes in both tabs."""

@@ -39,6 +39,8 @@ from tests.training import (
 from tokenizer.tokenizer_image.quantizers.vq import VectorQuantizer
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 SCRIPT = "autoregressive.train.extract_codes_c2i"
 SETTINGS = ["--vq-model", "VQ-4", "--codebook-size", 64, "--image-size", 16, "--num-workers", 0]
 COUNT, TOKENS = 18, 16
@@ -126,7 +128,6 @@ def test_what_the_index_records(extracted, tokenizer):
     assert len(list(extracted.glob("shard-*.json"))) == 4
 
 
-@pytest.mark.slow
 def test_ten_crops(images, tokenizer, tmp_path):
     folder = extract(images, tmp_path / "ten", tokenizer, "--ten-crop", "--crop-range", 1.25)
     codes, _, _ = read(folder)
@@ -195,7 +196,6 @@ def test_many_views_are_encoded_in_parts(tokenizer, monkeypatch):
     assert sizes[5:] == [1, 1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_is_of_the_encoder_alone(images, tokenizer, extracted, tmp_path, monkeypatch, precision):
     searched = []
@@ -406,7 +406,6 @@ def test_killed_between_two_shards(images, tokenizer, extracted, tmp_path, monke
     assert digests(tmp_path / "codes") == digests(extracted)
 
 
-@pytest.mark.slow
 def test_two_processes_killed_and_run_again(tokenizer, tmp_path):
     """Both killed in the middle, the same command again: the files are those of one process that was left alone."""
     images = make_images(tmp_path / "images", classes=4, per_class=100, size=24, seed=3)

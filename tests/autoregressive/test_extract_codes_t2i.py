@@ -24,6 +24,8 @@ from tests.training import check_published_flags, live, quiet_loggers, run_here
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.cli import run_script
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 COUNTS = {"part-a": 9, "part-b": 5, "part-c": 4}
 TOKENS = 16
 SETTINGS = ["--vq-model", "VQ-4", "--codebook-size", 64, "--image-size", 16, "--num-workers", 0]
@@ -156,7 +158,6 @@ def test_again_does_what_is_missing(data, extracted, published, tmp_path, layout
     assert digests(folder) == digests(whole)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", [[], ["--published-layout"]], ids=["packed", "published"])
 def test_killed_and_taken_up_by_others(data, extracted, published, tmp_path, layout):
     """Two processes killed -9 in the middle, one killed, then two: the same bytes as of one that was let be."""
@@ -204,7 +205,6 @@ def test_images_that_are_all_too_small_with_loader_processes(data, tmp_path, cap
     assert "smaller than --image-size 64" in told and "Traceback" not in told
 
 
-@pytest.mark.slow
 def test_another_size_in_the_same_folder(data, extracted, published, tmp_path):
     folder = shutil.copytree(extracted, tmp_path / "packed")
     with pytest.raises(ValueError, match=r"holds codes of other settings(.|\n)*image_size: 16 there, 20 now"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,12 +128,8 @@ def test_record_uses_a_stream_of_the_models_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **more: asked.update(more) or contextlib.nullcontext())
-    monkeypatch.setattr(decode_step, "DecodeState", lambda layout, cache, batch: cache)
-    model = tiny()
-    cache = type("Cache", (), {"keys": [torch.empty(0, device="meta")]})()
-    cache.keys = [type("Keys", (), {"device": CUDA})()]
-    cache.config = type("Config", (), {"operations": ()})()
-    graphs = StepGraphs(model, DecodeState(model, cache, 4))
+    config = SimpleNamespace(operations=())
+    graphs = StepGraphs(tiny(), SimpleNamespace(config=config, tokens=SimpleNamespace(device=CUDA)))
     for _ in range(2):
         graphs.run("a kind", lambda: None)
     assert asked["stream"] == "a stream of cuda:1"

@@ -109,8 +109,8 @@ def test_a_config_builds_the_model_it_was_written_of(golden_name):
 
 def test_a_config_of_what_is_not_registered_is_refused():
     identity = ModelArgs(dim=32, n_layer=1, n_head=2).identity
-    with pytest.raises(ValueError, match=r"no layout is called 'spiral'.*--import FILE.py"):
-        Transformer(ModelArgs.from_identity({**identity, "layout": {"name": "spiral", "grid_size": 4}}))
+    with pytest.raises(ValueError, match=r"no layout is called 'zigzag'.*--import FILE.py"):
+        Transformer(ModelArgs.from_identity({**identity, "layout": {"name": "zigzag", "grid_size": 4}}))
     with pytest.raises(ValueError, match=r"no condition is called 'smell'.*--import FILE.py"):
         ModelArgs.from_identity({**identity, "conditions": {"smell": {}}})
     with pytest.raises(ValueError, match="no trunk is called 'mamba'"):

@@ -43,6 +43,8 @@ from utils.checkpoint import read_checkpoint
 from utils.rng import item_seed
 from utils.training.order import BatchOrder
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 MODULE = "autoregressive.train.train_t2i"
 VOCAB, N, COUNTS = 64, 16, {"part-a": 20, "part-b": 12, "part-c": 16}
 COUNT = sum(COUNTS.values())
@@ -146,7 +148,6 @@ def test_the_first_steps_by_hand(data, tmp_path):
         assert metrics(tmp_path, "valid")[step + 1] == pytest.approx(counted / 16)
 
 
-@pytest.mark.slow
 def test_images_shards_and_codes_give_the_same_losses(data, tmp_path):
     flags = ["--epochs", 2, "--val-data-path", data / "pairs", "--val-t5-feat-path", data / "features"]
     for kind in ("images", "shards", "codes"):
@@ -167,7 +168,6 @@ def one(data, tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_accumulation_gives_the_same_losses(data, tmp_path, one):
     """Though the parts of a batch have different numbers of pairs that count."""
     train(data, tmp_path, *COMPARED, "--gradient-accumulation-steps", 8)
@@ -177,7 +177,6 @@ def test_accumulation_gives_the_same_losses(data, tmp_path, one):
     assert len(set(metrics(one / "raster", "valid").values())) > 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["raster", "PAR"])
 def test_two_processes_give_the_losses_of_one(data, tmp_path, one, layout):
     """By DDP and in shards, with accumulation: the mean is over the valid samples of the whole batch."""
@@ -210,7 +209,6 @@ def test_the_held_out_loss_is_the_mean_over_pairs_that_count(data, tmp_path, one
     assert metrics(one / "raster", "val_loss")[6] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-@pytest.mark.slow
 def test_it_learns_what_captions_say(data, tmp_path):
     """Pictures of a colour are likelier under their own caption than under another's."""
     train(data, tmp_path, "--epochs", 40, "--lr", 4e-3, features="features")
@@ -240,7 +238,6 @@ def all_codes(data):
 # Killed, moved, in stages
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind, parallel", [("shards", "ddp"), ("images", "fsdp")])
 def test_killed_and_resumed_gives_the_same_bits(data, tmp_path, kind, parallel):
     """Two processes with dropout, random crops and short captions, killed -9 twice: after and while saving."""
@@ -264,7 +261,6 @@ def test_killed_and_resumed_gives_the_same_bits(data, tmp_path, kind, parallel):
     assert metrics(whole, "loss") == metrics(killed, "loss") and metrics(whole, "valid") == metrics(killed, "valid")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["images", "codes"])
 def test_resume_with_other_pairs_is_refused(data, tmp_path, kind):
     """Lists, features and codes that fit each other, but not the run; the same data under other paths is the same."""
@@ -287,7 +283,6 @@ def test_resume_with_other_pairs_is_refused(data, tmp_path, kind):
         train(data, tmp_path / "results", *flags, "--max-steps", 3, *source, kind=kind)
 
 
-@pytest.mark.slow
 def test_the_order_goes_on_over_other_numbers_of_processes(data, tmp_path):
     """One process, then four, then two: no sample of an epoch twice, none left out, and losses within rounding."""
     flags = [*EXACT, "--epochs", 3, "--ckpt-every", 100, "--resume"]
@@ -328,7 +323,6 @@ def test_finetune_begins_at_step_0_with_the_weights_of_the_same_image_size(data,
         train(data, tmp_path / "other", *still, "--finetune", "--gpt-ckpt", wide)
 
 
-@pytest.mark.slow
 def test_stage_2_begins_with_the_weights_of_stage_1(data, tmp_path):
     """From a file and from a sharded folder: another image size, the same weights, step and optimizer of its own."""
     live(
@@ -347,7 +341,6 @@ def test_stage_2_begins_with_the_weights_of_stage_1(data, tmp_path):
         assert list(metrics(again, "loss")) == [5], "of the same size it goes on"
 
 
-@pytest.mark.slow
 def test_two_processes_encode_images_and_draw_pictures(data, tmp_path):
     more = ["--sample-every", 3, "--max-steps", 6, "--sample-cfg-scale", 3, *EXACT]
     kinds = ("ddp", "fsdp")
@@ -407,7 +400,6 @@ def test_images_need_a_tokenizer_that_fits(data, tmp_path):
         run_here(train_t2i, *flags, "--vocab-size", 128)
 
 
-@pytest.mark.slow
 def test_data_that_is_wrong(data, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist: check --data-path"):
         train(data, tmp_path / "results", "--data-path", tmp_path / "nowhere")
@@ -444,7 +436,6 @@ def test_pairs_whose_list_lost_a_line_are_refused(data, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("more", [[], ["--max-steps", 2]], ids=["a pass", "two steps"])
 def test_images_that_are_all_too_small_end_the_first_pass(data, tmp_path, workers, more, monkeypatch):
@@ -459,7 +450,6 @@ def test_images_that_are_all_too_small_end_the_first_pass(data, tmp_path, worker
     assert not list(run_folder(tmp_path / "results").glob("checkpoints/*"))
 
 
-@pytest.mark.slow
 def test_images_that_are_too_small_are_told_by_both_processes(data, tmp_path):
     flags = ["--image-size", 32, "--epochs", 1, "--global-batch-size", 16]
     printed = live(life(data, tmp_path / "results", *flags, world=2, kind="images", fails=True))

@@ -13,6 +13,8 @@ from tests.examples.conftest import IMAGES, SAMPLE, TOKENS, TRAIN
 from tests.helpers import ROOT
 from tests.training import load, run_folder, run_here, same
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 IMPORT = ["--import", ROOT / "examples/depth_map.py"]
 
 

@@ -22,6 +22,8 @@ from tokenizer.tokenizer_image.hub import VQModelHF
 from tools import export_checkpoint, push_vae_to_hf
 from utils.registry import import_file
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 FILE = ROOT / "examples/lookup_free.py"
 IMPORT = ["--import", FILE]
 TRAIN = ["--vq-model", "VQ-4", "--image-size", SIZE, "--global-batch-size", 8, "--num-workers", 0, "--log-every", 1]

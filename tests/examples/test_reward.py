@@ -13,6 +13,8 @@ from tests.helpers import ROOT
 from tests.training import load, run_folder, run_here
 from utils.registry import import_file
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 
 @pytest.fixture(scope="module")
 def run(digits, tmp_path_factory):

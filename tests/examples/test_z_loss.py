@@ -11,6 +11,8 @@ from tests.helpers import ROOT
 from tests.training import load, metrics, run_folder, run_here, same
 from utils.errors import AgreedError
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 FILE = ROOT / "examples/z_loss.py"
 EXAMPLE = ["--import", FILE, "--objective", "z_loss"]
 

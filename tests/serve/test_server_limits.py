@@ -32,6 +32,8 @@ from tests.helpers import ROOT
 from tests.serve.servers import ScriptedEngine, listening
 from tokenizer.load import load_tokenizer
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 PATIENCE = 20  # seconds, of which a fraction is needed
 
 
@@ -445,7 +447,6 @@ def test_draining_that_does_not_end_is_ended():
     assert subprocess.run([sys.executable, "-c", STUCK], cwd=ROOT, timeout=PATIENCE).returncode == 1
 
 
-@pytest.mark.slow
 def test_server_process_ends_with_the_documented_codes(small_files):
     """While loading, idle, and busy with an image that does not end; one signal and more."""
     words = ["--gpt-ckpt", small_files.gpt, "--vq-ckpt", small_files.vq, "--engine", "native", "--image-size", 32]
@@ -473,7 +474,6 @@ def test_server_process_ends_with_the_documented_codes(small_files):
             sock.close()
 
 
-@pytest.mark.slow
 def test_server_with_few_descriptors_stays_reachable_and_says_so_once(small_files):
     words = ["--gpt-ckpt", small_files.gpt, "--vq-ckpt", small_files.vq, "--engine", "native", "--image-size", 32]
     limited = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (120, 120)); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"

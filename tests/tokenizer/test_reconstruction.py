@@ -24,6 +24,8 @@ from tokenizer.tokenizer_image.vq_model import VQ_models
 from tokenizer.validation import val_ddp
 from utils.images import is_whole_png, to_uint8
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 NAME = "VQ-4-imagenet-size-32-size-32-codebook-size-64-dim-8-seed-0"
 
 
@@ -224,7 +226,6 @@ def random_lpips(monkeypatch):
     return made
 
 
-@pytest.mark.slow
 def test_lpips_is_added_where_its_weights_appear(
     small_files, images, done, tmp_path, random_lpips, monkeypatch, capsys
 ):
@@ -300,7 +301,6 @@ def test_another_batch_size_leaves_no_image_counted_twice(small_files, images, d
     assert len(list((tmp_path / NAME / "figures").iterdir())) == 3
 
 
-@pytest.mark.slow
 def test_killed_runs_and_two_processes_write_the_same(small_files, images, done, tmp_path):
     """Two processes; two killed with the first figures there, then one that goes on."""
     module = "tokenizer.tokenizer_image.reconstruction_vq_ddp"
@@ -321,7 +321,6 @@ def test_killed_runs_and_two_processes_write_the_same(small_files, images, done,
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-@pytest.mark.slow
 def test_a_mistake_is_told_once_and_ends_every_process(small_files, images, tmp_path):
     words = line(small_files, images, tmp_path)
     run_here(reconstruction_vq_ddp, *words)
@@ -393,7 +392,6 @@ def test_nothing_readable(small_files, tmp_path):
 # Which weights
 
 
-@pytest.mark.slow
 def test_reconstruction_is_by_the_averaged_weights_where_the_file_has_them(small_files, images, tmp_path, capsys):
     model = torch.load(small_files.vq, weights_only=True)["model"]
     averaged = randomize(VQ_models["VQ-4"](codebook_size=64), seed=4).state_dict()

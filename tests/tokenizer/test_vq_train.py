@@ -32,6 +32,8 @@ from tools import export_checkpoint
 from utils.checkpoint import save_safetensors
 from utils.images import make_grid, to_uint8
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 SCRIPT = "tokenizer.tokenizer_image.vq_train"
 MODEL = ["--vq-model", "VQ-4", "--codebook-size", 32]
 PLAIN = [
@@ -89,7 +91,6 @@ def trained(images, tmp_path_factory):
 # Runs
 
 
-@pytest.mark.slow
 def test_what_a_checkpoint_holds(trained):
     _, path, _ = trained
     saved = load(path)
@@ -100,7 +101,6 @@ def test_what_a_checkpoint_holds(trained):
     assert not torch.equal(saved["model"]["decoder.conv_out.weight"], saved["ema"]["decoder.conv_out.weight"])
 
 
-@pytest.mark.slow
 def test_weight_decay_that_is_given_decays_and_the_default_does_not(images, tmp_path):
     """One step by hand: AdamW takes lr * decay * weight besides Adam's step."""
     runs = {"start": ["--lr", 0], "plain": [], "none": ["--weight-decay", 0], "decayed": ["--weight-decay", 10]}
@@ -147,7 +147,6 @@ def test_the_sum_of_the_losses(trained):
         assert 1 / 32 <= line["codebook_usage"] <= 1
 
 
-@pytest.mark.slow
 def test_resuming_is_bit_identical(trained, images, tmp_path):
     """Stopped in the second epoch, once the discriminator is at work."""
     _, path, flags = trained
@@ -189,7 +188,6 @@ def test_every_weight_reaches_its_loss(images, tmp_path):
         assert tuple(group["betas"]) == (0.8, 0.9) and group["lr"] == 1e-3
 
 
-@pytest.mark.slow
 def test_choices_that_change_the_first_loss(images, tmp_path):
     def first(name, *more):
         path = train(images, tmp_path / name, *NO_DISC, "--max-steps", 1, "--lr", STILL, "--image-size", 16, *more)
@@ -209,7 +207,6 @@ def test_choices_that_change_the_first_loss(images, tmp_path):
     assert float(free.abs().max()) <= 1 / 32
 
 
-@pytest.mark.slow
 def test_stylegan_in_the_recipe_s_precision(images, tmp_path):
     flags = ["--disc-type", "stylegan", "--image-size", 16, "--disc-start", 2, "--max-steps", 2]
     path = train(images, tmp_path, *flags, "--mixed-precision", "bf16")
@@ -218,7 +215,6 @@ def test_stylegan_in_the_recipe_s_precision(images, tmp_path):
     assert load(path)["model"]["decoder.conv_out.weight"].dtype == torch.float32
 
 
-@pytest.mark.slow
 def test_it_learns(images, tmp_path):
     train(images, tmp_path, *NO_DISC, "--max-steps", 25, "--image-size", 16)
     loss = metrics(tmp_path, "reconstruction_loss")
@@ -226,7 +222,6 @@ def test_it_learns(images, tmp_path):
     assert "discriminator_loss" not in metrics(tmp_path)[-1]
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(images, tmp_path):
     """With the stylegan discriminator, which has no batch statistics, and accumulation.
 
@@ -247,7 +242,6 @@ def test_two_processes_give_the_losses_of_one(images, tmp_path):
     assert len(list((tmp_path / "two").iterdir())) == 1
 
 
-@pytest.mark.slow
 def test_two_processes_with_batch_statistics_and_a_damaged_image(tmp_path):
     folder = make_images(tmp_path / "train", classes=1, per_class=8)
     (folder / "class0" / "3.png").write_bytes(b"not a picture")
@@ -273,7 +267,6 @@ def tokenizer_parts(state):
     return {name: tensor for name, tensor in state.items() if name != "quantize.codebook_used"}
 
 
-@pytest.mark.slow
 def test_finetune_keeps_discriminator_and_optimizers_and_begins_at_step_0(trained, images, tmp_path):
     path = train(
         images, tmp_path, "--finetune", "--vq-ckpt", trained[1], "--lr", STILL, "--max-steps", 2, "--disc-start", 0
@@ -298,7 +291,6 @@ def test_finetune_without_keep_discriminator_takes_the_tokenizer_alone(trained, 
     assert second["optimizer"]["state"][0]["step"] == second["optimizer_disc"]["state"][0]["step"] == 1
 
 
-@pytest.mark.slow
 def test_finetune_with_another_discriminator_is_refused(trained, images, tmp_path):
     flags = ["--finetune", "--vq-ckpt", trained[1], "--disc-type", "stylegan", "--max-steps", 1]
     with pytest.raises(ValueError, match=r"another discriminator than --disc-type stylegan .*--no-keep-discriminator"):
@@ -312,7 +304,6 @@ def test_vq_ckpt_of_a_gpt_says_what_it_is(small_files, images, tmp_path, how):
         train(images, tmp_path, *how, "--vq-ckpt", small_files.gpt)
 
 
-@pytest.mark.slow
 def test_finetune_resumes_bit_identically(trained, images, tmp_path):
     flags = ["--finetune", "--vq-ckpt", trained[1], "--disc-start", 2, "--ema", "--dropout-p", 0.1, "--ckpt-every", 1]
     whole = load(train(images, tmp_path / "whole", *flags, "--max-steps", 3))
@@ -346,7 +337,6 @@ def first_edition(unnormalised, tmp_path_factory):
     return path
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("format", ["pt", "consolidated", "safetensors"])
 @pytest.mark.parametrize("edition", ["unnormalised", "first_edition"])
 def test_exported_tokenizer_gives_the_codes_of_its_checkpoint(request, edition, format, tmp_path):
@@ -393,7 +383,6 @@ def test_resume_keeps_the_setting_of_its_run(images, tmp_path):
         train(images, tmp_path, *flags, "--max-steps", 3, "--resume", "--codebook-l2-norm")
 
 
-@pytest.mark.slow
 def test_l2_norm_of_a_file_that_does_not_say_is_as_asked(trained, images, tmp_path):
     torch.save({"model": load(trained[1])["model"]}, tmp_path / "vq.pt")
     flags = ["--finetune", "--vq-ckpt", tmp_path / "vq.pt", *NO_DISC, "--max-steps", 1, "--image-size", 16]
@@ -403,7 +392,6 @@ def test_l2_norm_of_a_file_that_does_not_say_is_as_asked(trained, images, tmp_pa
         assert load(path)["config"]["quantizer"]["l2_norm"] == expected
 
 
-@pytest.mark.slow
 def test_without_finetune_the_training_goes_on(trained, images, tmp_path):
     _, whole, flags = trained
     middle = whole.with_name("0000004.pt")
@@ -413,7 +401,6 @@ def test_without_finetune_the_training_goes_on(trained, images, tmp_path):
         assert same(load(path)[key], load(whole)[key]), key
 
 
-@pytest.mark.slow
 def test_weights_alone(trained, images, tmp_path):
     """What the released files are: {"model": ...}."""
     torch.save({"model": load(trained[1])["model"]}, tmp_path / "vq.pt")
@@ -445,7 +432,6 @@ def test_a_flat_folder_and_a_list(images, tmp_path):
     assert " 4 samples, 1 steps an epoch" in log_of(tmp_path / "results")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_image_is_named_skipped_and_counted(tmp_path, workers):
     folder = make_images(tmp_path / "train", classes=2, per_class=12)
@@ -459,7 +445,6 @@ def test_a_damaged_image_is_named_skipped_and_counted(tmp_path, workers):
     assert list(metrics(tmp_path / "results", "generator_loss")) == list(range(1, 13))
 
 
-@pytest.mark.slow
 def test_workers_change_nothing(images, tmp_path):
     for workers in (0, 2):
         train(images, tmp_path / str(workers), *NO_DISC, "--epochs", 2, "--num-workers", workers, "--image-size", 16)

@@ -14,6 +14,8 @@ from evaluations.published import ROWS
 from tests.training import run_here
 from tools import draw_figure
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 SETTINGS = {
     "gpt_model": "GPT-B",
     "image_size": 384,

@@ -30,6 +30,8 @@ from tools import reproduce, steps, sweep_guidance
 from utils import hub
 from utils.hub import RELEASED
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 REFERENCE_BATCH = GOLDEN / "evaluator" / "reference_batch.npz"
 GRAPH = GOLDEN / "evaluator" / "standin_graph.pb"
 VQ = ["--vq-model", "VQ-4", "--codebook-size", 64, "--image-size", 32, "--image-size-eval", 16, "--device", "cpu"]
@@ -300,7 +302,6 @@ def test_who_is_stopped_stops_its_script(tmp_path):
 # Whole runs
 
 
-@pytest.mark.slow
 def test_from_nothing_to_a_row(small_files, run_quickly):
     shutil.copy(REFERENCE_BATCH, "reference.npz")
     line = [*row_line(small_files), "--reference", "reference.npz", "--num-samples", 8]
@@ -336,7 +337,6 @@ def test_from_nothing_to_a_row(small_files, run_quickly):
     assert result()["samples"] == 12 and result()["figures"]["fid"] != first["figures"]["fid"]
 
 
-@pytest.mark.slow
 def test_reproduce_killed_while_drawing_keeps_what_is_drawn(small_files, run_quickly):
     line = row_line(small_files)
     process = subprocess.Popen(
@@ -351,7 +351,6 @@ def test_reproduce_killed_while_drawing_keeps_what_is_drawn(small_files, run_qui
     assert result()["samples"] == 12
 
 
-@pytest.mark.slow
 def test_a_tokenizers_row(small_files, run_quickly):
     rng = np.random.default_rng(0)
     for label in ("ant", "bee"):
@@ -368,7 +367,6 @@ def test_a_tokenizers_row(small_files, run_quickly):
     assert f"there already: {report['evaluation']}" in run_quickly("reproduce", *line)
 
 
-@pytest.mark.slow
 def test_a_sweep(small_files, run_quickly):
     words = [*JUDGE, "--", *small(small_files), "--num-fid-samples", 6]
     run_quickly("sweep_guidance", "--scales", "2.5", *words)

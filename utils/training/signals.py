@@ -1,4 +1,4 @@
-"""How a run ends before its end: asked to by a signal, or by another process that stops.
+"""Early ends of a run: a signal, or another process that stops.
 
     with StopSignals() as signals:
         ...
