@@ -23,7 +23,7 @@ from tests.serve.servers import ScriptedEngine, listening, picture, pixels
 from tests.serve.small import text_pipeline
 from tokenizer.load import load_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from utils.cli import run_script
 from utils.images import peak_signal_to_noise_ratio
 from utils.rng import image_label
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 SCRIPTS = [sample_c2i, sample_c2i_ddp]
 SIZES = ["--gpt-model", "GPT-XS", "--vq-model", "VQ-4", "--codebook-size", 64, "--num-classes", 10]

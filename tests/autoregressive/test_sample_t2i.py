@@ -27,7 +27,11 @@ from tests.language.small_t5 import make_small_t5
 from tests.training import check_published_flags, live, run_here
 from utils.cli import run_script
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*fill all .* text tokens")]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*fill all .* text tokens"),
+    pytest.mark.slow,
+]
 
 SCRIPTS = [sample_t2i, sample_t2i_ddp]
 ROWS, WIDTH = 16, 32  # text tokens, and the numbers of a feature of the small T5
