@@ -30,7 +30,8 @@ RECONSTRUCTOR, VALIDATION = "tokenizer/tokenizer_image/reconstruction_vq_ddp.py"
 def describe(script: str, words: Sequence[object], processes: int) -> str:
     """Return the command line as a user would type it in the project's folder."""
     launch = f"torchrun --standalone --nproc_per_node={processes}" if processes > 1 else "python3"
-    return f"{launch} {script} {shlex.join(map(str, words))}"
+    quoted = (word if "*" in word else shlex.quote(word) for word in map(str, words))  # a shell fills in the name
+    return f"{launch} {script} {' '.join(quoted)}"
 
 
 def run(script: str, words: Sequence[object], processes: int) -> None:
