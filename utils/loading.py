@@ -65,7 +65,9 @@ def batches_of(loader: "DataLoader") -> Iterator[Any]:
         begun = getattr(loader, "_iterator", None) or batches
         workers = {worker.sentinel: worker for worker in getattr(begun, "_workers", ())}
         # The connection to a process breaks before the process is gone; one whose item raised lives on.
-        ended = [workers[sentinel] for sentinel in wait(workers, timeout=1 if workers and not _of_an_item(error) else 0)]
+        ended = [
+            workers[sentinel] for sentinel in wait(workers, timeout=1 if workers and not _of_an_item(error) else 0)
+        ]
         for worker in ended:
             worker.join()
         codes = [worker.exitcode for worker in ended if worker.exitcode]
