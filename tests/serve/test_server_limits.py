@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from asyncio import selector_events
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -99,12 +100,14 @@ def large_files(monkeypatch):
 @pytest.mark.parametrize("asked", [{"stream": True, "partial_rows": 1}, {"n": 2}, {"response_format": "png"}])
 def test_answers_nobody_reads_hold_no_place_and_are_cut(tokenizer, monkeypatch, large_files, asked):
     monkeypatch.setattr(server, "SECONDS_TO_READ", 1)
+    cut, abort = [], selector_events._SelectorTransport.abort
+    monkeypatch.setattr(selector_events._SelectorTransport, "abort", lambda self: cut.append(self) or abort(self))
     with serving(tokenizer, max_queue=3, max_n=3) as (address, service):
         unread = [ask(address, class_label=3, **asked) for _ in range(3 // asked.get("n", 1))]
         until(lambda: service.metrics.images._value.get() == 3 - 3 % asked.get("n", 1) and service.idle)
         monkeypatch.setattr(decoder, "file_bytes", lambda *args: b"small")
         assert httpx.post(address + IMAGES, json={"class_label": 3, "n": 3}).status_code == 200
-        time.sleep(3)  # nothing is read meanwhile
+        until(lambda: len(cut) == len(unread))  # nothing is read meanwhile
         assert all(map(is_closed, unread))
         text = httpx.get(address + "/metrics").text
         assert 'image_queue_length{model="small"} 0.0' in text
