@@ -44,6 +44,11 @@ def starting_point(
     path = find_checkpoint(name)
     if not args.finetune:
         saved = TrainingState.read(path, dist, whole=False)
+        if before := _other_layout(saved.config, model):
+            raise ValueError(
+                f"{path} is of the layout {before}, and this run of {model.layout.name}: give --layout {before}, or --finetune to "
+                "train its weights by another order"
+            )
         flags = saved.record["args"] if isinstance(saved, ShardedCheckpoint) else saved.args
         if args.gpt_type == "c2i" or (flags or {}).get("image_size", args.image_size) == args.image_size:
             return saved, None
@@ -63,6 +68,8 @@ def starting_point(
             args.class_rows or "name", weights.model[CLASS_TABLE], model, *names, path
         )
         note.append(rows)
+    if before := _other_layout(weights.config, model):
+        note.append(f"its layout was {before}, now {model.layout.name}")
     for key in ("tokenizer", "text_encoder"):
         if (
             (before := weights.config.get(key))
@@ -73,6 +80,12 @@ def starting_point(
                 f"its {key.replace('_', ' ')} was another one ({before}, now {now}), whose codes it has to unlearn"
             )
     return replace(_weights_alone(weights), config=config), "; ".join(note)
+
+
+def _other_layout(config: dict[str, Any], model: Transformer) -> str | None:
+    """The name of the layout that a file records, where it is another one than the model's."""
+    name = config.get("layout", {}).get("name", model.layout.name)
+    return None if name == model.layout.name else name
 
 
 def _weights_alone(saved: Checkpoint) -> Checkpoint:

@@ -97,6 +97,27 @@ def test_spiral_run_does_not_resume_in_raster_order(digits, trained):
         )
 
 
+def test_spiral_file_begins_a_run_of_another_order_only_as_asked(digits, trained, tmp_path):
+    flags = [
+        "--code-path",
+        digits / "codes",
+        "--results-dir",
+        tmp_path,
+        *TRAIN,
+        "--max-steps",
+        5,
+        "--gpt-ckpt",
+        trained,
+    ]
+    with pytest.raises(
+        ValueError, match="is of the layout spiral, and this run of raster: give --layout spiral, or --fine"
+    ):
+        run_here(train_c2i, *flags)
+    run_here(train_c2i, *flags, "--finetune")
+    (log,) = tmp_path.glob("*/log.txt")
+    assert "its layout was spiral, now raster" in log.read_text()
+
+
 def test_spiral_file_without_import_is_refused_with_the_flag(digits, trained, tmp_path):
     said = run_script(
         "autoregressive.sample.sample_c2i",
