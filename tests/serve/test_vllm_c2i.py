@@ -209,10 +209,9 @@ def test_images_of_several_processes_are_the_pipelines_and_none_outlives_the_eng
     engine = Running(small_files.gpt, **settings)
     try:
         assert engine.draw(SAMPLED[:8]) == engine.expected(small_files.vq, SAMPLED[:8])
-        begun = psutil.Process().children(recursive=True)
+        children = psutil.Process().children(recursive=True)
+        begun = [each for each in children if "resource_tracker" not in " ".join(each.cmdline())]
     finally:
         engine.close()
-    _, alive = psutil.wait_procs(
-        [each for each in begun if "resource_tracker" not in " ".join(each.cmdline())], timeout=20
-    )
-    assert not alive
+    _, alive = psutil.wait_procs(begun, timeout=20)
+    assert begun and not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
