@@ -214,4 +214,4 @@ def test_images_of_several_processes_are_the_pipelines_and_none_outlives_the_eng
     finally:
         engine.close()
     _, alive = psutil.wait_procs(begun, timeout=20)
-    assert begun and not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
+    assert begun and not [each for each in alive if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
