@@ -504,7 +504,7 @@ def served(quickstart):
     page = Page(folder, "--quickstart")
     try:
         yield page.wait().address
-        assert "Traceback" not in page.log.read_text()
+        assert "Traceback" not in (told := page.log.read_text()), told
     finally:
         page.end()
 
