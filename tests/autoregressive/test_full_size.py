@@ -79,6 +79,7 @@ def same_logits(path: Path, logits: torch.Tensor, **flags) -> None:
 
 
 @pytest.mark.parametrize("name", ["c2i_B_256.pt", "deepspeed.pt", "lightning.ckpt", "0005000/consolidated.pth"])
+@pytest.mark.slow
 def test_published_files(gpt, vq, logits, name, tmp_path):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)

@@ -544,6 +544,7 @@ def test_weights_on_another_device():
 
 
 @pytest.mark.parametrize("n, side", [(1, 1), (4, 1), (1, 2)])
+@pytest.mark.slow
 def test_a_compiled_training_step_is_one_graph(n, side):
     torch._dynamo.reset()
     model = tiny(ar_token_num=n)

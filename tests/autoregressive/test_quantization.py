@@ -87,6 +87,7 @@ def test_an_image_does_not_depend_on_the_batch(torchao, small_files, dtype):
     assert len({image.tobytes() for image in drawn[0]}) == 4
 
 
+@pytest.mark.slow
 def test_grid(torchao, small_files, tmp_path):
     output = tmp_path / "grid.png"
     words = ["--gpt-ckpt", small_files.par, "--ar-token-num", 4, "--labels", 3, "--output", output]

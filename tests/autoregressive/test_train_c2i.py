@@ -224,6 +224,7 @@ def one_process(codes, tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_same_losses(codes, tmp_path, one_process):
     flags = ["--epochs", 3, "--gradient-accumulation-steps", 4, "--val-code-path", codes]
     train(codes, tmp_path, *EXACT, *flags)
@@ -494,6 +495,7 @@ def test_missing_and_incomplete_codes(codes, tmp_path):
         train(folder, tmp_path / "results")
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit(codes, tmp_path):
     train(codes, tmp_path / "first", "--max-steps", 1)
     with pytest.raises(

@@ -150,6 +150,7 @@ def test_nothing_that_counts_is_an_error_in_loader_processes(data, workers):
     assert len(told) == 5 and all("smaller than --image-size 64" in line for line in told) and "line 4" in told[-1]
 
 
+@pytest.mark.slow
 def test_one_pair_that_counts_is_enough(data, tmp_path):
     """In any place of several passes over 13 others."""
     make_features(tmp_path / "features", COUNTS, missing=tuple(set(range(14)) - {6}))

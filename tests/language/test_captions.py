@@ -155,6 +155,7 @@ def test_text_nobody_expected(text, expected):
         "free ",
     ],
 )
+@pytest.mark.slow
 def test_long_text_comes_to_an_end(unit):
     """Patterns that try every split of a long word would take longer than the test may."""
     for text in ((unit * 10_000)[:10_000] + "_", "1" * 3000 + "x" + (unit * 6000)[:6000] + "_"):

@@ -599,6 +599,7 @@ def test_an_engine_that_fails(tokenizer):
     with_client(tokenizer, work, engine)
 
 
+@pytest.mark.slow
 def test_server_with_an_image_that_is_not_finite_answers_500_and_goes_on(tokenizer, small_files):
     gpt = load_gpt(small_files.gpt)
     gpt.cls_embedding.embedding_table.weight.data[3] = float("nan")
@@ -739,6 +740,7 @@ def test_prompts_that_are_refused(tokenizer):
 
 
 @pytest.mark.filterwarnings("ignore:.*fill all")
+@pytest.mark.slow
 def test_prompt_longer_than_the_encoder_reads_is_answered_with_a_warning(tokenizer):
     async def work(client, service, calls):
         answer = (await post(client, prompt="word " * 300)).json()

@@ -192,6 +192,7 @@ def cd_folder(tmp_path_factory) -> Path:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_vae(vae_folder):
     """The posterior's mean, decoded; the weights are the file's."""
     from diffusers import AutoencoderKL

@@ -87,6 +87,7 @@ def test_recorded_losses(recorded, recorded_weights, lpips, disc_loss):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_recorded_logits(recorded, recorded_weights, lpips):
     disc_type, weights = recorded_weights
     loss = VQLoss(0, disc_type=disc_type, image_size=64, lpips=lpips)

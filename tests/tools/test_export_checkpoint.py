@@ -105,6 +105,7 @@ def test_every_format(copy, expected, tmp_path, source, averaged):
 
 @pytest.mark.parametrize("source", ["a folder", "a file"])
 @pytest.mark.parametrize("format", ["consolidated", "safetensors"])
+@pytest.mark.slow
 def test_exports_are_loaded_for_sampling(copy, tmp_path, source, format):
     """They draw what the checkpoint itself draws."""
     tokens, labels = torch.arange(15)[None], torch.tensor([4])

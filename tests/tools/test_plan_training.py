@@ -92,6 +92,7 @@ def test_plan_is_what_training_steps_hold(tmp_path, precision, checkpointing, ac
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "sdp"])
+@pytest.mark.slow
 def test_plan_is_what_a_sharded_step_holds(tmp_path, strategy):
     setup = replace(CPU, strategy=strategy, precision="none", ema=True)
     dist = start("cpu", group=True)

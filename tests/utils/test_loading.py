@@ -98,6 +98,7 @@ def test_batches_of_death_does_not_interrupt_other_work():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.slow
 def test_batches_of_item_that_raises_keeps_its_error(workers):
     def refuse():
         raise ValueError("shard 3 is damaged")

@@ -18,6 +18,7 @@ from utils import distributed
 from utils.training.shards import ChecksummedWriter
 
 
+@pytest.mark.slow
 def test_pictures_and_held_out_loss_compile_nothing(tmp_path):
     """Each shape and each plain number of the decode loop would otherwise compile the training blocks anew."""
     compiled, calls = [], []

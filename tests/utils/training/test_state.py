@@ -410,6 +410,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("moment", ["write_json", "save_bare_weights", "_copy_folder", "_rename_folder"])
+@pytest.mark.slow
 def test_a_run_killed_before_the_renaming_leaves_nothing_that_counts(alone, saver, monkeypatch, moment):
     """At whatever moment; the next run takes the checkpoint before, and writes this one anew."""
 

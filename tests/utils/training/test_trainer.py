@@ -651,6 +651,7 @@ def test_fit_mistake_in_a_data_set_saves_the_state_and_keeps_its_traceback(tmp_p
 
 
 @pytest.mark.parametrize("step", [0, 1, 2])
+@pytest.mark.slow
 def test_fit_unreadable_first_items_end_the_run_at_once(tmp_path, step):
     with pytest.raises(AgreedError, match=r"shard 3 is damaged"):
         build(tmp_path, dataset=Broken(item_of_step(tmp_path, step), ValueError("shard 3 is damaged"))).fit()
