@@ -11,6 +11,8 @@ from PIL import Image
 from tests.quickstart import small_recipe
 from tools import make_digit_captions, make_text_encoder
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 
 def lines_of(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
@@ -150,7 +152,6 @@ def test_a_text_encoder(captions, tmp_path, capsys):
         make("--dim", "12")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1000)
 def test_the_recipe_from_words(tmp_path):
     """As the one from classes, on a few scans; what makes its stages go on is tested with each of them."""

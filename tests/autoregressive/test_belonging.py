@@ -21,6 +21,8 @@ from tokenizer.tokenizer_image.vq_model import VQ_models
 from tools import convert_codes, export_checkpoint, push_gpt_to_hf
 from utils.checkpoint import read_checkpoint
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 NAMES = ["class1", "class2", "class10"]
 EXTRACT = ["--vq-model", "VQ-4", "--image-size", 16, "--num-workers", 0, "--shard-size", 4, "--device", "cpu"]
 TRAIN = ["--gpt-model", "GPT-XS", "--image-size", 16, "--downsample-size", 4, "--global-batch-size", 4]
@@ -192,7 +194,6 @@ def test_held_out_codes_of_a_flat_folder_are_refused(held_out, tmp_path):
         )
 
 
-@pytest.mark.slow
 def test_held_out_codes_of_another_tokenizer_are_refused(home, tmp_path):
     other = extract(home, "b.pt", tmp_path / "codes")
     a, b = fingerprint(home / "a.pt"), fingerprint(home / "b.pt")

@@ -11,6 +11,8 @@ from tests.autoregressive.test_training_processes import last as newest
 from tests.training import live, load, make_codes, metrics, quiet_loggers, repetitive_codes, run_folder, run_here, same
 from utils.checkpoint import read_checkpoint
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 VOCAB, TOKENS = 64, 16
 FLAGS = ["--gpt-model", "GPT-XS", "--downsample-size", 4, "--global-batch-size", 8, "--num-workers", 0, "--no-wandb"]
 FLAGS += ["--mixed-precision", "none", "--log-every", 1, "--weight-decay", 0]
@@ -92,7 +94,6 @@ def test_finetune_other_image_size_takes_the_weights(source, tmp_path):
     torch.testing.assert_close(saved["model"][TABLE], load(source)["model"][TABLE], rtol=0, atol=1e-9)
 
 
-@pytest.mark.slow
 def test_finetune_resumes_bit_identically_also_without_the_file(source, tmp_path):
     codes = codes_of(tmp_path / "codes", "owl", "bee")
     file = tmp_path / "weights.pt"
@@ -105,7 +106,6 @@ def test_finetune_resumes_bit_identically_also_without_the_file(source, tmp_path
     assert whole.pop("args") and parts.pop("args") and same(whole, parts)
 
 
-@pytest.mark.slow
 def test_finetune_in_shards_from_a_file_and_from_shards(source, tmp_path):
     codes = codes_of(tmp_path / "codes", "owl", "bee", "cat", "fox")
     fsdp = "autoregressive.train.train_c2i_fsdp"

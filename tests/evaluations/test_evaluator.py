@@ -15,6 +15,8 @@ from tests import forkserver
 from tests.helpers import GOLDEN, ROOT, free_port
 from tests.training import run_here
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 RECORDED = GOLDEN / "evaluator"
 GRAPH = RECORDED / "standin_graph.pb"
 EXPECTED = json.loads((RECORDED / "expected.json").read_text())
@@ -79,7 +81,6 @@ def test_the_recorded_figures(batches, backend, capsys):
         assert told in printed
 
 
-@pytest.mark.slow
 def test_exact_distances(batches):
     """What the recorded figures would be without float16: reference points at the rims of balls are the ones that move."""
     reference, samples = batches
@@ -89,7 +90,6 @@ def test_exact_distances(batches):
     assert report["protocol"]["distances"] == "exact"
 
 
-@pytest.mark.slow
 def test_folders_of_images(batches, tmp_path):
     """The same pixels as PNG files; reports go beside the folder, and know what its images were drawn with."""
     reference, samples = (save_folder(images_of(path), path.with_suffix("")) for path in batches)
@@ -100,7 +100,6 @@ def test_folders_of_images(batches, tmp_path):
     assert report["protocol"]["samples"]["settings"] == {"cfg_scale": 2.0}
 
 
-@pytest.mark.slow
 def test_recorded_statistics_take_the_place_of_images(batches, tmp_path, capsys):
     reference, samples = batches
     evaluate(reference, samples, "--save-statistics", tmp_path / "statistics.npz", "--output", tmp_path / "first")
@@ -130,7 +129,6 @@ def test_recorded_statistics_take_the_place_of_images(batches, tmp_path, capsys)
     assert "precision and recall are left out" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_kid_and_no_precision(batches):
     reference, samples = batches
     evaluate(reference, samples, "--kid", "--no-precision-recall")
@@ -153,7 +151,6 @@ def test_reports_that_could_not_be_written_are_told_at_once(batches, monkeypatch
         evaluate(*batches)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("place", ["a file/new/score", "a file/score", "a folder/score", "a folder/figures"])
 def test_places_where_no_report_can_be(batches, tmp_path, place):
     """Before the graph is looked for, which is missing here."""
@@ -169,7 +166,6 @@ def test_places_where_no_report_can_be(batches, tmp_path, place):
     assert (tmp_path / "new" / "deep" / "score.json").is_file()
 
 
-@pytest.mark.slow
 def test_strict_about_what_only_the_pixels_show(batches, tmp_path, monkeypatch):
     """The figures are kept: they were paid for."""
     reference, samples = batches
@@ -182,7 +178,6 @@ def test_strict_about_what_only_the_pixels_show(batches, tmp_path, monkeypatch):
     assert report_of(samples)["fid"] > 0
 
 
-@pytest.mark.slow
 def test_a_set_against_itself(batches):
     reference, _ = batches
     evaluate(reference, reference)
@@ -192,7 +187,6 @@ def test_a_set_against_itself(batches):
     assert any("are both" in warning for warning in report["warnings"])
 
 
-@pytest.mark.slow
 def test_evaluator_given_the_samples_again_in_another_form_warns(batches, tmp_path):
     _, samples = batches
     np.savez(tmp_path / "shuffled.npz", arr_0=images_of(samples)[::-1])
@@ -207,7 +201,6 @@ def test_evaluator_given_the_samples_again_in_another_form_warns(batches, tmp_pa
     )
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(batches, tmp_path):
     reference, samples = batches
     evaluate(reference, samples)
@@ -259,7 +252,6 @@ def test_statistics_of_something_else(batches, tmp_path, arrays, message):
         evaluate(tmp_path / "statistics.npz", samples)
 
 
-@pytest.mark.slow
 def test_spatial_statistics_of_something_else(batches, tmp_path):
     _, samples = batches
     np.savez(tmp_path / "s.npz", mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(44), sigma_s=np.eye(44))

@@ -31,6 +31,8 @@ from tests.training import (
 )
 from utils.origin import require_encoder
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 SCRIPT = "language.extract_t5_feature"
 SENTENCE = "a red lantern hangs over the street two cats sleep on green chair next to window map of fox"
 WORDS = SENTENCE.split()
@@ -206,7 +208,6 @@ def test_captions_of_tar_shards(t5, extracted, tmp_path):
     assert digests(folder, "*.npy") == digests(extracted, "*.npy")
 
 
-@pytest.mark.slow
 def test_loader_processes_change_nothing(lists, t5, extracted, tmp_path):
     assert digests(extract(lists, tmp_path / "features", t5, "--num-workers", 2)) == digests(extracted)
 
@@ -323,7 +324,6 @@ def test_a_run_without_any_caption(t5, tmp_path, more):
             extract(tmp_path, tmp_path / "others", t5, "--caption-key", "llava", *more)
 
 
-@pytest.mark.slow
 def test_two_processes_without_any_caption(lists, t5, tmp_path):
     """All end with the same words."""
     folder = make_lists(tmp_path / "lists", {"a": 12})
@@ -424,7 +424,6 @@ def test_published_files_that_are_missing(lists, t5, tmp_path, capsys):
     assert sum(path.stat().st_mtime_ns != times[path] for path in folder.rglob("*.npy")) == 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--published-layout"]], ids=["packed", "published"])
 def test_two_processes_killed_and_run_again(t5, tmp_path, more):
     """Both killed in the middle, the same command again: the files are those of one process that was left alone."""

@@ -33,6 +33,8 @@ from tests.serve.servers import ScriptedEngine, listening, opened, picture, pixe
 from tests.serve.small import WORDS, text_pipeline
 from tokenizer.load import load_tokenizer
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 
 @pytest.fixture(scope="module")
 def tokenizer(small_files):
@@ -599,7 +601,6 @@ def test_an_engine_that_fails(tokenizer):
     with_client(tokenizer, work, engine)
 
 
-@pytest.mark.slow
 def test_server_with_an_image_that_is_not_finite_answers_500_and_goes_on(tokenizer, small_files):
     gpt = load_gpt(small_files.gpt)
     gpt.cls_embedding.embedding_table.weight.data[3] = float("nan")
@@ -701,7 +702,6 @@ def text_server(tokenizer, work, **limits):
     return pipeline
 
 
-@pytest.mark.slow
 def test_prompts(tokenizer):
     answers = {}
 
@@ -740,7 +740,6 @@ def test_prompts_that_are_refused(tokenizer):
 
 
 @pytest.mark.filterwarnings("ignore:.*fill all")
-@pytest.mark.slow
 def test_prompt_longer_than_the_encoder_reads_is_answered_with_a_warning(tokenizer):
     async def work(client, service, calls):
         answer = (await post(client, prompt="word " * 300)).json()
@@ -801,7 +800,6 @@ def live(small_files, tokenizer):
         )
 
 
-@pytest.mark.slow
 def test_mixed_requests_at_once(live):
     address, pipeline = live
     asked = [
@@ -823,7 +821,6 @@ def test_mixed_requests_at_once(live):
         assert np.array_equal(pixels(image), np.asarray(expected)), body
 
 
-@pytest.mark.slow
 def test_the_openai_client(live):
     openai = pytest.importorskip("openai")
     address, pipeline = live
@@ -877,7 +874,6 @@ def test_a_megabyte_over_the_network(live):
         assert client.post(IMAGES, json={"prompt": "1"}).status_code == 200
 
 
-@pytest.mark.slow
 def test_nothing_in_the_documented_interface_breaks_it(tokenizer):
     """Requests made up from the server's own OpenAPI description: none is answered with a 5xx, or otherwise than described."""
     schemathesis = pytest.importorskip("schemathesis")

@@ -23,6 +23,8 @@ from utils import hub
 from utils.distributed import Distributed
 from utils.images import to_uint8
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 SHAPES = {
     "vqgan_imagenet_f16_1024": (1024, 256, F16, 256),
     "vqgan_imagenet_f16_16384": (16384, 256, F16, 256),
@@ -192,7 +194,6 @@ def cd_folder(tmp_path_factory) -> Path:
 
 
 @torch.no_grad()
-@pytest.mark.slow
 def test_vae(vae_folder):
     """The posterior's mean, decoded; the weights are the file's."""
     from diffusers import AutoencoderKL

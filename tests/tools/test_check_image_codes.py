@@ -17,6 +17,8 @@ from tools import check_image_codes
 from tools.check_image_codes import choose
 from utils.images import make_grid, to_uint8
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 SIZES = ["--vq-model", "VQ-4", "--codebook-size", 64, "--image-size", 16]
 COUNT = 12
 
@@ -193,7 +195,6 @@ def test_a_tokenizer_has_to_be_given(folders, tmp_path):
         check(tmp_path / "nowhere", None, tmp_path / "x.png", "--verify")
 
 
-@pytest.mark.slow
 def test_errors_on_the_command_line_are_one_line(folders):
     output = run_script("tools.check_image_codes", "--code-path", folders / "packed", *SIZES, fails=True)
     assert output.startswith("error: --vq-ckpt is missing") and output.count("\n") == 1

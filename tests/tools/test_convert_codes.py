@@ -14,6 +14,8 @@ from tests.dataset.test_codes import SETTINGS, codes_of, publish, write
 from tests.helpers import ROOT
 from tools.convert_codes import flags, main, packed_to_published, published_to_packed
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 
 def files(folder):
     """Return the files of the published scripts; the record is beside them."""
@@ -110,7 +112,6 @@ def test_command_line_goes_either_way(tmp_path):
     assert files(tmp_path / "back") == files(tmp_path / "flip")
 
 
-@pytest.mark.slow
 def test_command_line_errors_are_one_line(tmp_path):
     publish(tmp_path / "flip", 1)
     (tmp_path / "empty").mkdir()

@@ -20,6 +20,8 @@ from utils.training.optim import adamw
 from utils.training.parallel import Parallel, SeededNormal, materialize
 from utils.training.state import Saver, TrainingState
 
+pytestmark = pytest.mark.slow  # through whole scripts and servers
+
 FLAGS = {"gpt_model": "GPT-XS", "image_size": 32, "downsample_size": 8, "num_classes": 10, "lr": 0.01}
 RUN = "000-GPT-XS/checkpoints"
 
@@ -105,7 +107,6 @@ def test_every_format(copy, expected, tmp_path, source, averaged):
 
 @pytest.mark.parametrize("source", ["a folder", "a file"])
 @pytest.mark.parametrize("format", ["consolidated", "safetensors"])
-@pytest.mark.slow
 def test_exports_are_loaded_for_sampling(copy, tmp_path, source, format):
     """They draw what the checkpoint itself draws."""
     tokens, labels = torch.arange(15)[None], torch.tensor([4])
@@ -209,7 +210,6 @@ def test_damage_is_not_passed_on(copy, tmp_path, source):
     assert not (tmp_path / "a.safetensors").exists()
 
 
-@pytest.mark.slow
 def test_the_command_line(copy, tmp_path):
     printed = run_script(
         "tools.export_checkpoint", "--checkpoint", copy["a run"], "--format", "pt", "--output", tmp_path / "a.pt"
