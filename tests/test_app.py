@@ -319,7 +319,7 @@ class Page:
         return [path for path in (self.folder / "tmp").rglob("*") if path.is_file()]
 
     def left(self) -> list[str]:
-        """What is left of it, but for the folder of torch's compiler."""
+        """Return what is left of it, but for the folder of torch's compiler."""
         found = [path.name for path in (*self.folder.iterdir(), *(self.folder / "tmp").iterdir())]
         return [name for name in found if name not in ("app.log", "tmp") and not name.startswith("torchinductor")]
 

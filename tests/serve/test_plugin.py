@@ -1,4 +1,4 @@
-"""What an engine starts ends with it: the same for vLLM's processes (test_vllm_server.py), here without vLLM."""
+"""Ends of what an engine starts: the same for vLLM's processes (test_vllm_server.py), here without vLLM."""
 
 import os
 import signal

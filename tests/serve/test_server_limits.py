@@ -1,4 +1,4 @@
-"""What no client can do to the others, against a server on a port: hold places, connections, memory, or its end."""
+"""Limits of clients, against a server on a port: none holds places, connections, memory, or the end of the server."""
 
 import asyncio
 import json
