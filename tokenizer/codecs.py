@@ -99,7 +99,7 @@ class Loaded:
 
 
 Loader = Callable[[argparse.Namespace, Distributed, int], Loaded]
-"""What makes a codec of the flags, on every process; the last argument is the seed."""
+"""Maker of a codec from the flags, on every process; the last argument is the seed."""
 
 
 def load_vq(args: argparse.Namespace, dist: Distributed, seed: int) -> Loaded:
