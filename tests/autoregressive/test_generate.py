@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from functools import cached_property
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from autoregressive.models import generate as generation
 from autoregressive.models.generate import generate, release_cache
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.kv_cache import StaticCache
+from autoregressive.models.layouts import Layout, Reader
 from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig, choose
 from tests.helpers import randomize
 
@@ -639,3 +641,36 @@ def test_generate_of_the_likeliest_tokens_does_not_depend_on_the_noise(compile, 
     for seed in range(4):
         noise = torch.rand(4, 16, generator=torch.Generator().manual_seed(seed))
         assert torch.equal(generate(model, LABELS, noise=noise, cfg_scale=1.5, compile=compile, **settings), greedy)
+
+
+class Pairs(Layout):
+    """Two tokens a step after the first two, each read from one row of the step before, whose rows see no later row of it."""
+
+    name = "pairs of a test"
+
+    def places(self):
+        return torch.arange(self.tokens)
+
+    @cached_property
+    def groups(self):
+        return (1, 1) + (2,) * (self.tokens // 2 - 1)
+
+    @cached_property
+    def readers(self):
+        row = self.prefix - 1
+        return tuple((Reader(row + (t if t < 2 else 2 if t < 4 else t - 1)),) for t in range(self.tokens))
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+def test_layout_with_readers_and_a_mask_inside_its_steps_draws_what_the_forward_pass_predicts(cfg_scale):
+    model = tiny()
+    model.layout = Pairs(4)
+    steps = model.layout.steps
+    assert steps[1].reads == ((Reader(0),), (Reader(0),)) and steps[2].sees == ((True, False), (True, True))
+    drawn = generate(model, LABELS, sample_logits=False, cfg_scale=cfg_scale).clone()
+    inputs = drawn[:, : -model.layout.step_tokens]
+    logits = model(inputs, LABELS)
+    if cfg_scale > 1:
+        none = model(inputs, LABELS, drop=torch.ones(len(LABELS), dtype=torch.bool))
+        logits = none + (logits - none) * cfg_scale
+    assert torch.equal(logits.argmax(-1), drawn)
