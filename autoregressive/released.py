@@ -19,8 +19,8 @@ import torch
 from autoregressive.models.conditions import CONDITIONS
 from autoregressive.models.layouts import LAYOUTS
 from autoregressive.models.sizes import GPT_SIZES
-from utils.checkpoint import Checkpoint
-from utils.recognition import count_parameters, format_count, looks_like
+from tokenizer.released import looks_like
+from utils.checkpoint import Checkpoint, parameter_count
 
 State = Mapping[str, torch.Tensor]
 CLASS_TABLE, NO_CAPTION = "cls_embedding.embedding_table.weight", "cls_embedding.uncond_embedding"
@@ -155,7 +155,7 @@ def describe(identity: Mapping[str, Any], state: State | None = None) -> str:
     """Return an identity in words; with the weights also their number."""
     flags, model = flags_of(identity), identity["model"]
     size = f"{model['n_layer']} layers, dim {model['dim']}"
-    count = f", {format_count(count_parameters(state))}" if state else ""
+    count = f", {parameter_count(state)}" if state else ""
     parts = [f"{flags['gpt_model'] or 'a GPT of no named size'} ({size}{count})"]
     if flags["gpt_type"] == "c2i":
         parts += ["class-conditional", f"{flags['num_classes']} classes"]

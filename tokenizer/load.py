@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from tokenizer.base import NETWORKS, Tokenizer
-from tokenizer.released import adapted, recorded_l2_norm
+from tokenizer.released import adapted, looks_like, recorded_l2_norm
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.checkpoint import Checkpoint, State, load_into, read_checkpoint
 from utils.origin import origin, same_tokenizer
-from utils.recognition import looks_like
 
 NETWORKS.add("vqgan", VQModel)
 logger = logging.getLogger(__name__)

@@ -132,3 +132,35 @@ def vqgan_config(checkpoint: Checkpoint, state: Mapping[str, Tensor], l2_norm: b
             "show_usage": "quantize.codebook_used" in state,
         },
     }
+
+
+def looks_like(state: Mapping[str, Tensor]) -> str:
+    """Guess what a state dict of another model is of, as a clause of an error's message."""
+
+    def has(prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in state)
+
+    if has("encoder.down.0.block."):
+        return "it looks like a VQGAN of taming-transformers (give it as --vq-ckpt)"
+    if "quantize.embedding.weight" in state and has("encoder."):
+        rows, width = state["quantize.embedding.weight"].shape
+        return f"it looks like a VQ image tokenizer with {rows} codes of {width} (give it as --vq-ckpt)"
+    if has("encoder.conv_blocks."):
+        return "it looks like an image tokenizer without a codebook (give it as --vq-ckpt)"
+    if {"layers.0.attention.wqkv.weight", "tok_embeddings.weight"} <= state.keys() and has("cls_embedding."):
+        return "it looks like a GPT (give it as --gpt-ckpt)"
+    if any(".lora_" in name for name in state):
+        return "it looks like a LoRA adapter (merge it into its model, and give that)"
+    if any(re.match(r"layers\.\d+\.attention\.wqkv\.weight", name) for name in state):
+        return "it looks like a part of a GPT"
+    if "main.0.weight" in state or (has("blocks.") and has("final_linear.")):
+        return "it looks like a discriminator"
+    if "shared.weight" in state and has("encoder.block."):
+        return "it looks like a T5 text encoder (give it as --t5-path)"
+    if has("encoder.down_blocks."):
+        return "it looks like an autoencoder of diffusers (tokenizer/vae/reconstruction_vae_ddp.py reads it)"
+    if has("visual.") or has("vision_model."):
+        return "it looks like a CLIP"
+    if any("self_attn" in name for name in state):
+        return "it looks like a language model of transformers"
+    return f"its first weights are {', '.join(list(state)[:5]) or 'none'}"

@@ -133,6 +133,14 @@ def _add_companions(checkpoint: Checkpoint, map_location: str | torch.device, mm
             raise _damaged(record, error) from error
 
 
+def parameter_count(state: Mapping[str, torch.Tensor]) -> str:
+    """Return the numbers in a state dict in a word, such as "343M" or "1.4B"."""
+    count = sum(tensor.numel() for tensor in state.values())
+    if count >= 1e9:
+        return f"{count / 1e9:.1f}B"
+    return f"{count / 1e6:.0f}M" if count >= 1e6 else f"{count:,}"
+
+
 def has_averages(path: str | Path) -> bool:
     """Return whether a checkpoint has averaged weights beside its raw ones. Raises as `read_checkpoint` does."""
     return read_checkpoint(path).ema is not None

@@ -20,8 +20,7 @@ from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from utils.checkpoint import load_into, read_checkpoint, save_safetensors
-from utils.recognition import count_parameters, format_count
+from utils.checkpoint import load_into, parameter_count, read_checkpoint, save_safetensors
 
 # Flags that say where things lay or ran, which is nobody else's business and no use to them.
 _PRIVATE = ("path", "dir", "ckpt", "file", "project", "resume", "device", "host", "entity")
@@ -103,7 +102,7 @@ class HubModel(PyTorchModelHubMixin, _Module):
 
     def describe(self) -> str:
         """Describe the model in one line."""
-        return f"{type(self).__name__} with {format_count(count_parameters(self.state_dict()))} parameters"
+        return f"{type(self).__name__} with {parameter_count(self.state_dict())} parameters"
 
     def how_to_load(self, name: str) -> str:
         """Python lines that load and use the model called `name`."""

@@ -80,8 +80,9 @@ def engine_weights(gpt: Transformer) -> dict[str, Tensor]:
 
     What else conditions are made of is for the process that takes the requests.
     """
-    state = {name: weight for name, weight in gpt.state_dict().items() if not name.startswith("cls_embedding.")}
-    embed = state.pop("tok_embeddings.weight")
+    embeddings = ("cls_embedding.", "tok_embeddings.")
+    state = {name: weight for name, weight in gpt.state_dict().items() if not name.startswith(embeddings)}
+    embed = gpt.tok_embeddings.weight
     if gpt.args.model_type == "c2i":
         return {"embed.weight": torch.cat([embed, gpt.cls_embedding.embedding_table.weight]), **state}
     return {"embed.weight": F.pad(embed, (0, 0, 0, 1)), **state}

@@ -11,15 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from autoregressive.models.gpt import Transformer
-from autoregressive.released import check_flags, find_identity, flags_of
+from autoregressive.released import CLASS_TABLE, check_flags, find_identity, flags_of
 from utils.checkpoint import Checkpoint, read_checkpoint
 from utils.cli import layout_numbers
 from utils.distributed import Distributed
 from utils.runs import find_checkpoint, runs_in
 from utils.training.shards import ShardedCheckpoint
 from utils.training.state import TrainingState
-
-CLASS_TABLE = "cls_embedding.embedding_table.weight"
 
 
 def starting_point(

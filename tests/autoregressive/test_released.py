@@ -10,8 +10,7 @@ from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.sizes import GPT_SIZES
 from autoregressive.released import check_flags, describe, find_identity, flags_of, gpt_identity
 from tests.helpers import golden_state, load_golden
-from utils.checkpoint import Checkpoint
-from utils.recognition import count_parameters, format_count
+from utils.checkpoint import Checkpoint, parameter_count
 
 SIZES = {name: size for name, size in GPT_SIZES.items() if name != "GPT-XS"}  # the published ones
 COUNTS = ["111M", "343M", "775M", "1.4B", "3.9B", "1.2B", "3.1B", "6.6B"]
@@ -75,7 +74,7 @@ def test_published_sizes_are_recognised(name, count):
     model = found["model"]
     assert (model["n_layer"], model["n_head"], model["n_kv_head"], model["dim"]) == (n_layer, n_head, n_head, dim)
     assert found["conditions"] == {"label": {"num_classes": 1000}} and found["layout"] == {"name": "raster"}
-    assert flags_of(found)["gpt_model"] == name and format_count(count_parameters(state)) == count
+    assert flags_of(found)["gpt_model"] == name and parameter_count(state) == count
     words = f"{name} ({n_layer} layers, dim {dim}, {count}), class-conditional, 1000 classes, 16384 codes"
     assert describe(found, state) == words
 

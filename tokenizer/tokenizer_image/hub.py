@@ -11,9 +11,9 @@ from functools import partial
 
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from tokenizer.tokenizer_image.vq_model import VQModel, VQModelArgs
+from utils.checkpoint import parameter_count
 from utils.origin import origin
 from utils.pretrained import HubModel
-from utils.recognition import count_parameters, format_count
 
 
 class VQModelHF(
@@ -32,7 +32,7 @@ class VQModelHF(
 
     def describe(self) -> str:
         return (
-            f"An image tokenizer ({self.family}, {format_count(count_parameters(self.state_dict()))}): "
+            f"An image tokenizer ({self.family}, {parameter_count(self.state_dict())}): "
             f"{self.codebook_size} codes of {self.quantize.width} numbers, one for {self.downsample}x{self.downsample} "
             "pixels."
         )
