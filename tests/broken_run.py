@@ -13,7 +13,7 @@ from utils.cli import add_training_flags, flag_parser
 from utils.distributed import start
 from utils.training.optim import adamw
 from utils.training.parallel import Parallel
-from utils.training.trainer import Phase, Trainer
+from utils.training.trainer import Job, Phase, Trainer
 
 
 def main(args: argparse.Namespace) -> None:
@@ -31,7 +31,7 @@ def main(args: argparse.Namespace) -> None:
         return value, {"loss": value}
 
     phases = [Phase("optimizer", wrapped, adamw(model, args), loss)]
-    Trainer(args, dist, run_name="tiny", models={"model": model}, phases=phases, dataset=data).fit()
+    Trainer(args, Parallel(dist), Job("tiny", {"model": model}, phases, data)).fit()
     dist.close()
 
 

@@ -38,7 +38,7 @@ from utils.rng import image_noise, item_seed
 from utils.runs import find_checkpoint, runs_in
 from utils.training.optim import adamw
 from utils.training.parallel import Parallel, materialize
-from utils.training.trainer import Micro, Phase, Trainer
+from utils.training.trainer import Job, Micro, Phase, Trainer
 
 
 @dataclass(frozen=True)
@@ -165,14 +165,11 @@ def fit(
     shown = data.shown()
     if data.held_out is not None:
         require_readable(data.held_out, dist)
-    trainer = Trainer(
-        args,
-        dist,
-        run_name=args.gpt_model,
+    job = Job(
+        args.gpt_model,
         models={"model": model},
         phases=[Phase("optimizer", wrapped, adamw(model, args), StepLoss(wrapped, model, data, args, patches))],
         dataset=data.train,
-        plan=plan,
         initial=initial,
         validate=None if data.held_out is None else HeldOut(data, args, dist),
         sample=Preview(data.tokenizer, *shown, args, dist) if shown else None,
@@ -183,6 +180,7 @@ def fit(
         prepare=data.prepare,
         config=config,
     )
+    trainer = Trainer(args, plan, job)
     for line in filter(None, (note, *notes)):
         trainer.log.info(line)
     trainer.fit()

@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
     from utils.origin import origin
     from utils.runs import find_checkpoint
     from utils.training.parallel import Parallel
-    from utils.training.trainer import Trainer
+    from utils.training.trainer import Job, Trainer
 
     if args.finetune and not args.vq_ckpt:
         raise ValueError("--finetune needs --vq-ckpt, the weights to begin with")
@@ -55,18 +55,16 @@ def main(args: argparse.Namespace) -> None:
     if args.finetune:
         begin_anew(initial, discriminator, args)
     plan = Parallel(dist, precision=args.mixed_precision, compile=args.compile)
-    trainer = Trainer(
-        args,
-        dist,
-        run_name=args.vq_model,
+    job = Job(
+        args.vq_model,
         models={"model": tokenizer, "discriminator": discriminator},
         phases=Adversaries(args, plan, tokenizer, losses).phases,
         dataset=dataset,
-        plan=plan,
         initial=initial,
         sample=Comparison(dataset, args.image_size, dist.device),
         config=origin(**tokenizer.identity),
     )
+    trainer = Trainer(args, plan, job)
     if args.codebook_l2_norm is False:
         trainer.log.info("codes are looked up among vectors that are not normalised (--no-codebook-l2-norm)")
     if args.disc_weight and trainer.total_steps < args.disc_start:

@@ -1,21 +1,71 @@
 """Failures that end a run early, raised by every process in the same words: what happened, and what it can go on from.
 
-failures.require_finite_losses(); failures.require_data(batches.failure)
+watch = FiniteWatch(); watch.add(step, [("loss", part, loss), …]); watch.first(wait=False)
+failures.require_finite(); failures.require_data(batches.failure)
 """
 
+from collections import deque
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from utils.errors import AgreedError, is_lost_process, words_of
 from utils.training.ema import local
-from utils.training.finite import FiniteWatch, NotFinite
 from utils.training.order import BatchOrder
 from utils.training.state import Saver
 
 SHOWN_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class NotFinite:
+    """Place of a value that is not finite: the optimizer step, the part of the batch (None: all of it), what it was."""
+
+    step: int
+    part: int | None
+    name: str
+    value: float
+
+
+class FiniteWatch:
+    """Values travel to the host beside the computation and are looked at once they are there."""
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[int, list[tuple[str, int | None]], Tensor, torch.cuda.Event | None]] = deque()
+        self._found: NotFinite | None = None
+
+    def add(self, step: int, values: list[tuple[str, int | None, Tensor]]) -> None:
+        """Take note of scalars of a step: (name, part of the batch, value). A step may have none."""
+        if not values:
+            return
+        numbers, event = torch.stack([value.detach().float() for *_, value in values]), None
+        if numbers.is_cuda:
+            numbers = torch.empty(len(numbers), pin_memory=True).copy_(numbers, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending.append((step, [(name, part) for name, part, _ in values], numbers, event))
+
+    def first(self, wait: bool) -> NotFinite | None:
+        """Return the first value that is not finite among those that have arrived, or with `wait` among all."""
+        while self._pending and self._found is None:
+            step, names, numbers, event = self._pending[0]
+            # An accelerator without events would be waited for.
+            if not (wait or (event.query() if event else numbers.device.type == "cpu")):
+                break
+            if event:
+                event.synchronize()
+            self._pending.popleft()
+            bad = [
+                NotFinite(step, part, name, value)
+                for (name, part), value in zip(names, numbers.tolist(), strict=True)
+                if not isfinite(value)
+            ]
+            self._found = bad[0] if bad else None
+        return self._found
 
 
 class Failures:
@@ -36,15 +86,16 @@ class Failures:
 
     def require_finite_losses(self) -> None:
         """Raise AgreedError where a process had a loss that is not finite."""
-        found = self.dist.gather(self.watch.first(wait=True))
-        places = sorted((bad.step, bad.part is None, rank, bad) for rank, bad in enumerate(found) if bad)
+        found = enumerate(self.dist.gather(self.watch.first(wait=True)))
+        places = sorted((bad.step, bad.part is None, rank, bad) for rank, bad in found if bad)
         if places:
             _, _, rank, bad = places[0]
             raise AgreedError(f"{self._describe(rank, bad)} {self._advice()}")
 
     @torch.no_grad()
-    def require_finite_weights(self) -> None:
-        """Raise AgreedError where the weights are not finite."""
+    def require_finite(self) -> None:
+        """Raise AgreedError where a loss or the weights are not finite."""
+        self.require_finite_losses()
         weights = [local(p) for p in self.state.models["model"].parameters()]
         norm = torch.stack(torch._foreach_norm([p for p in weights if p.numel()])).norm()
         if not isfinite(float(self.dist.mean(norm))):
@@ -97,6 +148,5 @@ class Failures:
     def _last_checkpoint(self, together: bool = True) -> Path | None:
         """together: every process calls it, and gets the first one's answer, which knows what has been written."""
         self.saver.wait()
-        last = self.saver.run.checkpoints()[:1]
-        last = self.dist.broadcast(last) if together else last
-        return last[0] if last else None
+        last = next(iter(self.saver.run.checkpoints()), None)
+        return self.dist.broadcast(last) if together else last

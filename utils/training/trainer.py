@@ -1,7 +1,7 @@
 """The one training loop: data order, precision, accumulation, clipping, EMA, logs, checkpoints, resume.
 
-    trainer = Trainer(args, dist, run_name="GPT-B", models={"model": model}, phases=[phase], dataset=dataset, plan=plan)
-    trainer.fit()
+    job = Job("GPT-B", models={"model": model}, phases=[phase], dataset=dataset)
+    Trainer(args, plan, job).fit()
 
 A script builds a model, a data set and a loss, and hands them over. A job with one optimizer has one `Phase`; the
 tokenizer's has two, generator and discriminator, which the loop goes through in turn on the same batch.
@@ -11,11 +11,10 @@ epoch and the batch: a run that was stopped and resumed takes the very steps it 
 """
 
 import signal
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sized
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -25,11 +24,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from utils.checkpoint import Checkpoint
-from utils.distributed import Distributed
 from utils.errors import AgreedError, words_of
 from utils.flops import peak_flops
 from utils.loading import ReadAhead, batches_of, loader_workers
@@ -37,8 +33,7 @@ from utils.logger import RunLogger
 from utils.precision import WORDS
 from utils.rng import item_seed
 from utils.training.ema import EMA, warmed_up
-from utils.training.failures import Failures
-from utils.training.finite import FiniteWatch
+from utils.training.failures import Failures, FiniteWatch
 from utils.training.meter import Meter, format_window
 from utils.training.optim import learning_rate
 from utils.training.order import BatchOrder
@@ -69,7 +64,7 @@ class Phase:
         module: what the loss calls (parallelized).
         loss: takes the batch on the device and its `Micro`, returns the loss and scalars to log.
         active: tells whether it takes part in a step at all.
-        model: which of the trainer's models it moves.
+        model: which of the job's models it moves.
     """
 
     key: str
@@ -80,72 +75,77 @@ class Phase:
     model: str = "model"
 
 
-class Trainer:
-    """Runs the phases over the data set until the epochs or --max-steps are done.
+@dataclass
+class Job:
+    """A thing to train: models with their losses, data, and what is shown of them on the way.
 
     Args:
-        args: the flags of `add_training_flags`.
+        name: of the run's folder.
         models: what is saved, by its name in checkpoint files; "model" is the one that EMA follows.
-        dataset: may have set_epoch(epoch), and sample_numbers(indices), by which its samples are told to users.
-        plan: how the modules of the phases were parallelized.
+        dataset: may have set_epoch(epoch), and sample_numbers(indices), by which its samples are named to users.
+        config: the record of what the weights belong to (tokenizer, classes, …), written into every checkpoint.
         initial: what a new run starts from.
+        collate: makes a batch of the data set's items, where they are not all of one shape.
+        prepare: called once a step on every process with its micro-batches on the device: returns what the losses get.
         validate: called at --ckpt-every on every process with the model: returns figures by name.
         sample: called at --sample-every with the model, on the first process, with shards on every one: returns pictures
             by name, uint8 (H, W, 3).
         rate: the learning rate by batches done and batches an epoch, in place of --lr-schedule.
-        collate: makes a batch of the data set's items, where they are not all of one shape.
-        prepare: called once a step on every process with its micro-batches on the device: returns what the losses get.
         tokens: of a sample, for the log.
         flops: model FLOPs of a sample by step and epoch, for the log.
-        config: the record of what the weights belong to (tokenizer, classes, …), written into every checkpoint.
     """
 
-    def __init__(
-        self,
-        args: Namespace,
-        dist: Distributed,
-        *,
-        run_name: str,
-        models: dict[str, nn.Module],
-        phases: list[Phase],
-        dataset: Dataset,
-        plan: Parallel | None = None,
-        initial: Checkpoint | ShardedCheckpoint | None = None,
-        validate: Callable[[nn.Module], dict[str, float]] | None = None,
-        sample: Callable[[nn.Module], dict[str, Any]] | None = None,
-        rate: Callable[[int, int], float] | None = None,
-        tokens: int | None = None,
-        flops: Callable[[int, int], float] | None = None,
-        collate: Callable[[list[Any]], Any] | None = None,
-        prepare: Callable[[list[Any]], list[Any]] | None = None,
-        config: dict[str, Any] | None = None,
-    ):
-        self.args, self.dist, self.models, self.phases, self.dataset = args, dist, models, phases, dataset
-        self.collate, self.prepare = collate, prepare
-        self.plan = plan or Parallel(dist, precision=args.mixed_precision)
-        self.validate, self.sample, self.rate, self.flops = validate, sample, rate, flops
-        batch, parts, size = args.global_batch_size, args.gradient_accumulation_steps, len(cast(Sized, dataset))
+    name: str
+    models: dict[str, nn.Module]
+    phases: list[Phase]
+    dataset: Dataset
+    config: dict[str, Any] = field(default_factory=dict)
+    initial: Checkpoint | ShardedCheckpoint | None = None
+    collate: Callable[[list[Any]], Any] | None = None
+    prepare: Callable[[list[Any]], list[Any]] | None = None
+    validate: Callable[[nn.Module], dict[str, float]] | None = None
+    sample: Callable[[nn.Module], dict[str, Any]] | None = None
+    rate: Callable[[int, int], float] | None = None
+    tokens: int | None = None
+    flops: Callable[[int, int], float] | None = None
+
+
+class Trainer:
+    """Runs a job's phases over its data until the epochs or --max-steps are done.
+
+    args: the flags of `add_training_flags`. plan: how the modules of the phases were parallelized.
+    """
+
+    def __init__(self, args: Namespace, plan: Parallel, job: Job):
+        self.args, self.plan, self.job, self.dist = args, plan, job, plan.dist
+        self.models, self.phases, self.dataset, dist = job.models, job.phases, job.dataset, plan.dist
+        batch, parts, size = args.global_batch_size, args.gradient_accumulation_steps, len(cast(Sized, job.dataset))
         self.order = BatchOrder(size, batch, parts, dist.rank, dist.world_size, args.global_seed)
-        self.ema = EMA(models["model"], args.ema_decay) if args.ema else None
+        self.ema = EMA(job.models["model"], args.ema_decay) if args.ema else None
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=args.mixed_precision == "fp16")
-        optimizers = {phase.key: (models[phase.model], phase.optimizer) for phase in phases}
-        self.state = TrainingState(models, optimizers, self.ema, self.scaler, config)
-        self.meter = Meter(dist, batch, tokens, peak_flops(dist.device, args.mixed_precision))
+        optimizers = {phase.key: (job.models[phase.model], phase.optimizer) for phase in job.phases}
+        self.state = TrainingState(job.models, optimizers, self.ema, self.scaler, job.config)
+        self.meter = Meter(dist, batch, job.tokens, peak_flops(dist.device, args.mixed_precision))
         self.watch, self.agreement = FiniteWatch(), Agreement(dist)
         self._rehearsed: set[str] = set()
+        self.sums: dict[str, tuple[Tensor, int]] = {}
 
-        self.run, resumed = open_run_together(args, run_name, dist, self.plan.sharded)
+        self.run, resumed = open_run_together(args, job.name, dist, plan.sharded)
         project = None if args.no_wandb else args.wandb_project
         self.log = RunLogger(self.run.folder, dist.is_main, project, vars(args))
         self.saver = Saver(self.state, self.run, args, dist, self.log)
-        self.failures = Failures(self.saver, self.order, dataset, self.watch)
+        self.failures = Failures(self.saver, self.order, job.dataset, self.watch)
+        self._begin(resumed)
+
+    def _begin(self, resumed: bool) -> None:
+        """Take over the state that the run goes on with, and count the steps it has left."""
+        args, initial = self.args, self.job.initial
         if not resumed and initial is None and self.run.earlier:
             self.log.info(f"a run before this one stands at {self.run.earlier}; --resume would go on with it")
-        resumed = resumed and resume(self.state, self.run, args, dist, self.log)
+        resumed = resumed and resume(self.state, self.run, args, self.dist, self.log)
         continued = not resumed and initial is not None and start_from(initial, self.state, args, self.log)
         self.saver.saved_step = self.step
-        ahead = args.epochs * self.order.batches_per_epoch - self._batches_done
-        end = self.step + max(ahead, 0)
+        end = self.step + max(args.epochs * self.order.batches_per_epoch - self._batches_done, 0)
         self.total_steps = min(end, args.max_steps or end)
         if continued and self.step >= self.total_steps:
             asked = f"--max-steps {args.max_steps}" if args.max_steps else f"--epochs {args.epochs}"
@@ -195,22 +195,19 @@ class Trainer:
         self._log_start()
         for model in self.models.values():
             model.train()
-        self.sums: dict[str, tuple[Tensor, int]] = {}
         self.meter.start_window()
-        with self._progress() as bar, logging_redirect_tqdm(self.log.loggers) if not bar.disable else nullcontext():
-            batches = ReadAhead(self._batches())
-            if any(self.dist.gather(batches.failure is not None)):
-                self.failures.require_data(batches.failure)
-            for batch in batches:
-                self._train_step(batch)
-                bar.update()
-                if self._agree_to_stop(signals, batches):
-                    return
-                if self.step % self.args.log_every == 0 or self.step == self.total_steps:
-                    bar.set_postfix_str(self._log_window())
-                if self.step < self.total_steps:
-                    self._evaluate_and_save()
-                self.saver.poll()
+        batches = ReadAhead(self._batches())
+        if any(self.dist.gather(batches.failure is not None)):
+            self.failures.require_data(batches.failure)
+        for batch in batches:
+            self._train_step(batch)
+            if self._agree_to_stop(signals, batches):
+                return
+            if self.step % self.args.log_every == 0 or self.step == self.total_steps:
+                self._log_window()
+            if self.step < self.total_steps:
+                self._evaluate_and_save()
+            self.saver.poll()
         if self.saver.saved_step < self.step:
             self._evaluate_and_save(final=True)
         skipped = set().union(*self.dist.gather(getattr(self.dataset, "skipped_indices", [])))
@@ -226,7 +223,7 @@ class Trainer:
             self.dataset,
             batch_sampler=self.order,
             num_workers=workers,
-            collate_fn=self.collate,
+            collate_fn=self.job.collate,
             pin_memory=self.dist.device.type == "cuda",
             prefetch_factor=4 if workers else None,
             persistent_workers=workers > 0,
@@ -252,8 +249,8 @@ class Trainer:
         rate = self._learning_rate()
         torch.manual_seed(item_seed(self.args.global_seed, self.dist.rank, self.step))
         batch = tree_map_only(Tensor, lambda t: t.to(self.dist.device, non_blocking=True), batch)
-        if self.prepare:
-            batch = self.prepare(batch)
+        if self.job.prepare:
+            batch = self.job.prepare(batch)
         epoch = self._batches_done // self.order.batches_per_epoch
         places = [
             Micro(self.step, epoch, number, self.order.positions(number), self.args.global_batch_size)
@@ -268,7 +265,7 @@ class Trainer:
             fixed = self.args.ema_warmup is False
             self.ema.update(None if fixed else warmed_up(self.ema.decay, self.step))
         self.watch.add(self.step, watched)
-        self.meter.count_step(self.flops(self.step, epoch) if self.flops else None)
+        self.meter.count_step(self.job.flops(self.step, epoch) if self.job.flops else None)
         self.state.step += 1
         self.state.samples_seen += self.args.global_batch_size
 
@@ -325,16 +322,11 @@ class Trainer:
         torch.manual_seed(item_seed(self.args.global_seed, self.dist.rank, self.step))
 
     def _learning_rate(self) -> float:
-        if self.rate:
-            return self.rate(self._batches_done, self.order.batches_per_epoch)
+        if self.job.rate:
+            return self.job.rate(self._batches_done, self.order.batches_per_epoch)
         return learning_rate(self.args, self.step, self.total_steps)
 
     # Logs
-
-    def _progress(self) -> tqdm:
-        """Return a progress bar, which is shown on a terminal only."""
-        shown = self.dist.is_main and sys.stderr.isatty()
-        return tqdm(total=self.total_steps, initial=self.step, unit="step", disable=not shown, dynamic_ncols=True)
 
     def _log_start(self) -> None:
         parameters = sum(p.numel() for p in self.models["model"].parameters())
@@ -343,7 +335,7 @@ class Trainer:
             f"{self.order.batches_per_epoch} steps an epoch, {self.total_steps} steps, {self.dist.world_size} process(es) "
             f"on {self.dist.device} ({self.plan.strategy}, {WORDS.get(self.plan.precision, self.plan.precision)})"
         )
-        if not self.rate and self.args.warmup_steps >= self.total_steps:
+        if not self.job.rate and self.args.warmup_steps >= self.total_steps:
             self.log.warning(
                 f"--warmup-steps {self.args.warmup_steps} is no shorter than the run: --lr is not reached before its end"
             )
@@ -361,19 +353,14 @@ class Trainer:
             total, count = self.sums.get(name, (0, 0))
             self.sums[name] = total + value.detach().float(), count + 1
 
-    def _log_window(self) -> str:
-        """Write down the means and rates since the last time; return them short, for the bar."""
-        if not self.meter.steps:
-            return ""
+    def _log_window(self) -> None:
+        """Write down the means and rates since the last time."""
         names = sorted(self.sums, key=lambda name: ("norm" in name, name))
-        means = [
-            total / count for total, count in (self.sums[name] for name in names)
-        ]  # over the steps it took part in
+        means = [self.sums[name][0] / self.sums[name][1] for name in names]  # over the steps it took part in
         values = dict(zip(names, self.dist.mean(torch.stack(means)).tolist(), strict=True)) if names else {}
         rates = self.meter.close_window()
         lr = self.phases[0].optimizer.param_groups[0]["lr"]
         shown = {name: f"{value:.4f}" for name, value in values.items()}
-        words = ", ".join(f"{name}: {value}" for name, value in shown.items())
         loss = shown.pop(next(name for name in ("loss", "generator_loss", *shown) if name in shown))  # published: first
         rest = "".join(f"{name}: {value}, " for name, value in shown.items())
         self.log.info(
@@ -385,7 +372,6 @@ class Trainer:
             self.log.info(self.meter.slowest)
         self.failures.require_finite_losses()
         self.sums = {}
-        return words
 
     # Checkpoints, figures, pictures
 
@@ -394,57 +380,53 @@ class Trainer:
         """Make what is due at this step: a checkpoint, then figures and pictures; none of a model that a loss has spoilt."""
         checkpoint = final or self.step % self.args.ckpt_every == 0
         every = self.args.sample_every or self.args.ckpt_every
-        pictures = self.sample is not None and (final or self.step % every == 0)
+        pictures = self.job.sample is not None and (final or self.step % every == 0)
+        figures = self.job.validate is not None and checkpoint
         if not (checkpoint or pictures):
             return
-        with self.meter.paused_for():
-            self.failures.require_finite_losses()
-            self.failures.require_finite_weights()
-            if checkpoint:
-                self._save(final)
-            if pictures or self.validate:
-                self._evaluate(figures=checkpoint, pictures=pictures)
-
-    def _save(self, final: bool) -> None:
-        self.saver.save()
-        if final:
-            self.saver.wait(final=True)
-
-    def _evaluate(self, figures: bool, pictures: bool) -> None:
-        model = self.models["model"]
-        with ExitStack() as stack:
+        with self.meter.paused_for(), ExitStack() as stack:
+            self._save_if_sound(wait=final) if checkpoint else self.failures.require_finite()
+            if not (pictures or figures):
+                return
             # Blocks are compiled for training: other shapes and the decode loop would compile each of them many times over.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(self.ema.applied() if self.ema else nullcontext())
             stack.enter_context(self.plan.gathered(self.phases[0].module))
+            model = self.models["model"]
             stack.callback(model.train)
             model.eval()
-            if self.validate and figures:
-                self._measure(model, self.validate)
+            if figures:
+                self._measure(model)
             # With shards on every process: passes that one alone made would put it out of step with the others' exchanges.
-            if self.sample and pictures and (self.dist.is_main or self.plan.sharded):
-                self._draw(model, self.sample)
+            if pictures and (self.dist.is_main or self.plan.sharded):
+                self._draw(model)
 
-    def _measure(self, model: nn.Module, validate: Callable[[nn.Module], dict[str, float]]) -> None:
+    def _save_if_sound(self, wait: bool) -> None:
+        """Begin to save the state, unless it is not finite. wait: until it is on the disk."""
+        self.failures.require_finite()
+        if self.saver.saved_step < self.step:
+            self.saver.save()
+        if wait:
+            self.saver.wait(final=True)
+
+    def _measure(self, model: nn.Module) -> None:
         """Log the held-out figures. Raises AgreedError on every process where they cannot be had."""
         try:
             with self._autocast():
-                values = validate(model)
+                values = cast(Any, self.job.validate)(model)
         except (ValueError, OSError) as error:
             raise self.failures.of_held_out(error) from error
         of = " of the averaged weights (--ema)" if self.ema else ""
         self.log.info(f"(step={self.step:07d}) " + ", ".join(f"{k}: {v:.4f}" for k, v in values.items()) + of)
         self.log.scalars(self.step, values)
 
-    def _draw(self, model: nn.Module, sample: Callable[[nn.Module], dict[str, Any]]) -> None:
+    def _draw(self, model: nn.Module) -> None:
         """Log pictures; where they cannot be drawn, a warning in their place."""
         try:
-            images = sample(model)
+            for name, image in cast(Any, self.job.sample)(model).items():
+                self.log.image(self.step, name, image)
         except Exception as error:
             self.log.warning(f"(step={self.step:07d}) no pictures: {words_of(error)} ({type(error).__name__})")
-            return
-        for name, image in images.items():
-            self.log.image(self.step, name, image)
 
     # Ends before the end
 
@@ -460,11 +442,7 @@ class Trainer:
             self.failures.require_finite_losses()
         if not (stop or starved) or self.step >= self.total_steps:
             return False
-        self.failures.require_finite_losses()
-        self.failures.require_finite_weights()
-        if self.saver.saved_step < self.step:
-            self._save(final=True)
-        self.saver.wait(final=True)
+        self._save_if_sound(wait=True)
         self.agreement.close()
         if starved:
             self.failures.require_data(batches.failure)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils.training.finite import FiniteWatch, NotFinite
+from utils.training.failures import FiniteWatch, NotFinite
 
 NAN, INF = float("nan"), float("inf")
 

@@ -32,7 +32,8 @@ from utils.rng import item_seed
 from utils.training import state as state_module
 from utils.training.optim import adamw, learning_rate
 from utils.training.order import BatchOrder
-from utils.training.trainer import Micro, Phase, Trainer
+from utils.training.parallel import Parallel
+from utils.training.trainer import Job, Micro, Phase, Trainer
 
 CPU = Distributed(torch.device("cpu"))
 
@@ -81,15 +82,9 @@ def build(folder, *more, model=None, dropout=0.0, optimizer=adamw, at=None, data
         return value, {"loss": value}
 
     phases = kwargs.pop("phases", None) or [Phase("optimizer", model, optimizer(model, args), loss)]
-    return Trainer(
-        args,
-        dist,
-        run_name="tiny",
-        models={"model": model, **kwargs.pop("models", {})},
-        phases=phases,
-        dataset=dataset or data(),
-        **kwargs,
-    )
+    models = {"model": model, **kwargs.pop("models", {})}
+    plan = Parallel(dist, precision=args.mixed_precision)
+    return Trainer(args, plan, Job("tiny", models, phases, dataset or data(), **kwargs))
 
 
 def stop_at(step, number=0):
@@ -1093,15 +1088,6 @@ def test_trainer_with_pictures_that_are_not_finite_warns_and_trains(tmp_path):
     build(tmp_path, "--ckpt-every", 5, sample=sample).fit()
     assert log_of(tmp_path).count("no pictures: the logits are not finite") == 2
     assert sorted(os.listdir(store(tmp_path))) == ["0000005.pt", "0000010.pt"]
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_a_bar_is_for_terminals(tmp_path, monkeypatch, capsys, terminal):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    build(tmp_path).fit()
-    out, err = capsys.readouterr()
-    assert bool(re.search(r"100%.* 10/10 \[.*loss: \d\.\d{4}, grad_norm: ", err)) == terminal
-    assert (err == "") != terminal and out.count("(step=") == log_of(tmp_path).count("(step=") == 10
 
 
 def test_a_line_is_the_mean_since_the_one_before(tmp_path):
