@@ -1,4 +1,4 @@
-"""The command lines of README.md and GETTING_STARTED.md run: verbatim, but for paths and sizes."""
+"""The command lines of the documents run: verbatim, but for paths and sizes. Links, paths and flags in them exist."""
 
 import importlib
 import itertools
@@ -17,7 +17,12 @@ from PIL import Image
 
 from tests.helpers import GOLDEN, ROOT, free_port
 
-DOCUMENTS = ("README.md", "GETTING_STARTED.md")
+# Documents whose commands run one after another in one folder, so that later ones find what earlier ones made.
+TOGETHER = (
+    ("README.md",),
+    ("docs/data.md", "docs/training.md", "docs/sampling.md", "docs/evaluation.md"),
+)
+DOCUMENTS = tuple(itertools.chain(*TOGETHER))
 RELEASED_FILE = re.compile(r"(?:\./pretrained_models/)?[\w/.-]*\b(?:vq|c2i|t2i|PAR)[_-][\w-]+\.pt")
 
 # What a command's flags become: small models and data that the test makes. Flags a script does not have are left out.

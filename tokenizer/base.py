@@ -4,7 +4,7 @@
     pixels = tokenizer.to_pixels(codes)     # and back
 
 A tokenizer is a network around a quantiser. Its `config` names both, and a tokenizer is built from a config alone
-(tokenizer/load.py). A new quantiser is one file: docs/extending_tokenizers.md.
+(tokenizer/load.py). A new quantiser is one file: docs/extending.md.
 """
 
 import hashlib
