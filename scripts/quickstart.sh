@@ -6,7 +6,7 @@
 #   bash scripts/quickstart.sh text       # from words: captions, a text encoder, two stages, prompts never seen
 #   bash scripts/quickstart.sh [text] --fresh        # starts over
 #
-# Every line is a public script that takes real data just as well; GETTING_STARTED.md has the same steps for ImageNet.
+# Every line is a public script that takes real data as well; docs/training.md has the same steps for ImageNet.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=quickstart left=quickstart fresh=

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import GOLDEN, ROOT, free_port
+from tests.helpers import GOLDEN, ROOT, free_port, scripts
 
 # Documents whose commands run one after another in one folder, so that later ones find what earlier ones made.
 TOGETHER = (
@@ -52,11 +52,19 @@ SMALL = {
 }
 
 
+def steps(document: str) -> list[list[str] | str]:
+    """What a document's blocks say to run, in order: command lines as words, Python as its source."""
+    found: list[list[str] | str] = []
+    for language, block in re.findall(r"```(bash|python)\n(.*?)```", (ROOT / document).read_text(), re.DOTALL):
+        if language == "python":
+            found.append(block)
+        else:
+            found += [shlex.split(line) for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    return found
+
+
 def commands(document: str) -> list[list[str]]:
-    """The command lines of a document's bash blocks, as words."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line) for line in lines if line.strip()]
+    return [step for step in steps(document) if isinstance(step, list)]
 
 
 def script_and_flags(words: list[str]) -> tuple[str, list[str]]:
@@ -114,11 +122,16 @@ def files(tmp_path_factory) -> Path:
 
 
 def with_released(files: Path, work: Path) -> None:
-    """Puts the small T5 and CLIP where scripts look for the released ones."""
+    """Puts the small models where scripts and Python look for the released ones."""
     home = work / "pretrained_models"
     (home / "t5-ckpt").mkdir(parents=True)
     (home / "t5-ckpt" / "flan-t5-xl").symlink_to(files / "flan-t5-xl")
     (home / "clip-vit-base-patch32").symlink_to(files / "clip-vit-base-patch32")
+    for small, names in {
+        "gpt1.pt": ["c2i_L_384.pt"], "t2i.pt": ["t2i_XL_stage2_512.pt"], "vq.pt": ["vq_ds16_c2i.pt", "vq_ds16_t2i.pt"]
+    }.items():  # fmt: skip
+        for name in names:
+            (home / name).symlink_to(files / small)
 
 
 def own_paths(words: list[str], files: Path, work: Path) -> list[str]:
@@ -190,46 +203,90 @@ def test_a_documented_command_parses_as_written(document, words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_documented_commands_run(document, files, tmp_path, monkeypatch):
-    """In the order of the document, in one folder, so that later commands find what earlier ones made."""
+@pytest.mark.parametrize("documents", TOGETHER, ids=lambda documents: documents[0])
+def test_documented_commands_run(documents, files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with_released(files, tmp_path)
-    for words in commands(document):
-        script, flags = script_and_flags(words)
-        main, parser = load(script)
-        flags = own_paths(flags, files, tmp_path)
-        if "convert_codes" in script:
-            codes_at(Path(flags[flags.index("--from") + 1]), files, published=True)
-        elif "train_c2i" in script:
-            codes_at(Path(flags[flags.index("--code-path") + 1]), files, published=False)
-        keep = ("--num-classes",) if script.startswith("tools/") and "push_" not in script else ()
+    for step in itertools.chain(*map(steps, documents)):
         for picture in tmp_path.glob("*.png"):
             picture.unlink()  # an earlier command's
         before = set(tmp_path.rglob("*"))
-        own = small(parser, keep)
-        if "train_t2i" in script and "512" in flags:
-            own += ["--image-size", "64"]  # the second stage's images are twice as large
-        if "vq_train" in script and "results_tokenizer_image" in flags:
-            own += ["--epochs", "3"]  # a run that goes on has more to do than the one before
-        main(parser.parse_args(flags + own))
-        assert set(tmp_path.rglob("*")) - before, words
+        if isinstance(step, str):
+            exec(compile(step.replace("[207, 360]", "[0, 1]"), "document", "exec"), {})
+        else:
+            run_small(step, files, tmp_path)
+        assert set(tmp_path.rglob("*")) - before or ".save(" not in step, step
 
 
-def test_the_python_examples_run(files, tmp_path, monkeypatch):
-    """The README's snippets, with small models under the released names in pretrained_models/."""
-    monkeypatch.chdir(tmp_path)
-    with_released(files, tmp_path)
-    folder = tmp_path / "pretrained_models"
-    (folder / "c2i_L_384.pt").write_bytes((files / "gpt1.pt").read_bytes())
-    (folder / "t2i_XL_stage2_512.pt").write_bytes((files / "t2i.pt").read_bytes())
-    for name in ("vq_ds16_c2i.pt", "vq_ds16_t2i.pt"):
-        (folder / name).write_bytes((files / "vq.pt").read_bytes())
-    source = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
-    source = source.replace("[207, 360]", "[0, 1]")
-    exec(compile(source, "README.md", "exec"), {})
-    for name in ("golden_retriever.png", "red_lantern.png"):
-        assert Image.open(tmp_path / name).size == (32, 32)
+def run_small(words: list[str], files: Path, work: Path) -> None:
+    """Runs a command at small size; whatever it writes lies in `work`."""
+    script, flags = script_and_flags(words)
+    main, parser = load(script)
+    flags = own_paths(flags, files, work)
+    if "convert_codes" in script:
+        codes_at(Path(flags[flags.index("--from") + 1]), files, published=True)
+    elif "train_c2i" in script:
+        codes_at(Path(flags[flags.index("--code-path") + 1]), files, published=False)
+    keep = ("--num-classes",) if script.startswith("tools/") and "push_" not in script else ()
+    own = small(parser, keep)
+    if "train_t2i" in script and "512" in flags:
+        own += ["--image-size", "64"]  # the second stage's images are twice as large
+    if "vq_train" in script and "results_tokenizer_image" in flags:
+        own += ["--epochs", "3"]  # a run that goes on has more to do than the one before
+    main(parser.parse_args(flags + own))
+
+
+# Links, paths and flags
+
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *(ROOT / room / "README.md" for room in ("benchmarks", "pretrained_models")),
+    )
+)
+PRESENT = [page for page in PAGES if page not in ("docs/log.md", "CHANGELOG.md")]  # the others tell of what was
+ROOMS = (
+    "autoregressive|tokenizer|dataset|language|evaluations|utils|tools|scripts|benchmarks|tests|examples|assets|docs"
+)
+MADE = {"evaluations/t2i/PartiPrompts.tsv"}
+# Flags of programs that are not this project's, and of its shell scripts.
+FOREIGN = {
+    "--nproc_per_node", "--ntasks-per-node", "--gpus-per-node", "--kill-on-bad-exit", "--local-dir", "--logdir",
+    "--build-arg", "--fix", "--init", "--rm", "--shm-size", "--fast", "--no-serve", "--serve", "--fresh", "--small", "--time",
+}  # fmt: skip
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", (ROOT / page).read_text()):
+        name, _, anchor = target.partition("#")
+        there = (ROOT / page).parent / name if name else ROOT / page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), target
+
+
+@pytest.mark.parametrize("page", PRESENT)
+def test_named_paths_exist(page):
+    named = set(re.findall(rf"(?<![\w/.-])(?:{ROOMS})/[\w./-]*\w", (ROOT / page).read_text()))
+    assert not [path for path in named - MADE if not (ROOT / path).exists()]
+
+
+def test_named_flags_exist():
+    pytest.importorskip("fastapi")
+    known = set(FOREIGN)
+    for script in scripts():
+        for action in importlib.import_module(script).flags()._actions:
+            known |= {*action.option_strings}
+    for page in PRESENT:
+        named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", (ROOT / page).read_text()))
+        assert sorted(named - known) == [], page
 
 
 # docs/serving.md
@@ -248,7 +305,7 @@ def table(header: str) -> dict[str, str]:
     return {name: cells[-1] for cells in rows for name in re.findall(r"`([^`]*)`", cells[0]) or cells[:1]}
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/serving.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/serving.md"])
 def test_documented_commands_that_serve_parse(document):
     pytest.importorskip("fastapi")
     found = list(SERVES.finditer((ROOT / document).read_text().replace("\\\n", " ")))
