@@ -12,7 +12,6 @@ import json
 import pickle
 import pickletools
 import re
-import shutil
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -496,23 +495,3 @@ def save_safetensors(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with atomic_write(path) as f:
         f.write(safetensors.torch.save(tensors, header))
-
-
-def prune_checkpoints(folder: str | Path, keep: int) -> list[Path]:
-    """Removes all but the `keep` newest of `folder`, files `{step:07d}.pt` and folders `{step:07d}`; returns the removed.
-
-    Raises ValueError for `keep` below 1: the newest checkpoint is never removed.
-    """
-    if keep < 1:
-        raise ValueError(f"keep is {keep}: at least the newest checkpoint has to stay")
-    matching = [path for path in Path(folder).glob("*") if re.fullmatch(r"\d{7,}(\.pt)?", path.name)]
-    found = [path for path in matching if path.suffix or path.is_dir()]
-    removed = sorted(found, key=lambda path: int(path.stem))[:-keep]
-    for path in removed:
-        if path.is_dir():
-            # Under another name first: a folder half removed must not look like a checkpoint.
-            path = path.rename(path.with_name(f".{path.name}.removed.tmp"))
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    return removed

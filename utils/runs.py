@@ -62,6 +62,18 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.stem), reverse=True)
 
 
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints of a folder."""
+    assert keep > 0
+    for path in checkpoints_in(folder)[keep:]:
+        if path.is_dir():
+            # Under another name first: a folder half removed must not look like a checkpoint.
+            path = path.rename(path.with_name(f".{path.name}.removed.tmp"))
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def runs_in(results_dir: str | Path, name: str | None = None) -> list[Run]:
     """Return the runs in a results folder (those called `name`, where given), newest first."""
     folder = Path(results_dir)

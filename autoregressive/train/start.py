@@ -47,8 +47,7 @@ def starting_point(
                 f"{path} is of the layout {before}, and this run of {model.layout.name}: give --layout {before}, or --finetune to "
                 "train its weights by another order"
             )
-        flags = saved.record["args"] if isinstance(saved, ShardedCheckpoint) else saved.args
-        if args.gpt_type == "c2i" or (flags or {}).get("image_size", args.image_size) == args.image_size:
+        if args.gpt_type == "c2i" or (saved.args or {}).get("image_size", args.image_size) == args.image_size:
             return saved, None
     weights = read_checkpoint(path)
     find_identity(weights)  # refuses what is no GPT

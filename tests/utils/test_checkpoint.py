@@ -18,7 +18,7 @@ from tests.helpers import golden_state, load_golden
 from tests.tokenizer.taming import lightning_class, save_lightning
 from tests.utils.test_files import largest_file
 from utils import checkpoint as ckpt
-from utils.checkpoint import load_into, prune_checkpoints, read_checkpoint, save_checkpoint, save_safetensors
+from utils.checkpoint import load_into, read_checkpoint, save_checkpoint, save_safetensors
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:
@@ -653,50 +653,3 @@ def test_an_open_file_survives_its_replacement(tmp_path):
     read = read_checkpoint(path).model["a"]
     save_checkpoint(path, {"model": {"a": torch.zeros(1)}})
     assert torch.equal(read, torch.arange(1000))
-
-
-def test_pruning_keeps_the_newest(tmp_path):
-    steps = [5000, 10000, 9999999, 10000000, 15000]
-    for step in steps:
-        (tmp_path / f"{step:07d}.pt").write_bytes(b"")
-    others = ["best.pt", "12.pt", "0000001.pth", ".0020000.pt.x.tmp"]
-    for name in others:
-        (tmp_path / name).write_bytes(b"")
-    for keep in (0, -1):
-        with pytest.raises(ValueError, match=f"keep is {keep}"):
-            prune_checkpoints(tmp_path, keep)
-    assert prune_checkpoints(tmp_path, 9) == []
-    assert [path.name for path in prune_checkpoints(tmp_path, 2)] == ["0005000.pt", "0010000.pt", "0015000.pt"]
-    prune_checkpoints(tmp_path, 1)
-    assert sorted(os.listdir(tmp_path)) == sorted(["10000000.pt", *others])
-    assert prune_checkpoints(tmp_path / "nowhere", 1) == []
-
-
-def test_pruning_removes_folders_too(tmp_path):
-    """Sharded runs have folders; one that was moved between strategies has both."""
-    for name in ("0000005", "0000010", "12345678"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "shard").write_bytes(b"x")
-    for name in ("0000005.pt", "0000007.pt"):
-        (tmp_path / name).write_bytes(b"")
-    others = [".0000020.tmp", "123", "0000009.x", "samples"]
-    for name in others:
-        (tmp_path / name).mkdir()
-    removed = prune_checkpoints(tmp_path, 2)
-    assert len(removed) == 3
-    assert sorted(os.listdir(tmp_path)) == sorted(["0000010", "12345678", *others])
-    assert (tmp_path / "12345678" / "shard").exists()
-
-
-def test_a_folder_half_removed_no_longer_counts(tmp_path, monkeypatch):
-    """The process is killed while it removes the first of a folder's files."""
-
-    def die(path, **kwargs):
-        raise KeyboardInterrupt
-
-    for step in (1, 2):
-        (tmp_path / f"{step:07d}").mkdir()
-    monkeypatch.setattr(ckpt.shutil, "rmtree", die)
-    with pytest.raises(KeyboardInterrupt):
-        prune_checkpoints(tmp_path, 1)
-    assert sorted(os.listdir(tmp_path)) == [".0000001.removed.tmp", "0000002"]

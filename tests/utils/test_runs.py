@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from utils import runs
 from utils.cli import add_training_flags, flag_parser
-from utils.runs import checkpoints_in, find_checkpoint, newest_checkpoint, open_run, runs_in
+from utils.runs import checkpoints_in, find_checkpoint, newest_checkpoint, open_run, prune_checkpoints, runs_in
 
 
 def arguments(tmp_path, *more):
@@ -245,3 +246,32 @@ def test_no_checkpoint_yet(tmp_path):
     open_run(arguments(tmp_path), "GPT-B")
     with pytest.raises(FileNotFoundError, match=r"no run in .*results has a checkpoint yet"):
         find_checkpoint(tmp_path / "results")
+
+
+def test_pruning_keeps_the_newest_files_and_folders(tmp_path):
+    """Sharded runs have folders; one that was moved between strategies has both."""
+    for name in ("0000005", "0000010", "12345678"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard").write_bytes(b"x")
+    for name in ("0000005.pt", "0000007.pt"):
+        (tmp_path / name).write_bytes(b"")
+    others = [".0000020.tmp", "123", "0000009.x", "samples"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    prune_checkpoints(tmp_path, 2)
+    assert sorted(os.listdir(tmp_path)) == sorted(["0000010", "12345678", *others])
+    assert (tmp_path / "12345678" / "shard").exists()
+
+
+def test_a_folder_half_removed_no_longer_counts(tmp_path, monkeypatch):
+    """The process is killed while it removes the first of a folder's files."""
+
+    def die(path, **kwargs):
+        raise KeyboardInterrupt
+
+    for step in (1, 2):
+        (tmp_path / f"{step:07d}").mkdir()
+    monkeypatch.setattr(runs.shutil, "rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoints(tmp_path, 1)
+    assert sorted(os.listdir(tmp_path)) == [".0000001.removed.tmp", "0000002"]

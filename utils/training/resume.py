@@ -48,20 +48,16 @@ def resume(state: TrainingState, run: Run, args: Namespace, dist: Distributed, l
         if failure or saved is None:
             log.warning(f"{failure} Trying the checkpoint before it.")
             continue
-        data = getattr(args, "code_path", None) or "this run's data"
-        anew = "or begin a new run without --resume"
-        _require_same(saved, state, (*_ORIGIN, "codes"), data, f"give the run's own data, {anew}", log)
         changed = ", ".join(run.changed_flags(args))
-        remedy = f"give the flags it began with (other now: {changed or 'none'}), {anew}"
-        _require_same(saved, state, ("layout", "conditions", "objective"), "these flags", remedy, log)
+        flags = f"the flags it began with (other now: {changed or 'none'})"
+        _require_same(saved, state, (*_ORIGIN, "codes"), args, "give the run's own data, or leave out --resume", log)
+        remedy = f"give {flags}, or leave out --resume"
+        _require_same(saved, state, ("layout", "conditions", "objective"), None, remedy, log)
         try:
             _take(saved, state, args, log)
         except ValueError as error:
-            raise ValueError(
-                f"{str(error).splitlines()[0].rstrip(':')}; --resume goes on with the newest "
-                f"{run.folder.name.split('-', 1)[1]} of {run.folder.parent}: give it the flags it began with (other now: "
-                f"{changed or 'none'}), or another model a --results-dir of its own"
-            ) from error
+            reason = str(error).splitlines()[0].rstrip(":")
+            raise ValueError(f"{reason}; give {flags}, or another --results-dir for another model") from error
         log.info(f"resuming {run.folder} at step {state.step} from {path}")
         if changed:
             log.info(f"with other flags than it began with: {changed}")
@@ -74,8 +70,7 @@ def resume(state: TrainingState, run: Run, args: Namespace, dist: Distributed, l
 
 def start_from(saved: Checkpoint | ShardedCheckpoint, state: TrainingState, args: Namespace, log: RunLogger) -> bool:
     """Begin a new run with a checkpoint; return False where it has weights alone."""
-    data = getattr(args, "code_path", None) or "this run's data"
-    _require_same(saved, state, _ORIGIN, data, "give weights of a run on such codes, or --finetune", log)
+    _require_same(saved, state, _ORIGIN, args, "give weights of a run on such codes, or --finetune", log)
     whole = _take(saved, state, args, log)
     log.info(f"starting from {saved.path}, {f'step {state.step}' if whole else 'its weights alone'}")
     return whole
@@ -83,8 +78,7 @@ def start_from(saved: Checkpoint | ShardedCheckpoint, state: TrainingState, args
 
 def _take(saved: Checkpoint | ShardedCheckpoint, state: TrainingState, args: Namespace, log: RunLogger) -> bool:
     """Take over a checkpoint; return False where it has weights alone. Averages that began with a fixed decay keep it."""
-    whole = state.take(saved, args.global_batch_size)
-    flags = (saved.record["args"] if isinstance(saved, ShardedCheckpoint) else saved.args) or {}
+    whole, flags = state.take(saved, args.global_batch_size), saved.args or {}
     began_fixed = flags.get("ema") and flags.get("ema_warmup", False) is False
     if whole and state.ema and began_fixed and args.ema_warmup is None:
         args.ema_warmup = False
@@ -96,17 +90,18 @@ def _require_same(
     saved: Checkpoint | ShardedCheckpoint,
     state: TrainingState,
     keys: tuple[str, ...],
-    other: str,
+    args: Namespace | None,
     remedy: str,
     log: RunLogger,
 ) -> None:
     """Raise AgreedError where a checkpoint's config differs from that of this run in one of the keys.
 
-    What the checkpoint alone records, the run goes on to record. other: what the run's config is told to be of.
+    What the checkpoint alone records, the run goes on to record. args: of keys that belong to the data, else None.
     """
     config = saved.config
     if "objective" in state.config:  # files that do not say were all trained by cross-entropy
         config = {"objective": "cross_entropy", **config}
+    other = "these flags" if args is None else getattr(args, "code_path", None) or "this run's data"
     try:
         unknown = require_same(config, state.config, keys, (str(saved.path), other), remedy)
     except ValueError as error:

@@ -28,6 +28,11 @@ class ShardedCheckpoint:
         """Return the record of what the weights belong to, as `Checkpoint.config`."""
         return self.record.get("config", {})
 
+    @property
+    def args(self) -> dict[str, Any]:
+        """Return the flags of the run."""
+        return self.record["args"]
+
 
 def open_folder(path: Path, rank: int = 0, world_size: int = 1) -> ShardedCheckpoint:
     """Open a folder and compare the checksums of this process's part of the files. Raises ValueError for a damaged one."""
@@ -113,16 +118,7 @@ class SafeReader(dcp.FileSystemReader):
                 metadata = _TableReader(f).load()
         except _RefusedError as error:
             raise ValueError(f"refused: {file} {error}") from error
-        except (
-            pickle.UnpicklingError,
-            EOFError,
-            AttributeError,
-            ValueError,
-            IndexError,
-            KeyError,
-            TypeError,
-            ImportError,
-        ) as error:
+        except Exception as error:  # arbitrary bytes make the reader fail in arbitrary ways
             raise ValueError(f"{file} is damaged ({error})") from error
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id

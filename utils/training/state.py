@@ -12,6 +12,7 @@ that is changed when all is there, and hold checksums.
 
 import shutil
 from argparse import Namespace
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -25,11 +26,11 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from utils.checkpoint import RECORD_FILE, Checkpoint, prune_checkpoints, read_checkpoint, require_fit, save_checkpoint
+from utils.checkpoint import RECORD_FILE, Checkpoint, read_checkpoint, require_fit, save_checkpoint
 from utils.distributed import Distributed
-from utils.files import atomic_write, sync_folder, write_json
+from utils.files import sync_folder, write_json
 from utils.logger import RunLogger
-from utils.runs import Run
+from utils.runs import Run, prune_checkpoints
 from utils.training.ema import EMA
 from utils.training.parallel import copy_rows, parameters_of
 from utils.training.shards import (
@@ -123,9 +124,6 @@ class TrainingState:
         if isinstance(saved, ShardedCheckpoint):
             self._take_folder(saved)
             return True
-        return self._take_file(saved, global_batch)
-
-    def _take_file(self, saved: Checkpoint, global_batch: int) -> bool:
         states: dict[str, Any] = {**saved.extra, "model": saved.model, "optimizer": saved.optimizer}
         for name, model in self.models.items():
             if states.get(name) is not None:
@@ -140,13 +138,10 @@ class TrainingState:
         trainer = states.get("trainer") or {}
         self.step = saved.steps or 0
         batch = (saved.args or {}).get("global_batch_size", global_batch)
-        self._place(trainer.get("samples_seen", self.step * batch), trainer.get("scaler"))
+        self.samples_seen = trainer.get("samples_seen", self.step * batch)
+        if trainer.get("scaler"):
+            self.scaler.load_state_dict(trainer["scaler"])
         return True
-
-    def _place(self, samples_seen: int, scaler: dict | None) -> None:
-        self.samples_seen = samples_seen
-        if scaler:
-            self.scaler.load_state_dict(scaler)
 
     @staticmethod
     def _fill(targets: dict[str, Tensor], all_: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
@@ -170,8 +165,9 @@ class TrainingState:
             set_optimizer_state_dict(model, optimizer, {**whole, "state": wanted[key]})
         if self.ema and not averaged:
             self.ema.restart()
-        self.step = saved.record["steps"]
-        self._place(saved.record["samples_seen"], saved.record["scaler"])
+        self.step, self.samples_seen = saved.record["steps"], saved.record["samples_seen"]
+        if saved.record["scaler"]:
+            self.scaler.load_state_dict(saved.record["scaler"])
 
 
 class Saver:
@@ -199,7 +195,8 @@ class Saver:
             self._job = self._save_folder(f"{self.state.step:07d}")
         elif self.dist.is_main:
             content = self.state.file_content(self.args)
-            self._job = self._thread.submit(self._write_files, f"{self.state.step:07d}.pt", content)
+            write = lambda path: save_checkpoint(path, content)  # noqa: E731
+            self._job = self._thread.submit(self._into_stores, f"{self.state.step:07d}.pt", write)
 
     def poll(self) -> None:
         """Tell of a checkpoint that has been written meanwhile, or could not be."""
@@ -229,23 +226,6 @@ class Saver:
         """Wait and lets the thread go, whatever became of its last job: for a run that an error ends."""
         self._thread.shutdown(wait=True)
 
-    def _done(self, path: Path) -> None:
-        self._written = True
-        self.log.info(f"saved {path}")
-        if self.args.keep_last > 0:
-            prune_checkpoints(path.parent, self.args.keep_last)
-
-    def _write_files(self, name: str, content: dict[str, Any]) -> list[OSError]:
-        failures = []
-        for store in self.run.stores:
-            try:
-                save_checkpoint(store / name, content)
-            except OSError as error:
-                failures.append(error)
-            else:
-                self._done(store / name)
-        return failures
-
     def _save_folder(self, name: str) -> Future:
         """Begin to write a folder: every process its shards under a temporary name; the first process completes and renames it."""
         unfinished = self.run.stores[0] / f".{name}.tmp"
@@ -268,29 +248,35 @@ class Saver:
         return self._thread.submit(self._complete, cast(Future, written), unfinished, name, record)
 
     def _complete(self, written: Future, unfinished: Path, name: str, record: dict[str, Any]) -> list[OSError]:
+        path = self.run.stores[0] / name
         try:
             written.result()  # all processes' shards: the first writes the table of contents when they are there
             if self.dist.is_main:
                 write_json(unfinished / RECORD_FILE, record)
-                with atomic_write(unfinished / "resume_step.txt") as f:
-                    f.write(f"{record['steps']}\n".encode())
+                (unfinished / "resume_step.txt").write_text(f"{record['steps']}\n")
                 consolidate(unfinished)
-                _rename_folder(unfinished, self.run.stores[0] / name)
-                self._done(self.run.stores[0] / name)
-                return [failure for store in self.run.stores[1:] if (failure := self._copy(name, store))]
+                _rename_folder(unfinished, path)
         except (Exception, dcp.CheckpointException) as error:  # DCP wraps whatever befell any process
-            if self.dist.is_main:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                return [OSError(f"could not write {self.run.stores[0] / name} ({first_failure(error)})")]
-        return []
+            if not self.dist.is_main:
+                return []
+            shutil.rmtree(unfinished, ignore_errors=True)
+            return [OSError(f"could not write {path} ({first_failure(error)})")]
+        return self._into_stores(name, lambda target: _copy_folder(path, target) if target != path else None)
 
-    def _copy(self, name: str, store: Path) -> OSError | None:
-        try:
-            _copy_folder(self.run.stores[0] / name, store / name)
-        except OSError as error:
-            return OSError(f"could not write {store / name} ({first_failure(error)})")
-        self._done(store / name)
-        return None
+    def _into_stores(self, name: str, write: Callable[[Path], None]) -> list[OSError]:
+        """Write a checkpoint to every store, on the first process; return what could not be written."""
+        failures = []
+        for store in self.run.stores if self.dist.is_main else ():
+            try:
+                write(store / name)
+            except OSError as error:
+                failures.append(error)
+                continue
+            self._written = True
+            self.log.info(f"saved {store / name}")
+            if self.args.keep_last > 0:
+                prune_checkpoints(store, self.args.keep_last)
+        return failures
 
 
 def _spread(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -327,6 +313,9 @@ def _rename_folder(unfinished: Path, path: Path) -> None:
 
 def _copy_folder(source: Path, path: Path) -> None:
     unfinished = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(source, unfinished)
-    _rename_folder(unfinished, path)
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(source, unfinished)
+        _rename_folder(unfinished, path)
+    except OSError as error:
+        raise OSError(f"could not write {path} ({first_failure(error)})") from error
