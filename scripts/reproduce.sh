@@ -3,7 +3,7 @@
 #
 #   bash scripts/reproduce.sh --list
 #   bash scripts/reproduce.sh c2i_L_384 --dry-run
-#   bash scripts/reproduce.sh c2i_L_384               # the same command again goes on where it was ended
+#   bash scripts/reproduce.sh c2i_L_384               # rerun it to resume
 #
 # nproc_per_node in the environment is the number of processes, by default one a GPU.
 scripts=$(cd "$(dirname "$0")" && pwd)

@@ -3,12 +3,13 @@
 bash scripts/sweep_guidance.sh --scales "1.5 1.75 2.0" -- --gpt-model GPT-L --gpt-ckpt c2i_L_384.pt --image-size 384 \\
     --vq-ckpt vq_ds16_c2i.pt
 
-What stands behind -- goes to autoregressive/sample/sample_c2i_ddp.py. The same command again does what is missing, and with
-more scales adds those. A folder beside the samples, its name with `cfg-sweep`, gets the table and the picture.
+What stands behind -- goes to autoregressive/sample/sample_c2i_ddp.py. Rerun the command to resume it,
+with more scales to add those. A folder beside the samples, its name with `cfg-sweep`, gets the table and the picture.
 """
 
 import argparse
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from evaluations.published import FIGURES, GRAPH, LOWER_IS_BETTER, REFERENCE, find_file
@@ -20,20 +21,24 @@ def main(args: argparse.Namespace) -> None:
     from utils.files import atomic_write, write_json
     from utils.runs import find_checkpoint
 
-    scales = read_scales(args.scales)
-    if any(word.partition("=")[0] == "--cfg-scale" for word in args.flags):
+    scales, given = read_scales(args.scales), steps.given_flags(args.flags)
+    if "--cfg-scale" in given:
         raise ValueError("--cfg-scale comes from --scales: leave it out behind --")
-    drawn = steps.sampling_args(args.flags)
+    for flag in ("--gpt-ckpt", "--vq-ckpt"):
+        if flag not in given:
+            raise ValueError(f"{flag} is missing behind --: give a file, a run's folder, or a released file's name")
     steps.require_evaluator()
-    processes = steps.local_processes(drawn.device)
-    # Once for all scales: the newest checkpoint of a run may be another one by the time of the last.
-    gpt, vq = find_checkpoint(drawn.gpt_ckpt), find_checkpoint(drawn.vq_ckpt)
+    processes = steps.local_processes(given.get("--device"))
     reference, graph = find_file(REFERENCE, args.reference), find_file(GRAPH, args.graph)
+    # Once for all scales: the newest checkpoint of a run may be another one by the time of the last.
+    weights = [word for flag in ("--gpt-ckpt", "--vq-ckpt") for word in (flag, str(find_checkpoint(given[flag])))]
     reports = {}
     for scale in scales:
-        words = [*args.flags, "--gpt-ckpt", str(gpt), "--vq-ckpt", str(vq), "--cfg-scale", str(scale)]
-        samples = steps.draw(words, processes)
-        reports[scale] = steps.evaluate(reference, samples, processes, graph=graph, device=drawn.device)
+        steps.run(steps.SAMPLER, [*args.flags, *weights, "--cfg-scale", str(scale)], processes)
+        samples = steps.newest(Path(given.get("--sample-dir", "samples")))
+        if f"-cfg-{scale}-" not in samples.name:
+            raise ValueError(f"{samples} is another run's: give a --sample-dir that no other run writes to meanwhile")
+        reports[scale] = steps.evaluate(reference, samples, processes, graph=graph, device=given.get("--device"))
     folder = samples.with_name(samples.stem.replace(f"cfg-{scale}", "cfg-sweep"))
     reports = dict(sorted(reports.items()))
     text = "\n".join(table(reports, args.metric)) + "\n"

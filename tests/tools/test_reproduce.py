@@ -2,13 +2,8 @@
 
 import importlib
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -18,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.models.gpt import Transformer
 from autoregressive.sample import sample_c2i_ddp
 from evaluations import published
 from evaluations.published import REFERENCE, ROWS, find_file, find_row, gpt_args
@@ -57,19 +52,6 @@ def small(files) -> list:
 
 def row_line(files, *more) -> list:
     return ["c2i_B_256", *small(files), *JUDGE, "--num-samples", 12, *more]
-
-
-def command(name: str, *words) -> list[str]:
-    return ["bash", str(ROOT / "scripts" / f"{name}.sh"), *map(str, words)]
-
-
-def environment(**more: str) -> dict[str, str]:
-    """What a user's shell has after activation."""
-    path = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
-    clean = {
-        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "nproc_per_node", "nnodes")
-    }
-    return {**clean, "PATH": path, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
 @pytest.fixture
@@ -138,11 +120,6 @@ def parameters_of(settings) -> int:
         return Transformer(gpt_args(settings)).num_parameters
 
 
-def test_par_rows_draw_groups():
-    args = sample_c2i_ddp.flags().parse_args([w for pair in ROWS["PAR-3B-16x"].flags().items() for w in pair if w])
-    assert (args.ar_token_num, args.spe_token_num, args.gpt_model) == (16, 15, "GPT-3B")
-
-
 def test_an_unknown_row_is_answered_with_close_ones(capsys):
     with pytest.raises(ValueError, match=r"c2i_l_384x.*did you mean c2i_L_384"):
         find_row("c2i_l_384x")
@@ -168,45 +145,27 @@ def test_documented_rows_exist():
 def test_a_plan_touches_nothing(capsys, tmp_path):
     printed = plan(capsys, "c2i_XXL_384", "--gpu", "A100")
     assert not list(tmp_path.iterdir())
-    assert "c2i_XXL_384.pt to download, about 5.64 GB (estimated), https://" in printed  # 1,410,972,672 times 4 bytes
-    assert f"{REFERENCE}  to download, about 2.03 GB (estimated), https://" in printed
+    assert re.search(r"c2i_XXL_384\.pt +about 5\.64 GB, https://", printed)  # 1,410,972,672 times 4 bytes
+    assert re.search(rf"{REFERENCE} +about 2\.03 GB, https://", printed) and "1 x A100" in printed
     sampling, judging = (line.strip() for line in printed.splitlines() if line.startswith("  python3"))
     script, *words = sampling.split()[1:]
     args = sample_c2i_ddp.flags().parse_args(words)
     assert script == "autoregressive/sample/sample_c2i_ddp.py" and args.from_fsdp and args.cfg_scale == 1.75
     assert judging.split()[1] == "evaluations/c2i/evaluator.py" and "c2i_XXL_384/samples/" in judging
     images = 50_000 * 256 * 256 * 3  # as they are in the .npz, and two thirds of it as PNG files
-    assert f"{images * 1.65 / 1e9:.1f} GB   50,000 as PNG files" in printed and "not comparable" not in printed
-
-
-def test_a_plan_finds_what_is_there(capsys, small_files):
-    printed = plan(capsys, *row_line(small_files))
-    assert f"{small_files.gpt} at {small_files.gpt}" in printed.replace("  ", " ") and "to download" not in printed
-    assert "not comparable with it: 12 samples instead of 50,000" in printed
-
-
-def test_flops_of_an_image_are_twice_the_forward_pass_where_guided(small_files):
-    """GPT-XS: two FLOPs for each weight and row, and attention over the whole square."""
-    args = reproduce.flags().parse_args(list(map(str, row_line(small_files))))
-    row, given = ROWS["c2i_B_256"], reproduce.given_flags(args)
-    model = GPT_models["GPT-XS"](vocab_size=64, num_classes=10, block_size=64)
-    weights = sum(p.numel() for layer in model.layers for p in layer.parameters() if p.ndim == 2)
-    forward = 2 * (weights * 64 + 64 * 128 * 64) + 4 * 4 * 128 * 64**2
-    assert reproduce.flops_per_image(row, given)[0] == 2 * forward
-    gpt, tokenizer = reproduce.flops_per_image(row, {**given, "cfg_scale": 1.0})
-    assert gpt == forward and tokenizer > 1e7
-
-
-def test_a_plan_knows_the_machine(capsys):
-    one, other = (plan(capsys, "c2i_L_384", "--gpu", gpu) for gpu in ("A100", "H100"))
-    assert "1 x A100" in one and "1 x H100" in other
+    assert f"{images * 1.65 / 1e9:.1f} of them for 50,000 images" in printed and "not comparable" not in printed
     with pytest.raises(ValueError, match="Z80"):
         plan(capsys, "c2i_L_384", "--gpu", "Z80")
 
 
+def test_a_plan_says_what_is_not_comparable(capsys, small_files):
+    printed = plan(capsys, *row_line(small_files))
+    assert "about 0." not in printed and "--num-fid-samples 12 instead of 50000" in printed
+
+
 def test_a_tokenizers_plan(capsys, small_files):
     printed = plan(capsys, "vq_ds8_c2i", "--vq-ckpt", small_files.vq)
-    val, reconstruction, judging = (line for line in printed.splitlines() if line.startswith("  python3"))
+    reconstruction, val, judging = (line for line in printed.splitlines() if line.startswith("  python3"))
     assert "val_ddp.py --data-path /path/to/imagenet/val" in val and "--image-size 256" in val
     assert "--vq-model VQ-8" in reconstruction and "--task reconstruction" in judging
 
@@ -223,12 +182,9 @@ def test_a_tokenizers_plan(capsys, small_files):
         (["c2i_B_256", "--reference", "nowhere.npz"], r"nowhere\.npz does not exist"),
         (["c2i_B_256", "--graph", "nowhere.pb"], r"nowhere\.pb does not exist"),
         (["c2i_B_256", "--data-path", "."], "--data-path is for tokenizers' rows"),
-        (["c2i_B_256", "--dry-run", "--device", "cuda:x"], "--device cuda:x is not a device"),
         (["vq_ds16_c2i"], "give --data-path /path/to/imagenet/val"),
-        (["vq_ds16_c2i", "--data-path", "nowhere"], "--data-path nowhere is not a folder"),
-        (["vq_ds16_c2i", "--data-path", ".", "--cfg-scale", "2"], "--cfg-scale: not for vq_ds16_c2i"),
+        (["vq_ds16_c2i", "--data-path", "nowhere"], "give --data-path /path/to/imagenet/val"),
         (["vq_ds16_c2i", "--data-path", ".", "--num-samples", "5"], "give a folder of fewer"),
-        (["c2i_B_256", "--gpt-ckpt", "nowhere.pt", *map(str, JUDGE)], r"no file nowhere\.pt"),
     ],
 )
 def test_mistakes(words, message, tmp_path):
@@ -276,29 +232,6 @@ def test_mistakes_in_a_sweep(scales, words, message):
     assert sweep_guidance.read_scales("1.5, 2 1.50") == [1.5, 2.0]
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < end, "ended, or never came so far"
-        time.sleep(0.005)
-
-
-def test_who_is_stopped_stops_its_script(tmp_path):
-    """SIGTERM to the chain alone: the script it runs ends too."""
-    child = tmp_path / "child.py"
-    child.write_text(
-        "import os, time; open('pid', 'w').write(str(os.getpid())); os.rename('pid', 'pid.txt'); time.sleep(60)"
-    )
-    source = f"import sys; from tools.steps import launch; launch([sys.executable, {str(child)!r}])"
-    process = subprocess.Popen([sys.executable, "-c", source], env={**os.environ, "PYTHONPATH": str(ROOT)})
-    wait_for(Path("pid.txt").exists, process)
-    pid = int(Path("pid.txt").read_text())
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) != 0
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
-
-
 # Whole runs
 
 
@@ -317,7 +250,7 @@ def test_from_nothing_to_a_row(small_files, run_quickly):
     assert first["figures"] == {name: evaluated[name] for name in reproduce.FIGURES}
     assert first["difference"]["fid"] == evaluated["fid"] - 5.46 and not first["comparable"]
     reasons = " ".join(first["not_comparable_because"])
-    assert "8 samples instead of 50,000" in reasons and "--gpt-model GPT-XS instead of GPT-B" in reasons
+    assert "--num-fid-samples 8 instead of 50000" in reasons and "--gpt-model GPT-XS instead of GPT-B" in reasons
     assert "a reference of 160 images instead of 10,000" in reasons and first["warnings"] == evaluated["warnings"]
     assert (
         f"| FID | {evaluated['fid']:.2f} | 5.46 | {evaluated['fid'] - 5.46:+.2f} |"
@@ -335,20 +268,6 @@ def test_from_nothing_to_a_row(small_files, run_quickly):
     # More samples: the rest is drawn.
     run_quickly("reproduce", *line, "--num-samples", 12)
     assert result()["samples"] == 12 and result()["figures"]["fid"] != first["figures"]["fid"]
-
-
-def test_reproduce_killed_while_drawing_keeps_what_is_drawn(small_files, run_quickly):
-    line = row_line(small_files)
-    process = subprocess.Popen(
-        command("reproduce", *line), env=environment(), start_new_session=True, stdout=subprocess.DEVNULL
-    )
-    wait_for(lambda: list(Path("results_reproduced").glob("*/samples/*/000003.png")), process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    before = {path: path.stat().st_mtime_ns for path in Path("results_reproduced").rglob("*.png")}
-    run_quickly("reproduce", *line)
-    assert before and all(path.stat().st_mtime_ns == written for path, written in before.items())
-    assert result()["samples"] == 12
 
 
 def test_a_tokenizers_row(small_files, run_quickly):
@@ -384,16 +303,6 @@ def test_a_sweep(small_files, run_quickly):
     table = (folder / "sweep.md").read_text()
     assert f"| **{best['cfg_scale']:g}** | {best['fid']:.4g} |" in table and "NOT COMPARABLE" in table
     assert Image.open(folder / "sweep.png").size[0] > 600
-
-
-def test_steps_of_several_processes_go_through_torchrun(monkeypatch, capsys):
-    commands = []
-    monkeypatch.setattr(steps, "launch", lambda command: commands.append(command))
-    steps.run(steps.SAMPLER, ["--top-k", 5], 2)
-    assert commands[0][1:] == [
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / steps.SAMPLER), "--top-k", "5",
-    ]  # fmt: skip
-    assert f"torchrun --standalone --nproc_per_node=2 {steps.SAMPLER} --top-k 5" in capsys.readouterr().out
 
 
 def test_reproduce_names_the_script_that_fails(small_files, monkeypatch):
