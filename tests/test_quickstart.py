@@ -1,68 +1,92 @@
-"""The quickstart's recipe, with fewer steps and samples, and the tools it uses."""
+"""scripts/quickstart.sh, from classes and then from words, with few steps and samples."""
 
 import json
+import os
+import re
+import subprocess
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.folders import class_folders
-from tests.quickstart import small_recipe
-from tools import draw_training, make_digits
+from tests import forkserver
+from tests.helpers import ROOT
+
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
-def test_digits_are_split_and_complete(tmp_path):
-    make_digits.main(make_digits.flags().parse_args(["--output", str(tmp_path)]))
-    train, held_out = class_folders(tmp_path / "train"), class_folders(tmp_path / "held_out")
-    assert len(train) + len(held_out) == 1797 and len(held_out) == 359
-    assert train.classes == held_out.classes == [str(digit) for digit in range(10)]
-    image = np.asarray(Image.open(train.paths[0]))
-    assert image.shape == (32, 32, 3) and image.min() == 0 and image.max() > 200
-    names = {path.name for path in tmp_path.rglob("*.png")}
-    assert len(names) == 1797  # no scan is in both
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """The folder that a short recipe leaves things in, and a function that runs the recipe with words of the command line."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    text, out = (ROOT / "scripts" / "quickstart.sh").read_text(), folder / "quickstart"
+    for before, after, times in (
+        (r'cd "\$\(dirname "\$0"\)/\.\."', f'cd "{ROOT}"', 1),
+        (r"out=quickstart left=quickstart", f'out="{out}" left="{out}"', 1),
+        (r"bash scripts/setup.sh quickstart [^\n]*\nsource .venv/bin/activate\n", "", 1),
+        (r"--max-steps \d+", "--max-steps 2", 4),
+        (r"--num-fid-samples \d+", "--num-fid-samples 20", 2),
+        (r"--ten-crop --crop-range 1.1 ", "", 1),
+        (r"(make_digit_captions.py .*--image-size 32)", r"\1 --scans 60 --prompts 30", 1),
+    ):
+        text, replaced = re.subn(before, after, text)
+        assert replaced == times, before
+    script = folder / "quickstart.sh"
+    script.write_text(text)
+    environment = {**os.environ, "PATH": f"{forkserver.shim()}{os.pathsep}{os.environ['PATH']}"}
+
+    def run(*words):
+        command, streams = ["bash", str(script), *words], {"stdin": subprocess.DEVNULL, "capture_output": True}
+        done = subprocess.run(command, env=environment, text=True, timeout=500, **streams)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    return out, run
 
 
-def test_curves_of_a_resumed_and_killed_run(tmp_path):
-    run = tmp_path / "results" / "000-GPT-XS"
-    run.mkdir(parents=True)
-    lines = [
-        {"step": 10, "loss": 3.0},
-        {"step": 20, "loss": 9.0},
-        {"step": 20, "loss": 2.0},
-        {"step": 20, "val_loss": 2.5},
-    ]
-    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 30, "lo')
-    assert draw_training.read_curves(run / "metrics.jsonl") == {"loss": [(10, 3.0), (20, 2.0)], "val_loss": [(20, 2.5)]}
-    arguments = ["--runs", str(tmp_path / "results"), "--output", str(tmp_path / "curves.png")]
-    draw_training.main(draw_training.flags().parse_args(arguments))
-    assert Image.open(tmp_path / "curves.png").size[0] > 300
-    with pytest.raises(FileNotFoundError, match=r"nowhere.*metrics\.jsonl does not exist"):
-        draw_training.main(draw_training.flags().parse_args(["--runs", str(tmp_path / "nowhere")]))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1000)
-def test_the_recipe(tmp_path):
-    """Every stage runs, a second run finds nothing to do, an interrupted one goes on."""
-    out, run = small_recipe(tmp_path)
-    run()
-    for name in ("samples.png", "reconstructions.png", "training.png"):
-        assert Image.open(out / name).size[0] > 100
-    report = json.loads((out / "report.json").read_text())
-    assert set(report["seconds"]) == {"digits", "tokenizer", "codes", "gpt", "samples", "curves", "total"}
-    assert report["samples"] == 20
-    assert report["held_out_digits_read_right"] > 0.95
-    assert 0 <= report["samples_read_as_asked"] <= 1
-    assert report["psnr_held_out_db"] > 5 and 0 < report["codebook_usage_held_out"] <= 1
+def check_report(folder, stages):
+    """Check what both recipes report, and return the report."""
+    report = json.loads((folder / "report.json").read_text())
+    assert set(report["seconds"]) == {*stages.split(), "total"} and report["samples"] == 20
+    assert report["held_out_digits_read_right"] > 0.95 and 0 <= report["samples_read_as_asked"] <= 1
     held_out, samples = report["train_against_held_out"], report["train_against_samples"]
     assert held_out["frechet_distance"] < samples["frechet_distance"]  # hardly trained
     assert held_out["precision"] > 0.5 and held_out["recall"] > 0.5 and 0 <= samples["precision"] <= 1
+    return report
+
+
+@pytest.mark.timeout(1000)
+def test_quickstart_from_classes_makes_pictures_and_a_report(recipe):
+    out, run = recipe
+    run()
+    for name in ("samples.png", "reconstructions.png", "training.png"):
+        assert Image.open(out / name).size[0] > 100
+    report = check_report(out, "digits tokenizer codes gpt samples curves")
+    assert report["psnr_held_out_db"] > 5 and 0 < report["codebook_usage_held_out"] <= 1
     assert report["nll_held_out_nats_per_token"] == pytest.approx(np.log(256), abs=0.5)  # hardly trained
-    pictures = sorted(out.glob("samples/*/*.png"))
-    assert len(pictures) == 20
-    first = pictures[0].read_bytes()
-    pictures[0].unlink()
-    again = run()
-    assert again.count("nothing left to do") == 2
-    assert pictures[0].read_bytes() == first
+    assert len(list(out.glob("samples/*/*.png"))) == 20
+
+
+@pytest.mark.timeout(1000)
+def test_quickstart_from_words_goes_on_with_the_tokenizer_that_is_there(recipe):
+    out, run = recipe
+    there = (out / "tokenizer").exists()
+    assert run("text").count("nothing left to do") == there
+    left = out / "text"
+    for name in ("samples.png", "prompts.png", "training.png"):
+        assert Image.open(left / name).size[0] > 100
+    report = check_report(left, "digits tokenizer captions encoder features codes stage1 stage2 samples curves")
+    assert report["prompts"] == 20
+    assert all(0 <= report[name] <= 1 for name in ("slant_as_asked", "stroke_as_asked"))
+    losses = report["nll_held_out_nats_per_token"]
+    assert set(losses) == {"stage1", "stage2"} and losses["stage1"] == pytest.approx(np.log(256), abs=0.5)
+    pictures = sorted(left.glob("samples/*/images/*.png"))
+    assert len(pictures) == 20 and Image.open(pictures[0]).size == (32, 32)
+    with pytest.raises(AssertionError, match="wrong is neither text nor --fresh"):
+        run("text", "wrong", "--fresh")
+    assert pictures[3].exists()
+
+
+def test_every_training_of_the_quickstart_resumes():
+    text = (ROOT / "scripts" / "quickstart.sh").read_text()
+    assert text.count("--results-dir") == text.count("--resume") == 3

@@ -1,4 +1,4 @@
-"""The quickstart from words: its captions, its encoder, and its recipe with fewer steps and samples."""
+"""The tools of the quickstart: digits, their captions, a small text encoder, curves."""
 
 import json
 import re
@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.quickstart import small_recipe
-from tools import make_digit_captions, make_text_encoder
+from dataset.folders import class_folders
+from tools import draw_training, make_digit_captions, make_digits, make_text_encoder
 
 pytestmark = pytest.mark.slow  # through whole scripts and servers
 
@@ -152,27 +152,30 @@ def test_a_text_encoder(captions, tmp_path, capsys):
         make("--dim", "12")
 
 
-@pytest.mark.timeout(1000)
-def test_the_recipe_from_words(tmp_path):
-    """As the one from classes, on a few scans; what makes its stages go on is tested with each of them."""
-    out, run = small_recipe(tmp_path, (r"(make_digit_captions.py .*--image-size 32)", r"\1 --scans 60 --prompts 30", 1))
-    run("text")
-    left = out / "text"
-    for name in ("samples.png", "prompts.png", "training.png"):
-        assert Image.open(left / name).size[0] > 100
-    report = json.loads((left / "report.json").read_text())
-    stages = "digits tokenizer captions encoder features codes stage1 stage2 samples curves total"
-    assert set(report["seconds"]) == set(stages.split())
-    assert report["samples"] == 20 and report["prompts"] == 20
-    assert report["held_out_digits_read_right"] > 0.95
-    for name in ("samples_read_as_asked", "slant_as_asked", "stroke_as_asked"):
-        assert 0 <= report[name] <= 1
-    losses = report["nll_held_out_nats_per_token"]
-    assert set(losses) == {"stage1", "stage2"} and losses["stage1"] == pytest.approx(np.log(256), abs=0.5)
-    held_out, samples = report["train_against_held_out"], report["train_against_samples"]
-    assert held_out["frechet_distance"] < samples["frechet_distance"]  # hardly trained
-    pictures = sorted(left.glob("samples/*/images/*.png"))
-    assert len(pictures) == 20 and Image.open(pictures[0]).size == (32, 32)
-    with pytest.raises(AssertionError, match="wrong is neither text nor --fresh"):
-        run("text", "wrong", "--fresh")
-    assert pictures[3].exists()
+def test_digits_are_split_and_complete(tmp_path):
+    make_digits.main(make_digits.flags().parse_args(["--output", str(tmp_path)]))
+    train, held_out = class_folders(tmp_path / "train"), class_folders(tmp_path / "held_out")
+    assert len(train) + len(held_out) == 1797 and len(held_out) == 359
+    assert train.classes == held_out.classes == [str(digit) for digit in range(10)]
+    image = np.asarray(Image.open(train.paths[0]))
+    assert image.shape == (32, 32, 3) and image.min() == 0 and image.max() > 200
+    names = {path.name for path in tmp_path.rglob("*.png")}
+    assert len(names) == 1797  # no scan is in both
+
+
+def test_curves_of_a_resumed_and_killed_run(tmp_path):
+    run = tmp_path / "results" / "000-GPT-XS"
+    run.mkdir(parents=True)
+    lines = [
+        {"step": 10, "loss": 3.0},
+        {"step": 20, "loss": 9.0},
+        {"step": 20, "loss": 2.0},
+        {"step": 20, "val_loss": 2.5},
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 30, "lo')
+    assert draw_training.read_curves(run / "metrics.jsonl") == {"loss": [(10, 3.0), (20, 2.0)], "val_loss": [(20, 2.5)]}
+    arguments = ["--runs", str(tmp_path / "results"), "--output", str(tmp_path / "curves.png")]
+    draw_training.main(draw_training.flags().parse_args(arguments))
+    assert Image.open(tmp_path / "curves.png").size[0] > 300
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*metrics\.jsonl does not exist"):
+        draw_training.main(draw_training.flags().parse_args(["--runs", str(tmp_path / "nowhere")]))
