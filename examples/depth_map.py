@@ -1,4 +1,4 @@
-"""A condition of one's own: a map with a number for each token (depth, brightness, a sketch), added where it is predicted.
+"""Your own condition: a map with a number for each token (depth, brightness, a sketch), added where the token is predicted.
 
     python3 autoregressive/train/train_c2i.py --import examples/depth_map.py --condition depth \\
         --condition-path depth=depth_maps --code-path codes

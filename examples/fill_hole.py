@@ -1,4 +1,4 @@
-"""Filling a hole of a picture: the tokens around the hole are known, those in it are drawn.
+"""Filling a hole in a picture: the tokens around the hole are known, the tokens in it are drawn.
 
     python3 examples/fill_hole.py --gpt-ckpt c2i_B_256.pt --vq-ckpt vq_ds16_c2i.pt --image dog.png --label 207 --box 4 4 12 12
 

@@ -1,12 +1,12 @@
-"""A quantiser of one's own: without a codebook, the signs of a latent's channels are the bits of its code.
+"""Your own quantiser: it has no codebook, the signs of a latent's channels are the bits of its code.
 
     python3 tokenizer/tokenizer_image/vq_train.py --import examples/lookup_free.py --quantizer lookup-free --codebook-size 1024 \\
         --entropy-loss-ratio 0.1 --data-path images
     python3 autoregressive/train/extract_codes_c2i.py --import examples/lookup_free.py --vq-ckpt results_tokenizer_image \\
         --data-path images --code-path codes
 
-Lookup-free quantisation (MAGVIT-v2, arXiv 2310.05737, section 3.1). The tokenizer's file says its quantiser; without --import
-it is refused.
+Lookup-free quantisation (MAGVIT-v2, arXiv 2310.05737, section 3.1). The tokenizer's file records its quantiser; without
+--import it is refused.
 """
 
 import torch

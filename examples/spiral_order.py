@@ -1,9 +1,9 @@
-"""A token order of one's own: a spiral from the upper left corner to the middle.
+"""Your own token order: a spiral from the upper left corner to the middle.
 
     python3 autoregressive/train/train_c2i.py --import examples/spiral_order.py --layout spiral --code-path codes
     python3 autoregressive/sample/sample_c2i.py --import examples/spiral_order.py --gpt-ckpt results --vq-ckpt vq.pt
 
-The file of the model says that its layout is the spiral; without --import it is refused.
+The model's file records that its layout is the spiral; without --import it is refused.
 """
 
 from torch import Tensor, arange, cat

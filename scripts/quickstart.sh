@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From nothing to new images in a few minutes on a CPU: scikit-learn's handwritten digits (real scans, no download), an
-# image tokenizer, its codes, a GPT, samples, and figures. What it leaves lies in quickstart/, or in quickstart/text/.
+# image tokenizer, its codes, a GPT, samples, and figures. The results are in quickstart/, or in quickstart/text/.
 #
-#   bash scripts/quickstart.sh            # from classes; again: goes on where it was interrupted
+#   bash scripts/quickstart.sh            # from classes; rerun it to resume
 #   bash scripts/quickstart.sh text       # from words: captions, a text encoder, two stages, prompts never seen
 #   bash scripts/quickstart.sh [text] --fresh        # starts over
 #
