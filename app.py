@@ -26,7 +26,9 @@ from tempfile import TemporaryDirectory, mkdtemp
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from autoregressive.models.settings import SamplingConfig
 from autoregressive.models.sizes import GPT_SIZES
+from autoregressive.sample.flags import add_sampling_flags
 from autoregressive.serve.server import Signals
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
@@ -35,7 +37,6 @@ from utils.cli import (
     add_gpt_file_flags,
     add_gpt_flags,
     add_run_flags,
-    add_sampling_flags,
     add_text_flags,
     add_tokenizer_flags,
     flag_parser,
@@ -65,6 +66,7 @@ SHARP = ".gallery img { image-rendering: pixelated }"  # pictures of a few pixel
 # What the sliders stand at where the flags say nothing: as published for text, and as the quickstart samples.
 TEXT_SETTINGS = {"cfg_scale": 7.5, "top_k": 1000}
 QUICKSTART_SETTINGS = {"cfg_scale": 2.0, "top_k": 0, "temperature": 0.8}
+SETTINGS = {name: field for name, field in SamplingConfig.fields().items() if "page" in field.metadata}
 PROMPTS = ["A lighthouse on a rocky coast at dusk, its lamp just lit, oil painting.", "An orange tram in heavy snow."]
 QUICKSTART_PROMPTS = ["bold strokes, leaning right: seven", "thin strokes, upright: three", "medium strokes: zero"]
 CLASSES = (207, 360, 387, 974, 88, 979, 417, 279)  # of ImageNet's, those of the published pictures
@@ -247,16 +249,13 @@ def describe(pipeline: "ImagePipeline") -> str:
 def settings_for(kind: str, args: argparse.Namespace) -> dict[str, float]:
     """Return a tab's first settings: the flags' values, and where those are at their defaults what suits the models."""
     parser = flags()
-    values = {name: getattr(args, name) for name in ("cfg_scale", "cfg_interval", "top_k", "top_p", "temperature")}
+    values = {name: getattr(args, name) for name in SETTINGS}
     own = QUICKSTART_SETTINGS if args.quickstart else TEXT_SETTINGS if kind == "text" else {}
     values = {name: own.get(name, v) if v == parser.get_default(name) else v for name, v in values.items()}
-    # A slider ends where a value stops to matter.
-    ends = {
-        "cfg_scale": max(values["cfg_scale"], 1),
-        "top_k": max(values["top_k"], 0),
-        "top_p": min(values["top_p"], 1),
-    }
-    return values | ends | ({"temperature": 0} if args.greedy else {})
+    # A control ends where a value stops to matter.
+    for name, field in SETTINGS.items():
+        values[name] = min(max(values[name], field.metadata["page"][0]), field.metadata["served"][1])
+    return values | ({"temperature": 0} if args.greedy else {})
 
 
 async def serve(
@@ -395,17 +394,14 @@ async def respond(
     count: float,
     seed: float | None,
     fresh: bool,
-    cfg_scale: float,
-    cfg_interval: float,
-    top_k: float,
-    top_p: float,
-    temperature: float,
+    settings: dict[str, float],
     folder: str | Path,
 ) -> AsyncIterator[tuple[list, str, int]]:
     """Yield what the page shows from a click on: files with captions, a line of HTML, the seed. Raises nothing.
 
     Args:
         fresh: takes a new seed.
+        settings: fields of the server's requests.
         folder: where a folder is made for the files. An unfinished picture's file goes with the drawing.
     """
     import logging
@@ -416,8 +412,6 @@ async def respond(
     try:
         Path(folder).mkdir(exist_ok=True)
         made = Path(mkdtemp(dir=folder))
-        settings = {"guidance_scale": cfg_scale, "cfg_interval": cfg_interval, "top_k": top_k, "top_p": top_p}
-        settings["temperature"] = temperature
         async with aclosing(painter.draw(asked, count=int(count or 0), seed=int(seed), **settings)) as views:
             async for view in views:
                 for name, png, _ in view.pictures:
@@ -494,14 +488,7 @@ def drawing_tab(
                     args.seed, precision=0, minimum=0, maximum=LARGEST_SEED, label="Seed", elem_id=f"{kind}-seed"
                 )
                 fresh = gr.Checkbox(args.seed is None, label="A new seed each time", elem_id=f"{kind}-fresh")
-            with gr.Row():
-                scale = gr.Slider(1, 20, value=at["cfg_scale"], step=0.1, label="Guidance scale")
-                interval = gr.Number(at["cfg_interval"], label="Last guided step (-1: all are)")
-            with gr.Row():
-                top_k = gr.Number(at["top_k"], precision=0, minimum=0, label="Top-k (0: all)")
-                top_p = gr.Slider(0, 1, value=at["top_p"], step=0.01, label="Top-p (1: all)")
-            label = "Temperature (0: the likeliest token)"
-            temperature = gr.Slider(0, 2, value=at["temperature"], step=0.05, label=label)
+            controls = [control(name, value) for name, value in at.items()]
         with gr.Column(scale=3, min_width=320):
             status = gr.HTML(elem_id=f"{kind}-status")
             gallery = gr.Gallery(
@@ -511,14 +498,15 @@ def drawing_tab(
 
     async def draw(request: gr.Request, *values: Any) -> AsyncIterator[tuple[list, str, int]]:
         if await is_here(here, request):
-            async with aclosing(respond(painter, *values, folder / "pictures")) as shown:
+            *given, settings = *values[:4], dict(zip(at, values[4:], strict=True))
+            async with aclosing(respond(painter, *given, settings, folder / "pictures")) as shown:
                 async for update in shown:
                     if not here[request.session_hash]:
                         break
                     yield update
 
     async def draw_first() -> tuple[list, str]:
-        values = (examples[0], 1, args.seed or 0, False, *at.values(), folder / "opening")
+        values = (examples[0], 1, args.seed or 0, False, at, folder / "opening")
         async for files, said, _ in respond(painter, *values):  # noqa: B007 - the last one is shown
             pass
         return files, said
@@ -534,12 +522,24 @@ def drawing_tab(
     page.load(opening, None, [gallery, status], api_visibility="private", show_progress="hidden")
     click = button.click(
         draw,
-        [asked, count, seed, fresh, scale, interval, top_k, top_p, temperature],
+        [asked, count, seed, fresh, *controls],
         [gallery, status, seed],
         show_progress="hidden",  # the status has it, and the previews stay to be seen
         api_name=f"draw_{kind}",
     )
     stop.click(lambda: "<div class='status'>stopped</div>", None, status, cancels=[click], queue=False)
+
+
+def control(name: str, value: float) -> "gradio.Slider | gradio.Number":
+    """Return the page's control of a setting that stands at a value."""
+    import gradio as gr
+
+    field = SETTINGS[name]
+    least, most, step = field.metadata["page"]
+    label = f"{name.replace('_', ' ').replace('cfg', 'guidance').capitalize()}: {field.metadata['help']}"
+    if most is None:
+        return gr.Number(value, precision=0 if field.type is int else None, minimum=least, label=label)
+    return gr.Slider(least, most, value=value, step=step, label=label)
 
 
 def flags() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """Pictures for the demo's page (app.py), drawn by a server of autoregressive/serve, here or elsewhere, through its HTTP interface.
 
 painter = await Painter.connect("http://localhost:8000")
-async for view in painter.draw("golden retriever", count=4, seed=1, guidance_scale=4.0):
+async for view in painter.draw("golden retriever", count=4, seed=1, cfg_scale=4.0):
     view.pictures, view.status          # (PNG, caption) of each image, finished or not; a line of HTML
 """
 
@@ -82,7 +82,7 @@ class Painter:
 
         Args:
             asked: a class, as find_class reads it, or a prompt.
-            settings: fields of the server's requests (guidance_scale, cfg_interval, top_k, top_p, temperature).
+            settings: fields of the server's requests (SamplingConfig).
 
         Raises:
             ValueError: for what the model cannot take.
@@ -173,13 +173,13 @@ def view(pictures: list[Picture], what: str, settings: dict[str, float], seconds
 def words(settings: dict[str, float]) -> str:
     """Return the given settings as they stand under an image."""
     told = []
-    if "guidance_scale" in settings:
-        scale, last = settings["guidance_scale"], settings.get("cfg_interval", -1)
+    if "cfg_scale" in settings:
+        scale, last = settings["cfg_scale"], settings.get("cfg_interval", -1)
         told.append(f"guidance {scale:g}{f' to step {last:g}' if last >= 0 else ''}" if scale > 1 else "no guidance")
     if settings.get("temperature") == 0:
         return " · ".join([*told, "greedy"])
-    names = {"top_k": "top-k", "top_p": "top-p", "temperature": "temperature"}
-    told += [f"{name} {settings[field]:g}" for field, name in names.items() if field in settings]
+    others = {name: value for name, value in settings.items() if name not in ("cfg_scale", "cfg_interval")}
+    told += [f"{name.replace('_', '-')} {value:g}" for name, value in others.items()]
     return " · ".join(told).replace("top-k 0", "top-k all")
 
 

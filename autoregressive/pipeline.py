@@ -14,9 +14,10 @@ number of threads, on an accelerator for one batch size.
 import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from math import isqrt
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,14 +25,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from autoregressive.models.conditions import Condition
 from autoregressive.models.decode_step import can_compile
 from autoregressive.models.generate import generate
-from autoregressive.models.gpt import Conditions, ModelArgs, Transformer
+from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.on_cpu import missing_rows
 from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
 from autoregressive.released import find_identity, gpt_identity
+from autoregressive.request import Request
 from language.captions import clean_caption
-from language.features import left_padded, prefix_mask
 from tokenizer.base import Tokenizer
 from tokenizer.load import load_tokenizer
 from utils.checkpoint import has_averages, load_into, read_checkpoint
@@ -96,6 +98,9 @@ class TextEncoder(Protocol):
 Features = Tensor | np.ndarray | str | Path
 """A caption's features (length, caption_dim) or (1, length, caption_dim), or the .npy file that has them."""
 
+OnStep = Callable[[int, Tensor], None]
+"""Called after each decode step with the number of tokens done and the tokens (B, N) in the layout's order."""
+
 
 class ImagePipeline:
     """A GPT and the tokenizer whose codes it speaks; with a text-conditional GPT also the encoder of its prompts.
@@ -148,7 +153,8 @@ class ImagePipeline:
         self.t5_dtype = t5_dtype or gpt.tok_embeddings.weight.dtype
         self.t5_tokens = t5_tokens or gpt.args.cls_token_num
         self.left_padding = left_padding
-        if self.is_text and not 0 < self.t5_tokens <= gpt.args.cls_token_num:
+        self.text = next((condition for condition in gpt.conditions.values() if condition.text_dim), None)
+        if self.text and not 0 < self.t5_tokens <= gpt.args.cls_token_num:
             raise ValueError(f"{self.t5_tokens} text tokens for a GPT with {gpt.args.cls_token_num} condition rows")
 
     @classmethod
@@ -219,11 +225,6 @@ class ImagePipeline:
         return cls(model, tokenizer, batch_size=batch_size, compile=compile, **text)
 
     @property
-    def is_text(self) -> bool:
-        """Tell whether images are drawn from prompts (else from classes)."""
-        return self.gpt.args.model_type == "t2i"
-
-    @property
     def image_size(self) -> int:
         """Pixels a side of the images."""
         return self.gpt.layout.grid_size * self.tokenizer.downsample
@@ -232,123 +233,148 @@ class ImagePipeline:
         self,
         asked: Sequence[int] | Tensor | Sequence[str] | None = None,
         *,
-        features: Sequence[Features] | None = None,
-        seed: int = 0,
-        indices: Sequence[int] | None = None,
         progress: bool = True,
         size: int | None = None,
-        negative_classes: int | Sequence[int | None] | None = None,
-        negative_prompts: str | Sequence[str | None] | None = None,
-        negative_features: Features | Sequence[Features | None] | None = None,
-        extra_conditions: Mapping[str, Tensor] | None = None,
-        **sampling,
+        **settings,
     ) -> list[Image.Image]:
-        """Draws an image for each label, or for each prompt.
-
-        asked: classes, 0 … num_classes - 1; of a text-conditional model prompts, which are not blank, nor only an address.
-        features: in the place of prompts, what encode() gives or the files that feature extraction wrote: a caption's
-        features (length, caption_dim), of which the first cls_token_num count, or an .npy file of them.
-        seed: of the run. indices: each image's number in the run (0, 1, … by default); an image is a function of (seed,
-        number, label or prompt). size: pixels a side, where other than the model's.
-        negative_classes, negative_prompts, negative_features: what guidance leads away from, in place of "no class" or "no
-        caption": one for all images, or one for each, None (or a blank prompt) for none.
-        extra_conditions: values (images, …) of the model's further conditions, by name.
-        sampling: the fields of SamplingConfig (cfg_scale, cfg_interval, temperature, top_k, top_p, sample_logits).
-        Raises ValueError for a label, a prompt, features or a setting that the model cannot take, and for logits or pixels
-        that are not finite; FileNotFoundError for features or a T5 that are not there.
-        """
-        drawn = self.batches(
-            asked,
-            features=features,
-            seed=seed,
-            indices=indices,
-            progress=progress,
-            size=size,
-            negative_classes=negative_classes,
-            negative_prompts=negative_prompts,
-            negative_features=negative_features,
-            extra_conditions=extra_conditions,
-            **sampling,
-        )
+        """Draw an image for each label, or for each prompt. Arguments as `requests` and `batches` take them."""
+        drawn = self.batches(self.requests(asked, **settings), progress=progress, size=size)
         return [Image.fromarray(image) for _, batch in drawn for image in batch]
 
-    def batches(
+    def requests(
         self,
         asked: Sequence[int] | Tensor | Sequence[str] | None = None,
         *,
         features: Sequence[Features] | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
-        progress: bool = False,
-        size: int | None = None,
-        on_step: Callable[[list[int], int, Tensor], None] | None = None,
-        ahead: bool = False,
+        known: Tensor | None = None,
         negative_classes: int | Sequence[int | None] | None = None,
         negative_prompts: str | Sequence[str | None] | None = None,
         negative_features: Features | Sequence[Features | None] | None = None,
         extra_conditions: Mapping[str, Tensor] | None = None,
         **sampling,
+    ) -> list[Request]:
+        """Return a request for each label or prompt.
+
+        Args:
+            asked: classes, 0 … num_classes - 1; of a text-conditional model prompts.
+            features: in place of prompts what encode() gives, or the .npy files that feature extraction wrote.
+            seed: of the run.
+            indices: each image's number in the run (0, 1, … by default).
+            known: int64 (images, N) in raster order, tokens that are given, -1 for those to draw.
+            negative_classes, negative_prompts, negative_features: what guidance leads away from, in place of "no class" or
+                "no caption": one for all images, or one for each, None (or a blank prompt) for none.
+            extra_conditions: values (images, …) of the model's further conditions, by name.
+            sampling: the fields of SamplingConfig.
+
+        Raises:
+            ValueError: for lists that do not fit together, or settings out of range; `batches` refuses values.
+        """
+        if (asked is None) == (features is None):
+            raise ValueError("give labels or prompts, or a prompt's features in its place")
+        values = _items(asked) if features is None else list(map(_feature_file, _items(features)))
+        count = len(values)
+        numbers = range(count) if indices is None else [int(number) for number in indices]
+        given = [value for value in (negative_classes, negative_prompts, negative_features) if value is not None]
+        if len(given) > 1:
+            raise ValueError("give one of negative_classes, negative_prompts and negative_features")
+        negatives = _each(given[0], count) if given else [None] * count
+        if negative_features is not None:
+            negatives = list(map(_feature_file, negatives))
+        first, config = next(iter(self.gpt.conditions)), SamplingConfig(**sampling)
+        columns = {first: values, **(extra_conditions or {})}
+        others = {
+            "image numbers": numbers,
+            "negatives": negatives,
+            **columns,
+            **({} if known is None else {"known": known}),
+        }
+        for name, column in others.items():
+            if len(column) != count:
+                raise ValueError(f"{len(column)} {name} for {count} images: give one for each")
+        return [
+            Request(
+                {name: column[i] for name, column in columns.items()},
+                {} if negatives[i] is None else {first: negatives[i]},
+                config,
+                int(seed),
+                numbers[i],
+                None if known is None else known[i],
+            )
+            for i in range(count)
+        ]
+
+    def batches(
+        self,
+        requests: Sequence[Request],
+        *,
+        progress: bool = False,
+        size: int | None = None,
+        on_step: Callable[[list[int], int, Tensor], None] | None = None,
+        ahead: bool = False,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Draw one micro-batch at a time: yield the images' numbers, and uint8 (n, size, size, 3).
 
-        on_step: called after each decode step with the numbers of the images that are being drawn, how many of their tokens
-        are done, and the tokens (n, N) as preview() takes them. What it raises ends the drawing.
-        ahead: on CUDA a micro-batch's tokens are drawn while a thread decodes the one before, which is given out after
-        that. For the most images in a given time; the images are the same. Elsewhere it changes nothing.
+        Args:
+            requests: images to draw; a micro-batch has equal sampling settings.
+            size: pixels a side, where other than the model's.
+            on_step: called after each decode step with the numbers of the images that are being drawn, how many of their
+                tokens are done, and the tokens (n, N) as preview() takes them. What it raises ends the drawing.
+            ahead: on CUDA draw a micro-batch's tokens while a thread decodes the one before, which is given out after that.
+                For the most images in a given time; the images are the same. Elsewhere it changes nothing.
+
+        Raises:
+            ValueError: for a value that the model cannot take, and for logits or pixels that are not finite.
+            FileNotFoundError: for features or a T5 that are not there.
         """
-        asked = self._check_texts(asked, features) if self.is_text else self._check_labels(asked, features)
-        indices = list(range(len(asked))) if indices is None else list(indices)
-        if len(indices) != len(asked):
-            kind = "labels" if not self.is_text else "prompts" if features is None else "features"
-            raise ValueError(f"{len(asked)} {kind} for {len(indices)} image numbers")
-        check_guided(SamplingConfig(**sampling), negative_classes, negative_prompts, negative_features)
-        negatives = self._check_negatives(len(asked), negative_classes, negative_prompts, negative_features)
-        if self.is_text and features is None:
-            asked = self.encode(asked, progress=progress)
-        extra = dict(extra_conditions or {})
-        if short := [name for name, value in extra.items() if len(value) != len(asked)]:
-            raise ValueError(f"the condition {short[0]} has {len(extra[short[0]])} values for {len(asked)} images")
-        drawn = self._drawn(asked, negatives, extra, indices, seed=seed, progress=progress, on_step=on_step, **sampling)
+        drawn = self._drawn(self.read(requests, progress=progress), progress, on_step)
         if ahead and self.device.type == "cuda":
             yield from self._decoded_beside(drawn, size)
             return
         for numbers, codes in drawn:
             yield numbers, self.decode(codes, size)
 
+    def read(self, requests: Sequence[Request], *, progress: bool = False) -> list[Request]:
+        """Encode the requests' prompts and check every value. Raises as `batches` does."""
+        encoded: dict[str, Tensor] = {}
+        for part in ("conditions", "negative"):
+            values = [value for request in requests for value in self._prompts(getattr(request, part))]
+            encoded |= zip(values, self.encode(values, progress=progress)) if values else ()
+        found = []
+        for request in requests:
+            try:
+                found.append(request.read(self.gpt.conditions, encoded))
+            except ValueError as error:
+                raise ValueError(f"image {request.index}: {error}") from error
+        for name, condition in self.gpt.conditions.items():
+            lengths = [(r.index, len(r.conditions[name])) for r in found if condition.text_dim]
+            warn_of_long_features(lengths, condition.rows)
+        return found
+
+    def _prompts(self, values: Mapping[str, Any]) -> list[str]:
+        conditions = self.gpt.conditions
+        return [
+            v for name, v in values.items() if isinstance(v, str) and name in conditions and conditions[name].text_dim
+        ]
+
     def _drawn(
-        self,
-        asked: Tensor | list[Tensor],
-        negatives: Sequence[int | Tensor | None],
-        extra: Mapping[str, Tensor],
-        indices: list[int],
-        *,
-        seed: int,
-        progress: bool,
-        on_step: Callable[[list[int], int, Tensor], None] | None,
-        **sampling,
+        self, requests: Sequence[Request], progress: bool, on_step: Callable[[list[int], int, Tensor], None] | None
     ) -> Iterator[tuple[list[int], Tensor]]:
         """One micro-batch at a time: the images' numbers, and their codes (n, N) in raster order."""
-        total = len(asked) * self.gpt.layout.tokens
-        with tqdm(total=total, unit="tok", disable=not progress, desc=f"{len(asked)} images") as bar:
-            for start in range(0, len(asked), self.batch_size):
-                part = slice(start, start + self.batch_size)
-                done = 0
-                count = len(asked[part])
+        total = len(requests) * self.gpt.layout.tokens
+        alike = [list(group) for _, group in groupby(requests, lambda request: request.sampling)]
+        parts = [group[i : i + self.batch_size] for group in alike for i in range(0, len(group), self.batch_size)]
+        with tqdm(total=total, unit="tok", disable=not progress, desc=f"{len(requests)} images") as bar:
+            for part in parts:
+                numbers, begun_at = [request.index for request in part], bar.n
 
-                def advance(now: int, tokens: Tensor, numbers: list[int] = indices[part], count: int = count) -> None:
-                    nonlocal done
-                    bar.update((now - done) * count)
-                    done = now
+                def advance(done: int, tokens: Tensor, numbers: list[int] = numbers, begun_at: int = begun_at) -> None:
+                    bar.update(begun_at + done * len(numbers) - bar.n)
                     if on_step:
-                        on_step(numbers, now, tokens[:count])
+                        on_step(numbers, done, tokens[: len(numbers)])
 
-                conditions = self.conditions(asked[part], negatives[part])
-                if extra:
-                    first = next(iter(self.gpt.conditions))
-                    others = {name: value[part] for name, value in extra.items()}
-                    conditions["cond"] = {first: conditions["cond"], **others}
-                codes = self.generate_codes(**conditions, seed=seed, indices=indices[part], on_step=advance, **sampling)
-                yield indices[part], codes
+                yield numbers, self.draw(part, on_step=advance)
 
     def _decoded_beside(
         self, drawn: Iterator[tuple[list[int], Tensor]], size: int | None
@@ -383,7 +409,10 @@ class ImagePipeline:
             with torch.no_grad():
                 features, mask = encoder.get_text_embeddings([text])  # (1, L, D), (1, L)
             features = features[0][mask[0].bool().to(features.device)].cpu()
-            encoded[text] = self._check_features(features, f"of {shorten(text)!r}")
+            try:
+                encoded[text] = self.text.read(features)
+            except ValueError as error:
+                raise ValueError(f"prompt {shorten(text)!r}: {error}") from error
         full = [text for text, features in encoded.items() if len(features) >= self.t5_tokens]
         if full:
             listed = ", ".join(repr(shorten(text)) for text in full[:3]) + (", …" if len(full) > 3 else "")
@@ -401,90 +430,58 @@ class ImagePipeline:
         if self.t5_device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def conditions(
-        self, asked: Sequence[int] | Tensor | Sequence[Tensor], negatives: Sequence[int | Tensor | None]
-    ) -> dict[str, Tensor]:
-        """Build what generate_codes takes of a micro-batch: labels or features, and of each image its negative or None."""
-        given = [i for i, negative in enumerate(negatives) if negative is not None]
-        if not self.is_text:
-            found = {"cond": torch.as_tensor(asked)}
-            if given:
-                found["negative"] = torch.tensor([self.gpt.args.num_classes if n is None else n for n in negatives])
-            return found
-        cond, mask = self.condition_rows(asked)
-        found = {"cond": cond, "emb_masks": mask}
-        if given:
-            negative, masks = self.gpt.cls_embedding.null(cond).clone(), mask.clone()
-            negative[given], masks[given] = self.condition_rows([negatives[i] for i in given])
-            found |= {"negative": negative, "negative_masks": masks}
-        return found
-
-    def condition_rows(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Features (length_i, caption_dim) as the model takes them: (B, T, caption_dim) in its dtype, and their mask (B, T)."""
-        weight, rows = self.gpt.tok_embeddings.weight, self.gpt.args.cls_token_num
-        features = [f.to(weight.device, weight.dtype) for f in features]
-        if self.left_padding:
-            cond, lengths = left_padded(features, rows)
-            return cond, prefix_mask(lengths, rows)
-        cond = features[0].new_zeros(len(features), rows, self.gpt.args.caption_dim)
-        mask = torch.zeros(len(features), rows, dtype=torch.bool, device=cond.device)
-        for i, caption in enumerate(features):
-            cond[i, : len(caption)] = caption[:rows]
-            mask[i, : len(caption)] = True
-        return cond, mask
-
     def generate_codes(
-        self,
-        cond: Conditions,
-        *,
-        emb_masks: Tensor | None = None,
-        known: Tensor | None = None,
-        negative: Tensor | None = None,
-        negative_masks: Tensor | None = None,
-        seed: int | Sequence[int] = 0,
-        indices: Sequence[int] | None = None,
-        on_step: Callable[[int, Tensor], None] | None = None,
-        **sampling,
+        self, asked: Sequence[int] | Tensor | Sequence[str] | None = None, *, on_step: OnStep | None = None, **settings
     ) -> Tensor:
-        """One micro-batch of codes, int64 (B, N) in raster order.
+        """Draw one micro-batch of codes, int64 (B, N) in raster order. settings: as `requests` takes them."""
+        return self.draw(self.read(self.requests(asked, **settings)), on_step=on_step)
 
-        cond … negative_masks: labels (B,), or what `conditions` gives. known: int64 (B, N) in raster order, tokens that are given;
-        -1 for those to draw. indices: the images' numbers. seed: of the run, or of
-        each image's own run.
+    def draw(self, requests: Sequence[Request], *, on_step: OnStep | None = None, tokens: int | None = None) -> Tensor:
+        """Draw one micro-batch of codes, int64 (B, tokens) in raster order, for requests that `read` returned.
+
+        The requests have equal sampling settings. tokens: as generate's max_new_tokens.
         Raises NotFiniteLogits where some of the images were drawn from logits that are not finite.
         """
-        values = self.gpt.by_name(cond)
-        count = len(next(iter(values.values())))
-        indices = range(count) if indices is None else indices
-        tokens = self.gpt.layout.tokens
-        if isinstance(seed, int):
-            noise = image_noise(seed, indices, tokens)
+        gpt, count = self.gpt, len(requests)
+        own = range(count)
+        rows = [*own, *[count - 1] * self._padding(count)]  # the last image fills the batch
+        values, masks, negatives, negative_masks = {}, {}, {}, {}
+        for name, condition in gpt.conditions.items():
+            values[name], masks[name] = condition.stack([requests[i].conditions[name] for i in rows], self.left_padding)
+            negative_masks[name] = masks[name]
+            given = [row for row, i in enumerate(rows) if name in requests[i].negative]
+            if given:
+                chosen = [requests[rows[row]].negative[name] for row in given]
+                negatives[name] = condition.null(values[name]).clone()
+                negatives[name][given], chosen_masks = condition.stack(chosen, self.left_padding)
+                if chosen_masks is not None:
+                    negative_masks[name] = masks[name].clone()
+                    negative_masks[name][given] = chosen_masks
+        known = [requests[i].known for i in rows]
+        if all(each is None for each in known):
+            known = None
         else:
-            noise = torch.cat([image_noise(own, [i], tokens) for own, i in zip(seed, indices, strict=True)])
-        padding = self._padding(count)
-
-        def padded(rows: Tensor | None) -> Tensor | None:
-            return None if rows is None else torch.cat([rows, rows[-1:].expand(padding, *rows.shape[1:])])
-
-        asked = slice(len(indices))
+            whole = torch.full((gpt.layout.tokens,), -1)
+            known = torch.stack([whole if each is None else torch.as_tensor(each) for each in known])
+        noise = torch.cat([image_noise(requests[i].seed, [requests[i].index], gpt.layout.tokens) for i in rows])
         try:
             return generate(
-                self.gpt,
-                {name: padded(value) for name, value in values.items()},
+                gpt,
+                values,
                 tokens,
-                padded(emb_masks),
-                known=padded(known),
-                negative=padded(negative),
-                negative_masks=padded(negative_masks),
-                noise=padded(noise),
+                _prefix_mask(values, masks, gpt.conditions),
+                known=known,
+                negative=negatives or None,
+                negative_masks=_prefix_mask(values, negative_masks, gpt.conditions) if negatives else None,
+                noise=noise,
                 compile=self.compile,
                 on_step=on_step,
-                **sampling,
-            )[asked]
+                **vars(requests[0].sampling),
+            )[:count]
         except NotFiniteLogits as error:
-            if found := error.of(asked):
+            if found := error.of(slice(count)):
                 raise found from None
-            return error.tokens[asked]  # only the padding is broken
+            return error.tokens[:count]  # only the padding is broken
 
     @torch.inference_mode()
     def encode_image(self, image: Image.Image) -> Tensor:
@@ -530,88 +527,13 @@ class ImagePipeline:
             return max(self.batch_size - count, 0)
         return missing_rows(self.gpt, count)
 
-    def _check_labels(self, labels: Sequence[int] | Tensor | None, features: Sequence[Features] | None) -> Tensor:
-        classes = self.gpt.args.num_classes
-        if labels is None or features is not None or holds_text(labels):
-            raise ValueError(
-                f"this GPT is class-conditional: it takes labels, 0 to {classes - 1}; prompts and features are for a "
-                "text-conditional one (t2i_XL_stage2_512.pt)"
-            )
-        labels = torch.as_tensor(labels)
-        if not (labels.numel() and labels.is_floating_point()):  # torch takes an empty list for floats
-            labels = labels.long()
-        self.gpt.cls_embedding.check(labels)
-        return labels
-
-    def _check_negatives(
-        self,
-        count: int,
-        classes: int | Sequence[int | None] | None,
-        prompts: str | Sequence[str | None] | None,
-        features: Features | Sequence[Features | None] | None,
-    ) -> list[int | Tensor | None]:
-        """The negative of each of `count` images, None for none; prompts are encoded. Raises ValueError."""
-        given = [value for value in (classes, prompts, features) if value is not None]
-        if not given:
-            return [None] * count
-        if len(given) > 1 or (classes is not None) == self.is_text:
-            wanted = "negative_prompts or negative_features" if self.is_text else "negative_classes"
-            raise ValueError(f"this GPT draws from {'prompts' if self.is_text else 'classes'}: it takes {wanted} alone")
-        one = classes.tolist() if isinstance(classes, Tensor | np.ndarray) else given[0]
-        values = [one] * count if isinstance(one, int | float | str | Path | Tensor | np.ndarray) else list(one)
-        if len(values) != count:
-            raise ValueError(f"{len(values)} negatives for {count} images: give one for all, or one for each")
-        if prompts is not None:
-            values = [None if prompt is None or not prompt.strip() else prompt for prompt in values]
-        known = [value for value in values if value is not None]
-        if not self.is_text:
-            if holds_text(known):
-                raise ValueError(f"negative classes are labels, 0 to {self.gpt.args.num_classes - 1}, got {known}")
-            self.gpt.cls_embedding.check_negative(torch.tensor(known))
-            return values
-        checked = iter(self.encode(known) if prompts is not None else self._check_texts(None, known))
-        return [None if value is None else next(checked) for value in values]
-
-    def _check_texts(
-        self, prompts: Sequence[str] | None, features: Sequence[Features] | None
-    ) -> Sequence[str] | list[Tensor]:
-        if (prompts is None) == (features is None):
-            raise ValueError("this GPT is text-conditional: give prompts, or features in their place")
-        if features is None:
-            check_prompts(prompts, self._cleans)
-            return prompts
-        if isinstance(features, str | Path):
-            raise ValueError(f"features are a list, one item for each image: [{str(features)!r}]")
-        if not is_list(features):
-            raise ValueError(f"features are a list, one item for each image, not {features!r}")
-        read = (read_features(item) if isinstance(item, str | Path) else item for item in features)
-        checked = [self._check_features(item, f"of image {i}") for i, item in enumerate(read)]
-        warn_of_long_features(dict(enumerate(map(len, checked))), self.gpt.args.cls_token_num)
-        return checked
-
-    def _check_features(self, features: Tensor | np.ndarray, whose: str) -> Tensor:
-        """The features as (length, caption_dim). Raises ValueError where they are not the model's."""
-        if not isinstance(features, Tensor):
-            features = torch.from_numpy(np.ascontiguousarray(features))
-        if features.dim() == 3 and len(features) == 1:
-            features = features[0]
-        width = self.gpt.args.caption_dim
-        if features.dim() != 2 or features.shape[1] != width or not len(features) or not features.is_floating_point():
-            raise ValueError(
-                f"the features {whose} are {features.dtype} of shape {tuple(features.shape)}; this GPT takes floats of "
-                f"shape (length, {width}), those of the text encoder it was trained with"
-            )
-        if not features.isfinite().all():
-            raise ValueError(f"the features {whose} are not all finite: the encoder overflows in {features.dtype}")
-        return features
-
     @property
     def _cleans(self) -> bool:
         """Tell whether prompts are cleaned before they are read, as the T5 does by default."""
         return getattr(self.text_encoder, "use_text_preprocessing", self.text_encoder is None)
 
     def _find_text_encoder(self) -> TextEncoder:
-        if not self.is_text:
+        if not self.text:
             raise ValueError("this GPT is class-conditional: it has no text encoder")
         if self.text_encoder is None:
             from language.t5 import T5Embedder, encoder_identity, find_t5
@@ -622,7 +544,7 @@ class ImagePipeline:
             )
             if "text_encoder" in self.gpt.file_config:
                 require_encoder(self.gpt.file_config, encoder_identity(self.text_encoder), str(folder))
-        dim, width = getattr(self.text_encoder, "dim", None), self.gpt.args.caption_dim
+        dim, width = getattr(self.text_encoder, "dim", None), self.text.text_dim
         if dim not in (None, width):
             raise ValueError(f"the text encoder has features of {dim} numbers and the GPT takes {width}")
         return self.text_encoder
@@ -668,40 +590,44 @@ def _decode_so_many(
     return np.concatenate(arrays)
 
 
-def check_guided(config: SamplingConfig, *negatives: object) -> None:
-    """Raises ValueError where a negative is given and guidance, which would lead away from it, is off."""
-    if not config.guided and any(negative is not None for negative in negatives):
-        raise ValueError(
-            f"a negative has no effect without guidance: --cfg-scale is {config.cfg_scale:g}, give more than 1"
-        )
+def _items(asked: Any) -> list:
+    """Return the items of a list, an array or a tensor."""
+    if isinstance(asked, str | Path) or not (hasattr(asked, "__len__") and hasattr(asked, "__getitem__")):
+        raise ValueError(f"give a list, one item for each image, not {shorten(repr(asked))}")
+    return list(asked)
 
 
-def holds_text(asked: object) -> bool:
-    """Tell whether this is a string, or a sequence with a string in it."""
-    return isinstance(asked, str) or (isinstance(asked, Sequence) and any(isinstance(item, str) for item in asked))
+def _each(given: Any, count: int) -> list:
+    """Return a value for each image of one for all or one for each; None for a blank text."""
+    if isinstance(given, Tensor | np.ndarray):
+        given = given.tolist() if given.ndim < 2 else given
+    is_one = isinstance(given, int | float | str | Path | Tensor | np.ndarray)
+    values = [given] * count if is_one else list(given)
+    return [None if isinstance(value, str) and not value.strip() else value for value in values]
 
 
-def is_list(value: object) -> bool:
-    """Tell whether this has a length and items in an order."""
-    return hasattr(value, "__len__") and hasattr(value, "__getitem__")
+def _feature_file(features: Features | None) -> Tensor | np.ndarray | Path | None:
+    return Path(features) if isinstance(features, str) else features
+
+
+def _prefix_mask(
+    values: Mapping[str, Tensor], masks: Mapping[str, Tensor | None], conditions: Mapping[str, Condition]
+) -> Tensor | None:
+    """Join the masks of the conditions' rows, bool (B, all rows); None where all rows are real."""
+    if all(mask is None for mask in masks.values()):
+        return None
+    whole = {n: torch.ones(len(v), conditions[n].rows, dtype=torch.bool, device=v.device) for n, v in values.items()}
+    return torch.cat([whole[name] if mask is None else mask for name, mask in masks.items()], dim=1)
 
 
 def check_prompts(prompts: Sequence[str], cleaned: bool = True) -> None:
-    """Raises ValueError for what is no list of strings, and where a prompt is blank.
+    """Raise ValueError for what is no list of strings, and where a prompt is blank.
 
     cleaned: they will be, by language/captions.py; then also where that leaves nothing of one.
     """
-    if isinstance(prompts, str):
-        raise ValueError(f"prompts are a list, one item for each image: [{shorten(prompts)!r}]")
-    if isinstance(prompts, Tensor | np.ndarray):
-        raise ValueError("this GPT is text-conditional: it takes prompts, a list of strings, not labels")
-    if not is_list(prompts):
-        raise ValueError(f"this GPT is text-conditional: it takes prompts, a list of strings, not {prompts!r}")
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(_items(prompts)):
         if not isinstance(prompt, str):
-            raise ValueError(
-                f"this GPT is text-conditional: it takes prompts, a list of strings, and item {i} is {prompt!r}"
-            )
+            raise ValueError(f"this GPT is text-conditional: it takes prompts, and item {i} is {prompt!r}")
         if not prompt.strip():
             raise ValueError(f"prompt {i} (from 0) is blank: write what to draw")
         if cleaned and not clean_caption(prompt):
@@ -711,11 +637,11 @@ def check_prompts(prompts: Sequence[str], cleaned: bool = True) -> None:
             )
 
 
-def warn_of_long_features(lengths: Mapping[int, int], rows: int) -> None:
-    """Warns where only the first `rows` rows of an image's features are read. lengths: their rows by the image's number."""
-    long = [i for i, length in lengths.items() if length > rows]
+def warn_of_long_features(lengths: Sequence[tuple[int, int]], rows: int) -> None:
+    """Warn where only the first `rows` rows of an image's features are read. lengths: images' numbers and their rows."""
+    long = [f"{length} of image {i}" for i, length in lengths if length > rows]
     if long:
-        listed = ", ".join(f"{lengths[i]} of image {i}" for i in long[:3]) + (", …" if len(long) > 3 else "")
+        listed = ", ".join(long[:3]) + (", …" if len(long) > 3 else "")
         warnings.warn(
             f"{len(long)} of {len(lengths)} features have more than {rows} rows, and what stands behind them is not read: "
             f"{listed}",
@@ -726,13 +652,3 @@ def warn_of_long_features(lengths: Mapping[int, int], rows: int) -> None:
 def shorten(text: str, length: int = 60) -> str:
     """The text's beginning, for a message."""
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def read_features(path: str | Path) -> np.ndarray:
-    """A caption's features from an .npy file. Raises FileNotFoundError, ValueError for a damaged file."""
-    try:
-        return np.load(path, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no features at {path}") from error
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a readable .npy file of features ({error}); extract it again") from error

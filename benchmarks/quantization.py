@@ -10,11 +10,11 @@ import argparse
 from typing import TYPE_CHECKING
 
 from autoregressive.models.sizes import GPT_SIZES
+from autoregressive.sample.flags import add_sampling_flags, sampling_config
 from benchmarks.training_step import timed
 from utils.cli import (
     add_gpt_file_flags,
     add_image_size_flags,
-    add_sampling_flags,
     flag_parser,
     grid_size,
     positive_int,
@@ -35,11 +35,10 @@ def main(args: argparse.Namespace) -> None:
 
     from autoregressive.models.generate import generate
     from autoregressive.quantization import require_torchao
-    from autoregressive.sample.common import sampling_settings
     from utils.distributed import pick_device
     from utils.rng import image_noise
 
-    settings = sampling_settings(args)
+    settings = vars(sampling_config(args))
     require_torchao()
     device = pick_device(args.device)
     models = {kind: make_model(args, kind).to(device) for kind in KINDS}

@@ -7,7 +7,8 @@ A raster model sees what is above and left of a token, so the hole's lower right
 
 import argparse
 
-from utils.cli import SEED, add_run_flags, add_sampling_flags, flag_parser, nonnegative_int, run_script
+from autoregressive.sample.flags import add_sampling_flags, sampling_config
+from utils.cli import SEED, add_run_flags, flag_parser, nonnegative_int, run_script
 
 
 def main(args: argparse.Namespace) -> None:
@@ -15,7 +16,6 @@ def main(args: argparse.Namespace) -> None:
     from PIL import Image
 
     from autoregressive.pipeline import ImagePipeline
-    from autoregressive.sample.common import sampling_settings
 
     pipeline = ImagePipeline.from_pretrained(args.gpt_ckpt, vq=args.vq_ckpt, device=args.device)
     side = pipeline.gpt.layout.grid_size
@@ -25,7 +25,7 @@ def main(args: argparse.Namespace) -> None:
     known = pipeline.encode_image(Image.open(args.image)).view(1, side, side).clone()
     known[:, top:bottom, left:right] = -1
     drawn = pipeline.generate_codes(
-        torch.tensor([args.label]), known=known.flatten(1), seed=args.seed, **sampling_settings(args)
+        torch.tensor([args.label]), known=known.flatten(1), seed=args.seed, **vars(sampling_config(args))
     )
     Image.fromarray(pipeline.decode(drawn)[0]).save(args.output)
     print(f"wrote {args.output}: {int((known < 0).sum())} of {side**2} tokens drawn")

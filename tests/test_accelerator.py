@@ -11,6 +11,7 @@ from autoregressive.models.gpt import ModelArgs, Rows, Transformer
 from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.machine import attention_bias
 from autoregressive.models.sampling import running_sum
+from autoregressive.models.settings import SamplingConfig
 from autoregressive.pipeline import ImagePipeline
 from autoregressive.sample.batch_size import fits_on_cuda, fitting_batch_size
 from autoregressive.train import train_c2i, train_c2i_fsdp
@@ -152,9 +153,9 @@ def test_images_drawn_ahead(small_files, compile):
         small_files.folder, gpt="gpt.pt", vq="vq.pt", device=device, batch_size=4, compile=compile
     )
     labels = [i % 10 for i in range(22)]
-    expected = list(pipeline.batches(labels, cfg_scale=2.0))
+    expected = list(pipeline.batches(pipeline.requests(labels, cfg_scale=2.0)))
     for _ in range(3):
-        drawn = list(pipeline.batches(labels, cfg_scale=2.0, ahead=True))
+        drawn = list(pipeline.batches(pipeline.requests(labels, cfg_scale=2.0), ahead=True))
         assert [numbers for numbers, _ in drawn] == [numbers for numbers, _ in expected]
         assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(drawn, expected, strict=True))
 
@@ -163,7 +164,7 @@ def test_images_drawn_ahead(small_files, compile):
 
     pipeline.decode = full
     with pytest.raises(torch.OutOfMemoryError):
-        list(pipeline.batches(labels, ahead=True))
+        list(pipeline.batches(pipeline.requests(labels), ahead=True))
 
 
 def test_the_largest_batch_that_fits(small_files):
@@ -171,9 +172,13 @@ def test_the_largest_batch_that_fits(small_files):
     if device.type != "cuda":
         pytest.skip("batches are tried on CUDA")
     pipeline = ImagePipeline.from_pretrained(small_files.folder, gpt="gpt.pt", vq="vq.pt", device=device)
-    assert fitting_batch_size(pipeline, Distributed(device), 48, cfg_scale=2.0) == 48 == pipeline.batch_size
+    assert (
+        fitting_batch_size(pipeline, Distributed(device), 48, SamplingConfig(cfg_scale=2.0))
+        == 48
+        == pipeline.batch_size
+    )
     before = torch.cuda.memory_reserved(device)
-    assert not fits_on_cuda(pipeline, 10**7, cfg_scale=2.0)
+    assert not fits_on_cuda(pipeline, 10**7, SamplingConfig(cfg_scale=2.0))
     assert torch.cuda.memory_reserved(device) <= before
 
 

@@ -228,7 +228,7 @@ def test_port_in_use_is_told_before_a_model_is_loaded(small_files):
 # The page's answers
 
 SETTINGS = {
-    "count": 1, "seed": 0, "fresh": False, "cfg_scale": 2.0, "cfg_interval": -1, "top_k": 0, "top_p": 1.0, "temperature": 1.0
+    "count": 1, "seed": 0, "fresh": False, "settings": {"cfg_scale": 2.0, "top_k": 0}
 }  # fmt: skip
 
 

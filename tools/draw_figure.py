@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from autoregressive.models.settings import SamplingConfig
 from evaluations.published import FIGURES, LOWER_IS_BETTER, ROWS, Row, gpt_args
 from utils.cli import add_switch, flag_parser, run_script
 
@@ -20,7 +21,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Samples that differ in one of these settings, or in their checkpoint, are on different lines.
-APART = ("image_size", "image_size_eval", "top_k", "top_p", "temperature", "cfg_interval", "precision", "use_ema")
+APART = (
+    "image_size",
+    "image_size_eval",
+    *(name for name in SamplingConfig.fields() if name != "cfg_scale"),
+    "precision",
+    "use_ema",
+)
 MARKERS = {"LlamaGen 256": "o", "LlamaGen 384": "s", "NPP 256": "^", "PAR 384": "D"}
 GREY = {"color": "0.45", "markerfacecolor": "white", "markersize": 7, "linewidth": 0.9}
 

@@ -2,7 +2,6 @@
 
 parser = flag_parser(__doc__)
 add_gpt_flags(parser, GPT_SIZES); add_tokenizer_flags(parser, VQ_SIZES)
-add_sampling_flags(parser, cfg_scale=4.0, top_k=2000)
 run_script(main, parser)
 """
 
@@ -300,27 +299,6 @@ def add_reading_flags(parser: Flags) -> None:
     add_switch(parser, "--exif", None, "turn images as their EXIF says (on unless --no-exif, the published way)")
     help = "colour laid under transparent pixels, a name or #rrggbb (white unless given); none drops transparency, as published"
     add_flag(parser, "--background", colour, None, help)
-
-
-def add_sampling_flags(
-    parser: Flags, *, cfg_scale: float, top_k: int, interval: bool = True, negative: str | None = None
-) -> None:
-    """Add guidance, temperature, top-k, top-p, greedy. negative: what guidance may lead away from, "class" or "prompt"."""
-    group = parser.add_argument_group("sampling")
-    if negative:
-        says = "a class, by name or number," if negative == "class" else "a prompt"
-        help = f"{says} that guidance leads away from (default: no {negative})"
-        add_flag(group, f"--negative-{negative}", None, None, help)
-        help = "values of a further condition, an array whose row i is image i's; repeatable (docs/extending.md)"
-        group.add_argument("--condition-file", action="append", default=None, metavar="NAME=FILE.npy", help=help)
-    add_flag(group, "--cfg-scale", CFG_SCALE, cfg_scale, "guidance scale, 1 or less for none")
-    if interval:
-        add_flag(group, "--cfg-interval", Number(float, least=-1), -1, "last guided decode step, -1 for all")
-    add_flag(group, "--temperature", nonnegative_float, 1.0, "divides the logits, 0 as --greedy")
-    add_flag(group, "--top-k", Number(int, least=-1), top_k, "keep the k most likely tokens, 0 or -1 for all")
-    help = "keep the most likely tokens of this mass: 1 or more for all, 0 as --greedy"
-    add_flag(group, "--top-p", nonnegative_float, 1.0, help)
-    add_store_true(group, "--greedy", "take the likeliest token, the first of equal ones")
 
 
 def add_text_flags(parser: Flags) -> None:

@@ -10,67 +10,12 @@ Top-p: arXiv 1904.09751. Guidance: 2207.12598.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import isfinite, isnan
 
 import torch
 from torch import Tensor
 
+from autoregressive.models.settings import SamplingConfig
 from utils.errors import NotFiniteError
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """Settings by which tokens are chosen.
-
-    cfg_scale: guidance scale; 1 or less is none. cfg_interval: the last guided decode step, -1 for all.
-    temperature: 0 or more. top_k: 0 or less keeps all. top_p: 0 or more; 1 or more keeps all. sample_logits: whether to draw.
-    sample_logits False, temperature 0, top_k 1 and top_p 0 each take the likeliest token, the first of equal ones.
-    Raises ValueError for a value outside these.
-    """
-
-    cfg_scale: float = 1.0
-    cfg_interval: float = -1
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    sample_logits: bool = True
-
-    def __post_init__(self) -> None:
-        if not (isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"--temperature must be 0 or more, got {self.temperature}")
-        if not (isfinite(self.top_p) and self.top_p >= 0):
-            raise ValueError(f"--top-p must be 0 (the likeliest token) to 1 (every token), got {self.top_p}")
-        if not (isfinite(self.top_k) and int(self.top_k) == self.top_k):
-            raise ValueError(f"--top-k must be a whole number (0 or -1: every token), got {self.top_k}")
-        if not isfinite(self.cfg_scale):
-            raise ValueError(f"--cfg-scale must be a number (1 or less: no guidance), got {self.cfg_scale}")
-        if isnan(self.cfg_interval):
-            raise ValueError("--cfg-interval must be a decode step, or -1 to guide all of them, got nan")
-
-    @property
-    def guided(self) -> bool:
-        """Tell whether unconditional rows are needed at all."""
-        return self.cfg_scale > 1
-
-    @property
-    def greedy(self) -> bool:
-        """Tell whether the likeliest token is taken, whatever the noise."""
-        return not self.sample_logits or self.temperature == 0 or self.top_k == 1 or self.top_p == 0
-
-    @property
-    def operations(self) -> tuple[bool, int, bool]:
-        """Return the operations on logits: greedy, top-k (0 where greedy), and whether top-p filters."""
-        return (True, 0, False) if self.greedy else (False, int(self.top_k), self.top_p < 1)
-
-    @property
-    def numbers(self) -> tuple[float, float, float]:
-        """Return the numbers of these operations: guidance scale, the temperature to divide by (above 0), top-p."""
-        return self.cfg_scale, max(self.temperature, 1e-5), self.top_p
-
-    def guides(self, step: int) -> bool:
-        """Tell whether the decode step of this number is guided (see Layout.step_number)."""
-        return self.guided and (self.cfg_interval < 0 or step <= self.cfg_interval)
 
 
 class NotFiniteLogits(NotFiniteError):

@@ -1,6 +1,6 @@
 """Batch size of sampling: as many images as fit into memory, or a clear error where there are too many.
 
-batch = fitting_batch_size(pipeline, dist, limit=images, **settings)      # --per-proc-batch-size auto
+batch = fitting_batch_size(pipeline, dist, limit=images, sampling=config)      # --per-proc-batch-size auto
 with memory_errors_told(batch):
     save_images(pipeline.batches(…), …)
 """
@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
-from autoregressive.models.generate import generate, release_cache
+from autoregressive.models.generate import release_cache
+from autoregressive.models.settings import SamplingConfig
 from autoregressive.pipeline import ImagePipeline
+from autoregressive.request import Request
 from utils.distributed import Distributed
 from utils.errors import is_out_of_memory
 
@@ -48,17 +50,20 @@ def largest_batch(fits: Callable[[int], bool], limit: int) -> int:
     return good
 
 
-def fitting_batch_size(pipeline: ImagePipeline, dist: Distributed, limit: int, **sampling) -> int:
+def fitting_batch_size(
+    pipeline: ImagePipeline, dist: Distributed, limit: int, sampling: SamplingConfig | None = None
+) -> int:
     """The images that every process can draw at once, at most `limit`. Sets the pipeline's batch_size and prints it.
 
-    On CUDA batches are tried; elsewhere half of the free memory is shared out. sampling: as SamplingConfig has it.
+    On CUDA batches are tried; elsewhere half of the free memory is shared out.
     Raises ValueError where there is not memory for a single image.
     """
+    sampling = sampling or SamplingConfig()
     if pipeline.device.type == "cuda":
-        largest = largest_batch(lambda batch: fits_on_cuda(pipeline, batch, **sampling), min(limit, MOST_ON_CUDA))
+        largest = largest_batch(lambda batch: fits_on_cuda(pipeline, batch, sampling), min(limit, MOST_ON_CUDA))
     else:
         free = available_memory()
-        image = image_bytes(pipeline, guided=sampling.get("cfg_scale", 1.0) > 1)
+        image = image_bytes(pipeline, guided=sampling.guided)
         share = DEFAULT if free is None else int(SHARE_ELSEWHERE * free / dist.local_world_size / image)
         largest = min(share, limit, MOST_ELSEWHERE)
     found = min(dist.gather(largest))
@@ -73,7 +78,7 @@ def fitting_batch_size(pipeline: ImagePipeline, dist: Distributed, limit: int, *
     return found
 
 
-def fits_on_cuda(pipeline: ImagePipeline, batch: int, **sampling) -> bool:
+def fits_on_cuda(pipeline: ImagePipeline, batch: int, sampling: SamplingConfig) -> bool:
     """Tell whether a batch can be drawn while another is decoded, in SHARE_ON_CUDA of the memory."""
     gpt, device = pipeline.gpt, pipeline.device
     release_cache(gpt)
@@ -85,7 +90,7 @@ def fits_on_cuda(pipeline: ImagePipeline, batch: int, **sampling) -> bool:
     try:
         pipeline.batch_size = batch
         torch.cuda.reset_peak_memory_stats(device)
-        codes = draw_briefly(pipeline, batch, **sampling)
+        codes = draw_briefly(pipeline, batch, sampling)
         drawing.synchronize()
         with warnings.catch_warnings(), torch.cuda.stream(decoding):  # a stream has memory of its own
             warnings.filterwarnings("error", message="memory is short")  # a batch that decodes in parts does not fit
@@ -103,20 +108,16 @@ def fits_on_cuda(pipeline: ImagePipeline, batch: int, **sampling) -> bool:
         torch.cuda.empty_cache()
 
 
-def draw_briefly(pipeline: ImagePipeline, batch: int, **sampling) -> torch.Tensor:
-    """Codes of `batch` images, int64 (B, N), of which only the first are drawn where the layout can stop there.
+def draw_briefly(pipeline: ImagePipeline, batch: int, sampling: SamplingConfig) -> torch.Tensor:
+    """Draw codes of `batch` images, int64 (B, N), of which only the first are drawn where the layout can stop there.
 
     The caches are those of whole images.
     """
-    gpt, mask = pipeline.gpt, None
-    cond = torch.zeros(batch, dtype=torch.long)
-    if pipeline.is_text:
-        weight = gpt.tok_embeddings.weight
-        cond = weight.new_zeros(batch, gpt.args.cls_token_num, gpt.args.caption_dim)
-        mask = torch.ones(batch, gpt.args.cls_token_num, dtype=torch.bool)
-    tokens = gpt.layout.tokens
-    drawn = generate(gpt, cond, min(2, tokens) if gpt.layout.is_raster else tokens, mask, **sampling)
-    return torch.cat([drawn, drawn.new_zeros(batch, tokens - drawn.shape[1])], dim=1)
+    example = {name: condition.example() for name, condition in pipeline.gpt.conditions.items()}
+    layout = pipeline.gpt.layout
+    (request,) = pipeline.read([Request(example, sampling=sampling)])
+    drawn = pipeline.draw([request] * batch, tokens=min(2, layout.tokens) if layout.is_raster else None)
+    return torch.cat([drawn, drawn.new_zeros(batch, layout.tokens - drawn.shape[1])], dim=1)
 
 
 def image_bytes(pipeline: ImagePipeline, guided: bool) -> int:

@@ -2,7 +2,8 @@
 
 pipeline, gpt_path, vq_path = build_pipeline(args, device)
 mine = share_of_missing(dist, folder, png, count, batch)
-save_images(pipeline.batches(labels, indices=mine, ahead=True), png, len(mine), progress=dist.is_main)
+requests = class_requests(args, pipeline.gpt, labels, mine, args.global_seed)
+save_images(pipeline.batches(requests, ahead=True), png, len(mine), progress=dist.is_main)
 """
 
 import argparse
@@ -20,17 +21,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from autoregressive.class_names import class_names, find_class
+from autoregressive.class_names import class_choice, class_names, find_class
 from autoregressive.models.decode_step import can_compile
 from autoregressive.models.gpt import Transformer
-from autoregressive.models.sampling import SamplingConfig
-from autoregressive.pipeline import PRECISIONS, ImagePipeline, check_guided, load_gpt, warn_of_long_features
+from autoregressive.pipeline import PRECISIONS, ImagePipeline, check_prompts, load_gpt, warn_of_long_features
 from autoregressive.quantization import quantize, require_torchao
+from autoregressive.request import Request
+from autoregressive.sample.flags import sampling_config
 from tokenizer.load import load_tokenizer
 from utils.checkpoint import has_averages, read_checkpoint
 from utils.cli import grid_size, layout_numbers, tokenizer_beliefs
 from utils.distributed import Distributed, pick_device
-from utils.images import is_whole_png, save_png
+from utils.images import is_whole_png, make_grid, save_png
 from utils.logger import console_logger
 from utils.origin import require_encoder
 from utils.runs import find_checkpoint
@@ -39,26 +41,18 @@ from utils.sample_folder import file_identity
 if TYPE_CHECKING:
     from language.prompts import PromptFeatures
 
+# golden retriever, otter, red panda, geyser, macaw, valley, balloon, Arctic fox
+IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]
+PROMPTS = [
+    "A lighthouse on a rocky coast at dusk, its lamp just lit, oil painting.",
+    "A wooden bowl of ripe persimmons on a linen cloth in soft window light.",
+    "An orange tram crosses a stone bridge in heavy snow.",
+    "A paper crane stands on a stack of old books, close-up photograph.",
+]
 # On a CPU, where that takes longer than drawing some images does.
 IMAGES_WORTH_COMPILING = 5000
 # Threads that encode PNG files, and batches that may wait for them while another is drawn.
 WRITERS, BATCHES_WAITING = 4, 2
-
-
-def sampling_settings(args: argparse.Namespace) -> dict:
-    """The fields of SamplingConfig that the flags give. Raises ValueError for a value out of range."""
-    settings = {
-        "cfg_scale": args.cfg_scale,
-        "cfg_interval": args.cfg_interval,
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "sample_logits": not args.greedy,
-    }
-    check_guided(
-        SamplingConfig(**settings), getattr(args, "negative_class", None), getattr(args, "negative_prompt", None)
-    )
-    return settings
 
 
 def condition_files(args: argparse.Namespace) -> dict[str, Path]:
@@ -90,21 +84,86 @@ def extra_conditions(args: argparse.Namespace, numbers: Sequence[int]) -> dict[s
     return found
 
 
-def negative_class(args: argparse.Namespace, gpt: Transformer) -> int | None:
-    """The label that --negative-class names. Raises ValueError for an unknown one."""
-    if args.negative_class is None:
-        return None
-    return find_class(args.negative_class, class_names(gpt.args.num_classes, recorded=gpt.file_config.get("classes")))
+def class_requests(
+    args: argparse.Namespace, gpt: Transformer, labels: Sequence[int], numbers: Sequence[int], seed: int
+) -> list[Request]:
+    """Return the requests that the flags make of labels, for the images with these numbers. Raises ValueError."""
+    negative = {}
+    if args.negative_class is not None:
+        names = class_names(gpt.args.num_classes, recorded=gpt.file_config.get("classes"))
+        negative = {"label": find_class(args.negative_class, names)}
+    return _requests(args, "label", labels, negative, numbers, seed)
 
 
-def encode(
-    pipeline: ImagePipeline, prompts: Sequence[str], negative: str | None, *, progress: bool
-) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """The features of the prompts and of the negative one, if any; the text encoder gives its memory back."""
-    negatives = [negative] if negative and negative.strip() else []
-    encoded = pipeline.encode([*prompts, *negatives], progress=progress)
+def prompt_requests(
+    args: argparse.Namespace,
+    pipeline: ImagePipeline,
+    prompts: Sequence[str] | Sequence[torch.Tensor],
+    numbers: Sequence[int],
+    seed: int,
+    *,
+    progress: bool = True,
+) -> list[Request]:
+    """Return the requests that the flags make of prompts or their features, encoded; the text encoder's memory is given back."""
+    negative = {"caption": args.negative_prompt} if (args.negative_prompt or "").strip() else {}
+    requests = pipeline.read(_requests(args, "caption", prompts, negative, numbers, seed), progress=progress)
     pipeline.release_text_encoder()
-    return encoded[: len(prompts)], encoded[-1] if negatives else None
+    return requests
+
+
+def _requests(
+    args: argparse.Namespace, name: str, values: Sequence, negative: dict, numbers: Sequence[int], seed: int
+) -> list[Request]:
+    config, others = sampling_config(args), extra_conditions(args, numbers)
+    return [
+        Request({name: value, **{other: rows[i] for other, rows in others.items()}}, negative, config, seed, number)
+        for i, (value, number) in enumerate(zip(values, numbers, strict=True))
+    ]
+
+
+def labels_to_draw(args: argparse.Namespace, gpt: Transformer) -> list[int]:
+    """Return --labels, or eight classes of the model's; print what they are called. Raises ValueError for an unknown name."""
+    count = gpt.args.num_classes
+    names = class_names(count, recorded=gpt.file_config.get("classes"))
+    default = IMAGENET_CLASSES if count >= 1000 else [i % count for i in range(8)]
+    labels = default if args.labels is None else [find_class(asked, names) for asked in args.labels]
+    print("classes:", ", ".join(class_choice(label, names[label]) for label in labels))
+    return labels
+
+
+def prompts_to_draw(args: argparse.Namespace) -> tuple[list[str], list[torch.Tensor]]:
+    """Return the prompts that the flags name, and their features where those are stored (else none).
+
+    Raises ValueError for flags that do not go together, and for a prompt of which nothing would be read.
+    """
+    from language.prompts import read_prompt_lines
+
+    if args.gpt_type != "t2i":
+        raise ValueError("sample_t2i.py draws from text-conditional models; for classes there is sample_c2i.py")
+    if args.t5_feat_path and (args.prompt or not args.prompt_file):
+        raise ValueError(
+            f"--t5-feat-path {args.t5_feat_path} has features of a file's prompts: give that file as --prompt-file, and no "
+            "--prompt"
+        )
+    prompts = list(args.prompt or [])
+    if args.prompt_file:
+        prompts += read_prompt_lines(args.prompt_file)
+    prompts = prompts or PROMPTS
+    check_prompts(prompts)
+    stored = open_prompt_features(args, args.prompt_file, prompts)
+    return prompts, features_of(stored, range(len(prompts)), args.t5_feature_max_len) if stored else []
+
+
+def print_prompts(prompts: Sequence[str]) -> None:
+    """Print which image of the grid is of which prompt."""
+    for i, prompt in enumerate(prompts):
+        print(f"{i}: {' '.join(prompt.split())}")
+
+
+def write_grid(args: argparse.Namespace, images: np.ndarray) -> None:
+    """Write images (B, H, W, 3) as one picture, --output."""
+    save_png(make_grid(images, columns=args.columns), args.output)
+    print(f"wrote {args.output}: {len(images)} images of {images.shape[2]}x{images.shape[1]}")
 
 
 def weights_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -249,9 +308,9 @@ def open_prompt_features(args: argparse.Namespace, file: str | Path, prompts: Se
 
 def features_of(stored: "PromptFeatures", numbers: Sequence[int], tokens: int) -> list[torch.Tensor]:
     """The features of the prompts with these numbers, at most `tokens` rows of each. Warns of those that are cut."""
-    found = {number: stored[number] for number in numbers}
-    warn_of_long_features({number: len(rows) for number, rows in found.items()}, tokens)
-    return [found[number][:tokens] for number in numbers]
+    found = [stored[number] for number in numbers]
+    warn_of_long_features(list(zip(numbers, map(len, found), strict=True)), tokens)
+    return [rows[:tokens] for rows in found]
 
 
 def share_of_missing(dist: Distributed, folder: Path, png: Callable[[int], Path], count: int, batch: int) -> list[int]:

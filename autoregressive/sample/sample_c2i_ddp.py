@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from autoregressive.models.sizes import GPT_SIZES
+from autoregressive.sample.flags import add_sampling_flags, sampling_config
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
     SEED,
@@ -21,7 +22,6 @@ from utils.cli import (
     add_per_process_batch_size_flag,
     add_quantize_flag,
     add_run_flags,
-    add_sampling_flags,
     add_switch,
     add_tokenizer_flags,
     flag_parser,
@@ -51,9 +51,7 @@ def main(args: argparse.Namespace) -> None:
     from autoregressive.sample.batch_size import fitting_batch_size, memory_errors_told
     from autoregressive.sample.common import (
         build_pipeline,
-        extra_conditions,
-        negative_class,
-        sampling_settings,
+        class_requests,
         save_images,
         share_of_missing,
     )
@@ -65,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(
             "sample_c2i_ddp.py draws from class-conditional models; for captions there is sample_t2i_ddp.py"
         )
-    settings = sampling_settings(args)
+    sampling = sampling_config(args)
     automatic = args.per_proc_batch_size == "auto"
     dist = start(args.device)
     with dist.main_first():
@@ -82,19 +80,10 @@ def main(args: argparse.Namespace) -> None:
     count = args.num_fid_samples
     labels = [image_class(args, i) for i in range(count)]
     if automatic:
-        fitting_batch_size(pipeline, dist, limit=-(-count // dist.world_size), **settings)
+        fitting_batch_size(pipeline, dist, limit=-(-count // dist.world_size), sampling=sampling)
     mine = share_of_missing(dist, folder, png, count, pipeline.batch_size)
-    classes = [labels[i] for i in mine]
-    batches = pipeline.batches(
-        classes,
-        negative_classes=negative_class(args, pipeline.gpt),
-        extra_conditions=extra_conditions(args, mine),
-        seed=args.global_seed,
-        indices=mine,
-        size=args.image_size_eval,
-        ahead=True,
-        **settings,
-    )
+    requests = class_requests(args, pipeline.gpt, [labels[i] for i in mine], mine, args.global_seed)
+    batches = pipeline.batches(requests, size=args.image_size_eval, ahead=True)
     with memory_errors_told(pipeline.batch_size):
         save_images(batches, png, len(mine), progress=dist.is_main)
     dist.barrier()

@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 from autoregressive.models.sizes import GPT_SIZES
+from autoregressive.sample.flags import add_sampling_flags, sampling_config
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
     SEED,
@@ -23,7 +24,6 @@ from utils.cli import (
     add_per_process_batch_size_flag,
     add_quantize_flag,
     add_run_flags,
-    add_sampling_flags,
     add_switch,
     add_text_flags,
     add_tokenizer_flags,
@@ -61,11 +61,9 @@ def main(args: argparse.Namespace) -> None:
     from autoregressive.sample.batch_size import fitting_batch_size, memory_errors_told
     from autoregressive.sample.common import (
         build_pipeline,
-        encode,
-        extra_conditions,
         features_of,
         open_prompt_features,
-        sampling_settings,
+        prompt_requests,
         save_images,
         share_of_missing,
     )
@@ -76,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
 
     if args.gpt_type != "t2i":
         raise ValueError("sample_t2i_ddp.py draws from text-conditional models; for classes there is sample_c2i_ddp.py")
-    settings = sampling_settings(args)
+    sampling = sampling_config(args)
     prompts = read_prompt_table(args.prompt_csv)
     check_prompts(prompts)
     stored = open_prompt_features(args, args.prompt_csv, prompts)
@@ -102,23 +100,12 @@ def main(args: argparse.Namespace) -> None:
         return folder / "images" / f"{index:06d}.png"
 
     if automatic:
-        fitting_batch_size(pipeline, dist, limit=-(-count // dist.world_size), **settings)
+        fitting_batch_size(pipeline, dist, limit=-(-count // dist.world_size), sampling=sampling)
     mine = share_of_missing(dist, folder, png, count, pipeline.batch_size)
     if mine:
-        if stored:
-            features, negative = features_of(stored, mine, args.t5_feature_max_len), None
-        else:
-            asked = [prompts[i] for i in mine]
-            features, negative = encode(pipeline, asked, args.negative_prompt, progress=dist.is_main)
-        batches = pipeline.batches(
-            features=features,
-            negative_features=negative,
-            extra_conditions=extra_conditions(args, mine),
-            seed=args.global_seed,
-            indices=mine,
-            ahead=True,
-            **settings,
-        )
+        asked = features_of(stored, mine, args.t5_feature_max_len) if stored else [prompts[i] for i in mine]
+        requests = prompt_requests(args, pipeline, asked, mine, args.global_seed, progress=dist.is_main)
+        batches = pipeline.batches(requests, ahead=True)
         with memory_errors_told(pipeline.batch_size):
             save_images(batches, png, len(mine), progress=dist.is_main)
     dist.barrier()

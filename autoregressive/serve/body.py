@@ -12,11 +12,12 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field, create_model
 
 from autoregressive.class_names import find_class
+from autoregressive.models.settings import SamplingConfig
 from autoregressive.serve.engine import ModelInfo
 from autoregressive.serve.errors import REFUSED, RequestError, refuse
 
@@ -24,7 +25,7 @@ MAX_SEED = 2**63 - 1
 MAX_SIDE, MAX_ENLARGED = 2048, 4  # pixels a side, and how many times the model's
 
 # Guidance scale and top-k as the published sampling scripts have them, by the model's kind.
-PUBLISHED = {"c2i": (4.0, 2000), "t2i": (7.5, 1000)}
+PUBLISHED = {"c2i": {"cfg_scale": 4.0, "top_k": 2000}, "t2i": {"cfg_scale": 7.5, "top_k": 1000}}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,23 @@ Ignored = Annotated[str | None, Field(description="Accepted for OpenAI's clients
 Kind = Literal["png", "jpeg", "webp"]
 
 
-class ImageBody(BaseModel):
+# The settings of SamplingConfig that a request may have, as pydantic declares them.
+SERVED = {name: field for name, field in SamplingConfig.fields().items() if "served" in field.metadata}
+_Settings: Any = create_model(
+    "Settings",
+    **{
+        name: (
+            field.type | None,
+            Field(
+                None, ge=field.metadata["served"][0], le=field.metadata["served"][1], description=field.metadata["help"]
+            ),
+        )
+        for name, field in SERVED.items()
+    },
+)
+
+
+class ImageBody(_Settings):
     """Body of a request. Of `prompt`, `class_label` and `class_name` it has one."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, title="ImageGenerationRequest")
@@ -72,16 +89,7 @@ class ImageBody(BaseModel):
         "are square, and resized where W is not the model's.",
     )
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Of the noise; by default a random one.")
-    guidance_scale: float | None = Field(None, ge=0, le=100, description="Guidance; 1 or less is none.")
-    cfg_scale: float | None = Field(None, ge=0, le=100, description="Another name of guidance_scale.")
-    cfg_interval: float | None = Field(None, ge=-1, le=1e6, description="The last guided decode step, -1 for all.")
-    temperature: float | None = Field(
-        None, ge=0, le=100, description="Divides the logits; 0 takes the likeliest. Default 1."
-    )
-    top_k: int | None = Field(None, ge=-1, le=10**6, description="Keep the k most likely tokens, 0 or -1 for all.")
-    top_p: float | None = Field(
-        None, ge=0, le=1, description="Keep the most likely tokens of this mass, 0 for the likeliest. Default 1."
-    )
+    guidance_scale: float | None = Field(None, ge=0, le=100, description="Another name of cfg_scale.")
     response_format: Literal["b64_json", "png", "jpeg", "webp"] | None = Field(
         None, description="JSON with files in base64 (default), or the file itself, as with Accept: image/png."
     )
@@ -109,14 +117,14 @@ class Asked:
     """A request as the server carries it out.
 
     label, or prompt: what to draw; negative_class, negative_prompt: what guidance leads away from. seeds: one an image.
-    settings: the fields of SamplingConfig. size: pixels a side. format, quality: of the files. raw: the answer is the
+    size: pixels a side. format, quality: of the files. raw: the answer is the
     file itself. partial: rows of tokens after which partial images come.
     """
 
     label: int | None
     prompt: str | None
     seeds: list[int]
-    settings: dict[str, float]
+    sampling: SamplingConfig
     size: int
     format: Kind = "png"
     quality: int | None = None
@@ -156,17 +164,17 @@ def ask(
         raise refuse("n", f"n is {count}: a request has at most {limits.max_n} images")
     label, prompt = _what_to_draw(body, info, limits, classes)
     first = secrets.randbelow(2**31) if body.seed is None else body.seed
-    settings = _settings(body, info)
+    sampling = _sampling(body, info)
     asked = Asked(
         label=label,
         prompt=prompt,
         seeds=[(first + i) % (MAX_SEED + 1) for i in range(count)],
-        settings=settings,
+        sampling=sampling,
         size=_side(body.size, info),
         stream=bool(body.stream),
         partial=_partial_rows(body, info),
         **_file(body, accept, count),
-        **_negative(body, info, limits, classes, guided=settings["cfg_scale"] > 1),
+        **_negative(body, info, limits, classes, guided=sampling.guided),
     )
     return asked
 
@@ -209,19 +217,13 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else text[:79] + "…"
 
 
-def _settings(body: ImageBody, info: ModelInfo) -> dict[str, float]:
+def _sampling(body: ImageBody, info: ModelInfo) -> SamplingConfig:
     scale = body.cfg_scale if body.guidance_scale is None else body.guidance_scale
     if body.cfg_scale not in (None, scale):
         message = f"guidance_scale is {scale} and cfg_scale {body.cfg_scale}: they are one setting, give one"
         raise refuse("guidance_scale", message)
-    published_scale, published_k = PUBLISHED[info.kind]
-    return {
-        "cfg_scale": float(published_scale if scale is None else scale),
-        "cfg_interval": -1 if body.cfg_interval is None else body.cfg_interval,
-        "temperature": 1.0 if body.temperature is None else body.temperature,
-        "top_k": published_k if body.top_k is None else body.top_k,
-        "top_p": 1.0 if body.top_p is None else body.top_p,
-    }
+    given = {name: getattr(body, name) for name in SERVED} | {"cfg_scale": scale}
+    return SamplingConfig(**PUBLISHED[info.kind] | {name: value for name, value in given.items() if value is not None})
 
 
 def _what_to_draw(

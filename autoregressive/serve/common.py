@@ -1,7 +1,7 @@
 """Common part of the offline scripts: from the flags of the other sampling scripts to tokens by vLLM, and a grid.
 
 models = open_models(args)                       # all that can be wrong with flags and files is told here
-draw_grid(args, models, [ImageRequest(label=207, **models.settings)])
+draw_grid(args, models, [Request({"label": 207})])
 """
 
 import argparse
@@ -11,23 +11,19 @@ from dataclasses import dataclass
 import torch
 
 from autoregressive.pipeline import PRECISIONS, ImagePipeline
-from autoregressive.sample.common import build_pipeline, sampling_settings
-from autoregressive.serve.engine import ImageRequest
+from autoregressive.request import Request
+from autoregressive.sample.common import build_pipeline, write_grid
+from autoregressive.sample.flags import sampling_config
 from autoregressive.serve.vllm_engine import ServedModel, draw, require_vllm
 from utils.distributed import pick_device
-from utils.images import make_grid, save_png
 
 
 @dataclass(frozen=True)
 class Models:
-    """served: the GPT, for vLLM. pipeline: has the text encoder and the tokenizer, and no GPT's weights.
-
-    settings: the fields of ImageRequest that the flags give.
-    """
+    """served: the GPT, for vLLM. pipeline: has the text encoder and the tokenizer, and no GPT's weights."""
 
     served: ServedModel
     pipeline: ImagePipeline
-    settings: dict
 
 
 def open_models(args: argparse.Namespace) -> Models:
@@ -36,7 +32,7 @@ def open_models(args: argparse.Namespace) -> Models:
     Raises ValueError where vLLM is missing, or a flag and a file disagree, FileNotFoundError for a file that is not there.
     """
     require_vllm()
-    settings = sampling_settings(args) | {"seed": args.seed}
+    sampling_config(args)  # refuses settings before the models are read
     device = pick_device(args.device)
     if getattr(args, "no_left_padding", False):
         raise ValueError(
@@ -57,12 +53,11 @@ def open_models(args: argparse.Namespace) -> Models:
     pipeline.device = device
     if not getattr(args, "t5_device", None):
         pipeline.t5_device = device
-    return Models(served, pipeline, settings)
+    return Models(served, pipeline)
 
 
-def draw_grid(args: argparse.Namespace, models: Models, requests: Sequence[ImageRequest]) -> None:
+def draw_grid(args: argparse.Namespace, models: Models, requests: Sequence[Request]) -> None:
     """Draws image i of the run for request i, and writes them as one picture, --output."""
-    pipeline = models.pipeline
     codes = draw(
         models.served,
         requests,
@@ -72,5 +67,4 @@ def draw_grid(args: argparse.Namespace, models: Models, requests: Sequence[Image
         tensor_parallel_size=args.tensor_parallel_size or 1,
         enforce_eager=not args.compile,
     )
-    save_png(make_grid(pipeline.decode(codes), columns=args.columns), args.output)
-    print(f"wrote {args.output}: {len(requests)} images of {pipeline.image_size}x{pipeline.image_size}")
+    write_grid(args, models.pipeline.decode(codes))

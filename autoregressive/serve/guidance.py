@@ -19,23 +19,24 @@ from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from autoregressive.models.sampling import choose, guide, spread
+from autoregressive.models.sampling import SamplingConfig, choose, guide, spread
+from autoregressive.request import Request
 from autoregressive.serve.plugin import ARCHITECTURE
-from autoregressive.serve.settings import DrawSettings
+from utils.rng import image_noise
 
 
 @dataclass(frozen=True)
 class Drawing:
     """A request that runs: its settings, its noise (N,), and vLLM's own list of its tokens so far, which grows."""
 
-    settings: DrawSettings
+    sampling: SamplingConfig
     noise: Tensor
     tokens: list[int]
 
     @property
     def guided(self) -> bool:
-        """Tell whether the next token is guided."""
-        return self.settings.guides_token(len(self.tokens))
+        """Tell whether the next token is guided: `cfg_interval` counts decode steps, of which the prefill is none."""
+        return self.sampling.guides(len(self.tokens) - 1)
 
 
 class GuidedDraw(LogitsProcessor):
@@ -46,7 +47,7 @@ class GuidedDraw(LogitsProcessor):
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Raises ValueError for settings out of range; over HTTP that is a 400."""
-        DrawSettings.read(sampling_params.extra_args)
+        Request.from_settings(sampling_params.extra_args)
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
         config = vllm_config.model_config.hf_config
@@ -68,8 +69,9 @@ class GuidedDraw(LogitsProcessor):
         for row in batch_update.removed:
             self.rows.pop(row, None)
         for row, params, _, tokens in batch_update.added:
-            settings = DrawSettings.read(params.extra_args)
-            self.rows[row] = Drawing(settings, settings.noise(self.image_tokens), tokens)
+            request = Request.from_settings(params.extra_args)
+            noise = image_noise(request.seed, [request.index], self.image_tokens)[0]
+            self.rows[row] = Drawing(request.sampling, noise, tokens)
         for source, target, direction in batch_update.moved:
             moved, replaced = self.rows.pop(source, None), self.rows.pop(target, None)
             if moved is not None:
@@ -82,7 +84,7 @@ class GuidedDraw(LogitsProcessor):
         guided = [row for row, drawing in self.rows.items() if row < len(conditional) and drawing.guided]
         if not guided:
             return conditional
-        scales = [self.rows[row].settings.cfg_scale for row in guided]
+        scales = [self.rows[row].sampling.cfg_scale for row in guided]
         scales = torch.tensor(scales, dtype=torch.float32).to(self.device, non_blocking=True)
         rows = torch.tensor(guided).to(self.device, non_blocking=True)
         mixed = guide(conditional[rows], unconditional[rows], scales[:, None])
@@ -93,7 +95,7 @@ class GuidedDraw(LogitsProcessor):
         alike = defaultdict(list)  # rows of equal settings are drawn at once
         for row, drawing in self.rows.items():
             if row < len(logits):
-                alike[drawing.settings.config].append(row)
+                alike[drawing.sampling].append(row)
         for config, members in alike.items():
             drawings = [self.rows[row] for row in members]
             noise = torch.stack([d.noise[min(len(d.tokens), self.image_tokens - 1)] for d in drawings])

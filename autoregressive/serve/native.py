@@ -1,7 +1,7 @@
 """The engine that needs nothing but torch: requests gathered into micro-batches of ImagePipeline, in one thread.
 
     engine = NativeEngine(pipeline, "c2i_L_384")
-    async with aclosing(engine.generate(ImageRequest(label=207, cfg_scale=4.0))) as tokens:
+    async with aclosing(engine.generate(Request({"label": 207}, seed=0))) as tokens:
         async for so_far in tokens: ...
 
 A micro-batch is of requests with equal sampling settings, in the order in which they came, and is drawn to its end. A
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from autoregressive.models.sampling import NotFiniteLogits
 from autoregressive.pipeline import ImagePipeline
-from autoregressive.serve.engine import ImageRequest, ModelInfo, TokenClock, check_request
+from autoregressive.request import Request
+from autoregressive.serve.engine import ModelInfo, TokenClock
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -34,7 +35,7 @@ class _Abandoned(Exception):
 class _Job:
     """A request and what is known of its tokens."""
 
-    def __init__(self, request: ImageRequest):
+    def __init__(self, request: Request):
         self.request = request
         self.closed = False  # nobody waits for it any more
         self.tokens: list[int] = []
@@ -63,13 +64,12 @@ class NativeEngine:
             )
         self.info = ModelInfo(
             name=name,
-            kind="t2i" if pipeline.is_text else "c2i",
+            kind=args.model_type,
             image_size=pipeline.image_size,
             tokens=layout.tokens,
-            num_classes=0 if pipeline.is_text else args.num_classes,
+            num_classes=0 if pipeline.text else args.num_classes,
             raster=layout.is_raster,
             classes=tuple(pipeline.gpt.file_config.get("classes", ())),
-            caption_dim=args.caption_dim if pipeline.is_text else 0,
         )
         self.pipeline = pipeline
         self.dead = False
@@ -83,15 +83,14 @@ class NativeEngine:
         """Seconds since the last decode step, or since a call began, while anything is in flight; None where nothing is."""
         return self._clock.age()
 
-    def check(self, request: ImageRequest) -> None:
+    def check(self, request: Request) -> None:
         """Raises ValueError for a label, features or a setting that the model cannot take."""
-        check_request(request, self.info)
+        request.read(self.pipeline.gpt.conditions)
 
-    async def generate(self, request: ImageRequest) -> AsyncIterator[list[int]]:
+    async def generate(self, request: Request) -> AsyncIterator[list[int]]:
         """Yields the tokens so far after each row of the image, in raster order; what comes too fast is passed over."""
-        self.check(request)
+        job = _Job(request.read(self.pipeline.gpt.conditions))
         self._require_open()
-        job = _Job(request)
         self._waiting.append(job)
         if self._gathering is None:
             self._gathering = asyncio.create_task(self._draw_what_waits())
@@ -165,7 +164,6 @@ class NativeEngine:
 
     def _draw(self, batch: Sequence[_Job], loop: asyncio.AbstractEventLoop) -> list[tuple[list[int], Exception | None]]:
         """Draws a micro-batch in the worker. Returns each image's tokens, and its error."""
-        requests = [job.request for job in batch]
         row = self.pipeline.gpt.layout.grid_size
 
         def on_step(done: int, tokens: Tensor) -> None:
@@ -181,14 +179,7 @@ class NativeEngine:
         try:
             if self.dead:
                 raise _Abandoned
-            asked = [request.features if self.pipeline.is_text else request.label for request in requests]
-            codes = self.pipeline.generate_codes(
-                **self.pipeline.conditions(asked, [request.negative for request in requests]),
-                seed=[request.seed for request in requests],
-                indices=[0] * len(batch),
-                on_step=on_step,
-                **requests[0].sampling,
-            )
+            codes = self.pipeline.draw([job.request for job in batch], on_step=on_step)
             return [(tokens, None) for tokens in codes.tolist()]
         except _Abandoned:
             return [([], RuntimeError("the engine was closed"))] * len(batch)

@@ -7,26 +7,24 @@ In an environment that has vLLM: `bash scripts/setup.sh serve` makes one, .venv-
 
 import argparse
 
-from autoregressive.sample.sample_c2i import grid_flags, labels_to_draw
+from autoregressive.sample.flags import grid_flags
 from utils.cli import add_vllm_flags, run_script
 
 
 def main(args: argparse.Namespace) -> None:
-    from autoregressive.sample.common import negative_class
+    from autoregressive.sample.common import class_requests, labels_to_draw
     from autoregressive.serve.common import draw_grid, open_models
-    from autoregressive.serve.engine import ImageRequest
 
     if args.gpt_type != "c2i":
         raise ValueError("sample_c2i.py draws from class-conditional models; for captions there is sample_t2i.py")
     models = open_models(args)
     labels = labels_to_draw(args, models.pipeline.gpt)
-    settings = models.settings | {"negative_class": negative_class(args, models.pipeline.gpt)}
-    draw_grid(args, models, [ImageRequest(label=label, **settings) for label in labels])
+    draw_grid(args, models, class_requests(args, models.pipeline.gpt, labels, range(len(labels)), args.seed))
 
 
 def flags() -> argparse.ArgumentParser:
     """The script's flags."""
-    parser = grid_flags(__doc__, "sample_c2i_vllm.png", files_required=True)
+    parser = grid_flags(__doc__, "sample_c2i_vllm.png", "label", files_required=True)
     add_vllm_flags(parser)
     return parser
 

@@ -8,28 +8,23 @@ were made of --prompt-file, no T5 is needed.
 
 import argparse
 
-from autoregressive.sample.sample_t2i import grid_flags, print_prompts, prompts_to_draw
+from autoregressive.sample.flags import grid_flags
 from utils.cli import add_vllm_flags, run_script
 
 
 def main(args: argparse.Namespace) -> None:
-    from autoregressive.sample.common import encode
+    from autoregressive.sample.common import print_prompts, prompt_requests, prompts_to_draw
     from autoregressive.serve.common import draw_grid, open_models
-    from autoregressive.serve.engine import ImageRequest
 
     prompts, stored = prompts_to_draw(args)
     models = open_models(args)
-    features, negative = (
-        (stored, None) if stored else encode(models.pipeline, prompts, args.negative_prompt, progress=True)
-    )
-    settings = models.settings | {"negative_features": negative}
-    draw_grid(args, models, [ImageRequest(features=rows, **settings) for rows in features])
+    draw_grid(args, models, prompt_requests(args, models.pipeline, stored or prompts, range(len(prompts)), args.seed))
     print_prompts(prompts)
 
 
 def flags() -> argparse.ArgumentParser:
     """The script's flags."""
-    parser = grid_flags(__doc__, "sample_t2i_vllm.png", files_required=True)
+    parser = grid_flags(__doc__, "sample_t2i_vllm.png", "prompt", files_required=True)
     add_vllm_flags(parser)
     return parser
 

@@ -315,7 +315,7 @@ async def load_native(args: argparse.Namespace) -> tuple:
         compile=args.compile is not False and args.device.type == "cuda",
         **text_settings(args),
     )
-    if pipeline.is_text:
+    if pipeline.text:
         # A T5 that is missing or does not fit is told now, and the first request finds it loaded.
         pipeline.encode(["a picture"])
     return native_parts(pipeline, model_name(args, gpt))
@@ -329,15 +329,15 @@ def native_parts(pipeline: "ImagePipeline", name: str) -> tuple:
 
     engine = NativeEngine(pipeline, name)
     decoder = Decoder(pipeline.tokenizer, pipeline.gpt.layout.grid_size, pipeline.batch_size)
-    encoder = PromptEncoder(pipeline.encode, run=engine.run, rows=pipeline.t5_tokens) if pipeline.is_text else None
+    encoder = PromptEncoder(pipeline.encode, run=engine.run, rows=pipeline.t5_tokens) if pipeline.text else None
     return engine, decoder, encoder
 
 
 async def load_vllm(args: argparse.Namespace) -> tuple:
     """Engine, decoder and prompt encoder around vLLM, which holds the GPT in a process of its own."""
     from autoregressive.pipeline import PRECISIONS
+    from autoregressive.request import Request
     from autoregressive.serve.decoder import Decoder
-    from autoregressive.serve.engine import ImageRequest
     from autoregressive.serve.prompts import PromptEncoder, encoding_with
     from autoregressive.serve.vllm_engine import MAX_NUM_SEQS, ServedModel, VllmEngine, require_vllm
     from language.t5 import T5Embedder, find_t5
@@ -388,7 +388,7 @@ async def load_vllm(args: argparse.Namespace) -> tuple:
     )
     try:
         if encoder:
-            engine.check(ImageRequest(features=await encoder("a picture")))  # another T5's features are told now
+            engine.check(Request({"caption": await encoder("a picture")}))  # another T5's features are told now
     except BaseException:
         await engine.close()
         raise

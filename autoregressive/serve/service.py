@@ -17,9 +17,10 @@ from math import ceil
 from typing import NoReturn
 
 from autoregressive.class_names import class_names
+from autoregressive.request import Request
 from autoregressive.serve.body import Asked, Limits
 from autoregressive.serve.decoder import Decoder
-from autoregressive.serve.engine import Engine, ImageRequest
+from autoregressive.serve.engine import Engine
 from autoregressive.serve.errors import RequestError
 from autoregressive.serve.metrics import Metrics
 from autoregressive.serve.prompts import PromptEncoder
@@ -176,15 +177,17 @@ class Service:
             raise RequestError(503, f"the engine failed: {error}", code="engine_failed") from error
         raise error
 
-    async def _requests(self, job: Job) -> list[ImageRequest]:
+    async def _requests(self, job: Job) -> list[Request]:
         """Return what the engine is asked for."""
-        asked, conditions = job.asked, {"label": job.asked.label, "negative_class": job.asked.negative_class}
-        for field, param in (("features", "prompt"), ("negative_features", "negative_prompt")):
+        asked = job.asked
+        name = "caption" if asked.label is None else "label"
+        values = {"prompt": asked.label, "negative_prompt": asked.negative_class}
+        for param in values:
             prompt = getattr(asked, param)
             if prompt is None:
                 continue
             try:
-                features = conditions[field] = await self.encoder(prompt)
+                features = values[param] = await self.encoder(prompt)
             except ValueError as error:
                 raise RequestError(400, f"{param}: {error}", param=param, code="invalid_value") from error
             rows = self.encoder.rows
@@ -192,9 +195,10 @@ class Service:
                 job.warnings.append(f"{param} fills all {rows} text tokens: what stands behind them is not read")
             if param == "prompt":
                 job.text_tokens = len(features)
-        return [ImageRequest(seed=seed, **conditions, **asked.settings) for seed in asked.seeds]
+        negative = {} if values["negative_prompt"] is None else {name: values["negative_prompt"]}
+        return [Request({name: values["prompt"]}, negative, asked.sampling, seed) for seed in asked.seeds]
 
-    async def _image(self, job: Job, i: int, request: ImageRequest) -> bytes:
+    async def _image(self, job: Job, i: int, request: Request) -> bytes:
         metrics, row, begun_at = self.metrics, self.decoder.grid_size, None
         try:
             async with aclosing(self.engine.generate(request)) as tokens_so_far:

@@ -2,7 +2,7 @@
 
     model = ServedModel("c2i_L_384.pt", image_size=384)
     engine = await VllmEngine.start(model, max_num_seqs=32)
-    async for tokens in engine.generate(ImageRequest(label=207, cfg_scale=4.0, top_k=2000, seed=0)):
+    async for tokens in engine.generate(Request({"label": 207}, seed=0)):
         ...
     await engine.close()
 
@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive.models.sampling import NotFiniteLogits
+from autoregressive.request import Request
 from autoregressive.serve.convert import STREAMS, engine_config, hidden_value, open_gpt
-from autoregressive.serve.engine import ImageRequest, ModelInfo, TokenClock, check_request
+from autoregressive.serve.engine import ModelInfo, TokenClock
 from autoregressive.serve.plugin import PLUGIN, STARTED_BY, register
 from utils.checkpoint import read_checkpoint
 
@@ -87,33 +88,33 @@ class ServedModel:
             num_classes=0 if text else gpt.args.num_classes,
             raster=True,
             classes=tuple(gpt.file_config.get("classes", ())),
-            caption_dim=gpt.args.caption_dim if text else 0,
         )
         self._embed = gpt.cls_embedding.to(dtype)
+        self._conditions = gpt.conditions
         with torch.inference_mode():
             self._none = self._embed.cap_proj(self._embed.uncond_embedding) if text else None
 
-    def check(self, request: ImageRequest) -> None:
+    def check(self, request: Request) -> None:
         """Raises ValueError, with what is wrong, for a request that the model cannot take."""
-        check_request(request, self.info)
+        request.read(self._conditions)
 
     @torch.inference_mode()
-    def prompt(self, request: ImageRequest) -> dict:
+    def prompt(self, request: Request) -> dict:
         """The request's condition and its negative as vLLM takes them: embedded rows (T, 2 dim), side by side."""
+        request = request.read(self._conditions)
+        (name,) = self._conditions
+        value, negative = request.conditions[name], request.negative.get(name)
         if self.info.kind == "c2i":
-            none = self.classes if request.negative_class is None else request.negative_class
-            return {"prompt_embeds": self._embed(torch.tensor([request.label, none])).view(1, -1)}
-        streams = [self._project(request.features)]
-        if request.negative_features is None:
-            streams.append(self._none[-len(streams[0]) :])
-        else:
-            streams.append(self._project(request.negative_features))
+            none = torch.tensor(self.classes) if negative is None else negative
+            return {"prompt_embeds": self._embed(torch.stack([value, none])).view(1, -1)}
+        streams = [self._project(value)]
+        streams.append(self._none[-len(streams[0]) :] if negative is None else self._project(negative))
         count, hidden = max(map(len, streams)), hidden_value(self.dtype)
         rows = [F.pad(stream, (0, 0, count - len(stream), 0), value=hidden) for stream in streams]
         return {"prompt_embeds": torch.cat(rows, dim=1)}
 
-    def params(self, request: ImageRequest, index: int, **fields) -> Any:
-        """vLLM's SamplingParams for image `index` of the run of the request's seed."""
+    def params(self, request: Request, **fields) -> Any:
+        """vLLM's SamplingParams for the request's settings and its noise."""
         from vllm import SamplingParams
 
         return SamplingParams(
@@ -121,7 +122,7 @@ class ServedModel:
             max_tokens=self.info.tokens,
             ignore_eos=True,
             detokenize=False,
-            extra_args={**request.sampling, "seed": request.seed, "index": index},
+            extra_args=request.settings(),
             **fields,
         )
 
@@ -164,20 +165,19 @@ class VllmEngine:
         """Seconds since the last token, while anything is in flight; None where nothing is."""
         return self._clock.age()
 
-    def check(self, request: ImageRequest) -> None:
+    def check(self, request: Request) -> None:
         """Raises ValueError, with what is wrong, for a request that the model cannot take."""
         self._model.check(request)
 
-    async def generate(self, request: ImageRequest, index: int = 0) -> AsyncIterator[list[int]]:
+    async def generate(self, request: Request) -> AsyncIterator[list[int]]:
         """Yields the tokens so far, in raster order, growing; the last has all. Closing it early gives the place up.
 
-        index: the image's number in the run of the request's seed, as ImagePipeline has it.
         Raises ValueError as check does, NotFiniteLogits, RuntimeError where the engine has died or was closed.
         """
         from vllm.sampling_params import RequestOutputKind
 
         self.check(request)
-        params = self._model.params(request, index, output_kind=RequestOutputKind.CUMULATIVE)
+        params = self._model.params(request, output_kind=RequestOutputKind.CUMULATIVE)
         prompt = await asyncio.to_thread(self._model.prompt, request)
         if self._closed:
             raise RuntimeError("the engine is closed")
@@ -314,12 +314,10 @@ def start_errors(model: ServedModel) -> Iterator[None]:
         raise RuntimeError(f"vLLM did not start with {model.path}: {why}") from error
 
 
-def draw(
-    model: ServedModel, requests: Sequence[ImageRequest], *, indices: Sequence[int] | None = None, **settings
-) -> Tensor:
+def draw(model: ServedModel, requests: Sequence[Request], **settings) -> Tensor:
     """Draws an image for each request, without an event loop, by an engine in this process, behind vLLM's progress bar.
 
-    indices: each image's number in the run of its seed (0, 1, … by default). settings: see engine_settings.
+    settings: see engine_settings.
     Returns codes, int64 (B, N) in raster order. Raises as VllmEngine.start and check do, and NotFiniteLogits.
     """
     for request in requests:
@@ -331,9 +329,7 @@ def draw(
     with start_errors(model):
         llm = LLM(**arguments)
     try:
-        numbers = range(len(requests)) if indices is None else indices
-        params = [model.params(*each) for each in zip(requests, numbers, strict=True)]
-        outputs = llm.generate(list(map(model.prompt, requests)), params)
+        outputs = llm.generate(list(map(model.prompt, requests)), list(map(model.params, requests)))
     finally:
         llm.llm_engine.engine_core.shutdown()
     codes = [list(output.outputs[0].token_ids) for output in outputs]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from autoregressive.models.generate import cache_for, release_cache
+from autoregressive.models.settings import SamplingConfig
 from autoregressive.pipeline import ImagePipeline
 from autoregressive.sample import batch_size
 from autoregressive.sample.batch_size import (
@@ -70,10 +71,10 @@ def test_a_share_of_the_memory(pipeline, monkeypatch, capsys, images, found):
     dist = Distributed(torch.device("cpu"), local_world_size=3)
     if found is None:
         with pytest.raises(ValueError, match=r"--per-proc-batch-size auto: there is not memory for a single image"):
-            fitting_batch_size(pipeline, dist, 500, cfg_scale=2.0)
+            fitting_batch_size(pipeline, dist, 500, SamplingConfig(cfg_scale=2.0))
         assert pipeline.batch_size == 8
     else:
-        assert fitting_batch_size(pipeline, dist, 500, cfg_scale=2.0) == pipeline.batch_size == found
+        assert fitting_batch_size(pipeline, dist, 500, SamplingConfig(cfg_scale=2.0)) == pipeline.batch_size == found
         assert f"auto: {found} images at once on each process" in capsys.readouterr().out
 
 
@@ -129,7 +130,7 @@ def test_available_memory(monkeypatch):
 @pytest.mark.parametrize("gpt", ["gpt.pt", "par4.pt"])
 def test_a_trial_has_the_shape_of_a_batch(small_files, gpt):
     pipeline = ImagePipeline.from_pretrained(small_files.folder, gpt=gpt, vq="vq.pt", device="cpu")
-    codes = draw_briefly(pipeline, 3, cfg_scale=2.0)
+    codes = draw_briefly(pipeline, 3, SamplingConfig(cfg_scale=2.0))
     assert codes.shape == (3, 64) and codes.dtype == torch.int64
     assert pipeline.decode(codes).shape == (3, 32, 32, 3)
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from autoregressive.class_names import class_choice, class_names, find_class, imagenet_names
-from autoregressive.sample.sample_c2i import labels_to_draw
+from autoregressive.sample.common import labels_to_draw
 from autoregressive.serve.body import ImageBody, Limits, ask
 from autoregressive.serve.engine import ModelInfo
 from autoregressive.serve.errors import RequestError

@@ -57,7 +57,7 @@ def draw(address, asked, **settings) -> list:
 def test_painter_draws_the_images_of_consecutive_seeds(small_files, tokenizer):
     pipeline = ImagePipeline(load_gpt(small_files.gpt), tokenizer, batch_size=4)
     with listening(lambda: Service(*native_parts(pipeline, "small"))) as (address, _):
-        last = draw(address, "7", count=3, seed=5, guidance_scale=3.0, top_k=20)[-1]
+        last = draw(address, "7", count=3, seed=5, cfg_scale=3.0, top_k=20)[-1]
     expected = [pipeline([7], seed=seed, progress=False, cfg_scale=3.0, top_k=20)[0] for seed in (5, 6, 7)]
     assert last.done and "data-done" in last.status and "3 images in" in last.status
     for i, ((_, png, caption), image) in enumerate(zip(last.pictures, expected, strict=True)):
@@ -68,7 +68,7 @@ def test_painter_draws_the_images_of_consecutive_seeds(small_files, tokenizer):
 def test_painter_of_a_text_model_draws_prompts(tokenizer):
     pipeline = text_pipeline(tokenizer)
     with listening(lambda: Service(*native_parts(pipeline, "words"))) as (address, _):
-        ((_, png, caption),) = draw(address, "two cats sleep", seed=1, guidance_scale=2.0, top_k=0)[-1].pictures
+        ((_, png, caption),) = draw(address, "two cats sleep", seed=1, cfg_scale=2.0, top_k=0)[-1].pictures
         assert caption.startswith("two cats sleep · seed 1 · guidance 2 · top-k all · ")
         with pytest.raises(ValueError, match="blank"):
             draw(address, "  \n")
@@ -145,9 +145,9 @@ def test_drawing_that_nobody_reads_gives_its_place_up(tokenizer):
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"guidance_scale": 1, "top_k": 0, "top_p": 1, "temperature": 1}, "no guidance · top-k all · top-p 1 · temperature 1"),
-        ({"guidance_scale": 4.5, "cfg_interval": 6, "top_k": 20}, "guidance 4.5 to step 6 · top-k 20"),
-        ({"guidance_scale": 2, "temperature": 0, "top_k": 9}, "guidance 2 · greedy"),
+        ({"cfg_scale": 1, "top_k": 0, "top_p": 1, "temperature": 1}, "no guidance · top-k all · top-p 1 · temperature 1"),
+        ({"cfg_scale": 4.5, "cfg_interval": 6, "top_k": 20}, "guidance 4.5 to step 6 · top-k 20"),
+        ({"cfg_scale": 2, "temperature": 0, "top_k": 9}, "guidance 2 · greedy"),
         ({}, ""),
     ],
 )  # fmt: skip

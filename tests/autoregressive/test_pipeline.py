@@ -43,7 +43,7 @@ def labels_of(numbers) -> list[int]:
 def draw(pipeline: Recording, numbers, **settings) -> dict[int, tuple[torch.Tensor, np.ndarray]]:
     """Each image's codes and pixels by its number."""
     drawn = {}
-    for part, images in pipeline.batches(labels_of(numbers), indices=numbers, **settings):
+    for part, images in pipeline.batches(pipeline.requests(labels_of(numbers), indices=numbers, **settings)):
         assert len(part) == len(images) == len(pipeline.codes)
         drawn |= {number: (codes, image) for number, codes, image in zip(part, pipeline.codes, images, strict=True)}
     return drawn
@@ -125,9 +125,9 @@ def test_negative_classes_of_any_batch_draw_the_same_images(models, par):
     [
         ({"negative_classes": 11}, "label 11 is out of range"),
         ({"negative_classes": [1]}, "1 negatives for 2 images"),
-        ({"negative_classes": ["tench", 1]}, "negative classes are labels, 0 to 9"),
-        ({"negative_classes": 1.5}, "whole numbers"),
-        ({"negative_prompts": "a cat"}, "it takes negative_classes alone"),
+        ({"negative_classes": ["tench", 1]}, "image 0: a label is a whole number, 0 to 9, got 'tench'"),
+        ({"negative_classes": 1.5}, "a label is a whole number"),
+        ({"negative_prompts": "a cat"}, "a label is a whole number, 0 to 9, got 'a cat'"),
         ({"negative_classes": 3, "cfg_scale": 1.0}, "no effect without guidance"),
     ],
 )
@@ -182,8 +182,9 @@ def test_a_decoder_in_bfloat16(small_files, models):
 def test_drawing_ahead_changes_nothing(pipeline):
     settings = {"seed": 3, "indices": [4, 9, 2], "cfg_scale": 2.0}
     plain = Recording(pipeline.gpt, pipeline.tokenizer, batch_size=2)
+    requests = plain.requests([1, 2, 3], **settings)
     for (numbers, images), (again, same) in zip(
-        plain.batches([1, 2, 3], **settings), plain.batches([1, 2, 3], ahead=True, **settings), strict=True
+        plain.batches(requests), plain.batches(requests, ahead=True), strict=True
     ):
         assert numbers == again and np.array_equal(images, same)
 
@@ -194,7 +195,8 @@ def test_tokens_are_handed_over_as_they_come(models, par):
     pipeline, steps = Recording(models[0][par, torch.float32], models[1], batch_size=2), []
     codes = []
     for _ in pipeline.batches(
-        [1, 2, 3], indices=[5, 6, 7], on_step=lambda *step: steps.append((*step[:2], step[2].clone()))
+        pipeline.requests([1, 2, 3], indices=[5, 6, 7]),
+        on_step=lambda *step: steps.append((*step[:2], step[2].clone())),
     ):
         codes.append(pipeline.codes)
     order = pipeline.gpt.layout.order
@@ -222,7 +224,7 @@ def test_previews_are_grey_where_nothing_is_drawn(models, par):
 
 def test_seed_number_and_label_each_matter(pipeline):
     def codes(label, seed, number):
-        list(pipeline.batches([label], seed=seed, indices=[number]))
+        list(pipeline.batches(pipeline.requests([label], seed=seed, indices=[number])))
         return pipeline.codes[0].tolist()
 
     first = codes(3, 0, 0)
@@ -545,9 +547,9 @@ def test_batch_sizes_below_one(models, batch_size):
     [
         ([1, 10], "label 10 is out of range: the model has classes 0 to 9"),
         ([-1], "label -1 is out of range"),
-        ([1.5], "labels are whole numbers"),
-        ([[1, 2]], "labels are whole numbers"),
-        (3, "labels are whole numbers"),
+        ([1.5], "image 0: a label is a whole number, 0 to 9, got 1.5"),
+        ([[1, 2]], "a label is a whole number"),
+        (3, "give a list, one item for each image, not 3"),
     ],
 )
 def test_labels(pipeline, labels, message):
@@ -556,7 +558,7 @@ def test_labels(pipeline, labels, message):
 
 
 def test_settings(pipeline):
-    with pytest.raises(ValueError, match="2 labels for 3 image numbers"):
+    with pytest.raises(ValueError, match="3 image numbers for 2 images"):
         pipeline([1, 2], indices=[1, 2, 3])
     with pytest.raises(ValueError, match="--top-p"):
         pipeline([1, 2], top_p=-2.0)
@@ -614,7 +616,7 @@ def text_pipeline(text_models):
 
 def draw_prompts(pipeline, prompts, numbers, **settings) -> dict[int, tuple[torch.Tensor, np.ndarray]]:
     drawn = {}
-    for part, images in pipeline.batches([prompts[n] for n in numbers], indices=numbers, **settings):
+    for part, images in pipeline.batches(pipeline.requests([prompts[n] for n in numbers], indices=numbers, **settings)):
         drawn |= {number: (codes, image) for number, codes, image in zip(part, pipeline.codes, images, strict=True)}
     return drawn
 
@@ -680,7 +682,7 @@ def test_prompts_against_the_model_without_a_cache(text_models, left, scale, neg
 
 def test_seed_number_prompt_and_padding_each_matter(text_models, text_pipeline):
     def codes(prompt, seed, number, pipeline=text_pipeline):
-        list(pipeline.batches([prompt], seed=seed, indices=[number], cfg_scale=2.0))
+        list(pipeline.batches(pipeline.requests([prompt], seed=seed, indices=[number], cfg_scale=2.0)))
         return pipeline.codes[0].tolist()
 
     first = codes("a red lantern", 0, 0)
@@ -710,7 +712,7 @@ def test_negative_prompts_draw_the_same_whatever_the_batch_and_however_given(tex
         assert images(few, [0, 4], negative_features=given) == [expected[0], expected[4]]
     unguided = few(prompts[:1], seed=3, progress=False)[0].tobytes()
     assert images(few, [0], negative_prompts=prompts[0]) == [unguided]  # away from itself
-    with pytest.raises(ValueError, match="it takes negative_prompts or negative_features alone"):
+    with pytest.raises(ValueError, match=r"image 0: features are torch\.int64"):
         few(prompts[:1], negative_classes=3, cfg_scale=2.0)
 
 
@@ -774,14 +776,14 @@ def test_the_text_encoder_is_loaded_when_needed_and_released(text_models, monkey
 @pytest.mark.parametrize(
     "prompts, message",
     [
-        ("a red lantern", r"prompts are a list, one item for each image: \['a red lantern'\]"),
-        ([3], "this GPT is text-conditional: it takes prompts, a list of strings, and item 0 is 3"),
-        (torch.tensor([1]), "this GPT is text-conditional: it takes prompts, a list of strings, not labels"),
+        ("a red lantern", "give a list, one item for each image, not 'a red lantern'"),
+        ([3], r"image 0: features are torch\.int64"),
+        (torch.tensor([1]), r"image 0: features are torch\.int64"),
         (["a", ""], r"prompt 1 \(from 0\) is blank"),
         (["\n \t"], r"prompt 0 \(from 0\) is blank"),
-        (None, "this GPT is text-conditional: give prompts, or features in their place"),
-        (3, "this GPT is text-conditional: it takes prompts, a list of strings, not 3"),
-        ((text for text in ["a"]), "takes prompts, a list of strings, not <generator"),
+        (None, "give labels or prompts, or a prompt's features in its place"),
+        (3, "give a list, one item for each image, not 3"),
+        ((text for text in ["a"]), "give a list, one item for each image, not <generator"),
     ],
 )
 def test_prompts(text_pipeline, prompts, message):
@@ -810,21 +812,21 @@ def test_prompts_that_are_blank_once_they_are_cleaned(text_models, text_pipeline
 
 
 def test_features_that_are_no_list(text_pipeline):
-    with pytest.raises(ValueError, match="features are a list, one item for each image, not 3"):
+    with pytest.raises(ValueError, match="give a list, one item for each image, not 3"):
         text_pipeline(features=3)
 
 
 def test_conditions_of_the_other_kind(pipeline, text_pipeline):
-    for arguments in ({"asked": ["a map"]}, {"asked": "a map"}, {"features": [torch.ones(2, WIDTH)]}, {"asked": None}):
-        with pytest.raises(ValueError, match="this GPT is class-conditional: it takes labels, 0 to 9"):
+    for arguments in ({"asked": ["a map"]}, {"features": [torch.ones(2, WIDTH)]}):
+        with pytest.raises(ValueError, match="image 0: a label is a whole number, 0 to 9"):
             pipeline(**arguments)
     with pytest.raises(ValueError, match="class-conditional: it has no text encoder"):
         pipeline.encode(["a map"])
-    with pytest.raises(ValueError, match="give prompts, or features in their place"):
+    with pytest.raises(ValueError, match="give labels or prompts"):
         text_pipeline(["a map"], features=[torch.ones(2, WIDTH)])
-    with pytest.raises(ValueError, match="2 prompts for 1 image numbers"):
+    with pytest.raises(ValueError, match="1 image numbers for 2 images"):
         text_pipeline(["a map", "rain"], indices=[0])
-    with pytest.raises(ValueError, match="1 features for 2 image numbers"):
+    with pytest.raises(ValueError, match="2 image numbers for 1 images"):
         text_pipeline(features=[torch.ones(2, WIDTH)], indices=[0, 1])
 
 
@@ -833,12 +835,12 @@ def test_conditions_of_the_other_kind(pipeline, text_pipeline):
     [
         (
             torch.ones(3, 5),
-            r"features of image 0 are torch\.float32 of shape \(3, 5\); this GPT takes .*\(length, 24\)",
+            r"image 0: features are torch\.float32 of shape \(3, 5\); this model takes .*\(length, 24\)",
         ),
         (torch.ones(2, 3, WIDTH), r"of shape \(2, 3, 24\)"),
         (torch.ones(0, WIDTH), r"of shape \(0, 24\)"),
         (torch.ones(3, WIDTH, dtype=torch.long), r"torch\.int64"),
-        (torch.full((3, WIDTH), torch.nan), "features of image 0 are not all finite"),
+        (torch.full((3, WIDTH), torch.nan), "image 0: features are not all finite"),
         ("gone.npy", r"no features at gone\.npy"),
         ("text.npy", r"text\.npy is not a readable \.npy file of features"),
         ("empty.npy", r"empty\.npy is not a readable \.npy file of features"),
@@ -870,7 +872,7 @@ def test_released_text_models(tmp_path, name, size):
     tokenizer = VQ_models["VQ-16"](codebook_size=64, ch=32, z_channels=32)
     save_checkpoint(tmp_path / "vq_ds16_t2i.pt", {"model": tokenizer.state_dict()})
     pipeline = ImagePipeline.from_pretrained(tmp_path, gpt=name, text_encoder=WordEncoder())
-    assert pipeline.is_text and pipeline.image_size == size and pipeline.gpt.layout.prefix == WORDS
+    assert pipeline.text and pipeline.image_size == size and pipeline.gpt.layout.prefix == WORDS
     assert pipeline.gpt.args.caption_dim == WIDTH and isinstance(pipeline.text_encoder, WordEncoder)
 
 

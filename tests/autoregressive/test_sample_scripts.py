@@ -538,7 +538,7 @@ def test_out_of_memory(small_files, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40.00 GiB")
 
-    monkeypatch.setattr(ImagePipeline, "generate_codes", full)
+    monkeypatch.setattr(ImagePipeline, "draw", full)
     with pytest.raises(ValueError, match=r"out of memory with 2 images at once: .*--per-proc-batch-size auto"):
         run_here(sample_c2i_ddp, *ddp_line(small_files, tmp_path, "--no-npz"))
 

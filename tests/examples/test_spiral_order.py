@@ -8,10 +8,10 @@ from PIL import Image
 from autoregressive.models.layouts import build_layout
 from autoregressive.pipeline import ImagePipeline, load_gpt
 from autoregressive.sample import sample_c2i
-from autoregressive.serve.engine import ImageRequest
 from autoregressive.train import train_c2i
 from tests.examples.conftest import SAMPLE, SIZE, TRAIN
 from tests.helpers import ROOT
+from tests.serve.small import image
 from tests.serve.test_native import decoded, serve
 from tests.training import load, run_folder, run_here, run_script, same
 from utils.registry import import_file
@@ -130,7 +130,7 @@ def test_spiral_file_without_import_is_refused_with_the_flag(digits, trained, tm
 
 def test_spiral_images_of_the_native_engine_are_the_pipelines(digits, trained):
     pipeline = ImagePipeline.from_pretrained(trained, vq=digits / "vq.pt", device="cpu", batch_size=2)
-    requests = [ImageRequest(label=label, seed=4, cfg_scale=2.0) for label in (1, 2, 3)]
+    requests = [image(label=label, seed=4, cfg_scale=2.0) for label in (1, 2, 3)]
     for request, tokens in zip(requests, serve(pipeline, requests), strict=True):
         assert len(tokens) == 1  # no rows before the image is whole
         image = pipeline([request.label], seed=4, cfg_scale=2.0, progress=False)[0]

@@ -13,12 +13,14 @@ import torch
 from PIL import Image
 
 from autoregressive.pipeline import decode_codes
+from autoregressive.request import Request
 from autoregressive.serve.api import IMAGES, create_app
 from autoregressive.serve.body import Limits
 from autoregressive.serve.decoder import Decoder
-from autoregressive.serve.engine import ImageRequest, ModelInfo
+from autoregressive.serve.engine import ModelInfo
 from autoregressive.serve.server import draining_server
 from autoregressive.serve.service import Service
+from tests.serve.small import image
 
 
 class ScriptedEngine:
@@ -42,11 +44,11 @@ class ScriptedEngine:
         return self.age
 
     @staticmethod
-    def tokens(request: ImageRequest) -> list[int]:
-        return [(7 * request.seed + 3 * request.label + i * i) % 64 for i in range(64)]
+    def tokens(request: Request) -> list[int]:
+        return [(7 * request.seed + 3 * request.conditions["label"] + i * i) % 64 for i in range(64)]
 
     def check(self, request):
-        if request.top_k == 13:
+        if request.sampling.top_k == 13:
             raise ValueError("top_k is 13: this model is superstitious")
 
     async def generate(self, request):
@@ -69,9 +71,9 @@ class ScriptedEngine:
 
 def picture(tokenizer, label: int, seed: int, size: int | None = None) -> np.ndarray:
     """What a ScriptedEngine's request looks like."""
-    codes = torch.tensor([ScriptedEngine.tokens(ImageRequest(label=label, seed=seed))])
-    image = Image.fromarray(decode_codes(tokenizer, codes)[0])
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC) if size else image)
+    codes = torch.tensor([ScriptedEngine.tokens(image(label=label, seed=seed))])
+    whole = Image.fromarray(decode_codes(tokenizer, codes)[0])
+    return np.asarray(whole.resize((size, size), Image.Resampling.BICUBIC) if size else whole)
 
 
 def pixels(image: bytes | dict) -> np.ndarray:

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 
 from autoregressive.models.gpt import GPT_models
+from autoregressive.models.settings import SamplingConfig
 from autoregressive.pipeline import ImagePipeline
+from autoregressive.request import Request
 from tests.helpers import randomize
 
 WORDS, WIDTH = 9, 12
@@ -34,3 +36,10 @@ def text_pipeline(tokenizer) -> ImagePipeline:
     shape = {"vocab_size": 64, "block_size": 64, "cls_token_num": WORDS, "caption_dim": WIDTH, "model_type": "t2i"}
     gpt = randomize(GPT_models["GPT-XS"](**shape), seed=4).requires_grad_(False)
     return ImagePipeline(gpt, tokenizer, batch_size=4, text_encoder=WordEncoder())
+
+
+def image(label=None, features=None, negative=None, seed=0, **sampling) -> Request:
+    """A request for an image of a label, or of a caption's features."""
+    name, value = ("caption", features) if features is not None else ("label", label)
+    conditions = {} if value is None else {name: value}
+    return Request(conditions, {} if negative is None else {name: negative}, SamplingConfig(**sampling), seed)

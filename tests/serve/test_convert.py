@@ -8,9 +8,9 @@ import torch
 from autoregressive.models.gpt import GPT_models
 from autoregressive.pipeline import load_gpt
 from autoregressive.serve.convert import engine_config, engine_weights, hidden_value, open_gpt
-from autoregressive.serve.engine import ImageRequest
 from autoregressive.serve.vllm_engine import ServedModel, engine_settings
 from tests.helpers import randomize
+from tests.serve.small import image
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_served_model_embeds_a_class_and_its_negative_side_by_side(small_files):
     model, classes = ServedModel(small_files.gpt, dtype=torch.float32), open_gpt(small_files.gpt).cls_embedding
     assert (model.info.name, model.info.image_size, model.info.num_classes) == ("gpt", 32, 10)
     for negative, row in ((None, 10), (10, 10), (3, 3)):
-        rows = model.prompt(ImageRequest(label=7, negative_class=negative, cfg_scale=2))["prompt_embeds"]
+        rows = model.prompt(image(label=7, negative=negative, cfg_scale=2))["prompt_embeds"]
         assert torch.equal(rows[0], classes.embedding_table.weight[[7, row]].flatten())
 
 
@@ -54,7 +54,7 @@ def test_served_model_embeds_a_class_and_its_negative_side_by_side(small_files):
 def test_served_model_pads_the_shorter_of_a_prompt_and_its_negative(t2i_file, lengths):
     model, gpt = ServedModel(t2i_file, dtype=torch.float32), load_gpt(t2i_file)
     one, other = (None if n is None else torch.randn(n, 32) for n in lengths)
-    rows = model.prompt(ImageRequest(features=one, negative_features=other, cfg_scale=2))["prompt_embeds"]
+    rows = model.prompt(image(features=one, negative=other, cfg_scale=2))["prompt_embeds"]
     expected = gpt.cls_embedding.cap_proj(one[:120])
     null = gpt.cls_embedding.cap_proj(gpt.cls_embedding.uncond_embedding)[-len(expected) :]
     negative = null if other is None else gpt.cls_embedding.cap_proj(other[:120])

@@ -13,12 +13,12 @@ import torch
 
 from autoregressive.models.sampling import NotFiniteLogits
 from autoregressive.pipeline import ImagePipeline, load_gpt
+from autoregressive.request import Request
 from autoregressive.serve import native
 from autoregressive.serve.decoder import GREY, Decoder
-from autoregressive.serve.engine import ImageRequest
 from autoregressive.serve.native import NativeEngine
 from tests.helpers import ROOT
-from tests.serve.small import text_pipeline
+from tests.serve.small import image, text_pipeline
 from tokenizer.load import load_tokenizer
 from utils.errors import NotFiniteError
 
@@ -39,15 +39,12 @@ def raster(small_files, tokenizer) -> ImagePipeline:
     return ImagePipeline(load_gpt(small_files.gpt, image_size=32, downsample_size=4), tokenizer, batch_size=4)
 
 
-def by_pipeline(pipeline: ImagePipeline, request: ImageRequest) -> np.ndarray:
-    asked: dict = {"asked": [request.label], "negative_classes": request.negative_class}
-    if pipeline.is_text:
-        negative = None if request.negative_features is None else [request.negative_features]
-        asked = {"features": [request.features], "negative_features": negative}
-    return np.asarray(pipeline(**asked, seed=request.seed, progress=False, **request.sampling)[0])
+def by_pipeline(pipeline: ImagePipeline, request: Request) -> np.ndarray:
+    (images,) = [images for _, images in pipeline.batches([request])]
+    return images[0]
 
 
-def serve(pipeline: ImagePipeline, requests: list[ImageRequest], failures=False, **options) -> list:
+def serve(pipeline: ImagePipeline, requests: list[Request], failures=False, **options) -> list:
     """Return the engine's answers to requests that come at once, or with `failures` its errors."""
 
     async def main():
@@ -69,15 +66,15 @@ def decoded(pipeline: ImagePipeline, tokens: list[int]) -> np.ndarray:
 
 
 MIXED = [
-    ImageRequest(label=3, seed=0),
-    ImageRequest(label=3, seed=1),
-    ImageRequest(label=7, seed=0, cfg_scale=4.0, top_k=20),
-    ImageRequest(label=1, seed=2**40, cfg_scale=4.0, top_k=20),
-    ImageRequest(label=9, seed=5, cfg_scale=4.0, cfg_interval=10, temperature=0.8),
-    ImageRequest(label=0, seed=6, top_p=0.7),
-    ImageRequest(label=5, sample_logits=False, cfg_scale=2.0),
+    image(label=3, seed=0),
+    image(label=3, seed=1),
+    image(label=7, seed=0, cfg_scale=4.0, top_k=20),
+    image(label=1, seed=2**40, cfg_scale=4.0, top_k=20),
+    image(label=9, seed=5, cfg_scale=4.0, cfg_interval=10, temperature=0.8),
+    image(label=0, seed=6, top_p=0.7),
+    image(label=5, sample_logits=False, cfg_scale=2.0),
 ] + [
-    ImageRequest(label=i % 10, seed=i, cfg_scale=1.5, negative_class=[None, 10, 4][i % 3])
+    image(label=i % 10, seed=i, cfg_scale=1.5, negative=[None, 10, 4][i % 3])
     for i in range(9)  # more than a micro-batch
 ]
 
@@ -105,7 +102,7 @@ def test_prompts(small_files, tokenizer):
     encoded = pipeline.encode(prompts)
     negatives = [None, *encoded[1:3][::-1], None, encoded[0]]
     requests = [
-        ImageRequest(features=one, negative_features=other, seed=i, cfg_scale=3.0)
+        image(features=one, negative=other, seed=i, cfg_scale=3.0)
         for i, (one, other) in enumerate(zip(encoded, negatives))
     ]
     for i, tokens in enumerate(serve(pipeline, requests)):
@@ -117,17 +114,16 @@ def test_prompts(small_files, tokenizer):
 @pytest.mark.parametrize(
     "request_, message",
     [
-        (ImageRequest(label=10), "label 10 is out of range"),
-        (ImageRequest(label=-1), "label -1 is out of range"),
-        (ImageRequest(), "give a label, 0 to 9"),
-        (ImageRequest(features=torch.zeros(1, 3)), "give a label, 0 to 9"),
-        (ImageRequest(label="3"), "a label is a whole number, got '3'"),
-        (ImageRequest(label=1, negative_class=11, cfg_scale=2.0), "label 11 is out of range"),
-        (ImageRequest(label=1, negative_class=3), "no effect without guidance"),
-        (ImageRequest(label=1, negative_features=torch.zeros(1, 3), cfg_scale=2.0), "give a label, 0 to 9"),
-        (ImageRequest(label=1, cfg_scale="4"), "cfg_scale: .*number"),
-        (ImageRequest(label=1, cfg_scale=float("nan")), "--cfg-scale must be a number"),
-        (ImageRequest(label=1, top_p=-1), "--top-p must be 0"),
+        (image(label=10), "label 10 is out of range"),
+        (image(label=-1), "label -1 is out of range"),
+        (image(), "draws from label, and the request has nothing"),
+        (image(features=torch.zeros(1, 3)), "draws from label, and the request has caption"),
+        (image(label="3"), "a label is a whole number, 0 to 9, got '3'"),
+        (image(label=True), "a label is a whole number, 0 to 9, got True"),
+        (image(label=1, seed=2**64), "seed must be a whole number"),
+        (image(label=1, negative=11, cfg_scale=2.0), "label 11 is out of range"),
+        (image(label=1, negative=3), "no effect without guidance"),
+        (image(label=1, negative=torch.zeros(1, 3), cfg_scale=2.0), "a label is a whole number"),
     ],
 )
 def test_requests_that_are_refused(raster, request_, message):
@@ -145,10 +141,10 @@ def test_requests_that_are_refused(raster, request_, message):
 @pytest.mark.parametrize(
     "request_, message",
     [
-        (ImageRequest(label=1), "not a label"),
-        (ImageRequest(features=torch.zeros(3, 5)), "takes floats of shape"),
-        (ImageRequest(features=torch.zeros(0, 12)), "takes floats of shape"),
-        (ImageRequest(features=torch.full((2, 12), float("inf"))), "not all finite"),
+        (image(label=1), "draws from caption, and the request has label"),
+        (image(features=torch.zeros(3, 5)), "takes floats of shape"),
+        (image(features=torch.zeros(0, 12)), "takes floats of shape"),
+        (image(features=torch.full((2, 12), float("inf"))), "not all finite"),
     ],
 )
 def test_features_that_are_refused(tokenizer, request_, message):
@@ -164,7 +160,7 @@ def test_features_that_are_refused(tokenizer, request_, message):
 def test_a_closed_request_gives_its_place_up(raster, monkeypatch):
     """Of requests that are closed early, waiting ones are not begun, and a batch of closed ones ends early."""
     steps = []
-    generate_codes = raster.generate_codes
+    draw = raster.draw
 
     def counted(cond, on_step, **more):
         steps.append(0)
@@ -173,33 +169,33 @@ def test_a_closed_request_gives_its_place_up(raster, monkeypatch):
             steps[-1] = done
             on_step(done, tokens)
 
-        return generate_codes(cond, on_step=count, **more)
+        return draw(cond, on_step=count, **more)
 
-    monkeypatch.setattr(raster, "generate_codes", counted)
+    monkeypatch.setattr(raster, "draw", counted)
 
     async def main():
         engine = NativeEngine(raster, gather=0.05)
-        waiting = asyncio.create_task(anext(engine.generate(ImageRequest(label=2))))
+        waiting = asyncio.create_task(anext(engine.generate(image(label=2))))
         await asyncio.sleep(0)
         waiting.cancel()
-        async with aclosing(engine.generate(ImageRequest(label=1))) as running:
+        async with aclosing(engine.generate(image(label=1))) as running:
             await anext(running)
-        last = [tokens async for tokens in engine.generate(ImageRequest(label=3, seed=4))][-1]
+        last = [tokens async for tokens in engine.generate(image(label=3, seed=4))][-1]
         await engine.close()
         return last
 
     last = asyncio.run(main())
     assert len(steps) == 2 and steps[0] < 64 and steps[1] == 64
     monkeypatch.undo()
-    assert np.array_equal(decoded(raster, last), by_pipeline(raster, ImageRequest(label=3, seed=4)))
+    assert np.array_equal(decoded(raster, last), by_pipeline(raster, image(label=3, seed=4)))
 
 
 def test_closing_ends_what_runs_and_what_waits(raster):
     async def main():
         engine = NativeEngine(raster)
-        running = engine.generate(ImageRequest(label=1))
+        running = engine.generate(image(label=1))
         await anext(running)
-        waiting = asyncio.create_task(anext(engine.generate(ImageRequest(label=2, top_k=3))))
+        waiting = asyncio.create_task(anext(engine.generate(image(label=2, top_k=3))))
         await asyncio.sleep(0.01)
         await engine.close()
         with pytest.raises(RuntimeError, match="closed"):
@@ -208,7 +204,7 @@ def test_closing_ends_what_runs_and_what_waits(raster):
         with pytest.raises(RuntimeError, match="closed"):
             await waiting
         with pytest.raises(RuntimeError, match="closed"):
-            await anext(engine.generate(ImageRequest(label=2)))
+            await anext(engine.generate(image(label=2)))
         with pytest.raises(RuntimeError, match="closed"):
             await engine.run(lambda: 1)
         await engine.close()
@@ -221,12 +217,12 @@ def test_closing_ends_what_runs_and_what_waits(raster):
 def test_token_age_is_that_of_a_hung_worker(raster, monkeypatch):
     """Known in the event loop while the worker hangs; a worker that waits for its turn does not hang."""
     held = threading.Event()
-    monkeypatch.setattr(raster, "generate_codes", lambda *_, **__: held.wait(60))
+    monkeypatch.setattr(raster, "draw", lambda *_, **__: held.wait(60))
 
     async def main():
         engine = NativeEngine(raster)
         assert engine.token_age() is None
-        drawing = asyncio.create_task(anext(engine.generate(ImageRequest(label=1))))
+        drawing = asyncio.create_task(anext(engine.generate(image(label=1))))
         await asyncio.sleep(0.5)
         hung = engine.token_age()
         held.set()
@@ -234,7 +230,7 @@ def test_token_age_is_that_of_a_hung_worker(raster, monkeypatch):
         with pytest.raises(RuntimeError, match="drawing failed"):
             await drawing
         idle = engine.token_age()
-        stream = engine.generate(ImageRequest(label=1))
+        stream = engine.generate(image(label=1))
         await anext(stream)
         drawn = engine.token_age()
         await stream.aclose()
@@ -247,12 +243,12 @@ def test_token_age_is_that_of_a_hung_worker(raster, monkeypatch):
 
 def test_closing_an_engine_whose_worker_hangs_ends(raster, monkeypatch, caplog):
     held = threading.Event()
-    monkeypatch.setattr(raster, "generate_codes", lambda *_, **__: held.wait(60))
+    monkeypatch.setattr(raster, "draw", lambda *_, **__: held.wait(60))
     monkeypatch.setattr(native, "SECONDS_TO_CLOSE", 0.2)
 
     async def main():
         engine = NativeEngine(raster)
-        drawing = asyncio.create_task(anext(engine.generate(ImageRequest(label=1))))
+        drawing = asyncio.create_task(anext(engine.generate(image(label=1))))
         await asyncio.sleep(0.1)
         await engine.close()
         held.set()
@@ -266,7 +262,7 @@ def test_closing_an_engine_whose_worker_hangs_ends(raster, monkeypatch, caplog):
 def test_native_engine_with_one_broken_image_draws_the_others_of_its_batch(small_files, tokenizer):
     whole, gpt = load_gpt(small_files.gpt), load_gpt(small_files.gpt)
     gpt.cls_embedding.embedding_table.weight.data[3] = float("nan")
-    requests = [ImageRequest(label=label, seed=label, cfg_scale=2.0) for label in (1, 3, 2)]
+    requests = [image(label=label, seed=label, cfg_scale=2.0) for label in (1, 3, 2)]
     expected = serve(ImagePipeline(whole, tokenizer), requests, gather=0.2)
     first, broken, third = serve(ImagePipeline(gpt, tokenizer), requests, failures=True, gather=0.2)
     assert [first[-1], third[-1]] == [expected[0][-1], expected[2][-1]]
@@ -290,19 +286,19 @@ def test_decoder_with_one_broken_image_decodes_the_others_of_its_batch(raster):
 
 
 def test_a_batch_that_fails_leaves_the_next_alone(raster, monkeypatch):
-    generate_codes = raster.generate_codes
+    draw = raster.draw
 
     def fails_once(*args, **more):
-        monkeypatch.setattr(raster, "generate_codes", generate_codes)
+        monkeypatch.setattr(raster, "draw", draw)
         raise MemoryError("no memory left")
 
-    monkeypatch.setattr(raster, "generate_codes", fails_once)
+    monkeypatch.setattr(raster, "draw", fails_once)
 
     async def main():
         engine = NativeEngine(raster)
         with pytest.raises(RuntimeError, match="drawing failed: no memory left"):
-            await anext(engine.generate(ImageRequest(label=1)))
-        tokens = [tokens async for tokens in engine.generate(ImageRequest(label=1))][-1]
+            await anext(engine.generate(image(label=1)))
+        tokens = [tokens async for tokens in engine.generate(image(label=1))][-1]
         await engine.close()
         return tokens
 
@@ -312,7 +308,7 @@ def test_a_batch_that_fails_leaves_the_next_alone(raster, monkeypatch):
 def test_calls_run_between_micro_batches(raster):
     async def main():
         engine = NativeEngine(raster)
-        drawing = asyncio.create_task(anext(engine.generate(ImageRequest(label=1))))
+        drawing = asyncio.create_task(anext(engine.generate(image(label=1))))
         assert await engine.run(lambda: 6 * 7) == 42
         with pytest.raises(KeyError):
             await engine.run(lambda: {}["absent"])

@@ -17,6 +17,7 @@ pytest.importorskip("httpx")
 import httpx
 from pydantic import ValidationError
 
+from autoregressive.models.settings import SamplingConfig
 from autoregressive.pipeline import ImagePipeline, load_gpt
 from autoregressive.serve.api import IMAGES, create_app
 from autoregressive.serve.body import MAX_SEED, ImageBody, Limits, ask, invalid_body
@@ -107,9 +108,9 @@ def test_settings_reach_the_engine(tokenizer):
         await post(client, prompt="1", cfg_scale=3.5, user="someone", quality="auto", output_format="png")
         await post(client, prompt="1", temperature=0, top_p=0, top_k=-1)
         first, second, third = service.engine.asked
-        assert (first.cfg_scale, first.cfg_interval, first.temperature, first.top_k, first.top_p) == (2, 9, 0.5, 7, 0.9)
-        assert (second.cfg_scale, second.cfg_interval, second.top_k, second.top_p) == (3.5, -1, 2000, 1.0)
-        assert (third.temperature, third.top_p, third.top_k) == (0, 0, -1)
+        assert first.sampling == SamplingConfig(2, 9, 0.5, 7, 0.9)
+        assert second.sampling == SamplingConfig(3.5, -1, 1.0, 2000, 1.0)
+        assert third.sampling == SamplingConfig(4.0, -1, 0, -1, 0)
 
     with_client(tokenizer, work)
 
@@ -760,7 +761,7 @@ def test_negative_prompt_is_encoded_for_the_engine(tokenizer):
         service.engine.generate = lambda request: asked.append(request) or generate(request)
         assert (await post(client, prompt="rain", negative_prompt="sun")).status_code == 200
         assert calls == [["rain"], ["sun"]]
-        assert asked[0].negative_features.shape == (1, 12) and asked[0].negative_class is None
+        assert asked[0].negative["caption"].shape == (1, 12)
         refused = (await post(client, prompt="rain", negative_class=1)).json()["error"]
         assert refused["param"] == "negative_class" and "give negative_prompt" in refused["message"]
 

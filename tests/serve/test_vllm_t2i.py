@@ -10,8 +10,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed here (bash scripts/ser
 
 from autoregressive.models.gpt import GPT_models
 from autoregressive.models.sampling import NotFiniteLogits
-from autoregressive.serve.engine import ImageRequest
 from tests.helpers import randomize
+from tests.serve.small import image
 from tests.serve.vllm_engines import Running, preemptions
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -39,7 +39,7 @@ def running(tmp_path_factory):
 
 
 def test_greedy_tokens_while_images_lose_their_places(running, small_files):
-    requests = [ImageRequest(features=features(i), cfg_scale=SCALES[i % 4], sample_logits=False) for i in range(16)]
+    requests = [image(features=features(i), cfg_scale=SCALES[i % 4], sample_logits=False) for i in range(16)]
     before = preemptions()
     drawn = running.draw(requests)
     assert drawn == running.expected(small_files.vq, requests)
@@ -49,7 +49,7 @@ def test_greedy_tokens_while_images_lose_their_places(running, small_files):
 
 def test_drawn_tokens_with_late_arrivals(running, small_files):
     requests = [
-        ImageRequest(features=features(i), cfg_scale=SCALES[i % 4], cfg_interval=[-1, 20][i % 2], seed=i, top_k=30)
+        image(features=features(i), cfg_scale=SCALES[i % 4], cfg_interval=[-1, 20][i % 2], seed=i, top_k=30)
         for i in range(16)
     ]
     drawn = running.draw(requests, [0.03 * i for i in range(16)])
@@ -58,9 +58,9 @@ def test_drawn_tokens_with_late_arrivals(running, small_files):
 
 def test_negatives_of_any_length_draw_what_the_pipeline_draws(running, small_files):
     requests = [
-        ImageRequest(
+        image(
             features=features(i),
-            negative_features=None if i % 4 == 0 else features(3 * i + 1),
+            negative=None if i % 4 == 0 else features(3 * i + 1),
             cfg_scale=3.0,
             seed=i,
             top_k=30,
@@ -69,14 +69,14 @@ def test_negatives_of_any_length_draw_what_the_pipeline_draws(running, small_fil
     ]
     drawn = running.draw(requests)
     assert drawn == running.expected(small_files.vq, requests)
-    without = running.draw([replace(request, negative_features=None) for request in requests[:2]])
+    without = running.draw([replace(request, negative={}) for request in requests[:2]])
     assert without[0] == drawn[0] and without[1] != drawn[1]
 
 
 def test_vllm_engine_with_one_broken_image_draws_the_others(running, small_files):
-    requests = [ImageRequest(features=features(i), cfg_scale=2.0, seed=i) for i in range(6)]
+    requests = [image(features=features(i), cfg_scale=2.0, seed=i) for i in range(6)]
     expected = running.expected(small_files.vq, requests)
-    overflowing = ImageRequest(features=torch.full((7, WIDTH), 3e38))  # leaves NaN in the engine's cache
+    overflowing = image(features=torch.full((7, WIDTH), 3e38))  # leaves NaN in the engine's cache
     *drawn, broken = running.draw([*requests, overflowing], failures=True)
     assert drawn == expected == running.draw(requests)
     assert isinstance(broken, NotFiniteLogits) and broken.steps == [1] and not running.engine.dead
@@ -85,11 +85,10 @@ def test_vllm_engine_with_one_broken_image_draws_the_others(running, small_files
 @pytest.mark.parametrize(
     "request_, message",
     [
-        (ImageRequest(label=1), "give a prompt's features, not a label"),
-        (ImageRequest(features=torch.zeros(3, 8)), r"shape \(3, 8\); this model takes floats of shape \(length, 32\)"),
-        (ImageRequest(features=torch.zeros(0, WIDTH)), "takes floats of shape"),
-        (ImageRequest(features=torch.full((3, WIDTH), torch.nan)), "not all finite"),
-        (ImageRequest(features=[[0.0] * WIDTH]), "features are a tensor"),
+        (image(label=1), "draws from caption, and the request has label"),
+        (image(features=torch.zeros(3, 8)), r"shape \(3, 8\); this model takes floats of shape \(length, 32\)"),
+        (image(features=torch.zeros(0, WIDTH)), "takes floats of shape"),
+        (image(features=torch.full((3, WIDTH), torch.nan)), "not all finite"),
     ],
 )
 def test_a_request_that_is_refused(request_, message, running):

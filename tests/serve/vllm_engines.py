@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from autoregressive.pipeline import ImagePipeline, load_gpt
-from autoregressive.serve.engine import ImageRequest
+from autoregressive.request import Request
 from autoregressive.serve.vllm_engine import ServedModel, VllmEngine
 from tokenizer.load import load_tokenizer
 
@@ -29,10 +29,10 @@ class Running:
         self.runner.run(self.engine.close())
         self.runner.close()
 
-    def draw(self, requests: Sequence[ImageRequest], delays: Sequence[float] | None = None, failures=False) -> list:
+    def draw(self, requests: Sequence[Request], delays: Sequence[float] | None = None, failures=False) -> list:
         """The tokens of requests that come all at once, or each so many seconds after the first; with `failures` errors."""
 
-        async def one(request: ImageRequest, delay: float) -> list[int]:
+        async def one(request: Request, delay: float) -> list[int]:
             await asyncio.sleep(delay)
             last: list[int] = []
             async for tokens in self.engine.generate(request):
@@ -46,16 +46,10 @@ class Running:
 
         return self.runner.run(all_of_them())
 
-    def expected(self, vq: Path, requests: Sequence[ImageRequest]) -> list[list[int]]:
+    def expected(self, vq: Path, requests: Sequence[Request]) -> list[list[int]]:
         """What ImagePipeline draws for each, as image 0 of a run of its seed."""
         pipeline = ImagePipeline(self.gpt, load_tokenizer(vq))
-        drawn = []
-        for request in requests:
-            asked = [request.label if request.features is None else request.features]
-            conditions = pipeline.conditions(asked, [request.negative])
-            codes = pipeline.generate_codes(**conditions, seed=request.seed, **request.sampling)
-            drawn.append(codes[0].tolist())
-        return drawn
+        return [pipeline.draw(pipeline.read([request]))[0].tolist() for request in requests]
 
 
 def preemptions() -> float:

@@ -7,7 +7,7 @@ In training a condition is dropped now and then, which gives guidance its uncond
 arXiv 2207.12598).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,33 @@ class Condition(nn.Module):
     """One kind of condition. Subclasses take `dim` and `grid_size`, then settings of their own, which `config` gives back."""
 
     rows = 0  # rows before the tokens; 0 for a condition that is added per token
+    text_dim = 0  # numbers of a text feature, where a text encoder makes the values
 
     @property
     def config(self) -> dict[str, Any]:
         """Settings to build the condition from, beside dim and grid_size."""
         return {}
+
+    def read(self, value: Any) -> Tensor:
+        """Return the value of one image, as a user gives it, for `stack`. Raises ValueError, FileNotFoundError."""
+        value = torch.as_tensor(value)
+        self.check(value[None])
+        return value
+
+    def read_negative(self, value: Any) -> Tensor:
+        """Return one image's value that guidance is to lead away from, as `read` does."""
+        return self.read(value)
+
+    def stack(self, values: Sequence[Tensor], left: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Batch what `read` returned: (B, …), and which rows are real, bool (B, rows), None where all are.
+
+        left: padding stands before a value that is shorter than `rows`, as in training; else behind it.
+        """
+        return torch.stack(list(values)), None
+
+    def example(self) -> Any:
+        """Return a value of one image to try a model with."""
+        raise ValueError(f"{type(self).__name__} has no example value; give the number of images at once")
 
     def check(self, value: Tensor) -> None:
         """Raise ValueError where the value (B, …) is not of this condition."""

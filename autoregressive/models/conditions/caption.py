@@ -1,8 +1,11 @@
 """Caption: rows of text features before the tokens (LlamaGen, arXiv 2406.06525, section 2.2)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -29,13 +32,47 @@ class CaptionEmbedder(Condition):
 
     def __init__(self, dim: int, grid_size: int = 0, *, caption_dim: int, tokens: int = 120):
         super().__init__()
-        self.caption_dim, self.rows = caption_dim, tokens
+        self.caption_dim = self.text_dim = caption_dim
+        self.rows = tokens
         self.cap_proj = CaptionProjection(caption_dim, dim)
         self.register_buffer("uncond_embedding", torch.randn(tokens, caption_dim) / caption_dim**0.5)
 
     @property
     def config(self) -> dict[str, Any]:
         return {"caption_dim": self.caption_dim, "tokens": self.rows}
+
+    def read(self, value: Any) -> Tensor:
+        """Return features (length, caption_dim) or (1, length, caption_dim), or those of an .npy file, as floats of two axes."""
+        if isinstance(value, Path):
+            value = read_file(value)
+        if isinstance(value, str):
+            raise ValueError(f"caption {shorten(value)} is a text: encode it first (ImagePipeline.encode)")
+        if not isinstance(value, Tensor):
+            value = torch.as_tensor(np.ascontiguousarray(value))
+        if value.dim() == 3 and len(value) == 1:
+            value = value[0]
+        if value.dim() != 2 or value.shape[1] != self.caption_dim or not len(value) or not value.is_floating_point():
+            raise ValueError(
+                f"features are {value.dtype} of shape {tuple(value.shape)}; this model takes floats of shape (length, "
+                f"{self.caption_dim}), those of the text encoder it was trained with"
+            )
+        if not value.isfinite().all():
+            raise ValueError(f"features are not all finite: the encoder overflows in {value.dtype}")
+        return value
+
+    def stack(self, values: Sequence[Tensor], left: bool = True) -> tuple[Tensor, Tensor]:
+        """Batch captions, of which the first `rows` rows count, in the weights' dtype."""
+        weight = self.cap_proj.fc1.weight
+        batch = weight.new_zeros(len(values), self.rows, self.caption_dim)
+        mask = torch.zeros(len(values), self.rows, dtype=torch.bool, device=weight.device)
+        for i, value in enumerate(values):
+            count = min(len(value), self.rows)
+            place = slice(self.rows - count, self.rows) if left else slice(count)
+            batch[i, place], mask[i, place] = value[:count].to(weight.device, weight.dtype), True
+        return batch, mask
+
+    def example(self) -> Tensor:
+        return torch.zeros(self.rows, self.caption_dim)
 
     def check(self, value: Tensor) -> None:
         """Raise ValueError for another shape than (B, T, caption_dim)."""
@@ -54,3 +91,13 @@ class CaptionEmbedder(Condition):
 
     def reset(self, normal: Callable[[Tensor, float], None], std: float) -> None:
         normal(self.uncond_embedding, self.caption_dim**-0.5)
+
+
+def read_file(path: Path) -> np.ndarray:
+    """Return an array from an .npy file. Raises FileNotFoundError, ValueError for a damaged file."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no features at {path}") from error
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is not a readable .npy file of features ({error}); extract it again") from error

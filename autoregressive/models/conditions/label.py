@@ -1,5 +1,7 @@
 """Class label: one row before the tokens (LlamaGen, arXiv 2406.06525, section 2.2)."""
 
+from operator import index
+from reprlib import repr as shorten
 from typing import Any
 
 import torch
@@ -23,6 +25,24 @@ class LabelEmbedder(Condition):
     @property
     def config(self) -> dict[str, Any]:
         return {"num_classes": self.num_classes}
+
+    def read(self, value: Any, end: int | None = None) -> Tensor:
+        """Return a whole number below the number of classes as int64 ()."""
+        try:
+            label = index(None if isinstance(value, bool) else value)
+        except TypeError:
+            message = f"a label is a whole number, 0 to {self.num_classes - 1}, got {shorten(value)}"
+            raise ValueError(message) from None
+        if not 0 <= label < (end or self.num_classes):
+            raise ValueError(f"label {label} is out of range: the model has classes 0 to {self.num_classes - 1}")
+        return torch.tensor(label)
+
+    def read_negative(self, value: Any) -> Tensor:
+        """Return a label as read does, or num_classes, "no class"."""
+        return self.read(value, self.num_classes + 1)
+
+    def example(self) -> int:
+        return 0
 
     def check(self, value: Tensor) -> None:
         """Raise ValueError for what are no whole numbers (B,), or for a label outside 0 … num_classes - 1."""

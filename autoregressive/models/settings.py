@@ -1,0 +1,97 @@
+"""Settings by which tokens are chosen, each declared once: flags, server bodies, records and the page are made from these fields.
+
+config = SamplingConfig(cfg_scale=2.0, top_k=2000)
+"""
+
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from math import inf, isfinite, isnan
+from numbers import Real
+from reprlib import repr as shorten
+from typing import Any
+
+
+def setting(default: Any, help: str, **metadata: Any) -> Any:
+    """Declare a setting.
+
+    Args:
+        default: value that changes nothing.
+        help: one line for flags and the server's schema.
+        metadata: `least`, the smallest value that a flag takes; `served`, the range of a server's requests; `page`, the range
+            and step on the page (a number box where there is no end); `switch`, the flag that turns a setting off that is on by default.
+    """
+    return field(default=default, metadata={"help": help, "least": -inf, **metadata})
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Settings by which tokens are chosen.
+
+    sample_logits False, temperature 0, top_k 1 and top_p 0 each take the likeliest token, the first of equal ones.
+    Raises ValueError for a value out of range.
+    """
+
+    cfg_scale: float = setting(1.0, "guidance scale, 1 or less for none", least=-1, served=(0, 100), page=(1, 20, 0.1))
+    cfg_interval: float = setting(
+        -1, "last guided decode step, -1 for all", least=-1, served=(-1, 1e6), page=(-1, None, None)
+    )
+    temperature: float = setting(
+        1.0, "divides the logits, 0 for the likeliest token", least=0, served=(0, 100), page=(0, 2, 0.05)
+    )
+    top_k: int = setting(
+        0, "keep the k most likely tokens, 0 or -1 for all", least=-1, served=(-1, 10**6), page=(0, None, 1)
+    )
+    top_p: float = setting(
+        1.0,
+        "keep the most likely tokens of this mass, 1 for all, 0 for the likeliest",
+        least=0,
+        served=(0, 1),
+        page=(0, 1, 0.01),
+    )
+    sample_logits: bool = setting(True, "take the likeliest token, the first of equal ones", switch="greedy")
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            is_number = isinstance(value, Real) and not (isinstance(value, bool) and each.type is not bool)
+            if not is_number or (isinstance(value, int) and abs(value) >= 2**63):
+                raise ValueError(f"{each.name} must be a number, got {shorten(value)}")
+        if not (isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"--temperature must be 0 or more, got {self.temperature}")
+        if not (isfinite(self.top_p) and self.top_p >= 0):
+            raise ValueError(f"--top-p must be 0 (the likeliest token) to 1 (every token), got {self.top_p}")
+        if not (isfinite(self.top_k) and int(self.top_k) == self.top_k):
+            raise ValueError(f"--top-k must be a whole number (0 or -1: every token), got {self.top_k}")
+        if not isfinite(self.cfg_scale):
+            raise ValueError(f"--cfg-scale must be a number (1 or less: no guidance), got {self.cfg_scale}")
+        if isnan(self.cfg_interval):
+            raise ValueError("--cfg-interval must be a decode step, or -1 to guide all of them, got nan")
+
+    @classmethod
+    def fields(cls) -> Mapping[str, Field]:
+        """Return the declarations of the settings by name."""
+        return {each.name: each for each in fields(cls)}
+
+    @property
+    def guided(self) -> bool:
+        """Tell whether unconditional rows are needed at all."""
+        return self.cfg_scale > 1
+
+    @property
+    def greedy(self) -> bool:
+        """Tell whether the likeliest token is taken, whatever the noise."""
+        return not self.sample_logits or self.temperature == 0 or self.top_k == 1 or self.top_p == 0
+
+    @property
+    def operations(self) -> tuple[bool, int, bool]:
+        """Return the operations on logits: greedy, top-k (0 where greedy), and whether top-p filters."""
+        return (True, 0, False) if self.greedy else (False, int(self.top_k), self.top_p < 1)
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        """Return the numbers of these operations: guidance scale, the temperature to divide by (above 0), top-p."""
+        return self.cfg_scale, max(self.temperature, 1e-5), self.top_p
+
+    def guides(self, step: int) -> bool:
+        """Tell whether the decode step of this number is guided (see Layout.step_number)."""
+        return self.guided and (self.cfg_interval < 0 or step <= self.cfg_interval)

@@ -1,0 +1,81 @@
+"""One image to draw: what every way to ask for images makes, and what pipeline, engines and the loop read.
+
+request = Request({"label": 207}, sampling=SamplingConfig(cfg_scale=4.0), seed=0)
+images = pipeline.batches([request])
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from reprlib import repr as shorten
+from typing import TYPE_CHECKING, Any
+
+from autoregressive.models.settings import SamplingConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autoregressive.models.conditions import Condition
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One image.
+
+    conditions: values by the names of the model's conditions: a label; a prompt, a caption's features (length, dim) or the
+        path of their .npy file; whatever a condition of one's own reads.
+    negative: values that guidance leads away from, by name, in place of "no class" or "no caption".
+    seed, index: of the image's noise (utils/rng.py:image_noise): index is its number in a run of the seed.
+    known: int64 (N,) in raster order, tokens that are given, -1 for those to draw.
+    """
+
+    conditions: Mapping[str, Any]
+    negative: Mapping[str, Any] = field(default_factory=dict)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    seed: int = 0
+    index: int = 0
+    known: "Tensor | None" = None
+
+    def read(self, conditions: "Mapping[str, Condition]", encoded: "Mapping[str, Tensor] | None" = None) -> "Request":
+        """Return the request with its values as the model's conditions read them. Raises ValueError, FileNotFoundError.
+
+        encoded: features by prompt, for conditions that are texts.
+        """
+        if set(self.conditions) != set(conditions) or not set(self.negative) <= set(conditions):
+            known, asked = (
+                ", ".join(names) or "nothing" for names in (conditions, {**self.conditions, **self.negative})
+            )
+            raise ValueError(f"this model draws from {known}, and the request has {asked}")
+        require_guidance(self.sampling, self.negative)
+        for name, number in (("seed", self.seed), ("index", self.index)):
+            if isinstance(number, bool) or not isinstance(number, int) or not -(2**63) <= number < 2**63:
+                raise ValueError(f"{name} must be a whole number of 64 bits, got {shorten(number)}")
+        features = encoded or {}
+
+        def value(name: str, given: Any) -> Any:
+            is_prompt = isinstance(given, str) and conditions[name].text_dim
+            return features.get(given, given) if is_prompt else given
+
+        return replace(
+            self,
+            conditions={name: conditions[name].read(value(name, self.conditions[name])) for name in conditions},
+            negative={name: conditions[name].read_negative(value(name, each)) for name, each in self.negative.items()},
+        )
+
+    def settings(self) -> dict[str, float]:
+        """Return sampling settings, seed and index as plain values; `from_settings` reads them in another process."""
+        return {**asdict(self.sampling), "seed": self.seed, "index": self.index}
+
+    @classmethod
+    def from_settings(cls, values: Mapping[str, Any] | None) -> "Request":
+        """Return a request without conditions; what is not given has its default. Raises ValueError for a value out of range."""
+        given = values or {}
+        sampling = SamplingConfig(**{name: given[name] for name in SamplingConfig.fields() if name in given})
+        return cls({}, {}, sampling, given.get("seed", 0), given.get("index", 0)).read({})
+
+
+def require_guidance(sampling: SamplingConfig, negatives: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Raise ValueError where a negative is given and guidance, which would lead away from it, is off."""
+    if negatives and not sampling.guided:
+        raise ValueError(
+            f"a negative has no effect without guidance: --cfg-scale is {sampling.cfg_scale:g}, give more than 1"
+        )

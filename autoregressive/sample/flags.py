@@ -1,0 +1,92 @@
+"""Flags of the scripts that draw, made from the settings of SamplingConfig, and those of a grid of images.
+
+parser = grid_flags(__doc__, "sample_c2i.png", "label")
+config = sampling_config(parser.parse_args())
+"""
+
+import argparse
+
+from autoregressive.models.settings import SamplingConfig
+from autoregressive.models.sizes import GPT_SIZES
+from autoregressive.request import require_guidance
+from tokenizer.tokenizer_image.sizes import VQ_SIZES
+from utils.cli import (
+    SEED,
+    Flags,
+    Number,
+    add_decode_precision_flag,
+    add_flag,
+    add_gpt_file_flags,
+    add_gpt_flags,
+    add_image_size_flags,
+    add_run_flags,
+    add_text_flags,
+    add_tokenizer_flags,
+    flag_parser,
+    positive_int,
+)
+
+
+def add_sampling_flags(parser: Flags, *, negative: str | None = None, **defaults: float) -> None:
+    """Add a flag for each setting. negative: what guidance may lead away from, "class" or "prompt". defaults: where not the setting's."""
+    group = parser.add_argument_group("sampling")
+    if negative:
+        says = "a class, by name or number," if negative == "class" else "a prompt"
+        help = f"{says} that guidance leads away from (default: no {negative})"
+        add_flag(group, f"--negative-{negative}", None, None, help)
+        help = "values of a further condition, an array whose row i is image i's; repeatable (docs/extending.md)"
+        group.add_argument("--condition-file", action="append", default=None, metavar="NAME=FILE.npy", help=help)
+    for name, field in SamplingConfig.fields().items():
+        help, switch = field.metadata["help"], field.metadata.get("switch")
+        if switch:
+            group.add_argument(f"--{switch}", action="store_true", help=help)
+        else:
+            kind = Number(field.type, least=field.metadata["least"])
+            add_flag(group, f"--{name.replace('_', '-')}", kind, defaults.get(name, field.default), help)
+
+
+def sampling_config(args: argparse.Namespace) -> SamplingConfig:
+    """Return the settings that the flags give. Raises ValueError for a negative without guidance."""
+    settings = {
+        name: not getattr(args, field.metadata["switch"]) if "switch" in field.metadata else getattr(args, name)
+        for name, field in SamplingConfig.fields().items()
+    }
+    config = SamplingConfig(**settings)
+    asked = getattr(args, "negative_class", None), getattr(args, "negative_prompt", None)
+    require_guidance(config, [negative for negative in asked if negative is not None])
+    return config
+
+
+def grid_flags(
+    description: str | None, output: str, asks: str, *, files_required: bool = False
+) -> argparse.ArgumentParser:
+    """Return the flags of a script that draws a grid of images, whatever draws it.
+
+    output: the picture's default name. asks: "label" or "prompt". files_required: of a script without default files.
+    """
+    text = asks == "prompt"
+    parser = flag_parser(description, added=["--cfg-interval"] if text or files_required else [])
+    add_gpt_flags(parser, GPT_SIZES, **({"gpt_type": "t2i", "gpt_model": "GPT-XL"} if text else {}))
+    add_gpt_file_flags(parser, required=files_required)
+    add_tokenizer_flags(parser, VQ_SIZES, required=files_required)
+    if text:
+        add_text_flags(parser)
+    add_image_size_flags(parser, 512 if text else 384)
+    if text:
+        add_sampling_flags(parser, cfg_scale=7.5, top_k=1000, negative="prompt")
+    else:
+        add_sampling_flags(parser, cfg_scale=4.0, top_k=2000, negative="class")
+    add_run_flags(parser)
+    add_decode_precision_flag(parser)
+    depends = "the seed, i and its prompt" if text else "the seed and i"
+    add_flag(parser, "--seed", SEED, 0, f"image i is a function of {depends}")
+    if text:
+        help = "what to draw; may be given several times (default: four prompts)"
+        parser.add_argument("--prompt", action="append", default=None, help=help)
+        add_flag(parser, "--prompt-file", None, None, "a text file with a prompt on each line, after those")
+    else:
+        help = "the classes to draw, by name or number; a name comes first where classes are called by numbers (default: eight)"
+        parser.add_argument("--labels", nargs="+", default=None, help=help)
+    add_flag(parser, "--columns", positive_int, 4, "images in a row of the grid")
+    add_flag(parser, "--output", None, output, "the picture to write")
+    return parser
