@@ -10,7 +10,6 @@ import argparse
 import difflib
 import json
 import pickle
-import pickletools
 import re
 import zipfile
 from collections import OrderedDict
@@ -260,34 +259,13 @@ def _read_pickle(path: Path, map_location: str | torch.device, mmap: bool) -> An
         raise
     except Exception as error:  # arbitrary bytes make the reader fail in arbitrary ways
         wanted = re.search(r"(?:GLOBAL|unsupported class|unrecognized function) (\S+)", str(error))
-        names = [wanted[1]] if wanted else _globals_in_raw_pickle(path)
-        if isinstance(error, pickle.UnpicklingError) and names:
+        if isinstance(error, pickle.UnpicklingError) and wanted:
             raise ValueError(
-                f"refused: {path} asks to run {', '.join(names)} while loading; nothing was run. Only tensors, plain "
-                "values and argparse.Namespace are read. If you trust the file, have it saved again as a plain state "
-                "dict or as safetensors"
+                f"refused: {path} asks to run {wanted[1]} while loading; nothing was run. If you trust the file, have it "
+                "saved again as a plain state dict or as safetensors"
             ) from error
-        if isinstance(error, pickle.UnpicklingError | LookupError | TypeError):
-            raise _damaged(path, "its pickle is not one that torch.save writes") from error
-        raise _damaged(path, str(error) or type(error).__name__) from error
-
-
-def _globals_in_raw_pickle(path: Path) -> list[str]:
-    """Return the names that a bare pickle (no zip of torch.save) would import, from its opcodes, which are not run."""
-    names: list[str] = []
-    strings: list[str] = []
-    try:
-        with path.open("rb") as f:
-            for opcode, value, _ in pickletools.genops(f):
-                if opcode.name in ("GLOBAL", "INST") and isinstance(value, str):
-                    names.append(value.replace(" ", "."))
-                elif opcode.name == "STACK_GLOBAL":
-                    names.append(".".join(strings[-2:]))
-                elif isinstance(value, str):
-                    strings.append(value)
-    except Exception:  # what was found before the pickle stops making sense is what there is to report
-        pass
-    return list(dict.fromkeys(names))[:_LISTED]
+        unknown = isinstance(error, pickle.UnpicklingError | LookupError | TypeError)
+        raise _damaged(path, "its pickle is not one that torch.save writes" if unknown else error) from error
 
 
 def _read_safetensors(path: Path, files: list[Path], map_location: str | torch.device) -> Checkpoint:
