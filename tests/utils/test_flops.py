@@ -8,7 +8,7 @@ import torch
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.layouts.patches import with_patches
 from autoregressive.train.flops import training_flops_per_image
-from utils.flops import ACCELERATORS, find_accelerator, peak_flops
+from utils.flops import find_accelerator, peak_flops
 
 ARGS = ModelArgs(dim=64, n_layer=3, n_head=4, multiple_of=32, vocab_size=100, num_classes=10, block_size=64)
 BLOCK = 64 * 192 + 64 * 64 + 3 * 64 * 192  # wqkv, wo, and three of hidden width 192
@@ -36,12 +36,6 @@ def test_patches_shorten_the_sequence():
     assert training_flops_per_image(ARGS, layout) == by_hand(16, 16)
 
 
-def test_gpt_b_has_the_size_of_the_paper():
-    args = ModelArgs(dim=768, n_layer=12, n_head=12)
-    numbers = 12 * (4 * 768**2 + 3 * 768 * 2048) + 16384 * 768
-    assert training_flops_per_image(args) == 256 * (6 * numbers + 12 * 12 * 768 * 256)
-
-
 @pytest.mark.parametrize("patch_side", [1, 2])
 def test_training_flops_are_those_of_the_matrices_the_model_multiplies(patch_side):
     model = Transformer(ARGS)
@@ -61,21 +55,11 @@ def test_training_flops_are_those_of_the_matrices_the_model_multiplies(patch_sid
     [
         ("NVIDIA H100 80GB HBM3", "H100", 989e12),
         ("NVIDIA H100 PCIe", "H100 PCIe", 756e12),
-        ("NVIDIA H100 NVL", "H100 NVL", 835e12),
-        ("NVIDIA H200", "H200", 989e12),
-        ("NVIDIA H20", "H20", 148e12),
         ("NVIDIA A100-SXM4-80GB", "A100", 312e12),
         ("NVIDIA A100-SXM4-40GB", "A100 40GB", 312e12),
-        ("NVIDIA A10G", "A10G", 70e12),
-        ("NVIDIA L40S", "L40S", 362e12),
-        ("NVIDIA GH200 480GB", "GH200", 989e12),
-        ("NVIDIA B200", "B200", 2250e12),
         ("NVIDIA GeForce RTX 3090 Ti", "RTX 3090 Ti", 80e12),
-        ("NVIDIA GeForce RTX 4090", "RTX 4090", 165.2e12),
         ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada", 364e12),
-        ("AMD Instinct MI300X", "MI300X", 1307e12),
         ("Tesla V100-SXM2-32GB", "V100 32GB", None),
-        ("h100", "H100", 989e12),
     ],
 )
 def test_devices_are_known_by_name(name, known, bf16):
@@ -90,12 +74,6 @@ def test_unknown_devices_are_not_guessed(name):
     assert find_accelerator(name) is None
 
 
-def test_every_accelerator_is_found_by_its_own_name():
-    for accelerator in ACCELERATORS:
-        assert find_accelerator(accelerator.name) is accelerator
-        assert accelerator.fp32 <= (accelerator.tf32 or accelerator.fp16) <= accelerator.fp16
-
-
 def test_precisions():
     a100 = find_accelerator("A100")
     peaks = [a100.peak_flops(precision) for precision in ("none", "fp32", "tf32", "fp16", "bf16")]
@@ -103,10 +81,3 @@ def test_precisions():
     assert peak_flops(torch.device("cpu"), "bf16") is None
     with pytest.raises(ValueError, match="'fp8' is not known"):
         peak_flops(torch.device("cpu"), "fp8")
-
-
-def test_the_device_is_asked_for_its_name(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    assert peak_flops(torch.device("cuda", 0), "bf16") == 989e12
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H900")
-    assert peak_flops(torch.device("cuda", 0), "bf16") is None

@@ -1,6 +1,5 @@
 """Released names: found on this disk, downloaded from a stand-in hub on this machine, or refused with advice."""
 
-import contextlib
 import errno
 import hashlib
 import http.server
@@ -180,17 +179,12 @@ def test_an_existing_path_is_taken_as_it_is(weights, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["c2i_L_384.pt", "pretrained_models/c2i_L_384.pt", "./pretrained_models/c2i_L_384.pt", "LlamaGen/c2i_L_384.pt"],
+    ["c2i_L_384.pt", "./pretrained_models/c2i_L_384.pt", "LlamaGen/c2i_L_384.pt"],
 )
 def test_released_names_are_found_in_the_project_from_any_folder(weights, tmp_path, name):
     file = put(tmp_path / "project" / "pretrained_models" / "c2i_L_384.pt")
     assert hub.is_released(name)
     assert hub.resolve(name) == file
-
-
-def test_files_of_ones_own_are_found_in_pretrained_models_too(weights):
-    file = put(weights / "mine.pt")
-    assert hub.resolve("mine.pt") == file
 
 
 def test_the_same_file_name_in_two_repositories(weights):
@@ -317,8 +311,6 @@ def test_a_full_disk_is_not_blamed_on_the_network(weights, server, monkeypatch):
     ("name", "advice"),
     [
         ("c2i_L_385.pt", r"did you mean the released c2i_L_384\.pt"),
-        ("PAR-XL-16x.pt", r"did you mean the released PAR-XL-4x\.pt"),
-        ("elsewhere/c2i_L_384.pt", r"did you mean the released c2i_L_384\.pt$"),
         ("/nowhere/c2i_L_384.pt", r"did you mean the released c2i_L_384\.pt$"),
         ("../c2i_L_384.pt", r"did you mean the released c2i_L_384\.pt$"),
         ("xyz", r"released are vq_ds16_c2i\.pt, .*google/flan-t5-xl"),
@@ -332,11 +324,6 @@ def test_an_unknown_name_is_refused_without_a_download(weights, server, name, ad
     assert server.downloads == []
 
 
-def test_an_empty_name(weights):
-    with pytest.raises(ValueError, match="empty name"):
-        hub.resolve("")
-
-
 def test_the_table_and_the_readme_agree():
     readme = (Path(__file__).parents[2] / "pretrained_models" / "README.md").read_text()
     rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in readme.splitlines() if "|" in line]
@@ -345,12 +332,3 @@ def test_the_table_and_the_readme_agree():
         file = release.filename or release.home + "/"
         flags = " ".join(f"{flag} {value}".strip() for flag, value in release.flags.items())
         assert listed[release.repo_id, file] == flags
-
-
-def test_importing_the_table_does_not_import_the_hubs_client():
-    import subprocess
-    import sys
-
-    code = "import sys, utils.hub; sys.exit('huggingface_hub' in sys.modules or 'torch' in sys.modules)"
-    with contextlib.chdir(Path(__file__).parents[2]):
-        assert subprocess.run([sys.executable, "-c", code]).returncode == 0

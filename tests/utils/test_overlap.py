@@ -7,11 +7,6 @@ import pytest
 from utils.overlap import one_behind
 
 
-def test_in_order_and_all():
-    assert list(one_behind(range(7), lambda x: x * x)) == [0, 1, 4, 9, 16, 25, 36]
-    assert list(one_behind([], str)) == []
-
-
 def test_an_item_is_made_while_the_one_before_is_worked_on():
     made = [threading.Event() for _ in range(3)]
 
@@ -58,20 +53,3 @@ def test_an_error_of_the_work_ends_it():
         for value in one_behind(items(), work):
             seen.append(value)
     assert seen == [0, 1] and made == [0, 1, 2, 3]
-
-
-def test_an_error_of_an_item_ends_it():
-    def items():
-        yield 1
-        raise ValueError("no such item")
-
-    with pytest.raises(ValueError, match="no such item"):
-        list(one_behind(items(), str))
-
-
-def test_who_stops_early_leaves_no_thread():
-    before = threading.active_count()
-    numbers = one_behind(range(9), lambda i: i)
-    assert next(numbers) == 0
-    numbers.close()
-    assert threading.active_count() == before

@@ -12,13 +12,6 @@ def values(*numbers, name="loss"):
     return [(name, part, torch.tensor(number)) for part, number in enumerate(numbers)]
 
 
-def test_numbers_are_nothing_to_tell_of():
-    watch = FiniteWatch()
-    for step in range(3):
-        watch.add(step, values(0.0, -1e30, 3e38))
-    assert watch.first(wait=False) is None and watch.first(wait=True) is None
-
-
 @pytest.mark.parametrize("value", [INF, -INF])
 def test_the_first_by_step_and_part(value):
     watch = FiniteWatch()
@@ -31,12 +24,6 @@ def test_the_first_by_step_and_part(value):
     assert watch.first(wait=False) == expected, "it stays the first"
 
 
-def test_a_value_of_the_whole_batch_has_no_part():
-    watch = FiniteWatch()
-    watch.add(0, [*values(1.0), ("gradient norm", None, torch.tensor(INF))])
-    assert watch.first(wait=False) == NotFinite(0, None, "gradient norm", INF)
-
-
 def test_half_precision_and_gradients():
     """A loss has a graph behind it, which is not kept, and any precision."""
     watch = FiniteWatch()
@@ -44,20 +31,6 @@ def test_half_precision_and_gradients():
     watch.add(0, [("loss", 0, loss), ("loss", 1, torch.tensor(60000.0, dtype=torch.float16) * 2)])
     assert not watch._pending[0][2].requires_grad
     assert watch.first(wait=True) == NotFinite(0, 1, "loss", INF)
-
-
-def test_values_that_change_afterwards():
-    watch, loss = FiniteWatch(), torch.tensor(1.0)
-    watch.add(0, [("loss", 0, loss)])
-    loss.fill_(NAN)
-    assert watch.first(wait=True) is None
-
-
-def test_a_step_without_values():
-    watch = FiniteWatch()
-    watch.add(0, [])
-    watch.add(1, values(NAN))
-    assert watch.first(wait=False).step == 1
 
 
 @pytest.mark.gpu

@@ -1,6 +1,6 @@
 """A window's figures by hand, with a clock that stands still unless it is told to go."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -73,14 +73,6 @@ def test_flops_may_change_within_a_window(clock):
     assert meter.close_window()["mfu"] == pytest.approx((10 + 30) / 2 / 100)
 
 
-def test_what_is_not_known_is_left_out(clock):
-    for tokens, peak, flops in ((None, 1e12, 1e9), (7, None, 1e9), (7, 1e12, None)):
-        meter = Meter(CPU, samples=8, tokens=tokens, peak=peak)
-        step(meter, clock, working=1.0, flops=flops)
-        values = meter.close_window()
-        assert ("tokens_per_second" in values, "mfu" in values) == (tokens is not None, bool(peak and flops))
-
-
 def test_pauses_do_not_count(clock):
     meter = Meter(CPU, samples=8, tokens=None, peak=None)
     for _ in range(2):
@@ -89,21 +81,6 @@ def test_pauses_do_not_count(clock):
             clock.go(1000)
     values = meter.close_window()
     assert values["steps_per_second"] == pytest.approx(1.0) and values["data_wait"] == pytest.approx(0.25)
-
-
-def test_a_window_begins_anew(clock):
-    meter = Meter(CPU, samples=8, tokens=None, peak=1e12)
-    step(meter, clock, waiting=1.0, working=1.0, flops=1e9)
-    with meter.paused_for():
-        clock.go(5)
-    meter.close_window()
-    step(meter, clock, working=4.0)
-    values = meter.close_window()
-    assert values["steps_per_second"] == 0.25 and values["data_wait"] == 0 and "mfu" not in values
-    clock.go(1000)  # as between a trainer's making and its first step
-    meter.start_window()
-    step(meter, clock, working=2.0)
-    assert meter.close_window()["steps_per_second"] == 0.5
 
 
 def test_the_worst_of_all_processes(clock):
@@ -132,27 +109,6 @@ def test_the_slow_process_is_named_with_its_cause(clock):
         assert meter.slowest == message
 
 
-def test_a_lag_that_hardly_matters_is_not_told(clock):
-    """Three times the others' work, of which little is done: the step is long for another reason."""
-    dist = Others(CPU.device, world_size=3, theirs=((0.0, 0.1, 1.0), (0.0, 0.3, 1.0)))
-    meter = Meter(dist, samples=8, tokens=None, peak=None)
-    step(meter, clock, working=0.1, other=9.9)
-    meter.close_window()
-    assert meter.slowest is None
-
-
-def test_a_process_that_is_no_longer_slow_is_no_longer_named(clock):
-    dist = Others(CPU.device, world_size=2, theirs=((0.0, 9.0, 1.0),))
-    meter = Meter(dist, samples=8, tokens=None, peak=None)
-    step(meter, clock, working=1.0, other=9.0)
-    meter.close_window()
-    assert meter.slowest.startswith("process 1 is slow: 9.000 s")
-    meter.dist = replace(dist, theirs=((0.0, 1.0, 1.0),))
-    step(meter, clock, working=1.0, other=9.0)
-    meter.close_window()
-    assert meter.slowest is None
-
-
 def test_a_window_as_a_line():
     values = {"steps_per_second": 2.345, "images_per_second": 12345.6, "data_wait": 0.036, "peak_memory_gib": 1.234}
     assert format_window(values) == "images/sec: 12,346, data wait: 4%, memory: 1.23 GiB"
@@ -160,8 +116,3 @@ def test_a_window_as_a_line():
     assert format_window(values) == (
         "images/sec: 12,346, tokens/sec: 3,200,000, mfu: 52.3%, data wait: 4%, memory: 1.23 GiB"
     )
-
-
-def test_memory_of_the_process():
-    held = bytearray(64 * 2**20)
-    assert len(held) / 2**30 < module._peak_memory(CPU.device) < 200

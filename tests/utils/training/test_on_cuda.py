@@ -10,7 +10,7 @@ import torch.distributed.checkpoint.filesystem as filesystem
 
 from autoregressive.train import train_c2i, train_t2i
 from autoregressive.train.loss import dropped_conditions
-from autoregressive.train.objectives.chunked import chunked_loss, even_chunk
+from autoregressive.train.objectives.chunked import even_chunk
 from tests.helpers import ROOT, free_port
 from tests.utils.training.test_trainer import build, network
 from tokenizer.tokenizer_image import vq_train
@@ -79,12 +79,6 @@ def test_dropped_conditions_reach_cuda_from_pinned_memory(monkeypatch):
     assert asked == ["pinned", ("cuda:1", True)]
 
 
-def test_dropped_conditions_do_not_depend_on_the_split():
-    whole = dropped_conditions(3, 64, slice(None), 0.4)
-    parts = [dropped_conditions(3, 64, slice(first, first + 16), 0.4, "cpu") for first in range(0, 64, 16)]
-    assert torch.equal(torch.cat(parts), whole) and 0 < int(whole.sum()) < 64
-
-
 def test_writer_of_shards_never_waits_for_a_device(tmp_path, monkeypatch):
     """All tensors are in host memory: the library's copying ahead would wait for the training stream at every few."""
 
@@ -101,15 +95,6 @@ def test_writer_of_shards_never_waits_for_a_device(tmp_path, monkeypatch):
 @pytest.mark.parametrize("rows, expected", [(18432, {3072}), (16384, {4096}), (5, {5}), (4099, {2050, 2049})])
 def test_chunks_of_the_loss_on_cuda_are_even(rows, expected):
     assert {len(part) for part in torch.empty(rows).split(even_chunk(rows, 4096))} == expected
-
-
-def test_loss_in_even_chunks_equals_the_whole():
-    hidden, weight = torch.randn(30, 8), torch.randn(12, 8)
-    targets = torch.randint(12, (30, 1))
-    wanted = torch.nn.functional.cross_entropy(hidden @ weight.T, targets[:, 0])
-    for rows in (7, 12, 30):
-        value = chunked_loss(hidden, weight, targets, chunk_rows=even_chunk(30, rows))
-        torch.testing.assert_close(value, wanted)
 
 
 def test_start_of_a_deterministic_run_asks_for_kernels_of_one_order(monkeypatch):

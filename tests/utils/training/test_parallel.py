@@ -3,7 +3,6 @@
 Several processes: tests/autoregressive/test_training_processes.py.
 """
 
-from argparse import Namespace
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -20,7 +19,7 @@ from utils.precision import use_tf32
 from utils.rng import item_seed
 from utils.training import parallel
 from utils.training.ema import local
-from utils.training.parallel import Parallel, SeededNormal, copy_rows, materialize, parameters_of, rows_held
+from utils.training.parallel import Parallel, SeededNormal, copy_rows, materialize, rows_held
 
 CPU = Distributed(torch.device("cpu"))
 SHARDED = ["fsdp", "sdp", "hsdp"]
@@ -152,7 +151,7 @@ def test_several_processes_of_plain_models_sum_gradients(alone):
     assert Parallel(alone).apply(model) is model
 
 
-@pytest.mark.parametrize("precision, kept", [(None, 24), ("fp32", 24), ("bf16", 8), ("fp16", 11)])
+@pytest.mark.parametrize("precision, kept", [(None, 24), ("bf16", 8), ("fp16", 11)])
 def test_the_precision_in_which_plain_models_sum_gradients(alone, precision, kept):
     """kept: significant bits of the gradients that come out."""
     plan = Parallel(replace(alone, world_size=2), precision="bf16", grad_precision=precision)
@@ -170,11 +169,9 @@ def test_the_precision_in_which_plain_models_sum_gradients(alone, precision, kep
 @pytest.mark.parametrize(
     "precision, asked, expected",
     [
-        ("none", None, (None, None)),
         ("bf16", None, (torch.bfloat16, torch.bfloat16)),
         ("bf16", "fp32", (torch.bfloat16, torch.float32)),
         ("fp16", "bf16", (torch.float16, torch.bfloat16)),
-        ("none", "bf16", (None, torch.bfloat16)),
     ],
 )
 def test_the_precision_in_which_shards_sum_gradients(alone, precision, asked, expected):
@@ -209,13 +206,6 @@ def test_meshes(alone, monkeypatch):
         plan.mesh()
     copies = ("replicate", "shard")
     assert asked == [("cpu", (8,), ("shard",)), ("cpu", (2, 4), copies), ("cpu", (4, 2), copies)]
-
-
-def test_shards_do_not_work_on_mps():
-    mps = Distributed(torch.device("mps"))
-    assert not Parallel(mps).sharded
-    with pytest.raises(ValueError, match="--data-parallel fsdp works on cuda and cpu; on mps train with ddp"):
-        Parallel(mps, "fsdp")
 
 
 def test_flags_become_a_plan():
@@ -308,25 +298,6 @@ def test_weights_are_put_away_where_the_block_raises(alone):
     assert all(isinstance(p, DTensor) for p in model.parameters())
 
 
-def test_changed_weights_are_gathered_as_they_are(alone):
-    """Averages that are put into the shards, see utils/training/ema.py."""
-    plan, model, wrapped = laid_out(alone, "fsdp")
-    loss(wrapped, *batch()).backward()
-    with torch.no_grad():
-        for p in model.parameters():
-            local(p).add_(1)
-        expected = whole(model)
-    with plan.gathered(wrapped):
-        assert same(whole(model), expected)
-
-
-def test_plain_models_have_all_weights_as_they_are(alone):
-    plan, model, wrapped = laid_out(alone)
-    before = [id(p) for p in model.parameters()]
-    with plan.gathered(wrapped):
-        assert [id(p) for p in model.parameters()] == before
-
-
 # Initial weights
 
 
@@ -379,7 +350,7 @@ def test_seeded_draws_have_their_deviation_and_are_independent():
     assert (torch.corrcoef(torch.stack(rows)) - torch.eye(4)).abs().max() < 0.006
 
 
-@pytest.mark.parametrize("shape", [(9, 2**17), (3, 2**18 + 1), (1000,), (10, 6, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(9, 2**17), (10, 6, 5)], ids=str)
 def test_a_process_draws_the_rows_it_holds(shape, monkeypatch):
     whole = draw(7, shape)[0]
     for held in (
@@ -407,31 +378,3 @@ def test_rows_of_plain_and_sharded_tensors(alone):
     scalar = torch.tensor(0.0)
     copy_rows(scalar, torch.tensor(3.0))
     assert scalar == 3
-
-
-def test_a_share_of_the_rows_is_copied(alone, monkeypatch):
-    weight = laid_out(alone, "fsdp")[1].tok_embeddings.weight
-    monkeypatch.setattr(parallel, "rows_held", lambda tensor: slice(100, 164))
-    copy_rows(weight, torch.arange(300.0)[:, None].expand(300, 128))
-    assert torch.equal(local(weight.detach())[:, 0], torch.arange(100.0, 164.0))
-
-
-def test_parameters_in_the_order_of_the_groups():
-    a, b, c = (nn.Parameter(torch.zeros(1)) for _ in range(3))
-    first = torch.optim.SGD([{"params": [b]}, {"params": [a]}], lr=1)
-    second = torch.optim.SGD([c], lr=1)
-    assert [id(p) for p in parameters_of([first, second])] == [id(b), id(a), id(c)]
-    assert parameters_of([]) == []
-
-
-def test_a_plan_from_plain_flags_is_one_of_ddp():
-    args = Namespace(
-        data_parallel="ddp",
-        mixed_precision="fp16",
-        grad_precision=None,
-        activation_checkpointing=False,
-        shard_size=None,
-        sync_every_micro_batch=False,
-    )
-    plan = Parallel.from_args(args, CPU, compile=False)
-    assert not plan.sharded and plan.autocast_dtype is torch.float16

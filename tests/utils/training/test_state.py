@@ -138,7 +138,7 @@ def taken(state, path, dist):
 # There and back
 
 
-@pytest.mark.parametrize("there, back", [("fsdp", "fsdp"), ("fsdp", "ddp"), ("ddp", "fsdp"), ("sdp", "hsdp")])
+@pytest.mark.parametrize("there, back", [("fsdp", "ddp"), ("ddp", "fsdp"), ("sdp", "hsdp")])
 def test_a_state_comes_back_whole_and_goes_on_alike(alone, saver, there, back):
     """Folder or file, into shards or plain; the next steps are those of the state that was never saved."""
     state = train(make(alone, there))
@@ -149,8 +149,7 @@ def test_a_state_comes_back_whole_and_goes_on_alike(alone, saver, there, back):
     assert same(content(train(got)), content(train(state)))
 
 
-@pytest.mark.parametrize("back", ["fsdp", "ddp"])
-@pytest.mark.parametrize("there", ["fsdp", "ddp"])
+@pytest.mark.parametrize("there, back", [("fsdp", "ddp"), ("ddp", "fsdp")])
 def test_an_average_begins_with_the_weights_where_there_was_none(alone, saver, there, back):
     state = train(make(alone, there, ema=False))
     got = taken(make(alone, back, ema=True, seed=1), saved(saver, state), alone)
@@ -158,8 +157,7 @@ def test_an_average_begins_with_the_weights_where_there_was_none(alone, saver, t
     assert same(content(got)["ema"], content(got)["model"])
 
 
-@pytest.mark.parametrize("back", ["fsdp", "ddp"])
-@pytest.mark.parametrize("there", ["fsdp", "ddp"])
+@pytest.mark.parametrize("there, back", [("fsdp", "ddp"), ("ddp", "fsdp")])
 def test_an_average_that_is_not_asked_for_is_left(alone, saver, there, back):
     state = train(make(alone, there, ema=True))
     got = taken(make(alone, back, ema=False, seed=1), saved(saver, state), alone)
@@ -203,16 +201,11 @@ def test_published_files_say_steps_and_no_samples(alone, tmp_path):
         assert (got.step, got.samples_seen) == (2, samples)
 
 
-def test_the_scale_of_losses_comes_back(alone, saver):
-    for strategy in ("fsdp", "ddp"):
-        state = train(make(alone, strategy, ema=False))
-        state.scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
-        state.scaler.scale(torch.ones(()))
-        path = saved(saver, state)
-        got = make(alone, "fsdp", ema=False)
-        got.scaler = torch.amp.GradScaler("cpu")
-        taken(got, path, alone)
-        assert got.scaler.state_dict() == state.scaler.state_dict() and got.scaler.get_scale() == 512.0
+def test_the_scale_of_losses_comes_back_from_shards(alone, saver):
+    state, got = train(make(alone, ema=False)), make(alone, ema=False)
+    state.scaler, got.scaler = torch.amp.GradScaler("cpu", init_scale=512.0), torch.amp.GradScaler("cpu")
+    state.scaler.scale(torch.ones(()))
+    assert taken(got, saved(saver, state), alone).scaler.get_scale() == 512.0
 
 
 @pytest.mark.parametrize("there", ["fsdp", "ddp"])
@@ -263,12 +256,6 @@ def test_consolidated_files_are_the_weights(alone, saver):
     assert same(read.model, expected["ema"]) and read.steps == 2 and read.args["lr"] == 0.01
     assert read.config == state.config
     assert whole_weights(path, "discriminator") == {}
-
-
-def test_a_model_without_an_average_has_no_file_of_one(alone, saver):
-    path = saved(saver, train(make(alone, ema=False)))
-    assert not (path / "consolidated_ema.pth").exists() and whole_weights(path, "ema") == {}
-    assert read_checkpoint(path).ema is None
 
 
 def test_only_the_newest_folders_are_kept_in_every_store(alone, saver, tmp_path):
@@ -330,16 +317,6 @@ def test_a_folder_has_the_weights_of_its_step(alone, saver, monkeypatch):
     assert writer.saved_step == 4
 
 
-def test_a_finished_checkpoint_is_told_once(alone, saver):
-    writer, log = saver(train(make(alone, "ddp", ema=False)))
-    writer.save()
-    writer._job.result()
-    writer.poll()
-    writer.poll()
-    writer.wait(final=True)
-    assert len(log.told) == 1 and log.told[0].endswith("0000002.pt") and log.warned == []
-
-
 # Disks
 
 
@@ -367,23 +344,6 @@ def test_a_full_disk_leaves_no_folder_and_is_a_warning_until_the_last(alone, sav
     writer.save()
     writer.wait(final=True)
     assert sorted(os.listdir(kept.parent)) == ["0000002", "0000005"]
-
-
-@pytest.mark.parametrize("part", ["write_json", "save_bare_weights"])
-def test_a_disk_that_fills_up_at_the_end_leaves_no_folder_either(alone, saver, monkeypatch, part):
-    monkeypatch.setattr(shards if part == "save_bare_weights" else state_module, part, full)
-    writer, log = saver(train(make(alone, ema=False)))
-    writer.save()
-    writer.wait()
-    assert len(log.warned) == 1 and os.listdir(writer.run.stores[0]) == []
-
-
-def test_a_place_where_no_folder_can_be_made(alone, saver, tmp_path):
-    (tmp_path / "checkpoints").write_text("a file")
-    writer, _ = saver(train(make(alone, ema=False)))
-    writer.save()
-    with pytest.raises(OSError, match=r"could not write \S*checkpoints/\.0000002\.tmp \("):
-        writer.wait(final=True)
 
 
 def test_one_full_store_does_not_keep_the_other_from_a_folder(alone, saver, tmp_path):
@@ -485,13 +445,10 @@ DAMAGE = {
         lambda f: [file.unlink() for file in (f / "__0_0.distcp", f / "0.crc32.json")],
         r"__0_0\.distcp is damaged \(missing\)",
     ),
-    "no sums": (lambda f: (f / "0.crc32.json").unlink(), r"__0_0\.distcp is damaged \(its checksum differs\)"),
     "the table missing": (lambda f: (f / ".metadata").unlink(), r"0000002 is damaged \(its \.metadata is missing\)"),
     "no record": (lambda f: (f / "training.json").unlink(), r"training\.json is damaged or missing"),
-    "half a record": (lambda f: os.truncate(f / "training.json", 30), r"training\.json is damaged or missing"),
     "no sums to read": (lambda f: os.truncate(f / "0.crc32.json", 3), r"0\.crc32\.json is damaged or missing"),
     "half a table": (lambda f: os.truncate(f / ".metadata", 500), r"\.metadata is damaged \("),
-    "an empty table": (lambda f: os.truncate(f / ".metadata", 0), r"\.metadata is damaged \("),
     "no table at all": (lambda f: (f / ".metadata").write_bytes(b"not a pickle"), r"\.metadata is damaged \("),
 }
 

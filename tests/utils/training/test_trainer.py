@@ -27,7 +27,7 @@ from tests.training import load, metrics, quiet_loggers, run_folder, same
 from utils.checkpoint import read_checkpoint
 from utils.cli import add_training_flags, flag_parser
 from utils.distributed import Distributed
-from utils.errors import AgreedError, NotFiniteError
+from utils.errors import AgreedError
 from utils.rng import item_seed
 from utils.training import state as state_module
 from utils.training.optim import adamw, learning_rate
@@ -136,7 +136,7 @@ def test_a_run_by_hand(tmp_path):
     assert list(metrics(tmp_path / "results", "loss").values()) == pytest.approx(losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.parametrize("parts", [4])
 def test_accumulation_changes_nothing(tmp_path, parts):
     models = [nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
@@ -350,8 +350,7 @@ def test_the_data_set_is_told_the_epoch(tmp_path, workers):
 # Stopping and resuming
 
 
-@pytest.mark.parametrize("precision", ["none", "bf16", "fp16"])
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("precision, parts", [("none", 1), ("bf16", 2), ("fp16", 1)])
 def test_resuming_is_bit_identical(tmp_path, parts, precision):
     """Stopped in the middle of the second epoch, two steps after its last checkpoint, with dropout on."""
     flags = ["--epochs", 3, "--ema", "--ema-decay", 0.9, "--ckpt-every", 4, "--warmup-steps", 7, "--lr-schedule"]
@@ -371,14 +370,6 @@ def test_resuming_is_bit_identical(tmp_path, parts, precision):
     assert "resuming" in log_of(tmp_path / "parts") and "step 8" in log_of(tmp_path / "parts")
 
 
-@pytest.mark.parametrize("flag", ["--global-seed", "--lr"])
-def test_another_run_is_another_run(tmp_path, flag):
-    """What would make the test above pass for the wrong reason."""
-    for value in (1, 2):
-        build(tmp_path / str(value), flag, value, dropout=0.5).fit()
-    assert not same(final(tmp_path / "1")["model"], final(tmp_path / "2")["model"])
-
-
 def test_resuming_at_the_end_of_an_epoch(tmp_path):
     flags = ["--epochs", 2, "--ckpt-every", 5]
     build(tmp_path / "whole", *flags).fit()
@@ -388,7 +379,7 @@ def test_resuming_at_the_end_of_an_epoch(tmp_path):
     assert same(final(tmp_path / "whole")["model"], final(tmp_path / "parts")["model"])
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_a_damaged_newest_checkpoint_is_reported_and_passed_over(tmp_path, damage):
     flags = ["--ckpt-every", 3, "--epochs", 2]
     build(tmp_path / "whole", *flags).fit()
@@ -399,10 +390,10 @@ def test_a_damaged_newest_checkpoint_is_reported_and_passed_over(tmp_path, damag
     if damage == "flipped":
         weights = load(newest)["model"]["0.weight"].numpy().tobytes()
         content[content.find(weights) + 5] ^= 0xFF
-    newest.write_bytes({"cut": content[: len(content) // 2], "flipped": content, "empty": b""}[damage])
+    newest.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
     build(tmp_path / "parts", *flags, "--resume").fit()
     text = log_of(tmp_path / "parts")
-    assert re.search(r"0000006\.pt is (damaged|empty).* Trying the checkpoint before it", text)
+    assert re.search(r"0000006\.pt is damaged.* Trying the checkpoint before it", text)
     assert "at step 3 from" in text
     assert same(final(tmp_path / "whole")["model"], final(tmp_path / "parts")["model"])
 
@@ -421,11 +412,6 @@ def test_resuming_before_the_first_checkpoint(tmp_path):
     assert "no checkpoint yet" in log_of(tmp_path)
     build(tmp_path / "whole").fit()
     assert same(final(tmp_path)["model"], final(tmp_path / "whole")["model"])
-
-
-def test_resuming_without_a_run_starts_one(tmp_path):
-    build(tmp_path, "--resume", "--max-steps", 1).fit()
-    assert final(tmp_path)["steps"] == 1
 
 
 def test_a_run_that_could_be_resumed_is_told_of(tmp_path):
@@ -531,7 +517,7 @@ def send(number, step=4, times=1):
     return at
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_saves_and_the_resumed_run_ends_bit_identically(tmp_path, number):
     flags = ["--ema", "--ema-decay", 0.9, "--warmup-steps", 7, "--ckpt-every", 3, "--log-every", 5]
     build(tmp_path / "whole", *flags, dropout=0.5).fit()
@@ -624,8 +610,9 @@ def item_of_step(folder, step):
     return build(folder / "order", dataset=data(80)).order.samples(0, step)[0]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("error", [ValueError("shard 3 is damaged"), OSError(5, "Input/output error")], ids=type)
+@pytest.mark.parametrize(
+    "workers, error", [(0, ValueError("shard 3 is damaged")), (1, OSError(5, "Input/output error"))], ids=["0", "1"]
+)
 def test_fit_unreadable_item_saves_the_state_and_resumes_bit_identically(tmp_path, workers, error):
     flags = ["--num-workers", workers, "--ema", "--epochs", 1]
     build(tmp_path / "whole", *flags, dataset=data(80)).fit()
@@ -645,30 +632,26 @@ def test_fit_mistake_in_a_data_set_saves_the_state_and_keeps_its_traceback(tmp_p
     assert os.listdir(store(tmp_path)) == ["0000005.pt"] and "KeyError" in log_of(tmp_path)
 
 
-@pytest.mark.parametrize("step", [0, 1, 2])
-@pytest.mark.slow
+@pytest.mark.parametrize("step", [0, 2])
 def test_fit_unreadable_first_items_end_the_run_at_once(tmp_path, step):
     with pytest.raises(AgreedError, match=r"shard 3 is damaged"):
         build(tmp_path, dataset=Broken(item_of_step(tmp_path, step), ValueError("shard 3 is damaged"))).fit()
     assert len(list(store(tmp_path).glob("*"))) == (step == 2)
 
 
-@pytest.mark.parametrize(
-    "number, cause", [(signal.SIGKILL, "memory"), (signal.SIGSEGV, "SIGSEGV")], ids=["KILL", "SEGV"]
-)
-def test_fit_killed_loader_process_saves_the_state_and_resumes_bit_identically(tmp_path, number, cause, monkeypatch):
+def test_fit_killed_loader_process_saves_the_state_and_resumes_bit_identically(tmp_path, monkeypatch):
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
 
     def at(place):
         if place.step == 3:
             worker = max(multiprocessing.active_children(), key=lambda child: child.pid)
-            os.kill(worker.pid, number)
+            os.kill(worker.pid, signal.SIGKILL)
             worker.join()  # in the middle of a step, which has to be finished all the same
 
     flags = ["--num-workers", 1, "--epochs", 8, "--ema"]
-    with pytest.raises(AgreedError, match=rf"loader process .*{cause}.*--resume .*\.pt"):
+    with pytest.raises(AgreedError, match=r"loader process .*memory.*--resume .*\.pt"):
         build(tmp_path, *flags, at=at).fit()
-    assert cause in log_of(tmp_path)
+    assert "memory" in log_of(tmp_path)
     build(tmp_path, *flags, "--resume").fit()
     build(tmp_path / "whole", *flags).fit()
     whole, resumed = final(tmp_path / "whole"), final(tmp_path)
@@ -691,10 +674,9 @@ def test_fit_failing_pictures_are_a_warning_after_the_checkpoint(tmp_path):
     assert same(final(tmp_path)["model"], final(tmp_path / "without")["model"])
 
 
-@pytest.mark.parametrize("kind", [ValueError, OSError])
-def test_fit_failing_validation_ends_the_run_after_the_checkpoint(tmp_path, kind):
+def test_fit_failing_validation_ends_the_run_after_the_checkpoint(tmp_path):
     def validate(model):
-        raise kind("shard-000001.npy is damaged")
+        raise ValueError("shard-000001.npy is damaged")
 
     with pytest.raises(AgreedError, match=r"held-out loss failed after step 4.*damaged.*--resume .*0000004\.pt"):
         build(tmp_path, "--ckpt-every", 4, "--ema", validate=validate).fit()
@@ -733,17 +715,6 @@ def test_the_second_store_alone(tmp_path):
     assert last.name == "0000010.pt" and last.is_relative_to(tmp_path / "cloud")
     assert "at step 4 from" in log_of(tmp_path)
     assert len(list((tmp_path / "cloud").iterdir())) == 1
-
-
-def test_no_store_at_all(tmp_path):
-    with pytest.raises(ValueError, match="--cloud-save-path"):
-        build(tmp_path, "--no-local-save")
-
-
-def test_keep_last(tmp_path):
-    for keep, left in ((0, [2, 4, 6, 8, 10]), (3, [6, 8, 10]), (1, [10])):
-        build(tmp_path / str(keep), "--ckpt-every", 2, "--keep-last", keep).fit()
-        assert sorted(int(name[:7]) for name in os.listdir(store(tmp_path / str(keep)))) == left
 
 
 class Disk:
@@ -800,13 +771,6 @@ def test_fit_checkpoints_that_fail_in_a_row_say_what_would_be_lost(tmp_path):
     assert told == ["2", "3"] and final(tmp_path)["steps"] == 10
 
 
-def test_trainer_place_that_cannot_be_written_to_is_refused_before_the_first_step(tmp_path):
-    (tmp_path / "file").write_text("no folder")
-    with pytest.raises(ValueError, match=r"file/cloud cannot be written to"):
-        build(tmp_path, "--no-local-save", "--cloud-save-path", tmp_path / "file" / "cloud")
-    assert os.listdir(tmp_path / "results") == []
-
-
 def test_a_full_disk_at_the_end_is_an_error(tmp_path):
     with Disk(full=7) as disk:
         trainer = disk.trainer = build(tmp_path, "--ckpt-every", 6, "--log-every", 5, at=disk)
@@ -853,21 +817,6 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         assert saved["steps"] == step and same(saved["model"], weights[step])
         assert saved["optimizer"]["state"][0]["step"] == step
     assert not same(weights[2], weights[4])
-
-
-def test_a_checkpoint_that_fails_in_the_background_is_told(tmp_path, monkeypatch):
-    write = state_module.save_checkpoint
-
-    def failing(path, content):
-        if path.name == "0000002.pt":
-            raise OSError(5, f"could not write {path} (Input/output error)")
-        write(path, content)
-
-    monkeypatch.setattr(state_module, "save_checkpoint", failing)
-    build(tmp_path, "--ckpt-every", 2, "--max-steps", 4).fit()
-    (line,) = [line for line in log_of(tmp_path).splitlines() if "could not write" in line]
-    assert re.search(r"0000002\.pt \(Input/output error\); training goes on, the next checkpoint tries again$", line)
-    assert os.listdir(store(tmp_path)) == ["0000004.pt"]
 
 
 def test_a_mistake_in_what_is_saved_is_no_warning(tmp_path):
@@ -929,16 +878,6 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path, parts, part):
     assert list(metrics(tmp_path / "results", "loss")) == [1, 2, 3, 4]
 
 
-def test_long_batches_are_listed_in_part(tmp_path):
-    model = network()
-    trainer = build(tmp_path, "--global-batch-size", 80, dataset=data(160), model=model, at=poison(model, 1))
-    with pytest.raises(
-        AgreedError, match=r"at step 2 .*Samples there: [\d, ]+, …\. There is no checkpoint yet"
-    ) as caught:
-        trainer.fit()
-    assert listed(str(caught.value)) == samples(1, size=160, global_batch=80)[:64]
-
-
 def test_a_spoilt_model_never_replaces_a_good_checkpoint(tmp_path):
     model = network()
     flags = ["--ckpt-every", 2, "--log-every", 100, "--keep-last", 1]
@@ -996,16 +935,6 @@ def test_an_infinite_gradient_of_a_finite_loss_ends_the_run(tmp_path):
         trainer.fit()
     assert listed(str(caught.value)) == samples(3)
     assert not store(tmp_path).exists()
-
-
-def test_scaled_half_precision_lives_through_an_infinite_gradient(tmp_path):
-    model = network()
-    trainer = build(tmp_path, "--mixed-precision", "fp16", model=model)
-    trainer.phases[0].loss = steep_at(3, model, trainer.phases[0].loss)
-    trainer.fit()
-    assert all(torch.isfinite(p).all() for p in model.parameters())
-    norms = metrics(tmp_path / "results", "grad_norm")
-    assert norms[4] == 0 and all(norms[step] > 0 for step in norms if step != 4)
 
 
 # Logs
@@ -1079,15 +1008,6 @@ def test_pictures_at_steps_of_their_own(tmp_path):
     assert torch.equal(seen[10], final(tmp_path)["ema"]["0.weight"]) and model.training
     build(tmp_path / "without", *flags, dropout=0.5).fit()
     assert same(final(tmp_path)["model"], final(tmp_path / "without")["model"])
-
-
-def test_trainer_with_pictures_that_are_not_finite_warns_and_trains(tmp_path):
-    def sample(model):
-        raise NotFiniteError("the logits are not finite")
-
-    build(tmp_path, "--ckpt-every", 5, sample=sample).fit()
-    assert log_of(tmp_path).count("no pictures: the logits are not finite") == 2
-    assert sorted(os.listdir(store(tmp_path))) == ["0000005.pt", "0000010.pt"]
 
 
 def test_a_line_is_the_mean_since_the_one_before(tmp_path):
@@ -1223,14 +1143,6 @@ def test_phases_take_turns_on_the_same_batch(tmp_path):
     assert final(tmp_path)["optimizer_judge"]["state"][0]["step"] == 2
 
 
-def test_an_inactive_phase_is_not_touched(tmp_path):
-    trainer, calls = two_phases(tmp_path, "--max-steps", 3)
-    judge = {name: tensor.clone() for name, tensor in trainer.models["judge"].state_dict().items()}
-    trainer.fit()
-    assert same(dict(trainer.models["judge"].state_dict()), judge)
-    assert final(tmp_path)["optimizer_judge"]["state"] == {} and {name for name, *_ in calls} == {"make"}
-
-
 def test_a_phase_is_averaged_over_its_own_steps(tmp_path):
     """Steps without a phase do not count as zeros."""
     trainer, _ = two_phases(tmp_path / "1", "--max-steps", 6)
@@ -1241,8 +1153,7 @@ def test_a_phase_is_averaged_over_its_own_steps(tmp_path):
     assert metrics(tmp_path / "6" / "results", "rate")[6] == pytest.approx((each[5] + each[6]) / 2)
 
 
-@pytest.mark.parametrize("precision", ["none", "fp16"])
-@pytest.mark.parametrize("stop", [3, 7], ids=["before the second phase", "after it began"])
+@pytest.mark.parametrize("precision, stop", [("none", 3), ("fp16", 7)], ids=["before the second phase", "after"])
 def test_two_phases_resume_bit_identically(tmp_path, precision, stop):
     flags = ["--mixed-precision", precision, "--ckpt-every", 2]
     two_phases(tmp_path / "whole", *flags)[0].fit()
