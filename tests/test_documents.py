@@ -20,7 +20,7 @@ from tests.helpers import GOLDEN, ROOT, free_port, scripts
 # Documents whose commands run one after another in one folder, so that later ones find what earlier ones made.
 TOGETHER = (
     ("README.md",),
-    ("docs/data.md", "docs/training.md", "docs/sampling.md", "docs/evaluation.md"),
+    ("docs/data.md", "docs/training.md", "docs/many_gpus.md", "docs/sampling.md", "docs/evaluation.md"),
 )
 DOCUMENTS = tuple(itertools.chain(*TOGETHER))
 RELEASED_FILE = re.compile(r"(?:\./pretrained_models/)?[\w/.-]*\b(?:vq|c2i|t2i|PAR)[_-][\w-]+\.pt")
