@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
+from evaluations.features import normalised
 from evaluations.published import on_disk
 from utils.checkpoint import load_into, read_checkpoint
 
@@ -65,27 +65,19 @@ class DINOv2Features:
     ):
         """path: weights, .safetensors or .pth, of timm or of the first release; None looks for them (`find_weights`).
 
-        Raises FileNotFoundError (no weights), ValueError (they are not those of `model_name`, timm does not know it, or
-        it has registers).
+        Raises FileNotFoundError (no weights), ValueError (they are not those of `model_name`).
         """
         import timm
 
-        if not timm.is_model(model_name):
-            raise ValueError(
-                f"{model_name} is not a model that timm knows; DINOv2's are {timm.list_models('*dinov2*')}"
-            )
         self.path = find_weights(path)
         checkpoint = read_checkpoint(self.path)
         # The mask token is for training.
         state = {name: tensor for name, tensor in checkpoint.model.items() if name != "mask_token"}
         # Only 224 pixels are ever seen, so the table of positions is resized once, here, rather than at every image.
         model = timm.create_model(model_name, pretrained=False, num_classes=0, img_size=IMAGE_SIZE)
-        if getattr(model, "num_reg_tokens", 0):
-            raise ValueError(f"{model_name} has registers, whose release resizes positions otherwise: not supported")
-        if "pos_embed" in state and state["pos_embed"].ndim == 3:
+        if "pos_embed" in state:
             side = IMAGE_SIZE // model.patch_embed.patch_size[0]
-            prefix = model.num_prefix_tokens if model.pos_embed.shape[1] > side * side else 0
-            state["pos_embed"] = resized_positions(state["pos_embed"].float(), side, prefix, self.path)
+            state["pos_embed"] = resized_positions(state["pos_embed"].float(), side)
         load_into(model, state, self.path)
         self.model: nn.Module = model.eval().requires_grad_(False).to(device)
         self.device = torch.device(device)
@@ -93,36 +85,21 @@ class DINOv2Features:
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """uint8 (B, H, W, 3) -> float32 (B, dim). Raises ValueError for another dtype or shape."""
-        return self.model.forward_features(preprocess(images).to(self.device))[:, 0].float().cpu().numpy()
+        """Return features of a batch: uint8 (B, H, W, 3) -> float32 (B, dim)."""
+        pixels = normalised(images, IMAGE_SIZE, MEAN, STD).to(self.device)
+        return self.model.forward_features(pixels)[:, 0].float().cpu().numpy()
 
 
-def preprocess(images: np.ndarray) -> torch.Tensor:
-    """uint8 (B, H, W, 3) -> normalised float32 (B, 3, 224, 224). Raises ValueError for another dtype or shape."""
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:]:
-        raise ValueError(f"images are {images.dtype} {images.shape}, expected uint8 (images, height, width, 3)")
-    resized = np.empty((len(images), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    for i, image in enumerate(images):
-        picture = Image.fromarray(np.ascontiguousarray(image))
-        resized[i] = np.asarray(picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
-    values = torch.from_numpy(resized).permute(0, 3, 1, 2).float() / 255
-    return (values - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-
-
-def resized_positions(table: torch.Tensor, side: int, prefix: int, path: str | Path = "the file") -> torch.Tensor:
-    """Return a table of positions for side x side patches: (1, prefix + n², C) -> (1, prefix + side², C).
+def resized_positions(table: torch.Tensor, side: int) -> torch.Tensor:
+    """Return a table of positions, the class token's first, for side x side patches: (1, 1 + n², C) -> (1, 1 + side², C).
 
     Bicubic without antialiasing, at the scale (side + 0.1) / n: DINOv2's first release (2304.07193) adds a tenth of a patch
     against rounding, and its features for 224 pixels include that. Tables that fit stay as they are.
-    Raises ValueError, naming `path`, where the patches are no square.
     """
-    own = math.isqrt(table.shape[1] - prefix)
-    if own * own != table.shape[1] - prefix or own == 0:
-        raise ValueError(f"{path}: {table.shape[1]} positions are not {prefix} and those of a square of patches")
+    own = math.isqrt(table.shape[1] - 1)
     if own == side:
         return table
-    patches = table[:, prefix:].reshape(1, own, own, -1).permute(0, 3, 1, 2)
+    patches = table[:, 1:].reshape(1, own, own, -1).permute(0, 3, 1, 2)
     scale = (side + 0.1) / own
     patches = nn.functional.interpolate(patches, scale_factor=(scale, scale), mode="bicubic", antialias=False)
-    return torch.cat([table[:, :prefix], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    return torch.cat([table[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)

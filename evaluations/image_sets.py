@@ -4,68 +4,79 @@ images = open_images("samples/GPT-B-c2i_B_256.npz")
 for batch in images.batches(0, images.count, 64): ...       # uint8 (n, H, W, 3), in order
 """
 
+import json
 import zipfile
 import zlib
-from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 from numpy.lib import format as npy
+from PIL import Image
 
 from dataset.folders import find_images
 from dataset.pixels import DEFAULT, LOSSY_EXTENSIONS, Reading, load_rgb
-from utils.files import require_regular
+from evaluations.metrics import Statistics
+from utils.files import atomic_write, require_regular
 from utils.sample_folder import content_of
 
-STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
-FEATURES = "pool"
+# Of pool features, and of the spatial ones of sFID.
+STATISTICS = (("mu", "sigma"), ("mu_s", "sigma_s"))
+_SMALL = {"arr_1", "pool", "count", "protocol", *sum(STATISTICS, ())}
+_DAMAGED = (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 _THREADS = 8
 
 
-class ImageSet(ABC):
+class ImageSet:
     """Images of one size, in an order, and what is known of them.
 
     path: where they are. kind: 'npz', 'statistics' (an .npz with figures recorded over a larger set) or 'folder'.
     count: images to read, 0 where only statistics are there. size: (height, width). labels: int64 (count,), or None.
-    statistics: the arrays called mu, sigma, mu_s, sigma_s, float64, where the file has them. features: pool features
-    (n, D) recorded with these, which stand for images, where the file has them. lossy: images in JPEG files or other
-    lossy formats. reading: how files become pixels, None where there are none.
+    statistics: of pool features, and of spatial ones where the file has them; None without. features: pool features
+    (n, D) recorded with these, which stand for images, where the file has them. made: settings that the statistics were
+    made with, where the file says them. lossy: images in JPEG files or other lossy formats. reading: how files become
+    pixels, None where there are none.
     """
 
     path: Path
     kind: str
     count: int
-    size: tuple[int, int] | None
+    size: tuple[int, int] | None = None
     labels: np.ndarray | None = None
-    statistics: dict[str, np.ndarray] | None = None
+    statistics: list[Statistics] | None = None
     features: np.ndarray | None = None
+    made: dict | None = None
     lossy: int = 0
     reading: Reading | None = None
 
-    @abstractmethod
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
         """Return images start … stop - 1 in order, uint8 (n, H, W, 3) with n up to batch_size. Raises ValueError for damage."""
+        raise NotImplementedError
 
     def describe(self) -> dict:
         """Describe the set for a report, in JSON values."""
-        size = None if self.size is None else list(self.size)
         return {
             "path": str(self.path),
             "kind": self.kind,
             "count": self.count,
-            "size": size,
-            "dtype": "uint8" if self.count else None,
+            "size": self.size and list(self.size),
             "classes": None if self.labels is None else len(np.unique(self.labels)),
             "lossy_files": self.lossy,
             "reading": self.reading and self.reading.record(),
-            "recorded_statistics": sorted(self.statistics or ()),
+            "statistics": self.statistics and [one.count for one in self.statistics],
+            "made": self.made,
             "content": content_of(self.path),
         }
+
+    def line(self) -> str:
+        """Describe the set for a reader."""
+        parts = [f"{self.count:,} images, {self.size[1]}x{self.size[0]}"] if self.count else []
+        parts += [f"{len(set(self.labels.tolist())):,} classes"] if self.labels is not None else []
+        parts += ["recorded statistics"] if self.statistics else []
+        return f"{self.path}, {', '.join(parts)}"
 
 
 def open_images(path: str | Path, reading: Reading = DEFAULT) -> ImageSet:
@@ -74,53 +85,64 @@ def open_images(path: str | Path, reading: Reading = DEFAULT) -> ImageSet:
     Raises FileNotFoundError (nothing there), ValueError (no .npz or damaged, no arr_0, another dtype or shape than uint8
     (N, H, W, 3), an empty folder, images of different sizes).
     """
-    path = Path(path)
-    if path.is_dir():
-        return ImageFolder(path, reading)
+    path = Path(path).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"no images at {path}: give an .npz of images or statistics, or a folder of images")
+        raise FileNotFoundError(f"no images at {path}: give an .npz of images (arr_0), or a folder of them")
+    if path.is_dir():
+        return ImageFolder(path, find_images(path), reading)
     require_regular(path)
-    return ImageArchive(path)
+    return NpzImages(path)
 
 
-class ImageArchive(ImageSet):
-    """An `.npz` with `arr_0`, uint8 (N, H, W, 3), perhaps labels `arr_1`, perhaps statistics."""
+class NpzImages(ImageSet):
+    """`arr_0` of an archive, read forward as the archive's other entries are not; `arr_1` are labels."""
 
     def __init__(self, path: Path):
-        self.path, self.kind, self.count, self.size = path, "npz", 0, None
+        self.path, self.kind, self.count = path, "npz", 0
         try:
             with zipfile.ZipFile(path) as archive:
                 held = [name.removesuffix(".npy") for name in archive.namelist()]
                 if "arr_0" in held:
                     with archive.open("arr_0.npy") as f:
-                        self._check(*_npy_header(f))
+                        shape, fortran, dtype = _npy_header(f)
             with np.load(path, allow_pickle=False) as arrays:
-                if set(STATISTICS) <= set(held):
-                    self.kind = "statistics"
-                    self.statistics = {name: np.asarray(arrays[name], np.float64) for name in STATISTICS}
-                    self.features = arrays[FEATURES].astype(np.float32) if FEATURES in held else None
-                if "arr_1" in held and self.count:
-                    labels = arrays["arr_1"]
-                    if labels.dtype.kind in "iu" and labels.shape == (self.count,):  # else something else of that name
-                        self.labels = labels.astype(np.int64)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+                small = {name: arrays[name] for name in held if name in _SMALL}
+        except _DAMAGED as error:
             size = path.stat().st_size
             raise ValueError(
-                f"{path} is not a whole .npz ({error}; {size:,} bytes): write, copy or download it again"
+                f"{path} is not a whole .npz ({error}; {size:,} bytes): write or download it again"
             ) from error
-        if not self.count and self.statistics is None:
+        if "arr_0" in held:
+            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape or fortran:
+                order = " in Fortran order" if fortran else ""
+                raise ValueError(
+                    f"{path}: arr_0 is {dtype} {shape}{order}, expected uint8 (N, H, W, 3) in C order, 0 to 255"
+                )
+            self.count, self.size = shape[0], tuple(shape[1:3])
+        labels = small.get("arr_1")
+        if labels is not None and labels.dtype.kind in "iu" and labels.shape == (self.count,):  # else another array
+            self.labels = labels.astype(np.int64)
+        pairs = [pair for pair in STATISTICS if set(pair) <= small.keys()]
+        if pairs:
+            self.kind, self.features, self.made = "statistics", small.get("pool"), small.get("protocol")
+            self.made = None if self.made is None else json.loads(str(self.made))
+            self.statistics = [self._statistics(small, *pair) for pair in pairs]
+        if not self.count and not pairs:
             raise ValueError(
-                f"{path} has no arr_0 with images, nor statistics ({', '.join(STATISTICS)}); it holds {', '.join(held)}. "
+                f"{path} has no arr_0 with images, nor statistics mu and sigma; it holds {', '.join(held)}. "
                 "sample_c2i_ddp.py writes such files, as does numpy.savez(path, images)"
             )
 
-    def _check(self, shape: tuple[int, ...], fortran: bool, dtype: np.dtype) -> None:
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape or fortran:
-            order = " in Fortran order" if fortran else ""
+    def _statistics(self, arrays: dict[str, np.ndarray], mean: str, covariance: str) -> Statistics:
+        mu, sigma = arrays[mean], arrays[covariance]
+        fit = mu.dtype.kind == sigma.dtype.kind == "f" and mu.ndim == 1 and sigma.shape == 2 * mu.shape
+        if not fit or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise ValueError(
-                f"{self.path}: arr_0 is {dtype} {shape}{order}, expected uint8 (N, H, W, 3), values 0 to 255, in C order"
+                f"{self.path}: {mean}, {covariance} are {mu.dtype} {mu.shape} and {sigma.dtype} {sigma.shape}, expected "
+                "finite floats (D,) and (D, D)"
             )
-        self.count, self.size = shape[0], tuple(shape[1:3])
+        count = int(arrays["count"]) if "count" in arrays else None
+        return Statistics(mu.astype(np.float64), sigma.astype(np.float64), count)
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
         """See ImageSet.batches. From image 0 to the last the archive's checksum is compared too."""
@@ -142,51 +164,107 @@ class ImageArchive(ImageSet):
 
 
 class ImageFolder(ImageSet):
-    """Images of a folder at any depth, ordered by folder and name; class folders give labels."""
+    """Files of a folder in the order given; class folders give labels.
 
-    def __init__(self, path: Path, reading: Reading = DEFAULT):
-        self.path, self.kind, self.reading = path, "folder", reading
-        self._names = find_images(path)
-        self.count = len(self._names)
-        if not self.count:
-            raise ValueError(f"the folder {path} has no images")
-        self.lossy = sum(name.lower().endswith(LOSSY_EXTENSIONS) for name in self._names)
-        folders = [name.split("/")[0] if "/" in name else None for name in self._names]
+    resolution: each image is cut to its centre square and resized to as many pixels a side (None: images have one size).
+    `sizes` then counts what the files are, (width, height). `total`: how many images there are to choose from.
+    Raises ValueError for no files, or one that is no image.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        names: Sequence[str],
+        reading: Reading = DEFAULT,
+        resolution: int | None = None,
+        total: int = 0,
+    ):
+        self.path, self.kind, self.reading, self.resolution = path, "folder", reading, resolution
+        self.names, self.count, self.total = list(names), len(names), total or len(names)
+        if not names:
+            raise ValueError(f"the folder {path} has no images: check the path")
+        self.lossy = sum(name.lower().endswith(LOSSY_EXTENSIONS) for name in names)
+        folders = [name.split("/")[0] if "/" in name else None for name in names]
         classes = sorted(set(folders) - {None})
         if None not in folders and len(classes) > 1:
-            numbers = {name: number for number, name in enumerate(classes)}
-            self.labels = np.asarray([numbers[name] for name in folders], np.int64)
-        self.size = self._read(self._names[0]).shape[:2]
+            self.labels = np.asarray([classes.index(name) for name in folders], np.int64)
+        if resolution is None:
+            self.size = self._read(names[0]).shape[:2]
+        else:
+            self.size = (resolution, resolution)
+            with ThreadPoolExecutor(_THREADS) as threads:
+                self.sizes = Counter(threads.map(self._stored_size, names))
 
-    def _read(self, name: str, size: tuple[int, int] | None = None) -> np.ndarray:
-        file = self.path / name
+    def describe(self) -> dict:
+        if self.resolution is None:
+            return super().describe()
+        common = {f"{width}x{height}": count for (width, height), count in self.sizes.most_common(8)}
+        return {**super().describe(), "stored_sizes": common, "different_sizes": len(self.sizes)}
+
+    def _stored_size(self, name: str) -> tuple[int, int]:
+        """Return width and height, from the file's header alone."""
         try:
-            image = np.asarray(load_rgb(file, self.reading))
+            with Image.open(self.path / name) as image:
+                return image.size
         except Exception as error:  # decoders fail in arbitrary ways
-            raise ValueError(f"{file} is not a readable image ({error}): remove it or write it again") from error
-        if size is not None and image.shape[:2] != size:
+            raise self._unreadable(name, error) from error
+
+    def _read(self, name: str) -> np.ndarray:
+        try:
+            image = load_rgb(self.path / name, self.reading)
+        except Exception as error:
+            raise self._unreadable(name, error) from error
+        if self.resolution is not None:
+            return np.asarray(square(image, self.resolution))
+        if self.size is not None and image.size[::-1] != self.size:
             raise ValueError(
-                f"{file} is {image.shape[0]} high and {image.shape[1]} wide, {self.path / self._names[0]} is {size[0]} "
-                f"high and {size[1]} wide: the images of a set have one size"
+                f"{self.path / name} has {image.width}x{image.height} pixels, {self.path / self.names[0]} "
+                f"{self.size[1]}x{self.size[0]}: the images of a set have one size"
             )
-        return image
+        return np.asarray(image)
+
+    def _unreadable(self, name: str, error: Exception) -> ValueError:
+        return ValueError(f"{self.path / name} is not a readable image ({error}): remove it or write it again")
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
         """See ImageSet.batches. Files are decoded by a few threads, up to a batch ahead."""
         with ThreadPoolExecutor(_THREADS) as threads:
-            read = partial(threads.submit, self._read, size=self.size)
-            names = iter(self._names[start:stop])
-            waiting = deque(read(name) for _, name in zip(range(2 * batch_size), names))
+            waiting = deque()
+            names = iter(self.names[start:stop])
             try:
                 for place in range(start, stop, batch_size):
-                    images = []
-                    for _ in range(min(batch_size, stop - place)):
-                        images.append(waiting.popleft().result())
-                        waiting.extend(read(name) for _, name in zip(range(1), names))
-                    yield np.stack(images)
+                    for _, name in zip(range(2 * batch_size - len(waiting)), names):
+                        waiting.append(threads.submit(self._read, name))
+                    yield np.stack([waiting.popleft().result() for _ in range(min(batch_size, stop - place))])
             finally:
                 for future in waiting:
                     future.cancel()
+
+
+def square(image: Image.Image, resolution: int) -> Image.Image:
+    """Return the centre square of an image, by Pillow's Lanczos filter at `resolution` pixels a side.
+
+    A centre that falls between two pixels is rounded as torchvision's center_crop rounds it: half to even.
+    """
+    side = min(image.size)
+    left, top = (round((length - side) / 2) for length in image.size)
+    return image.crop((left, top, left + side, top + side)).resize((resolution, resolution), Image.Resampling.LANCZOS)
+
+
+def save_statistics(
+    path: str | Path, statistics: Sequence[Statistics], rows: np.ndarray | None = None, made: dict | None = None
+) -> None:
+    """Write what NpzImages reads: statistics of pool features and of spatial ones, pool features, settings."""
+    arrays = {
+        name: value
+        for pair, one in zip(STATISTICS, statistics)
+        for name, value in zip(pair, (one.mean, one.covariance))
+    }
+    arrays |= {"count": statistics[0].count} if statistics[0].count else {}
+    arrays |= {"pool": rows} if rows is not None else {}
+    arrays |= {"protocol": json.dumps(made)} if made else {}
+    with atomic_write(path) as f:
+        np.savez(f, **arrays)
 
 
 def _npy_header(f: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

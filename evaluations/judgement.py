@@ -6,11 +6,12 @@ The traps are those that users of the published systems report: another referenc
 classes, JPEG files, resized images, the same images many times or on both sides.
 """
 
+import re
 import zlib
-from pathlib import PurePath
 
 import numpy as np
 from scipy.fft import dctn
+from scipy.stats import binom, chi2
 
 from evaluations.image_sets import ImageSet
 
@@ -27,66 +28,53 @@ _QUANTISED = 0.33
 
 
 def judge(reference: ImageSet, samples: ImageSet, task: str = "generation") -> list[str]:
-    """Warnings about two sets of images, from what is known before they are read.
+    """Return warnings about two sets of images, from what is known before they are read.
 
     task: 'generation' (samples of a model against the training set's statistics) or 'reconstruction' (images through a
     tokenizer against the same images, rFID).
     """
-    found = []
-    if reference.path.exists() and samples.path.exists() and reference.path.samefile(samples.path):
-        found.append(f"REF and SAMPLES are both {samples.path}: the figures are of a set against itself")
-    if samples.statistics is not None:
-        found.append(
-            f"{samples.path} has recorded statistics, as a reference has: REF comes first on the command line, then SAMPLES"
-        )
-    if task == "reconstruction":
-        if reference.count and samples.count != reference.count:
-            found.append(
-                f"{samples.count:,} reconstructions for {reference.count:,} reference images: rFID compares the same "
-                "images before and after the tokenizer"
-            )
-        if reference.statistics is not None:
-            found.append(
-                f"{reference.path} has statistics of its own, as references of generated samples have; rFID is against the "
-                "images that were encoded (val_ddp.py writes them)"
-            )
-        if reference.count != PUBLISHED_SAMPLES:
-            found.append(
-                f"the reference has {reference.count:,} images; published rFID is over the {PUBLISHED_SAMPLES:,} of "
-                "ImageNet's validation set"
-            )
-    else:
-        if samples.count != PUBLISHED_SAMPLES:
-            found.append(
-                f"{samples.count:,} samples; published figures are of {PUBLISHED_SAMPLES:,}, and FID falls with the number "
-                "of samples"
-            )
-        if reference.statistics is None:
-            validation = reference.count == PUBLISHED_SAMPLES or "val" in _words(reference.path)
-            what = "it looks like the validation set; " if validation else ""
-            found.append(
-                f"{reference.path} has {reference.count:,} images and no recorded statistics: {what}published figures are "
-                "against statistics of the training set (VIRTUAL_imagenet256_labeled.npz)"
-            )
-        found += _class_balance(samples)
-    if not reference.count and reference.features is None:
-        found.append(f"{reference.path} has no images: precision and recall are left out")
-    if reference.size is not None and samples.size != reference.size:
-        found.append(
-            f"the samples are {_size(samples)} and the reference {_size(reference)}: each is resized by the graph on its "
-            "own; sample_c2i_ddp.py --image-size-eval resizes as published"
-        )
-    elif samples.size != PUBLISHED_SIZE:
-        found.append(
-            f"the samples are {_size(samples)}; published figures are of {PUBLISHED_SIZE[0]}x{PUBLISHED_SIZE[1]}"
-        )
-    for images, name in ((reference, "reference"), (samples, "samples")):
-        if images.lossy:
-            found.append(
-                f"{images.lossy:,} of the {images.count:,} files of the {name} are JPEG, WebP or AVIF: compression alone changes "
-                "FID; use PNG or an .npz"
-            )
-    return found
+    recorded, drawn = reference.statistics is not None, task == "generation"
+    validation = reference.count == PUBLISHED_SAMPLES or "val" in re.split(r"[-_.]", reference.path.stem.lower())
+    balance = class_balance(samples) if drawn else None
+    traps = {
+        f"REF and SAMPLES are both {samples.path}: the figures are of a set against itself": (
+            reference.path.exists() and samples.path.exists() and reference.path.samefile(samples.path)
+        ),
+        f"{samples.path} has recorded statistics, as a reference has: REF comes first on the command line, then SAMPLES": (
+            samples.statistics is not None
+        ),
+        f"{samples.count:,} reconstructions for {reference.count:,} reference images: rFID compares the same images before "
+        "and after the tokenizer": not drawn and reference.count and samples.count != reference.count,
+        f"{reference.path} has statistics of its own, as references of generated samples have; rFID is against the images "
+        "that were encoded (val_ddp.py writes them)": not drawn and recorded,
+        f"the reference has {reference.count:,} images; published rFID is over the {PUBLISHED_SAMPLES:,} of ImageNet's "
+        "validation set": not drawn and reference.count != PUBLISHED_SAMPLES,
+        f"{samples.count:,} samples; published figures are of {PUBLISHED_SAMPLES:,}, and FID falls with the number of "
+        "samples": drawn and samples.count != PUBLISHED_SAMPLES,
+        f"{reference.path} has {reference.count:,} images and no recorded statistics: "
+        f"{'it looks like the validation set; ' * validation}published figures are against statistics of the training set "
+        "(VIRTUAL_imagenet256_labeled.npz)": drawn and not recorded,
+        f"the samples' classes are unbalanced: {balance}, more than chance gives": balance is not None,
+        f"{reference.path} has no images: precision and recall are left out": (
+            not reference.count and reference.features is None
+        ),
+        f"the samples are {_size(samples)} and the reference {_size(reference)}: each is resized by the graph on its own; "
+        "sample_c2i_ddp.py --image-size-eval resizes as published": reference.size not in (None, samples.size),
+        f"the samples are {_size(samples)}; published figures are of {PUBLISHED_SIZE[0]}x{PUBLISHED_SIZE[1]}": (
+            reference.size in (None, samples.size) and samples.size != PUBLISHED_SIZE
+        ),
+    }
+    return (
+        [text for text, found in traps.items() if found]
+        + lossy_files(reference, "reference")
+        + lossy_files(samples, "samples")
+    )
+
+
+def lossy_files(images: ImageSet, name: str) -> list[str]:
+    """Return a warning where files of a set are compressed."""
+    text = f"{images.lossy:,} of the {images.count:,} files of the {name} are JPEG, WebP or AVIF: compression alone changes FID; use PNG"
+    return [text] if images.lossy else []
 
 
 class Inspection:
@@ -103,9 +91,8 @@ class Inspection:
     def look(self, images: np.ndarray) -> None:
         """Take in a batch, uint8 (n, H, W, 3); the first four are examined for blocks."""
         self.hashes += [zlib.crc32(image.tobytes()) << 32 | zlib.adler32(image.tobytes()) for image in images]
-        for image in images[:4]:
-            self.examined += 1
-            self.quantised += was_jpeg(image)
+        self.examined += len(images[:4])
+        self.quantised += sum(map(was_jpeg, images[:4]))
 
     def merge(self, other: "Inspection") -> None:
         """Add what another process has seen."""
@@ -113,23 +100,14 @@ class Inspection:
         self.examined += other.examined
         self.quantised += other.quantised
 
-    @property
-    def copies(self) -> int:
-        """Images that are exact copies of an earlier one."""
-        return len(self.hashes) - len(set(self.hashes))
-
-    def shared_with(self, other: "Inspection") -> int:
-        """Return how many of these images are among the other ones too."""
-        others = set(other.hashes)
-        return sum(value in others for value in self.hashes)
-
     def warnings(self, name: str, lossy: int = 0) -> list[str]:
         """Return what is to be said of the set called `name`, of which `lossy` files are known to be compressed."""
+        copies = len(self.hashes) - len(set(self.hashes))
         found = []
-        if self.copies:
+        if copies:
             found.append(
-                f"{self.copies:,} of the {len(self.hashes):,} {name} are exact copies of others: were several processes "
-                "given the same seed?"
+                f"{copies:,} of the {len(self.hashes):,} {name} are exact copies of others: were several processes given "
+                "the same seed?"
             )
         if not lossy and self.quantised > self.examined / 2:
             found.append(
@@ -139,7 +117,7 @@ class Inspection:
         return found
 
 
-def same_images(reference: Inspection | None, samples: Inspection | None, fid: float, scale: float) -> list[str]:
+def same_images(reference: Inspection | None, samples: Inspection, fid: float, scale: float) -> list[str]:
     """Return a warning where samples are compared with themselves.
 
     Args:
@@ -148,15 +126,13 @@ def same_images(reference: Inspection | None, samples: Inspection | None, fid: f
         fid: their distance, which alone tells where the reference has no pixels.
         scale: sum of the variances of both sets, what an FID of zero is rounded by.
     """
-    shared = samples.shared_with(reference) if reference and samples else 0
+    others = set(reference.hashes) if reference else set()
+    shared = sum(value in others for value in samples.hashes)
     if shared:
         count = f"{shared:,} of the {len(samples.hashes):,} samples are exact copies of images of the reference"
         return [f"{count}: compared with themselves they look better than they are"]
-    if fid < _SAME * scale:
-        return [
-            f"FID is {fid:.2g}: the statistics of the reference were made of these samples, and say nothing of them"
-        ]
-    return []
+    itself = f"FID is {fid:.2g}: the statistics of the reference were made of these samples, and say nothing of them"
+    return [itself] if fid < _SAME * scale else []
 
 
 def was_jpeg(image: np.ndarray) -> bool:
@@ -181,34 +157,23 @@ def was_jpeg(image: np.ndarray) -> bool:
     return bool(sorted(fits)[2] > _QUANTISED)
 
 
-def _class_balance(samples: ImageSet) -> list[str]:
-    """Test whether the labels could have been drawn evenly: Pearson's chi-squared test, and the rarest and commonest class."""
+def class_balance(samples: ImageSet) -> str | None:
+    """Return how unevenly the labels are spread if chance would not: by Pearson's test, and the rarest and commonest class."""
     if samples.labels is None:
-        return []
-    from scipy.stats import binom, chi2
-
+        return None
     counts = np.bincount(samples.labels - min(samples.labels.min(), 0))
     classes = len(counts)
-    expected = len(samples.labels) / classes
+    expected = counts.sum() / classes
     if classes < 2 or expected < 5:
-        return []
-    statistic = float(((counts - expected) ** 2).sum() / expected)
+        return None
     chances = (
-        chi2.sf(statistic, classes - 1),
+        chi2.sf(((counts - expected) ** 2).sum() / expected, classes - 1),
         classes * binom.cdf(counts.min(), counts.sum(), 1 / classes),
         classes * binom.sf(counts.max() - 1, counts.sum(), 1 / classes),
     )
-    if min(chances) > _IMPROBABLE:
-        return []
-    return [
-        f"the samples' classes are unbalanced: from {counts.min():,} to {counts.max():,} images of each of {classes} "
-        "classes, more than chance gives"
-    ]
+    text = f"from {counts.min():,} to {counts.max():,} images of each of {classes} classes"
+    return text if min(chances) < _IMPROBABLE else None
 
 
 def _size(images: ImageSet) -> str:
     return "unknown" if images.size is None else f"{images.size[1]}x{images.size[0]}"
-
-
-def _words(path: PurePath) -> set[str]:
-    return set(path.stem.lower().replace("-", "_").replace(".", "_").split("_"))

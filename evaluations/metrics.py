@@ -21,7 +21,6 @@ from tqdm import tqdm
 from evaluations.neighbours import Float16, Float64, points_inside
 
 _ROWS = 1024  # rows handled at once where a block is not sized by a limit
-_LISTED = 10  # rows that a message names
 
 
 @dataclass(frozen=True)
@@ -55,16 +54,13 @@ class RunningStatistics:
         return self._count + sum(map(len, self._waiting))
 
     def update(self, features: np.ndarray) -> None:
-        """Adds a batch (B, D). Raises ValueError for another shape and for features that are not finite (says which)."""
-        if features.ndim != 2 or features.shape[1] != len(self._mean):
-            raise ValueError(f"features of shape {features.shape}, expected (batch, {len(self._mean)})")
-        _require_finite(features, f"features (row 0 is sample {self.count})")
-        self._waiting.append(np.asarray(features, np.float64))
+        """Add a batch (B, D). Raises ValueError for features that are not finite (says which)."""
+        self._waiting.append(np.asarray(_finite(features, f"features (row 0 is sample {self.count})"), np.float64))
         if sum(map(len, self._waiting)) >= _ROWS:
             self._flush()
 
     def merge(self, other: "RunningStatistics") -> None:
-        """Adds all that `other`, of the same D, has seen."""
+        """Add all that `other`, of the same D, has seen."""
         self._flush()
         other._flush()
         self._add(other._count, other._mean, other._scatter)
@@ -100,50 +96,27 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     A^T S2 A for any A A^T = S1, which is all that is needed. Nothing is added to the diagonals: with fewer samples than
     dimensions the recorded figure of the published evaluator is the one without its 1e-6.
 
-    Raises ValueError for means or covariances of different sizes or with entries that are not finite.
+    Raises ValueError for features of different sizes.
     """
-    for name, s in (("first", a), ("second", b)):
-        dim = len(s.mean)
-        if s.mean.shape != (dim,) or s.covariance.shape != (dim, dim):
-            raise ValueError(f"the {name} statistics have a mean {s.mean.shape} and a covariance {s.covariance.shape}")
-        if not (np.isfinite(s.mean).all() and np.isfinite(s.covariance).all()):
-            raise ValueError(f"the {name} statistics have entries that are not finite")
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"statistics of {len(a.mean)} and of {len(b.mean)} numbers a feature cannot be compared")
-    difference, factor = a.mean - b.mean, _factor(a.covariance)
+    # Cholesky with pivots stops at the rank: covariances of few samples are singular.
+    packed, pivots, rank, _ = scipy.linalg.lapack.dpstrf(a.covariance, lower=1)
+    factor = np.zeros((len(packed), rank))
+    factor[pivots - 1] = np.tril(packed)[:, :rank]
     roots = np.sqrt(np.maximum(scipy.linalg.eigvalsh(factor.T @ b.covariance @ factor), 0)).sum() if factor.size else 0
+    difference = a.mean - b.mean
     return max(float(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * roots), 0.0)
 
 
-def _factor(covariance: np.ndarray) -> np.ndarray:
-    """Return A (D, rank) with A A^T = covariance."""
-    # Of correlations rather than covariances, so that coordinates of small scale are not taken for rounding.
-    dim, deviations = len(covariance), np.sqrt(np.maximum(covariance.diagonal(), 0))
-    deviations[deviations == 0] = 1
-    correlations = covariance / deviations[:, None] / deviations
-    # Cholesky with pivots stops at the rank: covariances of few samples are singular.
-    packed, pivots, rank, _ = scipy.linalg.lapack.dpstrf(correlations, tol=dim * np.finfo(np.float64).eps, lower=1)
-    factor = np.zeros((dim, rank))
-    factor[pivots - 1] = np.tril(packed)[:, :rank]
-    return factor * deviations[:, None]
-
-
 def inception_score(pool: np.ndarray, weights: np.ndarray, split_size: int = 5000) -> float:
-    """exp(mean KL(p(y|x) || p(y))), with p(y) the mean over a split, and the mean of that over consecutive splits.
+    """Return exp(mean KL(p(y|x) || p(y))), with p(y) the mean over a split, and of that the mean over consecutive splits.
 
     pool: (N, D) features, weights: (D, C) of the last layer, so that p(y|x) = softmax(x weights) (no bias, as the
     published evaluators do). The last split may be shorter and counts as much as the others. Logits are float32, sums
     float64, and only the probabilities of some hundred images are in memory at a time. Salimans et al., 1606.03498.
-
-    Raises ValueError for shapes that do not fit, no features, or features that are not finite.
     """
-    pool, weights = np.asarray(pool), np.asarray(weights, np.float32)
-    if pool.ndim != 2 or weights.ndim != 2 or pool.shape[1] != weights.shape[0]:
-        raise ValueError(f"features {pool.shape} do not go with weights {weights.shape}: expected (N, D) and (D, C)")
-    if not len(pool) or split_size < 1:
-        raise ValueError(f"{len(pool)} features in splits of {split_size}: both must be above 0")
-    _require_finite(pool, "features")
-    _require_finite(weights, "weights")
+    pool, weights = _finite(pool, "features"), np.asarray(weights, np.float32)
     scores = []
     for first in range(0, len(pool), split_size):
         split = pool[first : first + split_size]
@@ -165,20 +138,12 @@ def inception_score(pool: np.ndarray, weights: np.ndarray, split_size: int = 500
 def kernel_distance(
     a: np.ndarray, b: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """KID: mean and standard deviation, over random subsets, of the unbiased squared MMD with (x·y / D + 1)³.
+    """Return KID: mean and standard deviation, over random subsets, of the unbiased squared MMD with (x·y / D + 1)³.
 
     a, b: (N, D) and (M, D). Bińkowski et al., 1801.01401. `subset_size` points of each are drawn without replacement, from
-    a generator that `seed` fixes. Raises ValueError for other shapes, features that are not finite, or a subset that is
-    smaller than 2 or larger than a set.
+    a generator that `seed` fixes.
     """
-    a, b = _features(a, "the first features"), _features(b, "the second features")
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"features of {a.shape[1]} and of {b.shape[1]} numbers cannot be compared")
-    if subsets < 1 or not 2 <= subset_size <= min(len(a), len(b)):
-        raise ValueError(
-            f"{subsets} subsets of {subset_size} from {len(a)} and {len(b)} features: subsets must be above 0, "
-            f"subset_size between 2 and {min(len(a), len(b))}"
-        )
+    a, b = _finite(a, "the first features"), _finite(b, "the second features")
     generator = np.random.default_rng(seed)
     values = np.empty(subsets)
     for i in range(subsets):
@@ -222,14 +187,12 @@ def precision_recall(
             third and who is in a ball depend on rounding; with few images that moves the figures by some hundredths.
 
     Raises:
-        ValueError: fewer than neighbours + 1 points, features of different sizes or not finite (says which rows).
+        ValueError: fewer than neighbours + 1 points, or features that are not finite (says which rows).
     """
-    reference, samples = _features(reference, "reference features"), _features(samples, "sample features")
-    if reference.shape[1] != samples.shape[1]:
-        raise ValueError(f"reference features have {reference.shape[1]} numbers, sample features {samples.shape[1]}")
-    for name, features in (("reference", reference), ("sample", samples)):
-        if len(features) <= neighbours:
-            raise ValueError(f"{len(features)} {name} features: {neighbours} neighbours need at least {neighbours + 1}")
+    reference, samples = _finite(reference, "reference features"), _finite(samples, "sample features")
+    if min(len(reference), len(samples)) <= neighbours:
+        counts = f"{len(reference)} reference and {len(samples)} sample features"
+        raise ValueError(f"{counts}: {neighbours} neighbours need at least {neighbours + 1} of each")
     n, m = len(reference), len(samples)
     with tqdm(total=n * n + m * m + n * m, unit=" distances", unit_scale=True, disable=not progress) as bar:
         arithmetic = Float16 if float16 else Float64
@@ -237,20 +200,14 @@ def precision_recall(
     return float(inside[1].mean()), float(inside[0].mean())
 
 
-def _features(features: np.ndarray, name: str) -> np.ndarray:
+def _finite(features: np.ndarray, name: str) -> np.ndarray:
+    """Return features (N, D). Raises ValueError that says which rows have a NaN or an infinity."""
     features = np.asarray(features)
-    if features.ndim != 2 or not features.shape[1]:
-        raise ValueError(f"{name} are of shape {features.shape}, expected (images, numbers)")
-    _require_finite(features, name)
-    return features
-
-
-def _require_finite(features: np.ndarray, name: str) -> None:
-    """Raises ValueError that says which rows of a (N, D) have a NaN or an infinity."""
     parts = (features[start : start + _ROWS] for start in range(0, len(features), _ROWS))
     wrong = np.flatnonzero(np.concatenate([~np.isfinite(part).all(axis=1) for part in parts] or [[]]))
     if len(wrong):
-        rows = ", ".join(map(str, wrong[:_LISTED])) + (f", ... ({len(wrong)} in all)" if len(wrong) > _LISTED else "")
+        more = f", … ({len(wrong)} in all)" if len(wrong) > 10 else ""
         raise ValueError(
-            f"{name} of {len(features)} rows are not finite in {'rows' if len(wrong) > 1 else 'row'} {rows}"
+            f"{name} of {len(features)} rows are not finite in rows {', '.join(map(str, wrong[:10]))}{more}"
         )
+    return features

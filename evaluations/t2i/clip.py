@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
+from evaluations.features import normalised
 from utils.hub import WEIGHTS
 
 PREFIX = "A photo depicts "
@@ -30,11 +30,8 @@ CLIP_MODELS = {
 DIMS = {"ViT-B/32": 512, "ViT-G/14": 1024, "ViT-bigG/14": 1280}  # of the vectors
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _ROOT = Path(__file__).resolve().parent.parent.parent
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-_OPEN_CLIP_CONFIG, _OPEN_CLIP_FILES = (
-    "open_clip_config.json",
-    ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
-)
+_TRANSFORMERS = ("config.json", ("model.safetensors", "pytorch_model.bin"))
+_OPEN_CLIP = ("open_clip_config.json", ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"))
 
 
 def find_clip(name: str, folder: str | Path | None = None) -> Path:
@@ -48,28 +45,19 @@ def find_clip(name: str, folder: str | Path | None = None) -> Path:
         raise ValueError(f"--clip_model4eval {name} is not one of {', '.join(CLIP_MODELS)}")
     repository = CLIP_MODELS[name]
     short = repository.split("/")[1]
-    command = f"hf download {repository} --local-dir {WEIGHTS}/{short}"
     if folder is not None:
         places = [Path(folder).expanduser()]
     else:
         places = [Path.cwd() / WEIGHTS / short, _ROOT / WEIGHTS / short]
         cached = huggingface_hub.try_to_load_from_cache(repository, "config.json")
-        if isinstance(cached, str):
-            places.append(Path(cached).parent)
+        places += [Path(cached).parent] if isinstance(cached, str) else []
     for place in places:
-        if _has(place, "config.json", _WEIGHT_FILES) or for_open_clip(place):
+        if _has(place, *_TRANSFORMERS) or _has(place, *_OPEN_CLIP):
             return place
-        if (place / "config.json").is_file() or (place / _OPEN_CLIP_CONFIG).is_file():
-            raise FileNotFoundError(
-                f"{place} has a configuration and no weights ({' or '.join(_WEIGHT_FILES)}): {command}"
-            )
-    where = f"at {places[0]}" if folder is not None else f"in {WEIGHTS}/ or in the cache of the Hugging Face hub"
-    raise FileNotFoundError(f"no CLIP {name} {where}: {command}, or leave the CLIP score out with --no-clip")
-
-
-def for_open_clip(folder: Path) -> bool:
-    """Tell whether a folder is in open_clip's format, and not in that of transformers."""
-    return not _has(folder, "config.json", _WEIGHT_FILES) and _has(folder, _OPEN_CLIP_CONFIG, _OPEN_CLIP_FILES)
+    raise FileNotFoundError(
+        f"no CLIP {name} with configuration and weights at {' or '.join(map(str, places))}: hf download {repository} "
+        f"--local-dir {WEIGHTS}/{short}, or leave the CLIP score out with --no-clip"
+    )
 
 
 def _has(folder: Path, config: str, weights: Sequence[str]) -> bool:
@@ -79,7 +67,7 @@ def _has(folder: Path, config: str, weights: Sequence[str]) -> bool:
 
 def load_clip(folder: str | Path, device: torch.device | str = "cpu") -> "CLIP":
     """Return the CLIP in a folder, by the library whose format the folder has. Raises ValueError as CLIP and OpenCLIP do."""
-    return (OpenCLIP if for_open_clip(Path(folder)) else CLIP)(folder, device)
+    return (CLIP if _has(Path(folder), *_TRANSFORMERS) else OpenCLIP)(folder, device)
 
 
 class CLIP:
@@ -118,12 +106,12 @@ class CLIP:
 
     @torch.inference_mode()
     def images(self, images: np.ndarray) -> np.ndarray:
-        """uint8 (B, H, W, 3) → float32 (B, dim) of length one."""
-        return _unit(self._see(preprocess(images, self.size).to(self.device)))
+        """Return unit vectors of images: uint8 squares (B, H, H, 3) → float32 (B, dim)."""
+        return _unit(self._see(normalised(images, self.size, MEAN, STD).to(self.device)))
 
     @torch.inference_mode()
     def texts(self, captions: Sequence[str]) -> np.ndarray:
-        """Captions, without the prefix → float32 (B, dim) of length one."""
+        """Return unit vectors of captions, given without the prefix → float32 (B, dim)."""
         return _unit(self._read([PREFIX + caption for caption in captions]))
 
     def _see(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -148,8 +136,7 @@ class OpenCLIP(CLIP):
             import open_clip
         except ImportError as error:
             raise ValueError(
-                f"{self.folder} has weights in the format of open_clip, which is not installed: pip install open_clip_torch, "
-                f"or get those that transformers reads ({', '.join(_WEIGHT_FILES)}) beside a config.json"
+                f"{self.folder} has weights in the format of open_clip, which is not installed: pip install open_clip_torch"
             ) from error
         name = f"local-dir:{self.folder.absolute()}"
         try:
@@ -172,20 +159,6 @@ class OpenCLIP(CLIP):
 
 def _damaged(clip: CLIP, error: Exception) -> ValueError:
     return ValueError(f"{clip.folder} is not a whole CLIP in the format of {clip.library} ({error}): download it again")
-
-
-def preprocess(images: np.ndarray, size: int) -> torch.Tensor:
-    """uint8 squares (B, H, H, 3) → normalised float32 (B, 3, size, size), by Pillow's bicubic filter.
-
-    Raises ValueError for another dtype or shape.
-    """
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2]:
-        raise ValueError(f"images are {images.dtype} {images.shape}, expected uint8 squares (images, side, side, 3)")
-    resized = np.empty((len(images), size, size, 3), np.uint8)
-    for i, image in enumerate(images):
-        resized[i] = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
-    values = torch.from_numpy(resized).permute(0, 3, 1, 2).float() / 255
-    return (values - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
 def _unit(vectors: torch.Tensor) -> np.ndarray:

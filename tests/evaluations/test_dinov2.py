@@ -13,7 +13,8 @@ from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 
 from evaluations import dinov2, published
-from evaluations.dinov2 import DINOv2Features, find_weights, preprocess, resized_positions
+from evaluations.dinov2 import MEAN, STD, DINOv2Features, find_weights, resized_positions
+from evaluations.features import normalised
 
 NAME = "tiny_patch14_dinov2"
 
@@ -58,7 +59,7 @@ def by_hand(state: dict[str, torch.Tensor], pixels: torch.Tensor) -> torch.Tenso
     patches = pixels.unfold(2, 14, 14).unfold(3, 14, 14).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
     x = patches @ state["patch_embed.proj.weight"].flatten(1).T + state["patch_embed.proj.bias"]
     x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], dim=1)
-    x = x + resized_positions(state["pos_embed"], 16, 1)
+    x = x + resized_positions(state["pos_embed"], 16)
     for block in ("blocks.0", "blocks.1"):
         q, k, v = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").view(len(x), -1, 3, 2, 16).unbind(2)
         scores = torch.einsum("bnhd,bmhd->bhnm", q, k) / 4
@@ -79,7 +80,7 @@ def test_the_class_token_of_the_files_network(weights, tmp_path, kind):
     features = DINOv2Features(path, model_name=NAME)
     got = features(images())
     assert got.dtype == np.float32 and got.shape == (3, features.dim) == (3, 32)
-    np.testing.assert_allclose(got, by_hand(weights, preprocess(images())), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got, by_hand(weights, normalised(images(), 224, MEAN, STD)), rtol=1e-4, atol=1e-4)
     assert np.abs(got[0] - got[1]).max() > 1e-2  # the images do matter
     np.testing.assert_allclose(features(images()[1:2])[0], got[1], rtol=1e-4, atol=1e-5)
 
@@ -89,7 +90,7 @@ def test_preprocessing_is_pillows_filter_and_imagenets_normalisation():
         image = images(1, size)
         resized = np.asarray(Image.fromarray(image[0]).resize((224, 224), Image.Resampling.BICUBIC))
         expected = (resized / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
-        np.testing.assert_allclose(preprocess(image)[0].permute(1, 2, 0), expected, atol=1e-5)
+        np.testing.assert_allclose(normalised(image, 224, MEAN, STD)[0].permute(1, 2, 0), expected, atol=1e-5)
 
 
 def test_positions_are_sampled_with_a_tenth_of_a_patch_more():
@@ -101,16 +102,14 @@ def test_positions_are_sampled_with_a_tenth_of_a_patch_more():
         x = abs(x)
         return (a + 2) * x**3 - (a + 3) * x**2 + 1 if x <= 1 else a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
 
-    got = resized_positions(table, 16, prefix=1)
+    got = resized_positions(table, 16)
     assert got.shape == (1, 257, 1) and got[0, 0, 0] == 9
     for i in range(16):
         place = (i + 0.5) * 37 / 16.1 - 0.5
         near = range(math.floor(place) - 1, math.floor(place) + 3)
         expected = sum(float(column[min(max(j, 0), 36)]) * weight(place - j) for j in near)
         assert float(got[0, 1 + i, 0]) == pytest.approx(expected, abs=1e-9)
-    assert torch.equal(resized_positions(table, 37, prefix=1), table)
-    with pytest.raises(ValueError, match=r"w\.pth: 1370 positions"):
-        resized_positions(table, 16, prefix=0, path="w.pth")
+    assert torch.equal(resized_positions(table, 37), table)
 
 
 def test_weights_are_found_where_they_usually_lie(tmp_path, monkeypatch):
@@ -137,8 +136,6 @@ def test_what_does_not_fit_is_refused(weights, tmp_path):
     save_file({name: value for name, value in weights.items() if "norm1" not in name}, path)
     with pytest.raises(ValueError, match=r"does not fit the model:\n  missing \(4\): blocks.0.norm1.weight"):
         DINOv2Features(path, model_name=NAME)
-    with pytest.raises(ValueError, match=r"vit_gigantic is not a model that timm knows"):
-        DINOv2Features(path, model_name="vit_gigantic")
     for wrong in (images().astype(np.float32), images()[0], images()[..., :1]):
         with pytest.raises(ValueError, match=r"expected uint8 \(images, height, width, 3\)"):
-            preprocess(wrong)
+            normalised(wrong, 224, MEAN, STD)

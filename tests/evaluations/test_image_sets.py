@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluations.image_sets import open_images
+from evaluations.image_sets import open_images, save_statistics
+from evaluations.metrics import Statistics
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (11, 6, 8, 3), dtype=np.uint8)
@@ -41,10 +42,19 @@ def test_statistics_with_and_without_images(tmp_path):
     arrays = {"mu": np.zeros(3), "sigma": np.eye(3), "mu_s": np.zeros(2), "sigma_s": np.eye(2, dtype=np.float32)}
     images = open_images(write(tmp_path, **arrays))
     assert (images.kind, images.count, images.size, images.features) == ("statistics", 0, None, None)
-    assert images.statistics["sigma_s"].dtype == np.float64
+    assert images.statistics[1].covariance.dtype == np.float64
     images = open_images(write(tmp_path, arr_0=IMAGES, pool=np.ones((4, 3), np.float32), **arrays))
     assert (images.kind, images.count) == ("statistics", 11)
     assert images.features.shape == (4, 3)
+    again = open_images(save(tmp_path, images))
+    assert again.made == {"size": 4} and again.statistics[0].count == 7 and again.features.shape == (4, 3)
+
+
+def save(tmp_path, images):
+    first, second = images.statistics
+    first = Statistics(first.mean, first.covariance, 7)
+    save_statistics(tmp_path / "again.npz", [first, second], images.features, {"size": 4})
+    return tmp_path / "again.npz"
 
 
 @pytest.mark.parametrize(
@@ -52,6 +62,12 @@ def test_statistics_with_and_without_images(tmp_path):
     [
         ({"images": IMAGES}, r"no arr_0 .*it holds images"),
         ({"mu": np.zeros(3)}, r"no arr_0 .*it holds mu"),
+        (
+            {"mu": np.zeros(8), "sigma": np.eye(7)},
+            r"mu, sigma are float64 \(8,\) and float64 \(7, 7\), expected finite",
+        ),
+        ({"mu": np.full(8, np.nan), "sigma": np.eye(8)}, r"expected finite floats"),
+        ({"mu": np.array([None]), "sigma": np.eye(8)}, r"not a whole .npz"),
         ({"arr_0": IMAGES / 255}, r"arr_0 is float64 \(11, 6, 8, 3\), expected uint8.*255"),
         ({"arr_0": IMAGES.transpose(0, 3, 1, 2)}, r"arr_0 is uint8 \(11, 3, 6, 8\), expected"),
         ({"arr_0": IMAGES[0]}, r"arr_0 is uint8 \(6, 8, 3\), expected"),
@@ -134,7 +150,7 @@ def test_folders_that_cannot_be_used(tmp_path):
         open_images(tmp_path)
     save_all(tmp_path)
     Image.new("RGB", (9, 7)).save(tmp_path / "07.png")
-    with pytest.raises(ValueError, match=r"07.png is 7 high and 9 wide, .*00.png is 6 high and 8 wide"):
+    with pytest.raises(ValueError, match=r"07.png has 9x7 pixels, .*00.png 8x6"):
         list(open_images(tmp_path).batches(0, 11, 4))
     (tmp_path / "07.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"07.png is not a readable image"):

@@ -11,6 +11,7 @@ from sklearn.datasets import load_digits
 
 from evaluations.image_sets import ImageSet
 from evaluations.judgement import Inspection, judge, same_images, was_jpeg
+from evaluations.metrics import Statistics
 from tests.helpers import ROOT
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.images import to_uint8
@@ -24,11 +25,8 @@ class Images(ImageSet):
         for name, value in values.items():
             setattr(self, name, value)
 
-    def batches(self, start, stop, batch_size):
-        raise NotImplementedError
 
-
-STATISTICS = {"mu": np.zeros(1)}
+STATISTICS = [Statistics(np.zeros(1), np.eye(1))]
 ADM = {"path": Path("VIRTUAL_imagenet256_labeled.npz"), "count": 10_000, "statistics": STATISTICS}
 EVEN = np.random.default_rng(0).integers(0, 1000, 50_000)
 
@@ -190,7 +188,6 @@ def test_copies_are_counted_over_processes():
     first, second = Inspection(), Inspection()
     first.look(images[:6])
     second.look(images[4:])
-    assert first.copies == 0
+    assert not first.warnings("samples")
     first.merge(second)
-    assert first.copies == 2
     assert "2 of the 12 samples are exact copies" in first.warnings("samples")[0]
