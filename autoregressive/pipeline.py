@@ -14,6 +14,7 @@ number of threads, on an accelerator for one batch size.
 import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from itertools import groupby
 from math import isqrt
 from pathlib import Path
@@ -33,14 +34,13 @@ from autoregressive.models.on_cpu import missing_rows
 from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
 from autoregressive.released import find_identity, gpt_identity
 from autoregressive.request import Request
-from language.captions import clean_caption
 from tokenizer.base import Tokenizer
 from tokenizer.load import load_tokenizer
 from utils.checkpoint import has_averages, load_into, read_checkpoint
 from utils.distributed import pick_device
 from utils.errors import is_out_of_memory
 from utils.images import to_uint8
-from utils.origin import require_encoder, same_tokenizer
+from utils.origin import same_tokenizer
 from utils.overlap import one_behind
 from utils.rng import image_noise
 from utils.runs import find_checkpoint
@@ -273,7 +273,7 @@ class ImagePipeline:
         """
         if (asked is None) == (features is None):
             raise ValueError("give labels or prompts, or a prompt's features in its place")
-        values = _items(asked) if features is None else list(map(_feature_file, _items(features)))
+        values = as_list(asked) if features is None else list(map(_feature_file, as_list(features)))
         count = len(values)
         numbers = range(count) if indices is None else [int(number) for number in indices]
         given = [value for value in (negative_classes, negative_prompts, negative_features) if value is not None]
@@ -348,8 +348,9 @@ class ImagePipeline:
             except ValueError as error:
                 raise ValueError(f"image {request.index}: {error}") from error
         for name, condition in self.gpt.conditions.items():
-            lengths = [(r.index, len(r.conditions[name])) for r in found if condition.text_dim]
-            warn_of_long_features(lengths, condition.rows)
+            if condition.text_dim:
+                lengths = [(request.index, len(request.conditions[name])) for request in found]
+                warn_of_long_features(lengths, condition.rows)
         return found
 
     def _prompts(self, values: Mapping[str, Any]) -> list[str]:
@@ -395,36 +396,11 @@ class ImagePipeline:
         yield from one_behind(marked(), decode)
 
     def encode(self, prompts: Sequence[str], *, progress: bool = False) -> list[Tensor]:
-        """The features of each prompt, (length, caption_dim) on the CPU, in the encoder's dtype.
-
-        Prompts are encoded one at a time, a repeated one once: a batch would round according to its size. On the CPU,
-        since those of a run's prompts are there at once: 4 KB a token of flan-T5-XL in half precision.
-        Raises ValueError for a prompt that is blank or of which cleaning leaves nothing, or an encoder of another model;
-        FileNotFoundError where there is no T5.
-        """
-        check_prompts(prompts, self._cleans)
-        encoder = self._find_text_encoder() if len(prompts) else None
-        encoded: dict[str, Tensor] = {}
-        for text in tqdm(dict.fromkeys(prompts), unit="prompt", disable=not progress, desc="encoding"):
-            with torch.no_grad():
-                features, mask = encoder.get_text_embeddings([text])  # (1, L, D), (1, L)
-            features = features[0][mask[0].bool().to(features.device)].cpu()
-            try:
-                encoded[text] = self.text.read(features)
-            except ValueError as error:
-                raise ValueError(f"prompt {shorten(text)!r}: {error}") from error
-        full = [text for text, features in encoded.items() if len(features) >= self.t5_tokens]
-        if full:
-            listed = ", ".join(repr(shorten(text)) for text in full[:3]) + (", …" if len(full) > 3 else "")
-            warnings.warn(
-                f"{len(full)} of {len(encoded)} prompts fill all {self.t5_tokens} text tokens, and what stands behind "
-                f"them is not read: {listed}",
-                stacklevel=2,
-            )
-        return [encoded[text] for text in prompts]
+        """Return the features of each prompt, (length, caption_dim) on the CPU; see autoregressive/text.py."""
+        return import_module("autoregressive.text").encode(self, prompts, progress=progress)
 
     def release_text_encoder(self) -> None:
-        """Gives the text encoder's memory back, as between encoding and drawing; the next prompt loads the T5 again."""
+        """Give the text encoder's memory back, as between encoding and drawing; the next prompt loads the T5 again."""
         self.text_encoder = None
         gc.collect()
         if self.t5_device.type == "cuda":
@@ -527,28 +503,6 @@ class ImagePipeline:
             return max(self.batch_size - count, 0)
         return missing_rows(self.gpt, count)
 
-    @property
-    def _cleans(self) -> bool:
-        """Tell whether prompts are cleaned before they are read, as the T5 does by default."""
-        return getattr(self.text_encoder, "use_text_preprocessing", self.text_encoder is None)
-
-    def _find_text_encoder(self) -> TextEncoder:
-        if not self.text:
-            raise ValueError("this GPT is class-conditional: it has no text encoder")
-        if self.text_encoder is None:
-            from language.t5 import T5Embedder, encoder_identity, find_t5
-
-            folder = find_t5(self.t5_path and str(self.t5_path), self.t5_model_type)
-            self.text_encoder = T5Embedder(
-                self.t5_device, str(folder), torch_dtype=self.t5_dtype, model_max_length=self.t5_tokens
-            )
-            if "text_encoder" in self.gpt.file_config:
-                require_encoder(self.gpt.file_config, encoder_identity(self.text_encoder), str(folder))
-        dim, width = getattr(self.text_encoder, "dim", None), self.text.text_dim
-        if dim not in (None, width):
-            raise ValueError(f"the text encoder has features of {dim} numbers and the GPT takes {width}")
-        return self.text_encoder
-
 
 @torch.inference_mode()
 def decode_codes(
@@ -590,7 +544,7 @@ def _decode_so_many(
     return np.concatenate(arrays)
 
 
-def _items(asked: Any) -> list:
+def as_list(asked: Any) -> list:
     """Return the items of a list, an array or a tensor."""
     if isinstance(asked, str | Path) or not (hasattr(asked, "__len__") and hasattr(asked, "__getitem__")):
         raise ValueError(f"give a list, one item for each image, not {shorten(repr(asked))}")
@@ -618,23 +572,6 @@ def _prefix_mask(
         return None
     whole = {n: torch.ones(len(v), conditions[n].rows, dtype=torch.bool, device=v.device) for n, v in values.items()}
     return torch.cat([whole[name] if mask is None else mask for name, mask in masks.items()], dim=1)
-
-
-def check_prompts(prompts: Sequence[str], cleaned: bool = True) -> None:
-    """Raise ValueError for what is no list of strings, and where a prompt is blank.
-
-    cleaned: they will be, by language/captions.py; then also where that leaves nothing of one.
-    """
-    for i, prompt in enumerate(_items(prompts)):
-        if not isinstance(prompt, str):
-            raise ValueError(f"this GPT is text-conditional: it takes prompts, and item {i} is {prompt!r}")
-        if not prompt.strip():
-            raise ValueError(f"prompt {i} (from 0) is blank: write what to draw")
-        if cleaned and not clean_caption(prompt):
-            raise ValueError(
-                f"prompt {i} (from 0), {shorten(prompt)!r}, is blank once it is cleaned as captions were in training, without "
-                "web addresses, file names, Chinese characters and the like: write what to draw"
-            )
 
 
 def warn_of_long_features(lengths: Sequence[tuple[int, int]], rows: int) -> None:

@@ -13,7 +13,7 @@ from autoregressive.models.machine import attention_bias
 from autoregressive.models.sampling import running_sum
 from autoregressive.models.settings import SamplingConfig
 from autoregressive.pipeline import ImagePipeline
-from autoregressive.sample.batch_size import fits_on_cuda, fitting_batch_size
+from autoregressive.sample.many import fits_on_cuda, fitting_batch_size
 from autoregressive.train import train_c2i, train_c2i_fsdp
 from tests.autoregressive.test_goldens import MODELS, RUNS, build, condition
 from tests.helpers import randomize

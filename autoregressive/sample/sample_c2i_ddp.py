@@ -48,13 +48,8 @@ IMMATERIAL = {
 def main(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from autoregressive.sample.batch_size import fitting_batch_size, memory_errors_told
-    from autoregressive.sample.common import (
-        build_pipeline,
-        class_requests,
-        save_images,
-        share_of_missing,
-    )
+    from autoregressive.sample.common import build_pipeline, class_requests
+    from autoregressive.sample.many import draw_missing, run_settings
     from utils.distributed import start
     from utils.images import write_image_npz
     from utils.sample_folder import claim_folder, read_images
@@ -63,15 +58,14 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(
             "sample_c2i_ddp.py draws from class-conditional models; for captions there is sample_t2i_ddp.py"
         )
-    sampling = sampling_config(args)
-    automatic = args.per_proc_batch_size == "auto"
+    sampling_config(args)  # refuses settings before the models are read
     dist = start(args.device)
     with dist.main_first():
-        batch = None if automatic else args.per_proc_batch_size
+        batch = None if args.per_proc_batch_size == "auto" else args.per_proc_batch_size
         pipeline, gpt_path, vq_path = build_pipeline(args, dist.device, batch, args.num_fid_samples)
     folder = Path(args.sample_dir) / folder_name(args, gpt_path, vq_path)
     if dist.is_main:
-        claim_folder(folder, run_settings(args, gpt_path, vq_path))
+        claim_folder(folder, run_settings(args, gpt_path, vq_path, IMMATERIAL))
     dist.barrier()
 
     def png(index: int) -> Path:
@@ -79,14 +73,15 @@ def main(args: argparse.Namespace) -> None:
 
     count = args.num_fid_samples
     labels = [image_class(args, i) for i in range(count)]
-    if automatic:
-        fitting_batch_size(pipeline, dist, limit=-(-count // dist.world_size), sampling=sampling)
-    mine = share_of_missing(dist, folder, png, count, pipeline.batch_size)
-    requests = class_requests(args, pipeline.gpt, [labels[i] for i in mine], mine, args.global_seed)
-    batches = pipeline.batches(requests, size=args.image_size_eval, ahead=True)
-    with memory_errors_told(pipeline.batch_size):
-        save_images(batches, png, len(mine), progress=dist.is_main)
-    dist.barrier()
+    draw_missing(
+        args,
+        pipeline,
+        dist,
+        png,
+        count,
+        lambda mine: class_requests(args, pipeline.gpt, [labels[i] for i in mine], mine, args.global_seed),
+        args.image_size_eval,
+    )
     if dist.is_main and args.npz:
         target = folder.with_name(folder.name + ".npz")
         shape = (count, args.image_size_eval, args.image_size_eval, 3)
@@ -115,19 +110,6 @@ def image_class(args: argparse.Namespace, index: int) -> int:
     from utils.rng import image_label
 
     return index % args.num_classes if args.balanced else image_label(args.global_seed, index, args.num_classes)
-
-
-def run_settings(args: argparse.Namespace, gpt_path: Path, vq_path: Path) -> dict:
-    """Return all settings that decide the images, as plain values."""
-    from autoregressive.sample.common import condition_identity
-    from utils.sample_folder import file_identity
-
-    settings = {key: value for key, value in vars(args).items() if key not in IMMATERIAL}
-    for name in ("quantize", "decode_precision"):
-        if settings[name] == "none":
-            settings[name] = None  # as in folders drawn before there was a choice, which do not say
-    settings["condition_file"] = condition_identity(args)
-    return {**settings, "gpt_ckpt": file_identity(gpt_path), "vq_ckpt": file_identity(vq_path)}
 
 
 def flags() -> argparse.ArgumentParser:

@@ -14,12 +14,13 @@ from utils.cli import add_batch_size_flag, add_quantize_flag, run_script
 def main(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from autoregressive.sample.common import build_pipeline, print_prompts, prompt_requests, prompts_to_draw, write_grid
+    from autoregressive.sample.common import build_pipeline, write_grid
+    from autoregressive.sample.text import print_prompts, prompt_requests, prompts_to_draw, text_settings
     from utils.distributed import pick_device
 
     prompts, stored = prompts_to_draw(args)
     sampling_config(args)  # refuses settings before the models are read
-    pipeline, _, _ = build_pipeline(args, pick_device(args.device), args.batch_size)
+    pipeline, _, _ = build_pipeline(args, pick_device(args.device), args.batch_size, text=text_settings(args))
     requests = prompt_requests(args, pipeline, stored or prompts, range(len(prompts)), args.seed)
     write_grid(args, np.concatenate([images for _, images in pipeline.batches(requests, progress=True)]))
     print_prompts(prompts)

@@ -11,6 +11,7 @@ once all are there captions.txt, a prompt on each line, and result.jsonl, {"text
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from autoregressive.models.sizes import GPT_SIZES
 from autoregressive.sample.flags import add_sampling_flags, sampling_config
@@ -32,6 +33,9 @@ from utils.cli import (
     run_script,
 )
 from utils.sample_folder import folder_name
+
+if TYPE_CHECKING:
+    from autoregressive.request import Request
 
 # Flags that change neither an image nor which images there are, and those that stand for a file's content.
 IMMATERIAL = {
@@ -57,33 +61,33 @@ IMMATERIAL = {
 def main(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from autoregressive.pipeline import check_prompts
-    from autoregressive.sample.batch_size import fitting_batch_size, memory_errors_told
-    from autoregressive.sample.common import (
-        build_pipeline,
-        features_of,
-        open_prompt_features,
-        prompt_requests,
-        save_images,
-        share_of_missing,
-    )
+    from autoregressive.sample.common import build_pipeline
+    from autoregressive.sample.many import draw_missing, run_settings
+    from autoregressive.sample.text import features_of, open_prompt_features, prompt_requests, text_settings
+    from autoregressive.text import check_prompts
     from language.prompts import read_prompt_table
     from utils.distributed import start
     from utils.images import is_whole_png, write_image_npz
-    from utils.sample_folder import claim_folder, file_identity, read_images, rename_earlier, write_captions
+    from utils.sample_folder import (
+        claim_folder,
+        file_identity,
+        read_images,
+        rename_earlier,
+        text_identity,
+        write_captions,
+    )
 
     if args.gpt_type != "t2i":
         raise ValueError("sample_t2i_ddp.py draws from text-conditional models; for classes there is sample_c2i_ddp.py")
-    sampling = sampling_config(args)
+    sampling_config(args)  # refuses settings before the models are read
     prompts = read_prompt_table(args.prompt_csv)
     check_prompts(prompts)
     stored = open_prompt_features(args, args.prompt_csv, prompts)
     count = min(args.num_fid_samples, len(prompts))
-    automatic = args.per_proc_batch_size == "auto"
     dist = start(args.device)
     with dist.main_first():
-        batch = None if automatic else args.per_proc_batch_size
-        pipeline, gpt_path, vq_path = build_pipeline(args, dist.device, batch, count)
+        batch = None if args.per_proc_batch_size == "auto" else args.per_proc_batch_size
+        pipeline, gpt_path, vq_path = build_pipeline(args, dist.device, batch, count, text_settings(args))
     folder = Path(args.sample_dir) / folder_name(args, gpt_path, vq_path, prompts=Path(args.prompt_csv).name)
     if dist.is_main:
         text = (
@@ -91,7 +95,8 @@ def main(args: argparse.Namespace) -> None:
             if stored
             else {"t5": file_identity(pipeline.t5_path)}
         )
-        decisive = {**run_settings(args, prompts, gpt_path, vq_path), **text}
+        text |= {"prompts": text_identity(prompts), "t5_precision": args.t5_precision or args.precision}
+        decisive = run_settings(args, gpt_path, vq_path, IMMATERIAL, **text)
         rename_earlier(folder.with_name(folder_name(args, gpt_path, vq_path)), folder, decisive)
         claim_folder(folder, decisive)
     dist.barrier()
@@ -99,16 +104,11 @@ def main(args: argparse.Namespace) -> None:
     def png(index: int) -> Path:
         return folder / "images" / f"{index:06d}.png"
 
-    if automatic:
-        fitting_batch_size(pipeline, dist, limit=-(-count // dist.world_size), sampling=sampling)
-    mine = share_of_missing(dist, folder, png, count, pipeline.batch_size)
-    if mine:
+    def requests(mine: list[int]) -> "list[Request]":
         asked = features_of(stored, mine, args.t5_feature_max_len) if stored else [prompts[i] for i in mine]
-        requests = prompt_requests(args, pipeline, asked, mine, args.global_seed, progress=dist.is_main)
-        batches = pipeline.batches(requests, ahead=True)
-        with memory_errors_told(pipeline.batch_size):
-            save_images(batches, png, len(mine), progress=dist.is_main)
-    dist.barrier()
+        return prompt_requests(args, pipeline, asked, mine, args.global_seed, progress=dist.is_main)
+
+    draw_missing(args, pipeline, dist, png, count, requests)
     if dist.is_main:
         listed = count  # an earlier run may have drawn more: each image in the folder has its caption
         while listed < len(prompts) and is_whole_png(png(listed)):
@@ -122,25 +122,6 @@ def main(args: argparse.Namespace) -> None:
         print(f"wrote {target}: {count} images")
     dist.barrier()
     dist.close()
-
-
-def run_settings(args: argparse.Namespace, prompts: list[str], gpt_path: Path, vq_path: Path) -> dict:
-    """Return all settings that decide the images but the T5 or its features, as plain values."""
-    from autoregressive.sample.common import condition_identity
-    from utils.sample_folder import file_identity, text_identity
-
-    settings = {key: value for key, value in vars(args).items() if key not in IMMATERIAL}
-    for name in ("quantize", "decode_precision"):
-        if settings[name] == "none":
-            settings[name] = None  # as in folders drawn before there was a choice, which do not say
-    return {
-        **settings,
-        "t5_precision": args.t5_precision or args.precision,
-        "gpt_ckpt": file_identity(gpt_path),
-        "vq_ckpt": file_identity(vq_path),
-        "condition_file": condition_identity(args),
-        "prompts": text_identity(prompts),
-    }
 
 
 def flags() -> argparse.ArgumentParser:

@@ -26,8 +26,8 @@ class Models:
     pipeline: ImagePipeline
 
 
-def open_models(args: argparse.Namespace) -> Models:
-    """Finds and checks the files as the other sampling scripts do.
+def open_models(args: argparse.Namespace, text: dict | None = None) -> Models:
+    """Finds and checks the files as the other sampling scripts do. text: how prompts are encoded.
 
     Raises ValueError where vLLM is missing, or a flag and a file disagree, FileNotFoundError for a file that is not there.
     """
@@ -40,7 +40,7 @@ def open_models(args: argparse.Namespace) -> Models:
             "compute; use autoregressive/sample/sample_t2i.py"
         )
     # The weights go to vLLM, not to this process: they are read for their shapes, on the CPU.
-    pipeline, gpt_path, _ = build_pipeline(args, torch.device("cpu"))
+    pipeline, gpt_path, _ = build_pipeline(args, torch.device("cpu"), text=text)
     served = ServedModel(
         gpt_path,
         dtype=PRECISIONS[args.precision],

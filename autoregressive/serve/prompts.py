@@ -11,7 +11,8 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from autoregressive.pipeline import TextEncoder, check_prompts
+from autoregressive.pipeline import TextEncoder
+from autoregressive.text import check_prompts
 
 
 class PromptEncoder:

@@ -13,11 +13,11 @@ from utils.cli import add_vllm_flags, run_script
 
 
 def main(args: argparse.Namespace) -> None:
-    from autoregressive.sample.common import print_prompts, prompt_requests, prompts_to_draw
+    from autoregressive.sample.text import print_prompts, prompt_requests, prompts_to_draw, text_settings
     from autoregressive.serve.common import draw_grid, open_models
 
     prompts, stored = prompts_to_draw(args)
-    models = open_models(args)
+    models = open_models(args, text_settings(args))
     draw_grid(args, models, prompt_requests(args, models.pipeline, stored or prompts, range(len(prompts)), args.seed))
     print_prompts(prompts)
 

@@ -19,7 +19,7 @@ from PIL import Image
 from autoregressive.models.gpt import GPT_models
 from autoregressive.pipeline import ImagePipeline
 from autoregressive.sample import sample_c2i, sample_t2i, sample_t2i_ddp
-from autoregressive.sample.common import text_settings
+from autoregressive.sample.text import text_settings
 from language import extract_t5_feature
 from tests import forkserver
 from tests.helpers import ROOT, randomize
