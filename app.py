@@ -11,6 +11,7 @@ compared with it.
 
 import argparse
 import asyncio
+import logging
 import os
 import re
 import socket
@@ -23,15 +24,15 @@ from functools import partial
 from pathlib import Path
 from secrets import randbelow, token_urlsafe
 from tempfile import TemporaryDirectory, mkdtemp
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from autoregressive.models.settings import SamplingConfig
 from autoregressive.models.sizes import GPT_SIZES
 from autoregressive.sample.flags import add_sampling_flags
-from autoregressive.serve.server import Signals
+from autoregressive.serve.server import Signals, bound_socket, is_public, load_pipeline, native_service, url_path
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
+    PORT,
     Number,
     add_batch_size_flag,
     add_gpt_file_flags,
@@ -51,8 +52,7 @@ if TYPE_CHECKING:
     from autoregressive.demo import Painter
     from autoregressive.pipeline import ImagePipeline
 
-ROOT = Path(__file__).resolve().parent
-QUICKSTART = "quickstart"
+QUICKSTART = Path("quickstart")
 TITLE = "Autoregressive image generation"
 CSS = """
 .status progress { width: 100%; height: .6em; display: block; margin-bottom: .4em }
@@ -63,7 +63,7 @@ background: none; border: 0; font-size: .8em; opacity: .85 }
 .gallery .thumbnail-lg img { aspect-ratio: 1; height: auto }
 """
 SHARP = ".gallery img { image-rendering: pixelated }"  # pictures of a few pixels are shown as they are
-# What the sliders stand at where the flags say nothing: as published for text, and as the quickstart samples.
+# Settings where the flags say nothing: as published for text, and as the quickstart samples.
 TEXT_SETTINGS = {"cfg_scale": 7.5, "top_k": 1000}
 QUICKSTART_SETTINGS = {"cfg_scale": 2.0, "top_k": 0, "temperature": 0.8}
 SETTINGS = {name: field for name, field in SamplingConfig.fields().items() if "page" in field.metadata}
@@ -86,81 +86,92 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"{flag} is of models that are loaded here, and --server draws elsewhere: give one of the two")
     if args.api_key is not None and not args.server:
         raise ValueError("--api-key is the key of a --server: give that too; --auth asks visitors for a login")
-    if args.root_path and not re.fullmatch(r"(/[^/?#]+)+", args.root_path):
-        raise ValueError(f"--root-path is {args.root_path}: write it as /demo, without a slash at its end")
     args.auth = logins(args)
     signals = Signals(lambda: sys.exit(0))  # so that the folder goes
-    with TemporaryDirectory(prefix="demo-") as folder, listen(args.host, args.port) as sock:
+    with TemporaryDirectory(prefix="demo-") as folder, bound_socket(args.host, args.port) as sock:
+        if not args.auth and (args.share or is_public(sock)):
+            told = f"warning: whoever reaches {args.host}:{args.port} can draw; --auth USER:PASSWORD asks for a login"
+            print(told, file=sys.stderr)
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": f"{folder}/pictures"}
         import gradio  # noqa: F401 - what is absent is told before a model is loaded
 
-        from autoregressive.demo import error_html
-
-        loads = {} if args.server else models(args)
-        loaded: dict[str, ImagePipeline | str] = {}
-        for kind, load in loads.items():
-            try:
-                loaded[kind] = load()
-                print(f"{kind}: {describe(loaded[kind])}", flush=True)
-            except (ValueError, OSError) as error:
-                if len(loads) == 1:
-                    raise
-                loaded[kind] = error_html(error)  # the page says it, and has the other tab
-                print(f"{kind}: {error}", flush=True)
+        loaded = {} if args.server else load_models(args)
         asyncio.run(serve(args, Path(folder), sock, loaded, signals))
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket at the address. Raises OSError in words where it cannot be had."""
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family)
-    except OSError as error:
-        raise OSError(f"--host {host} --port {port} cannot be listened at: {error.strerror or error}") from error
+def load_models(args: argparse.Namespace) -> "dict[str, ImagePipeline | str]":
+    """Return the pipeline of each tab, or the HTML of why there is none; where no tab has one its error is raised."""
+    from autoregressive.demo import error_html
+
+    loads, loaded = models(args), {}
+    for kind, load in loads.items():
+        try:
+            loaded[kind] = load()
+            print(f"{kind}: {describe(loaded[kind])}", flush=True)
+        except (ValueError, OSError) as error:
+            if len(loads) == 1:
+                raise
+            loaded[kind] = error_html(error)  # the page says it, and has the other tab
+            print(f"{kind}: {error}", flush=True)
+    return loaded
+
+
+def logins(args: argparse.Namespace) -> list[tuple[str, str]] | None:
+    """Return who may see the page, None for everybody."""
+    given = args.auth or ([os.environ["DEMO_AUTH"]] if "DEMO_AUTH" in os.environ else [])
+    if not all(re.fullmatch("[^:]+:.+", login) for login in given):
+        raise ValueError("--auth (or DEMO_AUTH) is USER:PASSWORD, and one of them is empty: leave it out to ask nobody")
+    return [tuple(login.split(":", 1)) for login in given] or None
 
 
 def models(args: argparse.Namespace) -> dict[str, Callable[[], "ImagePipeline"]]:
-    """Return what loads the model of each tab: "class", "text", or both.
+    """Return what loads the model of each tab: "class", "text", or both. Raises FileNotFoundError before the quickstart."""
+    if args.quickstart:
+        args.precision = "none"
+    parser, kind = flags(), "class" if args.gpt_type == "c2i" else "text"
+    files = {"text": (args.text_gpt_ckpt, args.text_vq_ckpt, {})}
+    if kind == "text":
+        files["text"] = (args.gpt_ckpt or args.text_gpt_ckpt, args.vq_ckpt or args.text_vq_ckpt, {})
+    else:
+        files = {"class": (args.gpt_ckpt, args.vq_ckpt, {}), **files}
+    if args.quickstart:
+        files = {name: quickstart_files(name, *found[:2], needed=name == kind) for name, found in files.items()}
+    names = ("gpt_model", "num_classes", "cls_token_num", "codebook_size", "downsample_size", "vq_model")
+    given = {name: getattr(args, name) for name in (*names, "codebook_embed_dim")}
+    given = {name: value for name, value in given.items() if value != parser.get_default(name)}
+    if ar_token_num := layout_numbers(args)[0]:
+        given["ar_token_num"] = ar_token_num
+    loads = {}
+    for name, (gpt, vq, text) in files.items():
+        if gpt or name == kind:  # what the flags say is of the first model
+            gpt = gpt or released_gpt(args.gpt_type, args.gpt_model)
+            beliefs = {"gpt_type": "c2i" if name == "class" else "t2i", **(given if name == kind else {})}
+            loads[name] = partial(load_pipeline, args, gpt, vq, beliefs, **text)
+    return loads
 
-    Raises FileNotFoundError where the quickstart was not run.
+
+def quickstart_files(kind: str, gpt: str | None, vq: str | None, *, needed: bool) -> tuple:
+    """Return a tab's GPT, tokenizer and T5 as scripts/quickstart.sh leaves them, where the flags name none.
+
+    Raises FileNotFoundError where the tab is needed and its models were not trained.
     """
     from utils.runs import newest_checkpoint
 
-    if args.t5_feat_path:
-        raise ValueError(
-            "--t5-feat-path has features of prompts that are known before: the page needs a T5 (--t5-path)"
+    folder = QUICKSTART if QUICKSTART.is_dir() else Path(__file__).resolve().parent / QUICKSTART
+    part, words = ("gpt", "") if kind == "class" else ("text/stage2", " text")
+    missing = [str(folder / each) for each in ("tokenizer", part) if newest_checkpoint(folder / each) is None]
+    if not missing:
+        text = {} if kind == "class" else {"t5_path": folder / "text" / "t5", "t5_model_type": "small"}
+        return gpt or folder / part, vq or folder / "tokenizer", {} if gpt else text
+    if needed:
+        raise FileNotFoundError(
+            f"no trained model in {' and '.join(missing)}: run `bash scripts/quickstart.sh{words}` first"
         )
-    gpt, vq, text_gpt, text_vq, t5 = args.gpt_ckpt, args.vq_ckpt, args.text_gpt_ckpt, args.text_vq_ckpt, {}
-    if args.gpt_type == "t2i":
-        gpt, vq, text_gpt, text_vq = None, None, gpt or text_gpt, vq or text_vq
-    if args.quickstart:
-        folder = next((f for f in (Path(QUICKSTART), ROOT / QUICKSTART) if f.is_dir()), ROOT / QUICKSTART)
-        trained = {part: newest_checkpoint(folder / part) is not None for part in ("gpt", "tokenizer", "text/stage2")}
-        needed = ("tokenizer", "gpt" if args.gpt_type == "c2i" else "text/stage2")
-        missing = [str(folder / part) for part in needed if not trained[part]]
-        if missing:
-            which = "" if args.gpt_type == "c2i" else " text"
-            raise FileNotFoundError(
-                f"no trained model in {' and '.join(missing)}: run `bash scripts/quickstart.sh{which}` first"
-            )
-        gpt, vq = gpt or folder / "gpt", vq or folder / "tokenizer"
-        if text_gpt is None and trained["text/stage2"]:
-            text_gpt, text_vq = folder / "text" / "stage2", text_vq or folder / "tokenizer"
-            t5 = {"t5_path": folder / "text" / "t5", "t5_model_type": "small"}
-    believed, found = given_flags(args), {}
-    if args.gpt_type == "c2i":
-        gpt = gpt or released_gpt("c2i", args.gpt_model)
-        found["class"] = partial(load_pipeline, args, gpt, vq or "vq_ds16_c2i.pt", "c2i", believed)
-        believed = {}
-    elif text_gpt is None:
-        text_gpt = released_gpt("t2i", args.gpt_model)
-    if text_gpt is not None:
-        found["text"] = partial(load_pipeline, args, text_gpt, text_vq or "vq_ds16_t2i.pt", "t2i", believed, **t5)
-    return found
+    return gpt, vq, {}
 
 
 def released_gpt(kind: str, gpt_model: str) -> str:
-    """The released weights of a kind and a size, those for the largest images. Raises ValueError where there are none."""
+    """Return the released weights of a kind and a size, those for the largest images. Raises ValueError if there are none."""
     from utils.hub import RELEASED
 
     home = {"c2i": "FoundationVision/LlamaGen", "t2i": "peizesun/llamagen_t2i"}[kind]
@@ -170,76 +181,8 @@ def released_gpt(kind: str, gpt_model: str) -> str:
     return names[-1]
 
 
-def given_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the flags say of the files, where they are not at their defaults."""
-    parser, ar_token_num = flags(), layout_numbers(args)[0]
-    names = ("gpt_model", "num_classes", "cls_token_num", "codebook_size", "downsample_size", "image_size", "vq_model")
-    given = {name: getattr(args, name) for name in (*names, "codebook_embed_dim")}
-    given = {name: value for name, value in given.items() if value != parser.get_default(name)}
-    return {**given, **({"ar_token_num": ar_token_num} if ar_token_num else {})}
-
-
-def load_pipeline(
-    args: argparse.Namespace, gpt: str | Path, vq: str | Path, kind: str, given: dict[str, Any], **text
-) -> "ImagePipeline":
-    """Both models, wherever they are. given: what the files are believed to hold. text: of the T5, in the flags' place.
-
-    Raises FileNotFoundError, ConnectionError, and ValueError where a file is not what the flags say.
-    """
-    from autoregressive.class_names import class_names
-    from autoregressive.hub import TransformerHF
-    from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt
-    from tokenizer.load import load_tokenizer
-    from tokenizer.tokenizer_image.hub import VQModelHF
-    from utils.checkpoint import has_averages, read_checkpoint
-    from utils.distributed import pick_device
-    from utils.runs import find_checkpoint
-
-    device, given = pick_device(args.device), dict(given)
-    precision = "none" if args.quickstart else args.precision
-    beliefs = {name: given.pop(name) for name in ("vq_model", "codebook_embed_dim") if name in given}
-    path = None if is_on_hub(gpt) else find_checkpoint(gpt)
-    if path is None:
-        if args.use_ema:
-            raise ValueError(f"{gpt} has no averaged weights, for which --use-ema asks; leave the flag out")
-        model = TransformerHF.from_pretrained(str(gpt)).to(device, PRECISIONS[precision]).requires_grad_(False)
-        fingerprint = model.file_config.get("tokenizer")
-    else:
-        fingerprint = read_checkpoint(path).config.get("tokenizer")
-    if is_on_hub(vq):
-        tokenizer = VQModelHF.from_pretrained(str(vq)).to(device).float().requires_grad_(False)
-    else:
-        size = {"codebook_size": given["codebook_size"]} if "codebook_size" in given else {}
-        vq_path = find_checkpoint(vq)
-        averaged = args.use_ema and has_averages(vq_path)
-        tokenizer = load_tokenizer(vq_path, **beliefs, **size, device=device, use_ema=averaged, fingerprint=fingerprint)
-    if path is not None:
-        given.setdefault("downsample_size", tokenizer.downsample)
-        dtype = PRECISIONS[precision]
-        model = load_gpt(path, device=device, dtype=dtype, use_ema=args.use_ema, gpt_type=kind, **given)
-    if model.args.model_type != kind:
-        raise ValueError(f"{gpt} is {model.args.model_type}: give --gpt-type {model.args.model_type}")
-    if kind == "t2i":
-        text = {"t5_path": args.t5_path, "t5_model_type": args.t5_model_type, **text}
-        text |= {"t5_tokens": min(args.t5_feature_max_len, model.args.cls_token_num), "t5_device": args.t5_device}
-        text |= {"t5_dtype": PRECISIONS[args.t5_precision or precision], "left_padding": not args.no_left_padding}
-    elif args.class_names:
-        model.file_config["classes"] = class_names(model.args.num_classes, args.class_names)
-    return ImagePipeline(model, tokenizer, batch_size=args.batch_size, compile=args.compile, **text)
-
-
-def is_on_hub(name: str | Path) -> bool:
-    """Tell whether this names a model that save_pretrained wrote: owner/name on the hub, or a folder with config.json."""
-    from utils.hub import is_released
-
-    path = Path(name)
-    if path.exists():
-        return (path / "config.json").is_file() and (path / "model.safetensors").is_file()
-    return str(name).count("/") == 1 and not path.is_absolute() and not path.suffix and not is_released(name)
-
-
 def describe(pipeline: "ImagePipeline") -> str:
-    """A loaded model in a line."""
+    """Return a loaded model in a line."""
     from autoregressive.released import describe
 
     side, device = pipeline.image_size, pipeline.device
@@ -273,21 +216,18 @@ async def serve(
 
     from autoregressive.demo import HTTP, Painter
     from autoregressive.serve.api import create_app
-    from autoregressive.serve.body import Limits
-    from autoregressive.serve.server import draining_server, native_parts
-    from autoregressive.serve.service import Service
+    from autoregressive.serve.draining import DrainingServer
 
-    limits = Limits(timeout=24 * 3600)  # visitors wait as long as they like
     problems = {kind: found for kind, found in loaded.items() if isinstance(found, str)}
-    services = {
-        kind: Service(*native_parts(found, kind), limits) for kind, found in loaded.items() if kind not in problems
-    }
-    private, painters = FastAPI(), {}
-    for kind, service in services.items():
-        private.mount(f"/{kind}", create_app(service))
-        transport = httpx.AsyncHTTPTransport(uds=f"{folder}/socket", limits=HTTP["limits"])
-        client = httpx.AsyncClient(base_url=f"http://demo/{kind}/", transport=transport, timeout=HTTP["timeout"])
-        painters[kind] = Painter(client, service.engine.info)
+    private, services, painters = FastAPI(), [], {}
+    for kind, pipeline in loaded.items():
+        if kind not in problems:
+            service = native_service(pipeline, kind, timeout=24 * 3600)  # visitors wait as long as they like
+            services.append(service)
+            private.mount(f"/{kind}", create_app(service))
+            transport = httpx.AsyncHTTPTransport(uds=f"{folder}/socket", limits=HTTP["limits"])
+            client = httpx.AsyncClient(base_url=f"http://demo/{kind}/", transport=transport, timeout=HTTP["timeout"])
+            painters[kind] = Painter(client, service.info)
     for url in args.server:
         painter = await Painter.connect(url, args.api_key or os.environ.get("SERVE_API_KEY"))
         kind = "text" if painter.info.kind == "t2i" else "class"
@@ -303,7 +243,7 @@ async def serve(
             tunnel = ("127.0.0.1", told_port, token_urlsafe(32), None, None)
             print(await asyncio.to_thread(gradio.networking.setup_tunnel, *tunnel), flush=True)
         yield
-        for service in services.values():
+        for service in services:
             await service.close()
 
     public = FastAPI(lifespan=lifespan, openapi_url=None)
@@ -329,23 +269,11 @@ async def serve(
         inside = scope["type"] == "http" and (scope.get("server") or (None, None))[1] is None  # over the Unix socket
         await (private if inside else public)(scope, receive, send)
 
-    # It knows one thing of a service: whether there is something to wait for when it ends.
-    server = draining_server(both, SimpleNamespace(draining=False, idle=True, info=SimpleNamespace(name="the demo")))
+    server = DrainingServer(both)
     signals.act = lambda: setattr(server, "should_exit", True)
     with socket.socket(socket.AF_UNIX) as unix:
         unix.bind(f"{folder}/socket")
         await server.serve([sock, unix])
-
-
-def logins(args: argparse.Namespace) -> list[tuple[str, str]] | None:
-    """Return who may see the page, None for everybody, with a warning where that is more than this machine."""
-    given = args.auth or ([os.environ["DEMO_AUTH"]] if "DEMO_AUTH" in os.environ else [])
-    if not all(re.fullmatch("[^:]+:.+", login) for login in given):
-        raise ValueError("--auth (or DEMO_AUTH) is USER:PASSWORD, and one of them is empty: leave it out to ask nobody")
-    if not given and (args.share or args.host not in ("127.0.0.1", "localhost", "::1")):
-        told = f"warning: whoever reaches {args.host}:{args.port} can draw; --auth USER:PASSWORD asks for a login"
-        print(told, file=sys.stderr)
-    return [tuple(login.split(":", 1)) for login in given] or None
 
 
 def guard(here: Counter[str]) -> Callable:
@@ -390,27 +318,25 @@ async def is_here(here: Counter[str], request: "gradio.Request") -> bool:
 
 async def respond(
     painter: "Painter",
+    folder: Path,
     asked: str | int | None,
     count: float,
     seed: float | None,
     fresh: bool,
     settings: dict[str, float],
-    folder: str | Path,
 ) -> AsyncIterator[tuple[list, str, int]]:
     """Yield what the page shows from a click on: files with captions, a line of HTML, the seed. Raises nothing.
 
     Args:
+        folder: where a folder is made for the files. An unfinished picture's file goes with the drawing.
         fresh: takes a new seed.
         settings: fields of the server's requests.
-        folder: where a folder is made for the files. An unfinished picture's file goes with the drawing.
     """
-    import logging
-
     from autoregressive.demo import error_html
 
     files, made, seed = [], None, randbelow(2**31) if fresh or seed is None else seed
     try:
-        Path(folder).mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
         made = Path(mkdtemp(dir=folder))
         async with aclosing(painter.draw(asked, count=int(count or 0), seed=int(seed), **settings)) as views:
             async for view in views:
@@ -466,7 +392,7 @@ def drawing_tab(
 
     at = settings_for(kind, args)
     if kind == "class":
-        choices = [class_choice(i, name) for i, name in enumerate(painter.names)]
+        choices = [class_choice(i, name) for i, name in enumerate(painter.info.classes)]
         examples = [choices[i] for i in CLASSES] if len(choices) == 1000 else choices[:8]
     else:
         examples = QUICKSTART_PROMPTS if args.quickstart else PROMPTS
@@ -484,9 +410,8 @@ def drawing_tab(
                 stop = gr.Button("Stop", elem_id=f"{kind}-stop")
             count = gr.Slider(1, MOST_IMAGES, value=4, step=1, label="Images")
             with gr.Row():
-                seed = gr.Number(
-                    args.seed, precision=0, minimum=0, maximum=LARGEST_SEED, label="Seed", elem_id=f"{kind}-seed"
-                )
+                name, most = f"{kind}-seed", LARGEST_SEED
+                seed = gr.Number(args.seed, precision=0, minimum=0, maximum=most, label="Seed", elem_id=name)
                 fresh = gr.Checkbox(args.seed is None, label="A new seed each time", elem_id=f"{kind}-fresh")
             controls = [control(name, value) for name, value in at.items()]
         with gr.Column(scale=3, min_width=320):
@@ -499,15 +424,15 @@ def drawing_tab(
     async def draw(request: gr.Request, *values: Any) -> AsyncIterator[tuple[list, str, int]]:
         if await is_here(here, request):
             *given, settings = *values[:4], dict(zip(at, values[4:], strict=True))
-            async with aclosing(respond(painter, *given, settings, folder / "pictures")) as shown:
+            async with aclosing(respond(painter, folder / "pictures", *given, settings)) as shown:
                 async for update in shown:
                     if not here[request.session_hash]:
                         break
                     yield update
 
     async def draw_first() -> tuple[list, str]:
-        values = (examples[0], 1, args.seed or 0, False, at, folder / "opening")
-        async for files, said, _ in respond(painter, *values):  # noqa: B007 - the last one is shown
+        values = (examples[0], 1, args.seed or 0, False, at)
+        async for files, said, _ in respond(painter, folder / "opening", *values):  # noqa: B007 - the last one is shown
             pass
         return files, said
 
@@ -536,10 +461,11 @@ def control(name: str, value: float) -> "gradio.Slider | gradio.Number":
 
     field = SETTINGS[name]
     least, most, step = field.metadata["page"]
-    label = f"{name.replace('_', ' ').replace('cfg', 'guidance').capitalize()}: {field.metadata['help']}"
+    label = name.replace("_", " ").replace("cfg", "guidance").capitalize()
+    told = {"label": label, "info": field.metadata["help"], "minimum": least}
     if most is None:
-        return gr.Number(value, precision=0 if field.type is int else None, minimum=least, label=label)
-    return gr.Slider(least, most, value=value, step=step, label=label)
+        return gr.Number(value, precision=0 if field.type is int else None, **told)
+    return gr.Slider(maximum=most, value=value, step=step, **told)
 
 
 def flags() -> argparse.ArgumentParser:
@@ -547,15 +473,13 @@ def flags() -> argparse.ArgumentParser:
     parser = flag_parser(__doc__, added=("--vq-ckpt", "--no-left-padding"))
     add_gpt_flags(parser, GPT_SIZES, gpt_model="GPT-XL")
     add_gpt_file_flags(parser)
-    parser.add_argument(
-        "--text-gpt-ckpt", default=None, help="weights of the text tab's GPT, where both tabs are to draw"
-    )
+    help = "weights of the text tab's GPT, where both tabs are to draw"
+    parser.add_argument("--text-gpt-ckpt", default=None, help=help)
     parser.add_argument("--text-vq-ckpt", default=None, help="of its tokenizer (default: the released one)")
     add_tokenizer_flags(parser, VQ_SIZES)
     parser.add_argument("--downsample-size", type=positive_int, default=16, help="pixels a side of a token")
-    parser.add_argument(
-        "--image-size", type=positive_int, default=None, help="pixels a side (default: what the file or its name says)"
-    )
+    help = "pixels a side (default: what the file or its name says)"
+    parser.add_argument("--image-size", type=positive_int, default=None, help=help)
     parser.add_argument("--class-names", default=None, help="file with the classes' names, one a line")
     add_sampling_flags(parser, cfg_scale=4.0, top_k=2000)
     help = "that the page begins with and keeps (default: a new one for each drawing)"
@@ -563,6 +487,7 @@ def flags() -> argparse.ArgumentParser:
     add_run_flags(parser)
     add_batch_size_flag(parser)
     add_text_flags(parser)
+    parser.set_defaults(t5_feature_max_len=None)
     group = parser.add_argument_group("page")
     group.add_argument("--quickstart", action="store_true", help="the models that scripts/quickstart.sh trained")
     help = "draw with a running server's model (may be given twice: a class model and a text model)"
@@ -570,10 +495,12 @@ def flags() -> argparse.ArgumentParser:
     help = "the server's key (SERVE_API_KEY in the environment does the same)"
     group.add_argument("--api-key", default=None, help=help)
     group.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for other machines too")
-    group.add_argument("--port", type=Number(int, above=0, most=65_535), default=7860, help="port to listen at")
+    group.add_argument("--port", type=PORT, default=7860, help="port to listen at")
     help = "ask visitors for a login (may be given several times; DEMO_AUTH in the environment does the same)"
     group.add_argument("--auth", action="append", default=[], metavar="USER:PASSWORD", help=help)
-    group.add_argument("--root-path", default="", help="path at which a proxy has the page, such as /demo")
+    group.add_argument(
+        "--root-path", type=url_path, default="", help="path at which a proxy has the page, such as /demo"
+    )
     group.add_argument("--share", action="store_true", help="a public address for a week, through gradio's servers")
     return parser
 

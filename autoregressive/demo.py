@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from autoregressive.class_names import class_choice, class_names, find_class
+from autoregressive.class_names import class_choice, find_class
 from autoregressive.pipeline import shorten
 from autoregressive.serve.engine import ModelInfo
 
@@ -55,7 +55,6 @@ class Painter:
 
     def __init__(self, client: httpx.AsyncClient, info: ModelInfo):
         self.client, self.info = client, info
-        self.names = [] if info.kind == "t2i" else class_names(info.num_classes, recorded=info.classes)
 
     @classmethod
     async def connect(cls, url: str, api_key: str | None = None) -> "Painter":
@@ -95,8 +94,8 @@ class Painter:
         if self.info.kind == "t2i":
             what, body = shorten(str(asked or "")), {"prompt": str(asked or "")}
         else:
-            label = find_class(asked, self.names)
-            what, body = class_choice(label, self.names[label]), {"class_label": label}
+            label = find_class(asked, self.info.classes)
+            what, body = class_choice(label, self.info.classes[label]), {"class_label": label}
         rows = max(1, round(isqrt(self.info.tokens) / PREVIEWS))
         body |= {"stream": True, "partial_rows": rows, **settings}
         began, pictures = time.monotonic(), [Picture(seed + i) for i in range(count)]

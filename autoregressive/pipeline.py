@@ -18,6 +18,7 @@ from importlib import import_module
 from itertools import groupby
 from math import isqrt
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -171,6 +172,7 @@ class ImagePipeline:
         batch_size: int | None = None,
         compile: bool = False,
         decode_precision: str = "none",
+        beliefs: Mapping[str, Any] = MappingProxyType({}),
         **text,
     ) -> "ImagePipeline":
         """Loads both models.
@@ -181,6 +183,7 @@ class ImagePipeline:
         dtype: of the GPT's weights (bfloat16 on an accelerator, float32 on a CPU).
         use_ema: take the GPT's averaged weights, and the tokenizer's where its file has some.
         decode_precision: none, or bf16 for pixels sooner that are not quite the same (Tokenizer.decode_in_bfloat16).
+        beliefs: what the caller believes the files hold, as load_gpt and load_tokenizer compare it.
         text: how prompts are encoded, as the constructor takes it (text_encoder, t5_path, t5_device, t5_dtype, …).
         Raises FileNotFoundError, ConnectionError, and ValueError where the two models do not fit together.
         """
@@ -213,14 +216,16 @@ class ImagePipeline:
             use_ema=use_ema and has_averages(vq_path),
             decode_precision=decode_precision,
             fingerprint=read_checkpoint(gpt_path).config.get("tokenizer"),
+            **{name: beliefs.get(name) for name in ("vq_model", "codebook_size", "codebook_embed_dim")},
         )
+        of_gpt = {name: value for name, value in beliefs.items() if name not in ("vq_model", "codebook_embed_dim")}
         model = load_gpt(
             gpt_path,
             image_size=image_size,
-            downsample_size=tokenizer.downsample,
             device=device,
             dtype=dtype,
             use_ema=use_ema,
+            **{"downsample_size": tokenizer.downsample, **of_gpt},
         )
         return cls(model, tokenizer, batch_size=batch_size, compile=compile, **text)
 

@@ -31,7 +31,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from autoregressive.serve.body import ImageBody, ask, invalid_body, unknown_model
+from autoregressive.serve.body import Asked, ImageBody, ask, invalid_body, unknown_model
 from autoregressive.serve.errors import REFUSED, ErrorBody, RequestError
 from autoregressive.serve.service import Job, Service
 
@@ -154,11 +154,11 @@ def create_app(
     async def images(request: Request, body: ImageBody) -> Response:
         """Draws images. An image is a function of its seed and what it is of, whatever else the server does."""
         accept = request.headers.get("accept", "")
-        asked = ask(body, service.info, service.limits, service.classes, models=service.models, accept=accept)
+        asked = ask(body, service.info, service.limits, models=service.models, accept=accept)
         request.scope["log"] |= {"n": len(asked.seeds), "seed": asked.seeds[0], "label": asked.label}
         job = service.accept(asked)
         if asked.stream:
-            return EventStream(service, job)
+            return stream(service, job, request.scope["log"])
         with job:
             files = await unless_gone(request, service.draw(job))
         headers = {"X-Image-Seed": ",".join(map(str, asked.seeds))}
@@ -169,9 +169,7 @@ def create_app(
         answer = {
             "created": int(time.time()),
             "data": [{"b64_json": _base64(file), "seed": seed} for file, seed in zip(files, asked.seeds)],
-            "background": "opaque",
-            "output_format": asked.format,
-            "size": f"{asked.size}x{asked.size}",
+            **about(asked),
             "usage": usage(service, job, len(files)),
             "warnings": job.warnings,
         }
@@ -186,8 +184,7 @@ def create_app(
             "object": "model",
             "created": started,
             "owned_by": "local",
-            **{field: getattr(info, field) for field in ("kind", "image_size", "tokens", "num_classes")},
-            "classes": list(service.classes),
+            **{field: getattr(info, field) for field in ("kind", "image_size", "tokens", "num_classes", "classes")},
         }
 
     @v1.get("/models")
@@ -208,7 +205,7 @@ def create_app(
         answer = {
             "status": service.state,
             "queued_images": service.queued_images,
-            "token_age": service.engine.token_age(),
+            "token_age": service.token_age(),
         }
         return Json(answer, status_code=200 if service.state == "ok" else 503)
 
@@ -299,35 +296,36 @@ class Watched:
         return RequestError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
-class EventStream(StreamingResponse):
-    """Images as server-sent events, as OpenAI's: partial images, each image's `image_generation.completed`, or `error`."""
+def stream(service: Service, job: Job, fields: dict) -> Response:
+    """Answer with server-sent events, as OpenAI's: partial images, each image's `image_generation.completed`, or `error`.
 
-    def __init__(self, service: Service, job: Job):
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        headers["X-Image-Seed"] = ",".join(map(str, job.asked.seeds))
-        super().__init__(self._events(), media_type="text/event-stream", headers=headers)
-        self._service, self._job = service, job
-        self._fields: dict = {}
+    Args:
+        fields: of the log line.
+    """
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._fields = scope["log"]
+    def drawn(_: object) -> None:  # from here on whoever reads slowly holds nobody up
+        job.close()
+        job.news.set()
 
-        def drawn(_: object) -> None:  # from here on whoever reads slowly holds nobody up
-            self._job.close()
-            self._job.news.set()
+    drawing = asyncio.create_task(service.draw(job))
+    drawing.add_done_callback(drawn)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    headers["X-Image-Seed"] = ",".join(map(str, job.asked.seeds))
+    return StreamingResponse(events(service, job, drawing, fields), media_type="text/event-stream", headers=headers)
 
-        self._drawing = asyncio.create_task(self._service.draw(self._job))
-        self._drawing.add_done_callback(drawn)
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._drawing.cancel()
-            await asyncio.gather(self._drawing, return_exceptions=True)
 
-    async def _events(self) -> AsyncIterator[bytes]:
-        job, asked, decoder = self._job, self._job.asked, self._service.decoder
-        grid, shown = decoder.grid_size, [0] * len(asked.seeds)  # rows of tokens, partial images of each image
-        left = list(range(len(asked.seeds)))
+async def events(service: Service, job: Job, drawing: asyncio.Task, fields: dict) -> AsyncIterator[bytes]:
+    """Yield a stream's events; the drawing ends with it."""
+    asked, grid = job.asked, service.decoder.grid_size
+    shown = [0] * len(asked.seeds)  # partial images of each image
+    left = list(range(len(asked.seeds)))
+
+    def event(kind: str, file: bytes, i: int, **more: Any) -> bytes:
+        data = {"type": f"image_generation.{kind}", "b64_json": _base64(file), "created_at": int(time.time())}
+        data |= {"quality": "auto", **about(asked), "image_index": i, "seed": asked.seeds[i], **more}
+        return f"event: {data['type']}\ndata: {json.dumps(data)}\n\n".encode()
+
+    try:
         while left:
             try:
                 async with asyncio.timeout(SECONDS_BETWEEN_EVENTS):
@@ -336,11 +334,11 @@ class EventStream(StreamingResponse):
                 yield b": still drawing\n\n"
                 continue
             job.news.clear()
-            if self._drawing.done() and (error := self._drawing.exception()):
+            if drawing.done() and (error := drawing.exception()):
                 if not isinstance(error, RequestError):
                     log.error("a stream broke", exc_info=error)
                     error = BROKEN
-                self._fields["ended"] = error.status
+                fields["ended"] = error.status
                 yield f"event: error\ndata: {json.dumps(error.body())}\n\n".encode()
                 return
             for i in tuple(left):
@@ -349,31 +347,18 @@ class EventStream(StreamingResponse):
                     if len(job.tokens[i]) < rows * grid:
                         break
                     index, shown[i] = shown[i], shown[i] + 1
+                    tokens = job.tokens[i][: rows * grid]
                     try:
-                        file = await decoder.file(job.tokens[i][: rows * grid], asked.size, asked.format, asked.quality)
+                        file = await service.decoder.file(tokens, asked.size, asked.format, asked.quality)
                     except (RuntimeError, ValueError):  # the whole image, which comes the same way, will tell
                         continue
-                    yield self._event("partial_image", file, i, partial_image_index=index, rows=rows, of_rows=grid)
+                    yield event("partial_image", file, i, partial_image_index=index, rows=rows, of_rows=grid)
                 if (file := job.files[i]) is not None:
                     left.remove(i)
-                    told = {"usage": usage(self._service, job, 1), "warnings": job.warnings}
-                    yield self._event("completed", file, i, **told)
-
-    def _event(self, kind: str, file: bytes, i: int, **fields: Any) -> bytes:
-        asked = self._job.asked
-        data = {
-            "type": f"image_generation.{kind}",
-            "b64_json": _base64(file),
-            "created_at": int(time.time()),
-            "background": "opaque",
-            "quality": "auto",
-            "output_format": asked.format,
-            "size": f"{asked.size}x{asked.size}",
-            "image_index": i,
-            "seed": asked.seeds[i],
-            **fields,
-        }
-        return f"event: {data['type']}\ndata: {json.dumps(data)}\n\n".encode()
+                    yield event("completed", file, i, usage=usage(service, job, 1), warnings=job.warnings)
+    finally:
+        drawing.cancel()
+        await asyncio.gather(drawing, return_exceptions=True)
 
 
 async def unless_gone(request: Request, work: Coroutine[None, None, Result]) -> Result:
@@ -403,6 +388,11 @@ def usage(service: Service, job: Job, images: int) -> dict:
     return {
         "input_tokens": read, "input_tokens_details": details, "output_tokens": drawn, "total_tokens": read + drawn,
     }  # fmt: skip
+
+
+def about(asked: Asked) -> dict:
+    """Return what an answer tells of its pictures."""
+    return {"background": "opaque", "output_format": asked.format, "size": f"{asked.size}x{asked.size}"}
 
 
 def _base64(file: bytes) -> str:

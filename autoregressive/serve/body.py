@@ -1,7 +1,7 @@
 """The body of `POST /v1/images/generations`: what may stand in it, and what it asks the model for.
 
     body = ImageBody.model_validate({"prompt": "golden retriever", "n": 2, "seed": 3})
-    asked = ask(body, info, Limits(), class_names(1000))           # asked.label == 207, asked.seeds == [3, 4]
+    asked = ask(body, info, Limits())           # asked.label == 207, asked.seeds == [3, 4]
 
 Raises RequestError for what a client got wrong.
 """
@@ -139,7 +139,6 @@ def ask(
     body: ImageBody,
     info: ModelInfo,
     limits: Limits,
-    classes: Sequence[str],
     *,
     models: Sequence[str] = (),
     accept: str = "",
@@ -150,7 +149,6 @@ def ask(
         body: the body.
         info: the model.
         limits: of the server.
-        classes: their names, by label.
         models: the model's names (default: info.name).
         accept: the header of that name.
 
@@ -162,7 +160,7 @@ def ask(
     count = body.n or 1
     if count > limits.max_n:
         raise refuse("n", f"n is {count}: a request has at most {limits.max_n} images")
-    label, prompt = _what_to_draw(body, info, limits, classes)
+    label, prompt = _what_to_draw(body, info, limits)
     first = secrets.randbelow(2**31) if body.seed is None else body.seed
     sampling = _sampling(body, info)
     asked = Asked(
@@ -174,7 +172,7 @@ def ask(
         stream=bool(body.stream),
         partial=_partial_rows(body, info),
         **_file(body, accept, count),
-        **_negative(body, info, limits, classes, guided=sampling.guided),
+        **_negative(body, info, limits, guided=sampling.guided),
     )
     return asked
 
@@ -226,9 +224,7 @@ def _sampling(body: ImageBody, info: ModelInfo) -> SamplingConfig:
     return SamplingConfig(**PUBLISHED[info.kind] | {name: value for name, value in given.items() if value is not None})
 
 
-def _what_to_draw(
-    body: ImageBody, info: ModelInfo, limits: Limits, classes: Sequence[str]
-) -> tuple[int | None, str | None]:
+def _what_to_draw(body: ImageBody, info: ModelInfo, limits: Limits) -> tuple[int | None, str | None]:
     """Return the label, or the prompt."""
     for param in ("prompt", "class_name"):
         _check_text(param, getattr(body, param), limits)
@@ -250,10 +246,10 @@ def _what_to_draw(
             "invalid_value" if given else "missing_class",
         )
     ((param, value),) = given.items()
-    return _label(param, value, classes), None
+    return _label(param, value, info.classes), None
 
 
-def _negative(body: ImageBody, info: ModelInfo, limits: Limits, classes: Sequence[str], guided: bool) -> dict:
+def _negative(body: ImageBody, info: ModelInfo, limits: Limits, guided: bool) -> dict:
     """Return the fields of Asked that tell what guidance leads away from."""
     fits, other = ("negative_class", "negative_prompt")[:: -1 if info.kind == "t2i" else 1]
     if getattr(body, other) is not None:
@@ -265,7 +261,7 @@ def _negative(body: ImageBody, info: ModelInfo, limits: Limits, classes: Sequenc
     if not guided:
         raise refuse(fits, f"{fits} has no effect without guidance: give a guidance_scale above 1, or leave it out")
     _check_text(fits, value, limits)
-    return {fits: value if info.kind == "t2i" else _label(fits, value, classes)}
+    return {fits: value if info.kind == "t2i" else _label(fits, value, info.classes)}
 
 
 def _check_text(param: str, text: str | int | None, limits: Limits) -> None:

@@ -13,33 +13,27 @@ import numpy as np
 import torch
 from PIL import Image
 
-from autoregressive.pipeline import decode_codes
+from autoregressive.pipeline import GREY, decode_codes
 from tokenizer.base import Tokenizer
 from utils.errors import NotFiniteError
 
-GREY = 128
-
 
 class Decoder:
-    """Decodes for the requests of one event loop, in a thread of its own; other threads resize and write the files.
+    """Decodes for the requests of one event loop, a batch at a time; other threads resize and write the files.
 
     grid_size: tokens a side. batch_size: images decoded at once.
     """
 
     def __init__(self, tokenizer: Tokenizer, grid_size: int, batch_size: int = 8):
         self.tokenizer, self.grid_size, self.batch_size = tokenizer, grid_size, batch_size
+        self.image_size = grid_size * tokenizer.downsample
         self._waiting: list[tuple[list[int], asyncio.Future]] = []
         self._busy: asyncio.Task | None = None
-        # One thread: the tokenizer is put into a mode while it decodes, and PyTorch has threads of its own.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="decoder"
+        )  # PyTorch has threads of its own, for each of ours
         # Pictures of the model's size do not wait for those that are resized, which may take a hundred times as long.
-        self._writing = ThreadPoolExecutor(2, thread_name_prefix="files")
-        self._resizing = ThreadPoolExecutor(1, thread_name_prefix="resized files")
-
-    @property
-    def image_size(self) -> int:
-        """Pixels a side."""
-        return self.grid_size * self.tokenizer.downsample
+        self._resizing = asyncio.Semaphore(1)
 
     async def decode(self, tokens: list[int]) -> np.ndarray:
         """Return tokens in raster order as uint8 (side, side, 3), as ImagePipeline decodes them.
@@ -47,11 +41,12 @@ class Decoder:
         Of fewer than an image's the whole rows are decoded and the rest is grey.
         """
         rows = len(tokens) // self.grid_size
-        if rows == self.grid_size:
-            return await self._decode(tokens)
         canvas = np.full((self.image_size, self.image_size, 3), GREY, np.uint8)
         if rows:
-            image = await self._decode(tokens[: rows * self.grid_size])
+            future = asyncio.get_running_loop().create_future()
+            self._waiting.append((tokens[: rows * self.grid_size], future))
+            self._busy = self._busy or asyncio.create_task(self._work())
+            image = await future
             canvas[: len(image)] = image
         return canvas
 
@@ -60,36 +55,25 @@ class Decoder:
     ) -> bytes:
         """Return the bytes of a picture's file, of `size` pixels a side."""
         image = await self.decode(tokens)
-        thread = self._writing if size in (None, self.image_size) else self._resizing
-        return await asyncio.get_running_loop().run_in_executor(thread, file_bytes, image, size, kind, quality)
-
-    async def _decode(self, tokens: list[int]) -> np.ndarray:
-        future = asyncio.get_running_loop().create_future()
-        self._waiting.append((tokens, future))
-        if self._busy is None:
-            self._busy = asyncio.create_task(self._work())
-        return await future
+        if size in (None, self.image_size):
+            return await asyncio.to_thread(file_bytes, image, None, kind, quality)
+        async with self._resizing:
+            return await asyncio.to_thread(file_bytes, image, size, kind, quality)
 
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            while self._waiting:
-                self._waiting = [(tokens, future) for tokens, future in self._waiting if not future.done()]  # given up
-                if not self._waiting:
-                    break
-                length = max(len(tokens) for tokens, _ in self._waiting)  # whole images come before partial ones
-                batch = [item for item in self._waiting if len(item[0]) == length][: self.batch_size]
-                self._waiting = [item for item in self._waiting if item not in batch]
-                results = await loop.run_in_executor(self._thread, self._compute, [tokens for tokens, _ in batch])
-                for (_, future), result in zip(batch, results):
-                    if future.done():
-                        continue
-                    if isinstance(result, Exception):
-                        future.set_exception(result)
-                    else:
-                        future.set_result(result)
-        finally:
-            self._busy = None
+        while self._waiting:
+            self._waiting = [(tokens, future) for tokens, future in self._waiting if not future.done()]  # given up
+            length = max(
+                (len(tokens) for tokens, _ in self._waiting), default=0
+            )  # whole images come before partial ones
+            batch = [item for item in self._waiting if len(item[0]) == length][: self.batch_size]
+            self._waiting = [item for item in self._waiting if item not in batch]
+            codes = [tokens for tokens, _ in batch]
+            results = await asyncio.get_running_loop().run_in_executor(self._thread, self._compute, codes)
+            for (_, future), result in zip(batch, results):
+                if not future.done():
+                    (future.set_exception if isinstance(result, Exception) else future.set_result)(result)
+        self._busy = None
 
     def _compute(self, tokens: list[list[int]]) -> "list[np.ndarray | Exception]":
         """Return the images; where decoding them together fails, each alone, an error in the place of one that fails."""
@@ -97,14 +81,9 @@ class Decoder:
             codes = torch.tensor(tokens)
             return list(decode_codes(self.tokenizer, codes, width=self.grid_size, batch_size=self.batch_size))
         except Exception as error:
-            if len(tokens) > 1:
+            if len(tokens) != 1:
                 return [result for one in tokens for result in self._compute([one])]
             return [error if isinstance(error, NotFiniteError) else RuntimeError(f"decoding failed: {error}")]
-
-    async def close(self) -> None:
-        """Ends the threads, after what they are at."""
-        for threads in (self._thread, self._writing, self._resizing):
-            await asyncio.to_thread(threads.shutdown)
 
 
 def file_bytes(image: np.ndarray, size: int | None = None, kind: str = "png", quality: int | None = None) -> bytes:
@@ -117,7 +96,7 @@ def file_bytes(image: np.ndarray, size: int | None = None, kind: str = "png", qu
         quality: 0 to 100, of jpeg and webp; Pillow's default where None.
     """
     picture, buffer = Image.fromarray(image), io.BytesIO()
-    if size not in (None, picture.width):
+    if size is not None:
         picture = picture.resize((size, size), Image.Resampling.BICUBIC)
     picture.save(buffer, format=kind, **({} if quality is None else {"quality": quality}))
     return buffer.getvalue()

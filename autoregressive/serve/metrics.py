@@ -64,21 +64,11 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def json_handler(level: str | int = logging.NOTSET) -> logging.Handler:
-    """Return a handler that writes such lines to standard output."""
+def log_as_json() -> None:
+    """Have everything that is logged, vLLM's and the HTTP server's lines too, go to standard output in this form."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonLines())
-    handler.setLevel(level)
-    return handler
-
-
-def vllm_handler() -> logging.Handler:
-    """Return the same for vLLM's processes, of the level that VLLM_LOGGING_LEVEL names. vllm_logging.json names it."""
-    return json_handler(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"))
-
-
-def log_as_json() -> None:
-    """Has everything that is logged, the HTTP server's lines too, go to standard output in this form."""
-    root = logging.getLogger()
-    root.handlers, root.level = [json_handler()], logging.INFO
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    # vLLM warns of settings that are meant, such as no chunked prefill; INFO has it tell what it does.
+    logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"))
     logging.captureWarnings(True)

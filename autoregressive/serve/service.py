@@ -13,10 +13,10 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from math import ceil
 from typing import NoReturn
 
-from autoregressive.class_names import class_names
 from autoregressive.request import Request
 from autoregressive.serve.body import Asked, Limits
 from autoregressive.serve.decoder import Decoder
@@ -45,14 +45,13 @@ class Job:
         self.news = asyncio.Event()
         self.text_tokens, self.warnings = 1, []
         self.waiting = count  # images that are not begun
-        self._service, self._closed = service, False
+        self._service = service
         service._jobs.add(self)
         service.metrics.queued.inc(count)
 
     def close(self) -> None:
-        """Gives its place up."""
-        if not self._closed:
-            self._closed = True
+        """Give its place up."""
+        if self in self._service._jobs:
             self._service._jobs.remove(self)
             self._service.metrics.queued.dec(self.waiting)
             self._service.metrics.seconds.observe(time.monotonic() - self.accepted_at)
@@ -64,6 +63,14 @@ class Job:
         self.close()
 
 
+@dataclass(eq=False)
+class _Drawing:
+    """An image that an engine was asked for. since: when it last drew a token of it, or was found to have passed it over."""
+
+    since: float | None = None
+    begun: bool = False
+
+
 class Service:
     """An engine, what stands before and behind it, and the requests it has accepted. Of one event loop.
 
@@ -73,7 +80,6 @@ class Service:
         encoder: of prompts, with a text-conditional model.
         limits: what the server takes on.
         aliases: further names of the model.
-        names: of its classes, by label (default: as class_names has them).
     """
 
     def __init__(
@@ -83,18 +89,18 @@ class Service:
         encoder: PromptEncoder | None = None,
         limits: Limits | None = None,
         aliases: Sequence[str] = (),
-        names: Sequence[str] | None = None,
     ):
         self.engine, self.decoder, self.encoder = engine, decoder, encoder
         self.limits = limits or Limits()
         self.info = engine.info
         self.models = tuple(dict.fromkeys((engine.info.name, *aliases)))
-        self.classes = names or class_names(engine.info.num_classes, recorded=engine.info.classes)
         self.draining = False
         self.metrics = Metrics(engine.info.name)
         self.metrics.engine_up.set_function(lambda: self.engine_state == "ok")
-        self.metrics.token_age.set_function(lambda: self.engine.token_age() or 0)
+        self.metrics.token_age.set_function(lambda: self.token_age() or 0)
         self._jobs: set[Job] = set()
+        self._drawings: list[_Drawing] = []  # in the order in which the engine was asked
+        self._heard_at = 0.0  # when the last token came, or work to an idle engine
         self._busy_since, self._tokens = 0.0, 0  # since the queue was last empty, and drawn since then
         self._rate = 0.0  # tokens a second, as last measured
 
@@ -108,12 +114,21 @@ class Service:
         """Tell whether every accepted request has been drawn or given up."""
         return not self._jobs
 
+    def token_age(self) -> float | None:
+        """Return the seconds without a token of that image which has waited longest for one; None where nothing is drawn.
+
+        An image that was not begun counts from when one that came after it was whole: of several engines its own may hang.
+        """
+        if not self._drawings:
+            return None
+        return time.monotonic() - min((d.since for d in self._drawings if d.since is not None), default=self._heard_at)
+
     @property
     def engine_state(self) -> str:
         """ "ok", or what is wrong with the engine."""
         if self.engine.dead:
             return "the engine has died"
-        return "the engine hangs" if (self.engine.token_age() or 0) > self.limits.stall else "ok"
+        return "the engine hangs" if (self.token_age() or 0) > self.limits.stall else "ok"
 
     @property
     def state(self) -> str:
@@ -126,21 +141,14 @@ class Service:
             raise RequestError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
         queued, room = self.queued_images, self.limits.max_queue
         if queued + len(asked.seeds) > room:
-            seconds = self._seconds_to_wait()
-            raise RequestError(
-                429,
-                f"{queued} images wait or are being drawn, and there is room for {room}: try again in {seconds} s",
-                code="queue_full",
-                headers={"Retry-After": str(seconds)},
-            )
+            # Half of the queue is drawn by then; nothing is known where no image's tokens have come yet.
+            left = sum(self.info.tokens - len(tokens) for job in self._jobs for tokens in job.tokens)
+            seconds = min(60, max(1, ceil(left / 2 / self._rate))) if self._rate else 1
+            message = f"{queued} images wait or are being drawn, and there is room for {room}: try again in {seconds} s"
+            raise RequestError(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
         if not self._jobs:
             self._busy_since, self._tokens = time.monotonic(), 0
         return Job(self, asked)
-
-    def _seconds_to_wait(self) -> int:
-        """Return the seconds in which half of the queue is drawn, 1 to 60; 1 where no image's tokens have come yet."""
-        left = sum(self.info.tokens - len(tokens) for job in self._jobs for tokens in job.tokens)
-        return min(60, max(1, ceil(left / 2 / self._rate))) if self._rate else 1
 
     async def draw(self, job: Job) -> list[bytes]:
         """Return the file of each of its images; `job` has them and their tokens as they come.
@@ -157,15 +165,14 @@ class Service:
                     tasks = [group.create_task(self._image(job, *one)) for one in enumerate(requests)]
             return [task.result() for task in tasks]
         except TimeoutError:
-            raise RequestError(
-                504, f"there was no time for it within {self.limits.timeout:g} s", code="timeout"
-            ) from None
+            message = f"there was no time for it within {self.limits.timeout:g} s"
+            raise RequestError(504, message, code="timeout") from None
         except (ExceptionGroup, ValueError, RuntimeError) as error:
             # Of a group the first error ended the others.
             self._refuse(job, error.exceptions[0] if isinstance(error, ExceptionGroup) else error)
 
     def _refuse(self, job: Job, error: Exception) -> NoReturn:
-        """Raises RequestError for an error of the engine or the decoder; an unforeseen error as it is."""
+        """Raise RequestError for an error of the engine or the decoder; an unforeseen error as it is."""
         if isinstance(error, NotFiniteError):
             log.error("an image is broken", extra={"fields": {"error": str(error)}})
             raise RequestError(500, str(error), code="not_finite") from error
@@ -190,8 +197,8 @@ class Service:
                 features = values[param] = await self.encoder(prompt)
             except ValueError as error:
                 raise RequestError(400, f"{param}: {error}", param=param, code="invalid_value") from error
-            rows = self.encoder.rows
-            if rows and len(features) >= rows:
+            if len(features) >= self.encoder.rows:
+                rows = self.encoder.rows
                 job.warnings.append(f"{param} fills all {rows} text tokens: what stands behind them is not read")
             if param == "prompt":
                 job.text_tokens = len(features)
@@ -199,26 +206,27 @@ class Service:
         return [Request({name: values["prompt"]}, negative, asked.sampling, seed) for seed in asked.seeds]
 
     async def _image(self, job: Job, i: int, request: Request) -> bytes:
-        metrics, row, begun_at = self.metrics, self.decoder.grid_size, None
+        metrics, begun_at = self.metrics, None
+        if not self._drawings:
+            self._heard_at = time.monotonic()
+        drawing = _Drawing()
+        self._drawings.append(drawing)
         try:
             async with aclosing(self.engine.generate(request)) as tokens_so_far:
                 async for tokens in tokens_so_far:
-                    now, done = time.monotonic(), len(job.tokens[i])
-                    if begun_at is None:
-                        begun_at = now
+                    drawing.since = self._heard_at = time.monotonic()
+                    if not drawing.begun:
+                        drawing.begun, begun_at = True, self._heard_at
                         job.waiting -= 1
                         metrics.queued.dec()
                         metrics.in_flight.inc()
-                        metrics.waiting.observe(now - job.accepted_at)
-                    if done < row <= len(tokens):
-                        metrics.first_row.observe(now - job.accepted_at)
-                    metrics.tokens.inc(len(tokens) - done)
-                    self._tokens += len(tokens) - done
-                    self._rate = self._tokens / max(now - self._busy_since, 1e-3)
-                    job.tokens[i] = tokens
-                    job.news.set()
+                        metrics.waiting.observe(begun_at - job.accepted_at)
+                    self._note(job, i, tokens)
             if len(job.tokens[i]) != self.info.tokens:
                 raise RuntimeError(f"the engine ended after {len(job.tokens[i])} of {self.info.tokens} tokens")
+            for earlier in self._drawings[: self._drawings.index(drawing)]:
+                earlier.since = earlier.since or self._heard_at  # passed over
+            self._drawings.remove(drawing)
             asked = job.asked
             file = job.files[i] = await self.decoder.file(job.tokens[i], asked.size, asked.format, asked.quality)
             metrics.images.inc()
@@ -226,12 +234,22 @@ class Service:
             job.news.set()
             return file
         finally:
-            if begun_at is not None:
+            if drawing in self._drawings:
+                self._drawings.remove(drawing)
+            if drawing.begun:
                 metrics.in_flight.dec()
 
+    def _note(self, job: Job, i: int, tokens: list[int]) -> None:
+        """Count an image's new tokens, and show them to whoever waits."""
+        done, row = len(job.tokens[i]), self.decoder.grid_size
+        if done < row <= len(tokens):
+            self.metrics.first_row.observe(self._heard_at - job.accepted_at)
+        self.metrics.tokens.inc(len(tokens) - done)
+        self._tokens += len(tokens) - done
+        self._rate = self._tokens / max(self._heard_at - self._busy_since, 1e-3)
+        job.tokens[i] = tokens
+        job.news.set()
+
     async def close(self) -> None:
-        """Ends the engine and the threads beside it."""
+        """End the engine."""
         await self.engine.close()
-        await self.decoder.close()
-        if self.encoder:
-            self.encoder.close()

@@ -31,7 +31,7 @@ from torch import Tensor
 from autoregressive.models.sampling import NotFiniteLogits
 from autoregressive.request import Request
 from autoregressive.serve.convert import STREAMS, engine_config, hidden_value, open_gpt
-from autoregressive.serve.engine import ModelInfo, TokenClock
+from autoregressive.serve.engine import model_info
 from autoregressive.serve.plugin import PLUGIN, STARTED_BY, register
 from utils.checkpoint import read_checkpoint
 
@@ -77,22 +77,13 @@ class ServedModel:
         own = {"image_size": image_size, "downsample_size": downsample_size, "use_ema": use_ema}
         gpt = open_gpt(path, **own, **flags)
         self.path, self.dtype, self.flags = checkpoint.path.absolute(), dtype, own
-        self.config, self.classes = engine_config(gpt), gpt.args.num_classes
-        text = gpt.args.model_type == "t2i"
+        self.gpt, self.config, self.classes = gpt, engine_config(gpt), gpt.args.num_classes
         pixels = downsample_size or (checkpoint.args or {}).get("downsample_size") or 16
-        self.info = ModelInfo(
-            name=name or self.path.stem,
-            kind=gpt.args.model_type,
-            image_size=gpt.layout.grid_size * pixels,
-            tokens=gpt.layout.tokens,
-            num_classes=0 if text else gpt.args.num_classes,
-            raster=True,
-            classes=tuple(gpt.file_config.get("classes", ())),
-        )
+        self.info = model_info(gpt, name or self.path.stem, gpt.layout.grid_size * pixels)
         self._embed = gpt.cls_embedding.to(dtype)
         self._conditions = gpt.conditions
         with torch.inference_mode():
-            self._none = self._embed.cap_proj(self._embed.uncond_embedding) if text else None
+            self._none = self._embed.cap_proj(self._embed.uncond_embedding) if self.info.kind == "t2i" else None
 
     def check(self, request: Request) -> None:
         """Raises ValueError, with what is wrong, for a request that the model cannot take."""
@@ -143,7 +134,6 @@ class VllmEngine:
     def __init__(self, model: ServedModel, engine: Any):
         self.info = model.info
         self._model, self._engine, self._numbers, self._closed = model, engine, count(), False
-        self._clock = TokenClock()
 
     @classmethod
     async def start(cls, model: ServedModel, **settings) -> "VllmEngine":
@@ -161,10 +151,6 @@ class VllmEngine:
             engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         return cls(model, engine)
 
-    def token_age(self) -> float | None:
-        """Seconds since the last token, while anything is in flight; None where nothing is."""
-        return self._clock.age()
-
     def check(self, request: Request) -> None:
         """Raises ValueError, with what is wrong, for a request that the model cannot take."""
         self._model.check(request)
@@ -181,10 +167,9 @@ class VllmEngine:
         prompt = await asyncio.to_thread(self._model.prompt, request)
         if self._closed:
             raise RuntimeError("the engine is closed")
-        with self._clock, self._request_errors():
+        with self._request_errors():
             async with aclosing(self._engine.generate(prompt, params, f"image-{next(self._numbers)}")) as outputs:
                 async for output in outputs:
-                    self._clock.tick()
                     tokens = list(output.outputs[0].token_ids)
                     self._model.check_tokens(tokens)
                     yield tokens

@@ -17,7 +17,7 @@ from autoregressive.demo import MOST_IMAGES, Painter, Picture, error_html, view,
 from autoregressive.pipeline import ImagePipeline, load_gpt
 from autoregressive.serve.body import Limits
 from autoregressive.serve.decoder import GREY, Decoder
-from autoregressive.serve.server import native_parts
+from autoregressive.serve.server import native_service
 from autoregressive.serve.service import Service
 from tests.serve.servers import ScriptedEngine, listening, picture, pixels
 from tests.serve.small import text_pipeline
@@ -56,7 +56,7 @@ def draw(address, asked, **settings) -> list:
 
 def test_painter_draws_the_images_of_consecutive_seeds(small_files, tokenizer):
     pipeline = ImagePipeline(load_gpt(small_files.gpt), tokenizer, batch_size=4)
-    with listening(lambda: Service(*native_parts(pipeline, "small"))) as (address, _):
+    with listening(lambda: native_service(pipeline, "small")) as (address, _):
         last = draw(address, "7", count=3, seed=5, cfg_scale=3.0, top_k=20)[-1]
     expected = [pipeline([7], seed=seed, progress=False, cfg_scale=3.0, top_k=20)[0] for seed in (5, 6, 7)]
     assert last.done and "data-done" in last.status and "3 images in" in last.status
@@ -67,7 +67,7 @@ def test_painter_draws_the_images_of_consecutive_seeds(small_files, tokenizer):
 
 def test_painter_of_a_text_model_draws_prompts(tokenizer):
     pipeline = text_pipeline(tokenizer)
-    with listening(lambda: Service(*native_parts(pipeline, "words"))) as (address, _):
+    with listening(lambda: native_service(pipeline, "words")) as (address, _):
         ((_, png, caption),) = draw(address, "two cats sleep", seed=1, cfg_scale=2.0, top_k=0)[-1].pictures
         assert caption.startswith("two cats sleep · seed 1 · guidance 2 · top-k all · ")
         with pytest.raises(ValueError, match="blank"):
@@ -174,7 +174,7 @@ def test_painter_and_server_draw_the_same_class_for_a_name(tokenizer, asked, lab
 
         for field in ("prompt", "class_name"):
             asyncio.run(ask(field))
-    assert [request.label for request in engine.asked] == [label] * 3
+    assert [request.conditions["label"] for request in engine.asked] == [label] * 3
 
 
 def test_name_of_two_classes_is_refused_with_both_numbers_everywhere(tokenizer):
@@ -221,7 +221,7 @@ def scripted_address(tokenizer):
 @pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
 def test_server_is_found_at_its_address_with_or_without_v1(scripted_address, end):
     painter = asyncio.run(Painter.connect(scripted_address + end))
-    assert painter.info.name == "small" and painter.names == list("0123456789")
+    assert painter.info.name == "small" and painter.info.classes == tuple("0123456789")
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "localhost:8000", "http://", "http://no such host"])

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from autoregressive.class_names import class_names
 from autoregressive.pipeline import decode_codes
 from autoregressive.request import Request
 from autoregressive.serve.api import IMAGES, create_app
 from autoregressive.serve.body import Limits
 from autoregressive.serve.decoder import Decoder
+from autoregressive.serve.draining import DrainingServer
 from autoregressive.serve.engine import ModelInfo
-from autoregressive.serve.server import draining_server
 from autoregressive.serve.service import Service
 from tests.serve.small import image
 
@@ -27,21 +28,16 @@ class ScriptedEngine:
     """Draws 8x8 tokens that are a function of the request, a row at a time.
 
     gate: where set, nothing is drawn beyond `rows_before` rows until it opens. open: requests that are being drawn.
-    age: what token_age() tells.
     """
 
     dead = False
 
     def __init__(self, num_classes: int = 10, raster: bool = True):
-        self.info = ModelInfo("small", "c2i", 32, 64, num_classes, raster)
+        self.info = ModelInfo("small", "c2i", 32, 64, num_classes, raster, tuple(class_names(num_classes)))
         self.gate: asyncio.Event | None = None
         self.rows_before = 0
         self.error: Exception | None = None
         self.open, self.asked = 0, []
-        self.age: float | None = None
-
-    def token_age(self):
-        return self.age
 
     @staticmethod
     def tokens(request: Request) -> list[int]:
@@ -122,7 +118,7 @@ def listening(make_service, sock: socket.socket | None = None, **app):
 
     async def main():
         service = make_service()
-        server = draining_server(create_app(service, **app), service)
+        server = DrainingServer(create_app(service, **app), service)
         running = asyncio.create_task(server.serve([sock]))
         while not server.started:
             await asyncio.sleep(0.01)

@@ -91,8 +91,7 @@ def test_tokens_come_row_by_row(pipeline):
     assert len(yielded[-1]) == 64
     for earlier, later in pairwise(yielded):
         assert later[: len(earlier)] == earlier and len(earlier) % 8 == 0
-    raster = pipeline.gpt.layout.is_raster
-    assert (len(yielded) > 1) == raster
+    assert len(yielded) > 1 and any(yielded[:-1]) == pipeline.gpt.layout.is_raster
 
 
 @pytest.mark.slow
@@ -205,40 +204,11 @@ def test_closing_ends_what_runs_and_what_waits(raster):
             await waiting
         with pytest.raises(RuntimeError, match="closed"):
             await anext(engine.generate(image(label=2)))
-        with pytest.raises(RuntimeError, match="closed"):
-            await engine.run(lambda: 1)
         await engine.close()
-        await asyncio.wait_for(asyncio.to_thread(engine._thread.shutdown), 10)
+        await asyncio.wait_for(asyncio.to_thread(engine.thread.shutdown), 10)
         assert engine.dead
 
     asyncio.run(main())
-
-
-def test_token_age_is_that_of_a_hung_worker(raster, monkeypatch):
-    """Known in the event loop while the worker hangs; a worker that waits for its turn does not hang."""
-    held = threading.Event()
-    monkeypatch.setattr(raster, "draw", lambda *_, **__: held.wait(60))
-
-    async def main():
-        engine = NativeEngine(raster)
-        assert engine.token_age() is None
-        drawing = asyncio.create_task(anext(engine.generate(image(label=1))))
-        await asyncio.sleep(0.5)
-        hung = engine.token_age()
-        held.set()
-        monkeypatch.undo()
-        with pytest.raises(RuntimeError, match="drawing failed"):
-            await drawing
-        idle = engine.token_age()
-        stream = engine.generate(image(label=1))
-        await anext(stream)
-        drawn = engine.token_age()
-        await stream.aclose()
-        await engine.close()
-        return hung, idle, drawn
-
-    hung, idle, drawn = asyncio.run(main())
-    assert hung > 0.4 and idle is None and drawn < 0.4
 
 
 def test_closing_an_engine_whose_worker_hangs_ends(raster, monkeypatch, caplog):
@@ -277,7 +247,6 @@ def test_decoder_with_one_broken_image_decodes_the_others_of_its_batch(raster):
         decoder = Decoder(tokenizer, 8)
         images = [decoder.decode([code] * 64) for code in (1, 9, 2)]
         results = await asyncio.gather(*images, return_exceptions=True)
-        await decoder.close()
         return results
 
     first, broken, third = asyncio.run(main())
@@ -305,19 +274,6 @@ def test_a_batch_that_fails_leaves_the_next_alone(raster, monkeypatch):
     assert len(asyncio.run(main())) == 64
 
 
-def test_calls_run_between_micro_batches(raster):
-    async def main():
-        engine = NativeEngine(raster)
-        drawing = asyncio.create_task(anext(engine.generate(image(label=1))))
-        assert await engine.run(lambda: 6 * 7) == 42
-        with pytest.raises(KeyError):
-            await engine.run(lambda: {}["absent"])
-        assert len(await drawing) >= 8
-        await engine.close()
-
-    asyncio.run(main())
-
-
 @pytest.mark.parametrize(
     "flag, value", [("--kv-cache-gib", 2), ("--tensor-parallel-size", 2), ("--data-parallel-size", 4)]
 )
@@ -327,7 +283,7 @@ def test_flags_of_vllm_with_the_native_engine_are_refused(flag, value):
 
     args = server.flags().parse_args(["--engine", "native", flag, str(value)])
     with pytest.raises(ValueError, match=f"{flag} {value} is of vLLM"):
-        asyncio.run(server.load_native(args))
+        asyncio.run(server.start_native(args))
 
 
 # Decoding
@@ -339,7 +295,6 @@ def test_decoding_is_the_pipelines(raster):
     async def main():
         decoder = Decoder(raster.tokenizer, 8, batch_size=4)
         images = await asyncio.gather(*map(decoder.decode, codes.tolist()))
-        await decoder.close()
         return images
 
     assert np.array_equal(asyncio.run(main()), raster.decode(codes))
@@ -351,7 +306,6 @@ def test_partial_images(raster):
     async def main():
         decoder = Decoder(raster.tokenizer, 8)
         images = await asyncio.gather(*(decoder.decode(codes[:n]) for n in (3, 24, 29)))
-        await decoder.close()
         return images
 
     nothing, three, same = asyncio.run(main())
@@ -369,7 +323,6 @@ def test_a_failing_decoder_tells_and_goes_on(raster):
         await asyncio.sleep(0)
         given_up.cancel()
         image = await decoder.decode([1] * 64)
-        await decoder.close()
         return image
 
     assert asyncio.run(main()).shape == (32, 32, 3)

@@ -4,8 +4,6 @@ import asyncio
 import copy
 import json
 import logging
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -27,9 +25,8 @@ from autoregressive.serve.errors import REFUSED as REFUSED_ON_PURPOSE
 from autoregressive.serve.errors import RequestError
 from autoregressive.serve.metrics import JsonLines
 from autoregressive.serve.native import NativeEngine
-from autoregressive.serve.prompts import PromptEncoder, encoding_with
+from autoregressive.serve.prompts import PromptEncoder
 from autoregressive.serve.service import Service
-from tests.helpers import ROOT
 from tests.serve.servers import ScriptedEngine, listening, opened, picture, pixels, post, with_client
 from tests.serve.small import WORDS, text_pipeline
 from tokenizer.load import load_tokenizer
@@ -148,16 +145,14 @@ def test_stream_of_any_speed_has_the_partial_images_that_were_asked_for(tokenize
 
 @pytest.mark.parametrize("rows", [2, 4, 6, 16, 24, 32])
 def test_ask_partial_images_are_as_many_as_asked_and_evenly_spaced(rows):
-    info = ModelInfo("small", "c2i", 16 * rows, rows * rows, 10, raster=True)
+    info = ModelInfo("small", "c2i", 16 * rows, rows * rows, 10, raster=True, classes=tuple("0123456789"))
     for count in range(rows):
-        partial = ask(
-            ImageBody(prompt="1", stream=True, partial_images=count), info, Limits(), list("0123456789")
-        ).partial
+        partial = ask(ImageBody(prompt="1", stream=True, partial_images=count), info, Limits()).partial
         assert len(partial) == count
         gaps = np.diff([0, *partial, rows])
         assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
     with pytest.raises(RequestError, match=f"at most {rows - 1}"):
-        ask(ImageBody(prompt="1", stream=True, partial_images=rows), info, Limits(), list("0123456789"))
+        ask(ImageBody(prompt="1", stream=True, partial_images=rows), info, Limits())
 
 
 def test_stream_of_several_images_has_all_events_of_each(tokenizer):
@@ -233,7 +228,7 @@ def test_negative_class_reaches_the_engine_by_number_and_by_name(tokenizer):
         for asked in (7, "7", " 7"):
             assert (await post(client, prompt="1", negative_class=asked)).status_code == 200
         assert (await post(client, prompt="1")).status_code == 200
-        assert [request.negative_class for request in service.engine.asked] == [7, 7, 7, None]
+        assert [request.negative.get("label") for request in service.engine.asked] == [7, 7, 7, None]
 
     with_client(tokenizer, work)
 
@@ -271,16 +266,54 @@ def test_model_under_several_names_answers_to_each(tokenizer):
 def test_engine_that_draws_no_token_for_long_is_unhealthy_until_it_does(tokenizer):
     engine = ScriptedEngine()
 
-    async def work(client, service):
-        for age, status, up in ((None, 200, 1.0), (29.0, 200, 1.0), (31.0, 503, 0.0), (0.1, 200, 1.0)):
-            engine.age = age
-            health = await client.get("/health")
-            assert health.status_code == status and health.json()["token_age"] == age
-            text = (await client.get("/metrics")).text
-            assert f'engine_up{{model="small"}} {up}' in text
-            assert f'engine_token_age_seconds{{model="small"}} {age or 0.0}' in text
+    async def told(client, status, up):
+        health = await client.get("/health")
+        assert health.status_code == status, health.text
+        text = (await client.get("/metrics")).text
+        assert f'engine_up{{model="small"}} {up}' in text and "engine_token_age_seconds" in text
+        return health.json()["token_age"]
 
-    with_client(tokenizer, work, engine, stall=30)
+    async def work(client, service):
+        assert await told(client, 200, 1.0) is None
+        engine.gate, engine.rows_before = asyncio.Event(), 3
+        drawing = asyncio.create_task(post(client, prompt="1"))
+        await asyncio.sleep(0.1)
+        assert await told(client, 200, 1.0) < 0.3
+        await asyncio.sleep(0.3)
+        assert await told(client, 503, 0.0) > 0.3
+        engine.gate.set()
+        assert (await drawing).status_code == 200
+        assert await told(client, 200, 1.0) is None
+
+    with_client(tokenizer, work, engine, stall=0.3)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_one_hung_engine_among_several_is_noticed(tokenizer, rows):
+    """Images of one label hang, before or after their first token, and the others are drawn."""
+    engine = ScriptedEngine()
+    draw, gate = engine.generate, asyncio.Event()
+
+    async def generate(request):
+        async for tokens in draw(request):
+            if request.conditions["label"] == 9 and len(tokens) > 8 * rows:
+                await gate.wait()
+            yield tokens
+
+    engine.generate = generate
+
+    async def work(client, service):
+        hung = asyncio.create_task(post(client, prompt="9"))
+        await asyncio.sleep(0.05)
+        for _ in range(6):
+            assert (await post(client, prompt="1")).status_code == 200
+            await asyncio.sleep(0.1)
+        health = await client.get("/health")
+        assert health.status_code == 503 and health.json()["status"] == "the engine hangs"
+        gate.set()
+        assert (await hung).status_code == 200 and (await client.get("/health")).status_code == 200
+
+    with_client(tokenizer, work, engine, stall=0.4)
 
 
 def test_imagenet_names(tokenizer):
@@ -292,7 +325,7 @@ def test_imagenet_names(tokenizer):
             {"prompt": "207"},
         ):
             assert (await post(client, seed=1, **asked)).status_code == 200
-        assert [request.label for request in service.engine.asked] == [207] * 4
+        assert [request.conditions["label"] for request in service.engine.asked] == [207] * 4
         error = (await post(client, prompt="golden retreiver")).json()["error"]
         assert "close to it: 207: golden retriever" in error["message"] and error["param"] == "prompt"
         error = (await post(client, class_name="a photo of a lesser panda in snow")).json()["error"]
@@ -690,7 +723,7 @@ def text_server(tokenizer, work, **limits):
     async def with_engine():
         nonlocal engine
         engine = NativeEngine(pipeline, "words")
-        encoder = PromptEncoder(pipeline.encode, run=engine.run, keep=2, rows=pipeline.t5_tokens)
+        encoder = PromptEncoder(pipeline.encode, pipeline.t5_tokens, engine.thread, keep=2)
         service = Service(engine, Decoder(tokenizer, 8), encoder, Limits(**limits))
         transport = httpx.ASGITransport(create_app(service), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=60) as client:
@@ -766,24 +799,6 @@ def test_negative_prompt_is_encoded_for_the_engine(tokenizer):
         assert refused["param"] == "negative_class" and "give negative_prompt" in refused["message"]
 
     text_server(tokenizer, work)
-
-
-def test_encoding_without_a_pipeline(tokenizer):
-    pipeline = text_pipeline(tokenizer)
-    encoder = pipeline.text_encoder
-    encoder.use_text_preprocessing = True
-    for prompt in ("a map", "two cats sleep on a chair"):
-        (alone,), (expected,) = encoding_with(encoder)([prompt]), pipeline.encode([prompt])
-        assert alone.equal(expected) and len(alone) <= WORDS
-
-    async def main():
-        encode = PromptEncoder(encoding_with(encoder))
-        with pytest.raises(ValueError, match="blank once it is cleaned"):
-            await encode("https://example.com")
-        assert (await encode("a map")).equal(pipeline.encode(["a map"])[0])
-        encode.close()
-
-    asyncio.run(main())
 
 
 # On a port
@@ -918,26 +933,6 @@ def test_nothing_in_the_documented_interface_breaks_it(tokenizer):
             ask_all(*run)
         assert {(IMAGES, 200), (IMAGES, 400), ("/health", 200)} <= set(seen)
         assert httpx.post(f"{address}{IMAGES}", json={"prompt": "1"}).status_code == 200
-
-
-# The command
-
-
-def run_server(*words) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "autoregressive.serve.server", *map(str, words)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
-def test_mistakes_on_the_command_line(small_files):
-    from autoregressive.serve import server
-
-    for words, message in (
-        ([], "--gpt-ckpt is needed"),
-        (["--gpt-ckpt", small_files.gpt], "--vq-ckpt is needed"),
-        (["--gpt-ckpt", "a", "--vq-ckpt", "b", "--max-queue", "3"], "--max-n 8 is more than --max-queue 3"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            server.main(server.flags().parse_args([str(word) for word in words]))
 
 
 def test_request_errors():
