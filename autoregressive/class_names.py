@@ -28,7 +28,7 @@ def class_names(num_classes: int, file: str | Path | None = None, recorded: Sequ
 
     Args:
         num_classes: that the model has.
-        file: whose lines are the names, in the place of all others.
+        file: whose lines are the names, instead of all others.
         recorded: names that the model's checkpoint records; rows beyond them are called by their number.
 
     Returns:

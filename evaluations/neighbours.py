@@ -73,7 +73,7 @@ def points_inside(
 
     Args:
         memory: bytes of distances held at once.
-        bar: told of N² + M² + N M distances.
+        bar: gets the progress, N² + M² + N M distances in all.
     """
     side = math.isqrt(memory // 32)  # a tile, its steps, in float64
     with full_float32(), torch.inference_mode():

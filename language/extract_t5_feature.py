@@ -7,7 +7,7 @@
 
 Of the *.jsonl files (or WebDataset *.tar shards) in --data-path, in the order of their names, those from number
 --data-start to number --data-end, both included. A caption is cleaned, cut to 120 tokens and encoded together with others
-of its length. The same command again goes on with what is missing, on any number of processes. Where --data-path is a
+of its length. Rerun the command to write what is missing, on any number of processes. Where --data-path is a
 file, a table with a column Prompt (.tsv, .csv) or a prompt on each line, its prompts are encoded for the --t5-feat-path of
 the sampling scripts.
 """

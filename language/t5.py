@@ -40,7 +40,7 @@ def find_t5(t5_path: str | Path | None = None, model_type: str = "flan-t5-xl") -
     utils/hub.py looks for released files. Raises FileNotFoundError or ConnectionError with the command that gets it.
     """
     with optional_imports():
-        import transformers  # noqa: F401 - what is absent is told before gigabytes are downloaded
+        import transformers  # noqa: F401 - an absent package is an error before gigabytes are downloaded
 
     asked = [Path(t5_path, model_type), Path(t5_path)] if t5_path else []
     for folder in [*asked, Path(model_type)]:
@@ -177,7 +177,7 @@ def _load_encoder(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
         except Exception as error:  # missing parts are OSError, damaged ones what the reading library raises
             raise ValueError(f"the weights in {folder} cannot be read ({error}). {_remedy(folder)}") from error
     wrong = sorted(found["missing_keys"]) + sorted(map(str, found.get("mismatched_keys", [])))
-    if wrong:  # transformers would go on with random numbers in their place
+    if wrong:  # transformers would continue with random numbers for them
         raise ValueError(f"{folder} lacks weights of T5's encoder: {', '.join(wrong[:8])}. {_remedy(folder)}")
     return model
 

@@ -10,7 +10,7 @@ What comes out:
 - `{sample_dir}/{name}_results.txt` and `_results.json`: PSNR, SSIM, LPIPS, how the codebook is used.
 
 Names are the published ones, which leave out the checkpoint and more: the folder's settings.json refuses another run's images.
-The same command again does what is missing. Batches are cut from the data set in one way whoever computes them, and the
+Rerun the command to do what is missing. Batches are cut from the data set in one way whoever computes them, and the
 figures of each are kept in `{name}/figures/`: results are the same for any number of processes and of interruptions.
 """
 

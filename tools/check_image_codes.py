@@ -1,4 +1,4 @@
-"""Draws extracted codes back as images, to see with one's own eyes that they are the right ones.
+"""Draws extracted codes back as images, so that you can see that they are the right ones.
 
     python3 tools/check_image_codes.py --code-path imagenet_code_c2i_flip_ten_crop --vq-ckpt vq_ds16_c2i.pt --image-size 384
 

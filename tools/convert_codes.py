@@ -2,7 +2,7 @@
 
     python tools/convert_codes.py --from imagenet_code_c2i_flip --to imagenet_code_c2i_flip_packed --image-size 256
 
-The layout of `--from` is recognised and `--to` gets the other one. A stopped conversion goes on where it was; what is
+The layout of `--from` is recognised and `--to` gets the other one. A stopped conversion resumes where it was; what is
 already in `--to` is compared with the source, and refused where it differs.
 """
 

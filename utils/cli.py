@@ -432,7 +432,7 @@ def add_training_flags(
     add_flag(group, "--ema-decay", SHARE, 0.9999, "of that average")
     help = (
         "begin with a smaller decay, (1 + step) / (10 + step), without which the average of a short run is its initial weights "
-        "(default: on; averages that began without it go on without it)"
+        "(default: on; averages that began without it stay without it)"
     )
     add_switch(group, "--ema-warmup", None, help)
     add_flag(group, "--global-seed", SEED, 0, "fixes every random choice")
@@ -444,7 +444,7 @@ def add_training_flags(
     add_flag(group, "--results-dir", None, results_dir, "runs go to numbered folders in here")
     add_flag(group, "--cloud-save-path", None, None, "a second place for the checkpoints")
     add_store_true(group, "--no-local-save", "checkpoints go to --cloud-save-path only")
-    add_store_true(group, "--resume", "go on with the newest run in --results-dir, if there is one")
+    add_store_true(group, "--resume", "continue the newest run in --results-dir, if there is one")
     add_flag(group, "--log-every", positive_int, 100, "steps between log lines")
     add_flag(group, "--ckpt-every", positive_int, 5000, "steps between checkpoints")
     add_flag(group, "--keep-last", nonnegative_int, 0, "checkpoints to keep, 0 for all")
@@ -495,7 +495,7 @@ def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.Argu
         lost = others and is_lost_process(error)
         unforeseen = isinstance(error, RuntimeError) and not (lost or is_out_of_memory(error))
         if others and (unforeseen or lost or not first):
-            # torchrun ends the others with the first to leave. An error of all is told by the first process, and one of a
+            # torchrun ends the others with the first to leave. An error of all is printed by the first process, and one of a
             # single process before what the others make of its end.
             time.sleep(_AFTER_OTHERS)
         if unforeseen or os.environ.get("TRACEBACK"):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 WEIGHTS = "pretrained_models"
-BY_HAND = "Fetch it from "  # with which messages go on that say where to put what could not be downloaded
+BY_HAND = "Fetch it from "  # how messages begin that say where to put what could not be downloaded
 _ROOT = Path(__file__).resolve().parent.parent
 
 _LLAMAGEN = "FoundationVision/LlamaGen"

@@ -56,7 +56,7 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not self._told:
-            print(f"could not write to {self.baseFilename} ({sys.exc_info()[1]}); training goes on", file=sys.stderr)
+            print(f"could not write to {self.baseFilename} ({sys.exc_info()[1]}); training continues", file=sys.stderr)
         self._told = True
 
 
@@ -67,7 +67,7 @@ class RunLogger:
         self, folder: Path | None, main: bool = True, wandb_project: str | None = None, config: dict | None = None
     ):
         self.logger = console_logger(main=main)
-        self.loggers = [self.logger, console_logger("dataset", main)]  # which images could not be read is told there
+        self.loggers = [self.logger, console_logger("dataset", main)]  # which images could not be read is logged there
         self.metrics = self.board = self.wandb = self.file = None
         self.folder = folder
         if folder is None or not main:
@@ -82,7 +82,7 @@ class RunLogger:
             self._start_wandb(wandb_project, folder, config)
 
     def _start_wandb(self, project: str, folder: Path, config: dict | None) -> None:
-        """Weights & Biases is a second place for the figures: where it is not at hand, the run goes on without."""
+        """Weights & Biases is a second place for the figures; if it is not at hand, the run continues without it."""
         try:
             import wandb
 
@@ -144,7 +144,7 @@ class RunLogger:
         try:
             yield
         except OSError as error:
-            self.warning(f"could not write to the run's records ({error}); training goes on")
+            self.warning(f"could not write to the run's records ({error}); training continues")
 
 
 def _tensorboard_writer(folder: Path):

@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=8 autoregressive/sample/sample_c2i_ddp.py --gpt-ckpt c2i_B_256.pt --vq-ckpt vq_ds16_c2i.pt \\
         --image-size 256 --cfg-scale 2.0
 
-Image i depends on the seed and i alone. The same command again draws what is missing, so that an interrupted run goes
-on where it stopped, on as many processes as there are then.
+Image i depends on the seed and i alone. Rerun the command to draw what is missing, on any
+number of processes.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=8 autoregressive/sample/sample_t2i_ddp.py --gpt-ckpt t2i_XL_stage2_512.pt \\
         --vq-ckpt vq_ds16_t2i.pt --prompt-csv PartiPrompts.tsv
 
-Image i depends on the seed, i and prompt i alone. The same command again draws what is missing, so that an interrupted
-run goes on where it stopped, on as many processes as there are then. In the folder of the run: images/{i:06d}.png; and
+Image i depends on the seed, i and prompt i alone. Rerun the command to draw what is missing, on any
+number of processes. In the folder of the run: images/{i:06d}.png; and
 once all are there captions.txt, a prompt on each line, and result.jsonl, {"text": …, "image_path": …} on each. With
 --t5-feat-path, features that language/extract_t5_feature.py --data-path PartiPrompts.tsv made, no T5 is needed.
 """

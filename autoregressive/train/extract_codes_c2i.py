@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 autoregressive/train/extract_codes_c2i.py --data-path imagenet/train --code-path codes \\
         --vq-ckpt vq_ds16_c2i.pt --image-size 256 --ten-crop
 
-The same command again goes on with the shards that are missing, on any number of processes.
+Rerun the command to write the shards that are missing, on any number of processes.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 
 Of the *.jsonl files (or WebDataset *.tar shards) in --data-path, in the order of their names, those from number
 --data-start to number --data-end, both included. Codes are those of the centre crop, a folder for each file:
-`{code-path}/{stem}/`. The same command again goes on with what is missing, on any number of processes. Images that cannot
+`{code-path}/{stem}/`. Rerun the command to write what is missing, on any number of processes. Images that cannot
 be read or are smaller than --image-size get no codes. Without --vq-ckpt the tokenizer is the released one of the text-conditional models.
 """
 

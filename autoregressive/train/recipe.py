@@ -298,7 +298,7 @@ def agreed_tokenizer(
 def model_sizes(args: argparse.Namespace, recorded: Mapping[str, Any]) -> tuple[int, int]:
     """Return the classes and the codes that the model has rows for.
 
-    In this order: the flags; the run or file that training goes on from; what the codes record; the published numbers.
+    In this order: the flags; the run or file that training continues; what the codes record; the published numbers.
     With --finetune the classes are those of the codes.
     """
     before = _sizes_before(args)
@@ -312,7 +312,7 @@ def model_sizes(args: argparse.Namespace, recorded: Mapping[str, Any]) -> tuple[
 
 
 def _sizes_before(args: argparse.Namespace) -> dict[str, int]:
-    """num_classes and vocab_size of the run or the file that training goes on from; empty for a new run."""
+    """num_classes and vocab_size of the run or the file that training continues; empty for a new run."""
     runs = runs_in(args.results_dir, args.gpt_model) if args.resume else []
     if runs:
         return runs[0].flags()

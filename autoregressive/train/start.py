@@ -1,4 +1,4 @@
-"""Starting point of a GPT's training: a state to go on with, or with --finetune weights for other data.
+"""Starting point of a GPT's training: a state to resume, or with --finetune weights for other data.
 
 initial, note = starting_point(args, dist, model, config)
 """
@@ -26,7 +26,7 @@ def starting_point(
     """Return what --gpt-ckpt holds for a new run, and a line for the log where it is fine-tuned.
 
     Without --finetune that is all of a training state; of a text-conditional run of another --image-size the weights alone,
-    since the next stage begins at its own first step. A run that --resume goes on with needs nothing: None.
+    since the next stage begins at its own first step. A run that --resume continues needs nothing: None.
     config: what the weights of this run belong to. Every process calls it together.
     Raises ValueError where the file is of no GPT or of another than the flags describe.
     """

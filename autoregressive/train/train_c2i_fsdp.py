@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 autoregressive/train/train_c2i_fsdp.py --code-path codes --gpt-model GPT-XXL --image-size 384
 
 It is train_c2i.py with other defaults: `--data-parallel fsdp` (or sdp, hsdp), bf16 weights in the forward and backward pass.
-A checkpoint is a folder with `consolidated.pth` for sampling (`--from-fsdp`); a run goes on with any number of processes.
+A checkpoint is a folder with `consolidated.pth` for sampling (`--from-fsdp`); a run resumes with any number of processes.
 """
 
 import argparse

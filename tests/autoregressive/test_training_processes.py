@@ -211,7 +211,7 @@ def test_sigterm_saves_and_exits_0(codes, tmp_path, module):
     saved = read_checkpoint(last(folder))
     text = (run_folder(folder) / "log.txt").read_text()
     assert 0 < saved.steps < 24
-    assert f"stopped by SIGTERM after step {saved.steps} of 24; --resume goes on from there" in text
+    assert f"stopped by SIGTERM after step {saved.steps} of 24; --resume continues from there" in text
     again = [life(codes, name, *flags, module=module, world=2) for name in (folder, tmp_path / "whole")]
     live(*again)
     assert all(same(a, b) for a, b in zip(weights(folder), weights(tmp_path / "whole"), strict=True))

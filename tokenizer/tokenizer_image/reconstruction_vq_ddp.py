@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 tokenizer/tokenizer_image/reconstruction_vq_ddp.py --data-path imagenet/val \\
         --vq-ckpt vq_ds16_c2i.pt --image-size 384 --image-size-eval 256
 
-The same command again does what is missing (see tokenizer/reconstruction.py).
+Rerun the command to do what is missing (see tokenizer/reconstruction.py).
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 tokenizer/validation/val_ddp.py --data-path imagenet/val --image-size 256
 
-The crops are cut from the files at --image-size directly. The same command again does what is missing.
+The crops are cut from the files at --image-size directly. Rerun the command to do what is missing.
 """
 
 import argparse

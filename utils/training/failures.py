@@ -1,4 +1,4 @@
-"""Failures that end a run early, raised by every process in the same words: what happened, and what it can go on from.
+"""Failures that end a run early, raised by every process in the same words: what happened, and what it can resume from.
 
 watch = FiniteWatch(); watch.add(step, [("loss", part, loss), …]); watch.first(wait=False)
 failures.require_finite(); failures.require_data(batches.failure)
@@ -138,12 +138,12 @@ class Failures:
 
     def _advice(self) -> str:
         last = self._last_checkpoint()
-        told = f"The last checkpoint is {last}." if last else "There is no checkpoint yet."
-        return f"{told} Try a lower --lr, or --mixed-precision none"
+        saved = f"The last checkpoint is {last}." if last else "There is no checkpoint yet."
+        return f"{saved} Try a lower --lr, or --mixed-precision none"
 
     def _way_on(self, together: bool = True) -> str:
         last = self._last_checkpoint(together)
-        return f"--resume goes on from {last}" if last else "there is no checkpoint yet"
+        return f"--resume continues from {last}" if last else "there is no checkpoint yet"
 
     def _last_checkpoint(self, together: bool = True) -> Path | None:
         """together: every process calls it, and gets the first one's answer, which knows what has been written."""

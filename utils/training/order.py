@@ -4,7 +4,7 @@
     order.start_at(epoch=3, batch=17)
     loader = DataLoader(dataset, batch_sampler=order)
 
-A run that stopped goes on at the very next batch, on any number of processes, with the samples it would have seen.
+A run that stopped resumes at the very next batch, on any number of processes, with the samples it would have seen.
 """
 
 from collections.abc import Iterator

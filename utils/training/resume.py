@@ -1,4 +1,4 @@
-"""Beginning of a run: its folder, and the state it goes on with.
+"""Beginning of a run: its folder, and the state it resumes from.
 
 run, resumed = open_run_together(args, "GPT-B", dist, sharded=False)
 resumed = resumed and resume(state, run, args, dist, log)
@@ -82,7 +82,7 @@ def _take(saved: Checkpoint | ShardedCheckpoint, state: TrainingState, args: Nam
     began_fixed = flags.get("ema") and flags.get("ema_warmup", False) is False
     if whole and state.ema and began_fixed and args.ema_warmup is None:
         args.ema_warmup = False
-        log.info(f"averages go on with the fixed decay {state.ema.decay} they began with; --ema-warmup warms it up")
+        log.info(f"averages keep the fixed decay {state.ema.decay} they began with; --ema-warmup warms it up")
     return whole
 
 
@@ -96,7 +96,7 @@ def _require_same(
 ) -> None:
     """Raise AgreedError where a checkpoint's config differs from that of this run in one of the keys.
 
-    What the checkpoint alone records, the run goes on to record. args: of keys that belong to the data, else None.
+    What the checkpoint alone records, the run records too. args: of keys that belong to the data, else None.
     """
     config = saved.config
     if "objective" in state.config:  # files that do not say were all trained by cross-entropy

@@ -209,7 +209,7 @@ class Saver:
         job, self._job = self._job, None
         failures = job.result() if job is not None else []
         for failure in failures:
-            self.log.warning(f"{failure}" + ("" if final else "; training goes on, the next checkpoint tries again"))
+            self.log.warning(f"{failure}" + ("" if final else "; training continues, the next checkpoint tries again"))
         if job is not None:
             self._failed, self._written = 0 if self._written else self._failed + 1, False
         if self._failed > 1 and failures and not final:

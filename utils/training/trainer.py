@@ -138,10 +138,10 @@ class Trainer:
         self._begin(resumed)
 
     def _begin(self, resumed: bool) -> None:
-        """Take over the state that the run goes on with, and count the steps it has left."""
+        """Take over the state that the run resumes from, and count the steps it has left."""
         args, initial = self.args, self.job.initial
         if not resumed and initial is None and self.run.earlier:
-            self.log.info(f"a run before this one stands at {self.run.earlier}; --resume would go on with it")
+            self.log.info(f"a run before this one stands at {self.run.earlier}; --resume would continue it")
         resumed = resumed and resume(self.state, self.run, args, self.dist, self.log)
         continued = not resumed and initial is not None and start_from(initial, self.state, args, self.log)
         self.saver.saved_step = self.step
@@ -308,7 +308,7 @@ class Trainer:
         """Take one backward pass for nothing, where DDP has more than two processes.
 
         After the first pass of a process DDP rearranges its buckets, and with them the order in which gradients are added
-        up: a run that was resumed would round otherwise than one that went on.
+        up: a run that was resumed would round otherwise than one that was not.
         """
         self._rehearsed.add(phase.key)
         if self.dist.world_size <= 2 or self.plan.sharded:
@@ -447,7 +447,7 @@ class Trainer:
         if starved:
             self.failures.require_data(batches.failure)
         asked = next((name for name in self.dist.gather(signals.asked and signals.asked.name) if name), "a signal")
-        self.log.info(f"stopped by {asked} after step {self.step} of {self.total_steps}; --resume goes on from there")
+        self.log.info(f"stopped by {asked} after step {self.step} of {self.total_steps}; --resume continues from there")
         return True
 
 

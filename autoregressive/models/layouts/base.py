@@ -96,7 +96,7 @@ class Layout:
         if self.grid_size < 1:
             raise ValueError(f"a grid has 1 token a side or more, got {self.grid_size}")
 
-    # A layout of one's own overrides from here …
+    # Your own layout overrides from here …
 
     @property
     def patch_side(self) -> int:

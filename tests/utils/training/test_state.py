@@ -334,7 +334,7 @@ def test_a_full_disk_leaves_no_folder_and_is_a_warning_until_the_last(alone, sav
         writer.wait()
         (line,) = log.warned
         assert f"could not write {kept.with_name('0000004')} (" in line and "No space left on device" in line
-        assert line.endswith("; training goes on, the next checkpoint tries again") and "\n" not in line
+        assert line.endswith("; training continues, the next checkpoint tries again") and "\n" not in line
         assert os.listdir(kept.parent) == ["0000002"]
         train(state, 1)
         writer.save()

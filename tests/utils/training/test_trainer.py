@@ -420,7 +420,9 @@ def test_a_run_that_could_be_resumed_is_told_of(tmp_path):
         build(tmp_path, "--ckpt-every", 3, at=stop_at(5)).fit()
     build(tmp_path, "--max-steps", 1).fit()
     text = log_of(tmp_path, 1)
-    assert re.search(r"a run before this one stands at \S*000-tiny/checkpoints/0000003\.pt; --resume would go on", text)
+    assert re.search(
+        r"a run before this one stands at \S*000-tiny/checkpoints/0000003\.pt; --resume would continue", text
+    )
     assert "stands at" not in log_of(tmp_path, 0)
 
 
@@ -458,7 +460,7 @@ def test_resume_of_averages_with_a_fixed_decay_keeps_it(tmp_path, began):
         torch.save(saved, path)
     for _ in range(2):  # a second resume finds it in the files of the first
         build(tmp_path / "parts", "--ema", "--ema-decay", 0.9, "--ckpt-every", 2, "--max-steps", 7, "--resume").fit()
-        assert "go on with the fixed decay 0.9" in log_of(tmp_path / "parts")
+        assert "keep the fixed decay 0.9" in log_of(tmp_path / "parts")
     build(tmp_path / "parts", "--ema", "--ema-decay", 0.9, "--resume").fit()
     assert same(final(tmp_path / "parts")["ema"], final(tmp_path / "whole")["ema"])
 
@@ -530,7 +532,7 @@ def test_a_signal_saves_and_the_resumed_run_ends_bit_identically(tmp_path, numbe
         assert trainer.fit() == store(tmp_path / "parts") / "0000005.pt"
     assert [signal.getsignal(each) for each in SIGNALS] == before
     assert sorted(os.listdir(store(tmp_path / "parts"))) == ["0000003.pt", "0000005.pt"]
-    stopped = f"stopped by {number.name} after step 5 of 10; --resume goes on from there"
+    stopped = f"stopped by {number.name} after step 5 of 10; --resume continues from there"
     assert log_of(tmp_path / "parts").rstrip().endswith(stopped)
     build(tmp_path / "parts", *flags, "--resume", dropout=0.5).fit()
     whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
@@ -758,7 +760,9 @@ def test_a_full_disk_in_the_middle_is_lived_through(tmp_path):
     assert meanwhile == ["0000003.pt"], "the last good checkpoint stays where the next cannot be written"
     assert os.listdir(store(tmp_path)) == ["0000010.pt"]
     text = log_of(tmp_path)
-    assert re.search(r"could not write \S*0000006\.pt \(.*\); training goes on, the next checkpoint tries again", text)
+    assert re.search(
+        r"could not write \S*0000006\.pt \(.*\); training continues, the next checkpoint tries again", text
+    )
     build(tmp_path / "whole", *flags).fit()
     assert same(final(tmp_path)["model"], final(tmp_path / "whole")["model"])
 
