@@ -34,7 +34,6 @@ class Release:
 
     repo_id: str
     filename: str
-    what: str
     home: str
     flags: Mapping[str, str] = field(default_factory=dict)
     # The T5 repository also has the weights in three other formats, 34 GB more.
@@ -52,11 +51,13 @@ class Release:
         return f"{endpoint}/{self.repo_id}/" + (f"resolve/main/{self.filename}" if self.filename else "tree/main")
 
 
-def _gpt(repo_id: str, filename: str, gpt_model: str, image_size: int, folder: str = "", **flags: str) -> Release:
-    what = f"{gpt_model}, {'text' if repo_id == _TEXT else 'class'}-conditional, {image_size}x{image_size}"
-    named = {"--" + flag.replace("_", "-"): value for flag, value in flags.items()}
-    all_flags = {"--gpt-model": gpt_model, **named, "--image-size": str(image_size)}
-    return Release(repo_id, filename, what, folder + filename, all_flags)
+def _flags(**values: str) -> dict[str, str]:
+    return {"--" + flag.replace("_", "-"): value for flag, value in values.items()}
+
+
+def _gpt(repo_id: str, filename: str, gpt_model: str, image_size: int, folder: str = "", **more: str) -> Release:
+    flags = _flags(gpt_model=gpt_model, **more, image_size=str(image_size))
+    return Release(repo_id, filename, folder + filename, flags)
 
 
 def _par(name: str, gpt_model: str, group: int) -> Release:
@@ -64,21 +65,20 @@ def _par(name: str, gpt_model: str, group: int) -> Release:
     return _gpt(_PAR, f"PAR-{name}-{group}x.pt", gpt_model, 384, **flags)
 
 
-def _tokenizer(repo_id: str, filename: str, vq_model: str, **flags: str) -> Release:
-    return Release(repo_id, filename, f"{vq_model} tokenizer", filename, {"--vq-model": vq_model, **flags})
+def _tokenizer(repo_id: str, filename: str, vq_model: str, **more: str) -> Release:
+    return Release(repo_id, filename, filename, _flags(vq_model=vq_model, **more))
 
 
-def _autoencoder(repo_id: str, what: str, **flags: str) -> Release:
-    named = {"--" + flag.replace("_", "-"): value for flag, value in flags.items()}
+def _autoencoder(repo_id: str, **flags: str) -> Release:
     files = ("config.json", "diffusion_pytorch_model.safetensors")  # not the same weights in other layouts
-    return Release(repo_id, "", what, repo_id.split("/")[1], named, files)
+    return Release(repo_id, "", repo_id.split("/")[1], _flags(**flags), files)
 
 
 RELEASED: dict[str, Release] = {
     release.name: release
     for release in (
         _tokenizer(_LLAMAGEN, "vq_ds16_c2i.pt", "VQ-16"),
-        _tokenizer(_LLAMAGEN, "vq_ds8_c2i.pt", "VQ-8", **{"--downsample-size": "8"}),
+        _tokenizer(_LLAMAGEN, "vq_ds8_c2i.pt", "VQ-8", downsample_size="8"),
         _gpt(_LLAMAGEN, "c2i_B_256.pt", "GPT-B", 256),
         _gpt(_LLAMAGEN, "c2i_L_256.pt", "GPT-L", 256),
         _gpt(_LLAMAGEN, "c2i_B_384.pt", "GPT-B", 384),
@@ -98,10 +98,10 @@ RELEASED: dict[str, Release] = {
         _gpt(_NPP, "c2i_L_256.pt", "GPT-L", 256, folder="LlamaGen-NPP/"),
         _gpt(_NPP, "c2i_XL_256.pt", "GPT-XL", 256, folder="LlamaGen-NPP/"),
         _gpt(_NPP, "c2i_XXL_256.pt", "GPT-XXL", 256, folder="LlamaGen-NPP/"),
-        Release("google/flan-t5-xl", "", "T5 text encoder of the text-conditional models", "t5-ckpt/flan-t5-xl"),
-        _autoencoder("stabilityai/sd-vae-ft-mse", "Stable Diffusion's VAE, a baseline", vae="sd-vae-ft-mse"),
-        _autoencoder("stabilityai/sdxl-vae", "SDXL's VAE, a baseline", vae="sdxl-vae"),
-        _autoencoder("openai/consistency-decoder", "consistency decoder, a baseline"),
+        Release("google/flan-t5-xl", "", "t5-ckpt/flan-t5-xl"),
+        _autoencoder("stabilityai/sd-vae-ft-mse", vae="sd-vae-ft-mse"),
+        _autoencoder("stabilityai/sdxl-vae", vae="sdxl-vae"),
+        _autoencoder("openai/consistency-decoder"),
     )
 }
 """Qualified name ('repository/file') → release. Where a file name occurs twice, the bare name means the first."""
@@ -133,7 +133,7 @@ def resolve(name_or_path: str | Path, repo_id: str | None = None) -> Path:
     if repo_id is None:
         release = _find(inside)
     elif repo_id.count("/") == 1 and inside is not None:
-        release = _find(f"{repo_id}/{inside}") or Release(repo_id, inside, "", f"{repo_id.split('/')[1]}/{inside}")
+        release = _find(f"{repo_id}/{inside}") or Release(repo_id, inside, f"{repo_id.split('/')[1]}/{inside}")
     else:
         raise ValueError(f"repo_id {repo_id!r} with {name_or_path}: expected 'owner/name' and a file name in it")
 
