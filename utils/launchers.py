@@ -8,7 +8,7 @@ import re
 import sys
 import zlib
 from collections.abc import MutableMapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # Numbers from here on are Slurm's names for what is no step of srun: a batch script, an interactive shell.
 _FIRST_SPECIAL_STEP = 2**32 - 16
@@ -21,8 +21,7 @@ _MPI = (
 )
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A process's place among those of its launcher. job: what they, and no others on their machines, have in common."""
 
     launcher: str
@@ -38,21 +37,21 @@ def adopt_launcher(env: MutableMapping[str, str] = os.environ) -> None:
 
     Raises ValueError where the processes are on several machines and nothing tells where the first one is.
     """
-    if "RANK" in env:
-        return
-    place = _mpi(env) or _slurm(env)
+    place = None if "RANK" in env else _mpi(env) or _slurm(env)
     if place is None or place.world_size == 1:
         return
-    own = {
-        "RANK": str(place.rank),
-        "WORLD_SIZE": str(place.world_size),
-        "LOCAL_RANK": str(place.local_rank),
-        "LOCAL_WORLD_SIZE": str(place.local_world_size),
-        "MASTER_ADDR": env.get("MASTER_ADDR") or _address(env, place),
-        # Below the ports that a system gives away, another one for every job.
-        "MASTER_PORT": env.get("MASTER_PORT") or str(15_000 + zlib.crc32(place.job.encode()) % 15_000),
-    }
-    env.update(own)
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
+    together = place.local_world_size == place.world_size
+    if not (together or nodes or env.get("MASTER_ADDR")):
+        raise ValueError(
+            f"{place.launcher} started {place.world_size} processes, {place.local_world_size} of them here, and MASTER_ADDR is "
+            "not set; set it to the host of the first process: mpirun -x MASTER_ADDR=HOST ..."
+        )
+    env["MASTER_ADDR"] = env.get("MASTER_ADDR") or ("127.0.0.1" if together else first_host(nodes or ""))
+    # Below the ports that a system gives away, another one for every job.
+    env["MASTER_PORT"] = env.get("MASTER_PORT") or str(15_000 + zlib.crc32(place.job.encode()) % 15_000)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    env.update(zip(names, map(str, place[1:5]), strict=True))
     if place.rank == 0:
         where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
         print(f"{place.world_size} processes of {place.launcher} meet at {where}", file=sys.stderr, flush=True)
@@ -61,18 +60,6 @@ def adopt_launcher(env: MutableMapping[str, str] = os.environ) -> None:
 def first_host(nodes: str) -> str:
     """Return the first host of a list as Slurm writes it: "gpu[003-005,007],login1" -> "gpu003"."""
     return re.sub(r"\[(\w+)[^]]*\]", r"\1", nodes).partition(",")[0]
-
-
-def _address(env: MutableMapping[str, str], place: Place) -> str:
-    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
-    if place.local_world_size == place.world_size:
-        return "127.0.0.1"
-    if not nodes:
-        raise ValueError(
-            f"{place.launcher} started {place.world_size} processes, {place.local_world_size} of them here, and MASTER_ADDR is "
-            "not set; set it to the host of the first process: mpirun -x MASTER_ADDR=HOST ..."
-        )
-    return first_host(nodes)
 
 
 def _mpi(env: MutableMapping[str, str]) -> Place | None:

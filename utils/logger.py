@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from utils.files import atomic_write
+from utils.images import save_png
 
 
 def console_logger(name: str = "run", main: bool = True) -> logging.Logger:
@@ -56,21 +55,18 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not self._told:
-            print(f"could not write to {self.baseFilename} ({sys.exc_info()[1]}); training continues", file=sys.stderr)
+            print(f"could not write to {self.baseFilename} ({sys.exc_info()[1]}); training goes on", file=sys.stderr)
         self._told = True
 
 
 class RunLogger:
     """Writes to a run's folder from the first process; says nothing on the others."""
 
-    def __init__(
-        self, folder: Path | None, main: bool = True, wandb_project: str | None = None, config: dict | None = None
-    ):
+    def __init__(self, folder: Path, main: bool = True, wandb_project: str | None = None, config: dict | None = None):
+        self.folder, self.main, self.wandb = folder, main, None
         self.logger = console_logger(main=main)
         self.loggers = [self.logger, console_logger("dataset", main)]  # which images could not be read is logged there
-        self.metrics = self.board = self.wandb = self.file = None
-        self.folder = folder
-        if folder is None or not main:
+        if not main:
             return
         self.board = _tensorboard_writer(folder / "tensorboard")
         self.file = _LogFile(folder / "log.txt")
@@ -79,14 +75,14 @@ class RunLogger:
             logger.addHandler(self.file)
         self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - open as long as the run
         if wandb_project:
-            self._start_wandb(wandb_project, folder, config)
+            self._start_wandb(wandb_project, config)
 
-    def _start_wandb(self, project: str, folder: Path, config: dict | None) -> None:
+    def _start_wandb(self, project: str, config: dict | None) -> None:
         """Weights & Biases is a second place for the figures; if it is not at hand, the run continues without it."""
         try:
             import wandb
 
-            self.wandb = wandb.init(project=project, dir=str(folder), name=folder.name, config=config)
+            self.wandb = wandb.init(project=project, dir=str(self.folder), name=self.folder.name, config=config)
             self.wandb_image = wandb.Image
         except Exception as error:
             reason = "pip install wandb" if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
@@ -100,12 +96,12 @@ class RunLogger:
 
     def record(self, message: str) -> None:
         """Write a line to log.txt alone, where the terminal has it from somewhere else."""
-        if self.file is not None:
+        if self.main:
             self.file.emit(logging.makeLogRecord({"msg": message, "levelno": logging.ERROR, "levelname": "ERROR"}))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Record numbers of a step."""
-        if self.metrics is None or self.board is None:
+        if not self.main:
             return
         with self._outliving_a_full_disk():
             self.metrics.write(json.dumps({"step": step, **values}) + "\n")
@@ -117,18 +113,17 @@ class RunLogger:
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Record a picture of a step, in tensorboard and as `{name}/{step:07d}.png`. image: uint8 (H, W, 3)."""
-        if self.board is None or self.folder is None:
+        if not self.main:
             return
         with self._outliving_a_full_disk():
             self.board.add_image(name, image, step, dataformats="HWC")
-        with self._outliving_a_full_disk(), atomic_write(self.folder / name / f"{step:07d}.png") as f:
-            Image.fromarray(image).save(f, "PNG")
+            save_png(image, self.folder / name / f"{step:07d}.png")
         if self.wandb:
             self.wandb.log({name: self.wandb_image(image)}, step=step)
 
     def close(self) -> None:
-        """Flush and closes the files."""
-        if self.metrics is not None and self.board is not None and self.file is not None:
+        """Flush and close the files."""
+        if self.main:
             for file in (self.metrics, self.board):
                 with self._outliving_a_full_disk():
                     file.close()
@@ -144,7 +139,7 @@ class RunLogger:
         try:
             yield
         except OSError as error:
-            self.warning(f"could not write to the run's records ({error}); training continues")
+            self.warning(f"could not write to the run's records ({error}); training goes on")
 
 
 def _tensorboard_writer(folder: Path):

@@ -97,13 +97,6 @@ def _same(before: Any, now: Any) -> bool:
     return all(now.get(key) == value for key, value in before.items())
 
 
-def _described(value: Any) -> Any:
-    if not (isinstance(value, dict) and {"file", "folder"} & value.keys()):
-        return value
-    content = f" (content {value['content']})" if "content" in value else ""
-    return f"{value.get('file', value.get('folder'))}{content}"
-
-
 def text_identity(texts: list[str]) -> dict[str, Any]:
     """Return the identity of a list of texts, wherever their file lies."""
     return {"count": len(texts), "sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
@@ -136,14 +129,21 @@ def claim_folder(folder: Path, settings: dict[str, Any], unrecorded: dict[str, A
     before = (unrecorded or {}) | before
     changed = [key for key in settings if not _same(before.get(key), settings[key])]
     if changed:
-        described = "; ".join(
-            f"{key}: {_described(before.get(key))}, now {_described(settings[key])}" for key in changed
-        )
+        described = "; ".join(f"{key}: {_words(before.get(key))}, now {_words(settings[key])}" for key in changed)
         raise ValueError(
             f"{folder} holds images drawn with other settings ({described}); remove it, or choose another --sample-dir"
         )
     if any(before.get(key) != settings[key] for key in settings):  # written at another place, or by the first edition
         write_json(folder / SETTINGS_FILE, {**before, **settings})
+
+
+def _words(value: Any) -> Any:
+    """Return a setting as it is told; of a file its place and content."""
+    if not isinstance(value, dict) or not {"file", "folder"} & value.keys():
+        return value
+    return f"{value.get('file', value.get('folder'))}" + (
+        f" (content {value['content']})" if "content" in value else ""
+    )
 
 
 def rename_earlier(earlier: Path, folder: Path, settings: dict[str, Any]) -> None:
