@@ -55,7 +55,7 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not self._told:
-            print(f"could not write to {self.baseFilename} ({sys.exc_info()[1]}); training goes on", file=sys.stderr)
+            print(f"could not write to {self.baseFilename} ({sys.exc_info()[1]}); training continues", file=sys.stderr)
         self._told = True
 
 
@@ -139,7 +139,7 @@ class RunLogger:
         try:
             yield
         except OSError as error:
-            self.warning(f"could not write to the run's records ({error}); training goes on")
+            self.warning(f"could not write to the run's records ({error}); training continues")
 
 
 def _tensorboard_writer(folder: Path):
