@@ -76,7 +76,6 @@ SETTINGS = {
     "interval 0": {"cfg_scale": 3.0, "cfg_interval": 0},
     "interval 2": {"cfg_scale": 3.0, "cfg_interval": 2},
     "interval 5": {"cfg_scale": 3.0, "cfg_interval": 5},
-    "interval 99": {"cfg_scale": 3.0, "cfg_interval": 99},
     "greedy": {"cfg_scale": 2.0, "sample_logits": False},
     "filters": {"cfg_scale": 1.5, "temperature": 0.8, "top_k": 9, "top_p": 0.9},
 }
@@ -113,7 +112,6 @@ def test_settings_change_the_tokens():
     drawn = {name: generate(tiny(), LABELS, noise=noise_for(4), **settings) for name, settings in SETTINGS.items()}
     different = [name for name in drawn if not torch.equal(drawn[name], drawn["plain"])]
     assert different == [name for name in SETTINGS if name != "plain"]
-    assert torch.equal(drawn["guided"], drawn["interval 99"])
     assert not torch.equal(drawn["interval 0"], drawn["interval 2"])
     assert not torch.equal(drawn["interval 2"], drawn["interval 5"])
 
@@ -172,23 +170,17 @@ def test_negatives_that_do_not_fit_raise(negative, message):
 # Caches
 
 
-def test_caches_are_reused():
+def test_caches_are_reused_until_a_batch_needs_more():
     model = tiny()
-    fresh = [generate(copy.deepcopy(model), LABELS[:count], noise=noise_for(4)[:count]) for count in (4, 2)]
     first = generate(model, LABELS, noise=noise_for(4))
     cache = generation._caches[model]
     storage = [tensor.data_ptr() for tensor in cache.keys + cache.values]
-    smaller = generate(model, LABELS[:2], noise=noise_for(4)[:2])
-    again = generate(model, LABELS, noise=noise_for(4))
-    assert torch.equal(first, fresh[0]) and torch.equal(again, fresh[0])
-    assert torch.equal(smaller, fresh[1]) and torch.equal(smaller, first[:2])
-    assert generation._caches[model] is cache
+    assert torch.equal(generate(model, LABELS[:2], noise=noise_for(4)[:2]), first[:2])
+    assert torch.equal(generate(model, LABELS, noise=noise_for(4)), first)
+    assert generation._caches[model] is cache and cache.rows == model.layout.rows
     assert [tensor.data_ptr() for tensor in cache.keys + cache.values] == storage
-    assert cache.rows == model.layout.rows and len(storage) == 2 * model.args.n_layer
-
-    guided = generate(model, LABELS, noise=noise_for(4), cfg_scale=2.0)
-    assert len(generation._caches[model].keys[0]) == 8, "a larger batch needs a larger cache"
-    assert torch.equal(guided, without_cache(model, LABELS, noise_for(4), cfg_scale=2.0))
+    generate(model, LABELS, noise=noise_for(4), cfg_scale=2.0)
+    assert len(generation._caches[model].keys[0]) == 8
 
 
 def test_what_an_earlier_image_left_in_the_cache_is_not_seen():
@@ -242,7 +234,7 @@ def test_fewer_tokens_are_the_first_ones():
         assert torch.equal(fewer, every[:, :count]) and steps == [*range(1, count + 1)]
 
 
-@pytest.mark.parametrize("n, count", [(1, 0), (1, -1), (1, 17), (4, 0), (4, 6), (4, 15), (4, 17)])
+@pytest.mark.parametrize("n, count", [(1, 0), (1, 17), (4, 6), (4, 15)])
 def test_numbers_of_tokens_the_layout_cannot_stop_at(n, count):
     with pytest.raises(ValueError, match=rf"max_new_tokens is {count}.*16 tokens"):
         generate(tiny(ar_token_num=n), LABELS, count)
@@ -269,15 +261,8 @@ def test_known_tokens_stay_and_steer_the_others():
         generate(model, LABELS, known=known[:, :3])
 
 
-@pytest.mark.parametrize("n, expected", [(1, [*range(1, 17)]), (4, [1, 2, 3, 4, 8, 12, 16]), (16, [*range(1, 17)])])
-def test_steps_are_reported(n, expected):
-    steps = []
-    generate(tiny(ar_token_num=n), LABELS, on_step=lambda done, _: steps.append(done))
-    assert steps == expected
-
-
-@pytest.mark.parametrize("n", [1, 4])
-def test_the_tokens_so_far_are_reported(n):
+@pytest.mark.parametrize("n, ends", [(1, [*range(1, 17)]), (4, [1, 2, 3, 4, 8, 12, 16]), (16, [*range(1, 17)])])
+def test_the_tokens_so_far_are_reported(n, ends):
     model, seen = tiny(ar_token_num=n), []
     codes = generate(
         model, LABELS, noise=noise_for(4), on_step=lambda done, tokens: seen.append((done, tokens.clone()))
@@ -285,7 +270,7 @@ def test_the_tokens_so_far_are_reported(n):
     sequence = codes[:, model.layout.order]
     for done, tokens in seen:
         assert tokens.shape == (4, 16) and torch.equal(tokens[:, :done], sequence[:, :done])
-    assert seen[-1][0] == 16
+    assert [done for done, _ in seen] == ends
 
 
 def test_unconditional_rows_stop_with_the_last_guided_step(monkeypatch):
@@ -328,13 +313,6 @@ def test_noise_is_drawn_from_the_global_generator():
     assert not torch.equal(first, generate(tiny(), LABELS))
     torch.manual_seed(1)
     assert torch.equal(first, generate(tiny(), LABELS))
-
-
-def test_bf16_weights():
-    model = tiny().to(torch.bfloat16)
-    codes = generate(model, LABELS, noise=noise_for(4), cfg_scale=2.0)
-    assert torch.equal(codes, generate(model, LABELS, noise=noise_for(4), cfg_scale=2.0))
-    assert float((codes == generate(tiny(), LABELS, noise=noise_for(4), cfg_scale=2.0)).float().mean()) > 0.5
 
 
 FLOAT, HALF = torch.float32, torch.bfloat16
@@ -445,7 +423,7 @@ def recording(recording_compiled, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*KINDS, "text", "text PAR-4"])
+@pytest.mark.parametrize("kind", ["raster", "few key heads", "text PAR-4"])
 def test_recorded_steps_change_nothing(kind, recording):
     """One recording serves the later steps of its kind, and later calls with other images, scales and temperatures."""
     kinds = KINDS | {"text": TEXT, "text PAR-4": {**TEXT, "ar_token_num": 4}}
@@ -454,7 +432,9 @@ def test_recorded_steps_change_nothing(kind, recording):
     generate(model, condition, emb_masks=mask, cfg_scale=2.0)  # makes the larger cache
     made = []
     for turn in range(3):
-        for settings in [*SETTINGS.values(), {"cfg_scale": 2.5, "temperature": 1.7, "top_k": 9, "top_p": 0.5}]:
+        names = ("plain", "guided", "interval 2", "greedy", "filters")
+        others = {"cfg_scale": 2.5, "temperature": 1.7, "top_k": 9, "top_p": 0.5}  # of one recording with "filters"
+        for settings in [*(SETTINGS[name] for name in names), others]:
             noise = noise_for(4, model.layout.tokens).roll(turn)
             asked = {"noise": noise, "emb_masks": mask, **settings}
             given = generate(model, condition, compile=True, **asked)
@@ -506,13 +486,11 @@ def test_recorded_compiled_steps_change_nothing(recording_compiled, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["few key heads", "text PAR-4"])
-def test_compiled_steps_change_nothing(kind):
+def test_compiled_steps_change_nothing():
     """Against the loop without caches; and no step falls back on plain code for too many shapes."""
     torch._dynamo.reset()
-    kinds = KINDS | {"text": TEXT, "text PAR-4": {**TEXT, "ar_token_num": 4}}
-    model = tiny(**kinds[kind], n_layer=1)
-    condition, mask = captions(6, 2, 1, 4) if "text" in kind else (LABELS, None)
+    model = tiny(**TEXT, ar_token_num=4, n_kv_head=2, n_layer=1)
+    condition, mask = captions(6, 2, 1, 4)
     noise = noise_for(4, model.layout.tokens)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for name in ("interval 2", "greedy", "filters"):
@@ -524,27 +502,20 @@ def test_compiled_steps_change_nothing(kind):
 # Errors
 
 
-@pytest.mark.parametrize("label", [-1, 5, 1000])
-def test_labels_out_of_range(label):
-    with pytest.raises(ValueError, match=f"label {label} is out of range: the model has classes 0 to 4"):
-        generate(tiny(), torch.tensor([0, label, 2]))
-
-
-@pytest.mark.parametrize("labels", [torch.tensor([0.0, 1.0]), torch.tensor([[1], [2]]), torch.tensor(3)])
-def test_labels_of_the_wrong_kind(labels):
-    with pytest.raises(ValueError, match="labels are whole numbers of shape"):
-        generate(tiny(), labels)
-
-
-@pytest.mark.parametrize("shape", [(2, 5, 12), (2, 6, 13), (6, 12), (2,)])
-def test_captions_of_the_wrong_shape(shape):
-    with pytest.raises(ValueError, match=r"shape \(B, 6, 12\), got"):
-        generate(tiny(**TEXT), torch.zeros(shape))
-
-
-def test_settings_are_checked():
-    with pytest.raises(ValueError, match="--top-p"):
-        generate(tiny(), LABELS, top_p=-0.5)
+@pytest.mark.parametrize(
+    "condition, message",
+    [
+        (torch.tensor([0, -1, 2]), "label -1 is out of range: the model has classes 0 to 4"),
+        (torch.tensor([0, 5, 2]), "label 5 is out of range"),
+        (torch.tensor([0.0, 1.0]), "labels are whole numbers of shape"),
+        (torch.tensor([[1], [2]]), "labels are whole numbers of shape"),
+        (torch.zeros(2, 5, 12), r"shape \(B, 6, 12\), got"),
+        (torch.zeros(6, 12), r"shape \(B, 6, 12\), got"),
+    ],
+)
+def test_conditions_that_do_not_fit_raise(condition, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny(**(TEXT if "shape (B" in message.replace("\\", "") else {})), condition)
 
 
 def broken(label: int, value: float, **more) -> Transformer:

@@ -69,16 +69,14 @@ def pipeline(models):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "par, settings",
     [
-        pytest.param({}, marks=pytest.mark.slow, id="plain"),
-        pytest.param({"cfg_scale": 3.0, "cfg_interval": 20}, id="guided"),
+        pytest.param(False, {"cfg_scale": 3.0, "cfg_interval": 20}, marks=pytest.mark.slow, id="raster, guided"),
+        pytest.param(True, {"cfg_scale": 3.0, "cfg_interval": 20}, id="PAR, guided"),
+        pytest.param(True, {}, id="PAR"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "par", [pytest.param(False, marks=pytest.mark.slow, id="raster"), pytest.param(True, id="PAR")]
-)
 def test_an_image_does_not_depend_on_its_batch(models, par, dtype, settings):
     gpts, tokenizer = models
     numbers = list(range(17))
@@ -87,10 +85,8 @@ def test_an_image_does_not_depend_on_its_batch(models, par, dtype, settings):
     assert all(len(codes.unique()) > 10 for codes, _ in expected.values())
     for batch, chosen in (
         (1, [16, 0, 7]),
-        (2, [3, 4, 15]),
         (3, [9, 2, 8, 1, 16]),
         (5, numbers[6::-1]),
-        (8, numbers[3:14]),
         (16, [12, 4, 12]),
     ):
         drawn = draw(Recording(gpts[par, dtype], tokenizer, batch_size=batch), chosen, seed=5, **settings)
@@ -149,17 +145,6 @@ def test_pixels_do_not_depend_on_the_batch(pipeline, threads):
                     assert np.array_equal(pipeline.decode(codes[part], size), together[part.numpy()]), (size, count)
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.slow
-def test_pixels_do_not_depend_on_the_number_of_threads(pipeline):
-    drawn = []
-    for threads in (1, 2):  # the fixture puts the number back
-        torch.set_num_threads(threads)
-        drawn.append(draw(pipeline, range(3)))
-    for number, (codes, image) in drawn[0].items():
-        assert torch.equal(codes, drawn[1][number][0])
-        assert np.array_equal(image, drawn[1][number][1])
 
 
 def test_a_decoder_in_bfloat16(small_files, models):
@@ -234,12 +219,10 @@ def test_seed_number_and_label_each_matter(pipeline):
 
 def test_noise_is_a_function_of_seed_and_number():
     together = image_noise(3, range(5), 9)
-    assert together.shape == (5, 9) and together.dtype == torch.float32
-    assert together.min() >= 0 and together.max() < 1 and len(together.unique()) == 45
+    assert together.shape == (5, 9) and together.min() >= 0 and together.max() < 1 and len(together.unique()) == 45
     assert torch.equal(image_noise(3, [4, 0], 9), together[[4, 0]])
     assert torch.equal(image_noise(3, [2], 5)[0], together[2, :5]), "more tokens leave the first ones as they are"
     assert not torch.equal(image_noise(4, range(5), 9), together)
-    assert image_noise(3, [], 9).shape == (0, 9)
 
 
 # Calls
@@ -258,7 +241,7 @@ def test_pil_images(pipeline):
         assert [image.tobytes() for image in other] == [image.tobytes() for image in images]
 
 
-@pytest.mark.parametrize("size", [8, 20, 32, 48])
+@pytest.mark.parametrize("size", [20, 32])
 def test_other_sizes_are_resized_bicubically(pipeline, size):
     images = pipeline([1, 2], size=size, progress=False)
     with torch.inference_mode():
@@ -266,13 +249,6 @@ def test_other_sizes_are_resized_bicubically(pipeline, size):
         resized = decoded if size == 32 else F.interpolate(decoded, size=(size, size), mode="bicubic")
     assert [image.size for image in images] == [(size, size)] * 2
     assert np.array_equal(np.stack(images), to_uint8(resized))
-
-
-def test_decoded_codes_are_in_raster_order(pipeline):
-    codes = torch.randint(64, (2, 64), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        expected = to_uint8(pipeline.tokenizer.to_pixels(codes.view(2, 8, 8)))
-    assert np.array_equal(pipeline.decode(codes), expected)
 
 
 def test_progress_counts_tokens(pipeline, capsys):
@@ -358,48 +334,24 @@ def test_the_released_tokenizer_is_the_default(small_files, tmp_path):
     assert pipeline.image_size == 128 and pipeline.gpt.layout.grid_size == 8
 
 
-def test_averaged_weights(small_files, tmp_path):
-    content = torch.load(small_files.gpt, weights_only=False)
-    averaged = {name: value + 1 for name, value in content["model"].items()}
-    torch.save({**content, "ema": averaged}, tmp_path / "gpt.pt")
-    vq = torch.load(small_files.vq)["model"]
-    torch.save({"model": vq, "ema": {name: value + 1 for name, value in vq.items()}}, tmp_path / "vq.pt")
-    for use_ema, shift in ((False, 0), (True, 1)):
-        pipeline = ImagePipeline.from_pretrained(tmp_path, gpt="gpt.pt", vq="vq.pt", use_ema=use_ema)
-        assert torch.equal(pipeline.gpt.norm.weight, content["model"]["norm.weight"] + shift)
-        assert torch.equal(pipeline.tokenizer.decoder.conv_out.bias, vq["decoder.conv_out.bias"] + shift)
-
-
-@pytest.mark.parametrize("use", ["gpt", "vq", "neither"])
-def test_from_pretrained_with_use_ema_needs_the_gpts_averages_and_takes_the_tokenizers(small_files, tmp_path, use):
+@pytest.mark.parametrize("averaged", [(), ("vq",), ("gpt", "vq")])
+def test_from_pretrained_with_use_ema_needs_the_gpts_averages_and_takes_both(small_files, tmp_path, averaged):
+    states = {}
     for name in ("gpt", "vq"):
         saved = torch.load(small_files.folder / f"{name}.pt", weights_only=False)
-        if name == use:
+        states[name] = saved["model"]
+        if name in averaged:
             saved["ema"] = {key: value + 1 for key, value in saved["model"].items()}
         torch.save(saved, tmp_path / f"{name}.pt")
     load = partial(ImagePipeline.from_pretrained, tmp_path, gpt="gpt.pt", vq="vq.pt", device="cpu")
-    if use == "gpt":
-        averaged = load(use_ema=True).gpt.output.weight
-        assert torch.equal(averaged, load().gpt.output.weight + 1)
+    assert torch.equal(load().gpt.norm.weight, states["gpt"]["norm.weight"])
+    if "gpt" in averaged:
+        pipeline = load(use_ema=True)
+        assert torch.equal(pipeline.gpt.norm.weight, states["gpt"]["norm.weight"] + 1)
+        assert torch.equal(pipeline.tokenizer.decoder.conv_out.bias, states["vq"]["decoder.conv_out.bias"] + 1)
     else:
         with pytest.raises(ValueError, match=r"gpt\.pt has no averaged weights, for which --use-ema asks"):
             load(use_ema=True)
-    if use == "vq":
-        assert torch.equal(
-            load_tokenizer(tmp_path / "vq.pt", use_ema=True).decoder.conv_in.bias,
-            load_tokenizer(tmp_path / "vq.pt").decoder.conv_in.bias + 1,
-        )
-    else:
-        with pytest.raises(ValueError, match=r"vq\.pt has no averaged weights"):
-            load_tokenizer(tmp_path / "vq.pt", use_ema=True)
-
-
-def test_safetensors(small_files, tmp_path):
-    state = torch.load(small_files.bare)
-    save_safetensors(tmp_path / "model.safetensors", state, {"args": {"image_size": 32, "downsample_size": 4}})
-    model = load_gpt(tmp_path / "model.safetensors")
-    tokens, labels = torch.randint(64, (2, 63)), torch.tensor([1, 2])
-    assert torch.equal(model(tokens, labels), load_gpt(small_files.gpt)(tokens, labels))
 
 
 def test_the_model_is_that_of_the_weights(small_files, tmp_path):
@@ -529,17 +481,12 @@ def test_image_sizes(small_files):
 
 
 def test_models_that_were_not_trained_together(models):
-    gpts, _ = models
-    gpt = gpts[False, torch.float32]
+    gpt = models[0][False, torch.float32]
     with pytest.raises(ValueError, match="the GPT has 64 codes and the tokenizer 32"):
         ImagePipeline(gpt, VQ_models["VQ-4"](codebook_size=32))
     ImagePipeline(gpt, VQ_models["VQ-4"](codebook_size=65))
-
-
-@pytest.mark.parametrize("batch_size", [0, -1])
-def test_batch_sizes_below_one(models, batch_size):
-    with pytest.raises(ValueError, match=f"batch_size is {batch_size}"):
-        ImagePipeline(models[0][True, torch.float32], models[1], batch_size=batch_size)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        ImagePipeline(gpt, models[1], batch_size=0)
 
 
 @pytest.mark.parametrize(
@@ -623,8 +570,7 @@ def draw_prompts(pipeline, prompts, numbers, **settings) -> dict[int, tuple[torc
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fill all 9 text tokens")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("dtype, left", [(torch.float32, True), (torch.bfloat16, True), (torch.float32, False)])
 def test_a_prompts_image_does_not_depend_on_its_batch(text_models, dtype, left):
     """Captions of 1 to 9 words: alone, beside longer and shorter ones, in any order."""
 
@@ -637,10 +583,8 @@ def test_a_prompts_image_does_not_depend_on_its_batch(text_models, dtype, left):
     assert len({codes.numpy().tobytes() for codes, _ in expected.values()}) == 11
     for batch, chosen in (
         (1, [3, 0, 10]),
-        (2, [4, 2, 8]),
         (3, [9, 2, 8, 1, 10]),
-        (5, [6, 5, 4, 3, 2, 1, 0]),
-        (8, [3] * 9),
+        (8, [3, 6, 5, 4, 3, 2, 1, 0, 3]),
     ):
         for number, (codes, image) in draw_prompts(pipeline(batch), PROMPTS, chosen, **settings).items():
             assert torch.equal(codes, expected[number][0]), (batch, number)
@@ -783,7 +727,6 @@ def test_the_text_encoder_is_loaded_when_needed_and_released(text_models, monkey
         (["\n \t"], r"prompt 0 \(from 0\) is blank"),
         (None, "give labels or prompts, or a prompt's features in its place"),
         (3, "give a list, one item for each image, not 3"),
-        ((text for text in ["a"]), "give a list, one item for each image, not <generator"),
     ],
 )
 def test_prompts(text_pipeline, prompts, message):
@@ -809,11 +752,6 @@ def test_prompts_that_are_blank_once_they_are_cleaned(text_models, text_pipeline
     text_pipeline.text_encoder.use_text_preprocessing = True
     with pytest.raises(ValueError, match="is blank once it is cleaned"):
         text_pipeline(["https://example.com/a"])
-
-
-def test_features_that_are_no_list(text_pipeline):
-    with pytest.raises(ValueError, match="give a list, one item for each image, not 3"):
-        text_pipeline(features=3)
 
 
 def test_conditions_of_the_other_kind(pipeline, text_pipeline):
