@@ -13,6 +13,7 @@ from autoregressive.models.gpt import GPT_models
 from autoregressive.pipeline import ImagePipeline, load_gpt, load_tokenizer
 from autoregressive.quantization import quantize
 from autoregressive.sample import sample_c2i, sample_c2i_ddp, sample_t2i, sample_t2i_ddp
+from autoregressive.sample.many import run_settings
 from benchmarks import quantization
 from benchmarks.quantization import weight_bytes
 from tests.autoregressive.test_sample_scripts import NAME, ddp_line, line
@@ -137,14 +138,7 @@ def test_a_folder_from_before_the_flag_goes_on(small_files, tmp_path):
     run_here(sample_c2i_ddp, *words)
     args = sample_c2i_ddp.flags().parse_args([*map(str, words), "--quantize", "int8"])
     with pytest.raises(ValueError, match=r"quantize: None, now int8"):
-        claim_folder(tmp_path / NAME, sample_c2i_ddp.run_settings(args, small_files.gpt, small_files.vq))
-
-
-def test_folders_of_prompts_remember_it_too(small_files):
-    for words, expected in ([], None), (["--quantize", "int8"], "int8"):
-        args = sample_t2i_ddp.flags().parse_args(words)
-        settings = sample_t2i_ddp.run_settings(args, ["a lantern"], small_files.gpt, small_files.vq)
-        assert settings["quantize"] == expected
+        claim_folder(tmp_path / NAME, run_settings(args, small_files.gpt, small_files.vq, sample_c2i_ddp.IMMATERIAL))
 
 
 # Without torchao
@@ -160,14 +154,8 @@ def test_nothing_is_quantized_unless_asked_for(script):
 def test_torchao_is_asked_for(small_files, tmp_path, monkeypatch):
     for name in ("torchao", "torchao.quantization"):
         monkeypatch.setitem(sys.modules, name, None)  # what makes an import fail
-    words = [
-        "--quantize",
-        "int8",
-        "--output",
-        tmp_path / "grid.png",
-        "--gpt-ckpt",
-        "gone.pt",
-    ]  # told before files are read
+    words = ["--quantize", "int8", "--output", tmp_path / "grid.png"]
+    words += ["--gpt-ckpt", "gone.pt"]  # told before files are read
     with pytest.raises(ValueError, match=r"--quantize int8 needs torchao.*pip install torchao"):
         run_here(sample_c2i, *line(small_files, *words))
     assert not list(tmp_path.iterdir())
