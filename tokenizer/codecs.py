@@ -7,6 +7,7 @@ recons, codes = loaded.codec(images, indices)          # (B, 3, H, W) in [-1, 1]
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +29,10 @@ CONSISTENCY_DECODER = "openai/consistency-decoder"
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 # Where a VQGAN may lie in pretrained_models/.
-_PLACES = ("{0}/ckpts/last.pth", "{0}/ckpts/last.ckpt", "{0}/checkpoints/last.ckpt", "{0}/last.ckpt", "{0}/model.ckpt")
-_SUFFIXES = (".ckpt", ".pth", ".pt", ".safetensors")
+_PLACES = (
+    "{0}/ckpts/last.pth", "{0}/ckpts/last.ckpt", "{0}/checkpoints/last.ckpt", "{0}/last.ckpt", "{0}/model.ckpt", "{0}.ckpt",
+    "{0}.pth", "{0}.pt", "{0}.safetensors",
+)  # fmt: skip
 
 
 class VQCodec:
@@ -90,16 +93,15 @@ Codec = VQCodec | DiffusersCodec
 
 @dataclass(frozen=True)
 class Loaded:
-    """A codec (None: images stay as they are), the name of its folders, the file of its weights, and what of the settings the folder's name has besides."""
+    """A codec by its flags.
+
+    codec: None where images stay as they are. name: of its folders. weights: their file. details: settings in the folders' name.
+    """
 
     codec: Codec | None
     name: str
     weights: Path | None
     details: str = ""
-
-
-Loader = Callable[[argparse.Namespace, Distributed, int], Loaded]
-"""Maker of a codec from the flags, on every process; the last argument is the seed."""
 
 
 def load_vq(args: argparse.Namespace, dist: Distributed, seed: int) -> Loaded:
@@ -140,6 +142,22 @@ def load_consistency_decoder(args: argparse.Namespace, dist: Distributed, seed: 
     return Loaded(DiffusersCodec(model, seed, draw_decoded=True), "openai-consistencydecoder", weights)
 
 
+def load_reference(args: argparse.Namespace, dist: Distributed, seed: int) -> Loaded:
+    """Load nothing: the crops themselves are the reference of rFID."""
+    return Loaded(None, "val", None)
+
+
+# Makers of a codec from a script's flags, on every process; the last argument is the seed.
+Loader = Callable[[argparse.Namespace, Distributed, int], Loaded]
+LOADERS: dict[str, Loader] = {
+    "vq": load_vq,
+    "vqgan": load_vqgan,
+    "vae": load_vae,
+    "consistency-decoder": load_consistency_decoder,
+    "reference": load_reference,
+}
+
+
 def find_vqgan(name: str, path: str | Path | None = None) -> Path:
     """Return the file of a VQGAN: `path` where given, else in pretrained_models/.
 
@@ -147,12 +165,10 @@ def find_vqgan(name: str, path: str | Path | None = None) -> Path:
     """
     if path is not None:
         return resolve(path)
-    places = [place.format(name) for place in _PLACES] + [name + suffix for suffix in _SUFFIXES]
+    places = [place.format(name) for place in _PLACES]
     for place in places:
-        try:
+        with suppress(FileNotFoundError):
             return resolve(f"pretrained_models/{place}")
-        except FileNotFoundError:
-            continue
     raise FileNotFoundError(
         f"no weights of {name} in pretrained_models/ (looked for {', '.join(places)}): fetch them from "
         f"{VQGAN_FROM_TAMING[name].address} and put the checkpoint at pretrained_models/{name}.ckpt, or give its path with "
@@ -167,13 +183,11 @@ def vqgan(path: str | Path, name: str | None = None, device: torch.device | str 
     """
     model = load_tokenizer(path, codebook_l2_norm=False, device=device)
     found = (model.codebook_size, model.quantize.width, tuple(model.network["encoder_ch_mult"]))
-    known = VQGAN_FROM_TAMING[name].shape if name else found
-    if found != known:
+    if name and found != VQGAN_FROM_TAMING[name].shape:
         fitting = [other for other, vqgan in VQGAN_FROM_TAMING.items() if vqgan.shape == found]
+        hint = f"use --vqgan {fitting[0]}" if fitting else "give another file"
         raise ValueError(
-            f"{path} is not {name}, which has {known[0]} codes of {known[1]} numbers and levels {list(known[2])}; it has "
-            f"{found[0]} codes of {found[1]} and levels {list(found[2])}"
-            + (f": use --vqgan {fitting[0]}" if fitting else "")
+            f"{path} is not {name}: it has {found[0]} codes of {found[1]} numbers and levels {list(found[2])}; {hint}"
         )
     return model
 
@@ -189,19 +203,16 @@ def load_autoencoder(kind: str, folder: Path, device: torch.device | str = "cpu"
 
     folder = Path(folder)
     config = folder / CONFIG_FILE
-    if not config.is_file():
-        raise FileNotFoundError(f"{folder} is not a folder of a diffusers model: it has no {CONFIG_FILE}")
     weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if weights is None:
-        raise FileNotFoundError(f"{folder} has no weights: neither {' nor '.join(WEIGHT_FILES)}")
-    try:
-        found = json.loads(config.read_bytes())["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{config} is not the configuration of a diffusers model ({error!r})") from error
-    if found != kind:
-        raise ValueError(f"{folder} holds a model of class {found}, not {kind}")
+    if weights is None or not config.is_file():
+        raise FileNotFoundError(
+            f"{folder} is no diffusers folder: it needs {CONFIG_FILE} and {' or '.join(WEIGHT_FILES)}"
+        )
     logging.set_verbosity_error()
     try:
+        found = json.loads(config.read_bytes())["_class_name"]
+        if found != kind:
+            raise ValueError(f"it holds a model of class {found}, not {kind}")
         model, fit = getattr(diffusers, kind).from_pretrained(
             folder,
             local_files_only=True,
@@ -209,12 +220,10 @@ def load_autoencoder(kind: str, folder: Path, device: torch.device | str = "cpu"
             low_cpu_mem_usage=False,
             output_loading_info=True,
         )
+        wrong = [name for title in ("missing_keys", "unexpected_keys") for name in fit[title]]
+        if wrong:
+            raise ValueError(f"missing or unexpected weights {', '.join(wrong[:5])}")
     except Exception as error:  # damaged weights and configurations fail in arbitrary ways
         reason = " ".join(str(error).split())[:400]
         raise ValueError(f"{weights} is damaged or does not fit {config}: {reason}") from error
-    wrong = [
-        f"{title} {', '.join(map(str, fit[title][:5]))}" for title in ("missing_keys", "unexpected_keys") if fit[title]
-    ]
-    if wrong:
-        raise ValueError(f"{weights} does not fit {config}: {'; '.join(wrong)}")
     return model.to(device=device, dtype=torch.float32).eval().requires_grad_(False), weights

@@ -1,6 +1,6 @@
 """Images through a codec and back: the one loop behind every reconstruction script.
 
-    reconstruct_folder(args, load_vq)          # tokenizer/codecs.py has the codecs; None for the reference
+    reconstruct_folder(args, load_vq)          # tokenizer/codecs.py has the codecs; load_reference is none
 
 What comes out:
 
@@ -16,12 +16,10 @@ figures of each are kept in `{name}/figures/`: results are the same for any numb
 
 import argparse
 import hashlib
-import io
 import os
-import time
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -43,7 +41,7 @@ from tokenizer.codecs import Codec, Loaded, Loader
 from tokenizer.tokenizer_image import lpips as perceptual
 from tokenizer.tokenizer_image.lpips import LPIPS
 from utils.distributed import Distributed, pick_device, start
-from utils.errors import AgreedError, NotFiniteError
+from utils.errors import NotFiniteError
 from utils.files import atomic_write, write_json
 from utils.images import is_whole_png, peak_signal_to_noise_ratio, save_png, to_uint8, write_image_npz
 from utils.loading import loader_workers
@@ -53,25 +51,11 @@ from utils.training.parallel import HALF
 
 # Flags that change no figure and no image, or stand in the settings in another form.
 IMMATERIAL = {
-    "import",
-    "sample_dir",
-    "per_proc_batch_size",
-    "num_workers",
-    "device",
-    "npz",
-    "lpips",
-    "global_seed",
-    "data_path",
-    "vq_ckpt",
-    "vqgan_ckpt",
-    "vae_path",
-    "cd_path",
-    "codebook_size",
-    "codebook_embed_dim",
-    "exif",
-    "background",
-}
+    "import", "sample_dir", "per_proc_batch_size", "num_workers", "device", "npz", "lpips", "global_seed", "data_path", "vq_ckpt",
+    "vqgan_ckpt", "vae_path", "cd_path", "codebook_size", "codebook_embed_dim", "exif", "background",
+}  # fmt: skip
 FIGURES = ("psnr", "ssim", "psnr_published", "ssim_published")
+TITLES = {"psnr": "psnr_db", "psnr_published": "psnr_db_published"}  # in the results
 # SSIM compares windows of 7x7 pixels; LPIPS halves an image four times.
 SMALLEST, SMALLEST_FOR_LPIPS = 7, 16
 
@@ -123,33 +107,22 @@ def round_trip(
         return RoundTrip(originals, to_uint8(resized(recons)), codes, unrounded)
 
 
-def figures_of(original: np.ndarray, exact: np.ndarray, restored: np.ndarray) -> dict[str, float]:
-    """Return PSNR in dB (infinite where nothing differs) and SSIM of an image, and both as the published scripts computed them.
-
-    SSIM is scikit-image's, in windows of 7x7 pixels. The published figures compare with the original before it is rounded to
-    8 bits, and give SSIM a range of 2 for images in [0, 1]. The range decides the two constants of the index (Wang et al.
-    2004, equation 13): this SSIM is higher than that of range 1.
-
-    Args:
-        original: uint8 (H, W, 3)
-        exact: the original before rounding, float (H, W, 3) in [0, 1]
-        restored: uint8 (H, W, 3)
-    """
-    unit, exact = restored / 255, exact.astype(np.float64)
-    with np.errstate(divide="ignore"):
-        psnr_published = peak_signal_noise_ratio(unit, exact, data_range=1.0)
-    return {
-        "psnr": peak_signal_to_noise_ratio(original, restored),
-        "ssim": structural_similarity(original, restored, data_range=255, channel_axis=-1),
-        "psnr_published": psnr_published,
-        "ssim_published": structural_similarity(unit, exact, data_range=2.0, channel_axis=-1),
-    }
-
-
 def batch_figures(trip: RoundTrip, lpips: LPIPS | None, device: torch.device) -> dict[str, np.ndarray]:
-    """Return the figures of each image of a batch, float64 (B,); LPIPS too where there is its network."""
-    each = [figures_of(*images) for images in zip(trip.originals, trip.unrounded, trip.recons, strict=True)]
-    figures = {name: np.array([one[name] for one in each]) for name in FIGURES}
+    """Return the figures of each image of a batch, float64 (B,): PSNR in dB (infinite where nothing differs), SSIM, LPIPS.
+
+    SSIM is scikit-image's, in windows of 7x7 pixels. PSNR and SSIM also come as the published scripts computed them, which
+    compare with the original before it is rounded to 8 bits, and give SSIM a range of 2 for images in [0, 1]. The range
+    decides the two constants of the index (Wang et al. 2004, equation 13): this SSIM is higher than that of range 1.
+    """
+    rows = []
+    for original, exact, restored in zip(trip.originals, trip.unrounded.astype(np.float64), trip.recons, strict=True):
+        unit = restored / 255
+        with np.errstate(divide="ignore"):
+            psnr_published = peak_signal_noise_ratio(unit, exact, data_range=1.0)
+        ssim = structural_similarity(original, restored, data_range=255, channel_axis=-1)
+        ssim_published = structural_similarity(unit, exact, data_range=2.0, channel_axis=-1)
+        rows.append((peak_signal_to_noise_ratio(original, restored), ssim, psnr_published, ssim_published))
+    figures = dict(zip(FIGURES, np.array(rows).T, strict=True))
     if lpips is not None:
         with torch.inference_mode():  # of the 8-bit images, as PSNR and SSIM
             a, b = (
@@ -163,14 +136,13 @@ def batch_figures(trip: RoundTrip, lpips: LPIPS | None, device: torch.device) ->
 class ReconstructionFolder:
     """A run's folder: its PNG files, and the figures of each batch of them.
 
-    codec, lpips: whether an image is only done with PSNR and SSIM, and with LPIPS.
+    wanted: figures without which a batch is not done.
     """
 
-    def __init__(self, folder: Path, count: int, batch_size: int, codec: bool, lpips: bool):
+    def __init__(self, folder: Path, count: int, batch_size: int, wanted: Sequence[str]):
         self.folder = folder
-        self.count = count
         self.batches = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
-        self.wanted = {"indices", *(FIGURES if codec else ()), *(("lpips",) if lpips else ())}
+        self.wanted = {"indices", *wanted}
 
     def png(self, index: int) -> Path:
         """Return the file of image `index`."""
@@ -186,18 +158,14 @@ class ReconstructionFolder:
         Remove the figures of batches of another --per-proc-batch-size: an image belongs to one batch.
         """
         kept = {self.record(batch) for batch in self.batches}
-        for path in self.record(range(0)).parent.glob("*.npz"):
-            if path not in kept:
-                path.unlink(missing_ok=True)
+        for path in set(self.folder.glob("figures/*.npz")) - kept:
+            path.unlink()
         return [batch for batch in self.batches if not self._is_done(batch)]
 
     def _is_done(self, batch: range) -> bool:
         record = self.read(batch)
-        return (
-            self.wanted <= record.keys()
-            and record["indices"].tolist() == list(batch)
-            and all(is_whole_png(self.png(index)) for index in batch)
-        )
+        complete = self.wanted <= record.keys() and record["indices"].tolist() == list(batch)
+        return complete and all(is_whole_png(self.png(index)) for index in batch)
 
     def read(self, batch: range) -> dict[str, np.ndarray]:
         """Return a batch's figures by name, and `indices` of the images that could be read; nothing where there is no record."""
@@ -207,50 +175,41 @@ class ReconstructionFolder:
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
             return {}
 
-    def clear(self, batch: range, keep: Sequence[int]) -> None:
-        """Remove all images of a batch but `keep`: what could be read before may be unreadable now."""
-        if not keep:
-            self.record(batch).unlink(missing_ok=True)
-        for index in set(batch) - set(keep):
+    def clear(self, batch: range) -> None:
+        """Remove what is there of a batch: what could be read before may be unreadable now."""
+        self.record(batch).unlink(missing_ok=True)
+        for index in batch:
             self.png(index).unlink(missing_ok=True)
 
     def write(self, batch: range, indices: Sequence[int], trip: RoundTrip, figures: dict[str, np.ndarray]) -> None:
         """Write the images, then their figures: those tell that the images are there."""
-        self.clear(batch, keep=indices)
         for index, image in zip(indices, trip.recons, strict=True):
             save_png(image, self.png(index))
         codes = {} if trip.codes is None else {"codes": trip.codes.astype(np.int32)}
-        buffer = io.BytesIO()
-        np.savez(buffer, indices=np.asarray(indices, np.int64), **figures, **codes)
         with atomic_write(self.record(batch), durable=False) as f:
-            f.write(buffer.getvalue())
+            np.savez(f, indices=np.asarray(indices, np.int64), **figures, **codes)
 
-    def summary(self, codebook_size: int | None) -> tuple[np.ndarray, dict[str, Any]]:
+    def summary(self, codebook_size: int | None) -> tuple[list[int], dict[str, Any]]:
         """Return the numbers of the images that are there, ascending, and the figures over all of them.
 
         PSNR, SSIM and LPIPS are means over images in the order of the data set. Images that come back without a difference
         have no PSNR: they are counted instead. Codebook usage is the share of entries that occur in any image, perplexity
         exp(-sum p log p) of how often each does.
         """
-        parts: dict[str, list[np.ndarray]] = {}
-        times = np.zeros(codebook_size or 0, np.int64)
-        for batch in self.batches:
-            record = self.read(batch)
-            if codebook_size is not None and "codes" in record:
-                times += np.bincount(record["codes"].ravel(), minlength=codebook_size)
-            for name in self.wanted & record.keys():
-                parts.setdefault(name, []).append(record[name])
-        arrays = {name: np.concatenate(part) for name, part in parts.items()}
-        indices = arrays.pop("indices", np.empty(0, np.int64))
+        records = [record for batch in self.batches if (record := self.read(batch))]
+        indices = [int(index) for record in records for index in record["indices"]]
         figures: dict[str, Any] = {}
-        if "psnr" in arrays:
-            figures["psnr_db"] = finite_mean(arrays["psnr"])
-            figures["images_without_a_difference"] = int((~np.isfinite(arrays["psnr"])).sum())
-            figures["ssim"] = float(arrays["ssim"].mean())
-            figures["lpips"] = float(arrays["lpips"].mean()) if "lpips" in arrays else None
-            figures["psnr_db_published"] = finite_mean(arrays["psnr_published"])
-            figures["ssim_published"] = float(arrays["ssim_published"].mean())
-        if codebook_size is not None and times.sum():
+        for name in (*FIGURES, "lpips") if "psnr" in self.wanted else ():
+            values = [record[name] for record in records if name in self.wanted]
+            finite = np.concatenate(values or [[]])
+            finite = finite[np.isfinite(finite)]
+            figures[TITLES.get(name, name)] = float(finite.mean()) if len(finite) else None
+            if name == "psnr":
+                figures["images_without_a_difference"] = len(indices) - len(finite)
+        times = np.zeros(codebook_size or 0, np.int64)
+        for record in records if codebook_size else ():
+            times += np.bincount(record["codes"].ravel(), minlength=codebook_size)
+        if times.any():
             p = times[times > 0] / times.sum()
             figures["codebook_size"] = codebook_size
             figures["codebook_entries_used"] = len(p)
@@ -259,35 +218,21 @@ class ReconstructionFolder:
         return indices, figures
 
 
-def finite_mean(values: np.ndarray) -> float | None:
-    """Return the mean of the values that are finite, None where none is."""
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if len(finite) else None
+def reconstruct_folder(args: argparse.Namespace, load: Loader) -> None:
+    """Put the images of --data-path through the codec that `load` makes of the flags, on all processes of the run.
 
-
-def reconstruct_folder(args: argparse.Namespace, load: Loader | None) -> None:
-    """Put the images of --data-path through the codec that `load` makes of the flags, on all processes of the run."""
-    dist = start(args.device)
-    loaded = load(args, dist, args.global_seed) if load else Loaded(None, "", None)
-    name = f"{loaded.name}-{args.dataset}-size-{args.image_size}{loaded.details}-seed-{args.global_seed}"
-    evaluate(args, dist, loaded, name if load else f"val_{args.dataset}")
-    dist.close()
-
-
-def evaluate(args: argparse.Namespace, dist: Distributed, loaded: Loaded, name: str) -> dict[str, Any] | None:
-    """Write what the module's docstring lists.
-
-    Every process calls it; a batch of `args.per_proc_batch_size` goes to each in turn. Without a codec (the reference) the
-    crops themselves are written. Images are the centre crops of `args.image_size`; where `args.image_size_eval` is another
-    size, both sides are resized to it (see `round_trip`). A reference of that size is cropped from the files directly, so
-    that rFID also counts what resizing does.
-    Returns the results on the first process. Raises ValueError for sizes that do not fit and for a folder made with other
-    settings, and what `build_dataset` raises.
+    A batch of `args.per_proc_batch_size` goes to each process in turn. Images are the centre crops of `args.image_size`;
+    where `args.image_size_eval` is another size, both sides are resized to it (see `round_trip`). A reference of that size
+    is cropped from the files directly, so that rFID also counts what resizing does.
+    Raises ValueError for sizes that do not fit and for a folder made with other settings, and what `build_dataset` raises.
     """
+    dist = start(args.device)
+    loaded = load(args, dist, args.global_seed)
     codec, size = loaded.codec, args.image_size_eval or args.image_size
     check_size(codec, args.image_size, size)
     console_logger("dataset", dist.is_main)
-    folder = Path(args.sample_dir) / name
+    name = f"{loaded.name}-{args.dataset}-size-{args.image_size}{loaded.details}-seed-{args.global_seed}"
+    folder = Path(args.sample_dir) / (name if codec else f"val_{args.dataset}")
     dataset = build_dataset(
         args,
         transform=partial(center_view, image_size=args.image_size),
@@ -295,67 +240,42 @@ def evaluate(args: argparse.Namespace, dist: Distributed, loaded: Loaded, name: 
         reading=Reading.of(args, recorded_settings(folder)),
     )
     lpips, without_lpips = find_lpips(args, dist, codec, size)
-    files = ReconstructionFolder(folder, len(dataset), args.per_proc_batch_size, codec is not None, lpips is not None)
-    settings = run_settings(args, dataset, loaded)
-
-    def claim() -> list[range]:
-        claim_folder(folder, settings, unrecorded=PUBLISHED.record())
-        return files.missing()
-
-    missing = dist.broadcast(on_first(dist, claim))
-    if dist.is_main:
-        print(f"{folder}: {sum(map(len, missing))} of {len(dataset)} images to do")
-        if without_lpips:
-            print(without_lpips)
-    mine = missing[dist.rank :: dist.world_size]
-    started = time.monotonic()
+    wanted = (*(FIGURES if codec else ()), *(["lpips"] if lpips else ()))
+    files = ReconstructionFolder(folder, len(dataset), args.per_proc_batch_size, wanted)
+    settings, missing = run_settings(args, dataset, loaded), None
+    with dist.together():
+        if dist.is_main:
+            claim_folder(folder, settings, unrecorded=PUBLISHED.record())
+            missing = files.missing()
+            print(f"{folder}: {sum(map(len, missing))} of {len(dataset)} images to do")
+            if without_lpips:
+                print(without_lpips)
+    mine = dist.broadcast(missing)[dist.rank :: dist.world_size]
     present = present_batches(dataset, mine, loader_workers(args.num_workers, dist), dist.device.type == "cuda")
     with tqdm(total=sum(map(len, mine)), unit="img", disable=not dist.is_main) as bar:
         for batch, read in zip(mine, present, strict=True):
-            if read is None:  # none of its images could be read
-                files.clear(batch, keep=())
-            else:
-                images, _, indices = read[0], read[1], read[2].tolist()
-                trip = round_trip(codec, images.to(dist.device), indices, size, getattr(args, "precision", "none"))
-                figures = {} if codec is None else batch_figures(trip, lpips, dist.device)
-                files.write(batch, indices, trip, figures)
+            files.clear(batch)
+            if read is not None:  # None: none of its images could be read
+                images, indices = read[0].to(dist.device), read[2].tolist()
+                trip = round_trip(codec, images, indices, size, getattr(args, "precision", "none"))
+                files.write(batch, indices, trip, batch_figures(trip, lpips, dist.device) if codec else {})
             bar.update(len(batch))
     # An image that could not be read is tried again by every run: these are all there are.
     unreadable = sorted({index for share in dist.gather(dataset.skipped_indices) for index in share})
-    seconds = time.monotonic() - started
-
-    def finish() -> dict[str, Any]:
-        results = write_results(files, dataset, unreadable, codec, settings, without_lpips, npz=args.npz, size=size)
-        done = sum(map(len, missing))
-        print(f"{done} images in {seconds:.1f} s" + (f", {done / seconds:.1f} images/s" if done else ""))
-        return results
-
-    return on_first(dist, finish)
-
-
-def on_first(dist: Distributed, work: Callable[[], Any]) -> Any:
-    """Return what the first process makes, None on the others. Raises AgreedError on all where it fails."""
-    result = error = None
-    if dist.is_main:
-        try:
-            result = work()
-        except (ValueError, OSError) as caught:
-            error = caught
-    failure = dist.first_failure(error)
-    if failure is not None:
-        raise AgreedError(failure)
-    return result
+    with dist.together():
+        if dist.is_main:
+            notes = {"lpips_note": without_lpips} if without_lpips else {}
+            write_results(files, dataset, unreadable, codec, {**notes, "settings": settings}, npz=args.npz, size=size)
+    dist.close()
 
 
 def check_size(codec: Codec | None, image_size: int, size: int) -> None:
-    """Raises ValueError where the codec does not divide the image, or the figures need larger ones."""
-    if codec is None:
-        return
-    if image_size % codec.downsample:
+    """Raise ValueError where the codec does not divide the image, or the figures need larger ones."""
+    if codec and image_size % codec.downsample:
         raise ValueError(
             f"--image-size {image_size} is not a multiple of {codec.downsample}, the pixels a side of this model's tokens"
         )
-    if size < SMALLEST:
+    if codec and size < SMALLEST:
         raise ValueError(f"SSIM needs images of {SMALLEST} pixels a side, got {size}")
 
 
@@ -368,9 +288,7 @@ def find_lpips(
     if size < SMALLEST_FOR_LPIPS:
         return None, f"LPIPS is left out: it needs images of {SMALLEST_FOR_LPIPS} pixels a side, these have {size}"
     try:
-        perceptual.find_vgg_weights()
-        perceptual.find_lin_weights()
-        found = True
+        found = bool(perceptual.find_vgg_weights() and perceptual.find_lin_weights())
     except FileNotFoundError:
         found = False
     if not all(dist.gather(found)):
@@ -410,76 +328,61 @@ def write_results(
     dataset: ImageDataset,
     unreadable: Sequence[int],
     codec: Codec | None,
-    settings: dict[str, Any],
-    without_lpips: str | None,
+    notes: dict[str, Any],
     *,
     npz: bool,
     size: int,
-) -> dict[str, Any]:
-    """Write the .npz and the results beside the folder, and print them.
-
-    Raises ValueError where no image could be read, or where figures are gone that this run found or wrote.
-    """
-
+) -> None:
+    """Write the .npz and the results beside the folder, and print them. Raises ValueError where no image could be read."""
     folder = files.folder
     indices, figures = files.summary(codec.codebook_size if codec else None)
-    if not len(indices):
-        raise ValueError(f"none of the {len(dataset)} images in {settings['data']['folder']} could be read")
-    gone = sorted(set(range(len(dataset))) - set(indices.tolist()) - set(unreadable))
-    if gone:
-        raise ValueError(
-            f"the figures of {len(gone)} images (the first: {gone[0]}) have gone from {folder} meanwhile: does another run "
-            "write to it? Run the same command again once it has ended"
-        )
-    skipped = [{"index": i, "path": dataset.images.paths[i]} for i in unreadable]
+    if not indices:
+        raise ValueError(f"none of the {len(dataset)} images in {notes['settings']['data']['folder']} could be read")
     packages = ("torch", "numpy", "scikit-image", *(codec.packages if codec else ()))
     results = {
         "name": folder.name,
         "images": len(indices),
         "image_size": size,
         **figures,
-        **({"lpips_note": without_lpips} if without_lpips else {}),
-        "skipped": skipped,
-        "settings": settings,
+        "skipped": [{"index": i, "path": dataset.images.paths[i]} for i in unreadable],
+        **notes,
         "versions": {package: metadata.version(package) for package in packages},
     }
     if npz:
         target = folder.with_name(folder.name + ".npz")
-        labels = np.array([dataset.images.label(i) for i in indices.tolist()])
-        write_image_npz(target, read_images(map(files.png, indices.tolist())), (len(indices), size, size, 3), labels)
+        labels = np.array([dataset.images.label(i) for i in indices])
+        write_image_npz(target, read_images(map(files.png, indices)), (len(indices), size, size, 3), labels)
         print(f"wrote {target}: {len(indices)} images")
     text = describe(results)
     with atomic_write(folder.with_name(folder.name + "_results.txt")) as f:
         f.write((text + "\n").encode(errors="surrogateescape"))
     write_json(folder.with_name(folder.name + "_results.json"), results)
     print(text)
-    return results
 
 
 def describe(results: dict[str, Any]) -> str:
     """Return the results as lines to read."""
 
-    def figure(name: str, digits: int, unit: str = "") -> str:
-        return "none" if results.get(name) is None else f"{results[name]:.{digits}f}{unit}"
+    def figure(name: str, unit: str = "") -> str:
+        return "none" if results[name] is None else f"{results[name]:.4f}{unit}"
 
     counted = f"{results['images']} images of {results['image_size']}x{results['image_size']}"
-    if "ssim" in results:
-        lines = [
-            f"PSNR: {figure('psnr_db', 4, ' dB')}, SSIM: {figure('ssim', 4)}, LPIPS: {figure('lpips', 4)} ({counted})",
-            f"as published (SSIM with a data range of 2, originals not rounded): PSNR: {figure('psnr_db_published', 4, ' dB')}, "
-            f"SSIM: {figure('ssim_published', 4)}",
-        ]
-    else:
+    if "ssim" not in results:
         lines = [f"reference: {counted}, no model"]
-    if results.get("images_without_a_difference"):
-        lines.append(f"{results['images_without_a_difference']} images without a difference are not in the PSNR")
+    else:
+        lines = [
+            f"PSNR: {figure('psnr_db', ' dB')}, SSIM: {figure('ssim')}, LPIPS: {figure('lpips')} ({counted})",
+            "as published (SSIM with a data range of 2, originals not rounded): "
+            f"PSNR: {figure('psnr_db_published', ' dB')}, SSIM: {figure('ssim_published')}",
+        ]
+        same = results["images_without_a_difference"]
+        lines += [f"{same} images without a difference are not in the PSNR"] if same else []
     if "codebook_usage" in results:
         lines.append(
             f"codebook: {results['codebook_entries_used']} of {results['codebook_size']} entries used "
             f"({100 * results['codebook_usage']:.2f} %), perplexity {results['codebook_perplexity']:.1f}"
         )
-    if "lpips_note" in results:
-        lines.append(results["lpips_note"])
+    lines += [results["lpips_note"]] if "lpips_note" in results else []
     if results["skipped"]:
         lines.append(f"{len(results['skipped'])} unreadable images left out:")
         lines += [f"  {item['index']:06d} {item['path']}" for item in results["skipped"]]
@@ -501,7 +404,7 @@ def reconstruct_image(args: argparse.Namespace, load: Loader, suffix: str) -> No
     except Exception as error:  # decoders fail in arbitrary ways
         raise ValueError(f"--image-path {args.image_path} is not a readable image ({error})") from error
     trip = round_trip(codec, pixels, [0])
-    output = Path(args.output_dir) / f"{Path(args.image_path).stem}_{args.suffix or suffix}.png"
+    output = Path(args.output_dir) / f"{Path(args.image_path).stem}_{suffix}.png"
     save_png(trip.recons[0], output)
     psnr = peak_signal_to_noise_ratio(trip.originals[0], trip.recons[0])
     codes = "" if trip.codes is None else f" from {trip.codes.size} codes, {len(set(trip.codes.ravel()))} different,"

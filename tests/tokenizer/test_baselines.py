@@ -14,14 +14,12 @@ from tests.tokenizer.taming import F8, F16, TamingByHand, save_lightning, taming
 from tests.training import check_published_flags, make_images, run_here
 from tokenizer.codecs import Codec, find_vqgan, load_autoencoder, load_consistency_decoder, load_vae, vqgan
 from tokenizer.consistencydecoder import cd_demo, reconstruction_cd_ddp
-from tokenizer.reconstruction import round_trip
 from tokenizer.released import from_taming
 from tokenizer.vae import reconstruction_vae_ddp, sd_vae_demo
 from tokenizer.vqgan import reconstruction_vqgan_ddp, taming_vqgan_demo
 from tokenizer.vqgan.sizes import VQGAN_FROM_TAMING
 from utils import hub
 from utils.distributed import Distributed
-from utils.images import to_uint8
 
 pytestmark = pytest.mark.slow  # through whole scripts and servers
 
@@ -61,7 +59,7 @@ def demo_line(folder: Path, *more) -> list:
 # VQGAN
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", ["vqgan_imagenet_f16_1024", SMALL])
 @torch.no_grad()
 def test_a_vqgan_computes_what_its_names_say(tmp_path, name):
     """Against taming's network written again from its names, through the file Lightning writes."""
@@ -95,7 +93,7 @@ def test_every_weight_has_a_place(vqgan_file):
 def test_another_vqgan_than_asked_for(vqgan_file):
     with pytest.raises(
         ValueError,
-        match=r"last\.ckpt is not vqgan_openimage_f8_16384, which .*256 codes of 4.*use --vqgan vqgan_openimage_f8_256",
+        match=r"last\.ckpt is not vqgan_openimage_f8_16384: .*256 codes of 4.*use --vqgan vqgan_openimage_f8_256",
     ):
         vqgan(vqgan_file, "vqgan_openimage_f8_16384")
 
@@ -267,9 +265,9 @@ def test_folders_that_are_no_vae(vae_folder, cd_folder, tmp_path):
     more = safetensors.torch.save({**state, "another.weight": torch.zeros(1)})
     wider = safetensors.torch.save({**state, "decoder.conv_in.bias": torch.zeros(9)})
     for path, error, message in (
-        (folder("a", json=None), FileNotFoundError, r"it has no config\.json"),
-        (folder("b", safetensors=None), FileNotFoundError, "has no weights"),
-        (folder("c", json=b"{"), ValueError, r"config\.json is not the configuration"),
+        (folder("a", json=None), FileNotFoundError, r"it needs config\.json"),
+        (folder("b", safetensors=None), FileNotFoundError, "is no diffusers folder"),
+        (folder("c", json=b"{"), ValueError, r"does not fit .*config\.json"),
         (folder("d", safetensors=whole[:1000]), ValueError, r"safetensors is damaged or does not fit"),
         (folder("e", safetensors=less), ValueError, r"decoder\.conv_in\.bias"),
         (folder("f", safetensors=more), ValueError, r"another\.weight"),
@@ -295,24 +293,6 @@ def test_a_vae_is_looked_for_in_pretrained_models(vae_folder, tmp_path, monkeypa
     (tmp_path / "pretrained_models").mkdir()
     (tmp_path / "pretrained_models" / "sd-vae-ft-mse").symlink_to(vae_folder)
     assert vae()[1].samefile(vae_folder / "diffusion_pytorch_model.safetensors")
-
-
-def test_what_is_fetched_of_a_repository():
-    """The layout that is read, and not the same weights in others."""
-    for name in ("stabilityai/sd-vae-ft-mse", "stabilityai/sdxl-vae", "openai/consistency-decoder"):
-        assert hub.RELEASED[name].files == ("config.json", "diffusion_pytorch_model.safetensors")
-    assert "*.model" in hub.RELEASED["google/flan-t5-xl"].files
-
-
-@torch.no_grad()
-def test_the_consistency_decoders_noise_is_a_function_of_seed_and_image(cd_folder):
-    codec, _ = consistency_decoder(cd_folder, seed=3)
-    images = pixels(3)
-    together = round_trip(codec, images, [5, 6, 7]).recons
-    alone = round_trip(codec, images[1:2], [6]).recons
-    assert np.abs(together[1].astype(int) - alone[0]).max() <= 1
-    for other, index in ((codec, 7), (consistency_decoder(cd_folder, seed=4)[0], 6)):
-        assert not np.array_equal(round_trip(other, images[1:2], [index]).recons, alone)
 
 
 def test_vae_scripts(images, vae_folder, tmp_path):
@@ -356,11 +336,6 @@ def test_consistency_decoder_scripts(images, cd_folder, tmp_path):
 def test_a_demos_mistakes(vae_folder, tmp_path, words, error, message):
     with pytest.raises(error, match=message):
         run_here(sd_vae_demo, *demo_line(tmp_path, "--vae-path", vae_folder, *words))
-
-
-def test_what_comes_back_is_clamped(vae_folder):
-    codec, _ = vae(vae_folder)
-    assert round_trip(codec, pixels() * 50, [0, 1]).recons.dtype == to_uint8(pixels()).dtype
 
 
 SHARED = """

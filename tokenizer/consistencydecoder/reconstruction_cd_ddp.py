@@ -5,23 +5,10 @@
 The noise of an image is a function of --global-seed and its number. What it writes: see tokenizer/reconstruction.py.
 """
 
-import argparse
-
-from tokenizer.reconstruction_flags import add_consistency_decoder_flags, reconstruction_flags
+from tokenizer.reconstruction_flags import folder_script
 from utils.cli import run_script
 
-
-def main(args: argparse.Namespace) -> None:
-    from tokenizer.codecs import load_consistency_decoder
-    from tokenizer.reconstruction import reconstruct_folder
-
-    reconstruct_folder(args, load_consistency_decoder)
-
-
-def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
-    return add_consistency_decoder_flags(reconstruction_flags(__doc__))
-
+main, flags = folder_script("consistency-decoder", __doc__)
 
 if __name__ == "__main__":
     run_script(main, flags())

@@ -6,27 +6,10 @@
 Rerun the command to do what is missing (see tokenizer/reconstruction.py).
 """
 
-import argparse
+from tokenizer.reconstruction_flags import folder_script
+from utils.cli import run_script
 
-from tokenizer.reconstruction_flags import reconstruction_flags
-from tokenizer.tokenizer_image.sizes import VQ_SIZES
-from utils.cli import add_switch, add_tokenizer_flags, run_script
-
-
-def main(args: argparse.Namespace) -> None:
-    from tokenizer.codecs import load_vq
-    from tokenizer.reconstruction import reconstruct_folder
-
-    reconstruct_folder(args, load_vq)
-
-
-def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
-    parser = reconstruction_flags(__doc__, evaluation=256)
-    add_tokenizer_flags(parser, VQ_SIZES)
-    add_switch(parser, "--use-ema", True, "reconstruct by the averaged weights where the file has them")
-    return parser
-
+main, flags = folder_script("vq", __doc__)
 
 if __name__ == "__main__":
     run_script(main, flags())

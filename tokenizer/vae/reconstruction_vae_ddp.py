@@ -6,23 +6,10 @@ An image is decoded from the mean of its posterior, with --posterior sample from
 tokenizer/reconstruction.py.
 """
 
-import argparse
-
-from tokenizer.reconstruction_flags import add_vae_flags, reconstruction_flags
+from tokenizer.reconstruction_flags import folder_script
 from utils.cli import run_script
 
-
-def main(args: argparse.Namespace) -> None:
-    from tokenizer.codecs import load_vae
-    from tokenizer.reconstruction import reconstruct_folder
-
-    reconstruct_folder(args, load_vae)
-
-
-def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
-    return add_vae_flags(reconstruction_flags(__doc__))
-
+main, flags = folder_script("vae", __doc__)
 
 if __name__ == "__main__":
     run_script(main, flags())

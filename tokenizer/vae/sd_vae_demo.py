@@ -3,23 +3,10 @@
 python3 tokenizer/vae/sd_vae_demo.py --image-path photo.jpg --vae sdxl-vae --image-size 512
 """
 
-import argparse
-
-from tokenizer.reconstruction_flags import add_vae_flags, demo_flags
+from tokenizer.reconstruction_flags import image_script
 from utils.cli import run_script
 
-
-def main(args: argparse.Namespace) -> None:
-    from tokenizer.codecs import load_vae
-    from tokenizer.reconstruction import reconstruct_image
-
-    reconstruct_image(args, load_vae, args.vae)
-
-
-def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
-    return add_vae_flags(demo_flags(__doc__))
-
+main, flags = image_script("vae", __doc__)
 
 if __name__ == "__main__":
     run_script(main, flags())

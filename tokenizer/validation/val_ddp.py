@@ -5,22 +5,10 @@
 The crops are cut from the files at --image-size directly. Rerun the command to do what is missing.
 """
 
-import argparse
-
-from tokenizer.reconstruction_flags import reconstruction_flags
+from tokenizer.reconstruction_flags import folder_script
 from utils.cli import run_script
 
-
-def main(args: argparse.Namespace) -> None:
-    from tokenizer.reconstruction import reconstruct_folder
-
-    reconstruct_folder(args, None)
-
-
-def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
-    return reconstruction_flags(__doc__, model=False)
-
+main, flags = folder_script("reference", __doc__)
 
 if __name__ == "__main__":
     run_script(main, flags())

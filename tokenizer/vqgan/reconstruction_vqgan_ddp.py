@@ -6,23 +6,10 @@
 Takes Lightning checkpoints as published. What it writes: see tokenizer/reconstruction.py.
 """
 
-import argparse
-
-from tokenizer.reconstruction_flags import add_vqgan_flags, reconstruction_flags
+from tokenizer.reconstruction_flags import folder_script
 from utils.cli import run_script
 
-
-def main(args: argparse.Namespace) -> None:
-    from tokenizer.codecs import load_vqgan
-    from tokenizer.reconstruction import reconstruct_folder
-
-    reconstruct_folder(args, load_vqgan)
-
-
-def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
-    return add_vqgan_flags(reconstruction_flags(__doc__), "vqgan_imagenet_f16_16384")
-
+main, flags = folder_script("vqgan", __doc__)
 
 if __name__ == "__main__":
     run_script(main, flags())
