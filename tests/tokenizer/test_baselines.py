@@ -295,6 +295,13 @@ def test_a_vae_is_looked_for_in_pretrained_models(vae_folder, tmp_path, monkeypa
     assert vae()[1].samefile(vae_folder / "diffusion_pytorch_model.safetensors")
 
 
+def test_what_is_fetched_of_a_repository():
+    """The layout that is read, and not the same weights in others."""
+    for name in ("stabilityai/sd-vae-ft-mse", "stabilityai/sdxl-vae", "openai/consistency-decoder"):
+        assert hub.RELEASED[name].files == ("config.json", "diffusion_pytorch_model.safetensors")
+    assert "*.model" in hub.RELEASED["google/flan-t5-xl"].files
+
+
 def test_vae_scripts(images, vae_folder, tmp_path):
     run_here(reconstruction_vae_ddp, *line(images, tmp_path, "--vae-path", vae_folder))
     name = "stabilityai-sd-vae-ft-mse-imagenet-size-32-seed-0"

@@ -69,30 +69,21 @@ def recorded_weights(request, recorded, lpips) -> tuple[str, dict[str, torch.Ten
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("disc_loss", ["hinge", "vanilla"])
-def test_recorded_losses(recorded, recorded_weights, lpips, disc_loss):
+def test_recorded_losses(recorded, recorded_weights, lpips):
     arrays, (disc_type, weights) = recorded[0], recorded_weights
+    for disc_loss in ("hinge", "vanilla"):
+        loss = VQLoss(0, disc_loss, disc_type=disc_type, image_size=64, disc_weight=0.5, lpips=lpips)
+        loss.load_state_dict(weights, strict=False)
+        with torch.no_grad():
+            discriminator, logs = loss.discriminator_loss(arrays["image"], arrays["recon"], step=0)
+        assert_close(discriminator, arrays[f"{disc_type}/{disc_loss}/discriminator_loss"])
+        assert_close(logs["logits_real"], arrays[f"{disc_type}/logits_real"].mean())
     # The generator's side of the recordings is the hinge loss in both.
-    loss = VQLoss(0, disc_loss, disc_type=disc_type, image_size=64, disc_weight=0.5, lpips=lpips)
-    loss.load_state_dict(weights, strict=False)
     recon = arrays["recon"].clone().requires_grad_()
     generator, _ = loss.generator_loss(codebook(0.1, 0.02, 0.003), arrays["image"], recon, step=0)
     generator.backward()
-    with torch.no_grad():
-        discriminator, logs = loss.discriminator_loss(arrays["image"], recon, step=0)
-    assert_close(generator, arrays[f"{disc_type}/{disc_loss}/generator_loss"])
-    assert_close(recon.grad, arrays[f"{disc_type}/{disc_loss}/grad_recon"])
-    assert_close(discriminator, arrays[f"{disc_type}/{disc_loss}/discriminator_loss"])
-    assert_close(logs["logits_real"], arrays[f"{disc_type}/logits_real"].mean())
-
-
-@torch.no_grad()
-@pytest.mark.slow
-def test_recorded_logits(recorded, recorded_weights, lpips):
-    disc_type, weights = recorded_weights
-    loss = VQLoss(0, disc_type=disc_type, image_size=64, lpips=lpips)
-    loss.load_state_dict(weights, strict=False)
-    assert_close(loss.discriminator(recorded[0]["image"]), recorded[0][f"{disc_type}/logits_real"])
+    assert_close(generator, arrays[f"{disc_type}/hinge/generator_loss"])
+    assert_close(recon.grad, arrays[f"{disc_type}/hinge/grad_recon"])
 
 
 class Brightness(nn.Module):
@@ -145,17 +136,6 @@ def test_adversarial_losses_by_hand(disc_loss, gen_adv_loss):
     assert_close(logs["adversarial_loss"], expected)
 
 
-def test_non_saturating_is_cross_entropy_with_labels_in_place():
-    loss = by_hand(disc_loss="non-saturating", gen_adv_loss="non-saturating", reconstruction_weight=0.0)
-    real, fake = pictures()
-    logits = torch.tensor([[0.5], [-0.25]]), torch.tensor([[0.75], [-2.0]])
-    cross_entropy = F.binary_cross_entropy_with_logits
-    expected = 0.5 * (cross_entropy(logits[0], torch.ones(2, 1)) + cross_entropy(logits[1], torch.zeros(2, 1)))
-    assert_close(loss.discriminator_loss(real, fake, 10)[0], expected)
-    expected = cross_entropy(logits[1], torch.ones(2, 1))
-    assert_close(loss.generator_loss(codebook(), real, fake, 10)[0], expected)
-
-
 @pytest.mark.parametrize("kind", ["l1", "l2"])
 def test_weights_of_the_parts(kind):
     class Twice(nn.Module):
@@ -200,11 +180,6 @@ def test_gradients_stay_on_their_side():
     assert fake.grad is None and loss.discriminator.factor.grad is not None
 
 
-def test_perceptual_weight_zero_needs_no_files(monkeypatch):
-    monkeypatch.setattr("tokenizer.tokenizer_image.vq_loss.LPIPS", None)
-    assert VQLoss(0, perceptual_weight=0.0, disc_dim=8).perceptual_loss is None
-
-
 def test_patchgan_sizes_and_start():
     torch.manual_seed(0)
     discriminator = PatchGANDiscriminator()
@@ -215,13 +190,12 @@ def test_patchgan_sizes_and_start():
     assert not discriminator.main[3].bias.any()
 
 
-@pytest.mark.parametrize("size", [8, 16, 32, 64, 128, 256, 512, 1024])
+@pytest.mark.parametrize("size", [8, 64, 1024])
 def test_stylegan_sizes(size):
     with torch.device("meta"):
         discriminator = StyleGANDiscriminator(size)
         assert discriminator(torch.empty(2, 3, size, size)).shape == (2, 1)
-    first = {8: 512, 16: 512, 32: 512, 64: 256, 128: 128, 256: 64, 512: 32, 1024: 16}
-    assert discriminator.blocks[0].out_channels == first[size]
+    assert discriminator.blocks[0].out_channels == {8: 512, 64: 256, 1024: 16}[size]
 
 
 def test_stylegan_errors():
@@ -288,14 +262,6 @@ def test_lpips_reads_both_files(lpips, nowhere):
     ours = {name: torch.full_like(value, 0.5) for name, value in installed.items()}
     torch.save(ours, nowhere / "vgg.pth")
     assert float(LPIPS().lin0.model[1].weight.mean()) == 0.5
-
-
-def test_lpips_finds_the_hub_folder(lpips, nowhere):
-    path = Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
-    path.touch()
-    assert lpips_module.find_vgg_weights() == path
-    (nowhere / VGG_FILE).touch()
-    assert lpips_module.find_vgg_weights() == nowhere / VGG_FILE
 
 
 def test_lpips_files_missing(nowhere, tmp_path):

@@ -16,13 +16,13 @@ from dataset.folders import class_folders
 from dataset.pixels import load_rgb
 from tests.training import (
     check_published_flags,
+    live,
     load,
     make_images,
     metrics,
     quiet_loggers,
     run_folder,
     run_here,
-    run_script,
     same,
 )
 from tokenizer.tokenizer_image import lpips, vq_demo, vq_train
@@ -36,19 +36,8 @@ pytestmark = pytest.mark.slow  # through whole scripts and servers
 
 SCRIPT = "tokenizer.tokenizer_image.vq_train"
 MODEL = ["--vq-model", "VQ-4", "--codebook-size", 32]
-PLAIN = [
-    "--image-size",
-    32,
-    "--global-batch-size",
-    4,
-    "--num-workers",
-    0,
-    "--mixed-precision",
-    "none",
-    "--log-every",
-    1,
-]
-PLAIN += ["--perceptual-weight", 0, "--lr", 1e-3]
+PLAIN = ["--image-size", 32, "--global-batch-size", 4, "--num-workers", 0, "--mixed-precision", "none"]
+PLAIN += ["--log-every", 1, "--perceptual-weight", 0, "--lr", 1e-3]
 NO_DISC = ["--disc-weight", 0]
 STILL = 1e-30  # a learning rate that moves no weight of float32
 KEYS = {"model", "ema", "optimizer", "discriminator", "optimizer_disc", "steps", "args", "config", "trainer"}
@@ -103,13 +92,12 @@ def test_what_a_checkpoint_holds(trained):
 
 def test_weight_decay_that_is_given_decays_and_the_default_does_not(images, tmp_path):
     """One step by hand: AdamW takes lr * decay * weight besides Adam's step."""
-    runs = {"start": ["--lr", 0], "plain": [], "none": ["--weight-decay", 0], "decayed": ["--weight-decay", 10]}
-    flags = ["--max-steps", 1, "--disc-weight", 0, "--lr", 0.01]
-    start, plain, none, decayed = (
+    runs = {"start": ["--lr", 0], "plain": [], "decayed": ["--weight-decay", 10]}
+    flags = ["--max-steps", 1, "--disc-weight", 0, "--lr", 0.01, "--image-size", 16]
+    start, plain, decayed = (
         load(train(images, tmp_path / name, *flags, *more))["model"] for name, more in runs.items()
     )
     for name in ("decoder.conv_out.weight", "encoder.conv_in.bias"):
-        torch.testing.assert_close(none[name], plain[name])
         torch.testing.assert_close(decayed[name], plain[name] - 0.01 * 10 * start[name])
     assert "ends at step 1, before --disc-start" not in log_of(tmp_path / "plain")
 
@@ -128,14 +116,6 @@ def test_the_discriminator_begins_at_its_step(trained):
     assert before["optimizer_disc"]["state"] == {} and after["optimizer_disc"]["state"][0]["step"] == 3
     torch.manual_seed(0)
     assert not torch.equal(before["discriminator"]["main.0.weight"], after["discriminator"]["main.0.weight"])
-
-
-@pytest.mark.parametrize("start", [0, 1, 2])
-def test_disc_start_n_begins_with_the_nth_step_of_the_log(images, tmp_path, start):
-    train(images, tmp_path, "--disc-start", start, "--max-steps", 2, "--image-size", 24)
-    steps = {step for step in (1, 2) if step >= start}
-    assert set(metrics(tmp_path, "discriminator_loss")) == steps
-    assert {step for step, weight in metrics(tmp_path, "adversarial_weight").items() if weight} == steps
 
 
 def test_the_sum_of_the_losses(trained):
@@ -158,31 +138,20 @@ def test_resuming_is_bit_identical(trained, images, tmp_path):
     assert metrics(tmp_path, "generator_loss") == metrics(trained[0], "generator_loss")
 
 
-@pytest.mark.parametrize(
-    "disc_loss, gen_loss", [("hinge", "hinge"), ("vanilla", "non-saturating"), ("non-saturating", "hinge")]
-)
-def test_adversarial_losses(images, tmp_path, disc_loss, gen_loss):
-    """At the first step the logits are small: the losses are nearly linear in them."""
-    flags = ["--disc-loss", disc_loss, "--gen-loss", gen_loss, "--disc-start", 0, "--max-steps", 1]
-    train(images, tmp_path, *flags, "--image-size", 24)
-    (line,) = metrics(tmp_path)
-    real, fake = line["logits_real"], line["logits_fake"]
-    judged = {"hinge": 1 + (fake - real) / 2}.get(disc_loss, np.log(2) + (fake - real) / 4)
-    fooled = {"hinge": -fake}.get(gen_loss, np.log(2) - fake / 2)
-    assert line["discriminator_loss"] == pytest.approx(0.5 * judged, abs=0.03)
-    assert line["adversarial_loss"] == pytest.approx(fooled, abs=0.06)
-
-
-def test_every_weight_reaches_its_loss(images, tmp_path):
+def test_every_weight_and_choice_reaches_its_loss(images, tmp_path):
+    """At the first step the logits are small: the adversarial losses are nearly linear in them."""
     flags = ["--commit-loss-beta", 0.7, "--reconstruction-weight", 2, "--codebook-weight", 3, "--disc-weight", 0.3]
     flags += ["--entropy-loss-ratio", 0.1, "--beta1", 0.8, "--beta2", 0.9, "--disc-start", 0, "--max-steps", 1]
-    path = train(images, tmp_path, *flags)
+    path = train(images, tmp_path, *flags, "--disc-loss", "vanilla", "--gen-loss", "non-saturating")
     (line,) = metrics(tmp_path)
     codebook = line["vq_loss"] + line["commit_loss"] + line["entropy_loss"]
     parts = 2 * line["reconstruction_loss"] + 0.3 * line["adversarial_loss"] + 3 * codebook
     assert line["generator_loss"] == pytest.approx(parts, rel=1e-5)
     assert line["commit_loss"] == pytest.approx(0.7 * line["vq_loss"], rel=1e-5)
     assert line["entropy_loss"] != 0
+    real, fake = line["logits_real"], line["logits_fake"]
+    assert line["discriminator_loss"] == pytest.approx(0.3 * (np.log(2) + (fake - real) / 4), abs=0.03)
+    assert line["adversarial_loss"] == pytest.approx(np.log(2) - fake / 2, abs=0.1)
     for optimizer in ("optimizer", "optimizer_disc"):
         (group,) = load(path)[optimizer]["param_groups"]
         assert tuple(group["betas"]) == (0.8, 0.9) and group["lr"] == 1e-3
@@ -190,69 +159,43 @@ def test_every_weight_reaches_its_loss(images, tmp_path):
 
 def test_choices_that_change_the_first_loss(images, tmp_path):
     def first(name, *more):
-        path = train(images, tmp_path / name, *NO_DISC, "--max-steps", 1, "--lr", STILL, "--image-size", 16, *more)
-        return metrics(tmp_path / name, "reconstruction_loss")[1], load(path)["model"]["quantize.embedding.weight"]
+        train(images, tmp_path / name, *NO_DISC, "--max-steps", 1, "--lr", STILL, "--image-size", 16, *more)
+        return metrics(tmp_path / name, "reconstruction_loss")[1]
 
-    plain, codebook = first("plain")
-    assert torch.allclose(codebook.norm(dim=1), torch.ones(32))
-    again, _ = first("again")
-    assert again == plain
-    absolute, _ = first("l1", "--reconstruction-loss", "l1")
-    assert absolute > plain * 1.05
-    unflipped, _ = first("no-flip", "--no-flip")
-    assert unflipped != plain
-    dropped, _ = first("dropout", "--dropout-p", 0.5)
-    assert dropped != plain
-    _, free = first("no-l2", "--no-codebook-l2-norm")
-    assert float(free.abs().max()) <= 1 / 32
+    plain = first("plain")
+    assert first("l1", "--reconstruction-loss", "l1") > plain * 1.05
+    assert first("no-flip", "--no-flip") != plain
+    assert first("dropout", "--dropout-p", 0.5) != plain
 
 
-def test_stylegan_in_the_recipe_s_precision(images, tmp_path):
-    flags = ["--disc-type", "stylegan", "--image-size", 16, "--disc-start", 2, "--max-steps", 2]
-    path = train(images, tmp_path, *flags, "--mixed-precision", "bf16")
+def test_weights_stay_float32_in_the_recipe_s_precision(images, tmp_path):
+    path = train(images, tmp_path, "--image-size", 24, "--disc-start", 2, "--max-steps", 2, "--mixed-precision", "bf16")
     assert set(metrics(tmp_path, "discriminator_loss")) == {2}
-    assert "blocks.2.conv_res.weight" in load(path)["discriminator"]
     assert load(path)["model"]["decoder.conv_out.weight"].dtype == torch.float32
 
 
-def test_it_learns(images, tmp_path):
-    train(images, tmp_path, *NO_DISC, "--max-steps", 25, "--image-size", 16)
-    loss = metrics(tmp_path, "reconstruction_loss")
-    assert np.mean([loss[s] for s in range(20, 26)]) < 0.8 * np.mean([loss[s] for s in range(1, 5)])
-    assert "discriminator_loss" not in metrics(tmp_path)[-1]
-
-
 def test_two_processes_give_the_losses_of_one(images, tmp_path):
-    """With the stylegan discriminator, which has no batch statistics, and accumulation.
+    """With the stylegan discriminator, which has no batch statistics, and accumulation; then with one that has them.
 
     Adam's first steps are near to signs, so that roundings grow tenfold a step; what is not averaged is off by far more.
     """
     flags = ["--disc-type", "stylegan", "--image-size", 8, "--disc-start", 2, "--max-steps", 3]
-    one = tmp_path / "one"
-    train(images, one, *flags)
-    run_script(
-        *(SCRIPT, "--data-path", images, "--results-dir", tmp_path / "two", *MODEL, *PLAIN, *flags),
-        *("--gradient-accumulation-steps", 2),
-        processes=2,
+    train(images, tmp_path / "one", *flags)
+
+    def life(name, *more):
+        words = ["--data-path", images, "--results-dir", tmp_path / name, *MODEL, *PLAIN, *more]
+        return {"module": SCRIPT, "args": list(map(str, words)), "world": 2}
+
+    live(
+        life("two", *flags, "--gradient-accumulation-steps", 2),
+        life("statistics", "--image-size", 24, "--disc-start", 1, "--max-steps", 1, "--ema", "--num-workers", 1),
     )
     for name in ("reconstruction_loss", "vq_loss", "adversarial_loss", "discriminator_loss", "logits_fake"):
-        single, double = metrics(one, name), metrics(tmp_path / "two", name)
+        single, double = metrics(tmp_path / "one", name), metrics(tmp_path / "two", name)
         assert double == pytest.approx(single, rel=1e-3, abs=5e-4), name
         assert list(single) == ([2, 3] if name in ("discriminator_loss", "logits_fake") else [1, 2, 3])
     assert len(list((tmp_path / "two").iterdir())) == 1
-
-
-def test_two_processes_with_batch_statistics_and_a_damaged_image(tmp_path):
-    folder = make_images(tmp_path / "train", classes=1, per_class=8)
-    (folder / "class0" / "3.png").write_bytes(b"not a picture")
-    output = run_script(
-        *(SCRIPT, "--data-path", folder, "--results-dir", tmp_path / "results", *MODEL, *PLAIN, "--disc-start", 2),
-        *("--epochs", 2, "--ema", "--num-workers", 1),
-        processes=2,
-    )
-    assert load(last(tmp_path / "results")).keys() == KEYS
-    assert set(metrics(tmp_path / "results", "discriminator_loss")) == {2, 3, 4}
-    assert "class0/3.png" in output and "1 unreadable files were skipped" in output
+    assert load(last(tmp_path / "statistics")).keys() == KEYS
 
 
 # Weights to start from
@@ -295,13 +238,11 @@ def test_finetune_with_another_discriminator_is_refused(trained, images, tmp_pat
     flags = ["--finetune", "--vq-ckpt", trained[1], "--disc-type", "stylegan", "--max-steps", 1]
     with pytest.raises(ValueError, match=r"another discriminator than --disc-type stylegan .*--no-keep-discriminator"):
         train(images, tmp_path, *flags)
-    train(images, tmp_path, *flags, "--no-keep-discriminator")
 
 
-@pytest.mark.parametrize("how", [[], ["--finetune"]])
-def test_vq_ckpt_of_a_gpt_says_what_it_is(small_files, images, tmp_path, how):
+def test_vq_ckpt_of_a_gpt_says_what_it_is(small_files, images, tmp_path):
     with pytest.raises(ValueError, match=r"is not an image tokenizer's checkpoint: it looks like a GPT"):
-        train(images, tmp_path, *how, "--vq-ckpt", small_files.gpt)
+        train(images, tmp_path, "--vq-ckpt", small_files.gpt)
 
 
 def test_finetune_resumes_bit_identically(trained, images, tmp_path):
@@ -337,8 +278,15 @@ def first_edition(unnormalised, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("format", ["pt", "consolidated", "safetensors"])
-@pytest.mark.parametrize("edition", ["unnormalised", "first_edition"])
+@pytest.mark.parametrize(
+    ("edition", "format"),
+    [
+        ("unnormalised", "consolidated"),
+        ("unnormalised", "safetensors"),
+        ("first_edition", "consolidated"),
+        ("first_edition", "pt"),
+    ],
+)
 def test_exported_tokenizer_gives_the_codes_of_its_checkpoint(request, edition, format, tmp_path):
     source = request.getfixturevalue(edition)
     run_here(export_checkpoint, "--checkpoint", source, "--format", format, "--output", tmp_path / "exported")
@@ -432,23 +380,16 @@ def test_a_flat_folder_and_a_list(images, tmp_path):
     assert " 4 samples, 1 steps an epoch" in log_of(tmp_path / "results")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_image_is_named_skipped_and_counted(tmp_path, workers):
+def test_a_damaged_image_is_named_skipped_and_counted(tmp_path):
     folder = make_images(tmp_path / "train", classes=2, per_class=12)
     whole = (folder / "class1" / "9.png").read_bytes()
     (folder / "class1" / "9.png").write_bytes(whole[: len(whole) // 2])
-    train(folder, tmp_path / "results", *NO_DISC, "--epochs", 2, "--num-workers", workers, "--image-size", 16)
+    train(folder, tmp_path / "results", *NO_DISC, "--epochs", 2, "--num-workers", 2, "--image-size", 16)
     text = log_of(tmp_path / "results")
     assert re.search(r"skipped unreadable image \S*class1/9\.png \(.+\)", text)
     assert text.count("skipped unreadable image") == 1
     assert "1 unreadable files were skipped" in text
     assert list(metrics(tmp_path / "results", "generator_loss")) == list(range(1, 13))
-
-
-def test_workers_change_nothing(images, tmp_path):
-    for workers in (0, 2):
-        train(images, tmp_path / str(workers), *NO_DISC, "--epochs", 2, "--num-workers", workers, "--image-size", 16)
-    assert metrics(tmp_path / "0", "generator_loss") == metrics(tmp_path / "2", "generator_loss")
 
 
 def test_pictures_for_tensorboard(trained, images):
@@ -517,10 +458,8 @@ def test_with_vgg16(images, tmp_path, hub):
         (["--image-size", 16], r"--disc-type patchgan needs images of 24 pixels a side, got --image-size 16"),
         (["--image-size", 48, "--disc-type", "stylegan"], r"StyleGAN discriminator takes an image size of"),
         (["--global-batch-size", 16], r"12 samples, fewer than --global-batch-size 16"),
-        (["--dataset", "imagenette"], r"unknown --dataset 'imagenette'"),
         (["--dataset", "coco"], r"it has sub-folders"),
         (["--finetune"], r"--finetune needs --vq-ckpt"),
-        (["--no-local-save"], r"--cloud-save-path"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
@@ -528,13 +467,6 @@ def test_flags_that_do_not_fit(images, tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
         train(images, tmp_path / "results", *more)
     assert not (tmp_path / "results").exists()
-
-
-def test_missing_files(images, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-        train(tmp_path / "nowhere", tmp_path / "results")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        train(images, tmp_path / "results", "--vq-ckpt", tmp_path / "nowhere" / "0000001.pt")
 
 
 # The demo
@@ -560,17 +492,10 @@ def test_the_demo_writes_the_reconstruction(trained, images, tmp_path, capsys):
     assert not np.array_equal(np.asarray(Image.open(tmp_path / "a photo_mine.png")), picture)
 
 
-def test_mistakes_with_the_demo(trained, images, tmp_path):
+def test_mistakes_with_the_demo(trained, images):
     photo = images / "class0" / "0.png"
     with pytest.raises(ValueError, match="--vq-ckpt is needed"):
         demo("--image-path", photo)
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.png: there is no such file"):
-        demo("--image-path", tmp_path / "nowhere.png", "--vq-ckpt", trained[1])
-    (tmp_path / "broken.png").write_bytes(photo.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"broken\.png is not a readable image"):
-        demo("--image-path", tmp_path / "broken.png", "--vq-ckpt", trained[1])
-    with pytest.raises(ValueError, match="--image-size 30 is not a multiple of 4"):
-        demo("--image-path", photo, "--vq-ckpt", trained[1], "--image-size", 30)
     with pytest.raises(ValueError, match="--codebook-size 16"):
         demo("--image-path", photo, "--vq-ckpt", trained[1], "--codebook-size", 16)
 
