@@ -5,7 +5,6 @@ part.put("decoding, ms an image", 5.1, predicted="4.5-7")
 """
 
 import json
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,8 @@ from pathlib import Path
 import torch
 
 from autoregressive.models.generate import generate
-from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.models.gpt import Transformer
+from benchmarks.measuring import random_gpt, timed
 from utils.files import atomic_write
 
 SAMPLING = {"cfg_scale": 4.0, "top_k": 2000}
@@ -44,12 +44,7 @@ class Part:
 
     def seconds(self, work: Callable[[], object], repeats: int = 1) -> float:
         """Return seconds of a call to its end on the device, the mean over `repeats`."""
-        self.wait()
-        began = time.perf_counter()
-        for _ in range(repeats):
-            work()
-        self.wait()
-        return (time.perf_counter() - began) / repeats
+        return timed(work, self.device, repeats)
 
     def wait(self) -> None:
         """Waits for the device."""
@@ -84,10 +79,7 @@ class Part:
         if self.small:
             groups = {key: value for key, value in changes.items() if key == "ar_token_num"}
             name, tokens, changes = "GPT-XS", 16, {"n_layer": 2, "vocab_size": 4096, **groups}
-        torch.manual_seed(0)
-        with self.device:
-            model = GPT_models[name](block_size=tokens, **changes)
-            torch.nn.init.normal_(model.output.weight, std=0.02)
+        model = random_gpt(name, tokens, self.device, **changes)
         return model.to(torch.bfloat16).eval().requires_grad_(False)
 
     def draw(self, model: Transformer, batch: int, compile: bool = True, **settings: object) -> float:

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.gpu_part import Part
 from benchmarks.gpu_sampling import batch, int8_par, mends, sampling_3b, sampling_b, sampling_xl
 from benchmarks.gpu_training import fsdp, runs, training
+from benchmarks.measuring import bandwidth
 from utils.precision import full_float32, use_tf32
 
 BACKENDS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
@@ -30,7 +31,6 @@ BACKENDS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 
 def machine(part: Part) -> None:
     """Measures the card: versions, bandwidth, rate of products, SDPA backends for one query row."""
-    from benchmarks.sampling import bandwidth
     from utils.flops import peak_flops
 
     cudnn = torch.backends.cudnn.version() if part.cuda else None

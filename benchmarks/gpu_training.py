@@ -1,6 +1,5 @@
 """The parts of benchmarks/gpu.py that train: a step, the scripts on random codes, FSDP2 killed and resumed."""
 
-import argparse
 import os
 import signal
 import subprocess
@@ -16,14 +15,15 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from autoregressive.train import train_c2i
+from autoregressive.train.class_data import train_classes
+from autoregressive.train.flags import class_flags
 from benchmarks.gpu_part import Part, memory_held
 
 
 def training(part: Part) -> None:
     """Measures a training step as the scripts take it: tokens a second, MFU, memory beside the plan."""
     from autoregressive.train.flops import training_flops_per_image
-    from benchmarks.training_step import project_step, random_batch, random_model
+    from benchmarks.measuring import project_step, random_batch, random_gpt
     from utils.distributed import Distributed
     from utils.flops import peak_flops
 
@@ -33,24 +33,17 @@ def training(part: Part) -> None:
     }
     peak = peak_flops(part.device, "bf16")
     for name, (speed, use, memory) in predicted.items():
-        args = argparse.Namespace(
-            gpt_model="GPT-XS" if part.small else name,
-            image_size=64 if part.small else 256,
-            downsample_size=16,
-            batch_size=2 if part.small else 64,
-            mixed_precision="bf16",
-        )
+        images, tokens = (2, 16) if part.small else (64, 256)
         if part.cuda:
             torch.cuda.reset_peak_memory_stats()
-        dist = Distributed(part.device)
-        model = random_model(args, dist)
-        step = partial(project_step(model, args, dist), *random_batch(args, dist))
+        model = random_gpt("GPT-XS" if part.small else name, tokens, part.device)
+        step = project_step(model, "bf16", Distributed(part.device))
+        step = partial(step, *random_batch(images, tokens, part.device))
         part.put(f"{name}: first step, s", f"{part.seconds(step):.1f}", "15-40")
         part.seconds(step, 3)
         took = part.seconds(step, 2 if part.small else 20)
-        tokens = args.batch_size * model.args.block_size
-        flops = args.batch_size * training_flops_per_image(model.args)
-        part.put(f"{name}, batch {args.batch_size}: tokens/s", f"{tokens / took:,.0f}", speed)
+        flops = images * training_flops_per_image(model.args)
+        part.put(f"{name}, batch {images}: tokens/s", f"{images * tokens / took:,.0f}", speed)
         part.put(f"{name}: MFU", f"{flops / took / peak:.1%}" if peak else "peak unknown", use)
         if part.cuda:
             part.put(f"{name}: GiB allocated, reserved at most", memory_held(), memory)
@@ -83,35 +76,15 @@ class Scripts:
 
     def flags(self, side: int, results: str, *more: object) -> list[str]:
         """Return the flags of a run on codes of this size."""
-        common = [
-            "--code-path",
-            self.codes(side, 512),
-            "--image-size",
-            16 * side,
-            "--gpt-model",
-            self.gpt,
-            "--no-wandb",
-        ]
-        common += [
-            "--num-workers",
-            2,
-            "--epochs",
-            99,
-            "--device",
-            self.part.device,
-            "--results-dir",
-            self.folder / results,
-        ]
-        common += ["--global-batch-size", 4 if self.part.small else 32, "--log-every", 5, *more]
+        size, batch = 16 * side, 4 if self.part.small else 32
+        common = ["--code-path", self.codes(side, 512), "--image-size", size, "--gpt-model", self.gpt, "--no-wandb"]
+        common += ["--num-workers", 2, "--epochs", 99, "--device", self.part.device, "--log-every", 5]
+        common += ["--results-dir", self.folder / results, "--global-batch-size", batch, *more]
         return [str(word) for word in common]
 
     def train(self, side: int, results: str, *more: object) -> None:
-        """Runs train_c2i.py in this process."""
-        train_c2i.main(train_c2i.flags().parse_args(self.flags(side, results, *more)))
-
-    def command(self, script: str, flags: list[str]) -> list[str]:
-        """Return the command line of a training script."""
-        return [sys.executable, f"autoregressive/train/{script}.py", *flags]
+        """Train as train_c2i.py does, in this process."""
+        train_classes(class_flags(None).parse_args(self.flags(side, results, *more)))
 
     def last(self, results: str) -> Path:
         """Return the newest checkpoint of a run."""
@@ -200,9 +173,9 @@ def fsdp(part: Part) -> None:
         scripts = Scripts(part, Path(folder))
         scripts.gpt = "GPT-XS" if part.small else "GPT-L"
         flags = scripts.flags(4 if part.small else 16, "fsdp", "--ema", "--ckpt-every", 10)
-        command = scripts.command("train_c2i_fsdp", [*flags, "--max-steps", "1000000"])
+        script = [sys.executable, "autoregressive/train/train_c2i_fsdp.py", *flags, "--max-steps"]
         began = time.monotonic()
-        running = subprocess.Popen(command, start_new_session=True)
+        running = subprocess.Popen([*script, "1000000"], start_new_session=True)
         while time.monotonic() - began < 35 and running.poll() is None:
             if list((Path(folder) / "fsdp").glob("*/checkpoints/0000020")):
                 break
@@ -215,10 +188,6 @@ def fsdp(part: Part) -> None:
         step = int(scripts.last("fsdp").name)
         part.put("killed after the checkpoint of step", step, "20 or 30")
         began = time.monotonic()
-        subprocess.run(
-            scripts.command("train_c2i_fsdp", [*flags, "--resume", "--max-steps", str(step + 5)]),
-            check=True,
-            timeout=60,
-        )
+        subprocess.run([*script, str(step + 5), "--resume"], check=True, timeout=60)
         part.put("resumed for 5 steps, s in all", f"{time.monotonic() - began:.1f}")
         part.put("last checkpoint", scripts.last("fsdp").name, f"{step + 5:07d}")

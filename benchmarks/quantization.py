@@ -9,14 +9,10 @@ token is float32's; `sampled` the share of tokens of whole images drawn with equ
 import argparse
 from typing import TYPE_CHECKING
 
-from autoregressive.models.sizes import GPT_SIZES
 from autoregressive.sample.flags import add_sampling_flags, sampling_config
-from benchmarks.training_step import timed
 from utils.cli import (
     add_gpt_file_flags,
-    add_image_size_flags,
     flag_parser,
-    grid_size,
     positive_int,
     run_script,
 )
@@ -35,6 +31,7 @@ def main(args: argparse.Namespace) -> None:
 
     from autoregressive.models.generate import generate
     from autoregressive.quantization import require_torchao
+    from benchmarks.measuring import timed
     from utils.distributed import pick_device
     from utils.rng import image_noise
 
@@ -49,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
     noise = image_noise(0, range(args.images), shape.block_size).to(device)
     codes, classes = read_codes(args, shape)
     print(
-        f"{args.gpt_ckpt or args.gpt_model}, {device.type}, {torch.get_num_threads()} threads, {args.images} images of "
+        f"{args.gpt_ckpt}, {device.type}, {torch.get_num_threads()} threads, {args.images} images of "
         f"{shape.block_size} tokens, guidance {args.cfg_scale}; NLL of {len(codes)} images"
     )
     print("| weights | MiB | NLL (nats/token) | next | sampled | tokens/s |\n|---|---|---|---|---|---|")
@@ -71,22 +68,15 @@ def main(args: argparse.Namespace) -> None:
 
 
 def make_model(args: argparse.Namespace, kind: str) -> "Transformer":
-    """Return the file's model, or one with random weights, in the precision of `kind`."""
+    """Return the file's model in the precision of `kind`."""
     import torch
 
-    from autoregressive.models.gpt import GPT_models
     from autoregressive.pipeline import load_gpt
     from autoregressive.quantization import quantize
     from utils.runs import find_checkpoint
 
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
-    if args.gpt_ckpt:
-        model = load_gpt(find_checkpoint(args.gpt_ckpt), dtype=dtype, use_ema=args.use_ema)
-    else:
-        torch.manual_seed(0)
-        model = GPT_models[args.gpt_model](block_size=grid_size(args.image_size, args.downsample_size) ** 2)
-        torch.nn.init.normal_(model.output.weight, std=0.02)  # zeros at first
-        model = model.to(dtype).eval().requires_grad_(False)
+    model = load_gpt(find_checkpoint(args.gpt_ckpt), dtype=dtype, use_ema=args.use_ema)
     return quantize(model, head=kind.endswith("head too")) if kind.startswith("int8") else model
 
 
@@ -103,7 +93,7 @@ def read_codes(args: argparse.Namespace, shape: object) -> "tuple[Tensor, Tensor
     data = open_codes(args.codes, random_view=False)
     if data.settings.tokens != shape.block_size:
         raise ValueError(f"{args.codes} has {data.settings.tokens} tokens an image and the model {shape.block_size}")
-    items = [data[i] for i in range(min(len(data), args.scored))]
+    items = [data[i] for i in range(min(len(data), 1000))]
     return torch.stack([item["codes"] for item in items]), torch.tensor([item["label"] for item in items])
 
 
@@ -137,16 +127,12 @@ def weight_bytes(model: "Transformer") -> int:
 def flags() -> argparse.ArgumentParser:
     """Return the script's flags."""
     parser = flag_parser(__doc__)
-    add_gpt_file_flags(parser)
+    add_gpt_file_flags(parser, required=True)
     parser.add_argument("--codes", default=None, help="packed codes whose likelihood is compared")
-    parser.add_argument("--scored", type=positive_int, default=1000, help="images of --codes that are read")
-    parser.add_argument("--gpt-model", choices=list(GPT_SIZES), default="GPT-B", help="size of random weights")
-    add_image_size_flags(parser, 256)
     add_sampling_flags(parser, cfg_scale=2.0, top_k=0)
     parser.add_argument("--images", type=positive_int, default=8, help="drawn at once")
-    parser.add_argument(
-        "--rounds", type=positive_int, default=3, help="times each model draws them; the fastest counts"
-    )
+    help = "times each model draws them; the fastest counts"
+    parser.add_argument("--rounds", type=positive_int, default=3, help=help)
     parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
     return parser
 

@@ -9,8 +9,6 @@ grew by since the model was there.
 """
 
 import argparse
-import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from autoregressive.models.sizes import GPT_SIZES
@@ -29,17 +27,19 @@ def main(args: argparse.Namespace) -> None:
     import torch
 
     from autoregressive.models.generate import generate, release_cache
-    from autoregressive.models.gpt import GPT_models
     from autoregressive.pipeline import PRECISIONS
+    from benchmarks.measuring import bandwidth, random_gpt, timed
     from benchmarks.plain_loop import plain_generate
     from utils.distributed import pick_device
 
     device = pick_device(args.device)
     for group in args.groups:
-        torch.manual_seed(0)
-        model = GPT_models[args.gpt_model](block_size=args.tokens, ar_token_num=group)
-        torch.nn.init.normal_(model.output.weight, std=0.02)  # zeros at first; with draws all over the codebook
-        model = model.to(device, PRECISIONS[args.precision]).requires_grad_(False).eval()
+        model = (
+            random_gpt(args.gpt_model, args.tokens, torch.device("cpu"), ar_token_num=group)
+            .to(device, PRECISIONS[args.precision])
+            .requires_grad_(False)
+            .eval()
+        )
         steps = 1 + len(model.layout.steps)
         where = (
             torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
@@ -88,17 +88,6 @@ def main(args: argparse.Namespace) -> None:
         release_cache(model)
 
 
-def timed(work: Callable[[], object], device: "torch.device") -> float:
-    """Return seconds of a call."""
-    import torch
-
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
-
-
 def floor(model: "Transformer", rows: int, group: int, passes: int) -> float:
     """Return seconds of a step of which nothing but the linear layers is left, the best of `passes`; on CUDA recorded as a graph.
 
@@ -108,6 +97,7 @@ def floor(model: "Transformer", rows: int, group: int, passes: int) -> float:
     import torch.nn as nn
 
     from autoregressive.models.on_cpu import packed
+    from benchmarks.measuring import timed
 
     weight = model.tok_embeddings.weight
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
@@ -130,16 +120,6 @@ def floor(model: "Transformer", rows: int, group: int, passes: int) -> float:
         with packed(model):
             step()
             return min(plain, *(timed(step, weight.device) for _ in range(passes)))
-
-
-def bandwidth(device: "torch.device") -> float:
-    """Return bytes a second that a copy on the device reads and writes."""
-    import torch
-
-    source = torch.empty(2**30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    target.copy_(source)
-    return 2 * len(source) / min(timed(lambda: target.copy_(source), device) for _ in range(5))
 
 
 def reset_memory(device: "torch.device") -> int:

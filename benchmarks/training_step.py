@@ -11,7 +11,6 @@ import argparse
 import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from typing import TYPE_CHECKING
@@ -20,7 +19,6 @@ from autoregressive.models.sizes import GPT_SIZES
 from utils.cli import add_image_size_flags, flag_parser, grid_size, positive_int, run_script
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from autoregressive.models.gpt import Transformer
@@ -65,14 +63,17 @@ def measure(name: str, args: argparse.Namespace) -> tuple[float, int]:
 
     import torch
 
+    from benchmarks.measuring import project_step, random_batch, random_gpt, timed
     from utils.distributed import start
 
     for module in ("autoregressive.train.loss", "utils.training.optim", "utils.training.parallel"):
         import_module(module)
     dist = start(args.device)
     before = resident_peak()
-    step = (plain_step if name == "plain" else project_step)(random_model(args, dist), args, dist)
-    batch = random_batch(args, dist)
+    tokens = grid_size(args.image_size, args.downsample_size) ** 2
+    model = random_gpt(args.gpt_model, tokens, dist.device)
+    step = (plain_step if name == "plain" else project_step)(model, args.mixed_precision, dist)
+    batch = random_batch(args.batch_size, tokens, dist.device)
     taken = [timed(lambda: step(*batch), dist.device) for _ in range(args.warmup + args.steps)][args.warmup :]
     cuda = dist.device.type == "cuda"
     memory = torch.cuda.max_memory_allocated(dist.device) if cuda else resident_peak() - before
@@ -84,81 +85,16 @@ def resident_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def timed(step: Callable[[], None], device: "torch.device") -> float:
-    """Return seconds that a step takes, to its end on the device."""
-    import torch
-
-    wait = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize if device.type == "mps" else None
-    if wait:
-        wait()
-    begin = time.perf_counter()
-    step()
-    if wait:
-        wait()
-    return time.perf_counter() - begin
-
-
-def random_model(args: argparse.Namespace, dist: "Distributed") -> "Transformer":
-    """Return a model in training, the output layer random too: with zeros there the first gradients would be."""
-    import torch
-
-    from autoregressive.models.gpt import GPT_models
-
-    torch.manual_seed(0)
-    grid = grid_size(args.image_size, args.downsample_size)
-    with dist.device:
-        model = GPT_models[args.gpt_model](block_size=grid**2)
-        torch.nn.init.normal_(model.output.weight, std=0.02)
-    return model
-
-
-def random_batch(args: argparse.Namespace, dist: "Distributed") -> "tuple[Tensor, Tensor]":
-    """Return codes (B, N) and labels (B,)."""
-    import torch
-
-    grid = grid_size(args.image_size, args.downsample_size)
-    codes = torch.randint(16384, (args.batch_size, grid**2), device=dist.device)
-    return codes, torch.randint(1000, (args.batch_size,), device=dist.device)
-
-
-def project_step(
-    model: "Transformer", args: argparse.Namespace, dist: "Distributed"
-) -> "Callable[[Tensor, Tensor], None]":
-    """Return a step as the training scripts take it."""
-    import torch
-
-    from autoregressive.train.loss import TokenLoss
-    from utils.training.optim import adamw
-    from utils.training.parallel import Parallel
-
-    plan = Parallel(dist, precision=args.mixed_precision, compile=True)
-    token_loss = plan.apply(TokenLoss(model), blocks=model.layers)
-    optimizer = adamw(model, argparse.Namespace(lr=1e-4, weight_decay=0.05, beta1=0.9, beta2=0.95))
-
-    def step(codes: "Tensor", labels: "Tensor") -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(dist.device.type, plan.autocast_dtype, enabled=plan.autocast_dtype is not None):
-            loss = token_loss(codes, labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-    return step
-
-
-def plain_step(
-    model: "Transformer", args: argparse.Namespace, dist: "Distributed"
-) -> "Callable[[Tensor, Tensor], None]":
+def plain_step(model: "Transformer", precision: str, dist: "Distributed") -> "Callable[[Tensor, Tensor], None]":
     """Return a step written down without any care."""
     import torch
     import torch.nn.functional as F
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
-    half = args.mixed_precision == "bf16"
 
     def step(codes: "Tensor", labels: "Tensor") -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(dist.device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(dist.device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(codes[:, :-1], labels)
             loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
         loss.backward()

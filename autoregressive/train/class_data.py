@@ -1,4 +1,4 @@
-"""Data of class-conditional training: codes with labels, and what they record of themselves."""
+"""Class-conditional training: what train_c2i.py and train_c2i_fsdp.py do, and its data, codes with labels."""
 
 import argparse
 from functools import partial
@@ -7,13 +7,53 @@ import torch
 from torch import Tensor
 
 from autoregressive.models.gpt import Conditions
-from autoregressive.train.recipe import Inputs, agreed_tokenizer, further_conditions, model_sizes
+from autoregressive.models.layouts import Layout
+from autoregressive.train.next_patch import PatchSchedule
+from autoregressive.train.recipe import Inputs, agreed_tokenizer, fit, further_conditions, join, model_sizes, new_model
 from dataset.arrays import codes_of, collate
 from dataset.codes import CODES, CodeDataset
 from language.features import left_padded
+from utils.cli import grid_size, layout_numbers
 from utils.distributed import Distributed
 from utils.logger import console_logger
 from utils.origin import listed_classes, origin, require_same
+
+
+def train_classes(args: argparse.Namespace) -> None:
+    """Train a class-conditional GPT as the flags say: raster, parallel layout, or next-patch prediction."""
+    grid = grid_size(args.image_size, args.downsample_size)
+    layout_numbers(args)  # refuses two that do not go together
+    if args.gpt_type != "c2i":
+        raise ValueError("train_c2i.py trains class-conditional models; for captions there is train_t2i.py")
+    if args.scheduler and (args.lr_schedule != "constant" or args.warmup_steps):
+        raise ValueError(
+            "--scheduler is a learning-rate schedule of its own: leave out --lr-schedule and --warmup-steps"
+        )
+    patches = PatchSchedule.from_args(args)
+    patches.check_grid(grid)
+
+    dist, plan = join(args)
+    data = ClassData(args, dist)
+    patches = patches.for_run(len(data.train), args)
+    model = new_model(args, grid)
+    fit(args, plan, data, model, patches, notes=order_in_words(patches, model.layout))
+
+
+def order_in_words(patches: PatchSchedule, layout: Layout) -> list[str]:
+    """Return lines on what is predicted together and when, beside what PAR's and NPP's own scripts do without a flag."""
+    if not layout.is_raster:
+        most, steps = max(layout.groups), len(layout.groups)
+        return [f"layout {layout.config['name']}: {most} tokens a step at most, {steps} steps"]
+    if patches.patch_level > 1:
+        skipped = [
+            f"patches of {side}x{side} tokens get no part of the training: --patch-level {patches.patch_level} skips them"
+            for side in patches.skipped_sides
+        ]
+        return [f"next-patch prediction: {patches.describe()}", *skipped]
+    return [
+        "raster order, single tokens; PAR's own default is --ar-token-num 4 --image-size 384, NPP's own is --patch-level 2 "
+        "(its train_c2i_fsdp.py: --patch-level 4 --epoch-rate 0.67)"
+    ]
 
 
 class ClassData:

@@ -3,7 +3,43 @@
 import argparse
 
 from autoregressive.models.sizes import GPT_SIZES
-from utils.cli import CFG_SCALE, add_gpt_flags, add_training_flags
+from utils.cli import (
+    CFG_SCALE,
+    PORTION,
+    SHARE,
+    add_flag,
+    add_gpt_flags,
+    add_image_size_flags,
+    add_parallel_flags,
+    add_switch,
+    add_training_flags,
+    flag_parser,
+    nonnegative_float,
+    nonnegative_int,
+    positive_int,
+)
+
+
+def class_flags(description: str | None, *, sharded: bool = False) -> argparse.ArgumentParser:
+    """Return the flags of train_c2i.py, or with `sharded` those of train_c2i_fsdp.py, which has other defaults."""
+    added = "--vq-ckpt" if sharded else "--data-parallel --grad-precision --no-wandb --vq-ckpt --wandb-project"
+    parser = flag_parser(description, added.split())
+    add_flag(parser, "--code-path", None, None, "folder of codes, packed or in the published layout", required=True)
+    add_flag(parser, "--val-code-path", None, None, "codes of held-out images: their loss is reported too")
+    add_flag(parser, "--dataset", None, "imagenet_code", "kind of data")
+    add_flag(parser, "--gpt-resume", None, None, "the same as --gpt-ckpt")
+    add_flag(parser, "--vq-ckpt", None, None, "the codes' tokenizer: draws grids of samples with it")
+    add_gpt_training_flags(parser, "c2i", sample_cfg_scale=2.0, wandb_project="c2i_fsdp" if sharded else None)
+    add_image_size_flags(parser, 256)
+    add_parallel_flags(parser, "fsdp" if sharded else "ddp")
+    group = parser.add_argument_group("next-patch prediction")
+    add_flag(group, "--patch-level", positive_int, 1, "stages of coarser to finer patches, 1 for none (NPP's own: 2)")
+    add_flag(group, "--epoch-rate", PORTION, 0.5, "share of the epochs left at which a stage of patches ends")
+    add_switch(group, "--scheduler", False, "NPP's learning rate: warm-up, constant and decay in each stage")
+    add_flag(group, "--warmup-epochs", nonnegative_int, 1, "of each stage, with --scheduler")
+    add_flag(group, "--decay-ratio", SHARE, 0.2, "last part of each stage, with --scheduler")
+    add_flag(group, "--end-lr", nonnegative_float, 1e-5, "where a stage's decay ends, with --scheduler")
+    return parser
 
 
 def add_gpt_training_flags(
@@ -24,22 +60,17 @@ def add_gpt_training_flags(
     parser.add_argument("--no-compile", action="store_true", help=help)
     help = "guidance scale of pictures while it trains"
     parser.add_argument("--sample-cfg-scale", type=CFG_SCALE, default=sample_cfg_scale, help=help)
-    add_finetune_flags(parser, classes=gpt_type == "c2i")
-    add_gpt_flags(parser, GPT_SIZES, training=True, gpt_type=gpt_type)
-    add_training_flags(
-        parser, epochs=300, batch=256, results_dir="results", num_workers=24, wandb_project=wandb_project
-    )
-
-
-def add_finetune_flags(parser: argparse.ArgumentParser, *, classes: bool) -> None:
-    """Add --finetune and --use-ema; with `classes` --class-rows too."""
     group = parser.add_argument_group("fine-tuning")
     help = "take only the weights of --gpt-ckpt, and begin at step 0: other data, classes or image size"
     group.add_argument("--finetune", action="store_true", help=help)
     group.add_argument("--use-ema", action="store_true", help="with --finetune: begin with the file's averaged weights")
-    if classes:
+    if gpt_type == "c2i":
         help = (
             "with --finetune, whose row a class begins with: that of the class of its name (the default), of its number, or a "
             "new one"
         )
         group.add_argument("--class-rows", choices=["name", "number", "new"], default=None, help=help)
+    add_gpt_flags(parser, GPT_SIZES, training=True, gpt_type=gpt_type)
+    add_training_flags(
+        parser, epochs=300, batch=256, results_dir="results", num_workers=24, wandb_project=wandb_project
+    )

@@ -52,10 +52,12 @@ class PatchSchedule:
 
     def for_run(self, samples: int, args: Namespace) -> "PatchSchedule":
         """Return the schedule of a run on so many samples: where --max-steps ends it, stages are shares of these steps."""
-        steps = max(samples // args.global_batch_size, 1)
-        if args.max_steps is None or args.max_steps >= args.epochs * steps:
-            return self
-        return replace(self, max_steps=args.max_steps, steps_per_epoch=steps)
+        steps, run = max(samples // args.global_batch_size, 1), self
+        if args.max_steps is not None and args.max_steps < args.epochs * steps:
+            run = replace(self, max_steps=args.max_steps, steps_per_epoch=steps)
+        if args.scheduler:
+            run.check_scheduler()
+        return run
 
     def __post_init__(self) -> None:
         if not 1 <= self.patch_level <= 4:

@@ -6,15 +6,14 @@ fit(args, plan, data, new_model(args, grid))
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from autoregressive.models.generate import generate, release_cache
 from autoregressive.models.gpt import Conditions, GPT_models, Transformer
@@ -57,29 +56,6 @@ class Inputs:
     prefix_mask: Tensor | None = None
     valid: Tensor | None = None
     share: Tensor | None = None
-
-
-class Data(Protocol):
-    """Data that a GPT is trained on. config: origin of its codes, recorded in checkpoints (utils/origin.py)."""
-
-    train: Dataset
-    held_out: Dataset | None
-    config: dict[str, Any]
-    tokenizer: Tokenizer | None
-    collate: Callable[[list[Any]], Any] | None
-    prepare: Callable[[list[Any]], list[Any]] | None
-
-    def inputs(self, batch: Any) -> Inputs:
-        """Return a batch on the device as the model takes it."""
-        ...
-
-    def held_out_inputs(self, items: list[Any]) -> Inputs:
-        """Return items of `held_out` as the model takes them, on the device."""
-        ...
-
-    def shown(self) -> tuple[Conditions, Tensor | None] | None:
-        """Return the conditions to draw pictures of while training, as `generate` takes them; None for no pictures."""
-        ...
 
 
 def further_conditions(args: argparse.Namespace, held_out: str | None) -> list[str]:
@@ -136,25 +112,25 @@ def new_model(args: argparse.Namespace, grid: int, **more: object) -> Transforme
             spe_token_num=spe_token_num or 0,
             ar_token_num=ar_token_num or 1,
             layout=args.layout,
-            extra_conditions=dict(map(_split_name, args.condition)),
+            extra_conditions={one["name"]: {key: one[key] for key in one if key != "name"} for one in args.condition},
             **more,
         )
-
-
-def _split_name(named: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the name and the settings of what `named_settings` parsed."""
-    return named["name"], {key: value for key, value in named.items() if key != "name"}
 
 
 def fit(
     args: argparse.Namespace,
     plan: Parallel,
-    data: Data,
+    data: Any,
     model: Transformer,
     patches: PatchSchedule | None = None,
     notes: Sequence[str] = (),
 ) -> None:
-    """Train a model from the meta device on the data. notes: lines for the log."""
+    """Train a model from the meta device.
+
+    Args:
+        data: a ClassData, a TextData, or an object with their attributes: what is read, and how a batch becomes Inputs.
+        notes: lines for the log.
+    """
     dist = plan.dist
     patches = patches or PatchSchedule(epochs=args.epochs)
     sides = {stage.patch_side for stage in patches.stages}
@@ -192,7 +168,7 @@ def lay_out(model: Transformer, plan: Parallel, args: argparse.Namespace) -> nn.
     loss = TokenLoss(model, OBJECTIVES[args.objective])
     if not plan.sharded:
         materialize(model, plan.dist.device, args.global_seed)
-    wrapped = plan.apply(loss, blocks=cast(Any, model.layers))
+    wrapped = plan.apply(loss, blocks=model.layers)
     if plan.sharded:  # only now, so that no process ever holds the whole model
         materialize(model, plan.dist.device, args.global_seed)
     return wrapped
@@ -202,7 +178,7 @@ class StepLoss:
     """Loss of a micro-batch: some of its samples lose their condition, drawn by the step's number."""
 
     def __init__(
-        self, wrapped: nn.Module, model: Transformer, data: Data, args: argparse.Namespace, patches: PatchSchedule
+        self, wrapped: nn.Module, model: Transformer, data: Any, args: argparse.Namespace, patches: PatchSchedule
     ):
         self.wrapped, self.data, self.patches = wrapped, data, patches
         self.seed, self.drop_probability = args.global_seed, model.args.class_dropout_prob
@@ -227,7 +203,7 @@ class StepLoss:
 class HeldOut:
     """Mean cross-entropy of the held-out data, whatever the objective of training."""
 
-    def __init__(self, data: Data, args: argparse.Namespace, dist: Distributed):
+    def __init__(self, data: Any, args: argparse.Namespace, dist: Distributed):
         self.data, self.dist = data, dist
         self.batch_size = max(args.global_batch_size // (dist.world_size * args.gradient_accumulation_steps), 1)
 
@@ -239,7 +215,7 @@ class HeldOut:
             value = loss(inputs.codes, inputs.cond, prefix_mask=inputs.prefix_mask, valid=inputs.valid)
             return value, len(items) if inputs.valid is None else inputs.valid.sum()
 
-        return {"val_loss": mean_over(mean, cast(Dataset, self.data.held_out), self.batch_size, self.dist)}
+        return {"val_loss": mean_over(mean, self.data.held_out, self.batch_size, self.dist)}
 
 
 class Preview:
@@ -258,7 +234,7 @@ class Preview:
         self.cfg_scale, self.seed, self.device = args.sample_cfg_scale, args.global_seed, dist.device
 
     def __call__(self, model: Transformer) -> dict[str, np.ndarray]:
-        tokenizer, tokens = cast(Tokenizer, self.tokenizer), model.args.block_size
+        tokens = model.args.block_size
         first = next(iter(self.cond.values())) if isinstance(self.cond, Mapping) else self.cond
         noise = image_noise(self.seed, range(len(first)), tokens).to(self.device)
         try:
@@ -267,7 +243,7 @@ class Preview:
             release_cache(model)
         grid = model.layout.grid_size
         with torch.inference_mode():
-            images = tokenizer.to_pixels(drawn.view(-1, grid, grid))
+            images = self.tokenizer.to_pixels(drawn.view(-1, grid, grid))
         return {"samples": make_grid(to_uint8(images), columns=4)}
 
 
@@ -301,7 +277,11 @@ def model_sizes(args: argparse.Namespace, recorded: Mapping[str, Any]) -> tuple[
     In this order: the flags; the run or file that training continues; what the codes record; the published numbers.
     With --finetune the classes are those of the codes.
     """
-    before = _sizes_before(args)
+    runs = runs_in(args.results_dir, args.gpt_model) if args.resume else []
+    path = getattr(args, "gpt_resume", None) or args.gpt_ckpt
+    before = runs[0].flags() if runs else {}
+    if path and not runs:
+        before = flags_of(find_identity(read_checkpoint(find_checkpoint(path))))
     classes = [before.get("num_classes"), recorded.get("num_classes")]
     if args.finetune:
         classes.reverse()
@@ -309,14 +289,3 @@ def model_sizes(args: argparse.Namespace, recorded: Mapping[str, Any]) -> tuple[
         args.num_classes or classes[0] or classes[1] or 1000,
         args.vocab_size or before.get("vocab_size") or recorded.get("codebook_size") or 16384,
     )
-
-
-def _sizes_before(args: argparse.Namespace) -> dict[str, int]:
-    """num_classes and vocab_size of the run or the file that training continues; empty for a new run."""
-    runs = runs_in(args.results_dir, args.gpt_model) if args.resume else []
-    if runs:
-        return runs[0].flags()
-    path = getattr(args, "gpt_resume", None) or args.gpt_ckpt
-    if not path:
-        return {}
-    return flags_of(find_identity(read_checkpoint(find_checkpoint(path))))

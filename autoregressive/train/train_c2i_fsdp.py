@@ -8,17 +8,19 @@ A checkpoint is a folder with `consolidated.pth` for sampling (`--from-fsdp`); a
 
 import argparse
 
-from autoregressive.train import train_c2i
+from autoregressive.train.flags import class_flags
 from utils.cli import run_script
 
-main = train_c2i.main
+
+def main(args: argparse.Namespace) -> None:
+    from autoregressive.train.class_data import train_classes
+
+    train_classes(args)
 
 
 def flags() -> argparse.ArgumentParser:
     """Return the script's flags."""
-    parser = train_c2i.flags(sharded=True)
-    parser.description = __doc__
-    return parser
+    return class_flags(__doc__, sharded=True)
 
 
 if __name__ == "__main__":

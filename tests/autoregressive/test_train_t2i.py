@@ -1,6 +1,5 @@
 """Training on image-text pairs: images and codes, lists and shards, one process and two, killed and moved, two stages."""
 
-import json
 import math
 import os
 import re
@@ -160,41 +159,34 @@ def test_images_shards_and_codes_give_the_same_losses(data, tmp_path):
 
 @pytest.fixture(scope="module")
 def one(data, tmp_path_factory):
-    """Runs of one process, to compare with."""
-    folder = tmp_path_factory.mktemp("one")
+    """A run of one process, to compare with."""
     with quiet_loggers():
-        train(data, folder / "raster", *COMPARED, *held_out(data))
-        train(data, folder / "PAR", *COMPARED, *held_out(data), *PAR)
-    return folder
+        return train(data, tmp_path_factory.mktemp("one"), *COMPARED, *held_out(data))
 
 
 def test_accumulation_gives_the_same_losses(data, tmp_path, one):
     """Though the parts of a batch have different numbers of pairs that count."""
     train(data, tmp_path, *COMPARED, "--gradient-accumulation-steps", 8)
-    assert metrics(tmp_path, "loss") == pytest.approx(metrics(one / "raster", "loss"), abs=1e-5)
-    assert metrics(tmp_path, "grad_norm") == pytest.approx(metrics(one / "raster", "grad_norm"), rel=1e-4)
-    assert metrics(tmp_path, "valid") == pytest.approx(metrics(one / "raster", "valid"))
-    assert len(set(metrics(one / "raster", "valid").values())) > 1
+    assert metrics(tmp_path, "loss") == pytest.approx(metrics(one, "loss"), abs=1e-5)
+    assert metrics(tmp_path, "grad_norm") == pytest.approx(metrics(one, "grad_norm"), rel=1e-4)
+    assert metrics(tmp_path, "valid") == pytest.approx(metrics(one, "valid"))
+    assert len(set(metrics(one, "valid").values())) > 1
 
 
-@pytest.mark.parametrize("layout", ["raster", "PAR"])
-def test_two_processes_give_the_losses_of_one(data, tmp_path, one, layout):
+def test_two_processes_give_the_losses_of_one(data, tmp_path, one):
     """By DDP and in shards, with accumulation: the mean is over the valid samples of the whole batch."""
-    flags = [*COMPARED, "--gradient-accumulation-steps", 2, "--ckpt-every", 4, *held_out(data)]
-    flags += PAR if layout == "PAR" else []
+    flags = [*COMPARED, "--gradient-accumulation-steps", 2, *held_out(data)]
     kinds = ("ddp", "fsdp")
     live(*(life(data, tmp_path / kind, *flags, "--data-parallel", kind, world=2) for kind in kinds))
     for kind in kinds:
         for name, tolerance in (("loss", {"abs": 1e-5}), ("grad_norm", {"rel": 1e-4}), ("val_loss", {"abs": 1e-4})):
-            expected, found = metrics(one / layout, name), metrics(tmp_path / kind, name)
-            assert {step: found[step] for step in expected} == pytest.approx(expected, **tolerance), (kind, name)
-        assert len(metrics(tmp_path / kind, "loss")) == 6
+            assert metrics(tmp_path / kind, name) == pytest.approx(metrics(one, name), **tolerance), (kind, name)
         for name, tensor in weights(tmp_path / kind).items():
-            torch.testing.assert_close(tensor, weights(one / layout)[name], rtol=1e-3, atol=1e-4, msg=name)
+            torch.testing.assert_close(tensor, weights(one)[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_the_held_out_loss_is_the_mean_over_pairs_that_count(data, tmp_path, one):
-    args = read_checkpoint(last(one / "raster"))
+    args = read_checkpoint(last(one))
     model = GPT_models["GPT-XS"](
         model_type="t2i", cls_token_num=TOKENS, caption_dim=DIM, vocab_size=VOCAB, block_size=N
     ).eval()
@@ -206,14 +198,14 @@ def test_the_held_out_loss_is_the_mean_over_pairs_that_count(data, tmp_path, one
         features, lengths = left_padded([caption_features(number)], TOKENS)
         with torch.no_grad():
             losses.append(float(TokenLoss(model)(codes, features, prefix_mask=prefix_mask(lengths, TOKENS))))
-    assert metrics(one / "raster", "val_loss")[6] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert metrics(one, "val_loss")[6] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def test_it_learns_what_captions_say(data, tmp_path):
     """Pictures of a colour are likelier under their own caption than under another's."""
-    train(data, tmp_path, "--epochs", 40, "--lr", 4e-3, features="features")
+    train(data, tmp_path, "--epochs", 20, "--lr", 6e-3, features="features")
     losses = metrics(tmp_path, "loss")
-    assert losses[1] == pytest.approx(math.log(VOCAB), rel=1e-3) and losses[120] < 0.5 * losses[1]
+    assert losses[1] == pytest.approx(math.log(VOCAB), rel=1e-3) and losses[60] < 0.5 * losses[1]
     args = read_checkpoint(last(tmp_path))
     model = GPT_models["GPT-XS"](
         model_type="t2i", cls_token_num=TOKENS, caption_dim=DIM, vocab_size=VOCAB, block_size=N
@@ -238,27 +230,17 @@ def all_codes(data):
 # Killed, moved, in stages
 
 
-@pytest.mark.parametrize("kind, parallel", [("shards", "ddp"), ("images", "fsdp")])
-def test_killed_and_resumed_gives_the_same_bits(data, tmp_path, kind, parallel):
-    """Two processes with dropout, random crops and short captions, killed -9 twice: after and while saving."""
-    flags = ["--epochs", 3, "--ckpt-every", 3, "--ema", "--ema-decay", 0.9, "--resume", "--random-crop"]
-    flags += ["--short-t5-feat-path", data / "short", "--data-parallel", parallel]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    store, end = f"{killed}/*/checkpoints", "" if parallel == "fsdp" else ".pt"
-    moments = [
-        {"kill_at": f"{store}/0000003{end}"},
-        {"kill_at": f"{store}/.0000006.*"},
-    ]
-    runs = [life(data, killed, *flags, world=2, kind=kind, **moment) for moment in moments]
-    printed = live(life(data, whole, *flags, world=2, kind=kind), *runs, life(data, killed, *flags, world=2, kind=kind))
-    assert printed.count("life: killed") == 2 and printed.count("resuming") >= 2
-    one, other = read_checkpoint(last(whole)), read_checkpoint(last(killed))
-    assert one.steps == other.steps == 9
-    assert same(one.model, other.model) and same(one.ema, other.ema)
-    if parallel == "ddp":
-        one, other = load(last(whole)), load(last(killed))
-        assert one.pop("args") and other.pop("args") and same(one, other)
-    assert metrics(whole, "loss") == metrics(killed, "loss") and metrics(whole, "valid") == metrics(killed, "valid")
+def test_stopped_and_resumed_gives_the_same_bits(data, tmp_path):
+    """With dropout, random crops and short captions; test_training_processes.py kills runs of several processes."""
+    flags = ["--epochs", 2, "--ema", "--ema-decay", 0.9, "--resume", "--random-crop"]
+    flags += ["--short-t5-feat-path", data / "short"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(data, whole, *flags, kind="shards")
+    for steps in (2, 4, 6):
+        train(data, parts, *flags, "--max-steps", steps, kind="shards")
+    one, other = load(last(whole)), load(last(parts))
+    assert one["steps"] == 6 and one.pop("args") and other.pop("args") and same(one, other)
+    assert metrics(whole, "loss") == metrics(parts, "loss") and metrics(whole, "valid") == metrics(parts, "valid")
 
 
 @pytest.mark.parametrize("kind", ["images", "codes"])
@@ -281,31 +263,6 @@ def test_resume_with_other_pairs_is_refused(data, tmp_path, kind):
         ValueError, match=rf"do not belong together: codes' {'images' if kind == 'codes' else 'lists'} "
     ):
         train(data, tmp_path / "results", *flags, "--max-steps", 3, *source, kind=kind)
-
-
-def test_the_order_goes_on_over_other_numbers_of_processes(data, tmp_path):
-    """One process, then four, then two: no sample of an epoch twice, none left out, and losses within rounding."""
-    flags = [*EXACT, "--epochs", 3, "--ckpt-every", 100, "--resume"]
-    whole, moved = tmp_path / "whole", tmp_path / "moved"
-    lives = [life(data, whole, *flags, kind="shards", watch=str(tmp_path / "whole.txt"))]
-    for number, (world, steps) in enumerate([(1, 2), (4, 5), (2, 9)]):
-        watched = str(tmp_path / f"{number}.txt")
-        lives.append(life(data, moved, *flags, "--max-steps", steps, world=world, kind="shards", watch=watched))
-    live(*lives)
-    expected = read_steps(tmp_path / "whole.txt")
-    read = [step for number in range(3) for step in read_steps(tmp_path / f"{number}.txt")]
-    assert read == expected and len(read) == 9
-    assert sorted(i for step in expected[:3] for i in step) == list(range(COUNT)), "an epoch is every sample once"
-    assert metrics(moved, "loss") == pytest.approx(metrics(whole, "loss"), abs=1e-5)
-
-
-def read_steps(file):
-    """The samples of each step: every process's part in order, put together."""
-    parts = {}
-    for line in file.read_text().splitlines():
-        rank, indices = json.loads(line)
-        parts.setdefault(rank, []).append(indices)
-    return [[i for rank in sorted(parts) for i in parts[rank][step]] for step in range(len(parts[0]))]
 
 
 def test_finetune_begins_at_step_0_with_the_weights_of_the_same_image_size(data, tmp_path):
@@ -342,16 +299,11 @@ def test_stage_2_begins_with_the_weights_of_stage_1(data, tmp_path):
 
 
 def test_two_processes_encode_images_and_draw_pictures(data, tmp_path):
-    more = ["--sample-every", 3, "--max-steps", 6, "--sample-cfg-scale", 3, *EXACT]
-    kinds = ("ddp", "fsdp")
-    live(
-        *(life(data, tmp_path / k, *more, "--data-parallel", k, world=2, kind="images") for k in kinds),
-        life(data, tmp_path / "one", *more, kind="codes"),
-    )
-    for kind in kinds:
-        pictures = sorted(os.listdir(run_folder(tmp_path / kind) / "samples"))
-        assert pictures == ["0000003.png", "0000006.png"]
-        assert metrics(tmp_path / kind, "loss") == pytest.approx(metrics(tmp_path / "one", "loss"), abs=1e-5)
+    more = ["--sample-every", 3, "--max-steps", 3, "--sample-cfg-scale", 3, *EXACT]
+    live(life(data, tmp_path / "two", *more, "--data-parallel", "fsdp", world=2, kind="images"))
+    train(data, tmp_path / "one", *more, kind="codes")
+    assert os.listdir(run_folder(tmp_path / "two") / "samples") == ["0000003.png"]
+    assert metrics(tmp_path / "two", "loss") == pytest.approx(metrics(tmp_path / "one", "loss"), abs=1e-5)
     assert not (run_folder(tmp_path / "one") / "samples").exists()
 
 
