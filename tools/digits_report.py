@@ -61,7 +61,7 @@ def of_classes(args: argparse.Namespace) -> dict:
     shown = np.random.default_rng(0).permutation(len(originals))[:16]
     save_png(make_grid(np.concatenate([originals[shown], recons[shown]]), columns=16), output / "reconstructions.png")
 
-    with np.load(newest(args.samples, "*.npz")) as archive:
+    with np.load(newest_file(args.samples, "*.npz")) as archive:
         samples, asked = archive["arr_0"], archive["arr_1"]
     rows = [np.flatnonzero(asked == digit)[:10] for digit in range(10)]
     save_png(make_grid(samples[np.concatenate(rows)], columns=10), output / "samples.png")
@@ -80,14 +80,12 @@ def of_prompts(args: argparse.Namespace) -> dict:
     from PIL import Image
 
     from dataset.pixels import load_rgb
-    from tools.draw_training import read_curves
-    from tools.make_digit_captions import attribute_limits
+    from tools.digits import attribute_limits, attributes
     from utils.images import make_grid, save_png
-    from utils.runs import runs_in
 
     if not args.runs:
         raise ValueError("--runs is needed with --prompts: the results folders of the stages")
-    drawn = newest(args.samples, "*/result.jsonl")
+    drawn = newest_file(args.samples, "*/result.jsonl")
     lines = [json.loads(line) for line in drawn.read_text().splitlines()]
     with open(args.prompts, newline="", encoding="utf-8") as f:
         asked = list(csv.DictReader(f, delimiter="\t"))[: len(lines)]
@@ -104,21 +102,36 @@ def of_prompts(args: argparse.Namespace) -> dict:
     side = judge.held_images.shape[1]
     # At the size of the class-conditional digits, so that the figures can be laid side by side.
     resized = np.stack([np.asarray(Image.fromarray(image).resize((side, side), Image.BOX)) for image in samples])
-    curves = {Path(name).name: read_curves(runs_in(name)[0].folder / "metrics.jsonl") for name in args.runs}
+    limits = attribute_limits(judge.train_images[..., 0], judge.train_labels)
+    found = [attributes(image[..., 0], digit, limits) for image, digit in zip(samples, digits, strict=True)]
+    right = {
+        f"{name.lower()}_as_asked": [
+            one[place] == row[name] for one, row in zip(found, asked, strict=True) if row[name]
+        ]
+        for place, name in enumerate(("Slant", "Stroke"))
+    }
     return {
-        "nll_held_out_nats_per_token": {name: curve["val_loss"][-1][1] for name, curve in curves.items()},
+        "nll_held_out_nats_per_token": {Path(name).name: last_held_out_loss(name) for name in args.runs},
         "prompts": len({row["Prompt"] for row in asked}),
         **judge.figures(resized, digits),
-        **attributes_as_asked(samples, asked, attribute_limits(judge.train_images[..., 0], judge.train_labels)),
+        **{name: float(np.mean(values)) if values else None for name, values in right.items()},
     }
 
 
-def newest(folder: str, pattern: str) -> Path:
+def newest_file(folder: str, pattern: str) -> Path:
     """Return the newest file of a pattern. Raises FileNotFoundError where there are no finished samples."""
     found = sorted(Path(folder).glob(pattern), key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(f"{folder} has no {pattern}: run the sampling script with --sample-dir {folder} first")
     return found[-1]
+
+
+def last_held_out_loss(results: str) -> float:
+    """Return the last val_loss that the newest run of a results folder logged."""
+    from utils.runs import runs_in
+
+    lines = map(json.loads, (runs_in(results)[0].folder / "metrics.jsonl").read_text().splitlines())
+    return [line["val_loss"] for line in lines if "val_loss" in line][-1]
 
 
 class Judge:
@@ -127,6 +140,8 @@ class Judge:
     def __init__(self, folder: str | Path):
         from sklearn.neural_network import MLPClassifier
         from sklearn.svm import SVC
+
+        from tools.digits import read_digits
 
         self.train_images, self.train_labels = read_digits(Path(folder) / "train")
         self.held_images, self.held_labels = read_digits(Path(folder) / "held_out")
@@ -162,33 +177,6 @@ class Judge:
         precision, recall = precision_recall(*features)
         distance = frechet_distance(*(one.result() for one in statistics))
         return {"frechet_distance": distance, "precision": precision, "recall": recall}
-
-
-def read_digits(folder: Path) -> "tuple[np.ndarray, np.ndarray]":
-    """Return the images of class folders, uint8 (n, H, W, 3), and their digits (n,)."""
-    import numpy as np
-
-    from dataset.folders import class_folders
-    from dataset.pixels import load_rgb
-
-    images = class_folders(folder)
-    return np.stack([np.asarray(load_rgb(path)) for path in images.paths]), np.asarray(images.labels)
-
-
-def attributes_as_asked(
-    samples: "np.ndarray", asked: list[dict[str, str]], limits: "np.ndarray"
-) -> dict[str, float | None]:
-    """Return the shares of digits, uint8 (n, H, W, 3), that lean and are as heavy as their prompts say; by chance a third."""
-    import numpy as np
-
-    from tools.make_digit_captions import attributes
-
-    right: dict[str, list[bool]] = {"Slant": [], "Stroke": []}
-    for image, row in zip(samples, asked, strict=True):
-        for name, found in zip(right, attributes(image[..., 0], int(row["Digit"]), limits), strict=True):
-            if row[name]:
-                right[name].append(found == row[name])
-    return {f"{name.lower()}_as_asked": float(np.mean(values)) if values else None for name, values in right.items()}
 
 
 def draw_prompts(samples: "np.ndarray", prompts: list[str], path: Path, count: int = 20) -> None:

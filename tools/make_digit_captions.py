@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SLANTS = ("leaning left", "upright", "leaning right")
-STROKES = ("thin", "medium", "bold")
 
 # {word} or {figure} is the digit. A caption is an opening, an article, adjectives, a name, and what follows the name.
 OPENINGS = ("", "", "a scan of ", "a picture of ", "this is ")
@@ -46,6 +44,7 @@ def main(args: argparse.Namespace) -> None:
     from PIL import Image
     from sklearn.datasets import load_digits
 
+    from tools.digits import attribute_limits, attributes
     from utils.files import atomic_write
     from utils.images import is_whole_png, save_png
 
@@ -100,6 +99,8 @@ def prompt_table(count: int) -> str:
 
     An attribute that the wording leaves open is empty.
     """
+    from tools.digits import SLANTS, STROKES
+
     rows = ["Prompt\tDigit\tSlant\tStroke"]
     for number in range(count):
         digit, turn = number % 10, number // 10
@@ -114,36 +115,6 @@ def prompt_table(count: int) -> str:
 def fill(template: str, digit: int, slant: str, stroke: str) -> str:
     """Return a template's sentence."""
     return template.format(word=WORDS[digit], figure=digit, slant=slant, stroke=stroke)
-
-
-def measure(image: "np.ndarray") -> tuple[float, float]:
-    """Slant and weight of a light digit on black, (H, W) from 0: how far its top is to the right of its foot, as the
-    tangent of an angle, and the share of its pixels that are brighter than half."""
-    import numpy as np
-
-    ink = np.asarray(image, np.float64)
-    if not ink.any():
-        return 0.0, 0.0
-    y, x = np.indices(ink.shape)
-    total = ink.sum()
-    dy, dx = y - (ink * y).sum() / total, x - (ink * x).sum() / total
-    upright = (ink * dy**2).sum()
-    slant = -float((ink * dx * dy).sum() / upright) if upright else 0.0
-    return slant, float((ink > 127).mean())
-
-
-def attribute_limits(images: "np.ndarray", labels: "np.ndarray") -> "np.ndarray":
-    """Return the values that part each digit's images (n, H, W) into thirds: (10, 2, 2), for digit, slant or weight, lower or upper."""
-    import numpy as np
-
-    values = np.asarray([measure(image) for image in images])
-    return np.stack([np.quantile(values[labels == digit], (1 / 3, 2 / 3), axis=0).T for digit in range(10)])
-
-
-def attributes(image: "np.ndarray", digit: int, limits: "np.ndarray") -> tuple[str, str]:
-    """Return one of SLANTS and one of STROKES: in which third of its kind a digit is."""
-    slant, stroke = (int((value > pair).sum()) for value, pair in zip(measure(image), limits[digit], strict=True))
-    return SLANTS[slant], STROKES[stroke]
 
 
 def view(scan: "Image.Image", size: int, rng: "np.random.Generator | None") -> "Image.Image":

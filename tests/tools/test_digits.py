@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from dataset.folders import class_folders
+from tools import digits as known
 from tools import draw_training, make_digit_captions, make_digits, make_text_encoder
 
 pytestmark = pytest.mark.slow  # through whole scripts and servers
@@ -60,7 +61,7 @@ def test_captions_say_what_is_true(captions):
                 if re.search(rf"\b({number}|{make_digit_captions.WORDS[number]})\b", text)
             }
             assert named == {digit}, text
-            assert sum(words in text for words in make_digit_captions.SLANTS) <= 1
+            assert sum(words in text for words in known.SLANTS) <= 1
         assert side in long and pair["stroke"] in long
         assert long == f"{first}." and "." not in first and "{" not in short + long
 
@@ -68,15 +69,15 @@ def test_captions_say_what_is_true(captions):
 def test_a_digit_that_leans_and_one_that_is_heavy():
     image = np.zeros((8, 8))
     image[np.arange(8), 7 - np.arange(8)] = 255  # from the lower left to the upper right
-    assert make_digit_captions.measure(image) == pytest.approx((1.0, 8 / 64))
-    assert make_digit_captions.measure(image[:, ::-1])[0] == pytest.approx(-1.0)
-    assert make_digit_captions.measure(np.eye(8)[:, :1] @ np.ones((1, 8)))[0] == 0  # of one row
-    assert make_digit_captions.measure(np.zeros((8, 8))) == (0, 0)
+    assert known.measure(image) == pytest.approx((1.0, 8 / 64))
+    assert known.measure(image[:, ::-1])[0] == pytest.approx(-1.0)
+    assert known.measure(np.eye(8)[:, :1] @ np.ones((1, 8)))[0] == 0  # of one row
+    assert known.measure(np.zeros((8, 8))) == (0, 0)
     thick = image.copy()
     thick[:, 1:] += image[:, :-1]
-    assert make_digit_captions.measure(thick)[1] > 8 / 64
+    assert known.measure(thick)[1] > 8 / 64
     limits = np.tile([[-0.5, 0.5], [0.1, 0.2]], (10, 1, 1))
-    assert make_digit_captions.attributes(image, 3, limits) == ("leaning right", "medium")
+    assert known.attributes(image, 3, limits) == ("leaning right", "medium")
 
 
 def test_captions_are_the_same_again(captions):
@@ -115,8 +116,8 @@ def test_prompts_are_worded_as_no_caption(captions):
         make_digit_captions.fill(wording, digit, slant, stroke)
         for wording in wordings
         for digit in range(10)
-        for slant in make_digit_captions.SLANTS
-        for stroke in make_digit_captions.STROKES
+        for slant in known.SLANTS
+        for stroke in known.STROKES
     }
     words = {word for text in possible for word in re.findall(r"\w+", text)}
     for prompt, digit, slant, stroke in rows:
