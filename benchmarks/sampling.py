@@ -4,8 +4,7 @@
     python3 benchmarks/sampling.py --gpt-model GPT-B --precision bf16 --batches 1 --groups 1 4 16      # PAR
 
 Random weights, guidance 4 (twice as many rows as images), top-k 2000; tokens only. The floor applies each weight matrix
-once a step to that many rows, in the fastest way there is here, and does nothing else. Peak memory is what the process
-grew by since the model was there.
+once a step to that many rows, in the fastest way there is here, and does nothing else.
 """
 
 import argparse
@@ -15,8 +14,6 @@ from autoregressive.models.sizes import GPT_SIZES
 from utils.cli import flag_parser, positive_int, run_script
 
 if TYPE_CHECKING:
-    import torch
-
     from autoregressive.models.gpt import Transformer
 
 SAMPLING = {"cfg_scale": 4.0, "top_k": 2000}
@@ -26,66 +23,60 @@ WAYS = ["plain", "eager", "compiled"]
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from autoregressive.models.generate import generate, release_cache
     from autoregressive.pipeline import PRECISIONS
-    from benchmarks.measuring import bandwidth, random_gpt, timed
-    from benchmarks.plain_loop import plain_generate
+    from benchmarks.measuring import bandwidth, random_gpt
     from utils.distributed import pick_device
 
     device = pick_device(args.device)
     for group in args.groups:
-        model = (
-            random_gpt(args.gpt_model, args.tokens, torch.device("cpu"), ar_token_num=group)
-            .to(device, PRECISIONS[args.precision])
-            .requires_grad_(False)
-            .eval()
-        )
-        steps = 1 + len(model.layout.steps)
-        where = (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-        )
-        print(
-            f"\n{args.gpt_model}, {args.tokens} tokens in {steps} steps, {args.precision}, torch {torch.__version__}, {where}"
-        )
-        if device.type == "cuda":
+        model = random_gpt(args.gpt_model, args.tokens, torch.device("cpu"), ar_token_num=group)
+        model = model.to(device, PRECISIONS[args.precision]).requires_grad_(False).eval()
+        cuda, steps = device.type == "cuda", 1 + len(model.layout.steps)
+        where = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} CPU threads"
+        shape = f"{args.tokens} tokens in {steps} steps, {args.precision}"
+        print(f"\n{args.gpt_model}, {shape}, torch {torch.__version__}, {where}")
+        if cuda:
             print(f"memory bandwidth: {bandwidth(device) / 1e9:.0f} GB/s")
-        print(
-            "| images | way | s | steps/s | images/s | of the plain loop | of the floor | first call s | grew by MiB |"
-        )
-        print("|---|---|---|---|---|---|---|---|---|")
+        print("| images | way | s | steps/s | images/s | of the plain loop | of the floor | first call s |")
+        print("|---|---|---|---|---|---|---|---|")
         for batch in args.batches:
-            labels = torch.arange(batch, device=device) % 1000
-            best = floor(model, 2 * batch, group, args.passes)
-            total = steps * best
-            print(f"| {batch} | floor | {total:.2f} | {1 / best:.1f} | {batch / total:.3g} | | | | |", flush=True)
-            plain = None
-            for way in args.ways:
-                if way == "plain" and group > 1:
-                    continue
-                release_cache(model)
-                before = reset_memory(device)
+            measure(model, batch, group, steps, args)
 
-                def draw(way: str = way, labels: "torch.Tensor" = labels, model: "Transformer" = model) -> None:
-                    if way == "plain":
-                        plain_generate(model, labels, **SAMPLING)
-                    else:
-                        generate(model, labels, compile=way == "compiled", **SAMPLING)
 
-                if way == "plain":
-                    plain_generate(model, labels, steps=8, **SAMPLING)
-                    first = 0.0
-                else:
-                    first = timed(draw, device)
-                seconds = min(timed(draw, device) for _ in range(args.repeats))
-                grown = memory(device) - before
-                plain = seconds if way == "plain" else plain
-                ratio = f"{plain / seconds:.2f}x" if plain else ""
-                print(
-                    f"| {batch} | {way} | {seconds:.2f} | {steps / seconds:.1f} | {batch / seconds:.3g} | {ratio} | "
-                    f"{total / seconds:.0%} | {max(first - seconds, 0):.1f} | {grown / 2**20:.0f} |",
-                    flush=True,
-                )
+def measure(model: "Transformer", batch: int, group: int, steps: int, args: argparse.Namespace) -> None:
+    """Print the rows of a number of images: the floor, then each way."""
+    import torch
+
+    from autoregressive.models.generate import generate, release_cache
+    from benchmarks.measuring import timed
+    from benchmarks.plain_loop import plain_generate
+
+    device = model.tok_embeddings.weight.device
+    labels, plain = torch.arange(batch, device=device) % 1000, None
+    least = steps * floor(model, 2 * batch, group, args.passes)
+    print(f"| {batch} | floor | {least:.2f} | {steps / least:.1f} | {batch / least:.3g} | | | |", flush=True)
+    for way in args.ways:
+        if way == "plain" and group > 1:
+            continue
         release_cache(model)
+
+        def draw(way: str = way) -> None:
+            if way == "plain":
+                plain_generate(model, labels, **SAMPLING)
+            else:
+                generate(model, labels, compile=way == "compiled", **SAMPLING)
+
+        eight = lambda: plain_generate(model, labels, steps=8, **SAMPLING)  # noqa: E731
+        first = timed(eight if way == "plain" else draw, device)
+        seconds = min(timed(draw, device) for _ in range(args.repeats))
+        plain = seconds if way == "plain" else plain
+        ratio = f"{plain / seconds:.2f}x" if plain else ""
+        print(
+            f"| {batch} | {way} | {seconds:.2f} | {steps / seconds:.1f} | {batch / seconds:.3g} | {ratio} | "
+            f"{least / seconds:.0%} | {max(first - seconds, 0):.1f} |",
+            flush=True,
+        )
+    release_cache(model)
 
 
 def floor(model: "Transformer", rows: int, group: int, passes: int) -> float:
@@ -120,37 +111,6 @@ def floor(model: "Transformer", rows: int, group: int, passes: int) -> float:
         with packed(model):
             step()
             return min(plain, *(timed(step, weight.device) for _ in range(passes)))
-
-
-def reset_memory(device: "torch.device") -> int:
-    """Begins a new peak; returns the bytes in use now."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    try:
-        with open("/proc/self/clear_refs", "w") as f:  # Linux: the peak of resident memory begins anew
-            f.write("5")
-    except OSError:
-        pass
-    return _resident("VmRSS")
-
-
-def memory(device: "torch.device") -> int:
-    """Return the peak since reset_memory, bytes."""
-    import torch
-
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
-
-
-def _resident(field: str) -> int:
-    try:
-        with open("/proc/self/status") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field + ":"))
-    except (OSError, StopIteration):
-        return 0
 
 
 def flags() -> argparse.ArgumentParser:

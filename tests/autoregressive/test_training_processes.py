@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 
 import numpy as np
@@ -41,7 +40,7 @@ TEN = [*EXACT, "--epochs", 9, "--max-steps", 10, "--gradient-accumulation-steps"
 OWN = ["--import", ROOT / "examples/z_loss.py", "--objective", "z_loss"]
 # A smaller rate: Adam makes large steps of the special tokens' first, tiny gradients, whose rounding would then show.
 PAR = ["--ar-token-num", 4, "--spe-token-num", 3, "--lr", 5e-4]
-NPP = ["--patch-level", 2, "--epoch-rate", 0.5, "--scheduler", "--epochs", 4, "--max-steps", 20]
+NPP = ["--patch-level", 2, "--epoch-rate", 0.5, "--scheduler", "--epochs", 2, "--max-steps", 12]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +128,7 @@ def test_par_and_npp_give_the_losses_of_one_process(codes, tmp_path, one):
     for case, folder in runs.items():
         agree(folder, one / case[0])
     losses, lr = list(metrics(one / "NPP", "loss").values()), metrics(one / "NPP", "lr")
-    assert losses[11] < losses[0] and len({lr[step] for step in range(1, 21)}) > 5
+    assert losses[11] < losses[0] and len({lr[step] for step in range(1, 13)}) > 5
 
 
 KINDS = ("ddp", "fsdp")
@@ -153,25 +152,16 @@ def test_two_processes_draw_pictures_of_shards(codes, tmp_path, small_files):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_random_moments_and_resumed_gives_the_same_bits(codes, tmp_path, kind):
-    """Three kills -9 over one run of two processes, with dropout on: one while a checkpoint is being written."""
-    flags = ["--epochs", 3, "--ckpt-every", 2, "--keep-last", 3, "--resume", "--data-parallel", kind]
-    rng, lives = random.Random(2), [life(codes, tmp_path / "whole", *flags, world=2)]
-    killed = tmp_path / "killed"
-    store = f"{killed}/*/checkpoints"
-    for kill, moment in enumerate(["written", "being written", "later"]):
-        step = 4 * (kill + 1)
-        finished = f"{store}/{step:07d}" + ("" if kind == "fsdp" else ".pt")
-        unfinished = f"{store}/.{step:07d}.*"
-        when = {"kill_at": unfinished if moment == "being written" else finished}
-        if moment == "later":
-            when["kill_later"] = rng.uniform(0, 0.3)
-        lives.append(life(codes, killed, *flags, world=2, **when))
-    lives.append(life(codes, killed, *flags, world=2))
-    printed = live(*lives)
-    assert printed.count("life: killed") == 3 and printed.count("resuming") >= 3
+def test_killed_and_resumed_gives_the_same_bits(codes, tmp_path, kind):
+    """Two kills -9 over one run of two processes, with dropout on: after a checkpoint, and while the next is being written."""
+    flags = ["--epochs", 2, "--ckpt-every", 2, "--keep-last", 3, "--resume", "--data-parallel", kind]
+    killed, lives = tmp_path / "killed", [life(codes, tmp_path / "whole", *flags, world=2)]
+    for moment in ("0000004*", ".0000008.*"):
+        lives.append(life(codes, killed, *flags, world=2, kill_at=f"{killed}/*/checkpoints/{moment}"))
+    printed = live(*lives, life(codes, killed, *flags, world=2))
+    assert printed.count("life: killed") == 2 and printed.count("resuming") >= 2
     whole, parts = last(tmp_path / "whole"), last(killed)
-    assert whole.name == parts.name and whole.stem == "0000018"
+    assert whole.name == parts.name and whole.stem == "0000012"
     for one, other in zip(weights(tmp_path / "whole"), weights(killed), strict=True):
         assert same(one, other)
     if kind == "ddp":
@@ -294,7 +284,7 @@ def test_a_sharded_checkpoint_samples_and_starts_other_runs(codes, tmp_path, sma
     flags = ["--mixed-precision", "bf16", "--grad-precision", "fp32", "--max-steps", 3, "--cloud-save-path", cloud]
     live(
         life(codes, first, *flags, "--no-local-save", world=2),
-        life(codes, tmp_path / "half", "--mixed-precision", "fp16", "--max-steps", 3, world=2),
+        life(codes, tmp_path / "half", "--mixed-precision", "fp16", "--max-steps", 1, world=2),
     )
     (folder,) = cloud.glob("*-GPT-XS/0000003")
     assert (folder / "resume_step.txt").read_text() == "3\n"
