@@ -72,10 +72,7 @@ RECIPES = (
     "tokenizer/reconstruction_flags.py", "tools/steps.py",
 )  # fmt: skip
 # Modules whose imports of scripts are still to be moved.
-PENDING = (
-    "app.py", "autoregressive/train/train_c2i_fsdp.py", "benchmarks/gpu_parts.py", "benchmarks/gpu_training.py",
-    "benchmarks/quantization.py", "evaluations/t2i/figures.py", "tools/digits_report.py", "tools/reproduce.py", "tools/steps.py",
-)  # fmt: skip
+PENDING = ("app.py", "evaluations/t2i/figures.py")
 PARSING = {
     "ArgumentParser",
     "ArgumentTypeError",
