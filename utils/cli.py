@@ -83,11 +83,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help with every default and the description as it is written."""
+    """Help with the description as it is written, and every default that is neither None nor said already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = action.default in (None, []) or "(default" in (action.help or "")
+        return action.help if said else super()._get_help_string(action)
 
 
 def flag_parser(description: str | None, added: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """Return a parser whose help shows every default. added: published flags that its published form lacks."""
+    """Return a parser whose help shows the defaults. added: published flags that its published form lacks."""
     parser = _Parser(description=description, formatter_class=_Formatter, added=added)
     help = "a file of your own that registers layouts, conditions, objectives or quantisers (docs/extending.md); repeatable"
     parser.add_argument("--import", dest="import", metavar="FILE.py", action="append", default=[], help=help)
