@@ -22,7 +22,7 @@ from benchmarks.serving import IMAGES, run_load, started_server
 from tests.helpers import randomize
 from tests.serve.servers import pixels
 
-LABELS, SEEDS, SCALES = 10, 4, (1.0, 4.0)
+LABELS, SEEDS, SCALES = 10, 2, (1.0, 4.0)
 TOP_K = (0, 1)  # 1 is the likeliest token
 
 # Further flags of the server that is under load, by the engine. Five places: requests wait, and batches change all the time.
@@ -76,7 +76,7 @@ def expected(gpt_file, small_files) -> dict[tuple[int, int, float, int], np.ndar
         return logits * (1 + 1e-6 * torch.randn(logits.shape, generator=generator))
 
     with patch.object(Transformer, "head", moved):
-        for _ in range(3):
+        for _ in range(2):
             steady &= {asked for asked, image in draw().items() if np.array_equal(image, images[asked])}
     assert len(images) - len(steady) <= 3
     return {asked: images[asked] for asked in steady}
@@ -134,6 +134,13 @@ def test_load_and_sigterm(gpt_file, small_files, expected, flags):
     the server ends with 0, in bounded time."""
     words = ["--gpt-ckpt", gpt_file, "--vq-ckpt", small_files.vq, "--max-queue", 32, *flags]
     with started_server(words) as server:
+        # Everybody who waits long enough is served.
+        bodies = [body(i) for i in range(80)]
+        load = run_load(server.url, bodies, bursts=1, attempts=10**6, longest_wait=1.0, timeout=120.0)
+        outcomes = asyncio.run(load)
+        assert {outcome.status for outcome in outcomes} == {200} and sum(outcome.refused for outcome in outcomes) > 0
+        check_images(outcomes, expected)
+        drawn = len(server.events())
 
         async def main():
             others = [asyncio.create_task(misbehave(server.url, i)) for i in range(40)]
@@ -149,7 +156,9 @@ def test_load_and_sigterm(gpt_file, small_files, expected, flags):
                     timeout=120.0,
                 )
             )
-            while sum(event.get("status") == 200 for event in server.events()) < 50:  # the others come again and again
+            while (
+                sum(event.get("status") == 200 for event in server.events()[drawn:]) < 50
+            ):  # the others come again and again
                 assert not load.done(), Counter(outcome.status for outcome in load.result())
                 await asyncio.sleep(0.05)
             server.terminate()
@@ -172,24 +181,8 @@ def test_load_and_sigterm(gpt_file, small_files, expected, flags):
         counts[200] >= 40 and counts[429] == 0 and counts["hung up"] > 0 and counts[503] + counts["unreachable"] > 5
     ), counts
     check_images(outcomes, expected)
-    answered = [event for event in server.events() if event["event"] == "answered"]
+    answered = [event for event in server.events()[drawn:] if event["event"] == "answered"]
     statuses = Counter(event["status"] for event in answered if event["path"].endswith("generations"))
     assert statuses[200] >= counts[200], (statuses, counts)
     assert not {status for status in statuses if status >= 500} - {503}, statuses
     assert not [event for event in server.events() if event["level"] == "error"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("flags", ENGINES[:1])
-def test_everybody_who_waits_long_enough_is_served(gpt_file, small_files, expected, flags):
-    words = ["--gpt-ckpt", gpt_file, "--vq-ckpt", small_files.vq, "--max-queue", 16, *flags]
-    with started_server(words) as server:
-        outcomes = asyncio.run(
-            run_load(
-                server.url, [body(i) for i in range(40)], bursts=2, attempts=10**6, longest_wait=2.0, timeout=120.0
-            )
-        )
-        assert {outcome.status for outcome in outcomes} == {200}
-        assert sum(outcome.refused for outcome in outcomes) > 0
-        check_images(outcomes, expected)
-        assert server.end() == 0

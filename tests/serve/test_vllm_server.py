@@ -51,7 +51,9 @@ def body(i: int) -> dict:
     return {"prompt": PROMPTS[i], "guidance_scale": SCALES[i % 4], "seed": i, "temperature": i % 2, "top_k": 0}
 
 
-def test_prompts(files, small_files):
+def test_prompts(files, small_files, monkeypatch):
+    """The log of all processes, which vLLM fills, is JSON."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
     words = [
         "--engine", "vllm", "--gpt-ckpt", files / "t2i.pt", "--vq-ckpt", small_files.vq, "--t5-path", files / "t5",
         "--t5-model-type", "flan-t5-xl", "--batch-size", 5, "--device", "cpu",
@@ -72,7 +74,10 @@ def test_prompts(files, small_files):
         refused = httpx.post(server.url + IMAGES, json={"class_label": 3})
         assert refused.status_code == 400 and "prompt" in refused.json()["error"]["message"]
         assert server.end() == 0
-        assert not [event for event in server.events() if event["level"] == "error"]
+        told = server.events()
+        assert len(told) == len(server.lines), [line for line in server.lines if not line.startswith("{")]
+        assert [event for event in told if "vLLM" in event["event"] or "V1 LLM engine" in event["event"]]
+        assert not [event for event in told if event["level"] == "error"]
     pipeline = ImagePipeline.from_pretrained(
         files / "t2i.pt", vq=small_files.vq, t5_path=files / "t5", t5_model_type="flan-t5-xl", device="cpu"
     )
@@ -104,19 +109,8 @@ def wait_for_engine(server: subprocess.Popen, seconds: float = 400) -> None:
 @pytest.mark.parametrize("seconds, number", [(0.1, signal.SIGTERM), (5, signal.SIGKILL)])
 def test_server_that_ends_while_its_engine_starts_leaves_no_process(small_files, seconds, number):
     """Ends it so long after the engine's process was begun: before, and after vLLM is imported there."""
-    words = [
-        "--engine",
-        "vllm",
-        "--gpt-ckpt",
-        small_files.gpt,
-        "--vq-ckpt",
-        small_files.vq,
-        "--device",
-        "cpu",
-        "--port",
-        "0",
-    ]
-    line = [sys.executable, "-m", "autoregressive.serve.server", *map(str, words)]
+    words = ["--engine", "vllm", "--gpt-ckpt", small_files.gpt, "--vq-ckpt", small_files.vq, "--device", "cpu"]
+    line = [sys.executable, "-m", "autoregressive.serve.server", *map(str, words), "--port", "0"]
     with subprocess.Popen(line, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL) as server:
         try:
             wait_for_engine(server)
