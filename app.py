@@ -211,7 +211,7 @@ async def serve(
     """
     import gradio
     import httpx
-    from fastapi import Depends, FastAPI
+    from fastapi import Depends, FastAPI, HTTPException
     from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
     from autoregressive.demo import HTTP, Painter
@@ -267,7 +267,19 @@ async def serve(
 
     async def both(scope: dict, receive: Callable, send: Callable) -> None:
         inside = scope["type"] == "http" and (scope.get("server") or (None, None))[1] is None  # over the Unix socket
-        await (private if inside else public)(scope, receive, send)
+        gone = False
+
+        async def receiving() -> dict:
+            nonlocal gone
+            message = await receive()
+            gone = gone or message["type"] == "http.disconnect"
+            return message
+
+        try:
+            await (private if inside else public)(scope, receiving, send)
+        except Exception as error:  # gradio's, of a stream whose session ended with the visitor's leaving
+            if not gone and not isinstance(error.__cause__, HTTPException):
+                raise
 
     server = DrainingServer(both)
     signals.act = lambda: setattr(server, "should_exit", True)
@@ -351,9 +363,9 @@ async def respond(
         logging.exception("drawing failed")
         yield files, error_html(f"drawing failed ({type(error).__name__}); the terminal has the details"), seed
     finally:
-        if made:
-            for file in made.glob("*[0-9].png"):
-                file.unlink()
+        if made:  # gradio may be at the last of them yet, where the visitor has left
+            previews = list(made.glob("*[0-9].png"))
+            asyncio.get_running_loop().call_later(SECONDS_TO_LISTEN, lambda: [file.unlink(True) for file in previews])
 
 
 def build_page(

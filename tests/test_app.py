@@ -273,12 +273,15 @@ def respond(painter, folder, **settings):
     asked = {"count": 1, "seed": 0, "fresh": False, "settings": {"cfg_scale": 2.0}}
 
     async def main():
-        return [shown async for shown in app.respond(painter, folder, "3", *{**asked, **settings}.values())]
+        shown = [shown async for shown in app.respond(painter, folder, "3", *{**asked, **settings}.values())]
+        await asyncio.sleep(0.01)
+        return shown
 
     return asyncio.run(main())
 
 
-def test_unfinished_pictures_files_go_with_the_drawing(tmp_path):
+def test_unfinished_pictures_files_go_after_the_drawing(tmp_path, monkeypatch):
+    monkeypatch.setattr(app, "SECONDS_TO_LISTEN", 0)
     *_, (files, status, seed) = respond(Artist(), tmp_path / "pictures")
     assert (status, seed) == ("done", 0) and [caption for _, caption in files] == ["3 s"]
     assert [path.read_bytes() for path in tmp_path.rglob("*.png")] == [b"whole"]

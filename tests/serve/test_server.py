@@ -66,20 +66,11 @@ def test_an_image(tokenizer):
     with_client(tokenizer, work)
 
 
-@pytest.mark.parametrize("way", [{"headers": {"Accept": "image/png"}}, {"response_format": "png"}])
-def test_png(tokenizer, way):
-    async def work(client, service):
-        response = await post(client, class_label=3, seed=5, **way)
-        assert response.status_code == 200 and response.headers["content-type"] == "image/png"
-        assert response.headers["x-image-seed"] == "5"
-        assert np.array_equal(pixels(response.content), picture(tokenizer, 3, 5))
-
-    with_client(tokenizer, work)
-
-
 def test_several_images_have_seeds_in_a_row(tokenizer):
     async def work(client, service):
-        several = (await post(client, class_name="4", n=3, seed=MAX_SEED)).json()["data"]
+        answer = (await post(client, class_name="4", n=3, seed=MAX_SEED)).json()
+        assert answer["usage"] | {"input_tokens": 1, "output_tokens": 192, "total_tokens": 193} == answer["usage"]
+        several = answer["data"]
         assert [image["seed"] for image in several] == [MAX_SEED, 0, 1]
         for image in several:
             alone = (await post(client, prompt="4", seed=image["seed"])).json()["data"][0]
@@ -203,6 +194,7 @@ def test_output_format_is_the_files_kind_in_every_way_of_answering(tokenizer, ki
             await post(client, prompt="2", seed=3, response_format=kind),
         ]
         assert {response.headers["content-type"] for response in raw} == {f"image/{kind}"}
+        assert {response.headers["x-image-seed"] for response in raw} == {"3"}
         assert answer["output_format"] == kind and {data["output_format"] for _, data in stream} == {kind}
         files = [answer["data"][0], stream[-1][1], *(response.content for response in raw)]
         for file in files:
@@ -211,14 +203,6 @@ def test_output_format_is_the_files_kind_in_every_way_of_answering(tokenizer, ki
         if kind != "png":
             small = (await post(client, **told, output_compression=1)).json()["data"][0]["b64_json"]
             assert len(small) < len(answer["data"][0]["b64_json"])
-
-    with_client(tokenizer, work)
-
-
-def test_usage_counts_the_tokens_of_all_images(tokenizer):
-    async def work(client, service):
-        told = (await post(client, prompt="2", n=3)).json()["usage"]
-        assert (told["input_tokens"], told["output_tokens"], told["total_tokens"]) == (1, 192, 193)
 
     with_client(tokenizer, work)
 
@@ -816,27 +800,6 @@ def live(small_files, tokenizer):
         )
 
 
-def test_mixed_requests_at_once(live):
-    address, pipeline = live
-    asked = [
-        {"class_label": i % 10, "seed": i, "guidance_scale": (1.0, 4.0)[i % 2], "top_k": (0, 0, 20)[i % 3]}
-        for i in range(12)
-    ] + [{"prompt": "7", "seed": 3, "stream": True, "partial_rows": 2}]
-
-    async def main():
-        async with httpx.AsyncClient(base_url=address, timeout=120) as client:
-            return await asyncio.gather(*(post(client, **body) for body in asked))
-
-    answers = asyncio.run(main())
-    for body, response in zip(asked, answers, strict=True):
-        assert response.status_code == 200, response.text
-        settings = {"cfg_scale": body.get("guidance_scale", 4.0), "top_k": body.get("top_k", 2000)}
-        label = body.get("class_label", 7)
-        expected = pipeline([label], seed=body["seed"], progress=False, **settings)[0]
-        image = events(response)[-1][1] if body.get("stream") else response.json()["data"][0]
-        assert np.array_equal(pixels(image), np.asarray(expected)), body
-
-
 def test_the_openai_client(live):
     openai = pytest.importorskip("openai")
     address, pipeline = live
@@ -881,15 +844,6 @@ def test_openai_options_are_all_taken_or_refused_on_purpose():
         assert REFUSED_ON_PURPOSE[what] in invalid_body({**first, "loc": ("body", *first["loc"])}).message
 
 
-def test_a_megabyte_over_the_network(live):
-    address, _ = live
-    with httpx.Client(base_url=address, timeout=60) as client:
-        for size in (10**6, 5 * 10**6):
-            response = client.post(IMAGES, json={"prompt": "x" * size})
-            assert response.status_code == 413
-        assert client.post(IMAGES, json={"prompt": "1"}).status_code == 200
-
-
 def test_nothing_in_the_documented_interface_breaks_it(tokenizer):
     """Requests made up from the server's own OpenAPI description: none is answered with a 5xx, or otherwise than described."""
     schemathesis = pytest.importorskip("schemathesis")
@@ -906,7 +860,7 @@ def test_nothing_in_the_documented_interface_breaks_it(tokenizer):
         operations = {operation.path: operation for operation in (found.ok() for found in schema.get_all_operations())}
         assert set(operations) >= {IMAGES, "/v1/models", "/v1/models/{name}", "/health", "/metrics"}
         # What is made up is hardly ever a class: once it is given one, so that the other fields are acted on.
-        runs = [(IMAGES, positive, True, 60), (IMAGES, positive, False, 40), (IMAGES, negative, False, 80)]
+        runs = [(IMAGES, positive, True, 40), (IMAGES, positive, False, 20), (IMAGES, negative, False, 50)]
         runs += [(path, positive, False, 10) for path in operations if path != IMAGES]
 
         def ask_all(path, mode, with_class, count):

@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import os
 from dataclasses import replace
 
 import pytest
@@ -17,7 +16,7 @@ from autoregressive.pipeline import ImagePipeline
 from autoregressive.request import Request
 from autoregressive.serve.vllm_engine import engine_settings
 from tests.serve.small import image
-from tests.serve.vllm_engines import Running, engine_processes, preemptions
+from tests.serve.vllm_engines import Running, preemptions
 from tokenizer.load import load_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -88,24 +87,6 @@ def test_negatives_of_any_company_draw_what_the_pipeline_draws(running, small_fi
         [replace(requests[3], negative={} if n is None else {"label": n}) for n in (None, 10, 4)]
     )
     assert none == same != other
-
-
-def test_token_age_is_that_of_a_hung_engine(running):
-    async def hang() -> tuple[float, float | None]:
-        stream = running.engine.generate(GREEDY[0])
-        await anext(stream)
-        (process,) = engine_processes(os.getpid())
-        process.suspend()
-        await asyncio.sleep(1)
-        age = running.engine.token_age()
-        process.resume()
-        async for _ in stream:
-            pass
-        return age, running.engine.token_age()
-
-    assert running.engine.token_age() is None
-    age, idle = running.runner.run(hang())
-    assert age > 0.9 and idle is None
 
 
 @pytest.mark.parametrize(

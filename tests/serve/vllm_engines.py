@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
 import torch
 
 from autoregressive.pipeline import ImagePipeline, load_gpt
@@ -62,10 +61,3 @@ def preemptions() -> float:
         for sample in metric.samples
         if sample.name == "vllm:num_preemptions_total"
     )
-
-
-def engine_processes(pid: int) -> "list[psutil.Process]":
-    """Engines among the descendants of a process."""
-    return [
-        child for child in psutil.Process(pid).children(recursive=True) if "EngineCore" in " ".join(child.cmdline())
-    ]
