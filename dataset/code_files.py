@@ -2,7 +2,7 @@
 
     writer = CodeWriter("codes", CodeSettings(dataset="imagenet", image_size=256, tokens=256, views=FLIP_VIEWS,
                                               codebook_size=16384, num_images=1281167))
-    for k in writer.missing_shards(rank, world):
+    for k in writer.missing_shards():
         writer.write_shard(k, codes, labels, indices, skipped)
     codes = ShardFolder("codes").rows(positions, views)              # (n, tokens)
 
@@ -21,11 +21,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from reprlib import repr as short
 
 import numpy as np
 
-from dataset.augmentation import TEN_CROP_VIEWS, VIEWS, corrected_views
+from dataset.augmentation import VIEWS, corrected_views
 from dataset.pixels import Reading
 from dataset.store import INDEX_FILE, Fixed, Loose, Shards, read_record, refuse_other
 from utils.files import write_json
@@ -46,22 +45,13 @@ class CodeSettings:
     """Record of a folder of codes.
 
     Args:
-        dataset: kind of the images.
-        image_size: their pixels a side.
-        tokens: codes an image.
-        views: names of an image's views, such as FLIP_VIEWS.
-        codebook_size: codes there are.
-        num_images: images of the data set, unreadable ones too.
-        num_classes, classes: of the labels, and their names.
         vq_model, tokenizer: name of the tokenizer's size and fingerprint of its weights.
         crop_range: of ten crops.
-        shard_size: images a shard.
         made_by: the script that wrote the codes.
         extra: precision of the encoder, and how files were read.
         images: identity of the list of images and their labels (dataset/images.py:ImageList.identity).
 
-    Raises:
-        ValueError: for values that no codes can have.
+    Raises ValueError for values that no codes can have.
     """
 
     dataset: str
@@ -84,13 +74,10 @@ class CodeSettings:
         object.__setattr__(self, "views", corrected_views(self.views))
         if self.classes is not None:
             object.__setattr__(self, "classes", list(self.classes))
-            if self.num_classes is None:
-                object.__setattr__(self, "num_classes", len(self.classes))
-        for name in ("image_size", "tokens", "codebook_size", "num_images", "shard_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not self.views:
-            raise ValueError("codes need at least one view")
+            object.__setattr__(self, "num_classes", self.num_classes or len(self.classes))
+        numbers = (self.image_size, self.tokens, self.codebook_size, self.num_images, self.shard_size, len(self.views))
+        if min(numbers) <= 0:
+            raise ValueError(f"sizes, numbers and views of codes must be positive, got {self}")
 
     @property
     def dtype(self) -> np.dtype:
@@ -111,36 +98,18 @@ class CodeSettings:
     def read(cls, folder: str | Path, name: str = INDEX_FILE) -> "CodeSettings":
         """Return the record of a folder. Raises FileNotFoundError or ValueError that names it."""
         file = Path(folder) / name
-        values = read_record(file)
+        values = {"images": None, **read_record(file)}  # the first edition records no images
         if values.pop("format", None) != FORMAT:
             raise ValueError(f"{file} is of a format this version does not read (it reads format {FORMAT})")
         values.pop("dtype", None)
-        names = {f.name for f in fields(cls)}
-        values.setdefault("images", None)  # the first edition has none
-        if values.keys() != names:
-            raise ValueError(f"{file} lacks or has unknown settings: {', '.join(sorted(values.keys() ^ names))}")
+        if wrong := values.keys() ^ {f.name for f in fields(cls)}:
+            raise ValueError(f"{file} lacks or has unknown settings: {', '.join(sorted(wrong))}")
         return cls(**values)
 
-    def finish_command(self, folder: str | Path) -> str:
-        """Return the command line that completes a folder of these codes."""
-        flags = f"--image-size {self.image_size} --codebook-size {self.codebook_size}"
-        flags += f" --vq-model {self.vq_model}" if self.vq_model else ""
-        flags += f" --shard-size {self.shard_size}" if self.shard_size != SHARD_SIZE else ""
-        if self.made_by not in (EXTRACTION, TEXT_EXTRACTION):
-            classes = f" --num-classes {self.num_classes}" if self.num_classes else ""
-            return f"python {self.made_by} --from THE_SOURCE --to {folder} {flags}{classes}"
-        precision = self.extra.get("mixed_precision")
-        flags += f" --mixed-precision {precision}" if precision else ""
-        flags += Reading.recorded(self.extra).flags()
-        if self.made_by == TEXT_EXTRACTION:
-            to = Path(folder).parent
-            return f"python3 {self.made_by} --data-path THE_PAIRS --code-path {to} --vq-ckpt THE_TOKENIZER {flags}"
-        flags += f" --ten-crop --crop-range {self.crop_range}" if TEN_CROP_VIEWS[0] in self.views else ""
-        flags += "" if any(view.endswith("_flip") for view in self.views) else " --no-flip"
-        return (
-            "bash scripts/autoregressive/extract_codes_c2i.sh --data-path THE_IMAGES --vq-ckpt THE_TOKENIZER "
-            f"--code-path {folder} --dataset {self.dataset} {flags}"
-        )
+    @property
+    def remedy(self) -> str:
+        """Return what completes a folder of these codes, for errors."""
+        return f"run {self.made_by} again with the flags that began it, which keeps what is there"
 
 
 def published_record(image_size: int) -> str:
@@ -187,9 +156,9 @@ class CodeWriter:
         self.folder, self.settings, self._shards = Path(folder), settings, Shards(folder)
         record_settings(folder, settings)
 
-    def missing_shards(self, rank: int = 0, world: int = 1) -> list[int]:
-        """Return the shards this rank has to write, as Shards.missing does."""
-        return self._shards.missing(self.settings.num_shards, rank, world)
+    def missing_shards(self) -> list[int]:
+        """Return the shards that are not there whole."""
+        return self._shards.missing(self.settings.num_shards)
 
     def compare_labels(self, labels: np.ndarray | None) -> None:
         """Compare the labels of finished shards with those of all images (n,), None where all are 0.
@@ -211,12 +180,7 @@ class CodeWriter:
         return _read_shard(self._shards, self.settings, shard, self._shards.record(shard)["samples"])
 
     def write_shard(
-        self,
-        shard: int,
-        codes: np.ndarray,
-        labels: np.ndarray,
-        indices: np.ndarray,
-        skipped: Sequence[int] = (),
+        self, shard: int, codes: np.ndarray, labels: np.ndarray, indices: np.ndarray, skipped: Sequence[int] = ()
     ) -> None:
         """Write one shard.
 
@@ -233,13 +197,12 @@ class CodeWriter:
         """
         settings, place = self.settings, f"shard {shard} of {self.folder}"
         codes, labels, indices = np.asarray(codes), np.asarray(labels), np.asarray(indices, dtype=np.int64)
-        expected = (len(indices), len(settings.views), settings.tokens)
+        expected, wanted = (len(indices), len(settings.views), settings.tokens), settings.images_of(shard)
         if codes.shape != expected or labels.shape != indices.shape:
             raise ValueError(
                 f"{place}: expected codes {expected} and labels ({len(indices)},), got {codes.shape} and {labels.shape}"
             )
-        if sorted([*indices.tolist(), *skipped]) != list(settings.images_of(shard)):
-            wanted = settings.images_of(shard)
+        if sorted([*indices.tolist(), *skipped]) != list(wanted):
             raise ValueError(
                 f"{place} is of the images {wanted.start} to {wanted.stop - 1}, each once: got {len(indices)} indices and "
                 f"{len(skipped)} skipped"
@@ -273,13 +236,13 @@ class ShardFolder(Fixed):
         self.folder, self.settings = Path(folder), CodeSettings.read(folder)
         self.tokens, self.view_names = self.settings.tokens, self.settings.views
         shape = (len(self.view_names), self.tokens)
-        number, size, finish = self.settings.num_images, self.settings.shard_size, self.settings.finish_command(folder)
-        super().__init__(Shards(folder), "", self.settings.dtype, shape, number, size, finish)
+        number, size = self.settings.num_images, self.settings.shard_size
+        super().__init__(Shards(folder), "", self.settings.dtype, shape, number, size, self.settings.remedy)
 
     @cached_property
     def all_labels(self) -> np.ndarray:
         """Return the label of every sample, int64 (n,)."""
-        return np.concatenate([self.array(shard, "labels", np.int64, ()) for shard in range(self.count)])
+        return np.concatenate([labels for _, labels, _ in self.parts()])
 
     @property
     def num_classes(self) -> int:
@@ -306,12 +269,11 @@ class ShardFolder(Fixed):
 
     def verify(self, codebook_size: int | None = None) -> str:
         """Read every file and compare its checksum; say so. Raises ValueError that names the damaged ones."""
-        names = self.shards.verify(self.count)
-        if names:
+        if names := self.shards.verify(self.count):
             records = dict.fromkeys(f"{name.split('.')[0]}.json" for name in names)
             raise ValueError(
-                f"damaged in {self.folder}: {', '.join(names)} (checksum differs). Remove {', '.join(records)} and write "
-                f"them anew:\n  {self.settings.finish_command(self.folder)}"
+                f"damaged in {self.folder}: {', '.join(names)} (checksum differs): remove {', '.join(records)} and "
+                f"{self.settings.remedy}"
             )
         return f"the checksums of all {self.count} shards are right"
 
@@ -324,33 +286,28 @@ class PublishedFolder:
     """
 
     def __init__(self, folder: str | Path, image_size: int):
-        self.folder, self.image_size = Path(folder), image_size
+        self.folder = Path(folder)
         codes, labels = published_folders(folder, image_size)
-        self._codes, self._labels = Loose(codes, "integers", ("views", "tokens")), Loose(labels, "integers", ())
         for one in (codes, labels):
             if not one.is_dir():
                 raise FileNotFoundError(
                     f"{one} does not exist: the published layout has codes and labels beside each other"
                 )
+        self._codes, self._labels = Loose(codes, "integers", ("views", "tokens")), Loose(labels, "integers", ())
         self.numbers, labelled = self._codes.numbers, self._labels.numbers  # (n,), ascending: the data set indices
-        for have, lack, there, here in (
-            (self.numbers, labelled, codes, labels),
-            (labelled, self.numbers, labels, codes),
-        ):
-            only = np.setdiff1d(have, lack)
-            if len(only):
-                raise ValueError(
-                    f"{len(have)} samples in {there}, {len(lack)} in {here}: {len(only)} are missing in {here} "
-                    f"({short([f'{i}.npy' for i in only.tolist()])}). Extract them again, or remove the others"
-                )
+        alone = np.setxor1d(self.numbers, labelled)
+        if len(alone):
+            lacking = labels if alone[0] in self.numbers else codes
+            raise ValueError(
+                f"{len(self.numbers)} samples in {codes}, {len(labelled)} in {labels}: of {len(alone)} one alone is there, "
+                f"missing in {lacking}: {alone[0]}.npy. Extract them again, or remove the others"
+            )
         if not len(self.numbers):
             raise ValueError(f"no codes ({{i}}.npy) in {codes}")
-        self._codes.shape = self._codes.get(self.numbers[0]).shape
-        self.tokens = self._codes.shape[1]
+        views, self.tokens = self._codes.shape = self._codes.get(self.numbers[0]).shape
         recorded = self.folder / published_record(image_size)
         self.settings = CodeSettings.read(self.folder, recorded.name) if recorded.exists() else None
         # The files carry no names of views: without a record they go by their number, as extraction orders them.
-        views = self._codes.shape[0]
         names = self.settings.views if self.settings else VIEWS.get(views)
         self.view_names = list(names or [f"view_{k}" for k in range(views)])
         # As recorded: reading a label of every file would take long.
@@ -404,15 +361,9 @@ def published_sizes(folder: str | Path) -> list[int]:
 
 
 def write_published(folder: str | Path, image_size: int, i: int, codes: np.ndarray, label: int) -> None:
-    """Write the sample numbered `i`: codes (views, tokens), tensors too. A sample is whole once its label is there.
-
-    Raises ValueError for codes of another shape.
-    """
-    codes = np.asarray(codes, np.int64)
-    if codes.ndim != 2:
-        raise ValueError(f"codes of sample {i} must be (views, tokens), got {codes.shape}")
-    for place, array in zip(published_folders(folder, image_size), (codes, np.asarray(int(label))), strict=True):
-        Loose(place, "integers", ()).write(i, array, durable=True)
+    """Write the sample numbered `i`: codes (views, tokens), tensors too. A sample is whole once its label is there."""
+    for place, array in zip(published_folders(folder, image_size), (codes, int(label)), strict=True):
+        Loose(place, "integers", ()).write(i, np.asarray(array, np.int64), durable=True)
 
 
 def samples_identity(folder: ShardFolder | PublishedFolder) -> dict[str, str]:

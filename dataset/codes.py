@@ -18,13 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset.code_files import (
-    CodeSettings,
-    PublishedFolder,
-    ShardFolder,
-    published_folders,
-    published_sizes,
-)
+from dataset.code_files import CodeSettings, PublishedFolder, ShardFolder, published_folders, published_sizes
 from dataset.pixels import Reading
 from dataset.store import INDEX_FILE
 from utils.origin import require_same
@@ -53,17 +47,15 @@ class CodeDataset(Dataset):
         for source in sources[1:]:
             if source.tokens != first.tokens or not np.array_equal(source.numbers, first.numbers):
                 raise ValueError(
-                    f"{first.folder} ({len(first)} samples of {first.tokens} tokens) and {source.folder} "
-                    f"({len(source)} of {source.tokens}) are drawn from together but hold other images: "
-                    "extract both from the same data set"
+                    f"{first.folder} ({len(first)} samples of {first.tokens} tokens) and {source.folder} ({len(source)} of "
+                    f"{source.tokens}) are drawn from together but hold other images: extract both from the same data set"
                 )
             if first.settings and source.settings:
-                require_same(
-                    *(vars(s) | Reading.recorded(s.extra).record() for s in (first.settings, source.settings)),
-                    _ALIKE,
-                    (str(first.folder), str(source.folder)),
-                    "extract one of them again, or give the other folder another name",
+                records = (
+                    vars(one) | Reading.recorded(one.extra).record() for one in (first.settings, source.settings)
                 )
+                folders = str(first.folder), str(source.folder)
+                require_same(*records, _ALIKE, folders, "extract one of them again, or give the other another name")
         self.sources, self.seed, self.random_view = sources, seed, random_view
         self.settings: CodeSettings | None = first.settings
         self.tokens = first.tokens
@@ -145,13 +137,12 @@ class CodeDataset(Dataset):
             raise IndexError(f"indices from {positions.min()} to {positions.max()} of {len(self)} samples")
         chosen, views = self._draw(positions)
         codes = np.empty((len(positions), self.tokens), np.int64)
-        for number, source in enumerate(self.sources):
+        for number in np.unique(chosen):
             mine = np.flatnonzero(chosen == number)
-            if len(mine):
-                codes[mine] = source.rows(positions[mine], views[mine])
+            codes[mine] = self.sources[number].rows(positions[mine], views[mine])
         labels = self.sources[0].labels(positions)
-        for name, values in (("label", labels[:, None]), ("codes", codes)):
-            self._require_below(name, values, positions)
+        self._require_below("label", labels[:, None], positions)
+        self._require_below("codes", codes, positions)
         items = [
             {"codes": row, "label": label} for row, label in zip(torch.from_numpy(codes).unbind(), labels.tolist())
         ]
@@ -165,9 +156,8 @@ class CodeDataset(Dataset):
         if limit is None or not values.size or 0 <= values.min() <= values.max() < limit:
             return
         row = np.flatnonzero(((values < 0) | (values >= limit)).any(1))[0]
-        found = (
-            f"label {values[row, 0]}" if name == "label" else f"codes from {values[row].min()} to {values[row].max()}"
-        )
+        low, high = values[row].min(), values[row].max()
+        found = f"{name} {low}" if low == high else f"{name} from {low} to {high}"
         raise ValueError(f"sample {positions[row]} of {self.sources[0].folder} has {found}, not below {flag} {limit}")
 
     def _draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -213,25 +203,20 @@ def open_codes(
     if not folder.is_dir():
         raise FileNotFoundError(f"the code folder {folder} does not exist: check --code-path, or extract codes first")
     sizes = published_sizes(folder)
-    if (folder / INDEX_FILE).exists():
-        source, holds = ShardFolder(folder), lambda other: (other / INDEX_FILE).exists()
+    packed = (folder / INDEX_FILE).exists()
+    if packed:
+        source = ShardFolder(folder)
         random_view = random_view is not False
         size = image_size or source.settings.image_size
     elif image_size in sizes or (image_size is None and len(sizes) == 1):
-        size = sizes[0] if image_size is None else image_size
-        source = PublishedFolder(folder, size)
-
-        def holds(other: Path) -> bool:
-            return all(place.is_dir() for place in published_folders(other, size))
-
+        source = PublishedFolder(folder, size := image_size or sizes[0])
     elif sizes:
         raise ValueError(f"{folder} holds codes of --image-size {', '.join(map(str, sizes))}, not {image_size}")
     else:
-        entries = sorted(entry.name for entry in folder.iterdir())
+        there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise ValueError(
             f"{folder} holds no codes: neither {INDEX_FILE} of packed shards nor "
-            f"{published_folders(folder, image_size or 256)[0].name}/ of the published layout. "
-            f"In it: {', '.join(entries[:8]) + (', ...' if len(entries) > 8 else '') or 'nothing'}"
+            f"{published_folders(folder, image_size or 256)[0].name}/ of the published layout. In it: {there}"
         )
     if image_size and source.tokens != (expected := (size // downsample_size) ** 2):
         side = math.isqrt(source.tokens)
@@ -240,15 +225,20 @@ def open_codes(
             f"codes in {folder} have {source.tokens} tokens per image{fits}; --image-size {size} with "
             f"--downsample-size {downsample_size} needs {expected}"
         )
-    if isinstance(source, ShardFolder) and source.settings.image_size != size:
+    if packed and source.settings.image_size != size:
         raise ValueError(f"{folder} holds codes of --image-size {source.settings.image_size}, not {size}")
     if not len(source):
         raise ValueError(f"{folder} has no codes: all {source.items} images were skipped")
     sources = [source]
-    sibling = ten_crop_sibling(folder) if random_view is not False else None
-    if sibling and holds(sibling):
-        other = ShardFolder(sibling) if isinstance(source, ShardFolder) else PublishedFolder(sibling, size)
-        sources.append(_of_crop_105(other))
+    holding = [INDEX_FILE] if packed else [place.name for place in published_folders(folder, size)]
+    if random_view is not False and (sibling := ten_crop_sibling(folder, holding)):
+        sources.append(ShardFolder(sibling) if packed else PublishedFolder(sibling, size))
+        crop = sources[1].settings.crop_range if sources[1].settings else None
+        if crop not in (None, 1.05):
+            raise ValueError(
+                f"{sibling} is of --crop-range {crop}, and its name has it drawn from as that of 1.05: rename it, or "
+                "extract it again with --crop-range 1.05"
+            )
     if random_view is None:
         random_view = "flip" in str(code_path)
         if not random_view and len(source.view_names) > 1:
@@ -261,24 +251,11 @@ def open_codes(
     return data
 
 
-def ten_crop_sibling(folder: str | Path) -> Path | None:
-    """Return the existing folder with 'ten_crop_105' where this one has 'ten_crop': in one part of its path, or in all."""
-    parts = Path(folder).parts
+def ten_crop_sibling(folder: Path, holding: Sequence[str]) -> Path | None:
+    """Return the folder with 'ten_crop_105' where this one has 'ten_crop', in one part of its path or in all, if it holds these."""
+    parts = folder.parts
     renamed = [re.sub("ten_crop(?!_105)", "ten_crop_105", part) for part in parts]
     changed = [place for place, part in enumerate(parts) if renamed[place] != part]
     one_each = [(*parts[:place], renamed[place], *parts[place + 1 :]) for place in reversed(changed)]
-    for candidate in [*one_each, renamed] if changed else []:
-        if Path(*candidate).is_dir():
-            return Path(*candidate)
-    return None
-
-
-def _of_crop_105(source: ShardFolder | PublishedFolder) -> ShardFolder | PublishedFolder:
-    """Return the ten_crop_105 folder. Raises ValueError where it records another crop than its name tells."""
-    crop = source.settings.crop_range if source.settings else None
-    if crop not in (None, 1.05):
-        raise ValueError(
-            f"{source.folder} is of --crop-range {crop}, and its name has it drawn from as that of 1.05: rename it, or "
-            "extract it again with --crop-range 1.05"
-        )
-    return source
+    there = [Path(*candidate) for candidate in [*one_each, renamed] if changed and Path(*candidate).is_dir()]
+    return there[0] if there and all((there[0] / name).exists() for name in holding) else None

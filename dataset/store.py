@@ -1,9 +1,9 @@
 """Packed store: arrays of numbered items on disk, in shards that are whole or not there at all.
 
     shards = Shards("codes")
-    for k in shards.missing(count, rank, world): shards.write(k, {"": [codes], "labels": [labels]}, samples=4096)
+    for k in shards.missing(count): shards.write(k, {"": [codes], "labels": [labels]}, samples=4096)
     depth = Fixed(Shards("depth"), "depth", np.float32, (16, 16), items=50_000, shard_size=4096)
-    depth.get(17)                                                    # (16, 16); None where item 17 is missing
+    depth.get(17)                                                    # (16, 16); None if item 17 is missing
 
 Shard k holds the items [k * shard_size, (k + 1) * shard_size). Each of its arrays is a file, `shard-{k:06d}.NAME.npy` (the
 main one has no name). `shard-{k:06d}.json` has their sizes and checksums and is written last: a shard without it does not
@@ -16,12 +16,11 @@ import itertools
 import json
 import os
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from reprlib import repr as short
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -36,12 +35,7 @@ _openings = itertools.count()
 
 
 class Shards:
-    """The shards of one folder.
-
-    Args:
-        folder: where they lie.
-        remedy: what a user does about a damaged one, for errors.
-    """
+    """The shards of one folder. remedy: what a user does about a damaged one, for errors."""
 
     def __init__(self, folder: str | Path, remedy: str = REMEDY):
         self.folder, self.remedy = Path(folder), remedy
@@ -49,17 +43,14 @@ class Shards:
 
     def file(self, shard: int, name: str = "") -> Path:
         """Return the path of a shard's array."""
-        return Path(self._path(shard, name))
-
-    def _path(self, shard: int, name: str) -> str:
-        return f"{self.folder}/shard-{shard:06d}{'.' * bool(name)}{name}.npy"
+        return self.folder / f"shard-{shard:06d}{'.' * bool(name)}{name}.npy"
 
     def record_file(self, shard: int) -> Path:
         """Return the path of a shard's record."""
         return self.folder / f"shard-{shard:06d}.json"
 
     def record(self, shard: int) -> dict:
-        """Return a shard's record. Raises ValueError where a file has not the recorded size, FileNotFoundError without one."""
+        """Return a shard's record. Raises ValueError if a file has not the recorded size, FileNotFoundError without one."""
         record = read_record(self.record_file(shard), self.remedy)
         if "files" not in record:
             raise damaged(self.record_file(shard), "no files in it", self.remedy)
@@ -71,20 +62,16 @@ class Shards:
                 raise damaged(file, what, self.remedy)
         return record
 
-    def finished(self, shard: int) -> bool:
-        """Tell whether a shard is there whole."""
-        try:
-            self.record(shard)
-        except (FileNotFoundError, ValueError):
-            return False
-        return True
+    def missing(self, count: int) -> list[int]:
+        """Return which of `count` shards are not there whole."""
 
-    def missing(self, count: int, rank: int = 0, world: int = 1) -> list[int]:
-        """Return which of `count` shards this rank has to write: of those numbered rank, rank + world, … the unfinished.
+        def finished(shard: int) -> bool:
+            try:
+                return bool(self.record(shard))
+            except (FileNotFoundError, ValueError):
+                return False
 
-        The numbers alone decide whose a shard is: ranks agree while some of them are already writing.
-        """
-        return [shard for shard in range(rank, count, world) if not self.finished(shard)]
+        return [shard for shard in range(count) if not finished(shard)]
 
     def write(self, shard: int, arrays: Mapping[str, Sequence[np.ndarray]], **record: Any) -> None:
         """Write one shard.
@@ -100,26 +87,22 @@ class Shards:
             leftover.unlink(missing_ok=True)
         written = {}
         for name, parts in arrays.items():
-            with atomic_write(self.file(shard, name)) as f:
-                out = _Checksummed(f)
-                descr = np.lib.format.dtype_to_descr(parts[0].dtype)
-                shape = (sum(map(len, parts)), *parts[0].shape[1:])
-                header = {"descr": descr, "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(out, header)
-                for part in parts:
-                    out.write(np.ascontiguousarray(part).tobytes())
-            written[self.file(shard, name).name] = {"bytes": out.bytes, "crc32": out.crc32}
+            file = self.file(shard, name)
+            with atomic_write(file) as f:
+                np.save(f, np.concatenate(parts))
+            written[file.name] = {"bytes": file.stat().st_size, "crc32": crc32_of(file)}
         write_json(self.record_file(shard), {**record, "files": written})
 
     def load(self, shard: int, name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-        """Return an array of a shard, mapped into memory. Raises ValueError where it has not this dtype and shape."""
+        """Return an array of a shard, mapped into memory. Raises ValueError if it has not this dtype and shape."""
+        file = self.file(shard, name)
         try:
-            array = _mapped(self._path(shard, name), self._opening)
+            array = _mapped(os.fspath(file), self._opening)
         except (OSError, ValueError, EOFError) as error:
-            raise damaged(self.file(shard, name), f"not an array: {error}", self.remedy) from error
+            raise damaged(file, f"not an array: {error}", self.remedy) from error
         if array.shape != shape or array.dtype != dtype:
             what = f"{array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}"
-            raise damaged(self.file(shard, name), what, self.remedy)
+            raise damaged(file, what, self.remedy)
         return array
 
     def verify(self, count: int) -> list[str]:
@@ -148,9 +131,9 @@ class Fixed:
         dtype, shape: of an item.
         items: how many there are, missing ones too.
         shard_size: items a shard.
-        finish: the command that completes the folder, for errors.
+        finish: what completes the folder, for errors.
 
-    Raises ValueError where a shard is missing or damaged.
+    Raises ValueError if a shard is missing or damaged.
     """
 
     def __init__(
@@ -162,7 +145,7 @@ class Fixed:
         if missing:
             raise ValueError(
                 f"{shards.folder} is incomplete: {self.count - len(missing)} of {self.count} shards are there (missing: "
-                f"{short(missing)}). Finish it, which keeps what is there:\n  {finish}"
+                f"{short(missing)}): {finish}"
             )
         records = [shards.record(shard) for shard in range(self.count)]
         self.skipped = np.asarray([number for record in records for number in record["skipped"]], np.int64)
@@ -231,10 +214,7 @@ class Ragged:
         self.count = -(-max(items, default=1) // shard_size)
         if len(items) != 1 or there != list(range(self.count)):
             of_all = self.count if items else "an unknown number of"
-            raise ValueError(
-                f"{shards.folder} is incomplete: {len(there)} of {of_all} shards are there. Finish it, which keeps what is "
-                f"there: {finish}"
-            )
+            raise ValueError(f"{shards.folder} is incomplete: {len(there)} of {of_all} shards are there: {finish}")
         (self.items,) = items
         self._ends = np.concatenate([self._load_ends(shard) for shard in there])
 
@@ -326,18 +306,6 @@ class Loose:
 def ends_of(name: str) -> str:
     """Return the name of the array that tells where the items of a ragged one end."""
     return f"{name}.ends".lstrip(".")
-
-
-class _Checksummed:
-    """A file that counts and sums up what is written to it."""
-
-    def __init__(self, file: IO[bytes]):
-        self.file, self.bytes, self.crc32 = file, 0, 0
-
-    def write(self, data: bytes) -> None:
-        self.file.write(data)
-        self.bytes += len(data)
-        self.crc32 = zlib.crc32(data, self.crc32)
 
 
 def damaged(file: Path, what: str, remedy: str) -> ValueError:

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from dataset.augmentation import FLIP_VIEWS, TEN_CROP_VIEWS
 from dataset.code_files import SHARD_SIZE, CodeSettings, CodeWriter, PublishedFolder, ShardFolder, write_published
 from dataset.codes import open_codes
-from dataset.store import OPEN_MAPS
 from tests.helpers import ROOT
 
 SETTINGS = CodeSettings(
@@ -123,12 +122,6 @@ def test_pickles_without_the_maps(tmp_path):
     assert len(pickle.dumps(data)) == before < 5000
 
 
-def test_all_shards_of_two_folders_of_imagenet_stay_open():
-    """With the 1,024 files that a process commonly may open."""
-    imagenet = replace(SETTINGS, num_images=1281167, shard_size=SHARD_SIZE)
-    assert 2 * imagenet.num_shards <= OPEN_MAPS <= 1024 * 3 // 4
-
-
 def own_memory():
     """Bytes of this process's memory that are not pages of files."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
@@ -177,29 +170,6 @@ def test_skipped_images_close_the_gap(tmp_path):
     data.sources[0].verify()
 
 
-def test_only_skipped_images(tmp_path):
-    write(tmp_path, skipped=range(25))
-    with pytest.raises(ValueError, match="all 25 images were skipped"):
-        open_codes(tmp_path)
-
-
-def test_ranks_share_the_shards(tmp_path):
-    writer = CodeWriter(tmp_path, SETTINGS)
-    for world in (1, 2, 3, 16):
-        shares = [writer.missing_shards(rank, world) for rank in range(world)]
-        assert sorted(itertools.chain(*shares)) == list(range(7))
-    write(tmp_path, shards=[0, 3])
-    assert writer.missing_shards(0, 2) == [2, 4, 6] and writer.missing_shards(1, 2) == [1, 5]
-
-
-def test_order_and_tensors_do_not_matter(tmp_path):
-    writer = CodeWriter(tmp_path, replace(SETTINGS, num_images=4))
-    codes = torch.from_numpy(np.stack([codes_of(SETTINGS, i) for i in (2, 0, 3)]))
-    writer.write_shard(0, codes, torch.tensor([2, 0, 0]), torch.tensor([2, 0, 3]), skipped=[1])
-    data = open_codes(tmp_path, random_view=False)
-    assert [(int(item["codes"][0]) // 400, item["label"]) for item in data] == [(0, 0), (2, 2), (3, 0)]
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -230,12 +200,6 @@ def test_other_settings_are_refused(tmp_path):
         CodeWriter(tmp_path, replace(SETTINGS, tokenizer="abc"))
     assert "image_size" not in str(error.value)
     CodeWriter(tmp_path, SETTINGS)
-
-
-@pytest.mark.parametrize("change", [{"shard_size": 0}, {"num_images": 0}, {"views": []}])
-def test_settings_are_checked(change):
-    with pytest.raises(ValueError):
-        replace(SETTINGS, **change)
 
 
 def test_index_is_checked(tmp_path):
@@ -279,15 +243,11 @@ def test_killed_runs_leave_whole_shards_and_resume(tmp_path, files):
     assert done.returncode == -9
     with pytest.raises(ValueError, match=r"2 of 7 shards") as error:
         open_codes(tmp_path)
-    command = str(error.value).splitlines()[-1]
-    assert command == "  " + SETTINGS.finish_command(tmp_path)
-    for part in ("extract_codes_c2i.sh", f"--code-path {tmp_path}", "--image-size 64", "--vq-model VQ-16"):
-        assert part in command
+    assert "run autoregressive/train/extract_codes_c2i.py again" in str(error.value)
     writer = CodeWriter(tmp_path, SETTINGS)
     assert writer.missing_shards() == [2, 3, 4, 5, 6]
     kept = (tmp_path / "shard-000000.npy").stat().st_mtime_ns
-    for rank in range(3):  # another number of ranks than before
-        write(tmp_path, shards=writer.missing_shards(rank, 3))
+    write(tmp_path)
     assert (tmp_path / "shard-000000.npy").stat().st_mtime_ns == kept
     assert not list(tmp_path.glob(".*.tmp"))
     data = open_codes(tmp_path, random_view=False)
@@ -311,7 +271,7 @@ def test_damaged_shards(tmp_path):
     flipped = bytearray(whole)
     flipped[-3] ^= 1
     file.write_bytes(flipped)
-    with pytest.raises(ValueError, match=r"(?s)shard-000003\.npy \(checksum.*Remove shard-000003\.json"):
+    with pytest.raises(ValueError, match=r"(?s)shard-000003\.npy \(checksum.*remove shard-000003\.json"):
         ShardFolder(tmp_path).verify()
     file.write_bytes(b"x" * len(whole))
     data = open_codes(tmp_path)
@@ -322,16 +282,6 @@ def test_damaged_shards(tmp_path):
         open_codes(tmp_path)
 
 
-def test_the_command_that_finishes_repeats_the_settings(tmp_path):
-    command = replace(SETTINGS, shard_size=SHARD_SIZE).finish_command("codes")
-    for flag in ("--ten-crop", "--no-flip", "--shard-size", "--mixed-precision"):
-        assert flag not in command
-    ten = replace(SETTINGS, views=TEN_CROP_VIEWS[:5], crop_range=1.05, extra={"mixed_precision": "bf16"})
-    command = ten.finish_command("codes")
-    for flag in ("--ten-crop --crop-range 1.05", "--no-flip", "--shard-size 4", "--mixed-precision bf16"):
-        assert flag in command
-
-
 # Published
 
 
@@ -340,8 +290,6 @@ def test_published_layout_is_the_recorded_one(tmp_path):
     codes, label = (np.load(tmp_path / f"imagenet64_{kind}" / "7.npy") for kind in ("codes", "labels"))
     assert codes.dtype == label.dtype == np.int64
     assert codes.shape == (1, 2, 16) and label.tolist() == [5]
-    with pytest.raises(ValueError, match=r"\(views, tokens\)"):
-        write_published(tmp_path, 64, 8, np.zeros((1, 2, 16)), 0)
 
 
 def test_published_items(tmp_path):
@@ -371,11 +319,11 @@ def test_published_name_without_random_views(tmp_path, caplog):
 def test_published_codes_and_labels_must_match(tmp_path):
     publish(tmp_path)
     (tmp_path / "imagenet64_labels" / "3.npy").unlink()
-    with pytest.raises(ValueError, match=r"25 samples.*24 in .*1 are missing in .*imagenet64_labels.*3\.npy"):
+    with pytest.raises(ValueError, match=r"25 samples.*24 in .*missing in .*imagenet64_labels: 3\.npy"):
         open_codes(tmp_path, 64)
     (tmp_path / "imagenet64_codes" / "3.npy").unlink()
     (tmp_path / "imagenet64_codes" / "4.npy").unlink()
-    with pytest.raises(ValueError, match=r"missing in .*imagenet64_codes.*4\.npy"):
+    with pytest.raises(ValueError, match=r"missing in .*imagenet64_codes: 4\.npy"):
         open_codes(tmp_path, 64)
     (tmp_path / "imagenet64_labels" / "4.npy").unlink()
     data = open_codes(tmp_path, 64)  # numbers may have gaps
@@ -448,13 +396,6 @@ def test_siblings_must_hold_the_same_images(tmp_path, layout):
 
 
 # Which layout, which size
-
-
-def test_open_codes_recognises_the_layout(tmp_path):
-    write(tmp_path / "a")
-    publish(tmp_path / "b_flip")
-    assert isinstance(open_codes(tmp_path / "a", 64).sources[0], ShardFolder)
-    assert isinstance(open_codes(tmp_path / "b_flip", 64).sources[0], PublishedFolder)
 
 
 def test_open_codes_says_what_it_found(tmp_path):
