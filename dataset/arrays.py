@@ -22,7 +22,7 @@ from torch.utils.data import default_collate
 
 from dataset.code_files import PublishedFolder, ShardFolder
 from dataset.codes import CodeDataset, open_codes
-from dataset.store import INDEX_FILE, Fixed, Ragged, Shards, ends_of, read_record
+from dataset.store import INDEX_FILE, Fixed, Ragged, Shards, Stems, ends_of, read_record
 from utils.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ def write_arrays(
             something else.
     """
     folder, codes = Path(folder), open_codes(of).sources[0] if of else None
+    settings = codes.settings if codes is not None else None
     if (folder / INDEX_FILE).exists() and "array" not in read_record(folder / INDEX_FILE):
         raise ValueError(f"{folder} holds codes or features: give {name} a folder of its own")
     numbers = np.arange(len(arrays)) if codes is None else codes.numbers
@@ -70,9 +71,7 @@ def write_arrays(
         )
     if len(views) > 1 and (ragged or first.shape[:1] != (len(views),)):
         raise ValueError(f"arrays of {name} are {first.shape}: the first axis has to go through {', '.join(views)}")
-    items = int(numbers[-1]) + 1
-    if codes is not None and codes.settings:
-        items = codes.settings.num_images
+    items = settings.num_images if settings else int(numbers[-1]) + 1
     index = {
         "array": name,
         "dtype": first.dtype.name,
@@ -81,8 +80,8 @@ def write_arrays(
         "items": items,
         "shard_size": shard_size,
         "views": list(views),
-        "images": codes.settings.images if codes is not None and codes.settings else None,
-        "crop_range": codes.settings.crop_range if codes is not None and codes.settings else None,
+        "images": settings.images if settings else None,
+        "crop_range": settings.crop_range if settings else None,
     }
     for record in folder.glob("shard-*.json"):
         record.unlink()
@@ -117,11 +116,10 @@ class ArrayFolder:
             raise ValueError(
                 f"{folder} holds {index.get('array', 'codes or features')}, not {name}: check --condition-path"
             )
-        self.items, self.views = index["items"], index["views"]
+        self.items, self.views, self.rows = index["items"], index["views"], index["rows"]
         self.images, self.crop_range = index["images"], index["crop_range"]
         shape, again = tuple(index["shape"]), "write it again with dataset.arrays.write_arrays"
         shards, size = Shards(folder, again), index["shard_size"]
-        self.rows: int | None = index["rows"]
         self._arrays: Fixed | Ragged = (
             Fixed(shards, "", index["dtype"], shape, self.items, size, again)
             if self.rows is None
@@ -130,7 +128,7 @@ class ArrayFolder:
         several = len(self.views) > 1
         self._nothing = np.zeros((0, *shape[1:]) if self.rows is not None else shape[several:], index["dtype"])
 
-    def get(self, number: int, view: str | None = None) -> Tensor | None:
+    def get(self, number: int, view: str = "center") -> Tensor | None:
         """Return an image's array, that of a view where there are several; None where it has none."""
         array = self._arrays.get(number)
         if array is not None and len(self.views) > 1:
@@ -144,8 +142,7 @@ class ArrayFolder:
     def identity(self) -> dict[str, str]:
         """Return a digest that tells whether the arrays are still the same."""
         shards = self._arrays.shards
-        records = [sorted(shards.record(shard)["files"].items()) for shard in range(self._arrays.count)]
-        return {self.name: hashlib.sha256(repr(records).encode()).hexdigest()[:16]}
+        return _identity(self.name, [sorted(shards.record(k)["files"].items()) for k in range(self._arrays.count)])
 
     def require_codes(self, codes: ShardFolder | PublishedFolder, views: Sequence[str]) -> None:
         """Raise ValueError where the arrays are not of these codes: of other images, crops or views, or not of all of them.
@@ -155,6 +152,8 @@ class ArrayFolder:
         mine, theirs = f"{self.name} in {self.folder}", codes.folder
         images, crop = (codes.settings.images, codes.settings.crop_range) if codes.settings else (None, None)
         any_view = self.views == list(ANY_VIEW)
+        missing = [] if any_view else [view for view in views if view not in self.views]
+        absent = np.setdiff1d(codes.numbers, np.flatnonzero(self._arrays.present()))
         if None in (images, self.images):
             logger.info("%s or %s does not record its images: they could not be compared", self.folder, theirs)
         elif images != self.images:
@@ -163,40 +162,31 @@ class ArrayFolder:
             raise ValueError(
                 f"{mine} is of --crop-range {self.crop_range}, {theirs} of {crop}: write it again for these codes"
             )
-        missing = [] if any_view else [view for view in views if view not in self.views]
         if missing:
             raise ValueError(
                 f"{mine} has the views {', '.join(self.views)}, and {theirs} {', '.join(missing)} too: write an array for each "
                 "view (views=…), or extract the codes with --no-flip"
             )
-        absent = np.setdiff1d(codes.numbers, np.flatnonzero(self._arrays.present()))
         if len(absent):
-            more = f" (and of {len(absent) - 1} more)" if len(absent) > 1 else ""
             raise ValueError(
-                f"{self.folder} has no {self.name} of image {absent[0]}{more} of {theirs}: write it for all of them"
+                f"{self.folder} has no {self.name} of image {absent[0]} (and {len(absent) - 1} more) of {theirs}: write it "
+                "for all of them"
             )
 
 
-class PairArrays:
+class PairArrays(Stems):
     """Arrays of image-text pairs by (file stem, line): an ArrayFolder for each stem that has a folder.
 
     Raises FileNotFoundError where none of the stems has one.
     """
 
     def __init__(self, folder: str | Path, name: str, stems: Iterable[str]):
-        self.folder, self.name = Path(folder), name
-        self.stems = {stem: ArrayFolder(self.folder / stem, name) for stem in stems if (self.folder / stem).is_dir()}
-        if not self.stems:
+        there = [stem for stem in stems if (Path(folder) / stem).is_dir()]
+        super().__init__(folder, {stem: ArrayFolder(Path(folder) / stem, name) for stem in there})
+        if not there:
             raise FileNotFoundError(f"{folder} has no {name} of these pairs: a folder for each file is looked for")
+        self.name = name
         self.rows = max((one.rows for one in self.stems.values() if one.rows is not None), default=None)
-
-    def get(self, stem: str, line: int) -> Tensor | None:
-        """Return a pair's array; None where it has none."""
-        return self.stems[stem].get(line, "center") if stem in self.stems else None
-
-    def lines(self, stem: str) -> int | None:
-        """Return how many lines a stem's file had when its arrays were made."""
-        return self.stems[stem].items
 
     def nothing(self) -> Tensor:
         """Return what a pair without an array has in its place."""
@@ -204,11 +194,14 @@ class PairArrays:
 
     def identity(self) -> dict[str, str]:
         """Return a digest that tells whether the arrays are still the same."""
-        found = {stem: one.identity() for stem, one in sorted(self.stems.items())}
-        return {self.name: hashlib.sha256(repr(found).encode()).hexdigest()[:16]}
+        return _identity(self.name, {stem: one.identity() for stem, one in sorted(self.stems.items())})
 
 
-def condition_folders(words: Sequence[str] | None) -> Mapping[str, str]:
+def _identity(name: str, content: Any) -> dict[str, str]:
+    return {name: hashlib.sha256(repr(content).encode()).hexdigest()[:16]}
+
+
+def condition_folders(words: Sequence[str] | None) -> dict[str, str]:
     """Return {name: folder} of the flag --condition-path NAME=FOLDER. Raises ValueError for a name that is taken."""
     folders = {}
     for word in words or ():

@@ -8,7 +8,6 @@
 Every random choice of an item is a function of (seed, epoch, index): workers, ranks and restarts do not change it.
 """
 
-import bisect
 import hashlib
 import logging
 import os
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +31,8 @@ from utils.rng import item_seed
 logger = logging.getLogger(__name__)
 
 TRIES = 20
+_TOLD = 100  # unusable items that a process tells of one by one
+_SHOWN = 5  # items that an error names
 
 
 class PathList(Sequence[str]):
@@ -50,33 +51,28 @@ class PathList(Sequence[str]):
         return len(self._ends)
 
     def __getitem__(self, index: int) -> str:
-        return os.path.join(self.folder, self._relative(index))
+        return os.path.join(self.folder, self.relative(index))
 
-    def relative(self) -> list[str]:
-        """Return the paths as they were given."""
-        return [self._relative(index) for index in range(len(self))]
+    def relative(self, index: int) -> str:
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
 
     def update(self, digest: "hashlib._Hash") -> None:
         """Add the relative paths to a digest."""
         digest.update(self._ends.tobytes())
         digest.update(self._bytes.tobytes())
 
-    def _relative(self, index: int) -> str:
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
-
 
 class _Joined(Sequence[str]):
     def __init__(self, *parts: Sequence[str]):
         self.parts = parts
-        self.ends = list(accumulate(map(len, parts)))
 
     def __len__(self) -> int:
-        return self.ends[-1]
+        return sum(map(len, self.parts))
 
     def __getitem__(self, index: int) -> str:
-        part = bisect.bisect_right(self.ends, index)
-        return self.parts[part][index - (self.ends[part - 1] if part else 0)]
+        first, second = self.parts
+        return first[index] if index < len(first) else second[index - len(first)]
 
     def update(self, digest: "hashlib._Hash") -> None:
         for part in self.parts:
@@ -115,14 +111,92 @@ class ImageList:
         return ImageList(_Joined(self.paths, other.paths), labels, self.classes)
 
 
-class ImageDataset(Dataset):
+class Unusable(Exception):
+    """Reason why an item cannot be used."""
+
+
+class ImageItems(Dataset):
+    """Base of data sets that read images: draws from (seed, epoch, index), and an account of what cannot be used.
+
+    Subclasses define `where(index)`, an item's place for messages, and `read(index)`, which raises Unusable. More than
+    `in_a_row` unusable items in a row are no accident.
+    """
+
+    kind, skipping = "images", "skipped unreadable image"
+
+    def __init__(self, count: int, seed: int, reading: Reading, in_a_row: int = TRIES):
+        self.count, self.seed, self.reading, self.in_a_row = count, seed, reading, in_a_row
+        # Shared memory: persistent workers see a new epoch, and the main process sees what workers skipped. A byte per
+        # item instead of a counter: no lock, and an item met twice counts once.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._skipped = torch.zeros(count, dtype=torch.uint8).share_memory_()
+        self._told = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def skipped(self) -> int:
+        """Return how many items were found unusable so far, in this process and its workers."""
+        return int(self._skipped.count_nonzero())
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch[0])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other crops and flips in the next pass; reaches running workers too."""
+        self._epoch[0] = epoch
+
+    def pixels(self, open_file: Callable[[], Any], index: int, transform: Callable, smallest: int = 0) -> Any:
+        """Return transform(image) of the file that `open_file` gives, with the draws of `index`. Raises Unusable."""
+        try:
+            image = load_rgb(open_file(), self.reading)
+        except Exception as error:
+            # For damaged files Pillow's decoders raise OSError, SyntaxError, struct.error, TypeError and more.
+            raise Unusable(f"{type(error).__name__}: {error}") from error
+        if min(image.size) < smallest:
+            raise Unusable(f"{image.width}x{image.height} pixels, smaller than --image-size {smallest}")
+        try:
+            with drawing_from(item_seed(self.seed, self.epoch, index)):
+                return transform(image)
+        except UnusableImage as error:
+            raise Unusable(f"UnusableImage: {error}") from error
+
+    def skip(self, index: int, reason: Unusable) -> None:
+        """Count an item that cannot be used, and log the first ones."""
+        if self._skipped[index]:
+            return
+        self._skipped[index] = 1
+        self._told += 1
+        if self._told <= _TOLD:
+            logger.warning("%s %s (%s); %d so far", self.skipping, self.where(index), reason, self.skipped)
+        elif self._told == _TOLD + 1:
+            logger.warning("what else cannot be used is not told one by one")
+
+    def none_usable(self, what: str | None = None, indices: Sequence[int] | None = None) -> str:
+        """Return the words of an error with a few of these unusable items, or of all, which are looked at once more."""
+        indices = self._skipped.nonzero().flatten().tolist() if indices is None else indices
+        reasons = [
+            f"{what or f'none of {len(indices)} {self.kind} in a row could be used'}; are the paths right, is the disk there? "
+            "Some of them:"
+        ]
+        for index in indices[-_SHOWN:]:
+            try:
+                self.read(index)
+            except Unusable as error:
+                reasons.append(f"{self.where(index)} ({error})")
+        return "\n  ".join(reasons)
+
+
+class ImageDataset(ImageItems):
     """Items (transform(image), label int) of an ImageList; `transform` takes an RGB PIL image, read as `reading` says.
 
     A file that cannot be read is logged once, counted in `skipped` (over all workers), and
     - `unreadable="replace"` (training): another image drawn from (seed, epoch, index) takes its place;
     - `unreadable="omit"` (extraction): items are (transform(image), label, index), and None for such a file;
       `present_batches` makes batches of them.
-    ValueError with the paths where 20 images in a row cannot be read.
+    ValueError with some of the paths where 20 images in a row cannot be read.
     """
 
     def __init__(
@@ -133,20 +207,8 @@ class ImageDataset(Dataset):
         unreadable: Literal["replace", "omit"] = "replace",
         reading: Reading = DEFAULT,
     ):
-        if unreadable not in ("replace", "omit"):
-            raise ValueError(f"unreadable must be 'replace' or 'omit', got {unreadable!r}")
-        self.images = images
-        self.transform = transform
-        self.seed = seed
-        self.unreadable = unreadable
-        self.reading = reading
-        # Shared memory: persistent workers see a new epoch, and the main process sees what workers skipped. A byte per
-        # image instead of a counter: no lock, and an image met twice counts once.
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
-        self._skipped = torch.zeros(len(images), dtype=torch.uint8).share_memory_()
-
-    def __len__(self) -> int:
-        return len(self.images)
+        super().__init__(len(images), seed, reading)
+        self.images, self.transform, self.unreadable = images, transform, unreadable
 
     @property
     def classes(self) -> list[str]:
@@ -154,89 +216,39 @@ class ImageDataset(Dataset):
         return self.images.classes
 
     @property
-    def skipped(self) -> int:
-        """Return how many images were found unreadable so far, in this process and its workers."""
-        return int(self._skipped.count_nonzero())
-
-    @property
     def skipped_indices(self) -> list[int]:
         """Return the indices of the images found unreadable so far, ascending."""
         return self._skipped.nonzero().flatten().tolist()
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draw other crops and flips in the next pass; reaches running workers too."""
-        self._epoch[0] = epoch
+    def where(self, index: int) -> str:
+        """Return the path of an image, or its number where the list is damaged there."""
+        try:
+            return self.images.paths[index]
+        except ValueError:
+            return f"image {index}"
+
+    def read(self, index: int, draws_of: int | None = None) -> tuple[Any, int]:
+        """Return an image, augmented with its own draws or another's, and its label. Raises Unusable."""
+        draws_of = index if draws_of is None else draws_of
+        return self.pixels(lambda: self.images.paths[index], draws_of, self.transform), self.images.label(index)
 
     def __getitem__(self, index: int) -> tuple | None:
         index = range(len(self))[index]
-        if self.unreadable == "omit":
-            return self._item_or_none(index)
-        tried: dict[int, str] = {}
+        tried: list[int] = []
         place = index
         for attempt in range(1, min(TRIES, len(self)) + 1):
             try:
-                return self._read(place, index)
-            except _Unreadable as error:
-                tried[place] = str(error)
-            place = item_seed(self.seed, self._current_epoch(), index, attempt) % len(self)
+                item = self.read(place, index)
+                return item if self.unreadable == "replace" else (*item, index)
+            except Unusable as error:
+                self.skip(place, error)
+            if self.unreadable == "omit":
+                return None
+            tried.append(place)
+            place = item_seed(self.seed, self.epoch, index, attempt) % len(self)
             while place in tried and len(tried) < len(self):
                 place = (place + 1) % len(self)
-        raise ValueError(_nothing_readable(list(tried.values())))
-
-    def _item_or_none(self, index: int) -> tuple | None:
-        try:
-            return (*self._read(index, index), index)
-        except _Unreadable:
-            return None
-
-    def require_readable(self, missing: Sequence[int]) -> None:
-        """Raise ValueError with paths and reasons where the images `missing` in a row are too many for accidents.
-
-        One bad file is an accident; a run of them is a disk that went away, and must not pass for an empty one.
-        """
-        if len(missing) < TRIES:
-            return
-        failures = []
-        for index in missing:
-            try:
-                self._read(index, index)
-            except _Unreadable as error:
-                failures.append(str(error))
-        raise ValueError(_nothing_readable(failures))
-
-    def _read(self, place: int, index: int) -> tuple[Any, int]:
-        """Return the image at `place`, augmented with the draws of `index`."""
-        path = f"image {place}"
-        try:
-            path = self.images.paths[place]
-            image = load_rgb(path, self.reading)
-        except Exception as error:
-            # For damaged files Pillow's decoders raise OSError, SyntaxError, struct.error, TypeError and more.
-            raise self._skip(place, path, error) from error
-        try:
-            with drawing_from(item_seed(self.seed, self._current_epoch(), index)):
-                return self.transform(image), self.images.label(place)
-        except UnusableImage as error:
-            raise self._skip(place, path, error) from error
-
-    def _skip(self, place: int, path: str, error: Exception) -> "_Unreadable":
-        reason = f"{type(error).__name__}: {error}"
-        if not self._skipped[place]:
-            self._skipped[place] = 1
-            logger.warning("skipped unreadable image %s (%s); %d so far", path, reason, self.skipped)
-        return _Unreadable(f"{path} ({reason})")
-
-    def _current_epoch(self) -> int:
-        return int(self._epoch[0])
-
-
-class _Unreadable(Exception):
-    pass
-
-
-def _nothing_readable(failures: list[str]) -> str:
-    listed = "\n  ".join(failures)
-    return f"none of {len(failures)} images in a row could be read; is the disk there, are the files whole?\n  {listed}"
+        raise ValueError(self.none_usable(indices=tried))
 
 
 def collate_present(items: Sequence[tuple | None]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
@@ -252,27 +264,21 @@ def collate_present(items: Sequence[tuple | None]) -> tuple[torch.Tensor, torch.
     return tuple(default_collate(stacked))
 
 
-class Omitting(Protocol):
-    """A data set whose items are None for what cannot be used: `ImageDataset(unreadable="omit")`, PairViews."""
-
-    def __len__(self) -> int: ...
-    def require_readable(self, missing: Sequence[int]) -> None: ...
-
-
 def present_batches(
-    dataset: Omitting, batches: Sequence[Sequence[int]], workers: int, pin_memory: bool
+    dataset: ImageItems, batches: Sequence[Sequence[int]], workers: int, pin_memory: bool
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:
     """Yield what collate_present makes of the items of each batch of indices.
 
-    Raises ValueError as `dataset.require_readable` does, which is asked about those that are missing in a row, in the
-    order of the batches, whatever the number of loader processes.
+    One bad file is an accident; a run of them is a disk that went away, and must not pass for an empty one. Raises
+    ValueError where `dataset.in_a_row` are missing in the order of the batches, whatever the number of loader processes.
     """
     missing: list[int] = []
     for indices, batch in zip(batches, load(dataset, batches, workers, collate_present, pin_memory), strict=True):
         present = set() if batch is None else set(batch[2].tolist())
         for index in indices:
             missing = [] if index in present else [*missing, index]
-            dataset.require_readable(missing)
+            if len(missing) >= dataset.in_a_row:
+                raise ValueError(dataset.none_usable(indices=missing))
         yield batch
 
 

@@ -303,6 +303,21 @@ class Loose:
             np.save(f, item[None])
 
 
+class Stems:
+    """Stores of image-text pairs by file: an item is known by its file's stem and its line there, from 0."""
+
+    def __init__(self, folder: str | Path, stems: Mapping[str, Any]):
+        self.folder, self.stems = Path(folder), stems
+
+    def get(self, stem: str, line: int) -> Any:
+        """Return a pair's item; None where it has none."""
+        return self.stems[stem].get(line) if stem in self.stems else None
+
+    def lines(self, stem: str) -> int | None:
+        """Return how many lines a stem's file had when this was made of it; None where that is not known."""
+        return self.stems[stem].items if stem in self.stems else None
+
+
 def ends_of(name: str) -> str:
     """Return the name of the array that tells where the items of a ragged one end."""
     return f"{name}.ends".lstrip(".")

@@ -10,37 +10,32 @@ unusable (an image that cannot be read or is smaller than the target, no feature
 any other and counts for nothing in the loss: over internet-scale lists some are, and dropping them would change the order.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from dataset.arrays import PairArrays
-from dataset.augmentation import UnusableImage, center_crop_arr, random_crop_arr, to_tensor
+from dataset.augmentation import center_crop_arr, center_view, random_crop_arr, to_tensor
 from dataset.code_files import TEXT_EXTRACTION, ShardFolder
-from dataset.images import drawing_from
+from dataset.images import ImageItems, Unusable
 from dataset.jsonl import JsonPairs
 from dataset.lines import CaptionLines, ImageLines, compare_folder, digest_all, recorded_digest, recorded_maker
-from dataset.pixels import DEFAULT, Reading, load_rgb
-from dataset.store import INDEX_FILE, Loose
+from dataset.pixels import DEFAULT, Reading
+from dataset.store import INDEX_FILE, Loose, Stems
 from dataset.text_features import Features
 from dataset.webdataset import TarPairs
 from utils.origin import require_same, same_tokenizer
 from utils.rng import item_seed
 
-logger = logging.getLogger(__name__)
-
 SHORT_CAPTIONS = 0.3  # how often the feature of --short-t5-feat-path is taken
 _SHORT_DRAW = 1  # told apart from the draws of the crop
-_TOLD = 20  # unusable pairs that a process tells of one by one
 # A few in a row are an accident or small pictures; so many are a wrong path or a disk that went away.
 UNUSABLE_IN_A_ROW = 256
-_SHOWN = 5  # pairs that an error names
 
 Pairs = JsonPairs | TarPairs
 
@@ -80,7 +75,7 @@ def require_same_encoder(features: Features, others: Features) -> None:
         )
 
 
-class TextCodes:
+class TextCodes(Stems):
     """Codes of pairs by (file stem, line): a folder per stem, of packed shards or of one file a pair (1, tokens).
 
     `tokenizer` is the fingerprint of the tokenizer that made them, None where they do not say.
@@ -99,24 +94,24 @@ class TextCodes:
     """
 
     def __init__(self, folder: str | Path, stems: Sequence[str], tokens: int, vocab_size: int | None = None):
-        self.folder, self.tokens = Path(folder), tokens
-        if not self.folder.is_dir():
+        self.tokens, folder = tokens, Path(folder)
+        if not folder.is_dir():
             raise FileNotFoundError(
-                f"the code folder {folder} does not exist: check --code-path, or extract codes first\n  "
-                f"python3 {TEXT_EXTRACTION} --data-path THE_PAIRS --code-path {folder} --vq-ckpt THE_TOKENIZER"
+                f"the code folder {folder} does not exist: check --code-path, or extract codes with {TEXT_EXTRACTION}"
             )
-        there = {stem: self.folder / stem for stem in stems if (self.folder / stem).is_dir()}
+        there = {stem: folder / stem for stem in stems if (folder / stem).is_dir()}
         if not there:
-            inside = sorted(p.name for p in self.folder.iterdir())[:5]
+            inside = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
             raise ValueError(
                 f"{folder} holds no codes of these pairs: a folder {stems[0]}/ is looked for (and {len(stems) - 1} more); "
-                f"in it: {', '.join(inside) or 'nothing'}"
+                f"in it: {inside}"
             )
-        self._stems = {
-            stem: ShardFolder(place) if (place / INDEX_FILE).exists() else Loose(place, "integers", (tokens,))
-            for stem, place in there.items()
+        loose = partial(Loose, kind="integers", shape=(tokens,))
+        stores = {
+            stem: (ShardFolder if (place / INDEX_FILE).exists() else loose)(place) for stem, place in there.items()
         }
-        packed = [one for one in self._stems.values() if isinstance(one, ShardFolder)]
+        super().__init__(folder, stores)
+        packed = [one for one in stores.values() if isinstance(one, ShardFolder)]
         self.vocab_size = vocab_size or max((one.settings.codebook_size for one in packed), default=16384)
         for one in packed:
             if one.tokens != tokens:
@@ -130,10 +125,10 @@ class TextCodes:
             recorded = vars(packed[0].settings), vars(one.settings)
             require_same(*recorded, ("tokenizer", "codebook_size"), names, "extract one of them again")
         self.tokenizer = max((one.settings.tokenizer or "" for one in packed), key=len, default="") or None
-        maker = recorded_maker(self.folder, there)
+        maker = recorded_maker(folder, there)
         if not same_tokenizer(self.tokenizer, maker):
             raise ValueError(
-                f"{self.folder} has packed codes of the tokenizer {self.tokenizer} and others of {maker}: extract one of them again"
+                f"{folder} has packed codes of the tokenizer {self.tokenizer} and others of {maker}: extract one of them again"
             )
         self.tokenizer = maker or self.tokenizer
 
@@ -142,7 +137,7 @@ class TextCodes:
 
         Raises ValueError for a file that is damaged or of another shape, and for codes that the model has no row for.
         """
-        codes = self._stems[stem].get(line) if stem in self._stems else None
+        codes = super().get(stem, line)
         if codes is None:
             return None
         if not 0 <= codes.min() <= codes.max() < self.vocab_size:
@@ -151,95 +146,15 @@ class TextCodes:
             )
         return torch.from_numpy(codes.reshape(-1).astype(np.int64))
 
-    def lines(self, stem: str) -> int | None:
-        """Return how many lines a stem's file had when its codes were made; None where that is not known."""
-        return self._stems[stem].items
 
+class _PairItems(ImageItems):
+    """Base of the two data sets of pairs."""
 
-class _Unusable(Exception):
-    """Reason why a pair does not count."""
+    kind, skipping = "pairs", "does not count:"
 
-
-class _PairItems(Dataset):
-    """Base of the two data sets of pairs: reads a crop, and keeps account of pairs that are not usable."""
-
-    def __init__(
-        self,
-        pairs: Pairs,
-        image_size: int | None,
-        seed: int = 0,
-        random_crop: bool = False,
-        reading: Reading = DEFAULT,
-    ):
-        self.pairs, self.image_size, self.seed, self.random_crop = pairs, image_size, seed, random_crop
-        self.reading = reading
-        # Shared memory: persistent workers see a new epoch, and the main process sees what workers skipped.
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
-        self._skipped = torch.zeros(len(pairs), dtype=torch.uint8).share_memory_()
-        self._told = 0
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    @property
-    def skipped(self) -> int:
-        """Return how many pairs were found unusable so far, in this process and its workers."""
-        return int(self._skipped.count_nonzero())
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw other crops and captions in the next pass; reaches running workers too."""
-        self._epoch[0] = epoch
-
-    def examples(self, indices: Sequence[int] | None = None) -> list[str]:
-        """Return places and reasons of a few of these pairs, or of those found unusable so far, which are looked at once more."""
-        found = []
-        indices = self._skipped.nonzero().flatten().tolist() if indices is None else indices
-        for index in indices[-_SHOWN:]:
-            try:
-                self._read(index)
-            except _Unusable as error:
-                found.append(f"{self.pairs.where(index)} ({error})")
-        return found
-
-    def _read(self, index: int) -> Any:
-        """Return what there is of a pair. Raises _Unusable."""
-        return self._pixels(index)
-
-    def sample_numbers(self, indices: Sequence[int]) -> list[str]:
-        """Return the names of these samples, "stem:line"."""
-        return [":".join(map(str, self.pairs.identity(index))) for index in indices]
-
-    def _pixels(self, index: int) -> Tensor:
-        """Return the crop (3, H, W) of a pair's image. Raises _Unusable."""
-        crop = random_crop_arr if self.random_crop else center_crop_arr
-        try:
-            image = load_rgb(self.pairs.image_file(index), self.reading)
-        except Exception as error:
-            # For damaged files Pillow's decoders raise OSError, SyntaxError, struct.error, TypeError and more.
-            raise _Unusable(f"{type(error).__name__}: {error}") from error
-        if min(image.size) < self.image_size:
-            raise _Unusable(f"{image.width}x{image.height} pixels, smaller than --image-size {self.image_size}")
-        try:
-            with drawing_from(item_seed(self.seed, int(self._epoch[0]), index)):
-                return to_tensor(crop(image, self.image_size))
-        except UnusableImage as error:
-            raise _Unusable(str(error)) from error
-
-    def _tell(self, index: int, reason: str) -> None:
-        """Count a pair that is not usable, and log the first ones."""
-        if self._skipped[index]:
-            return
-        self._skipped[index] = 1
-        if self._told < _TOLD:
-            logger.warning("%s does not count (%s)", self.pairs.where(index), reason)
-        elif self._told == _TOLD:
-            logger.warning("further pairs that do not count are not told one by one; %d so far", self.skipped)
-        self._told += 1
-
-
-def none_usable(what: str, examples: Sequence[str]) -> str:
-    """Return the words of an error where no pair could be used. examples: places and reasons."""
-    return f"{what}; are the paths right, is the disk there? Some of them:\n  " + "\n  ".join(examples)
+    def __init__(self, pairs: Pairs, image_size: int | None, seed: int = 0, reading: Reading = DEFAULT):
+        super().__init__(len(pairs), seed, reading, in_a_row=min(UNUSABLE_IN_A_ROW, len(pairs)))
+        self.pairs, self.image_size, self.where = pairs, image_size, pairs.where
 
 
 class TextImages(_PairItems):
@@ -275,7 +190,8 @@ class TextImages(_PairItems):
     ):
         if (image_size is None) == (codes is None):
             raise ValueError("items are crops of image_size pixels or codes: give one of the two")
-        super().__init__(pairs, image_size, seed, random_crop, reading)
+        super().__init__(pairs, image_size, seed, reading)
+        self.random_crop = random_crop
         self.features, self.short_features, self.codes, self.arrays = features, short_features, codes, arrays or {}
         self._in_a_row: set[int] = set()  # of this process; a pair met twice counts once
         if short_features is not None:
@@ -304,18 +220,21 @@ class TextImages(_PairItems):
         """Return the rows that `collate` gives a batch: of captions `tokens`, of arrays as many as the longest has."""
         return {"caption": tokens} | {name: one.rows for name, one in self.arrays.items() if one.rows is not None}
 
+    def sample_numbers(self, indices: Sequence[int]) -> list[str]:
+        """Return the names of these samples, "stem:line"."""
+        return [":".join(map(str, self.pairs.identity(index))) for index in indices]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
         try:
-            item = self._read(index) | {"valid": True}
+            item = self.read(index) | {"valid": True}
             self._in_a_row.clear()
             return item
-        except _Unusable as error:
-            self._tell(index, str(error))
+        except Unusable as error:
+            self.skip(index, error)
             self._in_a_row.add(index)
-        if len(self._in_a_row) >= min(UNUSABLE_IN_A_ROW, len(self)):
-            what = f"none of {len(self._in_a_row)} pairs in a row could be used"
-            raise ValueError(none_usable(what, self.examples(sorted(self._in_a_row))))
+        if len(self._in_a_row) >= self.in_a_row:
+            raise ValueError(self.none_usable(indices=sorted(self._in_a_row)))
         nothing = {name: one.nothing() for name, one in self.arrays.items()}
         if self.codes is None:
             nothing["image"] = torch.zeros(3, self.image_size, self.image_size)
@@ -323,20 +242,31 @@ class TextImages(_PairItems):
             nothing["codes"] = torch.zeros(self.codes.tokens, dtype=torch.int64)
         return nothing | {"caption": torch.zeros(0, self.features.dim), "valid": False}
 
-    def _read(self, index: int) -> dict[str, Any]:
+    def read(self, index: int) -> dict[str, Any]:
+        """Return what there is of a pair. Raises Unusable."""
         identity = self.pairs.identity(index)
         item = {"caption": self._caption(index, *identity)}
         stores = self.arrays if self.codes is None else {"codes": self.codes, **self.arrays}
         item |= {name: store.get(*identity) for name, store in stores.items()}
         for name, value in item.items():
             if value is None:
-                raise _Unusable(f"no {'caption features' if name == 'caption' else name}")
-        return item if self.codes is not None else item | {"image": self._pixels(index)}
+                raise Unusable(f"no {'caption features' if name == 'caption' else name}")
+        return item if self.codes is not None else item | {"image": self._crop(index)}
+
+    def _crop(self, index: int) -> Tensor:
+        """Return the crop (3, H, W) of a pair's image. Raises Unusable."""
+        crop = random_crop_arr if self.random_crop else center_crop_arr
+        return self.pixels(
+            lambda: self.pairs.image_file(index),
+            index,
+            lambda image: to_tensor(crop(image, self.image_size)),
+            self.image_size,
+        )
 
     def _caption(self, index: int, stem: str, line: int) -> Tensor | None:
         found = None
         if self.short_features is not None:
-            draw = item_seed(self.seed, int(self._epoch[0]), index, _SHORT_DRAW) / 2**63
+            draw = item_seed(self.seed, self.epoch, index, _SHORT_DRAW) / 2**63
             found = self.short_features.get(stem, line) if draw < SHORT_CAPTIONS else None
         return self.features.get(stem, line) if found is None else found
 
@@ -344,16 +274,14 @@ class TextImages(_PairItems):
 class PairViews(_PairItems):
     """Data set of what extraction encodes: items ([centre crop (3, H, W)], 0, index) for `present_batches`, None for unusable pairs."""
 
+    def read(self, index: int) -> Tensor:
+        """Return the centre crop of a pair's image. Raises Unusable."""
+        crop = partial(center_view, image_size=self.image_size)
+        return self.pixels(lambda: self.pairs.image_file(index), index, crop, self.image_size)
+
     def __getitem__(self, index: int) -> tuple[list[Tensor], int, int] | None:
         try:
-            return [self._read(index)], 0, index
-        except _Unusable as error:
-            self._tell(index, str(error))
+            return [self.read(index)], 0, index
+        except Unusable as error:
+            self.skip(index, error)
             return None
-
-    def require_readable(self, missing: Sequence[int]) -> None:
-        """Raise ValueError with places and reasons where the pairs `missing` in a row are 256, or all."""
-        if len(missing) >= min(UNUSABLE_IN_A_ROW, len(self)):
-            raise ValueError(
-                none_usable(f"none of {len(missing)} pairs in a row could be used", self.examples(missing))
-            )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dataset.lines import recorded_maker
-from dataset.store import INDEX_FILE, Loose, Ragged, Shards, ends_of, read_record, refuse_other
+from dataset.store import INDEX_FILE, Loose, Ragged, Shards, Stems, ends_of, read_record, refuse_other
 from utils.files import write_json
 
 FORMAT = 1
@@ -51,15 +51,12 @@ class FeatureWriter:
 
     Args:
         folder: where they go.
-        dim: width of a row.
-        max_length: rows a caption may have.
+        dim, max_length: width of a row, rows a caption may have.
         dtype: bfloat16, float16 or float32, as which rows are stored.
         settings: what else decides the features (model, cleaning, which caption), plain JSON values.
         shard_size: lines a shard.
 
-    Raises:
-        ValueError: for values that no features can have, and where the folder holds features of other settings or other
-            files than features.
+    Raises ValueError where the folder holds features of other settings, or other files than features.
     """
 
     def __init__(
@@ -74,13 +71,6 @@ class FeatureWriter:
     ):
         self.folder, self.dtype, self.shard_size = Path(folder), dtype, shard_size
         self.dim, self.max_length = dim, max_length
-        for name in ("dim", "max_length", "shard_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if dtype not in _STORED:
-            raise ValueError(f"features are stored as {', '.join(_STORED)}, not as {dtype!r}")
-        if shard_size * max_length >= 2**32:
-            raise ValueError(f"{shard_size} lines of up to {max_length} rows are too many for one shard")
         index = dict(zip(_KEYS, (dim, max_length, dtype, shard_size, settings or {}), strict=True))
         if (self.folder / INDEX_FILE).exists():
             there, now = dict(zip(_KEYS, _read_index(self.folder), strict=True)), dict(index)
@@ -93,7 +83,7 @@ class FeatureWriter:
 
         Raises ValueError where the stem's features are of a file with another number of lines.
         """
-        shards, count = self._shards(stem), num_shards(lines, self.shard_size)
+        shards, count = Shards(self.folder / stem, AGAIN), num_shards(lines, self.shard_size)
         missing = shards.missing(count)
         for there in {shards.record(shard)["lines"] for shard in set(range(count)).difference(missing)} - {lines}:
             raise ValueError(
@@ -102,27 +92,17 @@ class FeatureWriter:
             )
         return missing
 
-    def _shards(self, stem: str) -> Shards:
-        return Shards(self.folder / stem, AGAIN)
-
     def skipped(self, stem: str, lines: int) -> int:
         """Return how many lines of a finished stem have no features."""
-        shards = self._shards(stem)
+        shards = Shards(self.folder / stem)
         return lines - sum(shards.record(k)["captions"] for k in range(num_shards(lines, self.shard_size)))
 
     def write_shard(self, stem: str, shard: int, features: Sequence[Tensor | None], lines: int) -> None:
         """Write one shard of a stem.
 
-        Args:
-            stem: of the jsonl file.
-            shard: its number.
-            features: for every line of the shard, in order, a tensor (length, D) of any float dtype, or None where the
-                line has no caption.
-            lines: how many the file has.
-
-        Raises:
-            ValueError: where their number, width or length is another, or a value is not finite in the dtype they are
-                stored in.
+        features: for every line of the shard, in order, a tensor (length, D) of any float dtype, or None where the line
+        has no caption. lines: how many the file has.
+        Raises ValueError where their number, width or length is another, or a value is not finite as it is stored.
         """
         expected = shard_lines(shard, lines, self.shard_size)
         if not expected or len(features) != len(expected):
@@ -147,7 +127,7 @@ class FeatureWriter:
                 )
             parts.append((stored.view(torch.uint16) if self.dtype == "bfloat16" else stored).numpy())
         ends = np.cumsum([0 if rows is None else len(rows) for rows in features]).astype(np.uint32)
-        self._shards(stem).write(shard, {"": parts, ends_of(""): [ends]}, lines=lines, captions=len(parts) - 1)
+        Shards(self.folder / stem).write(shard, {"": parts, ends_of(""): [ends]}, lines=lines, captions=len(parts) - 1)
 
     def write_stem(self, stem: str, features: Sequence[Tensor | None]) -> None:
         """Write all shards of a stem: a tensor (length, D) or None for each of its lines."""
@@ -156,85 +136,67 @@ class FeatureWriter:
             self.write_shard(stem, shard, features[lines.start : lines.stop], len(features))
 
 
-class Features:
+class Features(Stems):
     """Features of captions by (stem, line), packed or in the published layout.
 
     `dim` is the width of a row, `encoder` the fingerprint of the model that made them, where it is recorded. Features stay on
     disk; of packed ones 4 bytes a line are in memory, of published ones nothing.
-
-    Raises:
-        ValueError: where the folder has no features, a stem lacks shards, or a file is damaged.
+    Raises ValueError where the folder has no features, a stem lacks shards, or a file is damaged.
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        stems = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-        self.packed = (self.folder / INDEX_FILE).exists()
+        folder = Path(folder)
+        there = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        self.packed, stems = (folder / INDEX_FILE).exists(), {}
         if self.packed:
-            self.dim, self.max_length, self._dtype, size, self.settings = _read_index(self.folder)
-            shape, again = (self.dim,), f"the command that began it ({EXTRACTION})"
-            stored = _STORED[self._dtype]
-            self._stems: dict[str, Ragged | Loose] = {
-                stem: Ragged(Shards(self.folder / stem, AGAIN), "", stored, shape, size, again)
-                for stem in stems
-                if any((self.folder / stem).glob("*shard-*"))  # others are not of ours
-            }
+            self.dim, self.max_length, self._dtype, size, self.settings = _read_index(folder)
+            again = f"run the command that began it ({EXTRACTION}), which keeps what is there"
+            for stem in there:
+                if any((folder / stem).glob("*shard-*")):  # others are not of ours
+                    shards = Shards(folder / stem, AGAIN)
+                    stems[stem] = Ragged(shards, "", _STORED[self._dtype], (self.dim,), size, again)
         else:
-            loose = {
-                stem: Loose(self.folder / stem, "floats", (None, "D"), "remove it and extract it anew")
-                for stem in stems
-            }
-            self._stems = {**loose}
-            first = next((one.get(number) for one in loose.values() for number, _ in one.files()), None)
+            remedy = "remove it and extract it anew"
+            stems = {stem: Loose(folder / stem, "floats", (None, "D"), remedy) for stem in there}
+            first = next((one.get(number) for one in stems.values() for number, _ in one.files()), None)
             if first is None:
                 raise ValueError(
                     f"{folder} holds no text features: neither {INDEX_FILE} of packed ones nor STEM/LINE.npy of the "
                     f"published layout; {EXTRACTION} makes them"
                 )
             self.dim, self._dtype, self.settings = first.shape[1], "float32", {}
-            for one in loose.values():
+            for one in stems.values():
                 one.shape = (None, self.dim)
-        self.encoder = recorded_maker(self.folder, self._stems)
+        super().__init__(folder, stems)
+        self.encoder = recorded_maker(folder, stems)
         if self.packed and not len(self):
             raise ValueError(f"{folder} has no features yet: run {EXTRACTION} to its end")
 
     def get(self, stem: str, line: int) -> Tensor | None:
-        """Return the features (length, D) of line `line` (from 0) of the jsonl file `stem`; None where there are none.
+        """Return the caller's own features (length, D) of line `line` (from 0) of the file `stem`; None where there are none.
 
-        The tensor is the caller's own. Raises ValueError that names the file where it is damaged.
+        Raises ValueError that names the file where it is damaged.
         """
-        found = self._stems[stem].get(line) if stem in self._stems else None
-        if found is None:
-            return None
-        if not self.packed:
-            return torch.from_numpy(found.astype(np.float32, copy=False))
-        return torch.from_numpy(found).view(getattr(torch, self._dtype))
+        found = super().get(stem, line)
+        if found is None or self.packed:
+            return None if found is None else torch.from_numpy(found).view(getattr(torch, self._dtype))
+        return torch.from_numpy(found.astype(np.float32, copy=False))
 
     def present(self, stem: str) -> np.ndarray:
         """Return which lines of a stem have features, bool (lines,); none where the stem is not there.
 
         In the published layout, which does not say how many lines there are, up to the last that has features.
         """
-        return self._stems[stem].present() if stem in self._stems else np.zeros(0, bool)
-
-    def lines(self, stem: str) -> int | None:
-        """Return how many lines a stem's file had when its features were made; None where that is not known."""
-        return self._stems[stem].items if stem in self._stems else None
+        return self.stems[stem].present() if stem in self.stems else np.zeros(0, bool)
 
     def __len__(self) -> int:
-        return sum(int(self.present(stem).sum()) for stem in self._stems)
+        return sum(int(self.present(stem).sum()) for stem in self.stems)
 
 
 def open_features(path: str | Path, *, dim: int | None = None) -> Features:
     """Open a folder of text features, packed or in the published layout.
 
-    Args:
-        path: the folder.
-        dim: the width they must have.
-
-    Raises:
-        FileNotFoundError: where the folder is missing.
-        ValueError: where it holds no features, lacks shards, or they have another width.
+    dim: the width they must have. Raises FileNotFoundError where the folder is missing, and as Features does.
     """
     if not Path(path).is_dir():
         raise FileNotFoundError(f"the folder of text features {path} does not exist; {EXTRACTION} makes one")

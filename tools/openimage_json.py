@@ -18,7 +18,8 @@ def list_images(data_path: str | Path) -> list[str]:
     """
     from dataset.folders import natural_key, nested_folder
 
-    return sorted(nested_folder(data_path).paths.relative(), key=natural_key)
+    paths = nested_folder(data_path).paths
+    return sorted(map(paths.relative, range(len(paths))), key=natural_key)
 
 
 def main(args: argparse.Namespace) -> None:

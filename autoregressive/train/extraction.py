@@ -30,7 +30,7 @@ from dataset.code_files import (
     write_published,
 )
 from dataset.extraction import counted, dealt
-from dataset.images import Omitting, present_batches
+from dataset.images import ImageItems, present_batches
 from dataset.pixels import Reading
 from dataset.store import Loose
 from tokenizer.base import Tokenizer
@@ -160,7 +160,7 @@ def _lacking(settings: CodeSettings, batch_size: int, there: Sequence[int]) -> l
 
 def extract(
     tokenizer: Tokenizer,
-    dataset: Omitting,
+    dataset: ImageItems,
     targets: Sequence[PackedTarget],
     dist: Distributed,
     log: Logger,
@@ -187,7 +187,7 @@ def extract(
 
 def encoded(
     tokenizer: Tokenizer,
-    dataset: Omitting,
+    dataset: ImageItems,
     batches: Sequence[Batch],
     workers: int,
     mixed_precision: str,

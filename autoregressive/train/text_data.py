@@ -13,7 +13,7 @@ from autoregressive.train.loss import share_of_valid
 from autoregressive.train.recipe import Inputs, agreed_tokenizer, further_conditions, model_sizes
 from dataset.arrays import collate
 from dataset.build import TEXT, TEXT_CODES, build_dataset
-from dataset.t2i import TextImages, none_usable, require_same_encoder
+from dataset.t2i import TextImages, require_same_encoder
 from language.features import left_padded, prefix_mask
 from tokenizer.base import Tokenizer
 from utils.distributed import Distributed
@@ -142,8 +142,8 @@ class FirstPairs:
             return
         self.looked_at += self.batch
         if self.looked_at >= self.enough:
-            examples = self.dist.broadcast(self.dataset.examples() if self.dist.is_main else None)
-            raise AgreedError(none_usable(f"none of the first {self.looked_at} pairs could be used", examples))
+            what = f"none of the first {self.looked_at} pairs could be used"
+            raise AgreedError(self.dist.broadcast(self.dataset.none_usable(what) if self.dist.is_main else None))
 
 
 def encode(tokenizer: Tokenizer, pixels: Tensor, mixed_precision: str = "none") -> Tensor:

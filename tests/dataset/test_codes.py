@@ -1,6 +1,5 @@
 """Codes on disk: packed shards written, killed, resumed, damaged; the published layout; which views are drawn."""
 
-import itertools
 import json
 import pickle
 import subprocess
@@ -15,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset.augmentation import FLIP_VIEWS, TEN_CROP_VIEWS
-from dataset.code_files import SHARD_SIZE, CodeSettings, CodeWriter, PublishedFolder, ShardFolder, write_published
+from dataset.code_files import CodeSettings, CodeWriter, PublishedFolder, ShardFolder, write_published
 from dataset.codes import open_codes
 from tests.helpers import ROOT
 

@@ -146,7 +146,7 @@ def test_nothing_that_counts_is_an_error_in_loader_processes(data, workers):
     loader = DataLoader(text_images, batch_size=2, num_workers=workers, collate_fn=list)
     with pytest.raises(ValueError, match=r"none of 14 pairs in a row could be used(.|\n)*smaller than --image-size 64"):
         list(loader)
-    told = text_images.examples()
+    told = text_images.none_usable("nothing").splitlines()[1:]
     assert len(told) == 5 and all("smaller than --image-size 64" in line for line in told) and "line 4" in told[-1]
 
 
@@ -327,9 +327,7 @@ def test_codes_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"6\.npy is damaged"):
         opened(published).get("part-a", 6)
     (packed / "part-a" / "shard-000001.json").unlink()
-    with pytest.raises(
-        ValueError, match=r"part-a is incomplete: 2 of 3 shards(.|\n)*extract_codes_t2i\.py.*--shard-size 4"
-    ):
+    with pytest.raises(ValueError, match=r"part-a is incomplete: 2 of 3 shards.*extract_codes_t2i\.py"):
         opened(packed)
 
 
