@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +37,6 @@ def class_folders(folder: str | Path, classes: Sequence[str] | None = None, orde
     folders, a class without images, a class that is not among `classes`, a link that leads nowhere, or a folder that two
     links lead to.
     """
-    folder = _existing(folder)
     tree = _Tree(folder)
     loose, there = tree.children("")
     unknown = [name for name in there if classes is not None and name not in classes]
@@ -46,39 +45,26 @@ def class_folders(folder: str | Path, classes: Sequence[str] | None = None, orde
             f"{folder} has a class folder {unknown[0]!r}, which is none of the {len(classes)} classes that the codes record: "
             "extract to another folder without --classes-of, or rename the class folder"
         )
-    if classes is None:
-        classes = sorted(there, key=natural_key) if order == "natural" else there
     if loose and there:
-        raise ValueError(
-            f"{folder} mixes loose images ({next(iter(loose))}) with class folders ({there[0]}): "
-            "move the images into class folders or elsewhere"
-        )
+        raise ValueError(f"{folder} mixes loose images ({loose[0]}) with class folders ({there[0]}): move one of them")
     if loose:
         raise ValueError(
-            f"{len(loose)} images lie directly in {folder} ({next(iter(loose))}): use --dataset coco, or put them in one "
-            "folder per class"
+            f"{len(loose)} images lie directly in {folder} ({loose[0]}): use --dataset coco, or put them in one folder per "
+            "class"
         )
-    if not there:
-        raise _no_images(tree)
     # The parent of the splits is an easy slip that would train on the classes 'train' and 'val'.
-    if _SPLITS.issuperset(there) and all(_Tree(folder / name).children("")[1] for name in there):
-        raise ValueError(f"{folder} holds the splits {', '.join(there)}: give one of them, {folder / there[0]}")
-    relative: dict[str, int] = {}
-    labels, empty = [], []
-    for label, name in enumerate(classes):
-        if name not in there:
-            continue
-        found = tree.images(name)
-        relative |= found
-        labels.append(np.full(len(found), label, np.int64))
-        if not found:
-            empty.append(name)
-    if len(empty) == len(there):
+    if there and _SPLITS.issuperset(there) and all(_Tree(tree.path(name)).children("")[1] for name in there):
+        raise ValueError(f"{folder} holds the splits {', '.join(there)}: give one of them, {tree.path(there[0])}")
+    if classes is None:
+        classes = sorted(there, key=natural_key) if order == "natural" else there
+    found = {label: tree.images(name) for label, name in enumerate(classes) if name in there}
+    if not any(found.values()):
         raise _no_images(tree)
+    empty = [classes[label] for label, images in found.items() if not images]
     if empty:
-        more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
-        raise ValueError(f"the class folder {folder / empty[0]}{more} has no images: fill it, or remove it")
-    return ImageList(PathList(folder, tree.report(relative)), np.concatenate(labels), list(classes))
+        raise ValueError(f"the class folder {tree.path(empty[0])} has no images: fill it, or remove it")
+    labels = np.repeat(np.asarray([*found], np.int64), [len(images) for images in found.values()])
+    return ImageList(tree.listed([image for images in found.values() for image in images]), labels, list(classes))
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
@@ -92,7 +78,6 @@ def flat_folder(folder: str | Path) -> ImageList:
 
     Raises FileNotFoundError where the folder is missing, ValueError where no image lies directly in it.
     """
-    folder = _existing(folder)
     tree = _Tree(folder)
     loose, folders = tree.children("")
     if not loose:
@@ -100,17 +85,16 @@ def flat_folder(folder: str | Path) -> ImageList:
         raise _no_images(tree, inside)
     if folders:
         tree.left_out["sub-folders"] = len(folders)
-    return ImageList(PathList(folder, tree.report(loose)))
+    return ImageList(tree.listed(loose))
 
 
 def nested_folder(folder: str | Path) -> ImageList:
     """List the images at any depth below a folder, all with label 0. Raises FileNotFoundError, or ValueError for none."""
-    folder = _existing(folder)
     tree = _Tree(folder)
     found = tree.images("")
     if not found:
         raise _no_images(tree)
-    return ImageList(PathList(folder, tree.report(found)))
+    return ImageList(tree.listed(found))
 
 
 def listed_images(folder: str | Path) -> ImageList:
@@ -118,21 +102,15 @@ def listed_images(folder: str | Path) -> ImageList:
 
     Raises FileNotFoundError where the folder or the list is missing, ValueError where the list is not one.
     """
-    folder = _existing(folder)
-    file = folder / IMAGE_PATHS_FILE
+    file = Path(_Tree(folder).path(IMAGE_PATHS_FILE))
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: make it with python tools/openimage_json.py --data-path {folder}")
     try:
         paths = json.loads(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error}): make it anew with tools/openimage_json.py") from error
-    if not isinstance(paths, list):
-        raise ValueError(f"{file} must hold a list of paths, not {type(paths).__name__}")
-    if not paths:
-        raise ValueError(f"{file} lists no images: make it anew with tools/openimage_json.py")
-    for place, path in enumerate(paths):
-        if not isinstance(path, str) or not path:
-            raise ValueError(f"entry {place} of {file} must be a path relative to {folder}, not {path!r}")
+    if not isinstance(paths, list) or not paths or not all(path and isinstance(path, str) for path in paths):
+        raise ValueError(f"{file} must hold a list of paths relative to {folder}: make it with tools/openimage_json.py")
     return ImageList(PathList(folder, paths))
 
 
@@ -142,37 +120,41 @@ def find_images(folder: str | Path) -> list[str]:
     Raises OSError for a folder that cannot be listed, ValueError for links as the module says.
     """
     tree = _Tree(folder)
-    return tree.report(tree.images(""))
+    found = tree.images("")
+    tree.listed(found)
+    return found
 
 
 class _Tree:
-    """One reading of a folder: which folders were entered, what was left out, and which file each image is.
-
-    Paths are relative to the folder, with '/'.
-    """
+    """One reading of a folder: which folders were entered, and what was left out. Paths are relative to it, with '/'."""
 
     def __init__(self, folder: str | Path):
         self.folder = os.fspath(folder)
+        if not os.path.isdir(folder):
+            what = "is not a folder" if os.path.exists(folder) else "does not exist"
+            raise FileNotFoundError(f"the image folder {folder} {what}: check the path")
         self.left_out: Counter[str] = Counter()
         self._above = set(map(str, Path(os.path.realpath(self.folder)).parents))
         self._entered: dict[str, str] = {}  # real path -> path
 
-    def images(self, start: str) -> dict[str, int]:
-        """Return the images (path: inode) at any depth below a folder of the tree, by folder, then file name."""
+    def path(self, place: str) -> str:
+        return os.path.join(self.folder, place) if place else self.folder
+
+    def images(self, start: str) -> list[str]:
+        """Return the images at any depth below a folder of the tree, by folder, then file name."""
         found, waiting = {}, [start]
         while waiting:
             place = waiting.pop()
             images, folders = self.children(place)
             prefix = f"{place}/" if place else ""
-            found[place] = {prefix + name: inode for name, inode in images.items()}
+            found[place] = [prefix + name for name in images]
             waiting += [prefix + name for name in folders]
-        return {path: inode for place in sorted(found) for path, inode in found[place].items()}
+        return [image for place in sorted(found) for image in found[place]]
 
-    def children(self, place: str) -> tuple[dict[str, int], list[str]]:
-        """Return the images (name: inode, 0 for a link to nothing) and the sub-folders directly in a folder, sorted."""
-        path = self._enter(place)
-        images, folders = {}, []
-        with os.scandir(path) as entries:
+    def children(self, place: str) -> tuple[list[str], list[str]]:
+        """Return the names of the images and of the sub-folders directly in a folder, sorted."""
+        images, folders = [], []
+        with os.scandir(self._enter(place)) as entries:
             for entry in entries:
                 kind, ending = _kind(entry), os.path.splitext(entry.name)[1].lower()
                 if entry.name.startswith("."):
@@ -187,25 +169,15 @@ class _Tree:
                     self.left_out["no regular file"] += 1
                 elif ending not in IMAGE_EXTENSIONS:
                     self.left_out[ending or "without an ending"] += 1
-                elif kind == "dangling":
-                    images[entry.name] = 0
                 else:
-                    images[entry.name] = entry.stat().st_ino if entry.is_symlink() else entry.inode()
-        return dict(sorted(images.items())), sorted(folders)
+                    images.append(entry.name)
+        return sorted(images), sorted(folders)
 
-    def report(self, found: dict[str, int]) -> list[str]:
-        """Say in the log what was left out, and which of the images found are one file. Returns the images."""
+    def listed(self, found: list[str]) -> PathList:
+        """Return the images found as a list of paths, and say in the log what was left out."""
         if self.left_out:
             logger.info("%s: %d images; left out: %s", self.folder, len(found), self.contents())
-        groups = self._repeated(found)
-        if groups:
-            apart = [group for group in groups if group[0].split("/")[0] != group[-1].split("/")[0]]
-            first = (apart or groups)[0]
-            logger.warning(
-                "%s: images that are there under several names: %d, of which in several folders: %d (%s and %s are one file)",
-                *(self.folder, len(groups), len(apart), first[0], first[-1]),
-            )
-        return list(found)
+        return PathList(self.folder, found)
 
     def contents(self) -> str:
         """Return what was left out, as '3 .heic, 1 hidden'."""
@@ -213,7 +185,7 @@ class _Tree:
 
     def _enter(self, place: str) -> str:
         """Return the path of a folder of the tree. Raises ValueError where it was entered by another way."""
-        path = os.path.join(self.folder, place) if place else self.folder
+        path = self.path(place)
         real = os.path.realpath(path)
         before = self._entered.setdefault(real, path)
         if real in self._above or (before != path and f"{path}/".startswith(f"{before}/")):
@@ -221,16 +193,6 @@ class _Tree:
         if before != path:
             raise ValueError(f"{before} and {path} are one folder, whose images would be taken twice: remove a link")
         return path
-
-    def _repeated(self, found: dict[str, int]) -> list[list[str]]:
-        """Return the images that are there under several names, by links or hard links: all the names of each."""
-        times = Counter(found.values())
-        same = defaultdict(list)
-        for path, inode in found.items():
-            if inode and times[inode] > 1:
-                status = os.stat(os.path.join(self.folder, path))
-                same[status.st_dev, status.st_ino].append(path)
-        return [paths for paths in same.values() if len(paths) > 1]
 
 
 def _kind(entry: os.DirEntry) -> str:
@@ -245,14 +207,6 @@ def _kind(entry: os.DirEntry) -> str:
             raise
         return "dangling"
     return "dangling" if entry.is_symlink() and not os.path.exists(entry.path) else "special"
-
-
-def _existing(folder: str | Path) -> Path:
-    folder = Path(folder)
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise FileNotFoundError(f"the image folder {folder} {what}: check the path")
-    return folder
 
 
 def _no_images(tree: _Tree, more: str = "") -> ValueError:

@@ -10,10 +10,11 @@ import logging
 import os
 import warnings
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dataset.augmentation import UnusableImage
 from utils.files import require_regular
@@ -31,17 +32,7 @@ IMAGE_EXTENSIONS = (
 )
 LOSSY_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".avif", ".avifs")
 
-_ORIENTATION, _BITS, _PHOTOMETRIC = 0x0112, 258, 262
-# How the pixels of an image lie is undone by, for each value of EXIF's orientation but 1.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF
 
 
 @dataclass(frozen=True)
@@ -111,7 +102,10 @@ def load_rgb(path: str | os.PathLike, reading: Reading = DEFAULT) -> Image.Image
         require_regular(path)
     with Image.open(path) as image:
         image.load()
-        return to_rgb(_turned(image) if reading.exif else image, reading.background)
+        if reading.exif:
+            with suppress(Exception):  # EXIF that is damaged in any way does not make the pixels unreadable
+                ImageOps.exif_transpose(image, in_place=True)  # Pillow itself undoes a TIFF's own orientation
+        return to_rgb(image, reading.background)
 
 
 def to_rgb(image: Image.Image, background: str | None = None) -> Image.Image:
@@ -128,15 +122,6 @@ def to_rgb(image: Image.Image, background: str | None = None) -> Image.Image:
         # Dropping the transparency of a palette image is what is meant.
         warnings.filterwarnings("ignore", message="Palette images with Transparency")
         return image.convert("RGB")
-
-
-def _turned(image: Image.Image) -> Image.Image:
-    """Return the image as its EXIF orientation shows it. A TIFF's own orientation is undone by Pillow."""
-    try:
-        method = _UPRIGHT.get(image.getexif().get(_ORIENTATION))
-    except Exception:  # EXIF that is damaged in any way does not make the pixels unreadable
-        method = None
-    return image if method is None else image.transpose(method)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

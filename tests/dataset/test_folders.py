@@ -114,15 +114,6 @@ def test_folder_of_other_files_alone_says_what_is_there(tmp_path):
             read(tmp_path)
 
 
-@pytest.mark.parametrize("link", [os.link, os.symlink])
-def test_image_with_two_names_is_said(data, caplog, link):
-    link(data / "ant" / "1.png", data / "bee" / "2.png")
-    link(data / "ant" / "2.png", data / "ant" / "3.png")
-    assert class_folders(data).labels.tolist() == [0, 0, 0, 1, 1]
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert "several names: 2, of which in several folders: 1 (ant/1.png and bee/2.png are one file)" in line
-
-
 def test_every_extension_is_found_and_the_order_of_others_stays(data):
     before = find_images(data)
     for ending in (".tif", ".TIFF", ".gif", ".jfif", ".avif", ".pgm", ".jp2", ".ico", ".mpo", ".qoi"):
