@@ -16,7 +16,7 @@ import numpy as np
 
 from dataset.images import ImageList
 from dataset.lines import digest
-from dataset.pair_files import PairFiles
+from dataset.pairs import PairFiles
 
 _CHUNK = 1 << 24
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.caption_keys import CAPTION_KEYS, caption_of
+from dataset.pairs import CAPTION_KEYS, caption_of
 from utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -35,22 +35,16 @@ class Lines:
         kind: which of several such things it is.
         maker: a fingerprint of the model that makes something of the lines.
 
-    kind and maker are given where something is going to be made, and then refuse what others made.
+    kind and maker are given where something is going to be made, and then refuse what others made. Subclasses name the
+    `part` of a line, and have `reads(kind)`, whether records of a kind can be compared, and `digest(kind, index)`, what a
+    line comes to, by its number among all (ValueError where it is damaged or has nothing).
     """
 
-    part: str  # of a line, for messages
+    part: str
 
     def __init__(self, source: Any, kind: str | None = None, maker: str | None = None):
         self.source, self.files, self.kind, self.maker = source, list(source.files), kind, maker
         self.starts = [0, *accumulate(count for _, count in self.files)]
-
-    def reads(self, kind: str) -> bool:
-        """Tell whether records of this kind can be compared."""
-        raise NotImplementedError
-
-    def digest(self, kind: str, index: int) -> int:
-        """Return what a line comes to, by its number among all. Raises ValueError where it is damaged or has nothing."""
-        raise NotImplementedError
 
 
 class CaptionLines(Lines):
@@ -144,10 +138,9 @@ def compare_before_writing(folder: Path, lines: Lines, chosen: Iterable[int]) ->
     Raises ValueError as compare_lines does.
     """
     unknown = 0
-    for stem, count, recorded in (
-        (*lines.files[k], compare_lines(folder / lines.files[k][0], lines, k)) for k in chosen
-    ):
-        if not recorded and any((folder / stem).glob("*.npy")):
+    for k in chosen:
+        stem, count = lines.files[k]
+        if not compare_lines(folder / stem, lines, k) and any((folder / stem).glob("*.npy")):
             unknown += count
     _tell_unknown(folder, lines, unknown)
 
@@ -179,9 +172,8 @@ def compare_folder(folder: Path, lines: Lines, count_of: Callable[[str], int | N
 def recorded_digest(folder: Path, stems: Iterable[str]) -> str | None:
     """Return what the records of all lines come to; None where there are none."""
     found = [_read(file) for stem in stems for file in sorted((folder / stem).glob("lines-*.npz"))]
-    return (
-        digest_all(part for one in found for part in (one["kind"].item(), one["digests"].tobytes())) if found else None
-    )
+    contents = [part for one in found for part in (one["kind"].item(), one["digests"].tobytes())]
+    return digest_all(contents) if found else None
 
 
 def recorded_maker(folder: Path, stems: Iterable[str]) -> str | None:

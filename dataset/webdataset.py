@@ -2,7 +2,7 @@
 
     pairs = TarPairs("laion_shards")                 # all *.tar of the folder, by name
     pairs.identity(7), pairs.texts(7)                # ('00000', 7), ['a bee on a flower']
-    image = load_rgb(pairs.image_file(7))            # dataset/images.py
+    image = load_rgb(pairs.image_file(7))            # dataset/pixels.py
 
 The format is WebDataset's (uncompressed tar; `000123.jpg` beside `000123.json` or `000123.txt`), its way of reading is not:
 streams are shuffled in a buffer and cannot be taken up where they were left. Where every member lies is found out once
@@ -25,15 +25,14 @@ from pathlib import Path
 import numpy as np
 
 from dataset.lines import digest, digest_all
-from dataset.pair_files import PairFiles
+from dataset.pairs import PairFiles
 from dataset.pixels import IMAGE_EXTENSIONS
-from utils.files import atomic_write, crc32_of, write_json
+from utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-INDEX_NAME = "webdataset-index"
-FORMAT = 2
-_COLUMNS = 7  # offset and bytes of image, .json and .txt; what the image comes to
+INDEX_NAME = "webdataset-index.npy"
+FORMAT = 3
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # path up to the first dot of the name, extension
 _DOTTED = re.compile(r"(.*)\.([^/.]*)")  # up to the last
 _TEXTS = ("json", "txt")
@@ -70,8 +69,8 @@ class TarPairs(PairFiles):
         packed = next((path.name for path in sorted(Path(folder).glob("*.tar.*"))), None)
         hint = f"; {packed} is compressed, and samples are read at their offsets: unpack it" if packed else ""
         super().__init__(folder, ".tar", hint)
-        self.index_path = Path(index_path) if index_path else self.folder
-        self.number(*_open_index(self.paths, self.index_path))
+        self.index_file = Path(index_path or self.folder) / INDEX_NAME
+        self.number(*_open_index(self.paths, self.index_file))
         self._map: np.ndarray | None = None
 
     def __getstate__(self) -> dict:
@@ -113,7 +112,7 @@ class TarPairs(PairFiles):
     @property
     def _rows(self) -> np.ndarray:
         if self._map is None:
-            self._map = np.load(self.index_path / f"{INDEX_NAME}.npy", mmap_mode="r")
+            self._map = np.load(self.index_file, mmap_mode="r")
         return self._map
 
     def _read(self, index: int, offset: int, size: int) -> bytes:
@@ -126,44 +125,39 @@ class TarPairs(PairFiles):
         return content
 
 
-def _open_index(shards: Sequence[Path], index_path: Path) -> tuple[list[int], list[str]]:
-    """Bring the index up to date; returns the samples of each shard and what they come to."""
-    rows_file, record_file = (index_path / f"{INDEX_NAME}{ending}" for ending in (".npy", ".json"))
-    states = [(shard.name, os.stat(shard)) for shard in shards]
-    now = {name: [state.st_size, state.st_mtime_ns] for name, state in states}
-    known = _known_rows(rows_file, record_file)
+def _open_index(shards: Sequence[Path], file: Path) -> tuple[list[int], list[str]]:
+    """Bring the index up to date; returns the samples of each shard and what they come to.
+
+    The index is an array of rows, and after it in the same file the shards they are of, as JSON.
+    """
+    now = {shard.name: [shard.stat().st_size, shard.stat().st_mtime_ns] for shard in shards}
+    known = _known_rows(file)
     kept = {name: (rows, digest) for name, (state, rows, digest) in known.items() if now.get(name) == state}
     new = [shard for shard in shards if shard.name not in kept]
-    if not new and list(known) == list(now):
-        return [len(kept[name][0]) for name in now], [kept[name][1] for name in now]
-    logger.info("indexing %d of the %d shards in %s", len(new), len(shards), shards[0].parent)
-    with ThreadPoolExecutor(_READERS) as pool:
-        kept |= zip([shard.name for shard in new], pool.map(shard_rows, new))
-    rows = np.concatenate([kept[name][0] for name in now])
-    try:
-        with atomic_write(rows_file) as f:
-            np.save(f, rows)
-        counts = [
-            {"name": name, "state": state, "samples": len(kept[name][0]), "digest": kept[name][1]}
-            for name, state in now.items()
-        ]
-        # Written last: rows without their record, or with another's, count for nothing.
-        write_json(record_file, {"format": FORMAT, "crc32": crc32_of(rows_file), "shards": counts})
-    except OSError as error:
-        raise OSError(error.errno, f"{error}; give --index-path a folder that can be written to") from error
+    if new or list(known) != list(now):
+        logger.info("indexing %d of the %d shards in %s", len(new), len(shards), shards[0].parent)
+        with ThreadPoolExecutor(_READERS) as pool:
+            kept |= zip([shard.name for shard in new], pool.map(shard_rows, new))
+        record = [[name, state, len(kept[name][0]), kept[name][1]] for name, state in now.items()]
+        try:
+            with atomic_write(file) as f:
+                np.save(f, np.concatenate([kept[name][0] for name in now]))
+                f.write(json.dumps({"format": FORMAT, "shards": record}).encode())
+        except OSError as error:
+            raise OSError(error.errno, f"{error}; give --index-path a folder that can be written to") from error
     return [len(kept[name][0]) for name in now], [kept[name][1] for name in now]
 
 
-def _known_rows(rows_file: Path, record_file: Path) -> dict[str, tuple[list[int], np.ndarray, str]]:
-    """Return {shard name: (its size and time, its rows, their digest)} of an index; nothing where it is missing, damaged or half written."""
+def _known_rows(file: Path) -> dict[str, tuple[list[int], np.ndarray, str]]:
+    """Return {shard name: (its size and time, its rows, their digest)} of an index; nothing where it is missing or damaged."""
     try:
-        record = json.loads(record_file.read_bytes())
-        if record["format"] != FORMAT or record["crc32"] != crc32_of(rows_file):
-            return {}
-        rows = np.load(rows_file, mmap_mode="r")
-        ends = np.cumsum([shard["samples"] for shard in record["shards"]]).tolist()
-        parts = np.split(rows, ends[:-1]) if ends and ends[-1] == len(rows) else []
-        return {shard["name"]: (shard["state"], part, shard["digest"]) for shard, part in zip(record["shards"], parts)}
+        rows = np.load(file, mmap_mode="r")
+        with open(file, "rb") as f:
+            f.seek(rows.offset + rows.nbytes)
+            record = json.load(f)
+        shards = record["shards"] if record["format"] == FORMAT else []
+        parts = np.split(rows, np.cumsum([samples for _, _, samples, _ in shards]))
+        return {name: (state, part, digest) for (name, state, _, digest), part in zip(shards, parts)}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -171,7 +165,8 @@ def _known_rows(rows_file: Path, record_file: Path) -> dict[str, tuple[list[int]
 def shard_rows(shard: Path) -> tuple[np.ndarray, str]:
     """Return where the image and the texts of every sample of a shard are, int64 (samples, 7), and what all of them come to.
 
-    Raises ValueError for a file that is no tar or is cut off, that has two members of one name, or no image at all.
+    A row has offset and bytes of image, .json and .txt, and what the image comes to. Raises ValueError for a file that is
+    no tar or is cut off, that has two members of one name, or no image at all.
     """
     rows, contents, several = [], [], 0
     with open(shard, "rb") as f:
@@ -181,20 +176,13 @@ def shard_rows(shard: Path) -> tuple[np.ndarray, str]:
             return f.read(size)
 
         for sample in _samples(shard):
-            row = [0] * _COLUMNS
-            images = [extension for extension in sample if f".{extension}" in IMAGE_EXTENSIONS]
+            images = sorted(filter(_is_image, sample), key=lambda extension: IMAGE_EXTENSIONS.index(f".{extension}"))
             several += len(images) > 1
-            image = min(images, key=lambda extension: IMAGE_EXTENSIONS.index(f".{extension}"), default=None)
-            for extension, (name, offset, size) in sample.items():
-                if extension == image:
-                    row[:2] = offset, size
-                    beginning = read(offset, min(size, _BEGINNING))
-                    row[6] = digest(f"{os.path.basename(name)} {size} ".encode() + beginning)
-                elif extension in _TEXTS:
-                    place = 2 + 2 * _TEXTS.index(extension)
-                    row[place : place + 2] = offset, size
-            rows.append(row)
-            contents += [str(row[6]), read(*row[2:4]), read(*row[4:6])]
+            name, *image = sample[images[0]] if images else ("", 0, 0)
+            texts = [number for extension in _TEXTS for number in sample.get(extension, ("", 0, 0))[1:]]
+            beginning = f"{os.path.basename(name)} {image[1]} ".encode() + read(image[0], min(image[1], _BEGINNING))
+            rows.append([*image, *texts, digest(beginning) if images else 0])
+            contents += [str(rows[-1][6]), read(*texts[:2]), read(*texts[2:])]
     if several:
         logger.warning(
             "%s has %d samples with several images: of jpg, png and others the first is taken", shard, several
@@ -216,19 +204,17 @@ def _samples(shard: Path) -> list[Sample]:
     samples, hidden = [], []
     for key, group in _grouped(shard, _members(shard), _NAME):
         dotted = list(_grouped(shard, group.values(), _DOTTED))
-        pairs = [name for name, part in dotted if _has_image(part) and not part.keys().isdisjoint(_TEXTS)]
-        if pairs and not _has_image(group):
+        pairs = [name for name, part in dotted if any(map(_is_image, part)) and not part.keys().isdisjoint(_TEXTS)]
+        if pairs and not any(map(_is_image, group)):
             samples += [part for _, part in dotted]
         else:
             samples.append(group)
             hidden += [name for name in pairs if name != key]
     if hidden:
         logger.warning(
-            "%s: image and text of %s%s count as parts of the sample named by what is before their first dot; rename them if "
-            "they are pairs",
-            shard,
-            hidden[0],
-            f" (and of {len(hidden) - 1} more)" if len(hidden) > 1 else "",
+            "%s: image and text of %s (and %d more) count as parts of the sample named by what is before their first dot; "
+            "rename them if they are pairs",
+            *(shard, hidden[0], len(hidden) - 1),
         )
     return samples
 
@@ -246,8 +232,8 @@ def _grouped(shard: Path, members: Iterable[Entry], name: re.Pattern) -> Iterato
         yield key, sample
 
 
-def _has_image(sample: Sample) -> bool:
-    return any(f".{extension}" in IMAGE_EXTENSIONS for extension in sample)
+def _is_image(extension: str) -> bool:
+    return f".{extension}" in IMAGE_EXTENSIONS
 
 
 def _members(shard: Path) -> Iterator[Entry]:

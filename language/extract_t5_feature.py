@@ -14,7 +14,7 @@ the sampling scripts.
 
 import argparse
 
-from dataset.caption_keys import CAPTION_KEYS
+from dataset.pairs import CAPTION_KEYS
 from utils.cli import HALF, add_extraction_flags, flag_parser, nonnegative_int, positive_int, run_script
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataset.caption_keys import caption_of
+from dataset.pairs import caption_of
 from dataset.store import INDEX_FILE
 from dataset.text_features import FeatureWriter, num_shards, published_lines, shard_lines, write_published_features
 from language.t5 import T5Embedder, fingerprint, preprocess

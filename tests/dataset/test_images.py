@@ -392,5 +392,3 @@ def test_errors_of_a_transform_are_not_taken_for_bad_images(noisy):
 
     with pytest.raises(ValueError, match="a slip"):
         ImageDataset(noisy.images, broken)[0]
-
-

@@ -128,20 +128,14 @@ def test_new_changed_and_removed_shards(folder, tmp_path, monkeypatch):
     assert TarPairs(folder).files == [("00000", 4), ("00002", 2)] and len(seen) == 2
 
 
-@pytest.mark.parametrize("what", ["rows", "record", "rows of another", "no record"])
-def test_a_damaged_index_is_made_again(folder, tmp_path, monkeypatch, what):
+@pytest.mark.parametrize("what", ["rows", "record", "another edition's"])
+def test_a_damaged_index_is_made_again(folder, monkeypatch, what):
     TarPairs(folder)
-    rows, record = folder / f"{INDEX_NAME}.npy", folder / f"{INDEX_NAME}.json"
-    if what == "rows":
-        rows.write_bytes(rows.read_bytes()[:-8] + b"\x01" * 8)
-    elif what == "record":
-        record.write_text("{")
-    elif what == "rows of another":  # killed between the two files
-        other = make_shards(tmp_path / "other", {"00000": 9})
-        TarPairs(other)
-        shutil.copy(other / f"{INDEX_NAME}.npy", folder)
+    index = folder / INDEX_NAME
+    if what == "another edition's":
+        np.save(index, np.load(index))
     else:
-        record.unlink()
+        index.write_bytes(index.read_bytes()[: 100 if what == "rows" else -5])
     seen = indexed(monkeypatch)
     pairs = TarPairs(folder)
     assert len(seen) == 2 and len(pairs) == 9 and pairs.image_file(8).getvalue() == png(picture(8))
@@ -155,12 +149,12 @@ def test_several_at_once(folder):
     for thread in threads:
         thread.join()
     assert len(opened) == 6 and all(pairs.image_file(7).getvalue() == png(picture(7)) for pairs in opened)
-    assert sorted(os.listdir(folder)) == ["00000.tar", "00001.tar", f"{INDEX_NAME}.json", f"{INDEX_NAME}.npy"]
+    assert sorted(os.listdir(folder)) == ["00000.tar", "00001.tar", INDEX_NAME]
 
 
 def test_an_index_elsewhere(folder, tmp_path):
     pairs = TarPairs(folder, tmp_path / "index")
-    assert sorted(os.listdir(folder)) == ["00000.tar", "00001.tar"] and len(os.listdir(tmp_path / "index")) == 2
+    assert sorted(os.listdir(folder)) == ["00000.tar", "00001.tar"] and os.listdir(tmp_path / "index") == [INDEX_NAME]
     assert pickle.loads(pickle.dumps(pairs)).texts(1) == pairs.texts(1) and len(pickle.dumps(pairs)) < 4000
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"give --index-path a folder that can be written to"):
@@ -240,7 +234,9 @@ def test_parts_of_a_sample_stay_parts_beside_its_image(tmp_path, caplog):
     pairs = TarPairs(tmp_path)
     assert [pairs.texts(i) for i in range(len(pairs))] == [["one"], ["two"]]
     assert pairs.image_file(1).getvalue() == image
-    assert "image and text of 2.old count as parts" in caplog.text and caplog.text.count("rename them") == 1
+    assert (
+        "image and text of 2.old (and 0 more) count as parts" in caplog.text and caplog.text.count("rename them") == 1
+    )
 
 
 def test_image_and_text_of_different_dotted_names_are_no_pair(tmp_path):
