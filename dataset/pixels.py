@@ -78,11 +78,6 @@ class Reading:
             return PUBLISHED
         return cls(settings["exif"], None if settings["background"] == "none" else settings["background"])
 
-    def flags(self) -> str:
-        """Return the flags that a command line needs for this reading."""
-        exif = "" if self.exif else " --no-exif"
-        return exif if self.background == Reading.background else f"{exif} --background {self.background or 'none'}"
-
     def __str__(self) -> str:
         turned = "turned as EXIF says" if self.exif else "as they lie in the file, whatever EXIF says"
         return f"images are {turned}; transparency is {f'laid on {self.background}' if self.background else 'dropped'}"

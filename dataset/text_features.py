@@ -13,7 +13,7 @@ layout too, `{stem}/{line}.npy` float32 (1, length, D).
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -207,16 +207,6 @@ def open_features(path: str | Path, *, dim: int | None = None) -> Features:
             "model is trained for"
         )
     return features
-
-
-def write_published_features(folder: str | Path, stem: str, line: int, features: Tensor) -> None:
-    """Write one caption's features (length, D) in the published layout: `{stem}/{line}.npy`, float32 (1, length, D)."""
-    Loose(Path(folder) / stem, "floats", ()).write(line, features.detach().to("cpu", torch.float32).numpy())
-
-
-def published_lines(folder: str | Path, stem: str, lines: Iterable[int]) -> np.ndarray:
-    """Return which of these lines of a stem have a file in the published layout, bool (lines,)."""
-    return np.isin(np.asarray(lines), Loose(Path(folder) / stem, "floats", ()).numbers)
 
 
 def _read_index(folder: Path) -> tuple:

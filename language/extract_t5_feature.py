@@ -19,28 +19,13 @@ from utils.cli import HALF, add_extraction_flags, flag_parser, nonnegative_int, 
 
 
 def main(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
     import torch
 
-    from dataset.extraction import counted, dealt
-    from dataset.lines import CaptionLines, compare_before_writing, record_lines
     from dataset.t2i import chosen_files, open_pairs
-    from dataset.text_features import shard_lines
-    from language.extraction import (
-        DTYPES,
-        MAX_LENGTH,
-        Captions,
-        PackedTarget,
-        PublishedTarget,
-        encode_captions,
-        read_shards,
-    )
+    from language.extraction import DTYPES, MAX_LENGTH, extract
     from language.prompts import open_prompts
-    from language.t5 import T5Embedder, encoder_identity, find_t5, without_fork_warnings
+    from language.t5 import T5Embedder, find_t5, without_fork_warnings
     from utils.distributed import start
-    from utils.errors import AgreedError
-    from utils.loading import loader_workers
     from utils.logger import console_logger
 
     without_fork_warnings()
@@ -50,43 +35,9 @@ def main(args: argparse.Namespace) -> None:
         pairs = open_prompts(args.data_path) or open_pairs(args.data_path, args.index_path)
         folder = find_t5(args.t5_model_path, args.t5_model_type)
     chosen = chosen_files(pairs, args.data_start, args.data_end)
-    embedder = T5Embedder(
-        dist.device, folder, torch_dtype=getattr(torch, DTYPES[args.precision]), model_max_length=MAX_LENGTH
-    )
-    lines = CaptionLines(pairs, CaptionLines.kind_of(args.caption_key, args.trunc_caption), encoder_identity(embedder))
-    target, missing = (PublishedTarget if args.published_layout else PackedTarget)(args, embedder), None
-    if dist.is_main:  # it looks for all: one that looked for itself would miss what a quicker one has written already
-        missing = [(k, shard) for k in chosen for shard in target.missing(*pairs.files[k])]
-        compare_before_writing(Path(args.t5_path), lines, chosen)
-    mine = dealt(dist.broadcast(missing), dist)
-    captions = Captions(pairs, embedder.tokenizer, args.caption_key, args.trunc_caption)
-    total = sum(len(shard_lines(shard, pairs.files[k][1], args.shard_size)) for k, shard in mine)
-    encoded = 0
-    with counted(dist, log, "captions", total, lambda: encoded) as progress:
-        for (k, shard), items in read_shards(captions, mine, args.shard_size, loader_workers(args.num_workers, dist)):
-            stem, count = pairs.files[k]
-            here = shard_lines(shard, count, args.shard_size)
-            for reason in (item for item in items if isinstance(item, str)):
-                log.warning(f"skipped: {reason}")
-            ids = {line: item for line, item in zip(here, items, strict=True) if not isinstance(item, str)}
-            wanted = target.wanted(stem, ids)
-            # All of the shard where any is missing: what is encoded together, and so rounded, does not depend on it.
-            features = dict(zip(ids, encode_captions(embedder, [*ids.values()], args.batch_size))) if wanted else {}
-            encoded += len(features)
-            record_lines(Path(args.t5_path, stem), lines, k, here, made=wanted)
-            target.write(stem, shard, count, here, {line: features[line] for line in wanted})
-            progress.update(len(here))
-    files = [pairs.files[k] for k in chosen]
-    count, skipped = sum(lines for _, lines in files), sum(dist.gather(captions.skipped))
-    there = target.count(files, count - skipped) if dist.is_main else None
-    if dist.broadcast(there) == 0:
-        first = captions[sum(count for _, count in pairs.files[: chosen[0]])]
-        raise AgreedError(
-            f"none of the {count} lines has a caption: check --data-path and --caption-key, and give another --t5-path, or "
-            f"remove {args.t5_path}; the first: {first}"
-        )
-    if dist.is_main:
-        log.info(f"{args.t5_path}: features of {there} captions, {count - there} lines without a caption skipped")
+    dtype = getattr(torch, DTYPES[args.precision])
+    embedder = T5Embedder(dist.device, folder, torch_dtype=dtype, model_max_length=MAX_LENGTH)
+    extract(args, pairs, chosen, embedder, dist, log)
     dist.close()
 
 

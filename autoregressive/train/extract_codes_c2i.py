@@ -7,7 +7,6 @@ Rerun the command to write the shards that are missing, on any number of process
 """
 
 import argparse
-from typing import TYPE_CHECKING
 
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
@@ -24,11 +23,6 @@ from utils.cli import (
     tokenizer_beliefs,
 )
 
-if TYPE_CHECKING:
-    from dataset.code_files import CodeSettings
-    from dataset.images import ImageDataset
-    from tokenizer.base import Tokenizer
-
 
 def main(args: argparse.Namespace) -> None:
     from functools import partial
@@ -36,13 +30,16 @@ def main(args: argparse.Namespace) -> None:
     from autoregressive.train.extraction import (
         PackedTarget,
         PublishedTarget,
+        code_settings,
+        encode_views,
         extract,
         memory_format,
         require_whole_tokens,
     )
-    from dataset.augmentation import code_views
+    from dataset.augmentation import code_view_names, code_views
     from dataset.build import build_dataset
     from dataset.code_files import CodeWriter, ShardFolder, recorded_settings
+    from dataset.images import present_batches
     from dataset.pixels import Reading
     from tokenizer.load import load_tokenizer
     from utils.distributed import start
@@ -61,82 +58,52 @@ def main(args: argparse.Namespace) -> None:
     require_whole_tokens(tokenizer, args.image_size)
     views = {"image_size": args.image_size, "ten_crop": args.ten_crop, "crop_range": args.crop_range, "flip": args.flip}
     begun = recorded_settings(args.code_path, args.image_size)
+    # The names that decide the labels: of --classes-of, or of this extraction where it has begun.
+    shared = recorded_settings(args.classes_of, args.image_size) if args.classes_of else begun
+    if args.classes_of and not (shared and shared.classes):
+        raise ValueError(
+            f"--classes-of {args.classes_of} is not there or records no classes: give a folder of codes of class folders"
+        )
     dataset = build_dataset(
         args,
         transform=partial(code_views, **views),
         unreadable="omit",
-        classes=classes_by_label(args),
+        classes=shared.classes if shared else None,
         order=args.class_order,
         reading=Reading.of(args, begun.extra if begun else None),
     )
     if dataset.classes:
         log.info(f"classes: {listed_classes(dataset.classes)}")
-    settings = code_settings(args, dataset, tokenizer)
     if args.debug:
-        log.info(f"--debug: nothing written; {first_batch(args, dataset, tokenizer)}")
-    else:
-        if dist.is_main and begun and begun.images is None and not args.published_layout:
-            CodeWriter(args.code_path, settings).compare_labels(dataset.images.labels)
-        kind = PublishedTarget if args.published_layout else PackedTarget
-        extract(tokenizer, dataset, [kind(args.code_path, settings)], dist, log, args)
-        skipped = sum(dist.gather(dataset.skipped))
-        if dist.is_main:
-            if not args.published_layout:  # some shards may be an earlier run's
-                skipped = len(dataset) - len(ShardFolder(args.code_path))
-            log.info(f"{args.code_path}: codes of {len(dataset) - skipped} images, {skipped} unreadable ones skipped")
-    dist.close()
-
-
-def first_batch(args: argparse.Namespace, dataset: "ImageDataset", tokenizer: "Tokenizer") -> str:
-    """Return the figures of a batch's codes. Raises ValueError where none of its images can be read."""
-    from autoregressive.train.extraction import encode_views
-    from dataset.images import present_batches
-
-    (batch,) = present_batches(dataset, [range(min(args.batch_size, len(dataset)))], 0, False)
-    if batch is None:
-        raise ValueError(f"none of the first {args.batch_size} images in {args.data_path} could be read")
-    codes = encode_views(tokenizer, batch[0].to(tokenizer.device), args.mixed_precision)
-    return f"codes {tuple(codes.shape)} from {codes.min()} to {codes.max()}, labels {batch[1].tolist()}"
-
-
-def classes_by_label(args: argparse.Namespace) -> list[str] | None:
-    """Return the names that decide the labels: of --classes-of, or of this extraction where it has begun. None for a new one.
-
-    Raises ValueError where --classes-of records none.
-    """
-    from dataset.code_files import recorded_settings
-
-    told = recorded_settings(args.classes_of or args.code_path, args.image_size)
-    classes = told.classes if told else None
-    if args.classes_of and classes is None:
-        raise ValueError(
-            f"--classes-of {args.classes_of} is not there or records no classes: give a folder of codes of class folders"
-        )
-    return classes
-
-
-def code_settings(args: argparse.Namespace, dataset: "ImageDataset", tokenizer: "Tokenizer") -> "CodeSettings":
-    """Return what the folder records of the codes."""
-    from autoregressive.train.extraction import extra_settings
-    from dataset.augmentation import code_view_names
-    from dataset.code_files import CodeSettings
-
-    return CodeSettings(
+        (batch,) = present_batches(dataset, [range(min(args.batch_size, len(dataset)))], 0, False)
+        if batch is None:
+            raise ValueError(f"none of the first {args.batch_size} images in {args.data_path} could be read")
+        codes = encode_views(tokenizer, batch[0].to(tokenizer.device), args.mixed_precision)
+        figures = f"codes {tuple(codes.shape)} from {codes.min()} to {codes.max()}, labels {batch[1].tolist()}"
+        log.info(f"--debug: nothing written; {figures}")
+        return dist.close()
+    settings = code_settings(
+        tokenizer,
+        args,
+        dataset.reading,
         dataset=args.dataset,
-        image_size=args.image_size,
-        tokens=(args.image_size // tokenizer.downsample) ** 2,
         views=code_view_names(args.ten_crop, args.flip),
-        codebook_size=tokenizer.codebook_size,
         num_images=len(dataset),
         classes=dataset.classes or None,
         num_classes=len(dataset.classes) or 1,
-        vq_model=tokenizer.family,
-        tokenizer=tokenizer.fingerprint(),
         crop_range=args.crop_range if args.ten_crop else None,
-        shard_size=args.shard_size,
-        extra=extra_settings(args.mixed_precision, dataset.reading),
         images=dataset.images.identity(),
     )
+    if dist.is_main and begun and begun.images is None and not args.published_layout:
+        CodeWriter(args.code_path, settings).compare_labels(dataset.images.labels)
+    kind = PublishedTarget if args.published_layout else PackedTarget
+    extract(tokenizer, dataset, [kind(args.code_path, settings)], dist, log, args)
+    skipped = sum(dist.gather(dataset.skipped))
+    if dist.is_main:
+        if not args.published_layout:  # some shards may be an earlier run's
+            skipped = len(dataset) - len(ShardFolder(args.code_path))
+        log.info(f"{args.code_path}: codes of {len(dataset) - skipped} images, {skipped} unreadable ones skipped")
+    dist.close()
 
 
 def flags() -> argparse.ArgumentParser:

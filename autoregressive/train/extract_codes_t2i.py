@@ -36,12 +36,12 @@ def main(args: argparse.Namespace) -> None:
     from autoregressive.train.extraction import (
         PackedTarget,
         PublishedPairs,
-        extra_settings,
+        code_settings,
         extract,
         recorded_extra,
         require_whole_tokens,
     )
-    from dataset.code_files import TEXT_EXTRACTION, CodeSettings
+    from dataset.code_files import TEXT_EXTRACTION
     from dataset.lines import ImageLines, compare_before_writing, record_lines
     from dataset.pixels import Reading
     from dataset.t2i import PairViews, chosen_files, open_pairs
@@ -69,18 +69,9 @@ def main(args: argparse.Namespace) -> None:
     make = PublishedPairs if args.published_layout else PackedTarget
     targets = []
     for k, folder in folders.items():
-        settings = CodeSettings(
-            dataset="t2i",
-            image_size=args.image_size,
-            tokens=(args.image_size // tokenizer.downsample) ** 2,
-            views=("center",),
-            codebook_size=tokenizer.codebook_size,
-            num_images=pairs.files[k][1],
-            vq_model=tokenizer.family,
-            tokenizer=tokenizer.fingerprint(),
-            shard_size=args.shard_size,
-            made_by=TEXT_EXTRACTION,
-            extra=extra_settings(args.mixed_precision, reading),
+        count, views = pairs.files[k][1], ("center",)
+        settings = code_settings(
+            tokenizer, args, reading, dataset="t2i", views=views, num_images=count, made_by=TEXT_EXTRACTION
         )
         targets.append(make(folder, settings, starts[k], partial(record_lines, folder, source, k)))
     data = PairViews(pairs, args.image_size, reading=reading)

@@ -8,16 +8,14 @@ depend on which shards a process has to write.
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import groupby
 from logging import Logger
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dataset.code_files import (
     SHARD_SIZE,
@@ -29,7 +27,7 @@ from dataset.code_files import (
     recorded_settings,
     write_published,
 )
-from dataset.extraction import counted, dealt
+from dataset.extraction import Batch, extract_missing
 from dataset.images import ImageItems, present_batches
 from dataset.pixels import Reading
 from dataset.store import Loose
@@ -42,9 +40,6 @@ from utils.training.parallel import HALF
 # Pixels that go through the encoder at once: 32 views of 256x256, some 6 GB of float32 activations at VQ-16's widths.
 ENCODED_PIXELS = 32 * 256 * 256
 PAIRS_RECORD = "extraction.json"  # of published codes of pairs, which have no index
-
-Batch = tuple[tuple[int, int], range]
-"""A target's number and its shard; the numbers of items in the data set."""
 
 
 class PackedTarget:
@@ -70,14 +65,8 @@ class PackedTarget:
         """Return (shard, items) of every batch of the shards that are not there whole."""
         return shard_batches(self.settings, CodeWriter(self.folder, self.settings).missing_shards(), batch_size)
 
-    def write(self, shard: int, codes: Tensor, labels: Tensor, numbers: Tensor) -> None:
+    def write(self, shard: int, codes: np.ndarray, labels: np.ndarray, numbers: np.ndarray) -> None:
         """Write a shard: codes (n, views, N), labels (n,), numbers of the items (n,)."""
-        if self.record:
-            self.record(self.settings.images_of(shard), numbers.tolist())
-        shape = (len(numbers), len(self.settings.views), self.settings.tokens)
-        self._write(shard, codes.numpy().reshape(shape), labels.numpy(), numbers.numpy())
-
-    def _write(self, shard: int, codes: np.ndarray, labels: np.ndarray, numbers: np.ndarray) -> None:
         skipped = np.setdiff1d(self.settings.images_of(shard), numbers).tolist()
         CodeWriter(self.folder, self.settings).write_shard(shard, codes, labels, numbers, skipped)
 
@@ -93,8 +82,9 @@ class PublishedTarget(PackedTarget):
         labels = published_folders(self.folder, self.settings.image_size)[1]  # a sample is whole once it has one
         return _lacking(self.settings, batch_size, Loose(labels, "integers", ()).numbers if begun else ())
 
-    def _write(self, shard: int, codes: np.ndarray, labels: np.ndarray, numbers: np.ndarray) -> None:
-        for code, label, number in zip(codes, labels.tolist(), numbers.tolist(), strict=True):
+    def write(self, shard: int, codes: np.ndarray, labels: np.ndarray, numbers: np.ndarray) -> None:
+        """Write a file for each image."""
+        for code, label, number in zip(codes, labels, numbers, strict=True):
             write_published(self.folder, self.settings.image_size, number, code, label)
 
 
@@ -103,8 +93,7 @@ class PublishedPairs(PackedTarget):
 
     def missing(self, batch_size: int) -> list[tuple[int, range]]:
         """Return the batches in which a pair has no codes yet. Raises ValueError where other codes are there."""
-        loose = Loose(self.folder, "integers", ())
-        there = loose.numbers
+        there = Loose(self.folder, "integers", ()).numbers
         if len(there):
             file = self.folder / f"{there[0]}.npy"
             shape = np.load(file, mmap_mode="r").shape
@@ -117,14 +106,14 @@ class PublishedPairs(PackedTarget):
             write_json(self.folder / PAIRS_RECORD, self.settings.extra)
         elif Reading.recorded(before) != Reading.recorded(self.settings.extra):
             raise ValueError(
-                f"the codes in {self.folder} were made with"
-                f"{Reading.recorded(before).flags() or ' --exif --background white'}: give the same flags, or another "
-                "--code-path"
+                f"the codes in {self.folder} were made with other flags ({Reading.recorded(before)}): give the same "
+                "--exif and --background, or another --code-path"
             )
         return _lacking(self.settings, batch_size, there)
 
-    def _write(self, shard: int, codes: np.ndarray, labels: np.ndarray, numbers: np.ndarray) -> None:
-        for code, number in zip(codes[:, 0].astype(np.int64), numbers.tolist(), strict=True):
+    def write(self, shard: int, codes: np.ndarray, labels: np.ndarray, numbers: np.ndarray) -> None:
+        """Write a file for each pair."""
+        for code, number in zip(codes[:, 0].astype(np.int64), numbers, strict=True):
             Loose(self.folder, "integers", ()).write(number, code)
 
 
@@ -138,21 +127,32 @@ def recorded_extra(folder: str | Path) -> dict | None:
     return {} if any(folder.glob("[0-9]*.npy")) else None
 
 
-def extra_settings(mixed_precision: str, reading: Reading) -> dict:
-    """Return what codes record of the encoder's precision and of how files were read."""
-    return ({} if mixed_precision == "none" else {"mixed_precision": mixed_precision}) | reading.record()
+def code_settings(tokenizer: Tokenizer, args: argparse.Namespace, reading: Reading, **more: object) -> CodeSettings:
+    """Return what a folder records of codes that this tokenizer makes with these flags."""
+    precision = {} if args.mixed_precision == "none" else {"mixed_precision": args.mixed_precision}
+    return CodeSettings(
+        image_size=args.image_size,
+        tokens=(args.image_size // tokenizer.downsample) ** 2,
+        codebook_size=tokenizer.codebook_size,
+        vq_model=tokenizer.family,
+        tokenizer=tokenizer.fingerprint(),
+        shard_size=args.shard_size,
+        extra=precision | reading.record(),
+        **more,
+    )
 
 
-def shard_batches(settings: CodeSettings, shards: Sequence[int], batch_size: int) -> list[tuple[int, range]]:
+def shard_batches(settings: CodeSettings, shards: Iterable[int], batch_size: int) -> list[tuple[int, range]]:
     """Return (shard, items) of every batch, in order."""
     return [
         (shard, images[first : first + batch_size])
-        for shard, images in ((shard, settings.images_of(shard)) for shard in shards)
+        for shard in shards
+        for images in (settings.images_of(shard),)
         for first in range(0, len(images), batch_size)
     ]
 
 
-def _lacking(settings: CodeSettings, batch_size: int, there: Sequence[int]) -> list[tuple[int, range]]:
+def _lacking(settings: CodeSettings, batch_size: int, there: Iterable[int]) -> list[tuple[int, range]]:
     there = set(there)
     batches = shard_batches(settings, range(settings.num_shards), batch_size)
     return [(shard, items) for shard, items in batches if not there.issuperset(items)]
@@ -167,49 +167,37 @@ def extract(
     args: argparse.Namespace,
 ) -> None:
     """Encode and write what is missing of the targets, each process its share. Every process calls it."""
-    batches: list[Batch] | None = None
-    if dist.is_main:  # it looks for all: one that looked for itself would miss what a quicker one has written already
-        batches = [
+
+    def missing() -> list[Batch]:
+        return [
             ((k, shard), range(items.start + target.start, items.stop + target.start))
             for k, target in enumerate(targets)
             for shard, items in target.missing(args.batch_size)
         ]
-    batches = dist.broadcast(batches)
-    mine = set(dealt(dict.fromkeys(unit for unit, _ in batches), dist))
-    batches = [batch for batch in batches if batch[0] in mine]
-    with counted(dist, log, "images", sum(len(items) for _, items in batches)) as progress:
+
+    def read(batches: list[range]) -> Iterable:
         workers = loader_workers(args.num_workers, dist)
-        for (k, shard), codes, labels, numbers in encoded(
-            tokenizer, dataset, batches, workers, args.mixed_precision, progress
-        ):
-            targets[k].write(shard, codes, labels, numbers - targets[k].start)
+        return present_batches(dataset, batches, workers, tokenizer.device.type == "cuda")
 
+    def encode(batch: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+        if batch is None:  # none of its images could be read
+            return None
+        pixels, labels, numbers = batch  # (n, views, 3, H, W), (n,), (n,)
+        codes = encode_views(tokenizer, pixels.to(tokenizer.device, non_blocking=True), args.mixed_precision)
+        return codes.to("cpu", torch.int32), labels, numbers
 
-def encoded(
-    tokenizer: Tokenizer,
-    dataset: ImageItems,
-    batches: Sequence[Batch],
-    workers: int,
-    mixed_precision: str,
-    progress: tqdm,
-) -> Iterator[tuple[tuple[int, int], Tensor, Tensor, Tensor]]:
-    """Yield (unit, codes int32 (n, views, N), labels (n,), item numbers (n,)) of every unit in `batches`.
+    def write(unit: tuple[int, int], encoded: list[tuple[Tensor, ...] | None]) -> int:
+        (k, shard), settings = unit, targets[unit[0]].settings
+        none = torch.zeros(0, len(settings.views), settings.tokens), torch.zeros(0).long(), torch.zeros(0).long()
+        parts = zip(*([part for part in encoded if part] or [none]), strict=True)
+        codes, labels, numbers = (torch.cat(part).numpy() for part in parts)
+        numbers = numbers - targets[k].start
+        if targets[k].record:
+            targets[k].record(settings.images_of(shard), numbers.tolist())
+        targets[k].write(shard, codes, labels, numbers)
+        return len(numbers)
 
-    One loader goes through all of them, so that its `workers` processes start once; one unit is held at a time.
-    """
-    present = present_batches(dataset, [items for _, items in batches], workers, tokenizer.device.type == "cuda")
-    for unit, loaded in groupby(zip(batches, present, strict=True), key=lambda pair: pair[0][0]):
-        found = []
-        for (_, items), batch in loaded:
-            if batch is not None:  # it is None where none of its images could be read
-                pixels, labels, numbers = batch  # (n, views, 3, H, W), (n,), (n,)
-                codes = encode_views(tokenizer, pixels.to(tokenizer.device, non_blocking=True), mixed_precision)
-                found.append((codes.to("cpu", torch.int32), labels, numbers))
-            progress.update(len(items))
-        if found:
-            yield unit, *(torch.cat(parts) for parts in zip(*found, strict=True))
-        else:
-            yield unit, *(torch.zeros(0, dtype=torch.int64) for _ in range(3))
+    extract_missing(dist, log, "images", missing, read, encode, write)
 
 
 def memory_format(device: torch.device) -> torch.memory_format:

@@ -207,8 +207,6 @@ def test_reading_of_flags(line, recorded, expected):
     assert Reading.of(Namespace(), recorded) == (
         PUBLISHED if recorded is not None and "exif" not in recorded else Reading()
     )
-    again = parser.parse_args(expected.flags().split())
-    assert Reading.of(again) == expected
 
 
 def test_background_that_is_no_colour_is_refused(capsys):

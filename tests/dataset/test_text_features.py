@@ -11,13 +11,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from dataset.store import Loose
 from dataset.text_features import (
     FeatureWriter,
     num_shards,
     open_features,
-    published_lines,
     shard_lines,
-    write_published_features,
 )
 
 DIM = 6
@@ -51,7 +50,7 @@ def publish(folder):
     for stem in LINES:
         for line, features in enumerate(lines_of(stem)):
             if features is not None:
-                write_published_features(folder, stem, line, features)
+                Loose(folder / stem, "floats", ()).write(line, features.numpy())
     return folder
 
 
@@ -368,6 +367,7 @@ def test_published_lines(tmp_path):
     publish(tmp_path)
     (tmp_path / "part-0" / ".7.npy.x.tmp").write_bytes(b"")
     (tmp_path / "part-0" / "99.npy").write_bytes(b"")
-    assert published_lines(tmp_path, "part-0", range(11)).tolist() == [(line not in (2, 3)) for line in range(11)]
-    assert not published_lines(tmp_path, "nowhere", range(5)).any()
+    numbers = Loose(tmp_path / "part-0", "floats", ()).numbers
+    assert numbers.tolist() == [*(line for line in range(11) if line not in (2, 3)), 99]
+    assert not len(Loose(tmp_path / "nowhere", "floats", ()).numbers)
     assert np.load(tmp_path / "part-0" / "0.npy").shape == (1, *rows("part-0", 0).shape)

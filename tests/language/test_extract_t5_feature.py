@@ -3,31 +3,26 @@
 import hashlib
 import json
 import re
-import subprocess
 import tarfile
-import time
 from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
 
-from dataset.text_features import FeatureWriter, open_features
+from dataset.text_features import open_features
 from language import extract_t5_feature
 from language.captions import clean_caption
 from language.extraction import encode_captions
 from language.prompts import PromptFeatures
 from language.t5 import T5Embedder
-from tests.helpers import free_port
 from tests.language.small_t5 import SENTENCES, make_small_t5
 from tests.training import (
     check_published_flags,
-    command,
-    environment,
     flag_defaults,
+    live,
     quiet_loggers,
     run_here,
-    run_script,
 )
 from utils.origin import require_encoder
 
@@ -128,10 +123,9 @@ def test_every_caption(extracted, embedder):
     assert len({len(features) for features in expected.values()}) > 8
 
 
-@pytest.mark.parametrize("key, place", [("llava", 1), ("llava_first", 2)])
-def test_the_other_captions(lists, t5, embedder, tmp_path, key, place):
-    store = open_features(extract(lists, tmp_path / key, t5, "--caption-key", key))
-    for (stem, line), features in directly(embedder, texts, place).items():
+def test_the_third_caption(lists, t5, embedder, tmp_path):
+    store = open_features(extract(lists, tmp_path / "third", t5, "--caption-key", "llava_first"))
+    for (stem, line), features in directly(embedder, texts, 2).items():
         torch.testing.assert_close(store.get(stem, line), features, **CLOSE)
 
 
@@ -223,13 +217,11 @@ def test_like_lengths_are_encoded_together(embedder, monkeypatch):
     monkeypatch.setattr(T5Embedder, "encode", watched)
     lengths = [20, 3, 120, 5, 7, 19]
     ids = [[4] * (length - 1) + [1] for length in lengths]
-    ids.insert(2, None)
     features = encode_captions(embedder, ids, batch_size=2)
     assert shapes == [(2, 8), (2, 24), (2, 120)]
-    assert features[2] is None
-    assert [len(rows) for rows in features if rows is not None] == lengths
-    alone = embedder.encode(torch.tensor([ids[4]]), torch.ones(1, 5, dtype=torch.int64))[0]
-    torch.testing.assert_close(features[4], alone, **CLOSE)
+    assert [len(rows) for rows in features] == lengths
+    alone = embedder.encode(torch.tensor([ids[3]]), torch.ones(1, 5, dtype=torch.int64))[0]
+    torch.testing.assert_close(features[3], alone, **CLOSE)
 
 
 # Damaged lists
@@ -282,16 +274,6 @@ def test_damaged_lines(damaged, t5, extracted, tmp_path, capsys, more):
     assert digests(folder) == before
 
 
-def test_lines_with_one_text(lists, t5, tmp_path, capsys):
-    folder = make_lists(tmp_path / "lists", {"a": 3})
-    lines = [json.loads(line) for line in (folder / "a.jsonl").read_text().splitlines()]
-    lines[1]["text"] = lines[1]["text"][:1]
-    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    extract(folder, tmp_path / "features", t5, "--caption-key", "llava")
-    assert "line 1 (from 0) of " in (output := capsys.readouterr().out)
-    assert "has 1 texts, --caption-key llava is number 2" in output
-
-
 def test_lists_of_another_kind(t5, tmp_path):
     """Whole shards without a caption end the run at once, not as a folder of nothing."""
     (tmp_path / "a.jsonl").write_text('{"image_path": "a.jpg"}\n' * 200)
@@ -324,20 +306,10 @@ def test_a_run_without_any_caption(t5, tmp_path, more):
             extract(tmp_path, tmp_path / "others", t5, "--caption-key", "llava", *more)
 
 
-def test_two_processes_without_any_caption(lists, t5, tmp_path):
-    """All end with the same words."""
-    folder = make_lists(tmp_path / "lists", {"a": 12})
-    lines = [json.loads(line) for line in (folder / "a.jsonl").read_text().splitlines()]
-    (folder / "a.jsonl").write_text("\n".join(json.dumps({**line, "text": "http://a.com"}) for line in lines))
-    output = run_script(SCRIPT, *words(folder, tmp_path / "features", t5), processes=2, fails=True)
-    assert output.count("none of the 12 lines has a caption") == 1 and "AgreedError" not in output
-
-
 # Prompts
 
 
-@pytest.mark.parametrize("name", ["own.prompts.tsv", "own.prompts.txt"])
-@pytest.mark.parametrize("more", [[], ["--published-layout"]], ids=["packed", "published"])
+@pytest.mark.parametrize(("name", "more"), [("own.prompts.tsv", []), ("own.prompts.txt", ["--published-layout"])])
 def test_prompts_of_a_file(t5, embedder, tmp_path, name, more):
     """By the number of each, under the file's name; what the sampling scripts then read."""
     prompts = ["a red lantern", "two cats, sleep", "a map"]
@@ -351,10 +323,9 @@ def test_prompts_of_a_file(t5, embedder, tmp_path, name, more):
         torch.testing.assert_close(features[i], expected[0, : int(mask.sum())], **CLOSE)
 
 
-@pytest.mark.parametrize("more", [[], ["--published-layout"]], ids=["packed", "published"])
-def test_prompts_whose_features_do_not_fit(t5, tmp_path, more):
+def test_prompts_whose_features_do_not_fit(t5, tmp_path):
     (tmp_path / "prompts.txt").write_text("a map\nhttp://a.com\ntwo cats\na fox\n")
-    folder = extract(tmp_path / "prompts.txt", tmp_path / "features", t5, *more)
+    folder = extract(tmp_path / "prompts.txt", tmp_path / "features", t5)
     for name, count, message in (
         (
             "others.txt",
@@ -391,25 +362,6 @@ def test_damaged_shards_are_written_anew(lists, t5, extracted, tmp_path, capsys)
     assert digests(folder) == digests(extracted)
 
 
-def test_killed_between_two_shards(lists, t5, extracted, tmp_path, monkeypatch):
-    write, written = FeatureWriter.write_shard, []
-
-    def twice(self, stem, shard, *rest):
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(shard)
-        write(self, stem, shard, *rest)
-
-    monkeypatch.setattr(FeatureWriter, "write_shard", twice)
-    with pytest.raises(KeyboardInterrupt):
-        extract(lists, tmp_path / "features", t5)
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="part-00 is incomplete: 2 of 5 shards"):
-        open_features(tmp_path / "features")
-    extract(lists, tmp_path / "features", t5)
-    assert digests(tmp_path / "features") == digests(extracted)
-
-
 def test_published_files_that_are_missing(lists, t5, tmp_path, capsys):
     """They are written anew with the same bytes: all of their shard is encoded, and only they are written."""
     folder = extract(lists, tmp_path / "published", t5, "--published-layout")
@@ -424,43 +376,27 @@ def test_published_files_that_are_missing(lists, t5, tmp_path, capsys):
     assert sum(path.stat().st_mtime_ns != times[path] for path in folder.rglob("*.npy")) == 3
 
 
-@pytest.mark.parametrize("more", [[], ["--published-layout"]], ids=["packed", "published"])
-def test_two_processes_killed_and_run_again(t5, tmp_path, more):
-    """Both killed in the middle, the same command again: the files are those of one process that was left alone."""
-    lists = make_lists(tmp_path / "lists", {"a": 400, "b": 300})
-    killed = tmp_path / "killed"
-    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = [
-        subprocess.Popen(
-            command(SCRIPT, *words(lists, killed, t5, *more)),
-            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **together),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for rank in range(2)
-    ]
-    finished = "*/*.npy" if more else "*/shard-*.json"
-    enough = 50 if more else 10
-    try:
-        deadline = time.monotonic() + 200
-        while len(list(killed.glob(finished))) < enough:
-            assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
-            time.sleep(0.002)
-    finally:
-        for process in processes:
-            process.kill()  # SIGKILL
-        for process in processes:
-            process.wait()
-    there = {path: path.read_bytes() for path in killed.glob(finished)}
-    assert enough <= len(there) < (700 if more else 140)
-    output = run_script(SCRIPT, *words(lists, killed, t5, *more), processes=2)
-    assert "features of 630 captions, 70 lines without a caption skipped" in output and "Traceback" not in output
-    assert all(path.read_bytes() == content for path, content in there.items())
-    for leftover in killed.rglob(".*.tmp"):
-        assert more, leftover  # of small files; a shard's are removed
-        leftover.unlink()
-    extract(lists, tmp_path / "whole", t5, *more)
-    assert digests(killed) == digests(tmp_path / "whole")
+def test_two_processes_killed_and_run_again_leave_what_one_would(t5, tmp_path):
+    """In both layouts; without any caption both end with the same words."""
+    lists = make_lists(tmp_path / "lists", {"a": 60, "b": 45})
+    empty = make_lists(tmp_path / "empty", {"a": 12})
+    lines = [json.loads(line) for line in (empty / "a.jsonl").read_text().splitlines()]
+    (empty / "a.jsonl").write_text("\n".join(json.dumps({**line, "text": "http://a.com"}) for line in lines))
+    lives = [{"module": SCRIPT, "args": words(empty, tmp_path / "none", t5), "world": 2, "fails": True}]
+    layouts = {"packed": ([], "shard-000003.json"), "published": (["--published-layout"], "17.npy")}
+    for name, (more, written) in layouts.items():
+        life = {"module": SCRIPT, "args": words(lists, tmp_path / name, t5, *more), "world": 2}
+        lives += [{**life, "kill_at": f"{tmp_path / name}/a/{written}"}, life]
+    output = live(*({**life, "args": list(map(str, life["args"]))} for life in lives))
+    assert output.count("AgreedError: none of the 12 lines has a caption") == 2
+    assert (
+        output.count("life: killed") == output.count("features of 94 captions, 11 lines without a caption skipped") == 2
+    )
+    for name, (more, _) in layouts.items():
+        for leftover in (tmp_path / name).rglob(".*.tmp"):
+            assert more, leftover  # of small files; a shard's are removed
+            leftover.unlink()
+        assert digests(tmp_path / name) == digests(extract(lists, tmp_path / f"{name} whole", t5, *more))
 
 
 # What a user gets wrong
@@ -469,10 +405,8 @@ def test_two_processes_killed_and_run_again(t5, tmp_path, more):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--caption-key", "llava"], "caption_key: 'blip' there, 'llava' now"),
         (["--trunc-caption"], "truncated: False there, True now"),
         (["--precision", "bf16"], "precision: 'none' there, 'bf16' now"),
-        (["--shard-size", 7], "shard_size: 5 there, 7 now"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
