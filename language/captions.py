@@ -27,13 +27,10 @@ _MARKS = "#®•©™&@·º½¾¿¡§~()[]{}|\\/*"
 
 @dataclass(frozen=True)
 class Step:
-    """A named step of the cleaning: a function of the text."""
+    """A named step of the cleaning."""
 
     name: str
     apply: Callable[[str], str]
-
-    def __call__(self, text: str) -> str:
-        return self.apply(text)
 
 
 def _replace(name: str, pattern: str, replacement: str = "") -> Step:
@@ -140,5 +137,5 @@ def clean_caption(text: str) -> str:
         raise ValueError(f"a caption is a string, got {text!r}")
     for _ in range(TIMES):
         for step in STEPS:
-            text = step(text)
+            text = step.apply(text)
     return text

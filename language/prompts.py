@@ -33,10 +33,7 @@ def read_prompt_lines(path: str | Path) -> list[str]:
 
     Raises FileNotFoundError, and ValueError where the file is not UTF-8 or has no prompt.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file of prompts at {path}: it has a prompt on each line")
-    prompts = [line.strip() for line in _lines(path) if line.strip()]
+    prompts = [line.strip() for line in _lines(Path(path), "it has a prompt on each line") if line.strip()]
     if not prompts:
         raise ValueError(f"{path} has no prompts: it has a prompt on each line")
     return prompts
@@ -49,69 +46,56 @@ def read_prompt_table(path: str | Path) -> list[str]:
     over. Raises FileNotFoundError, and ValueError that names the line: no such column, no rows, an empty prompt, a
     quotation mark that is never closed, or bytes that are not UTF-8.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no file of prompts at {path}: `python3 tools/prompt_tables.py parti` gets the one of "
-            "https://github.com/google-research/parti, `python3 tools/prompt_tables.py coco` makes one of COCO's captions; "
-            "any table with tabs between its columns and a column named Prompt in its first line will do"
-        )
-    lines = _lines(path)
-    if not any(map(str.strip, lines)):
-        raise ValueError(f"{path} is empty: it has a table with a column Prompt")
+    hint = (
+        "`python3 tools/prompt_tables.py parti` gets the one of https://github.com/google-research/parti, "
+        "`python3 tools/prompt_tables.py coco` makes one of COCO's captions; any table with tabs between its columns and a "
+        "column named Prompt in its first line will do"
+    )
+    lines = _lines(Path(path), hint)
+    rows = csv.reader(lines, delimiter="\t")
+    prompts, spread = [], []
     try:
-        return _prompts_of_table(lines, path)
+        names = [name.strip() for name in next((row for row in rows if any(map(str.strip, row))), [])]
+        if "Prompt" not in names:
+            listed = ", ".join(map(repr, names)) or "none"
+            raise ValueError(f"{path} has no column Prompt; its columns are {listed} (with tabs between them)")
+        column, first = names.index("Prompt"), rows.line_num + 1
+        for row in rows:
+            if len(row) > column and row[column].strip():
+                prompts.append(row[column])
+            elif row:
+                raise ValueError(f"line {first} of {path} has an empty Prompt: fill it in, or remove the line")
+            if rows.line_num > first:
+                spread.append(f"{first} to {rows.line_num}")
+            last_row, first = first, rows.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path} cannot be read as a table with tabs between its columns: {error}") from error
-
-
-def _lines(path: Path) -> list[str]:
-    """Return the lines of a text file with their ends as they are, since within quotation marks they belong to a prompt."""
-    try:
-        return list(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
-
-
-def _prompts_of_table(lines: list[str], path: Path) -> list[str]:
-    rows = csv.reader(lines, delimiter="\t")
-    names = [name.strip() for name in next(row for row in rows if row)]
-    if "Prompt" not in names:
-        raise ValueError(
-            f"{path} has no column Prompt; its columns are {', '.join(map(repr, names))} (with tabs between them, named in "
-            "the first line)"
-        )
-    column, prompts, spread, start = names.index("Prompt"), [], [], rows.line_num
-    for row in rows:
-        first, last, start = start + 1, rows.line_num, rows.line_num
-        prompt = row[column] if len(row) > column else ""
-        if prompt.strip():
-            prompts.append(prompt)
-        elif row:
-            raise ValueError(f"line {first} of {path} has an empty Prompt: fill it in, or remove the line")
-        if last > first:
-            spread.append(f"{first} to {last}")
     if not prompts:
         raise ValueError(f"{path} has no prompts below its first line")
-    _require_closed(lines[first - 1 :], first, path)
+    try:
+        list(csv.reader(lines[last_row - 1 :], delimiter="\t", strict=True))
+    except csv.Error as error:  # a mark that is never closed took all last lines for one prompt
+        if "unexpected end of data" in str(error):
+            raise ValueError(
+                f"line {last_row} of {path} opens a quotation mark that is never closed: double it"
+            ) from error
     if spread:
-        listed = ", ".join(spread[:5]) + (", …" if len(spread) > 5 else "")
         warnings.warn(
-            f"{path}: quotation marks join several lines into one row (lines {listed}); if that is not meant, double them",
-            stacklevel=3,
+            f"{path}: quotation marks join several lines into one row (lines {', '.join(spread[:5])}); if that is not meant, "
+            "double them",
+            stacklevel=2,
         )
     return prompts
 
 
-def _require_closed(lines: list[str], number: int, path: Path) -> None:
-    """Raise ValueError where the file ends within quotation marks, which took all its last lines for one prompt."""
+def _lines(path: Path, hint: str) -> list[str]:
+    """Return the lines of a text file with their ends as they are, since within quotation marks they belong to a prompt."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file of prompts at {path}: {hint}")
     try:
-        list(csv.reader(lines, delimiter="\t", strict=True))
-    except csv.Error as error:
-        if "unexpected end of data" in str(error):
-            raise ValueError(
-                f"line {number} of {path} opens a quotation mark that is never closed: double it"
-            ) from error
+        return list(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
 
 
 class PromptList(Sequence[str]):
@@ -157,19 +141,17 @@ class PromptFeatures:
         self.stem, self.store = Path(path).stem, open_features(folder, dim=dim)
         self.folder = self.store.folder / self.stem
         there = self.store.present(self.stem)
-        again = f"extract them anew\n  python3 {EXTRACTION} --data-path {path} --t5-path ANOTHER_FOLDER"
+        again = f"extract them anew by {EXTRACTION} --data-path {path}"
         if not len(there):
             raise ValueError(
                 f"{folder} has no features of {path}: a folder {self.stem}/ is looked for. To get them, {again}"
             )
-        count = len(prompts)
+        count, missing = len(prompts), (~there).nonzero()[0].tolist()
         if len(there) != count:
             raise ValueError(f"{self.folder} has features of {len(there)} prompts and {path} has {count}: {again}")
-        missing = (~there).nonzero()[0].tolist()
         if missing:
-            listed = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
             raise ValueError(
-                f"{self.folder} has no features of {len(missing)} of {count} prompts ({listed}, from 0): {again}"
+                f"{self.folder} has no features of {len(missing)} of {count} prompts ({missing[0]}, from 0): {again}"
             )
         compare_folder(self.store.folder, CaptionLines(PromptList(path, prompts)), self.store.lines)
 

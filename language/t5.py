@@ -8,8 +8,7 @@ Features are right-padded, as the tokenizer pads; what stands in the padding is 
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,6 +153,7 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
 
 def _load_encoder(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     from transformers import AutoConfig, T5EncoderModel
+    from transformers.utils import logging
 
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
@@ -169,13 +169,13 @@ def _load_encoder(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
         ) from error
     if kind != "t5":
         raise ValueError(f"{folder} holds a model of the kind {kind!r}, not a T5. {_remedy(folder)}")
-    with _no_progress_bars():
-        try:
-            model, found = T5EncoderModel.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True, **{_dtype_argument(): dtype}
-            )
-        except Exception as error:  # missing parts are OSError, damaged ones what the reading library raises
-            raise ValueError(f"the weights in {folder} cannot be read ({error}). {_remedy(folder)}") from error
+    logging.disable_progress_bar()  # it takes seconds, and one for each of eight processes tells nothing
+    try:
+        model, found = T5EncoderModel.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, **{_dtype_argument(): dtype}
+        )
+    except Exception as error:  # missing parts are OSError, damaged ones what the reading library raises
+        raise ValueError(f"the weights in {folder} cannot be read ({error}). {_remedy(folder)}") from error
     wrong = sorted(found["missing_keys"]) + sorted(map(str, found.get("mismatched_keys", [])))
     if wrong:  # transformers would continue with random numbers for them
         raise ValueError(f"{folder} lacks weights of T5's encoder: {', '.join(wrong[:8])}. {_remedy(folder)}")
@@ -187,20 +187,6 @@ def _dtype_argument() -> str:
     from transformers import __version__
 
     return "dtype" if tuple(map(int, __version__.split(".")[:2])) >= (4, 56) else "torch_dtype"
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Turn the bars of loading off: it takes seconds, and one for each of eight processes tells nothing."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def fingerprint(embedder: T5Embedder) -> str:

@@ -4,7 +4,7 @@
 
 The plan is a list of lives, one after another: {"module", "args", "world", "kill_after" (seconds), "kill_at" (a glob; the
 processes are killed when it has a match), "kill_later" (seconds after that), "signal", "only" (the rank that gets it),
-"watch" (a file that gets the samples read), "fails" (whether every process has to end with an error)}. A life that is not to be killed has to end well. Each forked process
+"watch" (a file that gets the samples read), "imports" (further modules to import once), "fails" (whether every process has to end with an error)}. A life that is not to be killed has to end well. Each forked process
 joins its group through the environment, as under torchrun.
 """
 
@@ -132,7 +132,7 @@ def main() -> None:
         "utils.training.trainer",
     ]
     needed += ["autoregressive.train.class_data", "autoregressive.train.text_data"]
-    for name in [*needed, *(life["module"] for life in plan)]:
+    for name in [*needed, *(name for life in plan for name in [life["module"], *life.get("imports", ())])]:
         importlib.import_module(name)
     gc.freeze()  # forked processes then share what was imported
     for life in plan:

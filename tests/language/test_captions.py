@@ -92,7 +92,7 @@ CASES = [
 )
 def test_a_step(name, text, expected):
     (step,) = [step for step in STEPS if step.name == name]
-    assert step(text) == expected
+    assert step.apply(text) == expected
 
 
 def test_every_step_has_a_case():

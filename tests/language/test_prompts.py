@@ -30,8 +30,7 @@ def test_tables(tmp_path, content, expected):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("", r"prompts\.tsv is empty"),
-        ("\n \n", r"prompts\.tsv is empty"),
+        ("\n \n", r"no column Prompt; its columns are none"),
         ("Category\tText\na\tb\n", r"no column Prompt; its columns are 'Category', 'Text'"),
         ("Prompt,Category\na,b\n", r"no column Prompt; its columns are 'Prompt,Category' \(with tabs between them"),
         ("\nNote\nPrompt\n", r"no column Prompt; its columns are 'Note'"),
