@@ -38,7 +38,7 @@ class JsonPairs(PairFiles, Sequence[dict]):
         for file, (_, lines), end in zip(self.paths, self.files, self._ends):
             if not lines:
                 raise ValueError(f"{file} has no lines: remove it, or fill it")
-            self[int(end) - lines]
+            self[end - lines]
 
     def __getitem__(self, index: int) -> dict:
         which, line = self.place(index)

@@ -1,10 +1,10 @@
 """Numbering of image-text pairs through several files: what lists and tar shards have in common, and choice of captions."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
-
-import numpy as np
 
 from utils.files import require_regular
 
@@ -54,16 +54,16 @@ class PairFiles:
     def number(self, counts: Sequence[int], digests: Sequence[str]) -> None:
         """Take how many pairs the files have, and what the content of each comes to."""
         self.files = [(path.stem, count) for path, count in zip(self.paths, counts, strict=True)]
-        self._ends, self._digests = np.cumsum(counts), digests
+        self._ends, self._digests = list(accumulate(counts)), digests
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def place(self, index: int) -> tuple[int, int]:
         """Return the number of a pair's file, and the pair's there."""
         index = range(len(self))[index]
-        which = int(np.searchsorted(self._ends, index, side="right"))
-        return which, index - int(self._ends[which]) + self.files[which][1]
+        which = bisect_right(self._ends, index)
+        return which, index - self._ends[which] + self.files[which][1]
 
     def identity(self, index: int) -> tuple[str, int]:
         """Return a pair's (file stem, number in the file): what its features and codes are kept by."""

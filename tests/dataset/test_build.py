@@ -2,17 +2,13 @@
 
 import json
 from argparse import Namespace
-from functools import partial
 
 import pytest
 import torch
 from PIL import Image
 
-from dataset.augmentation import flip_views, random_view
 from dataset.build import build_dataset
-from dataset.code_files import PublishedFolder, ShardFolder, write_published
-from dataset.images import ImageDataset, collate_present
-from tests.dataset.test_codes import write
+from dataset.images import ImageDataset
 
 
 @pytest.fixture
@@ -72,29 +68,6 @@ def test_build_dataset_reads_as_the_flags_say(images, name, caplog):
     assert list(corners.values()) == [[blue, white], [red, blue], [blue, green]]
     assert "images are turned as EXIF says; transparency is laid on #ffffff" in caplog.text
     assert "images are as they lie in the file, whatever EXIF says; transparency is dropped" in caplog.text
-
-
-def test_transform_seed_and_omission(images):
-    args = Namespace(dataset="imagenet", data_path=images / "classes", global_seed=7)
-    assert build_dataset(args)[0][0].shape == (3, 256, 256)
-    data = build_dataset(args, transform=partial(random_view, image_size=8))
-    assert data.seed == 7 and data[0][0].shape == (3, 8, 8)
-    views = build_dataset(args, transform=partial(flip_views, image_size=8), unreadable="omit")
-    pixels, labels, indices = collate_present([views[i] for i in range(3)])
-    assert pixels.shape == (3, 2, 3, 8, 8) and labels.tolist() == [0, 1, 1] and indices.tolist() == [0, 1, 2]
-
-
-def test_codes(tmp_path):
-    args = Namespace(dataset="imagenet_code", code_path=tmp_path / "packed", image_size=64, global_seed=5)
-    write(args.code_path)
-    data = build_dataset(args)
-    assert isinstance(data.sources[0], ShardFolder) and data.seed == 5 and data[0]["codes"].shape == (16,)
-    args = Namespace(dataset="imagenet_code", code_path=tmp_path / "flip", image_size=64, downsample_size=16)
-    write_published(args.code_path, 64, 0, torch.zeros(2, 16), 1)
-    assert isinstance(build_dataset(args).sources[0], PublishedFolder)
-    args.downsample_size = 8
-    with pytest.raises(ValueError, match="--downsample-size 8 needs 64"):
-        build_dataset(args)
 
 
 @pytest.mark.parametrize("name", ["cifar", None])

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,36 +118,6 @@ def test_pickles_without_the_maps(tmp_path):
     before = len(pickle.dumps(data))
     data.__getitems__(range(25))
     assert len(pickle.dumps(data)) == before < 5000
-
-
-def own_memory():
-    """Bytes of this process's memory that are not pages of files."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
-    return int(line.split()[1]) * 1024
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_a_pass_holds_no_codes_in_memory(tmp_path):
-    settings = replace(SETTINGS, tokens=512, views=TEN_CROP_VIEWS, num_images=4096, shard_size=512)
-    writer = CodeWriter(tmp_path, settings)
-    for shard in range(settings.num_shards):
-        images = np.asarray(settings.images_of(shard))
-        writer.write_shard(shard, np.zeros((512, 10, 512), np.uint16), images % 3, images)
-    data = open_codes(tmp_path)
-    order = np.random.RandomState(0).permutation(4096)
-    data.__getitems__(order[:64])
-    before = own_memory()
-    for batch in order.reshape(64, 64).tolist():
-        data.__getitems__(batch)
-    on_disk = sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert own_memory() - before < on_disk / 4 > 10e6
-
-
-def test_without_random_views_the_centre_is_read(tmp_path):
-    settings = replace(SETTINGS, views=TEN_CROP_VIEWS)
-    write(tmp_path, settings)
-    data = open_codes(tmp_path, random_view=False)
-    assert {drawn_view(data[i]["codes"], i) for i in range(25)} == {TEN_CROP_VIEWS.index("center")}
 
 
 def test_large_codebooks_get_four_bytes(tmp_path):
@@ -374,13 +343,6 @@ def test_ten_crop_draws_from_its_sibling_too(tmp_path, layout, name):
     alone = open_codes(tmp_path / sibling, 64)
     assert len(alone.sources) == 1
     assert len(open_codes(tmp_path / name, 64, random_view=False).sources) == 1
-
-
-def test_sibling_names_without_random_views(tmp_path):
-    publish(tmp_path / "ten_crop", views=10)
-    publish(tmp_path / "ten_crop_105", views=10, shift=160)
-    data = open_codes(tmp_path / "ten_crop", 64)
-    assert {drawn_view(data[i]["codes"], i) for i in range(25)} == {4, 14}
 
 
 @pytest.mark.parametrize("layout", ["packed", "published"])

@@ -1,6 +1,5 @@
 """Links, pipes and other files in folders of images."""
 
-import json
 import os
 import socket
 
@@ -8,7 +7,6 @@ import pytest
 from PIL import Image
 
 from dataset.folders import class_folders, find_images, flat_folder, nested_folder
-from tests.training import run_here
 from tools import openimage_json
 
 READERS = {
@@ -100,13 +98,6 @@ def test_files_left_out_are_counted_in_the_log(data, read, caplog):
     assert {"1 hidden", "1 without an ending", "1 .svg"} <= set(line.split("left out: ")[1].split(", "))
 
 
-def test_flat_folder_counts_its_sub_folders(data, caplog):
-    save(data / "1.png")
-    with caplog.at_level("INFO", logger="dataset"):
-        assert len(flat_folder(data)) == 1
-    assert "1 images; left out: 2 sub-folders" in caplog.text
-
-
 def test_folder_of_other_files_alone_says_what_is_there(tmp_path):
     (tmp_path / "a.heic").touch()
     for read in (flat_folder, nested_folder, class_folders):
@@ -126,10 +117,3 @@ def test_sub_folders_are_ordered_as_paths(tmp_path):
     for name in ("a/1.png", "a-b/1.png", "a/c/1.png", "a b/1.png"):
         save(tmp_path / name)
     assert find_images(tmp_path) == ["a/1.png", "a b/1.png", "a-b/1.png", "a/c/1.png"]
-
-
-def test_openimage_list_is_written_with_what_was_left_out_said(data, capsys):
-    (data / "x.svg").touch()
-    run_here(openimage_json, "--data-path", data)
-    assert "left out: 1 .svg" in capsys.readouterr().out
-    assert json.loads((data / "image_paths.json").read_text()) == ["ant/1.png", "ant/2.png", "bee/1.png"]

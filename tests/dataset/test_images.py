@@ -18,7 +18,6 @@ from dataset.folders import class_folders, find_images, flat_folder, listed_imag
 from dataset.images import ImageDataset, collate_present, present_batches
 from dataset.jsonl import JsonPairs, jsonl_images
 from dataset.pixels import load_rgb
-from utils.rng import item_seed
 
 SIZE = 16
 
@@ -137,11 +136,6 @@ def test_listed_images_of_a_bad_list(tmp_path, content, message):
         listed_images(tmp_path)
 
 
-def test_listed_images_without_a_list(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"openimage_json\.py --data-path"):
-        listed_images(tmp_path)
-
-
 def test_joined_lists(classes, tmp_path):
     save(tmp_path / "faces" / "deep" / "1.png", (250, 0, 0))
     joined = class_folders(classes) + nested_folder(tmp_path / "faces")
@@ -190,25 +184,6 @@ def test_a_pipe_among_the_lists_does_not_wait(tmp_path):
         JsonPairs(tmp_path)
 
 
-def test_images_of_lists_that_are_no_files_are_skipped(tmp_path, caplog):
-    """Pipes, folders and links to nothing."""
-    save(tmp_path / "a.png")
-    os.mkfifo(tmp_path / "b.png")
-    (tmp_path / "c.png").mkdir()
-    (tmp_path / "d.png").symlink_to("gone.png")
-    names = ["a.png", "b.png", "c.png", "d.png"]
-    (tmp_path / "image_paths.json").write_text(json.dumps(names))
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"image_path": name}) + "\n" for name in names))
-    for read in (listed_images, jsonl_images):
-        data = ImageDataset(read(tmp_path), partial(center_view, image_size=SIZE), unreadable="omit")
-        assert [data[i] is None for i in range(4)] == [False, True, True, True]
-
-
-def test_no_jsonl(tmp_path):
-    with pytest.raises(ValueError, match=r"no \*\.jsonl"):
-        JsonPairs(tmp_path)
-
-
 def test_damaged_line_is_skipped_like_a_damaged_image(tmp_path, caplog):
     save(tmp_path / "a.png")
     (tmp_path / "a.jsonl").write_text('{"image_path": "a.png"}\n{"image\n')
@@ -247,11 +222,6 @@ def test_draws_are_a_function_of_seed_epoch_and_index(noisy, tmp_path):
     assert not torch.equal(passes(other_seed, 0)[0], first)
 
 
-@pytest.mark.slow
-def test_draws_with_spawned_workers(noisy):
-    assert torch.equal(passes(noisy, 1, multiprocessing_context="spawn")[1], passes(noisy, 0)[1])
-
-
 def test_items_do_not_disturb_other_draws(noisy):
     random.seed(1)
     torch.manual_seed(1)
@@ -260,28 +230,6 @@ def test_items_do_not_disturb_other_draws(noisy):
     torch.manual_seed(1)
     noisy[0]
     assert (random.random(), torch.rand(1)) == expected
-
-
-def test_transforms_may_draw_from_torch(noisy):
-    data = ImageDataset(noisy.images, lambda image: torch.rand(2), seed=3)
-    assert torch.equal(data[1][0], data[1][0]) and not torch.equal(data[1][0], data[2][0])
-
-
-def test_item_seed():
-    seeds = {item_seed(a, b, c) for a in range(10) for b in range(10) for c in range(10)}
-    assert len(seeds) == 1000
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    assert len({item_seed(), item_seed(0), item_seed(0, 0), item_seed(1), item_seed(1, 0), item_seed(0, 1)}) == 6
-    assert item_seed(0, 1, 2) == 1395357378126136983
-    assert abs(np.mean([item_seed(0, 0, i) % 2 for i in range(2000)]) - 0.5) < 0.05
-
-
-def test_indices(noisy):
-    torch.testing.assert_close(noisy[-1][0], noisy[11][0])
-    for index in (12, -13):
-        with pytest.raises(IndexError):
-            noisy[index]
-    assert len(list(noisy)) == 12
 
 
 # Files that cannot be read
@@ -317,13 +265,6 @@ def test_unreadable_images_are_replaced(classes, workers, caplog):
         lines = [record.message for record in caplog.records if record.levelno == logging.WARNING]
         assert len(lines) == 4  # once per path, in two passes
         assert "ant/0.png (OSError: " in lines[0] and lines[0].endswith("; 1 so far") and "4 so far" in lines[3]
-
-
-def test_replacement_is_deterministic(classes):
-    images = class_folders(classes)
-    damage(classes)
-    make = partial(ImageDataset, images, partial(random_view, image_size=SIZE), seed=1)
-    assert torch.equal(passes(make(), 0)[1], passes(make(), 2)[1])
 
 
 def test_unreadable_images_are_omitted(classes):

@@ -43,12 +43,6 @@ def test_load_rgb_of_each_format_gives_its_pixels(tmp_path, ending):
     assert np.abs(pixels(file).astype(int) - 200).max() <= 2
 
 
-@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
-def test_load_rgb_of_avif_gives_its_pixels(tmp_path):
-    Image.new("RGB", (16, 16), (200, 200, 200)).save(tmp_path / "a.avif")
-    assert np.abs(pixels(tmp_path / "a.avif").astype(int) - 200).max() <= 4
-
-
 @pytest.mark.parametrize("ending", [".gif", ".tif", ".png", ".webp"])
 def test_load_rgb_of_several_pictures_reads_the_first(tmp_path, ending):
     first, second = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
@@ -135,14 +129,6 @@ def test_half_transparent_pixels_are_mixed_and_opaque_ones_untouched(tmp_path):
     read = pixels(tmp_path / "a.png", Reading())
     assert read[0, 0].tolist() == pytest.approx([127, 127, 127], abs=1)
     np.testing.assert_array_equal(read[1:], noise[1:, :, :3])
-
-
-def test_palette_with_transparency_does_not_warn(tmp_path, recwarn):
-    image = Image.new("P", (8, 8), 1)
-    image.putpalette([0, 0, 0, 10, 20, 30])
-    image.save(tmp_path / "a.png", transparency=b"\x00\x80")
-    assert load_rgb(tmp_path / "a.png", PUBLISHED).getpixel((0, 0)) == (10, 20, 30)
-    assert not recwarn.list
 
 
 # EXIF

@@ -150,17 +150,6 @@ def test_nothing_that_counts_is_an_error_in_loader_processes(data, workers):
     assert len(told) == 5 and all("smaller than --image-size 64" in line for line in told) and "line 4" in told[-1]
 
 
-@pytest.mark.slow
-def test_one_pair_that_counts_is_enough(data, tmp_path):
-    """In any place of several passes over 13 others."""
-    make_features(tmp_path / "features", COUNTS, missing=tuple(set(range(14)) - {6}))
-    text_images = items(data, features=tmp_path / "features")
-    for epoch in range(6):
-        order = np.random.default_rng(epoch).permutation(14).tolist()
-        assert sum(text_images[i]["valid"] for i in order) == 1
-    assert text_images.skipped == 13
-
-
 def test_views_for_extraction(data, tmp_path):
     folder = shutil.copytree(data / "pairs", tmp_path / "pairs")
     (folder / "images" / "3.png").unlink()
@@ -331,11 +320,6 @@ def test_codes_that_do_not_fit(tmp_path):
         opened(packed)
 
 
-def test_an_item_has_pixels_or_codes(data):
-    with pytest.raises(ValueError, match="give one of the two"):
-        TextImages(open_pairs(data / "pairs"), open_features(data / "features"))
-
-
 # Lists
 
 
@@ -364,11 +348,3 @@ def test_lists_that_are_not_as_they_should_be(tmp_path):
 @pytest.mark.parametrize(("first", "last", "chosen"), [(0, None, [0, 1]), (0, 0, [0]), (1, 9, [1]), (-3, 1, [0, 1])])
 def test_files_are_chosen_by_number(data, first, last, chosen):
     assert chosen_files(open_pairs(data / "pairs"), first, last) == chosen
-
-
-@pytest.mark.parametrize(("first", "last"), [(2, None), (1, 0), (0, -1)])
-def test_no_file_is_chosen(data, first, last):
-    with pytest.raises(
-        ValueError, match=rf"--data-start {first} --data-end {last} selects none of the 2 files: .* 0 to 1"
-    ):
-        chosen_files(open_pairs(data / "pairs"), first, last)

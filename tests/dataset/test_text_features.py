@@ -2,21 +2,16 @@
 
 import hashlib
 import json
-import multiprocessing
 import pickle
-import time
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from dataset.store import Loose
 from dataset.text_features import (
     FeatureWriter,
-    num_shards,
     open_features,
-    shard_lines,
 )
 
 DIM = 6
@@ -80,13 +75,6 @@ def test_round_trip(tmp_path, make):
 
 
 @pytest.mark.parametrize("make", [write, publish])
-def test_what_is_not_there(tmp_path, make):
-    store = open_features(make(tmp_path))
-    for stem, line in [("part-0", 11), ("part-0", -1), ("part-0", 12345), ("part-2", 0), ("", 0)]:
-        assert store.get(stem, line) is None
-
-
-@pytest.mark.parametrize("make", [write, publish])
 def test_which_lines_have_features(tmp_path, make):
     store = open_features(make(tmp_path / "features"))
     for stem in LINES:
@@ -113,12 +101,6 @@ def test_bfloat16_is_stored_as_its_bits(tmp_path):
     np.testing.assert_array_equal((bits.astype(np.uint32) << 16).view(np.float32), features.float())
 
 
-def test_features_are_the_caller_s_own(tmp_path):
-    store = open_features(write(tmp_path))
-    store.get("part-0", 0).zero_()
-    assert torch.equal(store.get("part-0", 0), rows("part-0", 0))
-
-
 def test_files_say_what_they_are(tmp_path):
     write(tmp_path)
     index = json.loads((tmp_path / "index.json").read_text())
@@ -138,11 +120,6 @@ def test_files_say_what_they_are(tmp_path):
     assert open_features(tmp_path).settings == {"model": "none"} and open_features(tmp_path).max_length == 8
 
 
-def test_shards_of_lines():
-    assert [list(shard_lines(k, 11, 4)) for k in range(num_shards(11, 4))] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
-    assert num_shards(8, 4) == 2 and num_shards(0, 4) == 0
-
-
 def test_pickles_without_the_maps(tmp_path):
     store = open_features(write(tmp_path))
     before = len(pickle.dumps(store))
@@ -151,45 +128,7 @@ def test_pickles_without_the_maps(tmp_path):
     assert len(pickle.dumps(store)) == before
 
 
-class Items:
-    """The features of part-0 as a data set."""
-
-    def __init__(self, store):
-        self.store = store
-
-    def __len__(self):
-        return LINES["part-0"]
-
-    def __getitem__(self, line):
-        return self.store.get("part-0", line)
-
-
-def test_in_loader_processes(tmp_path):
-    store = open_features(write(tmp_path))
-    store.get("part-0", 0)
-    loader = DataLoader(Items(store), batch_size=None, num_workers=2)
-    for line, found in enumerate(loader):
-        expected = lines_of("part-0")[line]
-        assert found is None if expected is None else torch.equal(found, expected)
-
-
-def test_memory_is_a_few_bytes_a_line(tmp_path):
-    """Of fifty million captions: 200 MB, not a dictionary of names."""
-    writer = make_writer(tmp_path, dim=1, dtype="float16", shard_size=4096)
-    one = torch.ones(1, 1)
-    writer.write_stem("a", [one] * 20_000)
-    store = open_features(tmp_path)
-    assert len(pickle.dumps(store)) < 20_000 * 4 + 2000
-    assert store.get("a", 19_999).shape == (1, 1) and store.get("a", 20_000) is None
-
-
 # Written again, resumed
-
-
-def test_writing_again_gives_the_same_bytes(tmp_path):
-    write(tmp_path / "a")
-    write(tmp_path / "b")
-    assert digests(tmp_path / "a") == digests(tmp_path / "b")
 
 
 def test_missing_shards(tmp_path):
@@ -222,35 +161,6 @@ def test_what_a_killed_run_left(tmp_path, left):
         open_features(tmp_path / "killed")
     writer.write_shard("part-0", 1, lines_of("part-0")[4:8], 11)
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
-
-
-def write_what_is_missing(folder):
-    writer = make_writer(folder, shard_size=2)
-    for shard in writer.missing_shards("a", 100):
-        writer.write_shard("a", shard, [rows("a", line) for line in shard_lines(shard, 100, 2)], 100)
-
-
-@pytest.mark.slow
-def test_killed_while_writing(tmp_path):
-    """SIGKILL at any moment, and again: the files are those of a writer that was left alone."""
-    killed = tmp_path / "killed"
-    killings = 0
-    for pause in (0.0, 0.003, 0.01, 0.02):
-        before = len(list(killed.glob("a/*.json")))
-        process = multiprocessing.get_context("fork").Process(target=write_what_is_missing, args=(killed,))
-        process.start()
-        deadline = time.monotonic() + 100
-        while len(list(killed.glob("a/*.json"))) <= before and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(pause)
-        killings += process.is_alive()
-        process.kill()
-        process.join()
-    assert killings and any(killed.glob("a/*.json"))
-    write_what_is_missing(killed)
-    write_what_is_missing(tmp_path / "whole")
-    assert digests(killed) == digests(tmp_path / "whole")
-    assert len(open_features(killed)) == 100
 
 
 def test_other_settings(tmp_path):
@@ -294,14 +204,6 @@ def test_wrong_features(tmp_path, features, message):
         writer.write_stem("a", [torch.ones(1, 6), features])
     assert writer.missing_shards("a", 2) == [0]
     assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_wrong_shards(tmp_path):
-    writer = make_writer(tmp_path)
-    with pytest.raises(ValueError, match=r"shard 2 of .* is of the lines 8 to 10: got 4 features"):
-        writer.write_shard("part-0", 2, lines_of("part-0")[:4], 11)
-    with pytest.raises(ValueError, match="shard 3 of"):
-        writer.write_shard("part-0", 3, [], 11)
 
 
 def test_folders_without_features(tmp_path):
@@ -361,13 +263,3 @@ def test_damaged_published_files(tmp_path):
         with pytest.raises(ValueError, match=r"part-0/5\.npy holds .*, expected floats \(1, length, 6\)"):
             store.get("part-0", 5)
     assert torch.equal(store.get("part-0", 6), rows("part-0", 6))
-
-
-def test_published_lines(tmp_path):
-    publish(tmp_path)
-    (tmp_path / "part-0" / ".7.npy.x.tmp").write_bytes(b"")
-    (tmp_path / "part-0" / "99.npy").write_bytes(b"")
-    numbers = Loose(tmp_path / "part-0", "floats", ()).numbers
-    assert numbers.tolist() == [*(line for line in range(11) if line not in (2, 3)), 99]
-    assert not len(Loose(tmp_path / "nowhere", "floats", ()).numbers)
-    assert np.load(tmp_path / "part-0" / "0.npy").shape == (1, *rows("part-0", 0).shape)

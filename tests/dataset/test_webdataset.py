@@ -6,7 +6,6 @@ import os
 import pickle
 import shutil
 import tarfile
-import threading
 
 import numpy as np
 import pytest
@@ -88,21 +87,6 @@ def test_a_sample_is_members_that_follow_each_other(tmp_path):
         pairs.texts(3)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b'{"text": 3}', b'{"text": []}', b"\xff"])
-def test_texts_that_are_none(tmp_path, content):
-    write_tar(tmp_path / "x.tar", [("1.png", png(picture(0))), ("1.json", content)])
-    with pytest.raises(ValueError, match=r"sample 0 of .*x\.tar"):
-        TarPairs(tmp_path).texts(0)
-
-
-def test_long_names(tmp_path):
-    """They have headers of their own."""
-    name = "/".join(["folder" * 10] * 4) + "/picture"
-    write_tar(tmp_path / "x.tar", [(f"{name}.png", png(picture(3))), (f"{name}.txt", b"long")])
-    pairs = TarPairs(tmp_path)
-    assert len(pairs) == 1 and pairs.texts(0) == ["long"] and pairs.image_file(0).getvalue() == png(picture(3))
-
-
 # The index
 
 
@@ -139,17 +123,6 @@ def test_a_damaged_index_is_made_again(folder, monkeypatch, what):
     seen = indexed(monkeypatch)
     pairs = TarPairs(folder)
     assert len(seen) == 2 and len(pairs) == 9 and pairs.image_file(8).getvalue() == png(picture(8))
-
-
-def test_several_at_once(folder):
-    opened = []
-    threads = [threading.Thread(target=lambda: opened.append(TarPairs(folder))) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(opened) == 6 and all(pairs.image_file(7).getvalue() == png(picture(7)) for pairs in opened)
-    assert sorted(os.listdir(folder)) == ["00000.tar", "00001.tar", INDEX_NAME]
 
 
 def test_an_index_elsewhere(folder, tmp_path):
@@ -207,14 +180,6 @@ def test_texts_of_a_json_without_a_caption_are_those_of_the_txt(tmp_path, conten
     assert TarPairs(tmp_path).texts(0) == ["a bee"]
 
 
-def test_texts_come_from_the_json_where_both_have_some(tmp_path):
-    image = png(picture(0))
-    members = [("1.png", image), ("1.txt", b""), ("1.json", b'{"text": null, "caption": "a bee"}')]
-    members += [("2.png", image), ("2.txt", b"not this"), ("2.json", b'{"text": ["a", "b"]}')]
-    write_tar(tmp_path / "x.tar", members)
-    assert [TarPairs(tmp_path).texts(i) for i in range(2)] == [["a bee"], ["a", "b"]]
-
-
 def test_members_with_dotted_names_are_pairs_up_to_the_last_dot(tmp_path, caplog):
     members = []
     for i, name in enumerate(["a.b", "a.c", "d/v1.0/e.f.g", "plain"]):
@@ -266,9 +231,3 @@ def test_shard_rows_of_several_images_takes_the_first_of_the_kinds_and_says_so(t
         contents = [(f.seek(offset), f.read(size))[1] for offset, size in rows[:, :2].tolist()]
     assert contents == [b"jpg", b"tif"]
     assert "1 samples with several images" in caplog.text
-
-
-def test_a_pipe_among_the_shards_does_not_wait(tmp_path):
-    os.mkfifo(tmp_path / "a.tar")
-    with pytest.raises(ValueError, match=r"a\.tar is not a regular file"):
-        TarPairs(tmp_path)

@@ -30,13 +30,6 @@ def test_dtypes():
     assert left_padded([half, torch.ones(1, 4, dtype=torch.float16)], 3)[0].dtype == torch.float32
 
 
-def test_the_caller_s_features_are_left_alone():
-    features = torch.ones(2, 4)
-    padded, _ = left_padded([features], 2)
-    padded.zero_()
-    assert features.sum() == 8
-
-
 def test_wrong_features():
     with pytest.raises(ValueError, match="the batch is empty"):
         left_padded([], 120)

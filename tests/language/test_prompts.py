@@ -2,7 +2,7 @@
 
 import pytest
 
-from language.prompts import read_prompt_lines, read_prompt_table, read_prompts
+from language.prompts import read_prompt_lines, read_prompt_table
 
 
 def table(tmp_path, content: str | bytes) -> list[str]:
@@ -63,9 +63,3 @@ def test_lists(tmp_path):
         read_prompt_lines(tmp_path / "prompts.txt")
     with pytest.raises(FileNotFoundError, match=r"no file of prompts at .*gone\.txt"):
         read_prompt_lines(tmp_path / "gone.txt")
-
-
-def test_the_name_tells_which(tmp_path):
-    for name, prompts in (("a.tsv", ["b"]), ("a.CSV", ["b"]), ("a.txt", ["Prompt", "b"])):
-        (tmp_path / name).write_text("Prompt\nb\n")
-        assert read_prompts(tmp_path / name) == prompts

@@ -72,30 +72,6 @@ def test_long_texts_are_cut(embedder):
     assert features.shape == (1, 40, 32) and mask.sum() == 40
 
 
-def test_cleaning_can_be_left_out(embedder, folder):
-    plain = T5Embedder("cpu", folder, torch_dtype=torch.float32, model_max_length=40, use_text_preprocessing=False)
-    text = "A Fox at Foo.com "
-    assert plain.get_text_embeddings([text])[1].sum() > embedder.get_text_embeddings([text])[1].sum()
-    assert torch.equal(plain.get_text_embeddings([text])[0], plain.get_text_embeddings(["a fox at foo.com"])[0])
-
-
-def test_dtypes(folder):
-    assert T5Embedder("cpu", folder).get_text_embeddings(["a fox"])[0].dtype == torch.bfloat16
-    half = T5Embedder("cpu", folder, torch_dtype=torch.float16).get_text_embeddings(["a fox"])[0]
-    assert half.dtype == torch.float16 and half.isfinite().all()
-
-
-def test_nothing_is_trained(embedder):
-    assert not any(weight.requires_grad for weight in embedder.model.parameters())
-    assert not embedder.model.training
-    features, _ = embedder.get_text_embeddings(["a fox"])
-    assert not features.requires_grad and not features.is_inference()
-    # A layer that is trained on them saves them for its backward pass.
-    layer = torch.nn.Linear(32, 4)
-    layer(features).sum().backward()
-    assert layer.weight.grad.abs().sum() > 0
-
-
 @pytest.mark.parametrize("texts, message", [([], "empty"), ("a fox", "a list of strings"), (["a", None], "None")])
 def test_wrong_texts(embedder, texts, message):
     with pytest.raises(ValueError, match=message):
@@ -154,19 +130,6 @@ def test_what_gets_a_missing_one(tmp_path, monkeypatch, failure):
     assert len(asked) == 1
 
 
-def test_one_place_is_named(tmp_path, monkeypatch):
-    """That which was asked for, not pretrained_models/ too, where a download would put it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("utils.hub._ROOT", tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError) as told:
-        find_t5("x/nowhere", "flan-t5-xl")
-    message = str(told.value)
-    assert "there is no T5 at x/nowhere/flan-t5-xl" in message and "HF_HUB_OFFLINE is set" in message
-    assert "hf download google/flan-t5-xl --local-dir x/nowhere/flan-t5-xl" in message
-    assert "pretrained_models" not in message and message.count("nowhere") == 2
-
-
 def test_an_unfinished_download_is_not_passed_over(tmp_path, monkeypatch):
     (tmp_path / "flan-t5-xl").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no config\.json(.|\n)*hf download"):
@@ -185,12 +148,6 @@ def test_missing_files(copied, names, message):
         (copied / name).unlink()
     with pytest.raises(FileNotFoundError, match=message):
         T5Embedder("cpu", copied)
-
-
-def test_the_sentencepiece_model_alone_is_a_tokenizer(copied, embedder):
-    (copied / "tokenizer.json").unlink()
-    other = T5Embedder("cpu", copied, torch_dtype=torch.float32, model_max_length=40)
-    assert torch.equal(other.get_text_embeddings(TEXTS)[0], embedder.get_text_embeddings(TEXTS)[0])
 
 
 def test_damaged_files(copied):
