@@ -54,9 +54,6 @@ IMAGES_AT_ONCE = 2
 # An accelerator is full with so many, and feature maps of more take memory that drawing needs.
 MOST_DECODED_AT_ONCE = 32
 
-# Of what is not drawn yet, in a preview: the middle of the range.
-GREY = 128
-
 
 def load_gpt(
     path: str | Path,
@@ -316,7 +313,6 @@ class ImagePipeline:
         *,
         progress: bool = False,
         size: int | None = None,
-        on_step: Callable[[list[int], int, Tensor], None] | None = None,
         ahead: bool = False,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Draw one micro-batch at a time: yield the images' numbers, and uint8 (n, size, size, 3).
@@ -324,8 +320,6 @@ class ImagePipeline:
         Args:
             requests: images to draw; a micro-batch has equal sampling settings.
             size: pixels a side, where other than the model's.
-            on_step: called after each decode step with the numbers of the images that are being drawn, how many of their
-                tokens are done, and the tokens (n, N) as preview() takes them. What it raises ends the drawing.
             ahead: on CUDA draw a micro-batch's tokens while a thread decodes the one before, which is given out after that.
                 For the most images in a given time; the images are the same. Elsewhere it changes nothing.
 
@@ -333,7 +327,7 @@ class ImagePipeline:
             ValueError: for a value that the model cannot take, and for logits or pixels that are not finite.
             FileNotFoundError: for features or a T5 that are not there.
         """
-        drawn = self._drawn(self.read(requests, progress=progress), progress, on_step)
+        drawn = self._drawn(self.read(requests, progress=progress), progress)
         if ahead and self.device.type == "cuda":
             yield from self._decoded_beside(drawn, size)
             return
@@ -364,23 +358,18 @@ class ImagePipeline:
             v for name, v in values.items() if isinstance(v, str) and name in conditions and conditions[name].text_dim
         ]
 
-    def _drawn(
-        self, requests: Sequence[Request], progress: bool, on_step: Callable[[list[int], int, Tensor], None] | None
-    ) -> Iterator[tuple[list[int], Tensor]]:
+    def _drawn(self, requests: Sequence[Request], progress: bool) -> Iterator[tuple[list[int], Tensor]]:
         """One micro-batch at a time: the images' numbers, and their codes (n, N) in raster order."""
         total = len(requests) * self.gpt.layout.tokens
         alike = [list(group) for _, group in groupby(requests, lambda request: request.sampling)]
         parts = [group[i : i + self.batch_size] for group in alike for i in range(0, len(group), self.batch_size)]
         with tqdm(total=total, unit="tok", disable=not progress, desc=f"{len(requests)} images") as bar:
             for part in parts:
-                numbers, begun_at = [request.index for request in part], bar.n
 
-                def advance(done: int, tokens: Tensor, numbers: list[int] = numbers, begun_at: int = begun_at) -> None:
-                    bar.update(begun_at + done * len(numbers) - bar.n)
-                    if on_step:
-                        on_step(numbers, done, tokens[: len(numbers)])
+                def advance(done: int, _: Tensor, count: int = len(part), begun_at: int = bar.n) -> None:
+                    bar.update(begun_at + done * count - bar.n)
 
-                yield numbers, self.draw(part, on_step=advance)
+                yield [request.index for request in part], self.draw(part, on_step=advance)
 
     def _decoded_beside(
         self, drawn: Iterator[tuple[list[int], Tensor]], size: int | None
@@ -473,32 +462,8 @@ class ImagePipeline:
 
     @torch.inference_mode()
     def decode(self, codes: Tensor, size: int | None = None) -> np.ndarray:
-        """Codes (B, N) in raster order to uint8 (B, size, size, 3), by bicubic resizing where size is another one."""
-        return self._decode_rows(codes, isqrt(codes.shape[1]), size)
-
-    def _decode_rows(self, codes: Tensor, rows: int, size: int | None = None) -> np.ndarray:
-        """Codes of `rows` rows of tokens, (B, rows * columns) in raster order, to uint8 (B, rows * f, columns * f, 3)."""
-        return decode_codes(self.tokenizer, codes, width=codes.shape[1] // rows, size=size, batch_size=self.batch_size)
-
-    @torch.inference_mode()
-    def preview(self, tokens: Tensor, done: int) -> np.ndarray:
-        """Return a preview of images that are being drawn: uint8 (B, side, side, 3), grey where there are no tokens yet.
-
-        tokens: (B, N) in the layout's order, of which the first `done` are drawn. Only the rows of tokens that have begun
-        are decoded. Near its edge the drawn part may change yet: the decoder looks further than one token.
-        """
-        layout, pixels = self.gpt.layout, self.tokenizer.downsample
-        drawn = (layout.raster < done).view(layout.grid_size, -1)  # (side, side)
-        rows = int(drawn.any(1).nonzero().max()) + 1 if done else 0  # rows that have begun
-        images = np.full((len(tokens), self.image_size, self.image_size, 3), GREY, np.uint8)
-        if rows:
-            codes = torch.where(drawn.flatten().to(tokens.device), tokens[:, layout.raster.to(tokens.device)], 0)
-            decoded = self._decode_rows(codes[:, : rows * layout.grid_size], rows)
-            visible = (
-                drawn[:rows].repeat_interleave(pixels, 0).repeat_interleave(pixels, 1).numpy()
-            )  # (rows * f, width)
-            images[:, : rows * pixels] = np.where(visible[None, :, :, None], decoded, GREY)
-        return images
+        """Return pixels of codes (B, N) in raster order, uint8 (B, size, size, 3), resized bicubically to another size."""
+        return decode_codes(self.tokenizer, codes, size=size, batch_size=self.batch_size)
 
     def _padding(self, count: int) -> int:
         """Rows to add: to a whole micro-batch on an accelerator, whose kernels depend on every size, and where each size would

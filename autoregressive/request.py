@@ -42,9 +42,9 @@ class Request:
         """
         if set(self.conditions) != set(conditions) or not set(self.negative) <= set(conditions):
             known, asked = (
-                ", ".join(names) or "nothing" for names in (conditions, {**self.conditions, **self.negative})
+                ", ".join(names) or "none" for names in (conditions, {**self.conditions, **self.negative})
             )
-            raise ValueError(f"this model draws from {known}, and the request has {asked}")
+            raise ValueError(f"the model takes the conditions {known}; given were {asked}")
         require_guidance(self.sampling, self.negative)
         for name, number in (("seed", self.seed), ("index", self.index)):
             if isinstance(number, bool) or not isinstance(number, int) or not -(2**63) <= number < 2**63:

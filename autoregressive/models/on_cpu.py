@@ -3,17 +3,17 @@
     with packed(model):
         ...                                    # model's nn.Linear layers multiply with packed weights
 
-A packed weight is laid out once, in blocks, as the processor's matrix units read it; a plain layer has its weight laid out anew in every step. A row's result is the same bits whatever the number of rows (from
-two on) and of threads: oneDNN takes other kernels for more rows on some processors (with AMX for more than 32), so rows are
-multiplied in parts that all take the same. The copies cost the weights' memory once more; they are kept for the next call
-and made anew where the weights have changed since.
+A packed weight is laid out once, in blocks, as the processor's matrix units read it; a plain layer has its weight laid
+out anew in every step. A row's result is the same bits whatever the number of rows (from two on) and of threads: oneDNN
+takes other kernels for more rows on some processors (with AMX for more than 32), so rows are multiplied in parts that all
+take the same. The copies cost the weights' memory once more; they are kept for the next call and made anew where the
+weights have changed since.
 """
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from itertools import count
-from threading import RLock
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,7 +29,6 @@ DTYPES = (torch.float32, torch.bfloat16)
 _numbers = count()
 # Laid-out weights and the rows at once, by number: a compiled step holds numbers, it cannot hold such tensors.
 _copies: dict[int, tuple[Tensor, int]] = {}
-_lock = RLock()
 
 
 class PackedWeights:
@@ -38,7 +37,6 @@ class PackedWeights:
     def __init__(self, model: nn.Module):
         self.layers = {layer: next(_numbers) for layer in model.modules() if type(layer) is nn.Linear}
         self.made_of = {layer: _identity(layer.weight) for layer in self.layers}
-        self.users = 0
         self.copies = _copies  # a module's own names may be gone when the last of these is
         for layer, number in self.layers.items():
             weight = layer.weight.detach()
@@ -91,66 +89,43 @@ def rows_at_once(inner: int, outer: int, dtype: torch.dtype) -> int:
     x[:, :: max(1, inner // 16)] += torch.randn(MOST_ROWS, 1, generator=generator).to(dtype) / 512
     laid_out = torch.ops.mkldnn._reorder_linear_weight(pairs(outer, 1), ROWS)
     few, agreed = product(x[:2], laid_out, MOST_ROWS), 0
-    several = {1, 2, torch.get_num_threads()}
-    with threads_restored():
+    threads = torch.get_num_threads()
+    try:
         for rows in (5, 8, 9, 12, 15, 16, 20, 22, 24, 28, 31, 32, 33, 64, MOST_ROWS):
             many = few
-            for threads in several:
-                torch.set_num_threads(threads)
+            for several in {1, 2, threads}:
+                torch.set_num_threads(several)
                 many = product(x[:rows], laid_out, MOST_ROWS)
                 if not torch.equal(many[: len(few)], few):
                     return agreed
             few, agreed = many, rows if rows in (8, 16, 32, MOST_ROWS) else agreed
+    finally:
+        torch.set_num_threads(threads)
     return agreed
 
 
 @contextmanager
-def threads_restored() -> Iterator[None]:
-    """Restore the number of threads after the block."""
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
 def packed(model: nn.Module) -> Iterator[None]:
-    """Has the model's linear layers use laid-out weights, where they can; may be entered again, from other threads too."""
+    """Have the model's linear layers use packed weights, where they can."""
     if not can_pack(model):
         yield
         return
-    with _lock:
-        weights = _packed.get(model)
-        if weights is None or not weights.is_current(model):
-            if weights is not None:
-                _release(model, weights)
-            weights = _packed[model] = PackedWeights(model)
-        weights.users += 1
-        for layer, number in weights.layers.items():
-            layer.forward = partial(multiply, number=number, width=layer.out_features)
+    weights = _packed.get(model)
+    if weights is None or not weights.is_current(model):
+        release(model)
+        weights = _packed[model] = PackedWeights(model)
+    for layer, number in weights.layers.items():
+        layer.forward = partial(multiply, number=number, width=layer.out_features)
     try:
         yield
     finally:
-        with _lock:
-            weights.users -= 1
-            if weights.users == 0:
-                for layer in weights.layers:
-                    layer.__dict__.pop("forward", None)
+        for layer in weights.layers:
+            layer.__dict__.pop("forward", None)
 
 
 def release(model: nn.Module) -> None:
-    """Gives the memory of the model's laid-out weights back."""
-    with _lock:
-        weights = _packed.get(model)
-        if weights is not None and weights.users == 0:
-            _release(model, weights)
-
-
-def _release(model: nn.Module, weights: PackedWeights) -> None:
-    for layer in weights.layers:
-        layer.__dict__.pop("forward", None)
-    del _packed[model]
+    """Give the memory of the model's packed weights back."""
+    _packed.pop(model, None)
 
 
 def _identity(weight: Tensor) -> tuple:
@@ -181,7 +156,7 @@ def product(x: Tensor, laid_out: Tensor, at_once: int) -> Tensor:
 
 @torch.library.custom_op("autoregressive::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, number: int, width: int) -> Tensor:
-    """`multiply`, for a compiled step."""
+    """Compute `multiply` for a compiled step."""
     return product(x, *_copies[number])
 
 

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from autoregressive.pipeline import GREY, decode_codes
+from autoregressive.pipeline import decode_codes
 from tokenizer.base import Tokenizer
 from utils.errors import NotFiniteError
+
+GREY = 128  # of what is not drawn yet: the middle of the range
 
 
 class Decoder:

@@ -1,7 +1,5 @@
 """Laid-out weights on a CPU: the products they give, whose they are, and when they are made anew."""
 
-import threading
-
 import pytest
 import torch
 import torch.nn as nn
@@ -16,7 +14,6 @@ from autoregressive.models.on_cpu import (
     can_pack,
     packed,
     product,
-    release,
     rows_at_once,
 )
 from tests.helpers import randomize
@@ -147,33 +144,6 @@ def test_layers_stay_plain_where_rows_do_not_agree(monkeypatch):
     monkeypatch.setattr("autoregressive.models.on_cpu.rows_at_once", lambda inner, outer, dtype: outer != 64)
     assert not can_pack(model)
     assert torch.equal(generate(model, labels, noise=noise), drawn) and model not in _packed
-
-
-def test_two_threads_and_a_release_in_between():
-    model = small_gpt()
-    x = torch.randn(4, model.args.dim)
-    inside, done = threading.Event(), threading.Event()
-
-    @torch.inference_mode()
-    def other():
-        with packed(model):
-            inside.set()
-            done.wait(30)
-
-    with packed(model):
-        expected = model.output(x)
-    thread = threading.Thread(target=other)
-    thread.start()
-    assert inside.wait(30)
-    with packed(model):
-        pass
-    release(model)  # in use: kept
-    assert torch.equal(model.output(x), expected) and "forward" in model.output.__dict__
-    done.set()
-    thread.join()
-    assert "forward" not in model.output.__dict__
-    release(model)
-    assert model not in _packed
 
 
 @pytest.mark.parametrize("kv_heads", [6, 2])

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from autoregressive.models.gpt import GPT_models
-from autoregressive.pipeline import GREY, ImagePipeline, load_gpt, load_tokenizer
+from autoregressive.pipeline import ImagePipeline, load_gpt, load_tokenizer
 from tests.helpers import ROOT, randomize
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.checkpoint import save_checkpoint, save_safetensors
@@ -172,39 +172,6 @@ def test_drawing_ahead_changes_nothing(pipeline):
         plain.batches(requests), plain.batches(requests, ahead=True), strict=True
     ):
         assert numbers == again and np.array_equal(images, same)
-
-
-@pytest.mark.parametrize("par", [False, True], ids=["raster", "PAR"])
-def test_tokens_are_handed_over_as_they_come(models, par):
-    """Those of the images asked for, without the rows that fill a micro-batch."""
-    pipeline, steps = Recording(models[0][par, torch.float32], models[1], batch_size=2), []
-    codes = []
-    for _ in pipeline.batches(
-        pipeline.requests([1, 2, 3], indices=[5, 6, 7]),
-        on_step=lambda *step: steps.append((*step[:2], step[2].clone())),
-    ):
-        codes.append(pipeline.codes)
-    order = pipeline.gpt.layout.order
-    for numbers, done, tokens in steps:
-        assert numbers in ([5, 6], [7])
-        assert torch.equal(tokens[:, :done], codes[numbers == [7]][:, order][:, :done])
-    assert [done for numbers, done, _ in steps if numbers == [7]][-1] == 64
-
-
-@pytest.mark.parametrize("par", [False, True], ids=["raster", "PAR"])
-def test_previews_are_grey_where_nothing_is_drawn(models, par):
-    pipeline = Recording(models[0][par, torch.float32], models[1])
-    layout = pipeline.gpt.layout
-    codes = torch.randint(64, (3, 64), generator=torch.Generator().manual_seed(0))
-    tokens, whole = codes[:, layout.order], pipeline.decode(codes)
-    assert np.array_equal(pipeline.preview(tokens, 64), whole)
-    assert (pipeline.preview(tokens, 0) == GREY).all()
-    for done in (1, 8, 20, 63):
-        shown = pipeline.preview(torch.cat([tokens[:, :done], torch.zeros_like(tokens[:, done:])], 1), done)
-        drawn = np.zeros(64, bool)
-        drawn[layout.order[:done].numpy()] = True
-        pixels = drawn.reshape(8, 8).repeat(4, 0).repeat(4, 1)
-        assert (shown[:, ~pixels] == GREY).all() and shown[:, pixels].std() > 5, done
 
 
 def test_seed_number_and_label_each_matter(pipeline):

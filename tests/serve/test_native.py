@@ -115,8 +115,8 @@ def test_prompts(small_files, tokenizer):
     [
         (image(label=10), "label 10 is out of range"),
         (image(label=-1), "label -1 is out of range"),
-        (image(), "draws from label, and the request has nothing"),
-        (image(features=torch.zeros(1, 3)), "draws from label, and the request has caption"),
+        (image(), "takes the conditions label; given were none"),
+        (image(features=torch.zeros(1, 3)), "takes the conditions label; given were caption"),
         (image(label="3"), "a label is a whole number, 0 to 9, got '3'"),
         (image(label=True), "a label is a whole number, 0 to 9, got True"),
         (image(label=1, seed=2**64), "seed must be a whole number"),
@@ -140,7 +140,7 @@ def test_requests_that_are_refused(raster, request_, message):
 @pytest.mark.parametrize(
     "request_, message",
     [
-        (image(label=1), "draws from caption, and the request has label"),
+        (image(label=1), "takes the conditions caption; given were label"),
         (image(features=torch.zeros(3, 5)), "takes floats of shape"),
         (image(features=torch.zeros(0, 12)), "takes floats of shape"),
         (image(features=torch.full((2, 12), float("inf"))), "not all finite"),

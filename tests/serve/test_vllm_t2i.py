@@ -85,7 +85,7 @@ def test_vllm_engine_with_one_broken_image_draws_the_others(running, small_files
 @pytest.mark.parametrize(
     "request_, message",
     [
-        (image(label=1), "draws from caption, and the request has label"),
+        (image(label=1), "takes the conditions caption; given were label"),
         (image(features=torch.zeros(3, 8)), r"shape \(3, 8\); this model takes floats of shape \(length, 32\)"),
         (image(features=torch.zeros(0, WIDTH)), "takes floats of shape"),
         (image(features=torch.full((3, WIDTH), torch.nan)), "not all finite"),
