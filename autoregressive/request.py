@@ -41,9 +41,7 @@ class Request:
         encoded: features by prompt, for conditions that are texts.
         """
         if set(self.conditions) != set(conditions) or not set(self.negative) <= set(conditions):
-            known, asked = (
-                ", ".join(names) or "none" for names in (conditions, {**self.conditions, **self.negative})
-            )
+            known, asked = (", ".join(names) or "none" for names in (conditions, {**self.conditions, **self.negative}))
             raise ValueError(f"the model takes the conditions {known}; given were {asked}")
         require_guidance(self.sampling, self.negative)
         for name, number in (("seed", self.seed), ("index", self.index)):
