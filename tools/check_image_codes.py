@@ -25,7 +25,6 @@ from utils.cli import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from dataset.code_files import CodeSettings
     from tokenizer.base import Tokenizer
 
 # Pixels that go through the decoder at once, 8 views of 256x256.
@@ -49,8 +48,6 @@ def main(args: argparse.Namespace) -> None:
     codes_folder = open_codes(args.code_path, args.image_size, args.downsample_size, random_view=False)
     source = codes_folder.sources[0]
     settings = codes_folder.settings
-    if settings:
-        refuse_other_flags(args, settings)
     print(f"{args.code_path}: {len(source)} samples of {len(source.view_names)} views and {source.tokens} tokens")
     if args.verify:
         print(f"verified: {source.verify(args.codebook_size or (settings.codebook_size if settings else 16384))}")
@@ -58,25 +55,23 @@ def main(args: argparse.Namespace) -> None:
         return
 
     dist = start(args.device)
-    tokenizer = load_tokenizer(
-        find_checkpoint(args.vq_ckpt),
-        **tokenizer_beliefs(args),
-        device=dist.device,
-        use_ema=args.use_ema,
-    )
+    known = {**tokenizer_beliefs(args), "fingerprint": settings and settings.tokenizer}
+    tokenizer = load_tokenizer(find_checkpoint(args.vq_ckpt), device=dist.device, use_ema=args.use_ema, **known)
     codebook_size = tokenizer.codebook_size
     if tokenizer.downsample != args.downsample_size:
         raise ValueError(
             f"--downsample-size {args.downsample_size} is not that of {args.vq_ckpt}, whose tokens are "
             f"{tokenizer.downsample} pixels a side"
         )
-    if settings:
-        refuse_other_tokenizer(args, settings, tokenizer)
     positions = choose(source.numbers, args.indices, args.count, args.seed)
     views = len(source.view_names)
     codes = source.rows(np.repeat(positions, views), np.tile(np.arange(views), len(positions)))  # (n*views, N)
     codes = codes.astype(np.int64)
-    refuse_codes_outside(codes, codebook_size, f"the samples drawn from {args.code_path}")
+    if not 0 <= codes.min() <= codes.max() < codebook_size:
+        raise ValueError(
+            f"the samples drawn from {args.code_path} have codes from {codes.min()} to {codes.max()}, outside a codebook of "
+            f"{codebook_size}: extract them again"
+        )
     labels = source.labels(positions).tolist()
     classes = settings.classes if settings else None
     for row, (number, label) in enumerate(zip(source.numbers[positions].tolist(), labels, strict=True)):
@@ -90,40 +85,6 @@ def main(args: argparse.Namespace) -> None:
     )
     save_png(make_grid(decode(tokenizer, codes, side), columns=views), args.output)
     print(f"wrote {args.output}")
-
-
-def refuse_other_flags(args: argparse.Namespace, settings: "CodeSettings") -> None:
-    """Raises ValueError where the flags are not what the index of packed shards records."""
-    recorded = {"--codebook-size": settings.codebook_size, "--vq-model": settings.vq_model}
-    given = {"--codebook-size": args.codebook_size, "--vq-model": args.vq_model}
-    wrong = [flag for flag, value in recorded.items() if None not in (value, given[flag]) and value != given[flag]]
-    if wrong:
-        raise ValueError(
-            f"{args.code_path} was made with {' '.join(f'{flag} {recorded[flag]}' for flag in wrong)}, "
-            f"not {' '.join(f'{flag} {given[flag]}' for flag in wrong)}"
-        )
-
-
-def refuse_other_tokenizer(args: argparse.Namespace, settings: "CodeSettings", tokenizer: "Tokenizer") -> None:
-    """Raises ValueError where the index records the fingerprint of another tokenizer: it would draw something else."""
-    from utils.origin import same_tokenizer
-
-    found = tokenizer.fingerprint()
-    if not same_tokenizer(settings.tokenizer, found):
-        other = "without" if args.use_ema else "with"
-        raise ValueError(
-            f"{args.code_path} was made by the tokenizer {settings.tokenizer}, but {args.vq_ckpt} is {found}: give the "
-            f"file that made the codes, or try {other} --use-ema"
-        )
-
-
-def refuse_codes_outside(codes: "np.ndarray", codebook_size: int, where: str) -> None:
-    """Raises ValueError where a code is not a row of the codebook."""
-    if codes.size and not 0 <= codes.min() <= codes.max() < codebook_size:
-        raise ValueError(
-            f"{where} have codes from {codes.min()} to {codes.max()}, outside a codebook of {codebook_size}: "
-            "check --codebook-size, or extract them again"
-        )
 
 
 def choose(numbers: "np.ndarray", asked: list[int] | None, count: int, seed: int) -> "np.ndarray":

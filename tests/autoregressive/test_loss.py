@@ -369,12 +369,6 @@ def test_token_log_probs_are_those_of_the_models_logits_in_raster_order(kind):
     torch.testing.assert_close(one, other)
 
 
-def test_the_module_holds_the_model_and_nothing_else():
-    model = Transformer(ModelArgs(**SIZES))
-    assert {f"model.{name}" for name in model.state_dict()} == set(TokenLoss(model).state_dict())
-    assert TokenLoss(model).model is model
-
-
 def test_a_loss_after_one_in_inference_mode():
     """What is kept from the one must serve the other's backward pass."""
     model = randomize(Transformer(ModelArgs(**SIZES, **QUIET)), seed=3)

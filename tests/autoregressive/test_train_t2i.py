@@ -326,10 +326,6 @@ def test_half_precision_and_stochastic_depth(data, tmp_path):
         (["--t5-feature-dim", 2048], r"6.*2048"),
         (["--vocab-size", 63], r"was made with 64 codes; pass --vocab-size 64"),
         (["--image-size", 20], r"are of --image-size 16 and have 16 tokens an image; 25 are needed"),
-        (["--ar-token-num", 9], r"cannot be cut into 3x3 regions"),
-        (["--ar-token-num", 16], r"--ar-token-num 16 is all of the 4x4 tokens"),
-        (["--ar-token-num", 4, "--spe-token-num", 2], r"--ar-token-num 4 goes with --spe-token-num 3"),
-        (["--global-batch-size", 64], r"48 samples, fewer than --global-batch-size 64"),
         (["--val-data-path", "x"], r"--val-data-path x needs --val-t5-feat-path too"),
         (["--val-data-path", "x", "--val-t5-feat-path", "y"], r"--val-data-path x needs --val-code-path too"),
     ],
@@ -352,22 +348,6 @@ def test_images_need_a_tokenizer_that_fits(data, tmp_path):
         run_here(train_t2i, *flags, "--vocab-size", 128)
 
 
-def test_data_that_is_wrong(data, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist: check --data-path"):
-        train(data, tmp_path / "results", "--data-path", tmp_path / "nowhere")
-    pairs = shutil.copytree(data / "pairs", tmp_path / "pairs")
-    (pairs / "part-a.jsonl").write_text('{"text": ["no path"]}\n')
-    with pytest.raises(
-        ValueError, match=r"line 0 \(from 0\) of .*part-a\.jsonl must be an object with a string 'image_path'"
-    ):
-        train(data, tmp_path / "results", "--data-path", pairs)
-    with pytest.raises(
-        ValueError,
-        match=r"none of (the first 32 pairs|48 pairs in a row) could be used(.|\n)*smaller than --image-size 64",
-    ):
-        train(data, tmp_path / "results", "--image-size", 64, kind="images")
-
-
 def test_pairs_whose_list_lost_a_line_are_refused(data, tmp_path):
     """The reported slip: every caption would train with the next image, all of them valid."""
     pairs = shutil.copytree(data / "pairs", tmp_path / "pairs")
@@ -388,8 +368,7 @@ def test_pairs_whose_list_lost_a_line_are_refused(data, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("more", [[], ["--max-steps", 2]], ids=["a pass", "two steps"])
+@pytest.mark.parametrize("workers, more", [(2, []), (0, ["--max-steps", 2])], ids=["a pass", "two steps"])
 def test_images_that_are_all_too_small_end_the_first_pass(data, tmp_path, workers, more, monkeypatch):
     """In its middle, whatever the number of loader processes; nothing is saved."""
     monkeypatch.setattr("utils.loading.os.sched_getaffinity", lambda pid: range(4), raising=False)

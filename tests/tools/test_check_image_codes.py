@@ -11,7 +11,7 @@ from PIL import Image
 from autoregressive.pipeline import load_tokenizer
 from autoregressive.train import extract_codes_c2i
 from dataset.codes import open_codes
-from tests.training import check_published_flags, make_images, quiet_loggers, run_here, run_script
+from tests.training import check_published_flags, make_images, quiet_loggers, run_here
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from tools import check_image_codes
 from tools.check_image_codes import choose
@@ -87,12 +87,6 @@ def test_every_view_of_the_samples_is_drawn(folders, tokenizer, tmp_path, capsys
     assert f"wrote {tmp_path / 'out' / 'x.png'}" in printed
 
 
-def test_both_layouts_draw_the_same(folders, tokenizer, tmp_path, capsys):
-    """The same seed: the same samples and pixels."""
-    packed, published = (check(folders / name, tokenizer, tmp_path / "x.png") for name in ("packed", "published"))
-    assert np.array_equal(packed, published) and len(packed) == 8 * 18 + 2
-
-
 def test_the_samples_follow_from_the_seed():
     numbers = np.delete(np.arange(1000), [3, 4])
     drawn = choose(numbers, None, 8, 0)
@@ -140,7 +134,7 @@ def test_verify_finds_damage(folders, tokenizer, tmp_path):
     np.save(file, np.load(file) + 64)
     with pytest.raises(ValueError, match=r"sample 9: codes from \d+ to \d+, outside a codebook of 64"):
         check(codes, tokenizer, tmp_path / "x.png", "--verify")
-    with pytest.raises(ValueError, match=r"the samples drawn from .* outside a codebook of 64: check --codebook-size"):
+    with pytest.raises(ValueError, match=r"the samples drawn from .* outside a codebook of 64: extract"):
         check(codes, tokenizer, tmp_path / "x.png", "--indices", 9)
     assert not (tmp_path / "x.png").exists()
 
@@ -148,9 +142,8 @@ def test_verify_finds_damage(folders, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--codebook-size", 128], r"was made with --codebook-size 64, not --codebook-size 128"),
-        (["--vq-model", "VQ-8"], r"was made with --vq-model VQ-4, not --vq-model VQ-8"),
-        (["--use-ema"], r"made by the tokenizer \w{32}, but .*vq\.pt is \w{32}: .* without --use-ema"),
+        (["--codebook-size", 128], r"does not fit the flags --codebook-size 128"),
+        (["--vq-model", "VQ-8"], r"does not fit the flags --vq-model VQ-8"),
         (["--image-size", 32], r"16 tokens per image, which fits --image-size 16"),
         (["--image-size", 18], r"--image-size 18 is not a multiple of --downsample-size 4"),
         (["--image-size", 32, "--downsample-size", 8], r"holds codes of --image-size 16, not 32"),
@@ -168,9 +161,7 @@ def test_another_tokenizer(folders, tokenizer, tmp_path):
     averaged = torch.load(tokenizer)["ema"]
     torch.save({"model": averaged}, tmp_path / "other.pt")
     for layout in ("packed", "published"):
-        with pytest.raises(
-            ValueError, match=r"made by the tokenizer \w{32}, but .*other\.pt is \w{32}.* with --use-ema"
-        ):
+        with pytest.raises(ValueError, match=r"other\.pt is the tokenizer \w{32}, and the codes are of"):
             check(folders / layout, tmp_path / "other.pt", tmp_path / "x.png")
     first_edition = shutil.copytree(folders / "published", tmp_path / "first_edition")
     (first_edition / "imagenet16.json").unlink()
@@ -179,8 +170,6 @@ def test_another_tokenizer(folders, tokenizer, tmp_path):
 
 def test_flags_of_a_published_folder_that_do_not_fit(folders, tokenizer, tmp_path):
     published = folders / "published"
-    with pytest.raises(ValueError, match=r"was made with --codebook-size 64, not --codebook-size 128"):
-        check(published, tokenizer, tmp_path / "x.png", "--codebook-size", 128)
     renamed = tmp_path / "codes"
     for kind in ("codes", "labels"):
         shutil.copytree(published / f"imagenet16_{kind}", renamed / f"imagenet32_{kind}")
@@ -193,11 +182,6 @@ def test_a_tokenizer_has_to_be_given(folders, tmp_path):
         check(folders / "packed", None, tmp_path / "x.png")
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist"):
         check(tmp_path / "nowhere", None, tmp_path / "x.png", "--verify")
-
-
-def test_errors_on_the_command_line_are_one_line(folders):
-    output = run_script("tools.check_image_codes", "--code-path", folders / "packed", *SIZES, fails=True)
-    assert output.startswith("error: --vq-ckpt is missing") and output.count("\n") == 1
 
 
 FLAGS = """

@@ -10,7 +10,7 @@ import torch
 
 from autoregressive.models.gpt import GPT_models
 from autoregressive.pipeline import load_gpt
-from tests.training import load, run_here, run_script, same
+from tests.training import load, run_here, same
 from tools import export_checkpoint
 from utils.checkpoint import read_checkpoint
 from utils.distributed import start
@@ -208,12 +208,3 @@ def test_damage_is_not_passed_on(copy, tmp_path, source):
     with pytest.raises(ValueError, match=f"{file.name} is damaged .*checksum"):
         export(copy[source], "safetensors", "--output", tmp_path / "a.safetensors")
     assert not (tmp_path / "a.safetensors").exists()
-
-
-def test_the_command_line(copy, tmp_path):
-    printed = run_script(
-        "tools.export_checkpoint", "--checkpoint", copy["a run"], "--format", "pt", "--output", tmp_path / "a.pt"
-    )
-    assert f"{tmp_path / 'a.pt'}: " in printed and read_checkpoint(tmp_path / "a.pt").steps == 3
-    printed = run_script("tools.export_checkpoint", "--checkpoint", tmp_path / "no", "--format", "pt", fails=True)
-    assert printed.startswith("error: ") and len(printed.splitlines()) == 1
