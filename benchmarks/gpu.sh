@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures this project on one NVIDIA GPU within nine minutes, with nothing installed beside what README lists for it.
+# Measures this project on one NVIDIA GPU within nine minutes, installing nothing (packages: benchmarks/README.md).
 #
 #   bash benchmarks/gpu.sh OUT                        # OUT/report.md, and a .json of each part, written as they come
 #   bash benchmarks/gpu.sh OUT --device cpu --small   # the same script on small models, to try the script itself
