@@ -7,7 +7,6 @@ Stein et al., 2306.04675: the class token of ViT-L/14 for images of 224 pixels, 
 """
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -31,22 +30,17 @@ def find_weights(path: str | Path | None = None) -> Path:
     """
     import huggingface_hub
 
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    address = f"{endpoint}/timm/{MODEL_NAME}/resolve/main/model.safetensors"
-    how = f"fetch {address} and put it at pretrained_models/{MODEL_NAME}.safetensors, or give the path of a file"
-    if path is not None:
-        found = Path(path).expanduser()
-        if not found.exists():
-            raise FileNotFoundError(f"no DINOv2 weights at {path}; {how}")
-        return found
     names = (f"{MODEL_NAME}.safetensors", f"{MODEL_NAME}.pth", f"{MODEL_NAME}/model.safetensors", FIRST_RELEASE)
     cached = huggingface_hub.try_to_load_from_cache(f"timm/{MODEL_NAME}", "model.safetensors")
-    caches = [Path(cached)] if isinstance(cached, str) else []
-    caches.append(Path(torch.hub.get_dir()) / "checkpoints" / FIRST_RELEASE)
-    for place in (on_disk(*names), *caches):
+    cached = cached if isinstance(cached, str) else ""
+    places = [on_disk(*names), Path(cached), Path(torch.hub.get_dir()) / "checkpoints" / FIRST_RELEASE]
+    for place in [Path(path).expanduser()] if path is not None else places:
         if place is not None and place.is_file():
             return place
-    raise FileNotFoundError(f"no weights of {MODEL_NAME} in pretrained_models/ or in the caches of hubs; {how}")
+    raise FileNotFoundError(
+        f"no DINOv2 weights at {path or 'pretrained_models/ or in the caches of hubs'}: hf download timm/{MODEL_NAME} "
+        f"model.safetensors, and put it at pretrained_models/{MODEL_NAME}.safetensors, or give its path"
+    )
 
 
 class DINOv2Features:

@@ -27,13 +27,10 @@ class Float64:
 
     def __init__(self, sets: Sets, device: torch.device):
         self.sets, self.device = sets, torch.device("cpu") if device.type == "mps" else device  # which has no float64
-        # Centred and at most 1 long, so that points far from zero lose nothing and no square overflows.
-        self.centre = sum(features.sum(axis=0, dtype=np.float64) for features in sets) / sum(map(len, sets))
-        self.scale = max(float(np.abs(features - self.centre).max()) for features in sets) or 1.0
 
     def points(self, which: int, part: slice) -> Points:
         """Return points of a set (n, D) and their squared norms (n,)."""
-        x = torch.from_numpy((self.sets[which][part] - self.centre) / self.scale).to(self.device)
+        x = torch.from_numpy(self.sets[which][part].astype(np.float64)).to(self.device)
         return x, (x * x).sum(dim=1)
 
     def between(self, left: Points, right: Points, least: bool = False) -> Tensor:

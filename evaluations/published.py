@@ -8,7 +8,7 @@ Next-Patch-Prediction (2412.15321) and PAR (2412.15119) give for the weights the
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,48 +84,45 @@ class Row:
         return gpt | tokenizer | sizes | drawing | {"--num-fid-samples": str(self.samples)}
 
 
-def _raster(repository: str, size: str, image_size: int, cfg_scale: float, fid: float) -> Row:
-    system, prefix = ("NPP", "npp") if repository == _NPP else ("LlamaGen", "c2i")
-    file = f"{repository}/c2i_{size}_{image_size}.pt"
-    name = f"{prefix}_{size}_{image_size}"
-    return Row(name, system, fid, _PARAMETERS[size], file, _VQ16, image_size, cfg_scale)
+def _rows() -> Iterator[Row]:
+    for system, repository, size, image_size, cfg_scale, fid in (
+        ("LlamaGen", _LLAMAGEN, "B", 256, 2.0, 5.46),
+        ("LlamaGen", _LLAMAGEN, "L", 256, 2.0, 3.80),
+        ("LlamaGen", _LLAMAGEN, "B", 384, 2.0, 6.09),
+        ("LlamaGen", _LLAMAGEN, "L", 384, 2.0, 3.07),
+        ("LlamaGen", _LLAMAGEN, "XL", 384, 1.75, 2.62),
+        ("LlamaGen", _LLAMAGEN, "XXL", 384, 1.75, 2.34),
+        ("LlamaGen", _LLAMAGEN, "3B", 384, 1.65, 2.18),
+        ("NPP", _NPP, "B", 256, 2.0, 4.47),
+        ("NPP", _NPP, "L", 256, 1.75, 2.76),
+        ("NPP", _NPP, "XL", 256, 1.70, 2.65),
+        ("NPP", _NPP, "XXL", 256, 1.65, 2.55),
+    ):
+        name, file = (
+            f"{'npp' if system == 'NPP' else 'c2i'}_{size}_{image_size}",
+            f"{repository}/c2i_{size}_{image_size}.pt",
+        )
+        yield Row(name, system, fid, _PARAMETERS[size], file, _VQ16, image_size, cfg_scale)
+    for size, width, group, cfg_scale, fid in (
+        ("XL", 1280, 4, 1.5, 2.61),
+        ("XXL", 1536, 4, 1.435, 2.35),
+        ("3B", 3200, 4, 1.345, 2.29),
+        ("3B", 3200, 16, 1.5, 2.88),
+    ):
+        parameters = _PARAMETERS[size] + (group - 1) * width  # its special tokens
+        yield Row(
+            f"PAR-{size}-{group}x", "PAR", fid, parameters, f"{_PAR}/PAR-{size}-{group}x.pt", _VQ16, 384, cfg_scale
+        )
+    for name, file, parameters, image_size, fid in (
+        ("vq_ds16_c2i", _VQ16, 71_883_403, 256, 2.19),
+        ("vq_ds16_c2i_384", _VQ16, 71_883_403, 384, 0.94),
+        ("vq_ds16_c2i_512", _VQ16, 71_883_403, 512, 0.70),
+        ("vq_ds8_c2i", _VQ8, 70_109_835, 256, 0.59),
+    ):
+        yield Row(name, "LlamaGen", fid, parameters, None, file, image_size)
 
 
-def _par(size: str, group: int, cfg_scale: float, fid: float) -> Row:
-    name = f"PAR-{size}-{group}x"
-    width = {"XL": 1280, "XXL": 1536, "3B": 3200}[size]
-    parameters = _PARAMETERS[size] + (group - 1) * width  # its special tokens
-    return Row(name, "PAR", fid, parameters, f"{_PAR}/{name}.pt", _VQ16, 384, cfg_scale)
-
-
-def _tokenizer(name: str, file: str, parameters: int, image_size: int, fid: float) -> Row:
-    return Row(name, "LlamaGen", fid, parameters, None, file, image_size)
-
-
-ROWS: dict[str, Row] = {
-    row.name: row
-    for row in (
-        _raster(_LLAMAGEN, "B", 256, 2.0, 5.46),
-        _raster(_LLAMAGEN, "L", 256, 2.0, 3.80),
-        _raster(_LLAMAGEN, "B", 384, 2.0, 6.09),
-        _raster(_LLAMAGEN, "L", 384, 2.0, 3.07),
-        _raster(_LLAMAGEN, "XL", 384, 1.75, 2.62),
-        _raster(_LLAMAGEN, "XXL", 384, 1.75, 2.34),
-        _raster(_LLAMAGEN, "3B", 384, 1.65, 2.18),
-        _raster(_NPP, "B", 256, 2.0, 4.47),
-        _raster(_NPP, "L", 256, 1.75, 2.76),
-        _raster(_NPP, "XL", 256, 1.70, 2.65),
-        _raster(_NPP, "XXL", 256, 1.65, 2.55),
-        _par("XL", 4, 1.5, 2.61),
-        _par("XXL", 4, 1.435, 2.35),
-        _par("3B", 4, 1.345, 2.29),
-        _par("3B", 16, 1.5, 2.88),
-        _tokenizer("vq_ds16_c2i", _VQ16, 71_883_403, 256, 2.19),
-        _tokenizer("vq_ds16_c2i_384", _VQ16, 71_883_403, 384, 0.94),
-        _tokenizer("vq_ds16_c2i_512", _VQ16, 71_883_403, 512, 0.70),
-        _tokenizer("vq_ds8_c2i", _VQ8, 70_109_835, 256, 0.59),
-    )
-}
+ROWS: dict[str, Row] = {row.name: row for row in _rows()}
 """Name → row."""
 
 

@@ -288,7 +288,7 @@ def find_lpips(
     if size < SMALLEST_FOR_LPIPS:
         return None, f"LPIPS is left out: it needs images of {SMALLEST_FOR_LPIPS} pixels a side, these have {size}"
     try:
-        found = bool(perceptual.find_vgg_weights() and perceptual.find_lin_weights())
+        found = bool(perceptual.find_weights())
     except FileNotFoundError:
         found = False
     if not all(dist.gather(found)):

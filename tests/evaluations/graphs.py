@@ -14,14 +14,6 @@ from tensorboard.compat.proto.graph_pb2 import GraphDef
 
 FLOAT = types_pb2.DT_FLOAT
 INT32 = types_pb2.DT_INT32
-_TYPES = {
-    np.dtype(np.float32): (types_pb2.DT_FLOAT, "float_val"),
-    np.dtype(np.float64): (types_pb2.DT_DOUBLE, "double_val"),
-    np.dtype(np.float16): (types_pb2.DT_HALF, "half_val"),
-    np.dtype(np.int32): (types_pb2.DT_INT32, "int_val"),
-    np.dtype(np.int64): (types_pb2.DT_INT64, "int64_val"),
-    np.dtype(np.bool_): (types_pb2.DT_BOOL, "bool_val"),
-}
 _TYPE_ATTRIBUTES = {"T", "dtype", "DstT", "SrcT", "Tidx", "Tshape", "Tdim"}
 # After which version TensorFlow refuses BatchNormWithGlobalNormalization; the file of 2015 says 0.
 PRODUCER = 8
@@ -59,30 +51,22 @@ class GraphBuilder:
         self.graph.node[-1].attr["shape"].shape.unknown_rank = True
         return name
 
-    def constant(self, name, value, *, listed=False):
-        """A constant; `listed` writes its values one by one instead of as bytes."""
-        value = np.asarray(value)
-        kind, field = _TYPES[value.dtype]
+    def constant(self, name, value, kind):
+        """A constant of a numpy array."""
         self.add("Const", name, dtype=kind)
         proto = self.graph.node[-1].attr["value"].tensor
-        proto.dtype = kind
+        proto.dtype, proto.tensor_content = kind, value.tobytes()
         for size in value.shape:
             proto.tensor_shape.dim.add(size=size)
-        if not listed:
-            proto.tensor_content = value.tobytes()
-        elif field == "half_val":
-            proto.half_val.extend(value.view(np.uint16).flatten().tolist())
-        else:
-            getattr(proto, field).extend(value.flatten().tolist())
         return name
 
     def floats(self, name, value):
         """A float32 constant."""
-        return self.constant(name, np.asarray(value, dtype=np.float32))
+        return self.constant(name, np.asarray(value, dtype=np.float32), FLOAT)
 
     def integers(self, name, value):
         """An int32 constant."""
-        return self.constant(name, np.asarray(value, dtype=np.int32))
+        return self.constant(name, np.asarray(value, dtype=np.int32), INT32)
 
     def text(self, name, value):
         """A constant of one string, as the file of 2015 has where a JPEG is fed."""

@@ -113,9 +113,7 @@ def test_positions_are_sampled_with_a_tenth_of_a_patch_more():
 
 
 def test_weights_are_found_where_they_usually_lie(tmp_path, monkeypatch):
-    with pytest.raises(
-        FileNotFoundError, match=r"timm/vit_large_patch14_dinov2.lvd142m/resolve/main/model.safetensors"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"hf download timm/vit_large_patch14_dinov2.lvd142m model.safetensors"):
         find_weights()
     hub = tmp_path / "torch_hub" / "checkpoints" / "dinov2_vitl14_pretrain.pth"
     cached = tmp_path / "cache" / "model.safetensors"

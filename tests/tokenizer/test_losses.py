@@ -255,7 +255,7 @@ def test_lpips_reads_both_files(lpips, nowhere):
     loaded = LPIPS()
     for name, value in lpips.net.state_dict().items():
         assert torch.equal(loaded.net.state_dict()[name], value)
-    installed = torch.load(lpips_module.find_lin_weights(), map_location="cpu", weights_only=True)
+    installed = torch.load(lpips_module.find_weights()[1], map_location="cpu", weights_only=True)
     assert torch.equal(loaded.lin3.model[1].weight, installed["lin3.model.1.weight"])
     assert float(loaded.lin3.model[1].weight.min()) >= 0
 
@@ -275,12 +275,12 @@ def test_lpips_files_of_something_else(lpips, nowhere):
     file = nowhere / VGG_FILE
     for content in (b"", b"<html>not found</html>"):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{VGG_FILE} is not a PyTorch weights file"):
+        with pytest.raises(ValueError, match=rf"{VGG_FILE} is damaged"):
             LPIPS()
     torch.save({"layer.weight": torch.zeros(2)}, file)
-    with pytest.raises(ValueError, match=rf"{VGG_FILE} does not hold"):
+    with pytest.raises(ValueError, match=rf"{VGG_FILE} is damaged or does not hold"):
         LPIPS()
     vgg_file(lpips, file)
     torch.save({"layer.weight": torch.zeros(2)}, nowhere / "vgg.pth")
-    with pytest.raises(ValueError, match=r"vgg\.pth does not hold"):
+    with pytest.raises(ValueError, match=r"vgg\.pth is damaged or does not hold"):
         LPIPS()

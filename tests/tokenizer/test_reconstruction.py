@@ -218,8 +218,7 @@ def random_lpips(monkeypatch):
             model.get_submodule(f"lin{i}").model[1].weight.abs_()
         return model
 
-    monkeypatch.setattr(lpips, "find_vgg_weights", lambda: Path("vgg"))
-    monkeypatch.setattr(lpips, "find_lin_weights", lambda: Path("lin"))
+    monkeypatch.setattr(lpips, "find_weights", lambda: (Path("vgg"), Path("lin")))
     monkeypatch.setattr(lpips, "LPIPS", made)
     return made
 
@@ -227,12 +226,12 @@ def random_lpips(monkeypatch):
 def test_lpips_is_added_where_its_weights_appear(
     small_files, images, done, tmp_path, random_lpips, monkeypatch, capsys
 ):
-    monkeypatch.setattr(lpips, "find_vgg_weights", lambda: (_ for _ in ()).throw(FileNotFoundError("vgg")))
+    monkeypatch.setattr(lpips, "find_weights", lambda: (_ for _ in ()).throw(FileNotFoundError("vgg")))
     run_here(reconstruction_vq_ddp, *line(small_files, images, tmp_path, "--lpips"))
     assert "LPIPS is left out: it needs vgg16-397923af.pth" in capsys.readouterr().out
     assert results(tmp_path)["lpips"] is None and "vgg16-397923af.pth" in results(tmp_path)["lpips_note"]
 
-    monkeypatch.setattr(lpips, "find_vgg_weights", lambda: Path("vgg"))
+    monkeypatch.setattr(lpips, "find_weights", lambda: (Path("vgg"), Path("lin")))
     run_here(reconstruction_vq_ddp, *line(small_files, images, tmp_path, "--lpips"))
     found = results(tmp_path)
     a, b = pixels_of(images), torch.from_numpy(np.load(tmp_path / f"{NAME}.npz")["arr_0"]).permute(0, 3, 1, 2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.helpers import randomize
-from tokenizer.tokenizer_image.strips import Strips, decode_in_strips
+from tokenizer.tokenizer_image.strips import decode_in_strips
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 
 
@@ -21,7 +21,7 @@ def in_strips(model: VQModel, quant: torch.Tensor, numbers: int) -> torch.Tensor
     return decode_in_strips(model.post_quant_conv, model.decoder, quant, numbers)
 
 
-@pytest.mark.parametrize("numbers", [1, 5000, 60_000, 10**9])
+@pytest.mark.parametrize("numbers", [1, 5000, 10**9])
 @pytest.mark.parametrize("height, width, batch", [(4, 4, 1), (1, 3, 1), (5, 2, 3)])
 def test_pixels_are_those_of_the_whole_image(height, width, batch, numbers):
     """A row at a time, some at a time, all at once; levels that are cut and such that are not."""
@@ -32,17 +32,6 @@ def test_pixels_are_those_of_the_whole_image(height, width, batch, numbers):
     assert images.shape == expected.shape == (batch, 3, 8 * height, 8 * width)
     torch.testing.assert_close(images, expected, atol=2e-4 * float(expected.abs().max()), rtol=0)
     assert expected.std() > 0.1, "otherwise the comparison says little"
-
-
-def test_tiles_would_be_other_pixels():
-    """The statistics of the norms and attention see all of the image: halves decoded apart are not its halves."""
-    model, quant = tokenizer(), latents(8, 4)
-    quant[:, :, 4:] *= 3
-    with torch.inference_mode():
-        expected, half = model.decode(quant), model.decode(quant[:, :, :4])
-    scale = expected.abs().max()
-    assert (half[:, :, :16] - expected[:, :, :16]).abs().max() > 0.01 * scale, "far from the cut"
-    assert (in_strips(model, quant, 5000) - expected).abs().max() < 2e-4 * scale
 
 
 def test_in_bfloat16():
@@ -73,10 +62,3 @@ def test_no_strip_is_larger_than_asked(monkeypatch):
         assert channels * height * width <= max(own + 2 * channels * width, 8 * 8 * channels), (
             "or the deepest level whole"
         )
-
-
-def test_how_many_rows_a_strip_has():
-    strips = Strips(torch.device("cpu"), 100)
-    assert strips.rows(torch.zeros(1, 2, 9, 5)) == 10
-    assert strips.rows(torch.zeros(1, 2, 9, 5), torch.zeros(1, 4, 9, 5)) == 5
-    assert strips.rows(torch.zeros(1, 200, 9, 5)) == 1

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from tests.helpers import assert_close, golden_state, load_golden, randomize
 from tokenizer.load import build_tokenizer, load_tokenizer
 from tokenizer.released import adapted
-from tokenizer.tokenizer_image import blocks
 from tokenizer.tokenizer_image.vq_model import ModelArgs, VQ_models, VQModel, VQModelArgs
 from utils.checkpoint import Checkpoint, save_safetensors
 
@@ -65,13 +64,8 @@ def test_decode_code(recorded):
     model.eval()
     shape = arrays["encode/quant"].shape
     assert_close(model.decode_code(arrays["encode/indices"], shape), arrays["decode_code/image"])
-    batch, channels, height, width = shape
-    codes = arrays["codes"]
-    expected = arrays["codes/image"]
-    assert_close(model.decode_code(codes, shape), expected)
-    assert_close(model.decode_code(codes.view(batch, -1), list(shape)), expected)
-    assert_close(model.decode_code(codes.view(batch, height, width)), expected)
-    assert_close(model.decode_code(codes, (batch, height, width, channels), channel_first=False), expected)
+    batch, _, height, width = shape
+    assert_close(model.decode_code(arrays["codes"].view(batch, height, width)), arrays["codes/image"])
 
 
 @pytest.mark.slow
@@ -102,22 +96,6 @@ def test_full_size(name, millions, downsample):
     assert model.downsample == downsample
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (8, 8)])
-@torch.no_grad()
-def test_attention_is_softmax_over_positions(shape):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 32, *shape)
-    tokens = [x.flatten(2).transpose(1, 2) for x in (q, k, v)]
-    expected = F.scaled_dot_product_attention(*tokens).transpose(1, 2).reshape(2, 32, *shape)
-    assert_close(blocks.attention(q, k, v), expected)
-
-
-@torch.no_grad()
-def test_swish():
-    x = torch.randn(100)
-    assert_close(blocks.swish(x), F.silu(x))
-
-
 @pytest.mark.slow
 @torch.no_grad()
 def test_wide_and_tall_images():
@@ -125,18 +103,11 @@ def test_wide_and_tall_images():
     images = torch.rand(2, 3, 16, 40) * 2 - 1
     quant, _, (_, _, indices) = model.encode(images)
     assert quant.shape == (2, 8, 4, 10) and indices.shape == (80,)
-    assert_close(model.decode_code(indices, quant.shape), model.decode(quant))
+    expected = model.decode(quant)
+    assert_close(model.decode_code(indices, quant.shape), expected)
+    assert_close(model.decode_code(indices.view(2, -1), list(quant.shape)), expected)
+    assert_close(model.decode_code(indices, (2, 4, 10, 8), channel_first=False), expected)
     assert model(images.transpose(2, 3))[0].shape == (2, 3, 40, 16)
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_images_of_a_batch_are_independent():
-    model = small_vq4().eval()
-    images = torch.rand(3, 3, 16, 24) * 2 - 1
-    _, _, (_, _, together) = model.encode(images)
-    alone = [model.encode(image[None])[2][2] for image in images]
-    assert torch.equal(together, torch.cat(alone))
 
 
 @pytest.mark.slow
@@ -212,18 +183,10 @@ def test_trains_under_autocast():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_first_level_of_the_small_tokenizer():
-    model = VQ_models["VQ-4"]()
-    assert (model.downsample, model.config.ch, model.config.z_channels) == (4, 32, 64)
-    assert VQ_models["VQ-4"](ch=64, z_channels=16).config.ch == 64
-
-
 @pytest.mark.parametrize(
     ("name", "kwargs"),
     [
-        ("VQ-16", {}),
         ("VQ-16", {"ch": 96, "z_channels": 48, "codebook_size": 24, "codebook_embed_dim": 5}),
-        ("VQ-8", {}),
         ("VQ-8", {"ch": 32, "z_channels": 7, "codebook_size": 100, "codebook_show_usage": False}),
         ("VQ-4", {}),
         ("VQ-4", {"ch": 32, "encoder_ch_mult": [2, 1, 3], "decoder_ch_mult": [1, 5, 2], "codebook_embed_dim": 3}),

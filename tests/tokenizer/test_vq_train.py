@@ -423,7 +423,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_without_vgg16(images, tmp_path, hub):
-    with pytest.raises(FileNotFoundError, match=r"vgg16-397923af\.pth.*not found.*--perceptual-weight 0"):
+    with pytest.raises(FileNotFoundError, match=r"VGG16 not found at .*vgg16-397923af\.pth.*--perceptual-weight 0"):
         train(images, tmp_path / "results", "--perceptual-weight", 1)
     assert not (tmp_path / "results").exists()
 

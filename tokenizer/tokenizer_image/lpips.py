@@ -8,7 +8,6 @@ channels (`vgg.pth`, version 0.1, part of the `lpips` package).
 
 import pickle
 from collections import OrderedDict
-from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
 from itertools import pairwise
@@ -26,42 +25,28 @@ CHANNELS = (64, 128, 256, 512, 512)
 SLICES = (0, 4, 9, 16, 23, 30)  # where each begins among torchvision's layers, and where the last one ends
 
 
-def find_vgg_weights() -> Path:
-    """Return the file with torchvision's VGG16, from pretrained_models/ or the torch hub's folder.
+def find_weights() -> tuple[Path, Path]:
+    """Return the files with torchvision's VGG16 and with LPIPS' channel weights: of pretrained_models/, the torch hub, the lpips package.
 
     Raises FileNotFoundError that lists the places looked at.
     """
-    places = [PRETRAINED / VGG_FILE, Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE]
-    return _first(places, f"the VGG16 features of the perceptual loss ({VGG_FILE}, torchvision's ImageNet weights)")
-
-
-def find_lin_weights() -> Path:
-    """Return the file with LPIPS' channel weights, from pretrained_models/ or the lpips package.
-
-    Raises FileNotFoundError that lists the places looked at.
-    """
-    places = [PRETRAINED / LIN_FILE]
+    vgg_places = [PRETRAINED / VGG_FILE, Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE]
+    lin_places = [PRETRAINED / LIN_FILE]
     with suppress(metadata.PackageNotFoundError):
         # The package is located, not imported: this file has its name wherever the folder is on the import path.
-        places.append(Path(str(metadata.distribution("lpips").locate_file("lpips/weights/v0.1/vgg.pth"))))
-    return _first(places, f"the channel weights of LPIPS ({LIN_FILE} of version 0.1; `pip install lpips` brings it)")
-
-
-def _first(places: list[Path], what: str) -> Path:
-    for place in places:
-        if place.is_file():
-            return place
-    looked = ", ".join(str(place) for place in places)
-    raise FileNotFoundError(
-        f"{what} not found; looked at {looked}. Put the file there, or train without it: --perceptual-weight 0"
-    )
-
-
-def _read(path: Path) -> Mapping[str, Tensor]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is not a PyTorch weights file, or it is damaged: {error}") from error
+        lin_places.append(Path(str(metadata.distribution("lpips").locate_file("lpips/weights/v0.1/vgg.pth"))))
+    found = []
+    for what, places in (
+        ("torchvision's VGG16", vgg_places),
+        ("LPIPS' channel weights, `pip install lpips`", lin_places),
+    ):
+        found += [place for place in places if place.is_file()][:1] or [None]
+        if found[-1] is None:
+            looked = ", ".join(map(str, places))
+            raise FileNotFoundError(
+                f"{what} not found at {looked}: put the file there, or train without it: --perceptual-weight 0"
+            )
+    return found[0], found[1]
 
 
 class ScalingLayer(nn.Module):
@@ -123,7 +108,7 @@ class LPIPS(nn.Module):
         for i, channels in enumerate(CHANNELS):
             self.add_module(f"lin{i}", LinLayer(channels))
         if pretrained:
-            self.load_pretrained(find_vgg_weights(), find_lin_weights())
+            self.load_pretrained(*find_weights())
         self.requires_grad_(False)
         self.eval()
 
@@ -134,11 +119,21 @@ class LPIPS(nn.Module):
         vgg_names = {name: "features." + name.split(".", 2)[2] for name in own if name.startswith("net.")}
         lin_names = {name: name for name in own if name.startswith("lin")}
         for path, names in ((vgg_path, vgg_names), (lpips_path, lin_names)):
-            weights = _read(path)
             try:
+                weights = torch.load(path, map_location="cpu", weights_only=True)
                 self.load_state_dict({name: weights[theirs] for name, theirs in names.items()}, strict=False)
-            except (KeyError, IndexError, RuntimeError, TypeError) as error:
-                raise ValueError(f"{path} does not hold the weights that LPIPS expects: {error}") from error
+            except (
+                pickle.UnpicklingError,
+                EOFError,
+                ValueError,
+                KeyError,
+                IndexError,
+                RuntimeError,
+                TypeError,
+            ) as error:
+                raise ValueError(
+                    f"{path} is damaged or does not hold the weights that LPIPS expects: {error}"
+                ) from error
 
     def train(self, mode: bool = True) -> "LPIPS":
         """Stay in eval mode: the dropout before the channel weights must not run inside a training loss."""
