@@ -87,13 +87,19 @@ def find_identity(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def gpt_identity(
-    checkpoint: Checkpoint, *, image_size: int | None = None, downsample_size: int | None = None, **flags: Any
+    checkpoint: Checkpoint,
+    *,
+    image_size: int | None = None,
+    untold_image_size: int | None = None,
+    downsample_size: int | None = None,
+    **flags: Any,
 ) -> dict[str, Any]:
     """Return the whole identity of a file's GPT.
 
     Args:
         checkpoint: the file.
         image_size, downsample_size: pixels a side of the image and of a token, as the caller believes; None for no belief.
+        untold_image_size: taken, with a warning, where neither the caller nor the file tells the image size.
         flags: other beliefs, as check_flags compares them.
 
     Raises ValueError where the file disagrees with a belief, is of no GPT, or does not say the image size or the heads.
@@ -109,6 +115,11 @@ def gpt_identity(
     if "grid_size" in identity["layout"]:
         return identity
     image_size = image_size or recorded.get("image_size") or image_size_in_name(Path(path).name)
+    if image_size is None and untold_image_size:
+        image_size = untold_image_size
+        warnings.warn(
+            f"{path} does not say its image size: {image_size} is taken; else give --image-size", stacklevel=3
+        )
     if image_size is None:
         raise ValueError(f"{path} does not say for which image size it was trained: give --image-size")
     downsample_size = downsample_size or recorded.get("downsample_size") or 16

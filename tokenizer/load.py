@@ -7,6 +7,7 @@ Flags need not be given; where they are, the file has to fit them.
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tokenizer.released import adapted, looks_like, recorded_l2_norm
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.checkpoint import Checkpoint, State, load_into, read_checkpoint
 from utils.origin import origin, same_tokenizer
+from utils.runs import newest_checkpoint
 
 NETWORKS.add("vqgan", VQModel)
 logger = logging.getLogger(__name__)
@@ -92,6 +94,26 @@ def load_tokenizer(
         logger.info("%s: the %s weights made the codes and are used", path, "raw" if use_ema else "averaged")
     model = model.to(device)
     return model.decode_in_bfloat16() if decode_precision == "bf16" else model
+
+
+def find_tokenizer(gpt: Path, fingerprint: str | None) -> Path:
+    """Find the tokenizer of a GPT's codes by its fingerprint: in the folders above the GPT's file, or in a run beside them.
+
+    Raises FileNotFoundError where none is there, ValueError where the GPT does not record its tokenizer.
+    """
+    if fingerprint is None:
+        raise ValueError(f"{gpt} does not record its tokenizer: give --vq-ckpt")
+    for folder in list(gpt.absolute().parents)[:4]:
+        files = [path for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".safetensors")]
+        runs = [newest_checkpoint(path) for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        for path in sorted(filter(None, {*files, *runs} - {gpt.absolute()})):
+            with suppress(ValueError, OSError):
+                if adapted(read_checkpoint(path)):
+                    load_tokenizer(path, fingerprint=fingerprint)
+                    return path
+    raise FileNotFoundError(
+        f"no tokenizer {fingerprint} lies near {gpt}, and its codes are of that one: give --vq-ckpt"
+    )
 
 
 def choose_weights(path: str | Path, use_ema: bool, told: bool = True) -> bool:

@@ -20,6 +20,7 @@ from utils.cli import (
     add_run_flags,
     add_tokenizer_flags,
     flag_parser,
+    given,
     run_script,
     tokenizer_beliefs,
 )
@@ -50,7 +51,8 @@ def main(args: argparse.Namespace) -> None:
     if ruled.ffn_dim == gpt.args.ffn_dim:
         gpt.args = gpt.config = ruled
     checkpoint = read_checkpoint(path)
-    known = {"gpt_model": args.gpt_model, "image_size": args.image_size, "downsample_size": args.downsample_size}
+    known = {name: given(getattr(args, name)) for name in ("gpt_model", "image_size", "downsample_size")}
+    known = {name: value for name, value in known.items() if value is not None}
     model = TransformerHF.holding(gpt, {**(checkpoint.args or {}), **known}, checkpoint.steps)
     send(model, args.repo_id, args.output, private=args.private, license=args.license)
 
@@ -61,7 +63,7 @@ def flags() -> argparse.ArgumentParser:
     add_gpt_flags(parser, GPT_SIZES)
     add_gpt_file_flags(parser)
     add_tokenizer_flags(parser, VQ_SIZES)
-    add_image_size_flags(parser, 384, evaluation=256)
+    add_image_size_flags(parser, 384, evaluation=256, of_file=True)
     add_run_flags(parser, compile=True)
     add_hub_flags(parser)
     return parser

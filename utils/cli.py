@@ -205,7 +205,26 @@ def positive_int_or_auto(text: str) -> float | str:
     return text if text == "auto" else positive_int(text)
 
 
+class _UntoldInt(int):
+    pass
+
+
+class _UntoldStr(str):
+    pass
+
+
+def untold(value: int | str) -> Any:
+    """Return a default that the command line's absence is known by: equal to the published value, and None to `given`."""
+    return _UntoldStr(value) if isinstance(value, str) else _UntoldInt(value)
+
+
+def given(value: Any) -> Any:
+    """Return a flag's value, or None where it is a default of `untold`: no belief, so that a file's own value counts."""
+    return None if isinstance(value, _UntoldInt | _UntoldStr) else value
+
+
 HALF = ["none", "fp16", "bf16"]
+_AS_FILE = "; unless given, the file's"
 _DEVICE = "cuda, mps or cpu (default: the best there is)"
 _WORKERS = "loader processes (at most the processor's cores)"
 
@@ -213,12 +232,13 @@ _WORKERS = "loader processes (at most the processor's cores)"
 def add_gpt_flags(
     parser: Flags, sizes: Iterable[str], *, training: bool = False, gpt_type: str = "c2i", gpt_model: str = "GPT-B"
 ) -> None:
-    """Add --gpt-model (one of `sizes`), --gpt-type and what fixes the sequence."""
+    """Add --gpt-model (one of `sizes`), --gpt-type and what fixes the sequence; unless in training, of a file (see `untold`)."""
     group = parser.add_argument_group("model")
-    add_flag(group, "--gpt-model", None, gpt_model, "size of the transformer", choices=list(sizes))
+    default, says = (lambda value: value, "") if training else (untold, _AS_FILE)
+    add_flag(group, "--gpt-model", None, default(gpt_model), f"size of the transformer{says}", choices=list(sizes))
     add_flag(group, "--gpt-type", None, gpt_type, "conditioned on a class or a caption", choices=["c2i", "t2i"])
     tokens = 1 if gpt_type == "c2i" else 120
-    add_flag(group, "--cls-token-num", positive_int, tokens, "condition tokens before the image's")
+    add_flag(group, "--cls-token-num", positive_int, default(tokens), f"condition tokens before the image's{says}")
     said_by = "the codes say" if training else "the file says"
     add_flag(group, "--num-classes", positive_int, None, f"classes the model knows (default: as {said_by})")
     add_flag(group, "--ar-token-num", positive_int, None, "tokens a step predicts, a square number (PAR; 1: raster)")
@@ -289,13 +309,18 @@ def tokenizer_beliefs(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name, None) for name in ("vq_model", "codebook_size", "codebook_embed_dim")}
 
 
-def add_image_size_flags(parser: Flags, size: int, *, downsample: bool = True, evaluation: int | None = None) -> None:
-    """Add --image-size and, where asked for, --downsample-size and --image-size-eval."""
-    add_flag(parser, "--image-size", positive_int, size, "pixels a side; the tokenizer must divide it")
+def add_image_size_flags(
+    parser: Flags, size: int, *, downsample: bool = True, evaluation: int | None = None, of_file: bool = False
+) -> None:
+    """Add --image-size and, where asked for, --downsample-size and --image-size-eval. of_file: of a model that is read."""
+    default, says = (untold, _AS_FILE) if of_file else (lambda value: value, "; the tokenizer must divide it")
+    add_flag(parser, "--image-size", positive_int, default(size), f"pixels a side{says}")
     if downsample:
-        add_flag(parser, "--downsample-size", positive_int, 16, "pixels a side of a token")
+        help = f"pixels a side of a token{_AS_FILE if of_file else ''}"
+        add_flag(parser, "--downsample-size", positive_int, default(16), help)
     if evaluation:
-        add_flag(parser, "--image-size-eval", positive_int, evaluation, "pixels a side of the saved images")
+        help = "pixels a side of the saved images; unless given, at most the model's"
+        add_flag(parser, "--image-size-eval", positive_int, default(evaluation), help)
 
 
 def add_reading_flags(parser: Flags) -> None:
@@ -311,8 +336,9 @@ def add_text_flags(parser: Flags) -> None:
     help = "folder of T5 folders, or the T5's folder itself"
     add_flag(group, "--t5-path", None, "pretrained_models/t5-ckpt", help)
     add_flag(group, "--t5-model-type", None, "flan-t5-xl", "the T5's folder in --t5-path")
-    add_flag(group, "--t5-feature-max-len", positive_int, 120, "text tokens that are read of a prompt")
-    add_flag(group, "--t5-feature-dim", positive_int, 2048, "width of the T5's features")
+    help = "text tokens that are read of a prompt; unless given, all that the model has"
+    add_flag(group, "--t5-feature-max-len", positive_int, untold(120), help)
+    add_flag(group, "--t5-feature-dim", positive_int, untold(2048), f"width of the T5's features{_AS_FILE}")
     help = "features stand before their padding; released models were trained with them behind it"
     add_store_true(group, "--no-left-padding", help)
     help = (

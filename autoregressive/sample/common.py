@@ -18,11 +18,12 @@ from autoregressive.models.decode_step import can_compile
 from autoregressive.models.gpt import Transformer
 from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt
 from autoregressive.quantization import quantize, require_torchao
+from autoregressive.released import flags_of
 from autoregressive.request import Request
 from autoregressive.sample.flags import sampling_config
-from tokenizer.load import load_tokenizer
+from tokenizer.load import find_tokenizer, load_tokenizer
 from utils.checkpoint import has_averages, read_checkpoint
-from utils.cli import grid_size, layout_numbers, tokenizer_beliefs
+from utils.cli import given, grid_size, layout_numbers, tokenizer_beliefs
 from utils.images import make_grid, save_png
 from utils.runs import find_checkpoint
 
@@ -115,22 +116,26 @@ def has_bf16_units() -> bool:
 def load_gpt_of_flags(
     args: argparse.Namespace, path: Path, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Transformer:
-    """The GPT of a file, compared with what the flags say of it. Raises ValueError where they disagree."""
+    """Load the GPT of a file, compared with the flags that are given. Raises ValueError where they disagree.
+
+    A published file that does not tell its image size is taken for the published one of its kind.
+    """
     ar_token_num, spe_token_num = layout_numbers(args)
     return load_gpt(
         path,
         device=device,
         dtype=dtype,
         use_ema=args.use_ema,
-        image_size=args.image_size,
-        downsample_size=args.downsample_size,
-        gpt_model=args.gpt_model,
+        image_size=given(args.image_size),
+        untold_image_size=int(args.image_size),
+        downsample_size=given(args.downsample_size),
+        gpt_model=given(args.gpt_model),
         gpt_type=args.gpt_type,
         codebook_size=args.codebook_size,
         num_classes=args.num_classes if args.gpt_type == "c2i" else None,
-        cls_token_num=args.cls_token_num,
-        ar_token_num=ar_token_num or 1,
-        spe_token_num=spe_token_num or 0,
+        cls_token_num=given(args.cls_token_num),
+        ar_token_num=ar_token_num,
+        spe_token_num=spe_token_num,
     )
 
 
@@ -154,46 +159,58 @@ def build_pipeline(
     images: int | None = None,
     text: Mapping[str, Any] | None = None,
 ) -> tuple[ImagePipeline, Path, Path]:
-    """Loads both models as the flags ask. Returns the pipeline and the paths of the GPT's and the tokenizer's file.
+    """Load both models as the flags ask. Returns the pipeline and the paths of the GPT's and the tokenizer's file.
 
-    images: of the run, see `compiles`. text: how ImagePipeline encodes prompts.
+    images: of the run, see `compiles`. text: how ImagePipeline encodes prompts. Flags that are not given get what the
+    files say, for the record of a folder.
     Raises ValueError where a flag and a file disagree or --quantize lacks torchao, FileNotFoundError for a file that is not
     there.
     """
-    grid_size(args.image_size, args.downsample_size)
+    if given(args.image_size) and given(args.downsample_size):
+        grid_size(args.image_size, args.downsample_size)
     layout_numbers(args)
     quantized = getattr(args, "quantize", "none") == "int8"  # the scripts over vLLM have no such flag
     if quantized:
         require_torchao()
-    for flag, value in (("--gpt-ckpt", args.gpt_ckpt), ("--vq-ckpt", args.vq_ckpt)):
-        if value is None:
-            raise ValueError(
-                f"{flag} is needed: a file, a run's folder, or a released file's name (pretrained_models/README.md)"
-            )
-    gpt_path, vq_path = find_checkpoint(args.gpt_ckpt), find_checkpoint(args.vq_ckpt)
+    if args.gpt_ckpt is None:
+        raise ValueError(
+            "--gpt-ckpt is needed: a file, a run's folder, or a released file's name (pretrained_models/README.md)"
+        )
+    gpt_path = find_checkpoint(args.gpt_ckpt)
+    fingerprint = read_checkpoint(gpt_path).config.get("tokenizer")
+    if args.vq_ckpt is None:
+        vq_path = find_tokenizer(gpt_path, fingerprint)
+        print(f"--vq-ckpt {vq_path}: the tokenizer of the GPT's codes")
+    else:
+        vq_path = find_checkpoint(args.vq_ckpt)
     tokenizer = load_tokenizer(
         vq_path,
         **tokenizer_beliefs(args),
         device=device,
         use_ema=args.use_ema and has_averages(vq_path),
         decode_precision=args.decode_precision,
-        fingerprint=read_checkpoint(gpt_path).config.get("tokenizer"),
+        fingerprint=fingerprint,
     )
+    args.downsample_size = given(args.downsample_size) or tokenizer.downsample
     if args.downsample_size != tokenizer.downsample:
         raise ValueError(
             f"the tokens of {vq_path} are {tokenizer.downsample} pixels a side: pass --downsample-size {tokenizer.downsample}"
         )
     gpt = load_gpt_of_flags(args, gpt_path, weights_dtype(args.precision, device), device)
-    if text is not None and args.t5_feature_dim != gpt.args.caption_dim:
+    if text is not None and given(args.t5_feature_dim) not in (None, gpt.args.caption_dim):
         raise ValueError(
             f"{gpt_path} takes text features of {gpt.args.caption_dim} numbers: pass --t5-feature-dim {gpt.args.caption_dim}"
         )
-    # What the flags left to the files: a folder of samples records it.
-    vars(args).update(tokenizer.flags)
-    if args.gpt_type == "c2i":
-        args.num_classes = gpt.args.num_classes
     if quantized:
         quantize(gpt)
     compile = args.compile and compiles(device, images)
     pipeline = ImagePipeline(gpt, tokenizer, batch_size=batch_size, compile=compile, **(text or {}))
+    told = {**tokenizer.flags, **flags_of(gpt.args.identity), "image_size": pipeline.image_size}
+    if told["ar_token_num"] == 1:
+        del told["ar_token_num"], told["spe_token_num"]  # folders of raster images record that they were not given
+    told |= {"t5_feature_dim": told["caption_dim"], "t5_feature_max_len": pipeline.t5_tokens}
+    told["image_size_eval"] = min(int(getattr(args, "image_size_eval", 0)), pipeline.image_size)
+    for name in told.keys() & vars(args).keys():
+        if given(getattr(args, name)) is None:
+            setattr(args, name, told[name])
     return pipeline, gpt_path, vq_path

@@ -71,7 +71,7 @@ def grid_flags(
     add_tokenizer_flags(parser, VQ_SIZES, required=files_required)
     if text:
         add_text_flags(parser)
-    add_image_size_flags(parser, 512 if text else 384)
+    add_image_size_flags(parser, 512 if text else 384, of_file=True)
     if text:
         add_sampling_flags(parser, cfg_scale=7.5, top_k=1000, negative="prompt")
     else:

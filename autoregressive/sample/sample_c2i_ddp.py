@@ -118,7 +118,7 @@ def flags() -> argparse.ArgumentParser:
     add_gpt_flags(parser, GPT_SIZES)
     add_gpt_file_flags(parser)
     add_tokenizer_flags(parser, VQ_SIZES)
-    add_image_size_flags(parser, 384, evaluation=256)
+    add_image_size_flags(parser, 384, evaluation=256, of_file=True)
     add_sampling_flags(parser, cfg_scale=1.5, top_k=0, negative="class")
     add_run_flags(parser, compile=True)
     add_quantize_flag(parser)

@@ -136,7 +136,7 @@ def flags() -> argparse.ArgumentParser:
     add_gpt_file_flags(parser)
     add_tokenizer_flags(parser, VQ_SIZES)
     add_text_flags(parser)
-    add_image_size_flags(parser, 512)
+    add_image_size_flags(parser, 512, of_file=True)
     add_sampling_flags(parser, cfg_scale=7.5, top_k=1000, negative="prompt")
     add_run_flags(parser)
     add_quantize_flag(parser)

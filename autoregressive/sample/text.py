@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from autoregressive.pipeline import PRECISIONS, ImagePipeline, warn_of_long_features
+from autoregressive.released import find_identity, flags_of
 from autoregressive.request import Request
 from autoregressive.sample.common import requests_of
 from autoregressive.text import check_prompts
 from language.prompts import PromptFeatures, read_prompt_lines
 from language.t5 import find_t5
 from utils.checkpoint import read_checkpoint
+from utils.cli import given
 from utils.distributed import pick_device
 from utils.logger import console_logger
 from utils.origin import require_encoder
@@ -79,11 +81,7 @@ def text_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of ImagePipeline for encoding prompts. Raises FileNotFoundError where there is no T5, ValueError."""
     if args.t5_device:
         pick_device(args.t5_device)  # a device that is not there is told before models are read
-    if args.t5_feature_max_len > args.cls_token_num:
-        raise ValueError(
-            f"--t5-feature-max-len {args.t5_feature_max_len} is more than the model's --cls-token-num {args.cls_token_num}"
-        )
-    settings = {"t5_tokens": args.t5_feature_max_len, "left_padding": not args.no_left_padding}
+    settings = {"t5_tokens": given(args.t5_feature_max_len), "left_padding": not args.no_left_padding}
     if args.t5_feat_path:
         return settings
     return {
@@ -101,10 +99,12 @@ def open_prompt_features(args: argparse.Namespace, file: str | Path, prompts: Se
     if args.negative_prompt:
         raise ValueError("--negative-prompt needs a T5, and --t5-feat-path draws without: leave one of the two out")
     console_logger("dataset", os.environ.get("RANK", "0") == "0")  # which tells what could not be compared
-    stored = PromptFeatures(args.t5_feat_path, file, prompts, dim=args.t5_feature_dim)
-    if args.gpt_ckpt:
-        config = read_checkpoint(find_checkpoint(args.gpt_ckpt)).config
-        require_encoder(config, stored.store.encoder, args.t5_feat_path)
+    gpt, dim = read_checkpoint(find_checkpoint(args.gpt_ckpt)) if args.gpt_ckpt else None, given(args.t5_feature_dim)
+    if gpt:
+        dim = dim or flags_of(find_identity(gpt))["caption_dim"]
+    stored = PromptFeatures(args.t5_feat_path, file, prompts, dim=dim)
+    if gpt:
+        require_encoder(gpt.config, stored.store.encoder, args.t5_feat_path)
     return stored
 
 
