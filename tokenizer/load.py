@@ -102,7 +102,7 @@ def find_tokenizer(gpt: Path, fingerprint: str | None) -> Path:
     Raises FileNotFoundError where none is there, ValueError where the GPT does not record its tokenizer.
     """
     if fingerprint is None:
-        raise ValueError(f"{gpt} does not record its tokenizer: give --vq-ckpt")
+        raise ValueError(f"--vq-ckpt is needed: {gpt} does not record its tokenizer")
     for folder in list(gpt.absolute().parents)[:4]:
         files = [path for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".safetensors")]
         runs = [newest_checkpoint(path) for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]

@@ -166,8 +166,6 @@ def build_pipeline(
     Raises ValueError where a flag and a file disagree or --quantize lacks torchao, FileNotFoundError for a file that is not
     there.
     """
-    if given(args.image_size) and given(args.downsample_size):
-        grid_size(args.image_size, args.downsample_size)
     layout_numbers(args)
     quantized = getattr(args, "quantize", "none") == "int8"  # the scripts over vLLM have no such flag
     if quantized:
@@ -196,6 +194,8 @@ def build_pipeline(
         raise ValueError(
             f"the tokens of {vq_path} are {tokenizer.downsample} pixels a side: pass --downsample-size {tokenizer.downsample}"
         )
+    if given(args.image_size):
+        grid_size(args.image_size, tokenizer.downsample)
     gpt = load_gpt_of_flags(args, gpt_path, weights_dtype(args.precision, device), device)
     if text is not None and given(args.t5_feature_dim) not in (None, gpt.args.caption_dim):
         raise ValueError(

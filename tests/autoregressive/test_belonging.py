@@ -77,6 +77,18 @@ def edit_index(folder, file="index.json", **values):
     return folder
 
 
+def test_sampling_without_flags_takes_all_from_the_files(home, tmp_path):
+    """Of the two tokenizers beside the run the one that made its codes."""
+    shared = ["--labels", "class10", "--device", "cpu", "--precision", "none"]
+    run_here(sample_c2i, "--gpt-ckpt", home / "run", *shared, "--output", tmp_path / "told.png")
+    files = ["--gpt-ckpt", home / "run", "--vq-ckpt", home / "a.pt", "--num-classes", 3]
+    run_here(sample_c2i, *files, *SAMPLE, *shared, "--output", tmp_path / "flags.png")
+    assert (tmp_path / "told.png").read_bytes() == (tmp_path / "flags.png").read_bytes()
+    shutil.copytree(home / "run", tmp_path / "far" / "away" / "from" / "it" / "run")
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer .* give --vq-ckpt"):
+        run_here(sample_c2i, "--gpt-ckpt", tmp_path / "far" / "away" / "from" / "it" / "run", *shared)
+
+
 # What is recorded
 
 

@@ -458,7 +458,7 @@ MISTAKES = {
     "another size": (["--image-size", 64], r"--image-size 64 \(file: 32\).*Use: .*--image-size 32"),
     "captions": (["--gpt-type", "t2i"], r"sample_t2i"),
     "condition tokens": (["--cls-token-num", 120], r"--cls-token-num 120"),
-    "raster for groups": (["--gpt-ckpt", "PAR"], r"--ar-token-num 1 \(file: 4\).*Use: --gpt-model GPT-XS.*--ar-token-num 4 --spe-token-num 3"),
+    "raster for groups": (["--gpt-ckpt", "PAR", "--ar-token-num", 1], r"--ar-token-num 1 \(file: 4\).*Use: --gpt-model GPT-XS.*--ar-token-num 4 --spe-token-num 3"),
     "groups for raster": (["--ar-token-num", 4], r"--ar-token-num 4 \(file: 1\)"),
     "groups and special tokens": (["--ar-token-num", 4, "--spe-token-num", 2], r"--ar-token-num 4 goes with --spe-token-num 3"),
     "device": (["--device", "cuda"], r"no CUDA device is available"),
@@ -518,7 +518,7 @@ def test_labels_out_of_range(label, small_files, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_a_mistake_as_a_user_sees_it(small_files, tmp_path):
-    done = start(sample_c2i, line(small_files, "--gpt-ckpt", small_files.par), tmp_path)
+    done = start(sample_c2i, line(small_files, "--gpt-ckpt", small_files.par, "--ar-token-num", 1), tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 

@@ -392,7 +392,7 @@ MISTAKES = {
     "classes": (["--gpt-type", "c2i"], r"for classes there is sample_c2i"),
     "condition rows": (["--cls-token-num", 120], r"--cls-token-num 120 \(file: 16\).*Use: .*--cls-token-num 16"),
     "width": (["--t5-feature-dim", 2048], r"takes text features of 32 numbers: pass --t5-feature-dim 32"),
-    "text tokens": (["--t5-feature-max-len", 17], r"--t5-feature-max-len 17 is more than the model's --cls-token-num 16"),
+    "text tokens": (["--t5-feature-max-len", 17], r"17 text tokens for a GPT with 16 condition rows"),
     "another size": (["--image-size", 32], r"--image-size 32 \(file: 16\)"),
     "top-p": (["--top-p", -1], r"--top-p must be 0"),
     "device of the T5": (["--t5-device", "nonsense"], r"--device nonsense is not a device"),

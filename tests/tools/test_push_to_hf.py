@@ -81,7 +81,7 @@ def test_a_tokenizer_into_a_folder(small_files, tmp_path):
         (push_gpt_to_hf, ["--output", "new"], "--gpt-ckpt is needed"),
         (push_vae_to_hf, ["--output", "new"], "--vq-ckpt is needed"),
         (push_gpt_to_hf, ["--gpt-ckpt", "GPT"], "give --repo-id owner/name to push to, or --output"),
-        (push_gpt_to_hf, ["--gpt-ckpt", "GPT", "--output", "new"], "it does not fit the flags: --gpt-model GPT-B"),
+        (push_gpt_to_hf, ["--gpt-ckpt", "GPT", "--gpt-model", "GPT-B", "--output", "new"], "it does not fit the flags: --gpt-model GPT-B"),
         (push_gpt_to_hf, ["--gpt-ckpt", "VQ", *GPT, "--output", "new"], "looks like a VQ image tokenizer"),
         (push_vae_to_hf, ["--vq-ckpt", "GPT", *VQ, "--output", "new"], "is not an image tokenizer.s checkpoint: it looks like a GPT"),
         (push_vae_to_hf, ["--vq-ckpt", "VQ", "--vq-model", "VQ-16", "--output", "new"], "does not fit the flags --vq-model VQ-16"),
