@@ -443,11 +443,6 @@ def test_resuming_with_another_batch_size_still_ends_with_the_epochs(tmp_path):
     assert final(tmp_path)["steps"] == 7 and final(tmp_path)["trainer"]["samples_seen"] == 80
 
 
-def test_max_steps_ends_early(tmp_path):
-    last = build(tmp_path, "--max-steps", 7, "--ckpt-every", 7).fit()
-    assert last == store(tmp_path) / "0000007.pt" and os.listdir(store(tmp_path)) == ["0000007.pt"]
-
-
 @pytest.mark.parametrize("began", ["--no-ema-warmup", "before the flag"])
 def test_resume_of_averages_with_a_fixed_decay_keeps_it(tmp_path, began):
     fixed = ["--ema", "--ema-decay", 0.9, "--no-ema-warmup", "--ckpt-every", 5]
@@ -538,16 +533,6 @@ def test_a_signal_saves_and_the_resumed_run_ends_bit_identically(tmp_path, numbe
     whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
     assert whole.pop("args") and parts.pop("args") and whole["steps"] == 10
     assert same(whole, parts)
-
-
-def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.training.signals.AGAIN_AFTER", 0.0)
-    before = signal.getsignal(signal.SIGINT)
-    trainer = build(tmp_path, at=send(signal.SIGINT, times=2))
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
-    assert trainer.step == 4 and not store(tmp_path).exists()
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_signal_at_the_last_step_is_the_end_of_the_run(tmp_path):
@@ -708,17 +693,6 @@ def test_both_stores_are_written(tmp_path):
     assert (store(tmp_path) / "0000010.pt").read_bytes() == (cloud / "0000010.pt").read_bytes()
 
 
-def test_the_second_store_alone(tmp_path):
-    flags = ["--cloud-save-path", tmp_path / "cloud", "--no-local-save", "--ckpt-every", 4]
-    with pytest.raises(Stopped):
-        build(tmp_path, *flags, at=stop_at(6)).fit()
-    assert not store(tmp_path).exists()
-    last = build(tmp_path, *flags, "--resume").fit()
-    assert last.name == "0000010.pt" and last.is_relative_to(tmp_path / "cloud")
-    assert "at step 4 from" in log_of(tmp_path)
-    assert len(list((tmp_path / "cloud").iterdir())) == 1
-
-
 class Disk:
     """Full from the loss of one step to that of another: no file grows beyond what a checkpoint needs.
 
@@ -821,14 +795,6 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         assert saved["steps"] == step and same(saved["model"], weights[step])
         assert saved["optimizer"]["state"][0]["step"] == step
     assert not same(weights[2], weights[4])
-
-
-def test_a_mistake_in_what_is_saved_is_no_warning(tmp_path):
-    trainer = build(tmp_path, "--ckpt-every", 2)
-    copy = trainer.state.file_content
-    trainer.state.file_content = lambda args: {**copy(args), "extra": object()}
-    with pytest.raises(TypeError, match="could not be read back safely"):
-        trainer.fit()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
