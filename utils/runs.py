@@ -66,12 +66,15 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
     """Remove all but the `keep` newest checkpoints of a folder."""
     assert keep > 0
     for path in checkpoints_in(folder)[keep:]:
-        if path.is_dir():
-            # Under another name first: a folder half removed must not look like a checkpoint.
-            path = path.rename(path.with_name(f".{path.name}.removed.tmp"))
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        # Under another name first: a folder half removed must not look like a checkpoint.
+        _remove(path.rename(path.with_name(f".{path.name}.removed.tmp")))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def runs_in(results_dir: str | Path, name: str | None = None) -> list[Run]:
@@ -101,26 +104,24 @@ def open_run(args: Namespace, name: str, sharded: bool = False) -> tuple[Run, bo
     if args.no_local_save and not args.cloud_save_path:
         raise ValueError("--no-local-save leaves no place for the checkpoints: give --cloud-save-path too")
     runs = runs_in(args.results_dir, name)
-    if args.resume and runs:
-        run = _with_stores(runs[0], args, sharded)
-        for folder in (run.folder, *run.stores):
-            require_writable(folder)
-        _record_stores(run)
-        for store in run.stores:
-            for leftover in store.glob(".*.tmp"):  # of a save that was killed
-                if leftover.is_dir():
-                    shutil.rmtree(leftover, ignore_errors=True)
-                else:
-                    leftover.unlink(missing_ok=True)
-        return run, True
-    for place in filter(None, (args.results_dir, args.cloud_save_path)):
-        require_writable(Path(place))
-    run = Run(_new_folder(Path(args.results_dir), name), ())
-    write_json(run.folder / "run.json", {"stores": [], "args": vars(args)})
-    run = _with_stores(replace(run, stores=() if args.no_local_save else (run.folder / "checkpoints",)), args, sharded)
+    resumed = bool(args.resume and runs)
+    for place in (runs[0].folder if resumed else args.results_dir, args.cloud_save_path):
+        if place:
+            require_writable(Path(place))
+    if resumed:
+        run = runs[0]
+    else:
+        folder = _new_folder(Path(args.results_dir), name)
+        write_json(folder / "run.json", {"stores": [], "args": vars(args)})
+        stores = () if args.no_local_save else (folder / "checkpoints",)
+        run = Run(folder, stores, earlier=next(iter(runs[0].checkpoints()), None) if runs else None)
+    run = _with_stores(run, args, sharded)
+    for store in run.stores if resumed else ():
+        require_writable(store)
+        for leftover in store.glob(".*.tmp"):  # of a save that was killed
+            _remove(leftover)
     _record_stores(run)
-    before = runs[0].checkpoints() if runs else []
-    return replace(run, earlier=before[0] if before else None), False
+    return run, resumed
 
 
 def _with_stores(run: Run, args: Namespace, sharded: bool) -> Run:
