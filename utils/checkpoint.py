@@ -78,9 +78,7 @@ class Checkpoint:
             )
 
 
-def read_checkpoint(
-    path: str | Path, map_location: str | torch.device = "cpu", prefer_ema: bool = False, mmap: bool = True
-) -> Checkpoint:
+def read_checkpoint(path: str | Path, prefer_ema: bool = False, mmap: bool = True) -> Checkpoint:
     """Reads a .pt, .pth, .bin, .ckpt or .safetensors file, a folder of one, or shards by folder, index or any one of them.
 
     With `prefer_ema` the averaged weights become `model` where the file has them. With `mmap` the tensors are read from
@@ -91,10 +89,9 @@ def read_checkpoint(
     """
     path = _locate(Path(path))
     files = files_of(path)
-    torch.empty(0, device=map_location)  # an absent device is not to be mistaken for a damaged file
     starts = [_first_bytes(file) for file in files]
     if starts[0][8:9] == b"{":
-        checkpoint = _read_safetensors(path, files, map_location)
+        checkpoint = _read_safetensors(path, files)
     elif path.suffix == ".safetensors":  # which PyTorch reads, or not, from release to release
         raise _damaged(path, "it is called safetensors and is none")
     else:
@@ -103,10 +100,10 @@ def read_checkpoint(
             zipped = start[:2] == b"PK"
             if zipped and not mmap:
                 _compare_checksums(file)
-            contents.append(_read_pickle(file, map_location, mmap and zipped))
+            contents.append(_read_pickle(file, mmap and zipped))
         checkpoint = _sort_out(path, contents[0] if len(files) == 1 else _merged(files, contents))
         if checkpoint.format == "fsdp":
-            _add_companions(checkpoint, map_location, mmap)
+            _add_companions(checkpoint, mmap)
     checkpoint.files = files
     if path.name.endswith(".index.json"):
         _require_indexed(path, checkpoint.model)
@@ -115,13 +112,13 @@ def read_checkpoint(
     return checkpoint
 
 
-def _add_companions(checkpoint: Checkpoint, map_location: str | torch.device, mmap: bool) -> None:
+def _add_companions(checkpoint: Checkpoint, mmap: bool) -> None:
     """Add the files beside a consolidated.pth: the averaged weights, the run's flags and its step."""
     averaged, record = (checkpoint.path.with_name(name) for name in (AVERAGED_FILE, RECORD_FILE))
     if checkpoint.path.name != CONSOLIDATED_FILE:
         return
     if averaged.is_file():
-        checkpoint.ema = read_checkpoint(averaged, map_location, mmap=mmap).model
+        checkpoint.ema = read_checkpoint(averaged, mmap=mmap).model
     if record.is_file():
         try:
             values = json.loads(record.read_bytes())
@@ -251,10 +248,10 @@ def _compare_checksums(path: Path) -> None:
         raise _damaged(path, f"the checksum of {wrong} differs")
 
 
-def _read_pickle(path: Path, map_location: str | torch.device, mmap: bool) -> Any:
+def _read_pickle(path: Path, mmap: bool) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace, (_StandIn, _LIGHTNING_CALLBACK)]):
-            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # arbitrary bytes make the reader fail in arbitrary ways
@@ -268,11 +265,11 @@ def _read_pickle(path: Path, map_location: str | torch.device, mmap: bool) -> An
         raise _damaged(path, "its pickle is not one that torch.save writes" if unknown else error) from error
 
 
-def _read_safetensors(path: Path, files: list[Path], map_location: str | torch.device) -> Checkpoint:
+def _read_safetensors(path: Path, files: list[Path]) -> Checkpoint:
     states, metadata = [], {}
     for file in files:
         try:
-            with safetensors.safe_open(file, framework="pt", device=str(map_location)) as f:
+            with safetensors.safe_open(file, framework="pt") as f:
                 states.append({name: f.get_tensor(name) for name in f.keys()})  # noqa: SIM118 (a handle, not a dict)
                 metadata |= f.metadata() or {}
         except safetensors.SafetensorError as error:
@@ -298,9 +295,6 @@ def _sort_out(path: Path, content: Any) -> Checkpoint:
         config = dict(root.get("config", {}))
         return Checkpoint(path, _clean(content, path), None, None, None, None, "fsdp", config=config)
     entries = {str(key): value for key, value in content.items()}
-    if isinstance(entries.get("callbacks"), Mapping):
-        named = entries["callbacks"].items()
-        entries["callbacks"] = {_LIGHTNING_CALLBACK if key is _StandIn else key: value for key, value in named}
     for key in WEIGHTS_ENTRIES:  # a model within a model is that model
         while isinstance(inner := entries.get(key), Mapping) and not _is_state(inner):
             found = [inner[name] for name in WEIGHTS_ENTRIES if isinstance(inner.get(name), Mapping)]

@@ -92,13 +92,13 @@ class HubModel(PyTorchModelHubMixin, _Module):
             file = Path(model_id) / SAFETENSORS_SINGLE_FILE
         else:
             file = Path(hf_hub_download(model_id, SAFETENSORS_SINGLE_FILE, **download))
-        checkpoint = read_checkpoint(file, map_location)
+        checkpoint = read_checkpoint(file)
         with torch.device("meta"):
             model = cls(config)
         load_into(model, checkpoint.model, file, assign=True)
         model.training_args, model.steps = checkpoint.args, checkpoint.steps
         model.file_config = checkpoint.config or model.file_config
-        return model.eval()
+        return model.to(map_location).eval()
 
     def describe(self) -> str:
         """Describe the model in one line."""
