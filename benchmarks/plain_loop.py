@@ -25,7 +25,7 @@ def plain_generate(
     sample_logits: bool = True,
     steps: int | None = None,
 ) -> Tensor:
-    """labels: int64 (B,). steps: tokens to draw (default: an image's). Returns int64 (B, steps)."""
+    """Draw images token by token. labels: int64 (B,). steps: tokens to draw (default: an image's). Returns int64 (B, steps)."""
     args, layout = model.args, model.layout
     if not layout.is_raster or args.model_type != "c2i":
         raise ValueError("the plain loop draws class-conditional models, one token a step")

@@ -1,4 +1,4 @@
-"""From a PIL image to the crops and tensors the tokenizer reads.
+"""Crops and tensors of a PIL image, as the tokenizer reads them.
 
     image = random_crop_arr(pil_image, 256)                   # a PIL image, 256x256
     views = ten_crop_views(pil_image, 256, crop_range=1.1)    # 10 tensors (3, 256, 256) in [-1, 1]

@@ -1,4 +1,4 @@
-"""From `--dataset` and the paths beside it to a data set.
+"""Data sets by `--dataset` and the paths beside it.
 
 data = build_dataset(args, transform=partial(random_view, image_size=256))
 """

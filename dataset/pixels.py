@@ -1,4 +1,4 @@
-"""From an image file of any format and mode to RGB pixels.
+"""RGB pixels of an image file of any format and mode.
 
     image = load_rgb("photo.jpg")                            # upright, transparency laid on white
     image = load_rgb("photo.jpg", PUBLISHED)                 # as the published scripts read it

@@ -57,7 +57,7 @@ class DINOv2Features:
         device: torch.device | str = "cpu",
         model_name: str = MODEL_NAME,
     ):
-        """path: weights, .safetensors or .pth, of timm or of the first release; None looks for them (`find_weights`).
+        """Read weights. path: a .safetensors or .pth of timm or of the first release; None looks for one (`find_weights`).
 
         Raises FileNotFoundError (no weights), ValueError (they are not those of `model_name`).
         """

@@ -1,4 +1,4 @@
-"""z-loss: cross-entropy that also pulls the log-normaliser of the logits towards 0 (PaLM, arXiv 2204.02311, section 5).
+"""The z-loss: cross-entropy that also pulls the log-normaliser of the logits towards 0 (PaLM, arXiv 2204.02311, section 5).
 
     python3 autoregressive/train/train_c2i.py --import examples/z_loss.py --objective z_loss --code-path codes
 

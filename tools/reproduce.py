@@ -1,4 +1,4 @@
-"""From nothing to a row of the published tables: weights, reference, 50,000 samples, the five figures, and the published
+"""A row of the published tables from nothing: weights, reference, 50,000 samples, the five figures, and the published
 one beside them.
 
     bash scripts/reproduce.sh --list

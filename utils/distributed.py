@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process's place among the others, and the device it works on."""
+    """Place of this process among the others, and the device it works on."""
 
     device: torch.device
     rank: int = 0

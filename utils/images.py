@@ -1,4 +1,4 @@
-"""From model outputs to pictures: bytes, PNG files, grids, and the `.npz` of many images that evaluators read.
+"""Pictures of model outputs: bytes, PNG files, grids, and the `.npz` of many images that evaluators read.
 
 arrays = to_uint8(decoded)                    # (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)
 save_png(make_grid(arrays, columns=4), "grid.png")
@@ -19,7 +19,7 @@ from utils.files import atomic_write
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """clamp(127.5 x + 128, 0, 255), truncated. (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3).
+    """Return clamp(127.5 x + 128, 0, 255), truncated. (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3).
 
     Raises NotFiniteError where a pixel is NaN or infinite.
     """

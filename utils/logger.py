@@ -47,7 +47,7 @@ class _StandardOutput(logging.StreamHandler):
 
 
 class _LogFile(logging.FileHandler):
-    """log.txt. A line that cannot be written is one short line on the terminal, once."""
+    """The file log.txt. A line that cannot be written is one short line on the terminal, once."""
 
     def __init__(self, path: Path):
         super().__init__(path, encoding="utf-8", errors="backslashreplace")

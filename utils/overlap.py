@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 
 def one_behind(items: Iterable[T], work: Callable[[T], R]) -> Iterator[R]:
-    """work(item) of each item, in order, computed in a thread while the next item is made.
+    """Yield work(item) of each item, in order, computed in a thread while the next item is made.
 
     No more than one item waits for the thread. What making an item or the work raises ends the iteration; a work that has
     begun is waited for.

@@ -251,7 +251,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """One block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, args: ModelArgs, layer: int):
         super().__init__()

@@ -139,14 +139,14 @@ def _identity(weight: Tensor) -> tuple:
 
 
 def multiply(x: Tensor, number: int, width: int) -> Tensor:
-    """x (…, in) times the laid-out weight of this number: (…, width)."""
+    """Multiply x (…, in) by the packed weight of this number: (…, width)."""
     if torch.compiler.is_compiling():
         return packed_linear(x, number, width)  # an operation of its own, which a compiled step can call
     return product(x, *_copies[number])
 
 
 def product(x: Tensor, laid_out: Tensor, at_once: int) -> Tensor:
-    """x (…, in) times a laid-out weight, at most `at_once` rows at a time: (…, out)."""
+    """Multiply x (…, in) by a packed weight, at most `at_once` rows at a time: (…, out)."""
     rows = x.flatten(0, -2)
     if len(rows) <= at_once:
         return torch.ops.mkldnn._linear_pointwise(x, laid_out, None, "none", [], "")

@@ -1,4 +1,4 @@
-"""From logits to a token: guidance, temperature, top-k, top-p, and the draw.
+"""Choice of a token by its logits: guidance, temperature, top-k, top-p, and the draw.
 
     config = SamplingConfig(cfg_scale=2.0, top_k=2000)
     logits = guide(conditional, unconditional, config.cfg_scale)
@@ -52,7 +52,7 @@ def spread(logits: Tensor) -> Tensor:
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
-    """unconditional + (conditional - unconditional) * scale."""
+    """Return unconditional + (conditional - unconditional) * scale."""
     return unconditional + (conditional - unconditional) * scale
 
 

@@ -39,7 +39,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, decay: float | None = None) -> None:
-        """average = decay * average + (1 - decay) * weight, for every parameter. decay: in place of the usual one."""
+        """Set average = decay * average + (1 - decay) * weight, for every parameter. decay: in place of the usual one."""
         averages, weights = self._pairs()
         torch._foreach_lerp_(averages, weights, 1 - (self.decay if decay is None else decay))
 

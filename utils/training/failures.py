@@ -146,7 +146,7 @@ class Failures:
         return f"--resume continues from {last}" if last else "there is no checkpoint yet"
 
     def _last_checkpoint(self, together: bool = True) -> Path | None:
-        """together: every process calls it, and gets the first one's answer, which knows what has been written."""
+        """Return the last checkpoint. together: every process calls it and gets the answer of the first, which writes."""
         self.saver.wait()
         last = next(iter(self.saver.run.checkpoints()), None)
         return self.dist.broadcast(last) if together else last

@@ -15,7 +15,7 @@ from autoregressive.models.conditions.base import Condition, register_condition
 
 
 class CaptionProjection(nn.Module):
-    """fc2(gelu(fc1(x))), the tanh form of gelu, no biases."""
+    """Projection of features, fc2(gelu(fc1(x))): the tanh form of gelu, no biases."""
 
     def __init__(self, caption_dim: int, dim: int):
         super().__init__()

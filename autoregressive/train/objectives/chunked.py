@@ -197,7 +197,7 @@ def _chunk_loss(objective: Objective, compiled: bool) -> Callable[..., tuple[Ten
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where total is float32 (or float64) and the factors may be of half precision."""
+    """Add a @ b to total, where total is float32 (or float64) and the factors may be of half precision."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
         return
