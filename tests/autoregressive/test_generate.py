@@ -217,30 +217,13 @@ def test_a_model_takes_its_cache_with_it():
 # Numbers of tokens, steps
 
 
-def test_fewer_tokens_are_the_first_ones():
-    model = tiny()
-    every = generate(model, LABELS, noise=noise_for(4), cfg_scale=2.0)
-    assert torch.equal(generate(model, LABELS, 16, noise=noise_for(4), cfg_scale=2.0), every)
-    for count in (1, 2, 9, 15):
-        steps = []
-        fewer = generate(
-            model,
-            LABELS,
-            count,
-            noise=noise_for(4),
-            cfg_scale=2.0,
-            on_step=lambda done, _, steps=steps: steps.append(done),
-        )
-        assert torch.equal(fewer, every[:, :count]) and steps == [*range(1, count + 1)]
-
-
 @pytest.mark.parametrize("n, count", [(1, 0), (1, 17), (4, 6), (4, 15)])
 def test_numbers_of_tokens_the_layout_cannot_stop_at(n, count):
     with pytest.raises(ValueError, match=rf"max_new_tokens is {count}.*16 tokens"):
         generate(tiny(ar_token_num=n), LABELS, count)
 
 
-@pytest.mark.parametrize("n, count", [(1, 5), (4, 3), (4, 8)])
+@pytest.mark.parametrize("n, count", [(1, 1), (1, 15), (4, 3), (4, 8)])
 def test_fewer_tokens_are_the_first_of_the_order_in_raster_order(n, count):
     model = tiny(ar_token_num=n)
     every = generate(model, LABELS, noise=noise_for(4))

@@ -106,24 +106,6 @@ def test_state_dict_names_and_shapes(more, extra):
     assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == expected
 
 
-def test_initial_weights():
-    torch.manual_seed(0)
-    model = Transformer(ModelArgs(**{**TINY, "dim": 256, "vocab_size": 500, "ar_token_num": 4, "num_classes": 200}))
-    for name, parameter in model.named_parameters():
-        if name == "output.weight":
-            assert not parameter.any()
-        elif "norm" in name:
-            assert (parameter == 1).all()
-        else:
-            expected = pytest.approx(0.02, rel=0.1 if parameter.numel() < 1000 else 0.02)
-            assert float(parameter.detach().std()) == expected, name
-            assert abs(float(parameter.detach().mean())) < 0.002, name
-    assert not model.eval()(tokens(2, 12), LABELS[:2]).any()
-    text = Transformer(ModelArgs(**TEXT, initializer_range=0.5))
-    assert float(text.cls_embedding.cap_proj.fc1.weight.detach().std()) == pytest.approx(0.5, rel=0.1)
-    assert text.cls_embedding.uncond_embedding.isfinite().all() and text.cls_embedding.uncond_embedding.any()
-
-
 FORMS = [{}, {"ar_token_num": 4}, {"model_type": "t2i", "cls_token_num": 6, "caption_dim": 64}]
 
 
@@ -303,17 +285,6 @@ def caption_rows(*lengths: int, total: int = 6) -> tuple[torch.Tensor, torch.Ten
 
 
 @pytest.mark.parametrize("more", [{}, {"ar_token_num": 4}], ids=["raster", "PAR"])
-def test_captions_of_different_lengths_in_one_batch(more):
-    model = tiny(**{k: v for k, v in TEXT.items() if k not in TINY}, **more)
-    features, mask = caption_rows(6, 1, 3)
-    together = model(tokens(3, 12), features, prefix_mask=mask)
-    for row in range(3):
-        alone = model(tokens(3, 12)[row : row + 1], features[row : row + 1], prefix_mask=mask[row : row + 1])
-        assert torch.allclose(together[row], alone[0], atol=1e-5)
-    assert not torch.allclose(together, model(tokens(3, 12), features), atol=1e-3)
-
-
-@pytest.mark.parametrize("more", [{}, {"ar_token_num": 4}], ids=["raster", "PAR"])
 def test_padding_is_seen_by_none_but_itself(more):
     model = tiny(**{k: v for k, v in TEXT.items() if k not in TINY}, **more)
     features, mask = caption_rows(6, 1, 3)
@@ -449,12 +420,10 @@ def test_bf16_weights_keep_the_rope_table_in_float32():
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
 )
-@pytest.mark.parametrize("used", [False, True])
-def test_copies_are_equal_and_apart(duplicate, used):
+def test_copies_are_equal_and_apart(duplicate):
     model = tiny(ar_token_num=4)
     noise = torch.rand(3, 16, generator=torch.Generator().manual_seed(0))
-    if used:
-        generate(model, LABELS, noise=noise)
+    generate(model, LABELS, noise=noise)  # leaves tables and caches beside the model
     other = duplicate(model)
     expected = model(tokens(3, 12), LABELS)
     assert torch.equal(other(tokens(3, 12), LABELS), expected)

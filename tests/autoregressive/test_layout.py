@@ -44,10 +44,6 @@ def test_order(grid, n):
     assert torch.equal(codes[layout.raster][layout.order], codes)
 
 
-def test_order_of_a_small_grid_by_hand():
-    assert layout_of(4, 4).order.tolist() == [0, 2, 8, 10, 1, 3, 9, 11, 4, 6, 12, 14, 5, 7, 13, 15]
-
-
 @pytest.mark.parametrize("grid", [1, 2, 7, 24])
 def test_raster_is_the_identity(grid):
     layout = layout_of(grid)
@@ -136,15 +132,6 @@ def test_patches(grid, side):
     assert layout.rows == 3 + cells and layout.mask(layout.rows) is None
     table = torch.arange(1, 1 + cells * 6).view(cells, 3, 2)
     assert torch.equal(layout.rope_rows(table), torch.cat([torch.zeros(3, 3, 2, dtype=torch.long), table]))
-
-
-def test_patches_by_hand():
-    assert PatchLayout(4, side=2).order.tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
-
-
-@pytest.mark.parametrize("n", [1, 4, 9])
-def test_tokens_of_a_step(n):
-    assert (layout_of(6, n).step_tokens, layout_of(6, n).patch_tokens) == (n, 1)
 
 
 @pytest.mark.parametrize("grid, side", [(6, 4), (5, 2), (4, 8), (4, 0), (4, -2)])

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import zlib
 from argparse import Namespace
 from functools import partial
 
@@ -18,14 +17,13 @@ from PIL import Image
 from autoregressive.models.gpt import GPT_models
 from autoregressive.pipeline import ImagePipeline, load_gpt, load_tokenizer
 from tests.helpers import ROOT, randomize
+from tests.serve.small import WIDTH, WORDS, WordEncoder
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.checkpoint import save_checkpoint, save_safetensors
 from utils.images import peak_signal_to_noise_ratio, to_uint8
 from utils.rng import image_noise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-WORDS, WIDTH = 9, 24  # condition rows of the text-conditional model, numbers a feature has
 
 
 class Recording(ImagePipeline):
@@ -484,28 +482,6 @@ def test_settings(pipeline):
 # Prompts
 
 
-class WordEncoder:
-    """A text encoder: a word's feature is its own, whatever stands beside it, and its padding is not zero."""
-
-    dim = WIDTH
-
-    def __init__(self):
-        self.calls = []
-
-    def features(self, text: str) -> torch.Tensor:
-        words = text.split()[:WORDS]
-        rows = [np.random.default_rng(zlib.crc32(word.encode())).standard_normal(WIDTH) for word in words]
-        return torch.from_numpy(np.stack(rows)).float()
-
-    def get_text_embeddings(self, texts):
-        self.calls.append(list(texts))
-        features, mask = torch.full((len(texts), WORDS, WIDTH), 7.0), torch.zeros(len(texts), WORDS, dtype=torch.long)
-        for i, text in enumerate(texts):
-            caption = self.features(text)
-            features[i, : len(caption)], mask[i, : len(caption)] = caption, 1
-        return features, mask
-
-
 PROMPTS = [
     "a", "a red lantern", "two cats sleep on a green chair", "one two three four five six seven eight nine",
     "rain", "a paper crane", "an orange tram in heavy snow", "fog over a lake", "a map", "three blue pears on a plate", "a",
@@ -740,10 +716,10 @@ def test_conditions_of_the_other_kind(pipeline, text_pipeline):
     [
         (
             torch.ones(3, 5),
-            r"image 0: features are torch\.float32 of shape \(3, 5\); this model takes .*\(length, 24\)",
+            r"image 0: features are torch\.float32 of shape \(3, 5\); this model takes .*\(length, 12\)",
         ),
-        (torch.ones(2, 3, WIDTH), r"of shape \(2, 3, 24\)"),
-        (torch.ones(0, WIDTH), r"of shape \(0, 24\)"),
+        (torch.ones(2, 3, WIDTH), r"of shape \(2, 3, 12\)"),
+        (torch.ones(0, WIDTH), r"of shape \(0, 12\)"),
         (torch.ones(3, WIDTH, dtype=torch.long), r"torch\.int64"),
         (torch.full((3, WIDTH), torch.nan), "image 0: features are not all finite"),
         ("gone.npy", r"no features at gone\.npy"),
@@ -762,7 +738,7 @@ def test_features(text_pipeline, tmp_path, monkeypatch, features, message):
 def test_an_encoder_of_another_model(text_models):
     narrow = WordEncoder()
     narrow.dim = 16
-    with pytest.raises(ValueError, match="text encoder has features of 16 numbers and the GPT takes 24"):
+    with pytest.raises(ValueError, match="text encoder has features of 16 numbers and the GPT takes 12"):
         ImagePipeline(text_models[0][torch.float32], text_models[1], text_encoder=narrow)(["a map"])
     for count in (-1, WORDS + 1):
         with pytest.raises(ValueError, match=f"{count} text tokens for a GPT with 9 condition rows"):

