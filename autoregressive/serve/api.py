@@ -155,7 +155,8 @@ def create_app(
         """Draws images. An image is a function of its seed and what it is of, whatever else the server does."""
         accept = request.headers.get("accept", "")
         asked = ask(body, service.info, service.limits, models=service.models, accept=accept)
-        request.scope["log"] |= {"n": len(asked.seeds), "seed": asked.seeds[0], "label": asked.label}
+        label = None if isinstance(asked.what, str) else asked.what  # prompts are private
+        request.scope["log"] |= {"n": len(asked.seeds), "seed": asked.seeds[0], "label": label}
         job = service.accept(asked)
         if asked.stream:
             return stream(service, job, request.scope["log"])

@@ -1,7 +1,7 @@
 """The body of `POST /v1/images/generations`: what may stand in it, and what it asks the model for.
 
     body = ImageBody.model_validate({"prompt": "golden retriever", "n": 2, "seed": 3})
-    asked = ask(body, info, Limits())           # asked.label == 207, asked.seeds == [3, 4]
+    asked = ask(body, info, Limits())           # asked.what == 207, asked.seeds == [3, 4]
 
 Raises RequestError for what a client got wrong.
 """
@@ -49,19 +49,15 @@ Ignored = Annotated[str | None, Field(description="Accepted for OpenAI's clients
 Kind = Literal["png", "jpeg", "webp"]
 
 
+def _declared(setting: Any) -> Any:
+    least, most = setting.metadata["served"]
+    return Field(None, ge=least, le=most, description=setting.metadata["help"])
+
+
 # The settings of SamplingConfig that a request may have, as pydantic declares them.
 SERVED = {name: field for name, field in SamplingConfig.fields().items() if "served" in field.metadata}
 _Settings: Any = create_model(
-    "Settings",
-    **{
-        name: (
-            field.type | None,
-            Field(
-                None, ge=field.metadata["served"][0], le=field.metadata["served"][1], description=field.metadata["help"]
-            ),
-        )
-        for name, field in SERVED.items()
-    },
+    "Settings", **{name: (field.type | None, _declared(field)) for name, field in SERVED.items()}
 )
 
 
@@ -116,13 +112,12 @@ class ImageBody(_Settings):
 class Asked:
     """A request as the server carries it out.
 
-    label, or prompt: what to draw; negative_class, negative_prompt: what guidance leads away from. seeds: one an image.
-    size: pixels a side. format, quality: of the files. raw: the answer is the
-    file itself. partial: rows of tokens after which partial images come.
+    what: a label, or a prompt. negative: what guidance leads away from. seeds: one an image. size: pixels a side.
+    format, quality: of the files. raw: the answer is the file itself. partial: rows of tokens after which partial images come.
     """
 
-    label: int | None
-    prompt: str | None
+    what: int | str
+    negative: int | str | None
     seeds: list[int]
     sampling: SamplingConfig
     size: int
@@ -131,8 +126,6 @@ class Asked:
     raw: bool = False
     stream: bool = False
     partial: tuple[int, ...] = ()
-    negative_class: int | None = None
-    negative_prompt: str | None = None
 
 
 def ask(
@@ -160,21 +153,18 @@ def ask(
     count = body.n or 1
     if count > limits.max_n:
         raise refuse("n", f"n is {count}: a request has at most {limits.max_n} images")
-    label, prompt = _what_to_draw(body, info, limits)
     first = secrets.randbelow(2**31) if body.seed is None else body.seed
     sampling = _sampling(body, info)
-    asked = Asked(
-        label=label,
-        prompt=prompt,
+    return Asked(
+        what=_what_to_draw(body, info, limits),
+        negative=_negative(body, info, limits, sampling.guided),
         seeds=[(first + i) % (MAX_SEED + 1) for i in range(count)],
         sampling=sampling,
         size=_side(body.size, info),
         stream=bool(body.stream),
         partial=_partial_rows(body, info),
         **_file(body, accept, count),
-        **_negative(body, info, limits, guided=sampling.guided),
     )
-    return asked
 
 
 def unknown_model(name: str, models: Sequence[str]) -> RequestError:
@@ -224,20 +214,19 @@ def _sampling(body: ImageBody, info: ModelInfo) -> SamplingConfig:
     return SamplingConfig(**PUBLISHED[info.kind] | {name: value for name, value in given.items() if value is not None})
 
 
-def _what_to_draw(body: ImageBody, info: ModelInfo, limits: Limits) -> tuple[int | None, str | None]:
+def _what_to_draw(body: ImageBody, info: ModelInfo, limits: Limits) -> int | str:
     """Return the label, or the prompt."""
-    for param in ("prompt", "class_name"):
-        _check_text(param, getattr(body, param), limits)
-    prompt = body.prompt if body.prompt and body.prompt.strip() else None
-    given = {"prompt": prompt, "class_label": body.class_label, "class_name": body.class_name}
-    given = {param: value for param, value in given.items() if value is not None}
+    given = {param: getattr(body, param) for param in ("prompt", "class_label", "class_name")}
+    for param, value in given.items():
+        _check_text(param, value, limits)
+    given = {p: v for p, v in given.items() if v is not None and (p != "prompt" or v.strip())}
     if info.kind == "t2i":
         if other := given.keys() - {"prompt"}:
             param = min(other)
             raise refuse(param, f"{info.name} draws from prompts: give prompt, not {param}")
-        if prompt is None:
+        if not given:
             raise refuse("prompt", "prompt is blank: write what to draw", "missing_prompt")
-        return None, prompt
+        return given["prompt"]
     if len(given) != 1:
         raise refuse(
             next(iter(given), "class_label"),
@@ -245,23 +234,20 @@ def _what_to_draw(body: ImageBody, info: ModelInfo, limits: Limits) -> tuple[int
             f"class's name or number), got {' and '.join(given) or 'none'}",
             "invalid_value" if given else "missing_class",
         )
-    ((param, value),) = given.items()
-    return _label(param, value, info.classes), None
+    return _label(*given.popitem(), info.classes)
 
 
-def _negative(body: ImageBody, info: ModelInfo, limits: Limits, guided: bool) -> dict:
-    """Return the fields of Asked that tell what guidance leads away from."""
+def _negative(body: ImageBody, info: ModelInfo, limits: Limits, guided: bool) -> int | str | None:
+    """Return what guidance leads away from."""
     fits, other = ("negative_class", "negative_prompt")[:: -1 if info.kind == "t2i" else 1]
     if getattr(body, other) is not None:
         what = "prompts" if info.kind == "t2i" else "classes"
         raise refuse(other, f"{info.name} draws from {what}: give {fits}, not {other}")
     value = getattr(body, fits)
-    if value is None:
-        return {}
-    if not guided:
+    if value is not None and not guided:
         raise refuse(fits, f"{fits} has no effect without guidance: give a guidance_scale above 1, or leave it out")
     _check_text(fits, value, limits)
-    return {fits: value if info.kind == "t2i" else _label(fits, value, info.classes)}
+    return value if value is None or info.kind == "t2i" else _label(fits, value, info.classes)
 
 
 def _check_text(param: str, text: str | int | None, limits: Limits) -> None:

@@ -177,7 +177,7 @@ class Service:
             log.error("an image is broken", extra={"fields": {"error": str(error)}})
             raise RequestError(500, str(error), code="not_finite") from error
         if isinstance(error, ValueError):
-            param = "prompt" if job.asked.prompt is not None else None
+            param = "prompt" if self.encoder else None
             raise RequestError(400, str(error), param=param, code="invalid_value") from error
         if isinstance(error, RuntimeError):
             log.error("the engine failed", extra={"fields": {"error": str(error)}})
@@ -186,24 +186,19 @@ class Service:
 
     async def _requests(self, job: Job) -> list[Request]:
         """Return what the engine is asked for."""
-        asked = job.asked
-        name = "caption" if asked.label is None else "label"
-        values = {"prompt": asked.label, "negative_prompt": asked.negative_class}
-        for param in values:
-            prompt = getattr(asked, param)
-            if prompt is None:
-                continue
-            try:
-                features = values[param] = await self.encoder(prompt)
-            except ValueError as error:
-                raise RequestError(400, f"{param}: {error}", param=param, code="invalid_value") from error
-            if len(features) >= self.encoder.rows:
-                rows = self.encoder.rows
-                job.warnings.append(f"{param} fills all {rows} text tokens: what stands behind them is not read")
-            if param == "prompt":
-                job.text_tokens = len(features)
-        negative = {} if values["negative_prompt"] is None else {name: values["negative_prompt"]}
-        return [Request({name: values["prompt"]}, negative, asked.sampling, seed) for seed in asked.seeds]
+        asked, name, values = job.asked, "caption" if self.encoder else "label", {}
+        for param, value in (("prompt", asked.what), ("negative_prompt", asked.negative)):
+            if isinstance(value, str):
+                try:
+                    value = await self.encoder(value)
+                except ValueError as error:
+                    raise RequestError(400, f"{param}: {error}", param=param, code="invalid_value") from error
+                if len(value) >= (rows := self.encoder.rows):
+                    job.warnings.append(f"{param} fills all {rows} text tokens: what stands behind them is not read")
+                if param == "prompt":
+                    job.text_tokens = len(value)
+            values[param] = {} if value is None else {name: value}
+        return [Request(values["prompt"], values["negative_prompt"], asked.sampling, seed) for seed in asked.seeds]
 
     async def _image(self, job: Job, i: int, request: Request) -> bytes:
         metrics, begun_at = self.metrics, None

@@ -160,28 +160,21 @@ class VllmEngine:
 
         Raises ValueError as check does, NotFiniteLogits, RuntimeError where the engine has died or was closed.
         """
+        from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         self.check(request)
         params = self._model.params(request, output_kind=RequestOutputKind.CUMULATIVE)
         prompt = await asyncio.to_thread(self._model.prompt, request)
         if self._closed:
             raise RuntimeError("the engine is closed")
-        with self._request_errors():
+        try:
             async with aclosing(self._engine.generate(prompt, params, f"image-{next(self._numbers)}")) as outputs:
                 async for output in outputs:
                     tokens = list(output.outputs[0].token_ids)
                     self._model.check_tokens(tokens)
                     yield tokens
-
-    @contextmanager
-    def _request_errors(self) -> Iterator[None]:
-        """Has vLLM's errors out as ValueError, of what it refuses, and RuntimeError, of what became of the request."""
-        from vllm.exceptions import VLLMClientError
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
-        try:
-            yield
         except VLLMClientError as error:
             raise ValueError(str(error)) from error
         except EngineDeadError as error:
@@ -205,9 +198,8 @@ class VllmEngine:
         self._engine.output_processor.propagate_error(EngineDeadError())  # else they would wait for ever
         await asyncio.sleep(0)
         self._engine.shutdown()
-        self._engine.shutdown = lambda timeout=None: (
-            None
-        )  # called again where Python takes vLLM's modules apart, it fails
+        # Called again where Python takes vLLM's modules apart, it fails.
+        self._engine.shutdown = lambda timeout=None: None
         self._engine = None
 
 
@@ -281,7 +273,7 @@ def prepare(model: ServedModel, **settings) -> dict:
     arguments = engine_settings(model, **settings)
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # its newer one on GPUs takes no such logits processors
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # Its warnings are of settings that are meant, such as no chunked prefill; INFO has it tell what it does.
+    # Its warnings are of settings that are meant, such as no chunked prefill.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ[STARTED_BY] = str(os.getpid())
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # until it sets up its own logs

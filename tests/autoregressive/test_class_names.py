@@ -11,7 +11,7 @@ from autoregressive.serve.engine import ModelInfo
 from autoregressive.serve.errors import RequestError
 
 NAMES = class_names(1000)
-MODEL = ModelInfo("small", "c2i", 32, 64, 1000, raster=True)
+MODEL = ModelInfo("small", "c2i", 32, 64, 1000, raster=True, classes=tuple(NAMES))
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ MODEL = ModelInfo("small", "c2i", 32, 64, 1000, raster=True)
 def test_find_class_name_number_or_choice_is_found(asked, label):
     assert find_class(asked, NAMES) == label
     if isinstance(asked, str):
-        assert ask(ImageBody(prompt=asked), MODEL, Limits(), NAMES).label == label
+        assert ask(ImageBody(prompt=asked), MODEL, Limits()).what == label
 
 
 def test_find_class_every_choice_of_the_list_is_its_own_class():
@@ -51,7 +51,7 @@ def test_ask_ambiguous_class_is_refused_with_candidates():
     for param in ("prompt", "class_name", "negative_class"):
         body = ImageBody(**({"class_label": 1} if param == "negative_class" else {}), **{param: "CARDIGAN"})
         with pytest.raises(RequestError, match="264: Cardigan and 474: cardigan") as refused:
-            ask(body, MODEL, Limits(), NAMES)
+            ask(body, MODEL, Limits())
         assert refused.value.status == 400 and refused.value.param == param
 
 
