@@ -7,15 +7,10 @@ already in `--to` is compared with the source, and refused where it differs.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from utils.cli import flag_parser, positive_int, run_script
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from dataset.code_files import CodeWriter, PublishedFolder
 
 
 def published_to_packed(
@@ -27,85 +22,67 @@ def published_to_packed(
     vq_model: str | None = None,
     shard_size: int = 4096,
 ) -> None:
-    """Writes packed shards of the codes in the published layout; numbers without a file count as skipped.
+    """Write packed shards of the codes in the published layout; numbers without a file count as skipped.
 
     What the source records (tokenizer, classes, …) is kept; the arguments stand for what it does not record.
     Raises FileNotFoundError and ValueError as PublishedFolder and CodeWriter do, and ValueError where a shard that is
     already there is not of this source.
     """
-    from dataclasses import replace
-
     import numpy as np
     from tqdm import tqdm
 
     from dataset.code_files import CodeSettings, CodeWriter, PublishedFolder
 
     published = PublishedFolder(source, image_size)
+    given = {"codebook_size": codebook_size, "num_classes": num_classes, "vq_model": vq_model}
     settings = published.settings or CodeSettings(
         dataset="imagenet",
         image_size=image_size,
         tokens=published.tokens,
         views=published.view_names,
-        codebook_size=codebook_size or 16384,
         num_images=int(published.numbers[-1]) + 1,
-        num_classes=num_classes,
-        vq_model=vq_model,
+        **{**given, "codebook_size": codebook_size or 16384},
     )
-    given = {"codebook_size": codebook_size, "num_classes": num_classes, "vq_model": vq_model}
-    recorded = {name: getattr(settings, name) for name in given}
-    wrong = [name for name, value in given.items() if value is not None and recorded[name] != value]
-    if wrong:
-        raise ValueError(
-            f"{source} records {', '.join(f'{name} {recorded[name]}' for name in wrong)}, "
-            f"not {', '.join(str(given[name]) for name in wrong)}: leave the flag out"
-        )
-    settings = replace(settings, shard_size=shard_size, made_by="tools/convert_codes.py")
-    writer = CodeWriter(target, settings)
+    for name, value in given.items():
+        if value not in (None, getattr(settings, name)):
+            raise ValueError(f"{source} records {name} {getattr(settings, name)}, not {value}: leave the flag out")
+    writer = CodeWriter(target, replace(settings, shard_size=shard_size, made_by="tools/convert_codes.py"))
     missing = set(writer.missing_shards())
-    with tqdm(total=len(published), unit="image") as progress:
-        for shard in range(settings.num_shards):
-            images = settings.images_of(shard)
-            first, last = np.searchsorted(published.numbers, [images.start, images.stop])
-            positions = np.arange(first, last)
-            if shard in missing:
-                codes = np.zeros((len(positions), len(settings.views), settings.tokens), np.int64)
-                for row, position in enumerate(positions):
-                    codes[row] = published.all_views(position)
-                    progress.update()
-                indices = published.numbers[positions]
-                skipped = np.setdiff1d(images, indices).tolist()
-                writer.write_shard(shard, codes, published.labels(positions), indices, skipped)
-            else:
-                _compare_shard(writer, shard, published, positions)
-                progress.update(len(positions))
+    for shard in tqdm(range(writer.settings.num_shards), unit="shard"):
+        images = writer.settings.images_of(shard)
+        positions = np.arange(*np.searchsorted(published.numbers, [images.start, images.stop]))
+        indices, labels = published.numbers[positions], published.labels(positions)
+        # Of a shard that is there the first sample is compared: reading all small files would be a second conversion.
+        read = positions if shard in missing else positions[:1]
+        codes = np.zeros((len(read), len(settings.views), settings.tokens), np.int64)
+        for row, position in enumerate(read):
+            codes[row] = published.all_views(position)
+        if shard in missing:
+            writer.write_shard(shard, codes, labels, indices, np.setdiff1d(images, indices).tolist())
+            continue
+        there, labels_there, indices_there = writer.read_shard(shard)
+        pairs = ((indices_there, indices), (labels_there[:1], labels[:1]), (there[:1], codes))
+        if not all(np.array_equal(one, other) for one, other in pairs):
+            raise ValueError(f"shard {shard} in {target} is not of the codes in {source}: use another folder")
 
 
 def packed_to_published(source: str | Path, target: str | Path, image_size: int) -> None:
-    """Writes the published layout of packed shards; the files are numbered by data set index.
+    """Write the published layout of packed shards; the files are numbered by data set index.
 
     Raises FileNotFoundError and ValueError as ShardFolder and its `verify` do, and ValueError where the codes are of
     another image size or the target holds other samples.
     """
-    from dataclasses import replace
-
     import numpy as np
     from tqdm import tqdm
 
-    from dataset.code_files import (
-        SHARD_SIZE,
-        ShardFolder,
-        published_folders,
-        published_record,
-        record_settings,
-        write_published,
-    )
+    from dataset import code_files
     from dataset.store import Loose
 
-    packed = ShardFolder(source)
+    packed = code_files.ShardFolder(source)
     if packed.settings.image_size != image_size:
         raise ValueError(f"{source} holds codes of --image-size {packed.settings.image_size}, not {image_size}")
     packed.verify()
-    folders = published_folders(target, image_size)
+    folders = code_files.published_folders(target, image_size)
     present = [Loose(folder, "integers", ()).numbers for folder in folders]
     for folder, numbers in zip(folders, present):
         foreign = np.setdiff1d(numbers, packed.numbers)
@@ -113,39 +90,17 @@ def packed_to_published(source: str | Path, target: str | Path, image_size: int)
             raise ValueError(
                 f"{folder} holds {len(foreign)} samples that {source} has not ({foreign[0]}.npy): use another folder"
             )
-    record_settings(target, replace(packed.settings, shard_size=SHARD_SIZE), published_record(image_size))
+    settings = replace(packed.settings, shard_size=code_files.SHARD_SIZE)
+    code_files.record_settings(target, settings, code_files.published_record(image_size))
     whole = set(np.intersect1d(*present).tolist())
-    with tqdm(total=len(packed), unit="image") as progress:
-        for shard_codes, labels, indices in packed.parts():
-            for codes, label, i in zip(shard_codes, labels.tolist(), indices.tolist()):
-                if i in whole:
-                    _compare_sample(folders, i, codes, label)
-                else:
-                    write_published(target, image_size, i, codes, label)
-                progress.update()
-
-
-def _compare_shard(writer: "CodeWriter", shard: int, published: "PublishedFolder", positions: "np.ndarray") -> None:
-    """Compares the numbers and the first sample: reading all the small files again would be a second conversion."""
-    import numpy as np
-
-    codes, labels, indices = writer.read_shard(shard)
-    same = np.array_equal(indices, published.numbers[positions])
-    if same and len(positions):
-        same = np.array_equal(codes[0], published.all_views(positions[0]))
-        same = same and labels[0] == published.labels(positions[:1])[0]
-    if not same:
-        raise ValueError(
-            f"shard {shard} in {writer.folder} is not of the codes in {published.folder}: use another folder"
-        )
-
-
-def _compare_sample(folders: tuple[Path, Path], i: int, codes: "np.ndarray", label: int) -> None:
-    import numpy as np
-
-    for folder, expected in zip(folders, (codes[None], np.asarray([label]))):
-        if not np.array_equal(np.load(folder / f"{i}.npy"), expected):
-            raise ValueError(f"{folder / f'{i}.npy'} differs from the packed codes: use another folder, or remove it")
+    for part in tqdm(packed.parts(), unit="shard"):
+        for codes, label, i in zip(*(array.tolist() if array.ndim == 1 else array for array in part), strict=True):
+            if i not in whole:
+                code_files.write_published(target, image_size, i, codes, label)
+                continue
+            for folder, expected in zip(folders, (codes[None], np.asarray([label]))):
+                if not np.array_equal(np.load(folder / f"{i}.npy"), expected):
+                    raise ValueError(f"{folder / f'{i}.npy'} differs from the packed codes: use another folder")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -55,7 +55,7 @@ def test_resuming_to_packed(tmp_path):
     whole = files(tmp_path / "packed")
     (tmp_path / "packed" / "shard-000001.json").unlink()
     kept = (tmp_path / "packed" / "shard-000000.npy").stat().st_mtime_ns
-    with pytest.raises(ValueError, match=r"2 of 3(.|\n)*tools/convert_codes\.py --from(.|\n)*--shard-size 4"):
+    with pytest.raises(ValueError, match=r"2 of 3 .*tools/convert_codes\.py"):
         open_codes(tmp_path / "packed")
     published_to_packed(tmp_path / "flip", tmp_path / "packed", 64, shard_size=4)
     assert files(tmp_path / "packed") == whole
