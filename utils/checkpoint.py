@@ -352,9 +352,9 @@ def _clean(state: Mapping[str, torch.Tensor], path: Path) -> State:
     return {names[key]: tensor for key, tensor in state.items()}
 
 
-def _listing(items: list[str], separator: str = ", ") -> str:
-    more = f"{separator}... ({len(items)} in all)" if len(items) > _LISTED else ""
-    return separator.join(items[:_LISTED]) + more
+def _listing(items: list[str]) -> str:
+    more = f", ... ({len(items)} in all)" if len(items) > _LISTED else ""
+    return ", ".join(items[:_LISTED]) + more
 
 
 def load_into(

@@ -33,13 +33,14 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return values.permute(0, 2, 3, 1).byte().cpu().numpy()
 
 
-def make_grid(images: np.ndarray, columns: int | None = None, padding: int = 2, background: int = 0) -> np.ndarray:
-    """Lays images out in rows of `columns` (as square as may be by default). (n, H, W, 3) -> (H', W', 3), uint8."""
+def make_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """Lays images out in rows of `columns` (as square as may be by default), 2 black pixels apart. (n, H, W, 3) -> (H', W', 3), uint8."""
+    padding = 2
     count, height, width, channels = images.shape
     columns = columns or max(1, math.ceil(math.sqrt(count)))
     rows = math.ceil(count / columns)
     shape = (rows * (height + padding) + padding, columns * (width + padding) + padding, channels)
-    grid = np.full(shape, background, np.uint8)
+    grid = np.zeros(shape, np.uint8)
     for i, image in enumerate(images):
         y, x = (i // columns) * (height + padding) + padding, (i % columns) * (width + padding) + padding
         grid[y : y + height, x : x + width] = image

@@ -51,10 +51,10 @@ def require_same(
     return [key for key in keys if (one.get(key) is None) != (other.get(key) is None)]
 
 
-def listed_classes(classes: Sequence[str], shown: int = 20) -> str:
+def listed_classes(classes: Sequence[str]) -> str:
     """Return class names with their labels, for a line of the log."""
     listed = [f"{label} {name}" for label, name in enumerate(classes)]
-    return ", ".join(listed if len(listed) <= shown else [*listed[: shown - 1], "…", listed[-1]])
+    return ", ".join(listed if len(listed) <= 20 else [*listed[:19], "…", listed[-1]])
 
 
 def _difference(key: str, one: Any, other: Any) -> str | None:

@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from utils.download import download, sha256_of
+from utils.download import download
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 
@@ -58,14 +58,6 @@ def test_download_that_breaks_off_keeps_nothing(server, tmp_path):
     assert list(tmp_path.iterdir()) == []
     server.limit = None
     assert download(server.url, tmp_path / "file", "the batch").read_bytes() == CONTENT
-
-
-def test_a_wrong_checksum_keeps_nothing(server, tmp_path):
-    with pytest.raises(ValueError, match="expected abc"):
-        download(server.url, tmp_path / "file", "the batch", sha256="abc")
-    assert not (tmp_path / "file").exists()
-    download(server.url, tmp_path / "file", "the batch", sha256=hashlib.sha256(CONTENT).hexdigest())
-    assert sha256_of(tmp_path / "file") == hashlib.sha256(CONTENT).hexdigest()
 
 
 def test_what_is_not_there(server, tmp_path, monkeypatch):
