@@ -1,8 +1,8 @@
 """Cost of a window of steps: rates, waiting for data, memory, and which process was slowest.
 
 meter = Meter(dist, samples=256, tokens=576, flops=1.9e12, peak=989e12)
-with meter.waiting(): batch = next(loader)
-with meter.working(): loss.backward()
+with meter.timing("waiting"): batch = next(loader)
+with meter.timing("working"): loss = model(batch)
 meter.count_step(); meter.close_window() -> {"steps_per_second": …}
 """
 
@@ -35,28 +35,16 @@ class Meter:
 
     def start_window(self) -> None:
         """Forget what was counted."""
-        self.steps, self.flops, self.waited, self.paused, self.worked = 0, 0.0, 0.0, 0.0, 0.0
+        self.steps, self.flops = 0, 0.0
+        self.seconds = {"waiting": 0.0, "paused": 0.0, "working": 0.0}
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.start = time.perf_counter()
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count as time in which there was no data."""
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
-
-    @contextmanager
-    def paused_for(self) -> Iterator[None]:
-        """Do not count: evaluation, and what of a checkpoint is not written in the background."""
-        start = time.perf_counter()
-        yield
-        self.paused += time.perf_counter() - start
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        """Count as this process's own work: the forward pass, which waits for no other's gradients."""
-        if self.dist.device.type == "cuda":
+    def timing(self, kind: str) -> Iterator[None]:
+        """Time a block: "waiting" for data; "paused", which does not count (evaluation, what of a checkpoint is not written
+        in the background); "working", the forward pass, which waits for no other process's gradients."""
+        if kind == "working" and self.dist.device.type == "cuda":
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()
             yield
@@ -65,7 +53,7 @@ class Meter:
         else:
             start = time.perf_counter()
             yield
-            self.worked += time.perf_counter() - start
+            self.seconds[kind] += time.perf_counter() - start
 
     def count_step(self, flops_per_sample: float | None) -> None:
         """Count one more step, of so many model FLOPs a sample."""
@@ -81,9 +69,10 @@ class Meter:
         """
         if self._events:
             torch.cuda.synchronize(self.dist.device)
-            self.worked = sum(first.elapsed_time(last) for first, last in self._events) / 1000
-        seconds = max(time.perf_counter() - self.start - self.paused, 1e-9)
-        mine = (self.waited, self.worked + self.waited, _peak_memory(self.dist.device))
+            self.seconds["working"] = sum(first.elapsed_time(last) for first, last in self._events) / 1000
+        seconds = max(time.perf_counter() - self.start - self.seconds["paused"], 1e-9)
+        waited = self.seconds["waiting"]
+        mine = (waited, waited + self.seconds["working"], _peak_memory(self.dist.device))
         waited, own, memory = zip(*self.dist.gather(mine), strict=True)
         images = self.steps * self.samples / seconds
         values = {"steps_per_second": self.steps / seconds, "images_per_second": images}

@@ -236,7 +236,7 @@ class Trainer:
                 self.dataset.set_epoch(epoch)
             micros = batches_of(loader)
             while batch < end:
-                with self.meter.waiting():
+                with self.meter.timing("waiting"):
                     group = list(islice(micros, self.args.gradient_accumulation_steps))
                 if not group:
                     break
@@ -281,7 +281,7 @@ class Trainer:
         watched: list[tuple[str, int | None, Tensor]] = []
         for number, (micro, place) in enumerate(batch):
             with self.plan.last_only(phase.module, last=number == len(batch) - 1):
-                with self.meter.working(), self._autocast():
+                with self.meter.timing("working"), self._autocast():
                     loss, logs = phase.loss(micro, place)
                 self.scaler.scale(loss / len(batch)).backward()
             watched.append(("loss", number, loss.detach()))
@@ -384,7 +384,7 @@ class Trainer:
         figures = self.job.validate is not None and checkpoint
         if not (checkpoint or pictures):
             return
-        with self.meter.paused_for(), ExitStack() as stack:
+        with self.meter.timing("paused"), ExitStack() as stack:
             self._save_if_sound(wait=final) if checkpoint else self.failures.require_finite()
             if not (pictures or figures):
                 return

@@ -41,9 +41,9 @@ def clock(monkeypatch):
 
 
 def step(meter, clock, waiting=0.0, working=0.0, other=0.0, flops=None):
-    with meter.waiting():
+    with meter.timing("waiting"):
         clock.go(waiting)
-    with meter.working():
+    with meter.timing("working"):
         clock.go(working)
     clock.go(other)
     meter.count_step(flops)
@@ -77,7 +77,7 @@ def test_pauses_do_not_count(clock):
     meter = Meter(CPU, samples=8, tokens=None, peak=None)
     for _ in range(2):
         step(meter, clock, waiting=0.25, working=0.75)
-        with meter.paused_for():
+        with meter.timing("paused"):
             clock.go(1000)
     values = meter.close_window()
     assert values["steps_per_second"] == pytest.approx(1.0) and values["data_wait"] == pytest.approx(0.25)
