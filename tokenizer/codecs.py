@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.base import Tokenizer
-from tokenizer.load import choose_weights, load_tokenizer
+from tokenizer.load import load_tokenizer
 from tokenizer.vqgan.sizes import VQGAN_FROM_TAMING
+from utils.checkpoint import has_averages
 from utils.cli import tokenizer_beliefs
 from utils.distributed import Distributed
 from utils.hub import resolve
@@ -112,7 +113,9 @@ def load_vq(args: argparse.Namespace, dist: Distributed, seed: int) -> Loaded:
         )
     with dist.main_first():
         path = find_checkpoint(args.vq_ckpt)
-    args.use_ema = choose_weights(path, args.use_ema, told=dist.is_main)
+    args.use_ema = args.use_ema and has_averages(path)
+    if dist.is_main:
+        print(f"{path}: its {'averaged' if args.use_ema else 'raw'} weights")
     tokenizer = load_tokenizer(path, **tokenizer_beliefs(args), device=dist.device, use_ema=args.use_ema)
     vars(args).update(tokenizer.flags)
     size = getattr(args, "image_size_eval", None) or args.image_size

@@ -116,33 +116,13 @@ def find_tokenizer(gpt: Path, fingerprint: str | None) -> Path:
     )
 
 
-def choose_weights(path: str | Path, use_ema: bool, told: bool = True) -> bool:
-    """Return whether a file's averaged weights are to be used: if asked for and there. told: print which are used."""
-    averaged = use_ema and read_checkpoint(path).ema is not None
-    if told:
-        print(f"{path}: its {'averaged' if averaged else 'raw'} weights")
-    return averaged
-
-
-def compare_beliefs(path: str | Path, tokenizer: Tokenizer, beliefs: Mapping[str, Any]) -> None:
-    """Raises ValueError where a tokenizer is not what a flag says; flags left at None are not compared."""
-    held = tokenizer.flags
-    wrong = [name for name in held if beliefs.get(name) not in (None, held[name])]
-    if wrong:
-        flags = {name: "--" + name.replace("_", "-") for name in wrong}
-        raise ValueError(
-            f"{path} does not fit the flags {', '.join(f'{flags[name]} {beliefs[name]}' for name in wrong)}; "
-            f"it holds {', '.join(f'{flags[name]} {held[name]}' for name in wrong)}"
-        )
-
-
 def _load(checkpoint: Checkpoint, beliefs: Mapping[str, Any], l2_norm: bool | None) -> Tokenizer:
     config, state = described(checkpoint)
     if l2_norm is not None:
         if recorded_l2_norm(checkpoint) not in (None, l2_norm):
+            found, asked = ("", "not ")[l2_norm], ("not ", "")[l2_norm]
             raise ValueError(
-                f"{checkpoint.path} has codes that are {'not ' if l2_norm else ''}l2-normalised, asked for is a tokenizer "
-                f"whose codes are {'' if l2_norm else 'not'}"
+                f"{checkpoint.path} has codes that are {found}l2-normalised, asked for are {asked}normalised ones"
             )
         config = {**config, "quantizer": {**config["quantizer"], "l2_norm": l2_norm}}
     try:
@@ -151,6 +131,9 @@ def _load(checkpoint: Checkpoint, beliefs: Mapping[str, Any], l2_norm: bool | No
     except ValueError as error:
         files = " ".join(f"--import {file}" for file in checkpoint.config.get("imports", ()))
         raise ValueError(f"{checkpoint.path}: {error}" + (f"; it was written with {files}" if files else "")) from error
-    compare_beliefs(checkpoint.path, model, beliefs)
+    wrong = {name: held for name, held in model.flags.items() if beliefs.get(name) not in (None, held)}
+    if wrong:
+        given, held = (", ".join(f"--{name.replace('_', '-')} {of[name]}" for name in wrong) for of in (beliefs, wrong))
+        raise ValueError(f"{checkpoint.path} does not fit the flags {given}; it holds {held}")
     load_into(model, state, checkpoint.path, assign=True)
     return model.float().eval().requires_grad_(False)

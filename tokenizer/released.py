@@ -16,17 +16,9 @@ from tokenizer.tokenizer_image.sizes import size_name
 from utils.checkpoint import Checkpoint, State
 
 Adapted = tuple[dict[str, Any], State]
-# Name -> what makes a config and renamed weights of a family's checkpoint, None of another family's.
-FAMILIES: dict[str, Callable[[Checkpoint], Adapted | None]] = {}
-
 _LEVEL = re.compile(r"(encoder\.down|decoder\.up)\.(\d+)\.(.+)")
 _MIDDLE = {"block_1": "0", "attn_1": "1", "block_2": "2"}
 _MIDDLE_PART = re.compile(r"(encoder|decoder)\.mid\.(block_1|attn_1|block_2)\.(.+)")
-
-
-def family(adapter: Callable[[Checkpoint], Adapted | None]) -> Callable[[Checkpoint], Adapted | None]:
-    """Register an adapter under its name."""
-    return FAMILIES.setdefault(adapter.__name__, adapter)
 
 
 def adapted(checkpoint: Checkpoint) -> Adapted | None:
@@ -39,7 +31,6 @@ def adapted(checkpoint: Checkpoint) -> Adapted | None:
     return next((found for adapter in FAMILIES.values() if (found := adapter(checkpoint)) is not None), None)
 
 
-@family
 def llamagen(checkpoint: Checkpoint) -> Adapted | None:
     """Adapt LlamaGen's files and this project's first ones. They say nothing, or the codebook's norm; released ones have it."""
     if "encoder.conv_blocks.0.res.0.conv1.weight" not in checkpoint.model:
@@ -47,7 +38,6 @@ def llamagen(checkpoint: Checkpoint) -> Adapted | None:
     return vqgan_config(checkpoint, checkpoint.model, recorded_l2_norm(checkpoint) is not False), checkpoint.model
 
 
-@family
 def taming(checkpoint: Checkpoint) -> Adapted | None:
     """Adapt the VQGANs of taming-transformers and latent diffusion; the discriminator and LPIPS (`loss.…`) are dropped."""
     if "encoder.down.0.block.0.conv1.weight" not in checkpoint.model:
@@ -134,33 +124,31 @@ def vqgan_config(checkpoint: Checkpoint, state: Mapping[str, Tensor], l2_norm: b
     }
 
 
+# Adapters by family: each makes a config and renamed weights of its checkpoints, None of another family's.
+FAMILIES: dict[str, Callable[[Checkpoint], Adapted | None]] = {"llamagen": llamagen, "taming": taming}
+
+
 def looks_like(state: Mapping[str, Tensor]) -> str:
     """Guess what a state dict of another model is of, as a clause of an error's message."""
 
-    def has(prefix: str) -> bool:
-        return any(name.startswith(prefix) for name in state)
+    def has(pattern: str) -> bool:
+        return any(re.match(pattern, name) for name in state)
 
-    if has("encoder.down.0.block."):
-        return "it looks like a VQGAN of taming-transformers (give it as --vq-ckpt)"
-    if "quantize.embedding.weight" in state and has("encoder."):
-        rows, width = state["quantize.embedding.weight"].shape
-        return f"it looks like a VQ image tokenizer with {rows} codes of {width} (give it as --vq-ckpt)"
-    if has("encoder.conv_blocks."):
-        return "it looks like an image tokenizer without a codebook (give it as --vq-ckpt)"
-    if {"layers.0.attention.wqkv.weight", "tok_embeddings.weight"} <= state.keys() and has("cls_embedding."):
-        return "it looks like a GPT (give it as --gpt-ckpt)"
-    if any(".lora_" in name for name in state):
-        return "it looks like a LoRA adapter (merge it into its model, and give that)"
-    if any(re.match(r"layers\.\d+\.attention\.wqkv\.weight", name) for name in state):
-        return "it looks like a part of a GPT"
-    if "main.0.weight" in state or (has("blocks.") and has("final_linear.")):
-        return "it looks like a discriminator"
-    if "shared.weight" in state and has("encoder.block."):
-        return "it looks like a T5 text encoder (give it as --t5-path)"
-    if has("encoder.down_blocks."):
-        return "it looks like an autoencoder of diffusers (tokenizer/vae/reconstruction_vae_ddp.py reads it)"
-    if has("visual.") or has("vision_model."):
-        return "it looks like a CLIP"
-    if any("self_attn" in name for name in state):
-        return "it looks like a language model of transformers"
-    return f"its first weights are {', '.join(list(state)[:5]) or 'none'}"
+    gpt = {"layers.0.attention.wqkv.weight", "tok_embeddings.weight"} <= state.keys() and has(r"cls_embedding\.")
+    kinds = {
+        "a VQGAN of taming-transformers (give it as --vq-ckpt)": has(r"encoder\.down\.0\.block\."),
+        "a VQ image tokenizer (give it as --vq-ckpt)": has(r"quantize\.embedding\.weight") and has(r"encoder\."),
+        "an image tokenizer without a codebook (give it as --vq-ckpt)": has(r"encoder\.conv_blocks\."),
+        "a GPT (give it as --gpt-ckpt)": gpt,
+        "a LoRA adapter (merge it into its model, and give that)": has(r".*\.lora_"),
+        "a part of a GPT": has(r"layers\.\d+\.attention\.wqkv\.weight"),
+        "a discriminator": has(r"main\.0\.weight") or (has(r"blocks\.") and has(r"final_linear\.")),
+        "a T5 text encoder (give it as --t5-path)": has(r"shared\.weight") and has(r"encoder\.block\."),
+        "an autoencoder of diffusers (tokenizer/vae/reconstruction_vae_ddp.py reads it)": has(
+            r"encoder\.down_blocks\."
+        ),
+        "a CLIP": has(r"visual\.|vision_model\."),
+        "a language model of transformers": has(r".*self_attn"),
+    }
+    kind = next((kind for kind, fits in kinds.items() if fits), None)
+    return f"it looks like {kind}" if kind else f"its first weights are {', '.join(list(state)[:5]) or 'none'}"

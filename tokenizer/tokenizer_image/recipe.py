@@ -103,18 +103,11 @@ def new_losses(args: argparse.Namespace) -> VQLoss:
             f"--disc-type patchgan needs images of {PATCHGAN_MINIMUM} pixels a side, got --image-size {args.image_size}; "
             "use a larger one, --disc-type stylegan, or --disc-weight 0"
         )
-    return VQLoss(
-        disc_start=args.disc_start,
-        disc_loss=args.disc_loss,
-        disc_type=args.disc_type,
-        image_size=args.image_size,
-        disc_weight=args.disc_weight,
-        gen_adv_loss=args.gen_loss,
-        reconstruction_loss=args.reconstruction_loss,
-        reconstruction_weight=args.reconstruction_weight,
-        codebook_weight=args.codebook_weight,
-        perceptual_weight=args.perceptual_weight,
-    )
+    names = (
+        "disc_start", "disc_loss", "disc_type", "image_size", "disc_weight", "reconstruction_loss", "reconstruction_weight",
+        "codebook_weight", "perceptual_weight",
+    )  # fmt: skip
+    return VQLoss(gen_adv_loss=args.gen_loss, **{name: getattr(args, name) for name in names})
 
 
 def begin_anew(initial: Checkpoint, discriminator: nn.Module, args: argparse.Namespace) -> None:

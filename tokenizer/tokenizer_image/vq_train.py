@@ -116,23 +116,18 @@ def flags() -> argparse.ArgumentParser:
         None,
         "look codes up among normalised vectors (default: as --vq-ckpt or the resumed run does, else on)",
     )
-    group.add_argument("--codebook-weight", type=nonnegative_float, default=1.0, help="of the codebook's losses")
-    group.add_argument("--entropy-loss-ratio", type=nonnegative_float, default=0.0, help="of the entropy loss")
-    group.add_argument("--commit-loss-beta", type=nonnegative_float, default=0.25, help="of the commitment loss")
-    group.add_argument("--reconstruction-weight", type=nonnegative_float, default=1.0, help="of the pixels' loss")
+    for flag, default, help in (
+        ("--codebook-weight", 1.0, "of the codebook's losses"),
+        ("--entropy-loss-ratio", 0.0, "of the entropy loss"),
+        ("--commit-loss-beta", 0.25, "of the commitment loss"),
+        ("--reconstruction-weight", 1.0, "of the pixels' loss"),
+        ("--perceptual-weight", 1.0, "of LPIPS; 0 needs no VGG16 weights"),
+        ("--disc-weight", 0.5, "of the adversarial losses; 0 for no discriminator"),
+    ):
+        group.add_argument(flag, type=nonnegative_float, default=default, help=help)
     group.add_argument("--reconstruction-loss", choices=["l1", "l2"], default="l2", help="of the pixels")
-    group.add_argument(
-        "--perceptual-weight", type=nonnegative_float, default=1.0, help="of LPIPS; 0 needs no VGG16 weights"
-    )
-    group.add_argument(
-        "--disc-weight", type=nonnegative_float, default=0.5, help="of the adversarial losses; 0 for no discriminator"
-    )
-    group.add_argument(
-        "--disc-start",
-        type=nonnegative_int,
-        default=20000,
-        help="first step with the discriminator, as the log counts them",
-    )
+    help = "first step with the discriminator, as the log counts them"
+    group.add_argument("--disc-start", type=nonnegative_int, default=20000, help=help)
     group.add_argument("--disc-type", choices=["patchgan", "stylegan"], default="patchgan", help="discriminator")
     group.add_argument(
         "--disc-loss", choices=["hinge", "vanilla", "non-saturating"], default="hinge", help="discriminator's loss"
