@@ -12,14 +12,13 @@ pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("httpx")
 
-from autoregressive.class_names import find_class, imagenet_names
 from autoregressive.demo import MOST_IMAGES, Painter, Picture, error_html, view, words
 from autoregressive.pipeline import ImagePipeline, load_gpt
 from autoregressive.serve.body import Limits
 from autoregressive.serve.decoder import GREY, Decoder
 from autoregressive.serve.server import native_service
 from autoregressive.serve.service import Service
-from tests.serve.servers import ScriptedEngine, listening, picture, pixels
+from tests.serve.servers import ScriptedEngine, listening, pixels
 from tests.serve.small import text_pipeline
 from tokenizer.load import load_tokenizer
 
@@ -177,18 +176,6 @@ def test_painter_and_server_draw_the_same_class_for_a_name(tokenizer, asked, lab
     assert [request.conditions["label"] for request in engine.asked] == [label] * 3
 
 
-def test_name_of_two_classes_is_refused_with_both_numbers_everywhere(tokenizer):
-    for name in ("CARDIGAN", "cARDIGAN", "MAILLOT", "Crane"):
-        labels = [i for i, known in enumerate(imagenet_names()) if known.casefold() == name.casefold()]
-        if len(labels) < 2 or name in imagenet_names():
-            continue
-        with pytest.raises(ValueError, match=f"{labels[0]}: .* and {labels[1]}: "):
-            find_class(name, imagenet_names())
-    service = listening(lambda: scripted(tokenizer, ScriptedEngine(num_classes=1000)))
-    with service as (address, _), pytest.raises(ValueError, match=r"264: Cardigan and 474: cardigan"):
-        draw(address, "CARDIGAN")
-
-
 # Mistakes
 
 
@@ -272,8 +259,3 @@ def test_status_counts_images_and_escapes_errors():
     half = view([Picture(1, b"png", rows=2, of_rows=4), Picture(2)], "3", {}, 1.23)
     assert "value='0.250'" in half.status and "2 images: 25%, 1 s" in half.status and not half.done
     assert "1 image in 9.9 s" in view([Picture(1, b"png", seconds=9)], "3", {}, 9.9).status
-
-
-def test_picture_of_a_server_is_the_decoders(tokenizer, scripted_address):
-    ((_, png, _),) = draw(scripted_address, 3, seed=5)[-1].pictures
-    assert np.array_equal(pixels(png), picture(tokenizer, 3, 5))

@@ -18,7 +18,7 @@ from autoregressive.serve import native
 from autoregressive.serve.decoder import GREY, Decoder
 from autoregressive.serve.native import NativeEngine
 from tests.helpers import ROOT
-from tests.serve.small import image, text_pipeline
+from tests.serve.small import image
 from tokenizer.load import load_tokenizer
 from utils.errors import NotFiniteError
 
@@ -94,22 +94,6 @@ def test_tokens_come_row_by_row(pipeline):
     assert len(yielded) > 1 and any(yielded[:-1]) == pipeline.gpt.layout.is_raster
 
 
-@pytest.mark.slow
-def test_prompts(small_files, tokenizer):
-    pipeline = text_pipeline(tokenizer)
-    prompts = ["a red lantern", "a", "two cats sleep on a chair", "rain", "a map"]
-    encoded = pipeline.encode(prompts)
-    negatives = [None, *encoded[1:3][::-1], None, encoded[0]]
-    requests = [
-        image(features=one, negative=other, seed=i, cfg_scale=3.0)
-        for i, (one, other) in enumerate(zip(encoded, negatives))
-    ]
-    for i, tokens in enumerate(serve(pipeline, requests)):
-        words = [None, prompts[2], prompts[1], None, prompts[0]][i]
-        expected = pipeline([prompts[i]], negative_prompts=words, seed=i, cfg_scale=3.0, progress=False)[0]
-        assert np.array_equal(decoded(pipeline, tokens[-1]), np.asarray(expected))
-
-
 @pytest.mark.parametrize(
     "request_, message",
     [
@@ -132,25 +116,6 @@ def test_requests_that_are_refused(raster, request_, message):
             engine.check(request_)
         with pytest.raises(ValueError, match=message):
             await anext(engine.generate(request_))
-        await engine.close()
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize(
-    "request_, message",
-    [
-        (image(label=1), "takes the conditions caption; given were label"),
-        (image(features=torch.zeros(3, 5)), "takes floats of shape"),
-        (image(features=torch.zeros(0, 12)), "takes floats of shape"),
-        (image(features=torch.full((2, 12), float("inf"))), "not all finite"),
-    ],
-)
-def test_features_that_are_refused(tokenizer, request_, message):
-    async def main():
-        engine = NativeEngine(text_pipeline(tokenizer))
-        with pytest.raises(ValueError, match=message):
-            engine.check(request_)
         await engine.close()
 
     asyncio.run(main())

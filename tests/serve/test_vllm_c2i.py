@@ -93,12 +93,6 @@ def test_negatives_of_any_company_draw_what_the_pipeline_draws(running, small_fi
     "request_, message",
     [
         (image(label=10), "label 10 is out of range: the model has classes 0 to 9"),
-        (image(label=-1), "label -1 is out of range"),
-        (image(label=10**30), "is out of range"),
-        (image(label=True), "a label is a whole number, 0 to 9, got True"),
-        (image(label="3"), "a label is a whole number, 0 to 9, got '3'"),
-        (image(), "takes the conditions label; given were none"),
-        (image(label=1, negative=11, cfg_scale=2.0), "label 11 is out of range"),
         (image(label=1, negative=3), "no effect without guidance"),
         (image(label=1, seed=2**64), "seed must be a whole number"),
     ],

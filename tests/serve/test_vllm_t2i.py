@@ -80,18 +80,3 @@ def test_vllm_engine_with_one_broken_image_draws_the_others(running, small_files
     *drawn, broken = running.draw([*requests, overflowing], failures=True)
     assert drawn == expected == running.draw(requests)
     assert isinstance(broken, NotFiniteLogits) and broken.steps == [1] and not running.engine.dead
-
-
-@pytest.mark.parametrize(
-    "request_, message",
-    [
-        (image(label=1), "takes the conditions caption; given were label"),
-        (image(features=torch.zeros(3, 8)), r"shape \(3, 8\); this model takes floats of shape \(length, 32\)"),
-        (image(features=torch.zeros(0, WIDTH)), "takes floats of shape"),
-        (image(features=torch.full((3, WIDTH), torch.nan)), "not all finite"),
-    ],
-)
-def test_a_request_that_is_refused(request_, message, running):
-    with pytest.raises(ValueError, match=message):
-        running.engine.check(request_)
-    assert not running.engine.dead
