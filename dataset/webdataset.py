@@ -40,17 +40,6 @@ _READERS = 8
 _BEGINNING = 4096  # bytes of an image that tell it from others, with its name and size
 
 
-class Member(io.BytesIO):
-    """The bytes of a member of a shard, which tells where it is from."""
-
-    def __init__(self, content: bytes, place: str):
-        super().__init__(content)
-        self.place = place
-
-    def __str__(self) -> str:
-        return self.place
-
-
 class TarPairs(PairFiles):
     """The samples of a folder's *.tar files, image and texts.
 
@@ -76,12 +65,12 @@ class TarPairs(PairFiles):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_map": None}
 
-    def image_file(self, index: int) -> Member:
+    def image_file(self, index: int) -> io.BytesIO:
         """Return the bytes of a sample's image. Raises ValueError where it has none or the shard is shorter than it was, OSError."""
         offset, size = self._rows[index, :2].tolist()
         if not size:
             raise ValueError(f"{self.where(index)} has no image")
-        return Member(self._read(index, offset, size), self.where(index))
+        return io.BytesIO(self._read(index, offset, size))
 
     def texts(self, index: int) -> list[str]:
         """Return a sample's captions: `text` or `caption` of its .json (a string or a list of them), else its .txt.

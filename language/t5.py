@@ -8,7 +8,8 @@ Features are right-padded, as the tokenizer pads; what stands in the padding is 
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,11 @@ DEFAULT_FOLDER = "pretrained_models/t5-ckpt"
 # Texts that go through the encoder at once. A caption of 120 tokens has a quarter of a gigabyte of activations in XL.
 TEXTS_AT_ONCE = 64
 
-_WEIGHTS = ("*.safetensors", "*.bin")
-_TOKENIZER = ("tokenizer.json", "spiece.model")
+_NEEDED = {
+    "config.json": ["config.json"],
+    "tokenizer": ["tokenizer.json", "spiece.model"],
+    "weights": ["*.safetensors", "*.bin"],
+}
 
 
 def find_t5(t5_path: str | Path | None = None, model_type: str = "flan-t5-xl") -> Path:
@@ -142,42 +146,35 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     """Load T5's tokenizer from a local folder. Raises FileNotFoundError or ValueError that names the folder."""
     from transformers import AutoTokenizer
 
-    folder = Path(folder)
-    if not any((folder / name).is_file() for name in _TOKENIZER):
-        raise FileNotFoundError(f"{folder} has no tokenizer ({' or '.join(_TOKENIZER)}). {_remedy(folder)}")
-    try:
+    with _read_whole(Path(folder), "tokenizer"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # sentencepiece, tokenizers and json each have their own for a damaged file
-        raise ValueError(f"the tokenizer in {folder} cannot be read ({error}). {_remedy(folder)}") from error
+
+
+@contextmanager
+def _read_whole(folder: Path, what: str) -> Iterator[None]:
+    """Raise FileNotFoundError where a folder has none of the files of `what`, ValueError where they cannot be read inside."""
+    if not any(file for pattern in _NEEDED[what] for file in folder.glob(pattern)):
+        raise FileNotFoundError(f"{folder} has no {what} ({' or '.join(_NEEDED[what])}). {_remedy(folder)}")
+    try:
+        yield
+    except Exception as error:  # sentencepiece, tokenizers, safetensors and json each have their own for a damaged file
+        raise ValueError(f"the {what} in {folder} cannot be read ({error}). {_remedy(folder)}") from error
 
 
 def _load_encoder(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     from transformers import AutoConfig, T5EncoderModel
     from transformers.utils import logging
 
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} has no config.json: it is no model's folder, or not whole. {_remedy(folder)}"
-        )
-    if not any(file for pattern in _WEIGHTS for file in folder.glob(pattern)):
-        raise FileNotFoundError(f"{folder} has no weights ({' or '.join(_WEIGHTS)}). {_remedy(folder)}")
-    try:
+    with _read_whole(folder, "config.json"):
         kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
-    except Exception as error:  # which it is depends on what is wrong with the JSON
-        raise ValueError(
-            f"{folder / 'config.json'} is no model's configuration ({error}). {_remedy(folder)}"
-        ) from error
     if kind != "t5":
         raise ValueError(f"{folder} holds a model of the kind {kind!r}, not a T5. {_remedy(folder)}")
     logging.disable_progress_bar()  # it takes seconds, and one for each of eight processes tells nothing
-    try:
-        model, found = T5EncoderModel.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, **{_dtype_argument(): dtype}
-        )
-    except Exception as error:  # missing parts are OSError, damaged ones what the reading library raises
-        raise ValueError(f"the weights in {folder} cannot be read ({error}). {_remedy(folder)}") from error
+    options = {"local_files_only": True, "output_loading_info": True, _dtype_argument(): dtype}
+    with _read_whole(folder, "weights"):
+        model, found = T5EncoderModel.from_pretrained(folder, **options)
     wrong = sorted(found["missing_keys"]) + sorted(map(str, found.get("mismatched_keys", [])))
-    if wrong:  # transformers would continue with random numbers for them
+    if wrong:  # transformers would go on with random numbers in their place
         raise ValueError(f"{folder} lacks weights of T5's encoder: {', '.join(wrong[:8])}. {_remedy(folder)}")
     return model
 
