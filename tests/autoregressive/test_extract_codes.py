@@ -230,15 +230,6 @@ def test_debug_writes_nothing(images, tokenizer, tmp_path, capsys):
 # What happens on the way
 
 
-def test_again_does_nothing(images, tokenizer, tmp_path, extracted, capsys):
-    folder = shutil.copytree(extracted, tmp_path / "codes")
-    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    extract(images, folder, tokenizer, "--num-workers", 2)
-    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
-    printed = capsys.readouterr().out
-    assert "codes of 18 images, 0 unreadable ones skipped" in printed and "encoded" not in printed
-
-
 def test_batches_end_with_their_shard():
     settings = CodeSettings("imagenet", 16, TOKENS, FLIP_VIEWS, 64, COUNT, shard_size=5)
     batches = shard_batches(settings, [1, 3], 2)
@@ -287,16 +278,6 @@ def test_a_full_disk_leaves_whole_shards(images, tokenizer, extracted, tmp_path,
     assert all(digests(extracted)[f"{name}.npy"] == there[f"{name}.npy"] for name in finished)
     extract(images, folder, tokenizer)
     assert digests(folder) == digests(extracted)
-
-
-def test_missing_and_damaged_shards_are_written_again(images, tokenizer, tmp_path, extracted):
-    folder = shutil.copytree(extracted, tmp_path / "codes")
-    (folder / "shard-000001.json").unlink()
-    (folder / "shard-000003.npy").write_bytes(b"short")
-    untouched = (folder / "shard-000000.npy").stat().st_mtime_ns
-    extract(images, folder, tokenizer)
-    assert digests(folder) == digests(extracted)
-    assert (folder / "shard-000000.npy").stat().st_mtime_ns == untouched
 
 
 @pytest.fixture
@@ -371,13 +352,6 @@ def test_flags_that_do_not_fit(images, tokenizer, tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
         extract(images, tmp_path / "codes", tokenizer, *more)
     assert not (tmp_path / "codes").exists()
-
-
-def test_missing_files(images, tokenizer, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist"):
-        extract(tmp_path / "nowhere", tmp_path / "codes", tokenizer)
-    with pytest.raises(FileNotFoundError, match=r"nowhere"):
-        extract(images, tmp_path / "codes", tmp_path / "nowhere" / "vq.pt")
 
 
 # Flags

@@ -136,15 +136,6 @@ def test_listed_images_of_a_bad_list(tmp_path, content, message):
         listed_images(tmp_path)
 
 
-def test_joined_lists(classes, tmp_path):
-    save(tmp_path / "faces" / "deep" / "1.png", (250, 0, 0))
-    joined = class_folders(classes) + nested_folder(tmp_path / "faces")
-    data = ImageDataset(joined, partial(center_view, image_size=SIZE))
-    assert len(data) == 13 and data.classes == ["ant", "bee"]
-    assert [data[i][1] for i in (0, 6, 11, 12)] == [0, 1, 1, 0]
-    assert data[12][0][0, 0, 0] == pytest.approx(250 / 127.5 - 1)
-
-
 # jsonl
 
 
@@ -325,11 +316,3 @@ def test_huge_images_and_strips_are_skipped(tmp_path, monkeypatch):
     data = ImageDataset(flat_folder(tmp_path), partial(center_view, image_size=64))
     assert all(data[i][0][0, 0, 0] == 1 for i in range(3))
     assert data.skipped_indices == [1, 2]
-
-
-def test_errors_of_a_transform_are_not_taken_for_bad_images(noisy):
-    def broken(image):
-        raise ValueError("a slip in the transform")
-
-    with pytest.raises(ValueError, match="a slip"):
-        ImageDataset(noisy.images, broken)[0]

@@ -201,22 +201,6 @@ def test_workers_read_the_same(data, pairs):
 # Batches
 
 
-def test_collate_against_a_loop():
-    lengths = [1, 3, 0, TOKENS, TOKENS + 2]
-    read = [
-        {"codes": torch.full((4,), i), "caption": caption_features(i, length), "valid": length > 0}
-        for i, length in enumerate(lengths)
-    ]
-    codes, features, found, valid = (batched(read)[key] for key in ("codes", "caption", "caption_length", "valid"))
-    assert codes.tolist() == [[i] * 4 for i in range(5)] and valid.tolist() == [True, True, False, True, True]
-    assert found.tolist() == [1, 3, 0, TOKENS, TOKENS]
-    for row, caption in enumerate(item["caption"] for item in read):
-        for column in range(TOKENS):
-            place = column - (TOKENS - int(found[row]))
-            expected = caption[place] if place >= 0 else torch.zeros(DIM)
-            assert torch.equal(features[row, column], expected)
-
-
 def test_half_precision_features_stay_half():
     """Also beside a pair that has none."""
     read = [{"caption": torch.zeros(0, DIM)}, {"caption": caption_features(1).bfloat16()}]

@@ -352,16 +352,6 @@ def test_finished_means_finished(lists, t5, extracted, capsys):
     assert {path: path.stat().st_mtime_ns for path in extracted.rglob("*")} == before
 
 
-def test_damaged_shards_are_written_anew(lists, t5, extracted, tmp_path, capsys):
-    folder = extract(lists, tmp_path / "features", t5)
-    for name in ("shard-000001.npy", "shard-000002.ends.npy", "shard-000003.json"):
-        (folder / "part-00" / name).write_bytes(b"half")
-    capsys.readouterr()
-    extract(lists, folder, t5)
-    assert "encoded 13 captions" in capsys.readouterr().out
-    assert digests(folder) == digests(extracted)
-
-
 def test_published_files_that_are_missing(lists, t5, tmp_path, capsys):
     """They are written anew with the same bytes: all of their shard is encoded, and only they are written."""
     folder = extract(lists, tmp_path / "published", t5, "--published-layout")
@@ -417,12 +407,6 @@ def test_other_settings_into_the_same_folder(lists, t5, extracted, more, message
     with pytest.raises(ValueError, match=rf"holds features of other settings(.|\n)*{message}"):
         extract(lists, extracted, t5, *more)
     assert digests(extracted) == before
-
-
-def test_another_encoder_into_the_same_folder(lists, extracted, tmp_path):
-    other = make_small_t5(tmp_path / "flan-t5-xl", sentences=["another tokenizer", "and other weights"])
-    with pytest.raises(ValueError, match="fingerprint: "):
-        extract(lists, extracted, other)
 
 
 def test_missing_folders(lists, t5, tmp_path, monkeypatch):
