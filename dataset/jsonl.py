@@ -9,6 +9,7 @@ Only the place of each line is held in memory: fifty million pairs are 400 MB of
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +18,6 @@ import numpy as np
 from dataset.images import ImageList
 from dataset.lines import digest
 from dataset.pairs import PairFiles
-
-_CHUNK = 1 << 24
 
 
 class JsonPairs(PairFiles, Sequence[dict]):
@@ -94,6 +93,11 @@ class _ImagePaths(Sequence[str]):
     def __getitem__(self, index: int) -> str:
         return self.pairs.image_file(index)
 
+    def update(self, digest: "hashlib._Hash") -> None:
+        """Add the content of the lists to a digest."""
+        for k in range(len(self.pairs.files)):
+            digest.update(self.pairs.list_digest(k).encode())
+
 
 def jsonl_images(folder: str | Path) -> ImageList:
     """Return the images of a folder's jsonl files without their texts, all with label 0. Raises as JsonPairs does."""
@@ -105,15 +109,11 @@ def _line_starts(file: Path) -> tuple[np.ndarray, str]:
 
     Empty lines at the end do not count.
     """
-    starts, position, last_text, content = [np.zeros(1, np.int64)], 0, 0, hashlib.blake2b(digest_size=16)
+    starts, lines, content = array("q", [0]), 0, hashlib.blake2b(digest_size=16)
     with open(file, "rb") as f:
-        while chunk := f.read(_CHUNK):
-            content.update(chunk)
-            ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
-            starts.append(ends + position + 1)
-            if text := chunk.rstrip():
-                last_text = position + len(text)
-            position += len(chunk)
-    starts = np.concatenate(starts)
-    starts = starts[starts < last_text]
-    return np.append(starts, position) if last_text else np.zeros(1, np.int64), content.hexdigest()
+        for line in f:
+            content.update(line)
+            starts.append(starts[-1] + len(line))
+            if line.strip():
+                lines = len(starts) - 1
+    return np.append(np.asarray(starts[:lines]), starts[-1]) if lines else np.zeros(1, np.int64), content.hexdigest()

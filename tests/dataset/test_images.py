@@ -150,10 +150,12 @@ def test_json_lines(tmp_path):
     assert lines[2] == pairs[0] and lines[1] == pairs[1]
     data = ImageDataset(jsonl_images(tmp_path), partial(center_view, image_size=SIZE))
     assert [data[i][0][:, 0, 0].tolist() for i in range(3)] == [[-1, 1, -1], [-1, -1, 1], [-1, 1, -1]]
+    before = data.images.identity()
+    (tmp_path / "2.jsonl").write_text(json.dumps(pairs[1]))
+    assert jsonl_images(tmp_path).identity() != before
 
 
-def test_json_lines_across_read_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("dataset.jsonl._CHUNK", 7)
+def test_json_lines_with_carriage_returns_and_blank_ends(tmp_path):
     texts = [json.dumps({"image_path": "x" * n}) for n in range(1, 30)]
     (tmp_path / "a.jsonl").write_text("\r\n".join(texts) + "\n\n\n")
     assert [pair["image_path"] for pair in JsonPairs(tmp_path)] == ["x" * n for n in range(1, 30)]
