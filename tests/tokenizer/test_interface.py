@@ -21,6 +21,7 @@ import_file(ROOT / "examples/lookup_free.py")
 CONFIGS = {
     "vq": {"name": "vq", "codebook_size": 64, "codebook_embed_dim": 8},
     "vq without l2-norm": {"name": "vq", "codebook_size": 48, "codebook_embed_dim": 3, "l2_norm": False},
+    "vq with restarts": {"name": "vq_restart", "codebook_size": 64, "codebook_embed_dim": 8},
     "lookup-free": {"name": "lookup-free", "codebook_size": 64},
 }
 NETWORK = {"name": "vqgan", **VQ_SIZES["VQ-4"], "z_channels": 32}
@@ -147,3 +148,36 @@ def test_config_of_another_quantiser_stands_in_the_published_fields_where_it_can
     other = build("lookup-free")
     assert (other.config.codebook_size, other.config.codebook_embed_dim) == (64, 6)
     assert type(other)(replace(other.config)).identity == other.identity
+
+
+def test_tokenizer_of_patches_decodes_in_strips_and_is_built_again():
+    network = {"name": "vqgan", **VQ_SIZES["VQ-8-P"]}
+    tokenizer = randomize(build_tokenizer({"network": network, "quantizer": CONFIGS["vq"]}))
+    codes = tokenizer.to_codes(pixels(16)[..., :16])
+    images = tokenizer.to_pixels(codes)
+    assert (codes.shape, images.shape, tokenizer.downsample, tokenizer.family) == (
+        (2, 2, 2),
+        (2, 3, 16, 16),
+        8,
+        "VQ-8-P",
+    )
+    assert (tokenizer.to_pixels_in_strips(codes) - images).abs().max() < 1e-3 * images.abs().max()
+    assert build_tokenizer(tokenizer.identity).network == tokenizer.network
+
+
+def test_restarted_codes_are_latents_of_the_batch_and_used_ones_stay():
+    quantiser = build("vq with restarts").quantize.train()
+    torch.manual_seed(1)
+    latents = torch.nn.functional.normalize(torch.randn(2, 8, 4, 4), dim=1)
+    quantiser(latents)
+    begun = quantiser.embedding.weight.detach().clone()
+    rows = latents.permute(0, 2, 3, 1).reshape(-1, 8)
+    assert (begun[1:, None] - rows).abs().amax(-1).amin(-1).max() < 1e-6, (
+        "all but code 0, with which the window is filled"
+    )
+    quantiser(latents)
+    assert torch.equal(quantiser.embedding.weight, begun), "a code that has just begun has time to come into use"
+    quantiser.codebook_used.fill_(5)
+    quantiser(torch.randn(2, 8, 4, 4))
+    changed = (quantiser.embedding.weight != begun).any(-1)
+    assert not changed[5] and changed.sum() == 63

@@ -36,6 +36,7 @@ VQ_OPTIONS = {
 class VQModelArgs:
     """The shape of a tokenizer. The channel multipliers, one per level from the image down, set the downsampling.
 
+    patch: pixels a side that the network takes in and gives out at once; larger ones make it quicker and less sharp.
     quantizer: the config of another quantiser than the published one of the `codebook_…` fields.
     """
 
@@ -50,6 +51,7 @@ class VQModelArgs:
     decoder_ch_mult: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
     z_channels: int = 256
     ch: int = 128
+    patch: int = 1
     dropout_p: float = 0.0
     quantizer: dict[str, Any] | None = None
 
@@ -91,8 +93,8 @@ class VQModel(Tokenizer):
                 f"ch {config.ch} with channel multipliers {list(encoder_mult)} and {list(decoder_mult)} gives the "
                 f"widths {sorted(set(widths))}; all must be multiples of {NORM_GROUPS} (group normalisation)"
             )
-        self.encoder = Encoder(config.ch, encoder_mult, config.z_channels, config.dropout_p)
-        self.decoder = Decoder(config.ch, decoder_mult, config.z_channels, config.dropout_p)
+        self.encoder = Encoder(config.ch, encoder_mult, config.z_channels, config.dropout_p, config.patch)
+        self.decoder = Decoder(config.ch, decoder_mult, config.z_channels, config.dropout_p, config.patch)
         self.quantize = build_quantizer(
             config.quantizer_config(),
             commit_loss_beta=config.commit_loss_beta,
@@ -101,8 +103,8 @@ class VQModel(Tokenizer):
         self.quant_conv = PointwiseConv(config.z_channels, self.quantize.width)
         self.post_quant_conv = PointwiseConv(self.quantize.width, config.z_channels)
         self.config = replace(config, codebook_size=self.quantize.codebook_size, codebook_embed_dim=self.quantize.width)
-        self.family = size_name(encoder_mult, decoder_mult) or "VQGAN"
-        self.downsample = 2 ** (len(encoder_mult) - 1)
+        self.family = size_name(encoder_mult, decoder_mult, config.patch) or "VQGAN"
+        self.downsample = config.patch * 2 ** (len(encoder_mult) - 1)
 
     @classmethod
     def build(cls, network: Mapping[str, Any], quantizer: Mapping[str, Any], **training: Any) -> "VQModel":
@@ -112,7 +114,8 @@ class VQModel(Tokenizer):
     def network(self) -> dict[str, Any]:
         config = self.config
         levels = {"encoder_ch_mult": list(config.encoder_ch_mult), "decoder_ch_mult": list(config.decoder_ch_mult)}
-        return {"name": "vqgan", **levels, "z_channels": config.z_channels, "ch": config.ch}
+        patch = {} if config.patch == 1 else {"patch": config.patch}
+        return {"name": "vqgan", **levels, "z_channels": config.z_channels, "ch": config.ch, **patch}
 
     def latents(self, pixels: Tensor) -> Tensor:
         height, width = pixels.shape[-2:]
