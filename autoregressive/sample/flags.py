@@ -1,6 +1,6 @@
-"""Flags of the scripts that draw, made from the settings of SamplingConfig, and those of a grid of images.
+"""Flags of the scripts that draw, made from the settings of SamplingConfig, and those that scripts share.
 
-parser = grid_flags(__doc__, "sample_c2i.png", "label")
+parser = grid_flags(__doc__, "sample_c2i.png", "class")
 config = sampling_config(parser.parse_args())
 """
 
@@ -19,7 +19,10 @@ from utils.cli import (
     add_gpt_file_flags,
     add_gpt_flags,
     add_image_size_flags,
+    add_per_process_batch_size_flag,
+    add_quantize_flag,
     add_run_flags,
+    add_switch,
     add_text_flags,
     add_tokenizer_flags,
     flag_parser,
@@ -57,12 +60,19 @@ def sampling_config(args: argparse.Namespace) -> SamplingConfig:
     return config
 
 
-def grid_flags(
-    description: str | None, output: str, asks: str, *, files_required: bool = False
+def drawing_flags(
+    description: str | None,
+    asks: str,
+    *,
+    files_required: bool = False,
+    evaluation: int | None = None,
+    compile: bool = False,
+    **defaults: float,
 ) -> argparse.ArgumentParser:
-    """Return the flags of a script that draws a grid of images, whatever draws it.
+    """Return the flags of a script that draws.
 
-    output: the picture's default name. asks: "label" or "prompt". files_required: of a script without default files.
+    asks: "class" or "prompt". files_required: of a script without default files. evaluation: default of --image-size-eval.
+    defaults: of sampling settings.
     """
     text = asks == "prompt"
     parser = flag_parser(description, added=["--cfg-interval"] if text or files_required else [])
@@ -71,16 +81,21 @@ def grid_flags(
     add_tokenizer_flags(parser, VQ_SIZES, required=files_required)
     if text:
         add_text_flags(parser)
-    add_image_size_flags(parser, 512 if text else 384, of_file=True)
-    if text:
-        add_sampling_flags(parser, cfg_scale=7.5, top_k=1000, negative="prompt")
-    else:
-        add_sampling_flags(parser, cfg_scale=4.0, top_k=2000, negative="class")
-    add_run_flags(parser)
+    add_image_size_flags(parser, 512 if text else 384, evaluation=evaluation, of_file=True)
+    add_sampling_flags(parser, negative=asks, **({"cfg_scale": 7.5, "top_k": 1000} if text else defaults))
+    add_run_flags(parser, compile=compile)
     add_decode_precision_flag(parser)
-    depends = "the seed, i and its prompt" if text else "the seed and i"
+    return parser
+
+
+def grid_flags(
+    description: str | None, output: str, asks: str, *, files_required: bool = False
+) -> argparse.ArgumentParser:
+    """Return the flags of a script that draws a grid of images. output: the picture's default name."""
+    parser = drawing_flags(description, asks, files_required=files_required, cfg_scale=4.0, top_k=2000)
+    depends = "the seed, i and its prompt" if asks == "prompt" else "the seed and i"
     add_flag(parser, "--seed", SEED, 0, f"image i is a function of {depends}")
-    if text:
+    if asks == "prompt":
         help = "what to draw; may be given several times (default: four prompts)"
         parser.add_argument("--prompt", action="append", default=None, help=help)
         add_flag(parser, "--prompt-file", None, None, "a text file with a prompt on each line, after those")
@@ -89,4 +104,20 @@ def grid_flags(
         parser.add_argument("--labels", nargs="+", default=None, help=help)
     add_flag(parser, "--columns", positive_int, 4, "images in a row of the grid")
     add_flag(parser, "--output", None, output, "the picture to write")
+    return parser
+
+
+def many_flags(description: str | None, asks: str, *, folder: str, images: int, npz: bool) -> argparse.ArgumentParser:
+    """Return the flags of a script that draws many images on any number of processes. The others: defaults."""
+    text = asks == "prompt"
+    more = {} if text else {"evaluation": 256, "compile": True, "cfg_scale": 1.5}
+    parser = drawing_flags(description, asks, **more)
+    add_quantize_flag(parser)
+    add_flag(parser, "--sample-dir", None, folder, "where the folder of images and the .npz go")
+    add_per_process_batch_size_flag(parser)
+    help = "images to draw" + (", at most one for each prompt" if text else "")
+    add_flag(parser, "--num-fid-samples", positive_int, images, help)
+    depends = "the seed, i and its prompt" if text else "the seed and i"
+    add_flag(parser, "--global-seed", SEED, 0, f"image i is a function of {depends}")
+    add_switch(parser, "--npz", npz, "gather the images into one .npz")
     return parser

@@ -1,6 +1,6 @@
 """Many images, on any number of processes: a folder that an interrupted run continues, as many at once as memory holds.
 
-claim_folder(folder, run_settings(args, gpt_path, vq_path, IMMATERIAL))
+claim_folder(folder, run_settings(args, gpt_path, vq_path))
 draw_missing(args, pipeline, dist, png, count, lambda mine: requests)
 """
 
@@ -33,6 +33,11 @@ from utils.sample_folder import file_identity
 
 # Threads that encode PNG files, and batches that may wait for them while another is drawn.
 WRITERS, BATCHES_WAITING = 4, 2
+# Flags that change neither an image nor which images there are.
+IMMATERIAL = (
+    "import", "sample_dir", "num_fid_samples", "compile", "device", "per_proc_batch_size", "npz", "from_fsdp", "gpt_ckpt",
+    "vq_ckpt",
+)  # fmt: skip
 # More at once hardly draws more images in a given time.
 MOST_ON_CUDA, IMAGES_ELSEWHERE = 512, 8
 # Of the memory that is there, what may be used: compiled steps keep buffers of their own, and others want some too.
@@ -40,10 +45,10 @@ SHARE_ON_CUDA = 0.9
 
 
 def run_settings(
-    args: argparse.Namespace, gpt_path: Path, vq_path: Path, immaterial: Collection[str], **more: Any
+    args: argparse.Namespace, gpt_path: Path, vq_path: Path, immaterial: Collection[str] = (), **more: Any
 ) -> dict[str, Any]:
-    """Return all settings that decide the images, as plain values. immaterial: flags that do not."""
-    settings = {key: value for key, value in vars(args).items() if key not in immaterial}
+    """Return all settings that decide the images, as plain values. immaterial: further flags that do not."""
+    settings = {key: value for key, value in vars(args).items() if key not in {*IMMATERIAL, *immaterial}}
     for name in ("quantize", "decode_precision"):
         if settings[name] == "none":
             settings[name] = None  # as in folders drawn before there was a choice, which do not say

@@ -10,39 +10,9 @@ number of processes.
 import argparse
 from pathlib import Path
 
-from autoregressive.models.sizes import GPT_SIZES
-from autoregressive.sample.flags import add_sampling_flags, sampling_config
-from tokenizer.tokenizer_image.sizes import VQ_SIZES
-from utils.cli import (
-    SEED,
-    add_decode_precision_flag,
-    add_gpt_file_flags,
-    add_gpt_flags,
-    add_image_size_flags,
-    add_per_process_batch_size_flag,
-    add_quantize_flag,
-    add_run_flags,
-    add_switch,
-    add_tokenizer_flags,
-    flag_parser,
-    positive_int,
-    run_script,
-)
+from autoregressive.sample.flags import many_flags, sampling_config
+from utils.cli import run_script
 from utils.sample_folder import folder_name
-
-# Flags that change neither an image nor which images there are.
-IMMATERIAL = {
-    "import",
-    "sample_dir",
-    "num_fid_samples",
-    "compile",
-    "device",
-    "per_proc_batch_size",
-    "npz",
-    "from_fsdp",
-    "gpt_ckpt",
-    "vq_ckpt",
-}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -65,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
         pipeline, gpt_path, vq_path = build_pipeline(args, dist.device, batch, args.num_fid_samples)
     folder = Path(args.sample_dir) / folder_name(args, gpt_path, vq_path)
     if dist.is_main:
-        claim_folder(folder, run_settings(args, gpt_path, vq_path, IMMATERIAL))
+        claim_folder(folder, run_settings(args, gpt_path, vq_path))
     dist.barrier()
 
     def png(index: int) -> Path:
@@ -114,21 +84,8 @@ def image_class(args: argparse.Namespace, index: int) -> int:
 
 def flags() -> argparse.ArgumentParser:
     """The script's flags."""
-    parser = flag_parser(__doc__)
-    add_gpt_flags(parser, GPT_SIZES)
-    add_gpt_file_flags(parser)
-    add_tokenizer_flags(parser, VQ_SIZES)
-    add_image_size_flags(parser, 384, evaluation=256, of_file=True)
-    add_sampling_flags(parser, cfg_scale=1.5, top_k=0, negative="class")
-    add_run_flags(parser, compile=True)
-    add_quantize_flag(parser)
-    parser.add_argument("--sample-dir", default="samples", help="where the folder of images and the .npz go")
-    add_per_process_batch_size_flag(parser)
-    add_decode_precision_flag(parser)
-    parser.add_argument("--num-fid-samples", type=positive_int, default=50000, help="images to draw")
-    parser.add_argument("--global-seed", type=SEED, default=0, help="image i is a function of the seed and i")
+    parser = many_flags(__doc__, "class", folder="samples", images=50000, npz=True)
     parser.add_argument("--balanced", action="store_true", help="classes in turn instead of at random")
-    add_switch(parser, "--npz", True, "gather the images into one .npz")
     return parser
 
 

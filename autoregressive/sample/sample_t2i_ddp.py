@@ -13,49 +13,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autoregressive.models.sizes import GPT_SIZES
-from autoregressive.sample.flags import add_sampling_flags, sampling_config
-from tokenizer.tokenizer_image.sizes import VQ_SIZES
-from utils.cli import (
-    SEED,
-    add_decode_precision_flag,
-    add_gpt_file_flags,
-    add_gpt_flags,
-    add_image_size_flags,
-    add_per_process_batch_size_flag,
-    add_quantize_flag,
-    add_run_flags,
-    add_switch,
-    add_text_flags,
-    add_tokenizer_flags,
-    flag_parser,
-    positive_int,
-    run_script,
-)
+from autoregressive.sample.flags import many_flags, sampling_config
+from utils.cli import run_script
 from utils.sample_folder import folder_name
 
 if TYPE_CHECKING:
     from autoregressive.request import Request
 
-# Flags that change neither an image nor which images there are, and those that stand for a file's content.
-IMMATERIAL = {
-    "import",
-    "sample_dir",
-    "num_fid_samples",
-    "num_classes",
-    "compile",
-    "device",
-    "t5_device",
-    "per_proc_batch_size",
-    "npz",
-    "from_fsdp",
-    "gpt_ckpt",
-    "vq_ckpt",
-    "prompt_csv",
-    "t5_path",
-    "t5_model_type",
-    "t5_feat_path",
-}
+# Further flags that change neither an image nor which images there are, and those that stand for a file's content.
+IMMATERIAL = {"num_classes", "t5_device", "prompt_csv", "t5_path", "t5_model_type", "t5_feat_path"}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -126,30 +92,12 @@ def main(args: argparse.Namespace) -> None:
 
 def flags() -> argparse.ArgumentParser:
     """The script's flags."""
-    parser = flag_parser(__doc__, added=["--cfg-interval"])
+    parser = many_flags(__doc__, "prompt", folder="samples_parti", images=30000, npz=False)
     parser.add_argument(
         "--prompt-csv",
         default="evaluations/t2i/PartiPrompts.tsv",
         help="a table with tabs between its columns, one of which is named Prompt",
     )
-    add_gpt_flags(parser, GPT_SIZES, gpt_type="t2i", gpt_model="GPT-XL")
-    add_gpt_file_flags(parser)
-    add_tokenizer_flags(parser, VQ_SIZES)
-    add_text_flags(parser)
-    add_image_size_flags(parser, 512, of_file=True)
-    add_sampling_flags(parser, cfg_scale=7.5, top_k=1000, negative="prompt")
-    add_run_flags(parser)
-    add_quantize_flag(parser)
-    parser.add_argument("--sample-dir", default="samples_parti", help="where the folder of images goes")
-    add_per_process_batch_size_flag(parser)
-    add_decode_precision_flag(parser)
-    parser.add_argument(
-        "--num-fid-samples", type=positive_int, default=30000, help="images to draw, at most one for each prompt"
-    )
-    parser.add_argument(
-        "--global-seed", type=SEED, default=0, help="image i is a function of the seed, i and its prompt"
-    )
-    add_switch(parser, "--npz", False, "gather the images into one .npz too")
     return parser
 
 

@@ -138,7 +138,7 @@ def test_a_folder_from_before_the_flag_goes_on(small_files, tmp_path):
     run_here(sample_c2i_ddp, *words)
     args = sample_c2i_ddp.flags().parse_args([*map(str, words), "--quantize", "int8"])
     with pytest.raises(ValueError, match=r"quantize: None, now int8"):
-        claim_folder(tmp_path / NAME, run_settings(args, small_files.gpt, small_files.vq, sample_c2i_ddp.IMMATERIAL))
+        claim_folder(tmp_path / NAME, run_settings(args, small_files.gpt, small_files.vq))
 
 
 # Without torchao
