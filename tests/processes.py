@@ -2,7 +2,7 @@
 
     python tests/processes.py PLAN.json
 
-The plan is a list of lives, one after another: {"module", "args", "world", "kill_after" (seconds), "kill_at" (a glob; the
+The plan is a list of lives, one after another: {"module", "args", "world", "kill_at" (a glob; the
 processes are killed when it has a match), "kill_later" (seconds after that), "signal", "only" (the rank that gets it),
 "watch" (a file that gets the samples read), "imports" (further modules to import once), "fails" (whether every process has to end with an error)}. A life that is not to be killed has to end well. Each forked process
 joins its group through the environment, as under torchrun.
@@ -100,11 +100,10 @@ def watch_samples(file: str) -> None:
 def kill_when_due(life: dict, children: list[int]) -> bool:
     """Waits for the moment and kills, or for the end of a life that has none; whether it killed."""
     start, number = time.monotonic(), getattr(signal, life.get("signal", "SIGKILL"))
-    if "kill_after" not in life and "kill_at" not in life:
+    if "kill_at" not in life:
         return False
     while time.monotonic() - start < LIMIT:
-        due = time.monotonic() - start > life["kill_after"] if "kill_after" in life else glob.glob(life["kill_at"])
-        if due:
+        if glob.glob(life["kill_at"]):
             time.sleep(life.get("kill_later", 0))
             for child in children if "only" not in life else [children[life["only"]]]:
                 with contextlib.suppress(ProcessLookupError):
