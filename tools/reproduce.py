@@ -32,7 +32,7 @@ from evaluations.published import (
 )
 from tools import steps
 from utils.cli import flag_parser, nonnegative_int, positive_int, run_script
-from utils.hub import RELEASED
+from utils.hub import RELEASED, WEIGHTS
 
 # Flags of the scripts that do not change what is measured: another seed draws other images of the same kind.
 NEUTRAL = {"--global-seed", "--lpips", "--device", "--per-proc-batch-size", "--compile", "--no-compile", "--from-fsdp"}
@@ -123,11 +123,19 @@ def departures(row: Row, args: argparse.Namespace, given: dict[str, str]) -> lis
             released = RELEASED[row.tokenizer if flag == "--vq-ckpt" else row.gpt or row.tokenizer].filename
             if Path(value).name != released:
                 found.append(f"the weights {value} instead of {released}")
-        elif flag not in NEUTRAL and value != own.get(flag):
+        elif flag not in NEUTRAL and not same_value(value, own.get(flag)):
             found.append(f"{flag} {value} instead of {own.get(flag, 'none')}")
     if args.reference is not None and Path(args.reference).name != REFERENCE:
         found.append(f"the reference {args.reference} instead of {REFERENCE}")
     return found
+
+
+def same_value(given: str, own: str | None) -> bool:
+    """Tell whether two values of a flag are equal, as numbers where they are some."""
+    try:
+        return own is not None and float(given) == float(own)
+    except ValueError:
+        return given == own
 
 
 def result_of(row: Row, reasons: list[str], report: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +231,9 @@ def describe_plan(
     for script, words, _ in commands:
         yield "  " + steps.describe(script, words, processes)
     samples, *cropped = (folder / "*.npz" for *_, folder in commands)
-    reference, graph = (Path(files[name][0] or name) if name in files else None for name in (REFERENCE, GRAPH))
+    reference, graph = (
+        Path(files[name][0] or Path(WEIGHTS, name)) if name in files else None for name in (REFERENCE, GRAPH)
+    )
     judging = steps.evaluation_words(reference or cropped[0], samples, graph, task_of(row), given.get("--device"))
     yield "  " + steps.describe(steps.EVALUATOR, judging, processes)
     count = int(given.get("--num-fid-samples", row.samples))

@@ -159,6 +159,7 @@ def test_a_plan_touches_nothing(capsys, tmp_path):
 
 
 def test_a_plan_says_what_is_not_comparable(capsys, small_files):
+    assert "not comparable" not in plan(capsys, "c2i_L_384", "--cfg-scale", "2", "--global-seed", 5)
     printed = plan(capsys, *row_line(small_files))
     assert "about 0." not in printed and "--num-fid-samples 12 instead of 50000" in printed
 
