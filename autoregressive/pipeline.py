@@ -33,7 +33,7 @@ from autoregressive.models.generate import generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.on_cpu import missing_rows
 from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
-from autoregressive.released import find_identity, gpt_identity
+from autoregressive.released import find_identity, gpt_identity, released_tokenizer
 from autoregressive.request import Request
 from tokenizer.base import Tokenizer
 from tokenizer.load import load_tokenizer
@@ -202,8 +202,7 @@ class ImagePipeline:
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         gpt_path = find(gpt)
         if vq is None:
-            has_captions = "caption" in find_identity(read_checkpoint(gpt_path))["conditions"]
-            vq = "vq_ds16_t2i.pt" if has_captions else "vq_ds16_c2i.pt"
+            vq = released_tokenizer(find_identity(read_checkpoint(gpt_path)))
             vq_path = find(vq) if (folder / vq).exists() else find_checkpoint(vq)
         else:
             vq_path = find(vq)

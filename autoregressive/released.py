@@ -86,6 +86,11 @@ def find_identity(checkpoint: Checkpoint) -> dict[str, Any]:
     raise AssertionError
 
 
+def released_tokenizer(identity: Mapping[str, Any]) -> str:
+    """Return the name of the released tokenizer that goes with such a GPT."""
+    return "vq_ds16_t2i.pt" if "caption" in identity["conditions"] else "vq_ds16_c2i.pt"
+
+
 def gpt_identity(
     checkpoint: Checkpoint,
     *,
