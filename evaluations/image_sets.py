@@ -185,9 +185,8 @@ class ImageFolder(ImageSet):
             raise ValueError(f"the folder {path} has no images: check the path")
         self.lossy = sum(name.lower().endswith(LOSSY_EXTENSIONS) for name in names)
         folders = [name.split("/")[0] if "/" in name else None for name in names]
-        classes = sorted(set(folders) - {None})
-        if None not in folders and len(classes) > 1:
-            self.labels = np.asarray([classes.index(name) for name in folders], np.int64)
+        if None not in folders and len(set(folders)) > 1:
+            self.labels = np.unique(folders, return_inverse=True)[1].astype(np.int64)
         if resolution is None:
             self.size = self._read(names[0]).shape[:2]
         else:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,10 @@ import torch
 from PIL import Image
 
 from dataset.augmentation import center_view
-from dataset.images import ImageDataset, ImageList
 from tests.helpers import randomize
 from tests.training import check_published_flags, live, make_images, run_here
 from tokenizer import reconstruction
-from tokenizer.codecs import Loaded, VQCodec
+from tokenizer.codecs import VQCodec
 from tokenizer.load import load_tokenizer
 from tokenizer.reconstruction import batch_figures, round_trip
 from tokenizer.tokenizer_image import lpips, reconstruction_vq_ddp
@@ -451,16 +449,6 @@ def test_settings_are_plain_values(done):
         "background", "data", "dataset", "exif", "image_size", "image_size_eval",
         "precision", "use_ema", "vq_model", "weights",
     }  # fmt: skip
-
-
-def test_a_model_that_draws_has_its_seed_in_the_settings(images):
-    class Draws:
-        draws = True
-
-    args = Namespace(data_path=str(images), image_size_eval=None, image_size=32, global_seed=5)
-    data = ImageDataset(ImageList([str(images / "a.png")]), None)
-    settings = reconstruction.run_settings(args, data, Loaded(Draws(), "draws", None))
-    assert settings["global_seed"] == 5 and settings["image_size_eval"] == 32
 
 
 def test_reference_of_turned_images_is_upright_or_as_published(tmp_path, capsys):
