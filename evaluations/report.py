@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 from utils.cli import add_reading_flags
 from utils.files import atomic_write, write_json
 
+# Folders of a text-to-image reference: COCO's, and what --ref_type says where the folder is the reference itself.
+COCO, ANY_TYPE = "val2014", "train/valid/test"
+
 if TYPE_CHECKING:
     from evaluations.c2i.inception import Inception
     from evaluations.image_sets import ImageSet

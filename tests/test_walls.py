@@ -72,7 +72,7 @@ RECIPES = (
     "tokenizer/reconstruction_flags.py", "tools/steps.py",
 )  # fmt: skip
 # Modules whose imports of scripts are still to be moved.
-PENDING = ("app.py", "evaluations/t2i/figures.py")
+PENDING = ("app.py",)
 PARSING = {
     "ArgumentParser",
     "ArgumentTypeError",

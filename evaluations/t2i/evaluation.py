@@ -10,11 +10,8 @@ protocol to score.json, in --fake_dir. Under torchrun each process reads a share
 
 import argparse
 
-from evaluations.report import add_evaluation_flags
+from evaluations.report import ANY_TYPE, COCO, add_evaluation_flags
 from utils.cli import add_switch, flag_parser, positive_int, run_script
-
-COCO = "val2014"
-ANY_TYPE = "train/valid/test"
 
 
 def main(args: argparse.Namespace) -> None:

@@ -17,9 +17,8 @@ from evaluations.features import Features, read_features
 from evaluations.image_sets import ImageFolder, ImageSet, open_images, save_statistics
 from evaluations.judgement import lossy_files, same_images
 from evaluations.metrics import frechet_distance
-from evaluations.report import Report, describe_run, open_backend, require_same_graph, sample_settings
+from evaluations.report import ANY_TYPE, COCO, Report, describe_run, open_backend, require_same_graph, sample_settings
 from evaluations.t2i.clip import CLIP, CLIP_MODELS, DIMS, PREFIX, find_clip, load_clip
-from evaluations.t2i.evaluation import ANY_TYPE, COCO
 from utils.distributed import Distributed, start
 from utils.logger import console_logger
 
