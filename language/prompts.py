@@ -98,7 +98,7 @@ def _lines(path: Path, hint: str) -> list[str]:
         raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
 
 
-class PromptList(Sequence[str]):
+class PromptList:
     """A file's prompts as extraction takes captions: one file of pairs that have a text and no image."""
 
     def __init__(self, path: str | Path, prompts: Sequence[str]):
@@ -107,9 +107,6 @@ class PromptList(Sequence[str]):
 
     def __len__(self) -> int:
         return len(self.prompts)
-
-    def __getitem__(self, index: int) -> str:
-        return self.prompts[index]
 
     def texts(self, index: int) -> list[str]:
         """Return the prompt as the only text."""

@@ -279,20 +279,21 @@ def test_published_files_are_checked(tmp_path):
 # ten_crop and ten_crop_105
 
 
-@pytest.mark.parametrize("layout", ["packed", "published"])
-@pytest.mark.parametrize("name", ["flip_ten_crop", "ten_crop/flip_ten_crop", "flip_ten_crop/codes"])
-def test_ten_crop_draws_from_its_sibling_too(tmp_path, layout, name):
-    sibling = {
-        "flip_ten_crop": "flip_ten_crop_105",
-        "ten_crop/flip_ten_crop": "ten_crop/flip_ten_crop_105",
-        "flip_ten_crop/codes": "flip_ten_crop_105/codes",
-    }[name]
-    settings = replace(SETTINGS, views=TEN_CROP_VIEWS, num_images=100)
+@pytest.mark.parametrize(
+    ("layout", "name", "sibling"),
+    [
+        ("packed", "flip_ten_crop", "flip_ten_crop_105"),
+        ("published", "ten_crop/flip_ten_crop", "ten_crop/flip_ten_crop_105"),
+        ("packed", "flip_ten_crop/codes", "flip_ten_crop_105/codes"),
+    ],
+)
+def test_ten_crop_draws_from_its_sibling_too(tmp_path, layout, name, sibling):
+    settings = replace(SETTINGS, views=TEN_CROP_VIEWS, num_images=50)
     for folder, shift in ((name, 0), (sibling, 160)):
         if layout == "packed":
             write(tmp_path / folder, replace(settings, codebook_size=65536, crop_range=1.05), shift=shift)
         else:
-            publish(tmp_path / folder, 100, views=10, shift=shift)
+            publish(tmp_path / folder, 50, views=10, shift=shift)
     data = open_codes(tmp_path / name, 64)
     drawn = Counter()
     for epoch in range(4):
@@ -301,7 +302,7 @@ def test_ten_crop_draws_from_its_sibling_too(tmp_path, layout, name):
             drawn[drawn_view(codes, i)] += 1  # 0 to 9 here, 10 to 19 in the sibling
             assert label == i % 3
     assert set(drawn) == set(range(20))
-    assert 150 < sum(drawn[view] for view in range(10)) < 250
+    assert 75 < sum(drawn[view] for view in range(10)) < 125
     assert str(tmp_path / sibling) in data.describe()
     alone = open_codes(tmp_path / sibling, 64)
     assert len(alone.sources) == 1

@@ -165,7 +165,7 @@ def test_views_for_extraction(data, tmp_path):
 def test_short_captions_are_a_function_of_seed_epoch_and_index(data):
     text_images = items(data, short_features=open_features(data / "short"))
     taken = []
-    for epoch in range(60):
+    for epoch in range(20):
         text_images.set_epoch(epoch)
         for index in range(14):
             features = text_images[index]["caption"]
