@@ -129,12 +129,6 @@ class FeatureWriter:
         ends = np.cumsum([0 if rows is None else len(rows) for rows in features]).astype(np.uint32)
         Shards(self.folder / stem).write(shard, {"": parts, ends_of(""): [ends]}, lines=lines, captions=len(parts) - 1)
 
-    def write_stem(self, stem: str, features: Sequence[Tensor | None]) -> None:
-        """Write all shards of a stem: a tensor (length, D) or None for each of its lines."""
-        for shard in range(num_shards(len(features), self.shard_size)):
-            lines = shard_lines(shard, len(features), self.shard_size)
-            self.write_shard(stem, shard, features[lines.start : lines.stop], len(features))
-
 
 class Features(Stems):
     """Features of captions by (stem, line), packed or in the published layout.

@@ -13,6 +13,7 @@ from dataset.text_features import (
     FeatureWriter,
     open_features,
 )
+from tests.text_training import write_stem
 
 DIM = 6
 LINES = {"part-0": 11, "part-1": 4, "odd.name": 1}
@@ -37,7 +38,7 @@ def make_writer(folder, **changes):
 def write(folder, **changes):
     writer = make_writer(folder, **changes)
     for stem in LINES:
-        writer.write_stem(stem, lines_of(stem))
+        write_stem(writer, stem, lines_of(stem))
     return folder
 
 
@@ -85,7 +86,7 @@ def test_which_lines_have_features(tmp_path, make):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_dtypes(tmp_path, dtype):
     features = torch.randn(5, DIM, generator=torch.Generator().manual_seed(0))
-    make_writer(tmp_path, dtype=dtype).write_stem("a", [features])
+    write_stem(make_writer(tmp_path, dtype=dtype), "a", [features])
     found = open_features(tmp_path).get("a", 0)
     assert found.dtype == getattr(torch, dtype) and torch.equal(found, features.to(found.dtype))
     bytes_each = (tmp_path / "a" / "shard-000000.npy").stat().st_size - 128
@@ -95,7 +96,7 @@ def test_dtypes(tmp_path, dtype):
 def test_bfloat16_is_stored_as_its_bits(tmp_path):
     """Any numpy reads the files: the upper half of a float32."""
     features = torch.randn(2, DIM, generator=torch.Generator().manual_seed(0)).bfloat16()
-    make_writer(tmp_path, dtype="bfloat16").write_stem("a", [features])
+    write_stem(make_writer(tmp_path, dtype="bfloat16"), "a", [features])
     bits = np.load(tmp_path / "a" / "shard-000000.npy")
     assert bits.dtype == np.uint16
     np.testing.assert_array_equal((bits.astype(np.uint32) << 16).view(np.float32), features.float())
@@ -151,7 +152,7 @@ def test_what_a_killed_run_left(tmp_path, left):
     write(tmp_path / "whole")
     writer = make_writer(tmp_path / "killed")
     for stem in LINES:
-        writer.write_stem(stem, lines_of(stem))
+        write_stem(writer, stem, lines_of(stem))
     folder = tmp_path / "killed" / "part-0"
     (folder / "shard-000001.json").unlink()
     (folder / left).write_bytes(b"half of it")
@@ -201,7 +202,7 @@ def test_a_list_that_has_grown(tmp_path):
 def test_wrong_features(tmp_path, features, message):
     writer = make_writer(tmp_path, dtype="float16")
     with pytest.raises(ValueError, match=message):
-        writer.write_stem("a", [torch.ones(1, 6), features])
+        write_stem(writer, "a", [torch.ones(1, 6), features])
     assert writer.missing_shards("a", 2) == [0]
     assert not list(tmp_path.rglob("*.tmp"))
 
