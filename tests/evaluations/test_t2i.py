@@ -328,20 +328,6 @@ def test_other_files_than_statistics(folders, tmp_path, arrays, message):
         evaluate(fake, tmp_path / "statistics.npz", None, "--no-clip")
 
 
-def test_an_interrupted_run_leaves_the_report_of_the_last(folders, clip_folder, monkeypatch):
-    fake, ref = folders
-    evaluate(fake, ref, clip_folder, "--no-fid")
-    before = {file.name: file.read_bytes() for file in fake.iterdir() if file.is_file()}
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("utils.files.os.replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(fake, ref, clip_folder, "--no-fid", "--how_many", "4")
-    assert {file.name: file.read_bytes() for file in fake.iterdir() if file.is_file()} == before
-
-
 @pytest.mark.parametrize(
     "listed", [lambda i: {"image": f"images/{i}.png"}, lambda i: {"image_path": f"samples/x/images/{i}.png"}]
 )
