@@ -71,7 +71,7 @@ class Checkpoint:
     files: list[Path] = field(default_factory=list)
 
     def require_averages(self) -> None:
-        """Raises ValueError where the file has no averaged weights."""
+        """Raise ValueError where the file has no averaged weights."""
         if self.ema is None:
             raise ValueError(
                 f"{self.path} has no averaged weights, for which --use-ema asks; leave the flag out to use its raw weights"
@@ -79,7 +79,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path, prefer_ema: bool = False, mmap: bool = True) -> Checkpoint:
-    """Reads a .pt, .pth, .bin, .ckpt or .safetensors file, a folder of one, or shards by folder, index or any one of them.
+    """Read a .pt, .pth, .bin, .ckpt or .safetensors file, a folder of one, or shards by folder, index or any one of them.
 
     With `prefer_ema` the averaged weights become `model` where the file has them. With `mmap` the tensors are read from
     the disk when first used, so that looking at a file's shapes costs nothing; without, their checksums are compared.
@@ -142,7 +142,7 @@ def has_averages(path: str | Path) -> bool:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that hold the weights named by `path`: itself, or all shards of its index or of the shard it is."""
+    """Return the files that hold the weights named by `path`: itself, or all shards of its index or of the shard it is."""
     if path.name.endswith(".index.json"):
         try:
             names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
@@ -163,7 +163,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def _require_indexed(path: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Raises ValueError where an index has weights that its shards have not."""
+    """Raise ValueError where an index has weights that its shards have not."""
     names = {name: torch.empty(0) for name in json.loads(path.read_bytes())["weight_map"]}
     if absent := sorted(set(_clean(names, path)) - set(state)) if names else []:
         raise ValueError(f"{path} does not fit its shards, which lack {_listing(absent)}: copy all of them again")
@@ -209,7 +209,7 @@ def _locate(path: Path) -> Path:
 
 
 def _first_bytes(path: Path) -> bytes:
-    """The head of the file, once it is clear that it is neither empty nor a text that stands in for weights."""
+    """Return the head of the file, once it is clear that it is neither empty nor a text that stands in for weights."""
     with path.open("rb") as f:
         start = f.read(1024)
     text = start.lstrip().lower()
@@ -238,7 +238,7 @@ def _damaged(path: Path, reason: object) -> ValueError:
 
 
 def _compare_checksums(path: Path) -> None:
-    """Raises ValueError where a file of torch.save is not as it was written: torch itself does not look."""
+    """Raise ValueError where a file of torch.save is not as it was written: torch itself does not look."""
     try:
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
@@ -287,7 +287,7 @@ def _read_safetensors(path: Path, files: list[Path]) -> Checkpoint:
 
 
 def _sort_out(path: Path, content: Any) -> Checkpoint:
-    """Tells the published layouts apart by their top-level keys."""
+    """Tell the published layouts apart by their top-level keys."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds no tensors by name: its content is a {type(content).__name__}")
     if _is_state(content):
@@ -342,7 +342,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _clean(state: Mapping[str, torch.Tensor], path: Path) -> State:
-    """The names as the bare model has them: without what DDP, FSDP, compile, Lightning and other wrappers put in."""
+    """Return the names as the bare model has them: without what DDP, FSDP, compile, Lightning and other wrappers put in."""
     state = {key: tensor for key, tensor in state.items() if key.rpartition(".")[2] != "freqs_cis"}
     names = {key: ".".join(part for part in key.split(".") if part not in _WRAPPERS) for key in state}
     while names and all(name.startswith(("module.", "model.")) for name in names.values()):
@@ -360,7 +360,7 @@ def _listing(items: list[str]) -> str:
 def load_into(
     model: torch.nn.Module, state: Mapping[str, torch.Tensor], path: str | Path, assign: bool = False
 ) -> None:
-    """Loads `state` (read from `path`) into `model`; every name and shape has to match.
+    """Load `state` (read from `path`) into `model`; every name and shape has to match.
 
     The weights are copied into the model's own tensors, or with `assign` become the model's tensors, dtype included.
     A model on the meta device has no memory to copy into: for it `assign` is implied.
@@ -377,7 +377,7 @@ def load_into(
 
 
 def require_fit(own: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]], path: str | Path) -> None:
-    """Raises ValueError where the names and shapes found at `path` are not those of `own`; it lists what differs."""
+    """Raise ValueError where the names and shapes found at `path` are not those of `own`; it lists what differs."""
     missing = [name for name in own if name not in shapes]
     unexpected = [name for name in shapes if name not in own]
     other = [
@@ -395,7 +395,7 @@ def require_fit(own: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[i
 
 
 def save_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Writes `content` with torch.save, atomically, in the published layout: `args` becomes an argparse.Namespace.
+    """Write `content` with torch.save, atomically, in the published layout: `args` becomes an argparse.Namespace.
 
     `content` is {"model", "optimizer", "steps", "args", "config"[, "ema", ...]}, or any tree of tensors and plain values.
     Raises TypeError for a value that `read_checkpoint` would refuse, OSError that names the file where it cannot be
@@ -411,7 +411,7 @@ def save_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
 
 
 def save_bare_weights(path: str | Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
-    """Writes a state dict without anything around it (--from-fsdp), atomically.
+    """Write a state dict without anything around it (--from-fsdp), atomically.
 
     `config` goes where PyTorch keeps the versions of a state dict's modules, which programs that load it pass over: unlike a
     file beside it, it cannot be left behind. Raises as `save_checkpoint` does.
@@ -455,7 +455,7 @@ def _require_readable(value: Any, where: str) -> None:
 def save_safetensors(
     path: str | Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes a state dict as safetensors, atomically. Takes the weights' size in memory once more.
+    """Write a state dict as safetensors, atomically. Takes the weights' size in memory once more.
 
     `metadata` goes into the header: strings as they are, anything else as JSON; `args` (a dict or a Namespace),
     `steps` and `config` come back from `read_checkpoint`. Raises OSError as `save_checkpoint` does.

@@ -507,7 +507,7 @@ _AFTER_OTHERS = 3.0  # seconds
 
 
 def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
-    """Parse, runs, and ends a user's mistake with one clear line and exit code 1 (TRACEBACK=1 shows where it arose)."""
+    """Parse, run, and end a user's mistake with one clear line and exit code 1 (TRACEBACK=1 shows where it arose)."""
     for stream in (sys.stdout, sys.stderr):  # a file name's bytes that are no UTF-8 are escaped
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -146,7 +146,7 @@ def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
 def start(
     device: str | None = None, group: bool = False, timeout_minutes: float = 30, deterministic: bool = False
 ) -> Distributed:
-    """Join the process group that torchrun, srun or mpirun describe in the environment, or stands alone without one.
+    """Join the process group that torchrun, srun or mpirun describe in the environment, or stand alone without one.
 
     group: make a process group for a single process too, which sharding needs. timeout_minutes: how long a process waits
     for the others before it gives up. deterministic: see `add_up_in_one_order`.

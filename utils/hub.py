@@ -110,12 +110,12 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPE
 
 
 def is_released(name: str | Path) -> bool:
-    """True for a released file's name, bare or with its repository or pretrained_models/ before it."""
+    """Return True for a released file's name, bare or with its repository or pretrained_models/ before it."""
     return _find(_inside(Path(name))) is not None
 
 
 def resolve(name_or_path: str | Path, repo_id: str | None = None) -> Path:
-    """The file or folder on this disk for a path or for a released name, downloaded where it is not here yet.
+    """Return the file or folder on this disk for a path or for a released name, downloaded where it is not here yet.
 
     In this order: an existing path; the same name in pretrained_models/ of the current folder or of this project; the
     hub's own cache; the hub, where the name is a released one. `repo_id` ('owner/name') says which hub repository the
@@ -149,7 +149,7 @@ def resolve(name_or_path: str | Path, repo_id: str | None = None) -> Path:
 
 
 def _inside(path: Path) -> str | None:
-    """The part of the path after pretrained_models/, or a plain name; None for a path that leads elsewhere."""
+    """Return the part of the path after pretrained_models/, or a plain name; None for a path that leads elsewhere."""
     for folder in _folders():
         if path.is_absolute() and path.is_relative_to(folder):
             return path.relative_to(folder).as_posix()
@@ -187,7 +187,7 @@ def _unknown(name: str | Path, path: Path) -> str:
 
 
 def _cached(release: Release) -> Path | None:
-    """The file in the hub's own cache, where another program has already fetched it."""
+    """Return the file in the hub's own cache, where another program has already fetched it."""
     import huggingface_hub
 
     found = release.filename and huggingface_hub.try_to_load_from_cache(release.repo_id, release.filename)

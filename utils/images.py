@@ -34,7 +34,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def make_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """Lays images out in rows of `columns` (as square as may be by default), 2 black pixels apart. (n, H, W, 3) -> (H', W', 3), uint8."""
+    """Lay images out in rows of `columns` (as square as may be by default), 2 black pixels apart. (n, H, W, 3) -> (H', W', 3), uint8."""
     padding = 2
     count, height, width, channels = images.shape
     columns = columns or max(1, math.ceil(math.sqrt(count)))
@@ -48,7 +48,7 @@ def make_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
 
 
 def save_png(image: np.ndarray | Image.Image, path: str | Path) -> None:
-    """Writes a PNG, atomically (`is_whole_png` tells one that a power cut left short). image: uint8 (H, W, 3) or PIL."""
+    """Write a PNG, atomically (`is_whole_png` tells one that a power cut left short). image: uint8 (H, W, 3) or PIL."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
@@ -67,7 +67,7 @@ def is_whole_png(path: Path) -> bool:
 
 
 def write_image_npz(path: str | Path, images: Iterable[np.ndarray], shape: tuple[int, ...], labels: np.ndarray) -> None:
-    """Writes `arr_0` uint8 of `shape` (n, H, W, 3) and `arr_1` int64 labels (n,), one image in memory at a time.
+    """Write `arr_0` uint8 of `shape` (n, H, W, 3) and `arr_1` int64 labels (n,), one image in memory at a time.
 
     Raises ValueError where an image has another shape or there are too few.
     """

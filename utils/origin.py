@@ -29,7 +29,7 @@ def same_tokenizer(one: str | None, other: str | None) -> bool:
 
 
 def require_encoder(config: Mapping[str, Any], encoder: str | None, name: str) -> None:
-    """Raises ValueError where a GPT records that it was trained with another text encoder. name: whose `encoder` is."""
+    """Raise ValueError where a GPT records that it was trained with another text encoder. name: whose `encoder` is."""
     trained = config.get("text_encoder")
     if None not in (trained, encoder) and trained != encoder:
         raise ValueError(

@@ -27,7 +27,7 @@ _PRIVATE = ("path", "dir", "ckpt", "file", "project", "resume", "device", "host"
 
 
 def publishable(args: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The flags of a run without paths and without those that were not set."""
+    """Return the flags of a run without paths and without those that were not set."""
     return {
         name: value
         for name, value in (args or {}).items()
@@ -56,7 +56,7 @@ class HubModel(PyTorchModelHubMixin, _Module):
 
     @classmethod
     def holding(cls, model: torch.nn.Module, args: Mapping[str, Any] | None = None, steps: int | None = None) -> Self:
-        """The same weights (not a copy of them) as a model for the hub. args: flags; those that are paths are left out."""
+        """Return the same weights (not a copy of them) as a model for the hub. args: flags; those that are paths are left out."""
         with torch.device("meta"):
             made = cls(model.config)
         made.load_state_dict(model.state_dict(), assign=True)
@@ -82,7 +82,7 @@ class HubModel(PyTorchModelHubMixin, _Module):
         map_location: str | torch.device = "cpu",
         **download,
     ) -> Self:
-        """In eval mode, on `map_location`, in the dtype of the file.
+        """Load a model in eval mode, on `map_location`, in the dtype of the file.
 
         Raises ValueError where weights and config.json disagree, FileNotFoundError where one of them is not there.
         """
@@ -105,11 +105,11 @@ class HubModel(PyTorchModelHubMixin, _Module):
         return f"{type(self).__name__} with {parameter_count(self.state_dict())} parameters"
 
     def how_to_load(self, name: str) -> str:
-        """Python lines that load and use the model called `name`."""
+        """Return Python lines that load and use the model called `name`."""
         return f'{type(self).__name__}.from_pretrained("{name}")'
 
     def generate_model_card(self, *, repo_id: str = "owner/name", license: str | None = None, **_: Any) -> ModelCard:
-        """The README.md of the model's folder. repo_id: the name to load it by. license: of the weights."""
+        """Return the README.md of the model's folder. repo_id: the name to load it by. license: of the weights."""
         data = ModelCardData(**self._hub_mixin_info.model_card_data.to_dict())
         data.license = license or data.license
         parts = [f"---\n{data.to_yaml()}\n---", f"# {repo_id.split('/')[-1]}", self.describe()]
@@ -130,7 +130,7 @@ class HubModel(PyTorchModelHubMixin, _Module):
 
 
 def check_destination(repo_id: str | None, output: str | Path | None) -> None:
-    """Raises ValueError where a push would fail at its end: no place to go, a bad name, no token, a folder in use."""
+    """Raise ValueError where a push would fail at its end: no place to go, a bad name, no token, a folder in use."""
     if repo_id is None and output is None:
         raise ValueError("give --repo-id owner/name to push to, or --output for a folder")
     if repo_id is not None:
@@ -146,7 +146,7 @@ def check_destination(repo_id: str | None, output: str | Path | None) -> None:
 
 
 def send(model: HubModel, repo_id: str | None, output: str | Path | None, *, private: bool, license: str) -> None:
-    """Saves the model to a folder, pushes it, or both, and says where it is.
+    """Save the model to a folder, push it, or both, and say where it is.
 
     Raises ConnectionError, or ValueError where the hub refuses (no right to the repository, a wrong token).
     """

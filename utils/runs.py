@@ -153,7 +153,7 @@ def _record_stores(run: Run) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Write a small file and removes it. Raises ValueError where the folder is read-only, its disk full, or it is no folder."""
+    """Write a small file and remove it. Raises ValueError where the folder is read-only, its disk full, or it is no folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable.", suffix=".tmp") as f:

@@ -25,7 +25,7 @@ _MOST_READ, _SMALL = 256, 2**20
 
 
 def folder_name(args: argparse.Namespace, gpt_path: Path, vq_path: Path, prompts: str | None = None) -> str:
-    """The published name of a folder of samples; args has the sampling scripts' flags. prompts: their file's name."""
+    """Return the published name of a folder of samples; args has the sampling scripts' flags. prompts: their file's name."""
     folder = gpt_path if gpt_path.is_dir() else gpt_path.parent
     checkpoint = folder.absolute().name if args.from_fsdp else gpt_path.stem
     size = getattr(args, "image_size_eval", args.image_size)  # images from prompts are saved as they are drawn
@@ -116,7 +116,7 @@ def recorded_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def claim_folder(folder: Path, settings: dict[str, Any], unrecorded: dict[str, Any] | None = None) -> None:
-    """Records in `folder`/settings.json what its images are made with, plain values that JSON gives back as they were.
+    """Record in `folder`/settings.json what its images are made with, plain values that JSON gives back as they were.
 
     unrecorded: settings that folders of earlier editions had without recording them.
 
@@ -147,7 +147,7 @@ def _words(value: Any) -> Any:
 
 
 def rename_earlier(earlier: Path, folder: Path, settings: dict[str, Any]) -> None:
-    """Gives a folder that an earlier edition named otherwise its present name, where it was drawn with these settings."""
+    """Give a folder that an earlier edition named otherwise its present name, where it was drawn with these settings."""
     if folder.exists() or not earlier.exists():
         return
     before = recorded_settings(earlier)
@@ -157,7 +157,7 @@ def rename_earlier(earlier: Path, folder: Path, settings: dict[str, Any]) -> Non
 
 
 def write_captions(folder: Path, captions: list[str], images: Iterable[Path]) -> None:
-    """Writes `folder`/captions.txt, a caption a line with its white space made single spaces, and result.jsonl.
+    """Write `folder`/captions.txt, a caption a line with its white space made single spaces, and result.jsonl.
 
     result.jsonl has {"text": the caption as it is, "image_path": where the image is} on each line.
     """
@@ -170,7 +170,7 @@ def write_captions(folder: Path, captions: list[str], images: Iterable[Path]) ->
 
 
 def read_images(paths: Iterable[Path]) -> Iterator["np.ndarray"]:
-    """The PNG files' pixels, one at a time, uint8 (H, W, 3). Raises ValueError that names a file it cannot read."""
+    """Yield the PNG files' pixels, one at a time, uint8 (H, W, 3). Raises ValueError that names a file it cannot read."""
     import numpy as np
     from PIL import Image
 

@@ -180,7 +180,7 @@ class Parallel:
 
 
 def _recomputed(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Keep a block's inputs only and computes it once more for its gradients (arXiv 1604.06174)."""
+    """Keep a block's inputs only and compute it once more for its gradients (arXiv 1604.06174)."""
     outputs: Any = checkpoint(forward, *args, use_reentrant=False, **kwargs)
     return outputs
 

@@ -87,7 +87,7 @@ class Agreement:
             threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        """Wait for each message; where one fails, lets the main thread end the process, then ends it."""
+        """Wait for each message; where one fails, let the main thread end the process, then end it."""
         try:
             while True:
                 self._sent.get().wait()

@@ -105,7 +105,7 @@ class TrainingState:
 
     @staticmethod
     def read(path: Path, dist: Distributed, whole: bool = True) -> Checkpoint | ShardedCheckpoint:
-        """Open a checkpoint and compares its checksums, of a folder each process some of the files.
+        """Open a checkpoint and compare its checksums, of a folder each process some of the files.
 
         Without `whole` a file is read when its tensors are first used, and not compared: published files are large, and
         every process reads them. Raises ValueError that names the damaged file.
@@ -188,7 +188,7 @@ class Saver:
         self._written, self._failed = False, 0  # whether a store took the last checkpoint; how many none took in a row
 
     def save(self) -> None:
-        """Copy the state and begins to write it; first waits for the one before. Every process calls it."""
+        """Copy the state and begin to write it; first waits for the one before. Every process calls it."""
         self.wait()
         self.saved_step = self.state.step
         if self.state.sharded:
@@ -223,7 +223,7 @@ class Saver:
             raise failure
 
     def finish(self) -> None:
-        """Wait and lets the thread go, whatever became of its last job: for a run that an error ends."""
+        """Wait and let the thread go, whatever became of its last job: for a run that an error ends."""
         self._thread.shutdown(wait=True)
 
     def _save_folder(self, name: str) -> Future:
