@@ -304,7 +304,8 @@ def stream(service: Service, job: Job, fields: dict) -> Response:
         fields: of the log line.
     """
 
-    def drawn(_: object) -> None:  # from here on whoever reads slowly holds nobody up
+    def drawn(task: asyncio.Task) -> None:  # from here on whoever reads slowly holds nobody up
+        _ = task.cancelled() or task.exception()  # where nobody reads it
         job.close()
         job.news.set()
 

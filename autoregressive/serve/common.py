@@ -1,12 +1,11 @@
 """Common part of the offline scripts: from the flags of the other sampling scripts to tokens by vLLM, and a grid.
 
-models = open_models(args)                       # all that can be wrong with flags and files is told here
-draw_grid(args, models, [Request({"label": 207})])
+served, pipeline = open_models(args)             # all that can be wrong with flags and files is told here
+draw_grid(args, served, pipeline, [Request({"label": 207})])
 """
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -18,18 +17,10 @@ from autoregressive.serve.vllm_engine import ServedModel, draw, require_vllm
 from utils.distributed import pick_device
 
 
-@dataclass(frozen=True)
-class Models:
-    """served: the GPT, for vLLM. pipeline: has the text encoder and the tokenizer, and no GPT's weights."""
+def open_models(args: argparse.Namespace, text: dict | None = None) -> tuple[ServedModel, ImagePipeline]:
+    """Return the GPT, for vLLM, and a pipeline without its weights, checked as the other sampling scripts do.
 
-    served: ServedModel
-    pipeline: ImagePipeline
-
-
-def open_models(args: argparse.Namespace, text: dict | None = None) -> Models:
-    """Finds and checks the files as the other sampling scripts do. text: how prompts are encoded.
-
-    Raises ValueError where vLLM is missing, or a flag and a file disagree, FileNotFoundError for a file that is not there.
+    text: how prompts are encoded. Raises ValueError where vLLM is missing, or a flag and a file disagree, FileNotFoundError for a file that is not there.
     """
     require_vllm()
     sampling_config(args)  # refuses settings before the models are read
@@ -53,13 +44,15 @@ def open_models(args: argparse.Namespace, text: dict | None = None) -> Models:
     pipeline.device = device
     if not getattr(args, "t5_device", None):
         pipeline.t5_device = device
-    return Models(served, pipeline)
+    return served, pipeline
 
 
-def draw_grid(args: argparse.Namespace, models: Models, requests: Sequence[Request]) -> None:
+def draw_grid(
+    args: argparse.Namespace, served: ServedModel, pipeline: ImagePipeline, requests: Sequence[Request]
+) -> None:
     """Draws image i of the run for request i, and writes them as one picture, --output."""
     codes = draw(
-        models.served,
+        served,
         requests,
         max_num_seqs=args.max_num_seqs,
         kv_cache_gib=args.kv_cache_gib,
@@ -67,4 +60,4 @@ def draw_grid(args: argparse.Namespace, models: Models, requests: Sequence[Reque
         tensor_parallel_size=args.tensor_parallel_size or 1,
         enforce_eager=not args.compile,
     )
-    write_grid(args, models.pipeline.decode(codes))
+    write_grid(args, pipeline.decode(codes))

@@ -17,9 +17,9 @@ def main(args: argparse.Namespace) -> None:
 
     if args.gpt_type != "c2i":
         raise ValueError("sample_c2i.py draws from class-conditional models; for captions there is sample_t2i.py")
-    models = open_models(args)
-    labels = labels_to_draw(args, models.pipeline.gpt)
-    draw_grid(args, models, class_requests(args, models.pipeline.gpt, labels, range(len(labels)), args.seed))
+    served, pipeline = open_models(args)
+    labels = labels_to_draw(args, pipeline.gpt)
+    draw_grid(args, served, pipeline, class_requests(args, pipeline.gpt, labels, range(len(labels)), args.seed))
 
 
 def flags() -> argparse.ArgumentParser:

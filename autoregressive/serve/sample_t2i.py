@@ -17,8 +17,10 @@ def main(args: argparse.Namespace) -> None:
     from autoregressive.serve.common import draw_grid, open_models
 
     prompts, stored = prompts_to_draw(args)
-    models = open_models(args, text_settings(args))
-    draw_grid(args, models, prompt_requests(args, models.pipeline, stored or prompts, range(len(prompts)), args.seed))
+    served, pipeline = open_models(args, text_settings(args))
+    draw_grid(
+        args, served, pipeline, prompt_requests(args, pipeline, stored or prompts, range(len(prompts)), args.seed)
+    )
     print_prompts(prompts)
 
 

@@ -207,7 +207,6 @@ def engine_settings(
     model: ServedModel,
     *,
     max_num_seqs: int = MAX_NUM_SEQS,
-    max_num_batched_tokens: int | None = None,
     kv_cache_gib: float | None = None,
     gpu_memory_utilization: float | None = None,
     tensor_parallel_size: int = 1,
@@ -215,7 +214,7 @@ def engine_settings(
 ) -> dict:
     """The fields of vLLM's engine arguments for such a model.
 
-    max_num_seqs: images drawn at once; more wait. max_num_batched_tokens: rows of a step (at least a whole image's).
+    max_num_seqs: images drawn at once; more wait.
     kv_cache_gib: memory of the keys and values (default: on a CPU what max_num_seqs images need, on a GPU what
     gpu_memory_utilization leaves). tensor_parallel_size: processes that share each layer. engine_args: further fields
     (data_parallel_size, enforce_eager: without torch.compile and CUDA graphs), or others in the place of these.
@@ -223,13 +222,6 @@ def engine_settings(
     """
     config = model.config
     rows, image = config["max_position_embeddings"], cache_bytes(config, model.dtype)
-    if max_num_seqs < 1:
-        raise ValueError(f"max_num_seqs is {max_num_seqs}; it is at least 1")
-    if max_num_batched_tokens is not None and max_num_batched_tokens < max(rows, max_num_seqs):
-        raise ValueError(
-            f"max_num_batched_tokens is {max_num_batched_tokens}; a step takes at least the {rows} rows of a whole image "
-            f"and one row of each of the {max_num_seqs} images at once (max_num_seqs)"
-        )
     heads = config["num_attention_heads"] // STREAMS
     if heads % tensor_parallel_size:
         raise ValueError(f"--tensor-parallel-size {tensor_parallel_size} does not divide the model's {heads} heads")
@@ -241,7 +233,7 @@ def engine_settings(
         "skip_tokenizer_init": True,
         "max_model_len": rows,
         "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_batched_tokens or max(rows, min(2048, max_num_seqs * rows), max_num_seqs),
+        "max_num_batched_tokens": max(rows, min(2048, max_num_seqs * rows), max_num_seqs),
         # A request that had to make room comes back with all its rows at once.
         "enable_chunked_prefill": False,
         "enable_prefix_caching": False,

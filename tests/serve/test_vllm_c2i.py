@@ -147,9 +147,7 @@ def test_closing_a_request_gives_its_place_up(running, small_files):
 
 def test_settings_that_do_not_fit(running):
     for settings, message in (
-        ({"max_num_seqs": 0}, "max_num_seqs is 0"),
         ({"tensor_parallel_size": 3}, "--tensor-parallel-size 3 does not divide the model's 4 heads"),
-        ({"max_num_batched_tokens": 64}, "at least the 65 rows of a whole image"),
         ({"kv_cache_gib": 1e-6}, "keys and values of one image take"),
         ({"kv_cache_gib": math.nan}, "kv_cache_gib is nan"),
     ):
