@@ -15,7 +15,9 @@ from utils.cli import add_vllm_flags, run_script
 def main(args: argparse.Namespace) -> None:
     from autoregressive.sample.text import print_prompts, prompt_requests, prompts_to_draw, text_settings
     from autoregressive.serve.common import draw_grid, open_models
+    from autoregressive.serve.vllm_engine import require_vllm
 
+    require_vllm()  # before a T5 is looked for
     prompts, stored = prompts_to_draw(args)
     served, pipeline = open_models(args, text_settings(args))
     draw_grid(
