@@ -114,9 +114,7 @@ def test_grid_as_a_user_starts_it(small_files, tmp_path):
     assert "8 images of 32x32" in done.stdout and "Warning" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    "groups", [["--ar-token-num", 4], ["--spe-token-num", 3], ["--ar-token-num", 4, "--spe-token-num", 3]]
-)
+@pytest.mark.parametrize("groups", [["--spe-token-num", 3], ["--ar-token-num", 4, "--spe-token-num", 3]])
 def test_par(small_files, tmp_path, groups):
     output = tmp_path / "grid.png"
     run_here(sample_c2i, *line(small_files, "--gpt-ckpt", small_files.par, *groups, "--labels", 1, "--output", output))
