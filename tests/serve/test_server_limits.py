@@ -106,10 +106,10 @@ def test_answers_nobody_reads_hold_no_place_and_are_cut(tokenizer, monkeypatch, 
         unread = [ask(address, class_label=3, **asked) for _ in range(3 // asked.get("n", 1))]
         until(lambda: service.metrics.images._value.get() == 3 - 3 % asked.get("n", 1) and service.idle)
         monkeypatch.setattr(decoder, "file_bytes", lambda *args: b"small")
-        assert httpx.post(address + IMAGES, json={"class_label": 3, "n": 3}).status_code == 200
+        assert httpx.post(address + IMAGES, json={"class_label": 3, "n": 3}, timeout=PATIENCE).status_code == 200
         until(lambda: len(cut) == len(unread))  # nothing is read meanwhile
         assert all(map(is_closed, unread))
-        text = httpx.get(address + "/metrics").text
+        text = httpx.get(address + "/metrics", timeout=PATIENCE).text
         assert 'image_queue_length{model="small"} 0.0' in text
 
 
