@@ -122,16 +122,17 @@ def test_decoding_in_strips():
     codes = torch.randint(16384, (1, 32, 32), generator=torch.Generator().manual_seed(0)).to(device)
     peaks, images = [], []
     for decode in (tokenizer.to_pixels, tokenizer.to_pixels_in_strips):
+        held = 0  # by the weights, and by the models of earlier tests
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
+            held = torch.cuda.memory_allocated(device)
         with torch.inference_mode():
             images.append(decode(codes).cpu())
-        peaks.append(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
+        peaks.append(torch.cuda.max_memory_allocated(device) - held if device.type == "cuda" else 0)
     whole, strips = images
     assert (strips - whole).abs().max() < 2e-3 * whole.abs().max()
-    weights = sum(p.numel() * p.element_size() for p in tokenizer.parameters())
-    assert device.type != "cuda" or peaks[1] - weights < (peaks[0] - weights) / 2
+    assert device.type != "cuda" or peaks[1] < peaks[0] / 2
 
 
 def test_bfloat16_stays_close_to_float32():
