@@ -1,6 +1,8 @@
-"""Draws the loss curves of runs side by side, from their metrics.jsonl.
+"""Draws the curves of runs over each other, one panel a metric, from their metrics.jsonl.
 
-python3 tools/draw_training.py --runs results_tokenizer_image/000-VQ-16 results/000-GPT-B --output training.png
+python3 tools/draw_training.py --runs results/000-GPT-B results_npp/000-GPT-B --output training.png
+
+A curve is named by its run's folder and by the flags in which the runs of its panel differ.
 """
 
 import argparse
@@ -10,6 +12,10 @@ from pathlib import Path
 from utils.cli import flag_parser, run_script
 
 SHOWN = ("generator_loss", "reconstruction_loss", "discriminator_loss", "loss", "val_loss")
+# Flags that name a place or a machine, not an experiment.
+UNNAMED = {"results_dir", "cloud_save_path", "resume", "device", "num_workers", "log_every", "ckpt_every", "import"}
+# So many flags are named at most.
+NAMED = 4
 
 
 def main(args: argparse.Namespace) -> None:
@@ -19,32 +25,61 @@ def main(args: argparse.Namespace) -> None:
     import matplotlib.pyplot as plt
 
     from utils.files import atomic_write
-    from utils.runs import runs_in
 
-    folders = []
-    for name in args.runs:
-        newest = runs_in(name)  # a results folder stands for its newest run
-        folders.append(newest[0].folder if newest else Path(name))
-    figure, axes = plt.subplots(1, len(folders), figsize=(6 * len(folders), 4), squeeze=False)
-    for folder, axis in zip(folders, axes[0], strict=True):
-        curves = read_curves(folder / "metrics.jsonl")
-        for name in SHOWN:
-            if name in curves and any(value for _, value in curves[name]):
-                axis.plot(
-                    *zip(*curves[name], strict=True),
-                    label=name,
-                    marker="o" if name == "val_loss" else None,
-                    markersize=3,
-                )
-        axis.set_title(folder.name)
+    folders = [folder_of(name) for name in args.runs]
+    curves = {folder: read_curves(folder / "metrics.jsonl") for folder in folders}
+    panels = {name: [folder for folder in curves if is_drawn(curves[folder].get(name))] for name in args.metrics}
+    panels = {name: runs for name, runs in panels.items() if runs}
+    if not panels:
+        there = ", ".join(sorted(set().union(*curves.values()))) or "nothing yet"
+        raise ValueError(f"no run has {' or '.join(args.metrics)}; --metrics takes {there}")
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
+    for (name, runs), axis in zip(panels.items(), axes[0], strict=True):
+        for folder, label in zip(runs, labels(runs), strict=True):
+            points = curves[folder][name]
+            axis.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 20 else None, markersize=3)
+        axis.set_title(name)
         axis.set_xlabel("step")
         axis.set_yscale("log")
         axis.grid(alpha=0.3, which="both")
-        axis.legend()
+        axis.legend(fontsize="small")
     figure.tight_layout()
     with atomic_write(args.output) as f:
         figure.savefig(f, format="png", dpi=100)
+    plt.close(figure)
     print(f"wrote {args.output}")
+
+
+def folder_of(name: str) -> Path:
+    """Return a run's folder; a results folder stands for its newest run."""
+    from utils.runs import runs_in
+
+    newest = runs_in(name)
+    return newest[0].folder if newest else Path(name)
+
+
+def is_drawn(points: list[tuple[int, float]] | None) -> bool:
+    """Tell whether there is a curve: a loss that is switched off is 0 throughout."""
+    return any(value for _, value in points or ())
+
+
+def labels(folders: list[Path]) -> list[str]:
+    """Return a name for each run: its folder, with its parent where two are called alike, and the flags that differ."""
+    names = [folder.name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [f"{folder.resolve().parent.name}/{folder.name}" for folder in folders]
+    flags = [flags_of(folder) for folder in folders]
+    shared = set.intersection(*map(set, flags)) - UNNAMED
+    differing = sorted(name for name in shared if any(one[name] != flags[0][name] for one in flags))
+    said = [[f"--{name.replace('_', '-')} {one[name]}" for name in differing[:NAMED]] for one in flags]
+    more = ["…"] * (len(differing) > NAMED)
+    return [" ".join([name, *words, *more]) for name, words in zip(names, said, strict=True)]
+
+
+def flags_of(folder: Path) -> dict:
+    """Return the flags that a run began with; none of a folder that records none."""
+    record = folder / "run.json"
+    return json.loads(record.read_text()).get("args", {}) if record.exists() else {}
 
 
 def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
@@ -67,6 +102,8 @@ def flags() -> argparse.ArgumentParser:
     """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--runs", nargs="+", required=True, help="run folders, or results folders (their newest run)")
+    help = "a panel for each of these that a run has, as metrics.jsonl names them"
+    parser.add_argument("--metrics", nargs="+", default=list(SHOWN), help=help)
     parser.add_argument("--output", default="training.png", help="the picture to write")
     return parser
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dataset.folders import class_folders
 from tools import digits as known
-from tools import draw_training, make_digit_captions, make_digits, make_text_encoder
+from tools import make_digit_captions, make_digits, make_text_encoder
 
 pytestmark = pytest.mark.slow  # through whole scripts and servers
 
@@ -162,21 +162,3 @@ def test_digits_are_split_and_complete(tmp_path):
     assert image.shape == (32, 32, 3) and image.min() == 0 and image.max() > 200
     names = {path.name for path in tmp_path.rglob("*.png")}
     assert len(names) == 1797  # no scan is in both
-
-
-def test_curves_of_a_resumed_and_killed_run(tmp_path):
-    run = tmp_path / "results" / "000-GPT-XS"
-    run.mkdir(parents=True)
-    lines = [
-        {"step": 10, "loss": 3.0},
-        {"step": 20, "loss": 9.0},
-        {"step": 20, "loss": 2.0},
-        {"step": 20, "val_loss": 2.5},
-    ]
-    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 30, "lo')
-    assert draw_training.read_curves(run / "metrics.jsonl") == {"loss": [(10, 3.0), (20, 2.0)], "val_loss": [(20, 2.5)]}
-    arguments = ["--runs", str(tmp_path / "results"), "--output", str(tmp_path / "curves.png")]
-    draw_training.main(draw_training.flags().parse_args(arguments))
-    assert Image.open(tmp_path / "curves.png").size[0] > 300
-    with pytest.raises(FileNotFoundError, match=r"nowhere.*metrics\.jsonl does not exist"):
-        draw_training.main(draw_training.flags().parse_args(["--runs", str(tmp_path / "nowhere")]))
