@@ -21,6 +21,7 @@ from tests.helpers import GOLDEN, ROOT, free_port, scripts
 TOGETHER = (
     ("README.md",),
     ("docs/data.md", "docs/training.md", "docs/many_gpus.md", "docs/sampling.md", "docs/evaluation.md"),
+    ("docs/imagenet.md",),
 )
 DOCUMENTS = tuple(itertools.chain(*TOGETHER))
 RELEASED_FILE = re.compile(r"(?:\./pretrained_models/)?[\w/.-]*\b(?:vq|c2i|t2i|PAR)[_-][\w-]+\.pt")
@@ -153,7 +154,7 @@ def own_paths(words: list[str], files: Path, work: Path) -> list[str]:
             word = str(files / "coco")
         elif flag == "--fake_dir":  # the name tells the size of the images
             word = str(next(path for path in work.glob(f"{Path(word).parent}/*") if path.is_dir()))
-        elif flag in ("--code-path", "--from", "--to", "--cloud-save-path"):
+        elif flag in ("--code-path", "--val-code-path", "--classes-of", "--from", "--to", "--cloud-save-path"):
             word = str(work / Path(word).name)
         elif flag == "--prompt-csv":
             word = str(files / "prompts.tsv")
@@ -254,7 +255,7 @@ MADE = {"evaluations/t2i/PartiPrompts.tsv"}
 # Flags of programs that are not this project's, and of its shell scripts.
 FOREIGN = {
     "--nproc_per_node", "--ntasks-per-node", "--gpus-per-node", "--kill-on-bad-exit", "--local-dir", "--logdir",
-    "--build-arg", "--fix", "--init", "--rm", "--shm-size", "--fast", "--no-serve", "--serve", "--fresh", "--small", "--time",
+    "--build-arg", "--target", "--ipc", "--nodes", "--fix", "--init", "--rm", "--shm-size", "--fast", "--no-serve", "--serve", "--fresh", "--small", "--time",
 }  # fmt: skip
 
 
