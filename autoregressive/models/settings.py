@@ -54,7 +54,7 @@ class SamplingConfig:
         for each in fields(self):
             value = getattr(self, each.name)
             is_number = isinstance(value, Real) and not (isinstance(value, bool) and each.type is not bool)
-            if not is_number or (isinstance(value, int) and abs(value) >= 2**63):
+            if not is_number or (isinstance(value, int) and abs(int(value)) >= 2**63):
                 raise ValueError(f"{each.name} must be a number, got {shorten(value)}")
         if not (isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"--temperature must be 0 or more, got {self.temperature}")

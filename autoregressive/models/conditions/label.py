@@ -29,7 +29,9 @@ class LabelEmbedder(Condition):
     def read(self, value: Any, end: int | None = None) -> Tensor:
         """Return a whole number below the number of classes as int64 ()."""
         try:
-            label = index(None if isinstance(value, bool) else value)
+            if isinstance(value, bool):
+                raise TypeError
+            label = index(value)
         except TypeError:
             message = f"a label is a whole number, 0 to {self.num_classes - 1}, got {shorten(value)}"
             raise ValueError(message) from None
