@@ -175,7 +175,7 @@ class ImagePipeline:
         """Loads both models.
 
         name: a hub repository ("FoundationVision/LlamaGen") or a local folder in which `gpt` and `vq` stand; or, with
-        `gpt` left out, the GPT's file itself. gpt, vq: file names, paths, or run folders (their newest checkpoint).
+        `gpt` left out, what save_pretrained or push_to_hub wrote, or the GPT's file itself. gpt, vq: file names, paths, or run folders (their newest checkpoint).
         `vq` defaults to the released tokenizer of the GPT's kind.
         dtype: of the GPT's weights (bfloat16 on an accelerator, float32 on a CPU).
         use_ema: take the GPT's averaged weights, and the tokenizer's where its file has some.
@@ -184,6 +184,10 @@ class ImagePipeline:
         text: how prompts are encoded, as the constructor takes it (text_encoder, t5_path, t5_device, t5_dtype, …).
         Raises FileNotFoundError, ConnectionError, and ValueError where the two models do not fit together.
         """
+        if gpt is None and (saved := import_module("autoregressive.folder").find_folder(name)):
+            name, gpt, vq = saved, "gpt", vq or "tokenizer"
+            given = {name: value for name, value in text.items() if value is not None}
+            text = {**import_module("autoregressive.folder").text_settings(saved), **given}
         folder, repo_id = Path(name).expanduser(), str(name)
         if gpt is None:
             gpt, repo_id = folder.absolute() if folder.exists() else folder, None
@@ -230,17 +234,57 @@ class ImagePipeline:
         """Pixels a side of the images."""
         return self.gpt.layout.grid_size * self.tokenizer.downsample
 
+    def save_pretrained(self, folder: str | Path, *, license: str | None = None) -> None:
+        """Write both models, and for text the T5 or its name, to a folder that from_pretrained takes (folder.py:save)."""
+        import_module("autoregressive.folder").save(self, folder, license=license)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, license: str | None = None) -> str:
+        """Write what save_pretrained does to a repository of the hub. Returns the commit's address."""
+        return import_module("autoregressive.folder").push(self, repo_id, private=private, license=license)
+
     def __call__(
         self,
         asked: Sequence[int] | Tensor | Sequence[str] | None = None,
         *,
         progress: bool = True,
         size: int | None = None,
+        output_type: str = "pil",
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | None = None,
+        guidance_scale: float | None = None,
         **settings,
-    ) -> list[Image.Image]:
-        """Draw an image for each label, or for each prompt. Arguments as `requests` and `batches` take them."""
+    ) -> list[Image.Image] | np.ndarray | Tensor:
+        """Draw an image for each label, or for each prompt. Other arguments as `requests` and `batches` take them.
+
+        Args:
+            output_type: pil, or for values in [0, 1] as float32 np (B, H, W, 3) or pt (B, 3, H, W).
+            num_images_per_prompt: images in a row of each label or prompt.
+            generator: gives the seed, its next number, in place of `seed`.
+            guidance_scale: another name of cfg_scale.
+
+        Raises:
+            ValueError: for two names of one setting, and as `requests` and `batches` do.
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type is {output_type!r}: give 'pil', 'np' or 'pt'")
+        if guidance_scale is not None:
+            if "cfg_scale" in settings:
+                raise ValueError("guidance_scale and cfg_scale are two names of one setting: give one of them")
+            settings["cfg_scale"] = guidance_scale
+        if generator is not None:
+            if "seed" in settings:
+                raise ValueError("seed and generator are both given: give one of them")
+            if not isinstance(generator, torch.Generator):
+                raise ValueError(f"generator is a {type(generator).__name__}: give one torch.Generator, or seed")
+            settings["seed"] = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+        if num_images_per_prompt != 1:
+            asked, settings = repeated(asked, settings, num_images_per_prompt)
         drawn = self.batches(self.requests(asked, **settings), progress=progress, size=size)
-        return [Image.fromarray(image) for _, batch in drawn for image in batch]
+        images = [image for _, batch in drawn for image in batch]
+        if output_type == "pil":
+            return [Image.fromarray(image) for image in images]
+        array = np.stack(images).astype(np.float32) / 255
+        return array if output_type == "np" else torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
 
     def requests(
         self,
@@ -518,6 +562,30 @@ def as_list(asked: Any) -> list:
     if isinstance(asked, str | Path) or not (hasattr(asked, "__len__") and hasattr(asked, "__getitem__")):
         raise ValueError(f"give a list, one item for each image, not {shorten(repr(asked))}")
     return list(asked)
+
+
+def repeated(asked: Any, settings: Mapping[str, Any], times: int) -> tuple[list | None, dict[str, Any]]:
+    """Return labels or prompts, and what `requests` takes beside them, with each item `times` times in a row.
+
+    Raises ValueError for a number below 1, and beside settings that are of single images.
+    """
+    if isinstance(times, bool) or not isinstance(times, int) or times < 1:
+        raise ValueError(f"num_images_per_prompt is {times!r}: give a whole number, at least 1")
+    if single := [name for name in ("indices", "known", "extra_conditions") if settings.get(name) is not None]:
+        raise ValueError(
+            f"{single[0]} has an item for each image: leave num_images_per_prompt out, and repeat the prompts"
+        )
+
+    def repeat(values: Any) -> list:
+        return [value for value in as_list(values) for _ in range(times)]
+
+    lists = {"features"} | {
+        name
+        for name in ("negative_classes", "negative_prompts", "negative_features")
+        if isinstance(settings.get(name), list | tuple)
+    }
+    found = {name: repeat(value) if name in lists and value is not None else value for name, value in settings.items()}
+    return None if asked is None else repeat(asked), found
 
 
 def _each(given: Any, count: int) -> list:
