@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
@@ -28,7 +28,6 @@ from huggingface_hub.errors import (
 from autoregressive.hub import TransformerHF
 from autoregressive.pipeline import ImagePipeline
 from tokenizer.tokenizer_image.hub import VQModelHF
-from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.files import atomic_write
 from utils.hub import is_released
 from utils.origin import origin
@@ -64,8 +63,8 @@ def save(pipeline: ImagePipeline, folder: str | Path, *, name: str | None = None
         raise ValueError("the GPT is quantised: save the pipeline of the weights it was made of")
     if any(weight.dtype != torch.float32 for weight in tokenizer.parameters()):
         raise ValueError("the tokenizer decodes in bfloat16: load the pipeline with decode_precision='none' to save it")
-    if not isinstance(tokenizer, VQModel):
-        raise ValueError(f"the tokenizer is a {type(tokenizer).__name__}; what can be saved is a VQModel")
+    if tokenizer.network["name"] != "vqgan":
+        raise ValueError(f"the tokenizer is of the network {tokenizer.network['name']}; what can be saved is a vqgan")
     text = _text_encoder(pipeline) if pipeline.text else None
 
     parts: dict[str, HubModel] = {"gpt": TransformerHF.holding(gpt), "tokenizer": VQModelHF.holding(tokenizer)}
@@ -110,8 +109,10 @@ def find_folder(name: str | Path) -> Path | None:
         hf_hub_download(str(name), INDEX)
         return Path(snapshot_download(str(name), ignore_patterns=["*.py", "*.md"]))
     except LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            raise FileNotFoundError(f"{name} is not on this disk and HF_HUB_OFFLINE is set") from error
         raise ConnectionError(
-            f"{name} is not on this disk, and the hub cannot be reached ({error.__cause__ or 'offline'})"
+            f"{name} is not on this disk, and the hub cannot be reached ({error.__cause__})"
         ) from error
     except EntryNotFoundError:
         return None

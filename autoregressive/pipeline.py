@@ -174,9 +174,10 @@ class ImagePipeline:
     ) -> "ImagePipeline":
         """Loads both models.
 
-        name: a hub repository ("FoundationVision/LlamaGen") or a local folder in which `gpt` and `vq` stand; or, with
-        `gpt` left out, what save_pretrained or push_to_hub wrote, or the GPT's file itself. gpt, vq: file names, paths, or run folders (their newest checkpoint).
-        `vq` defaults to the released tokenizer of the GPT's kind.
+        name: a hub repository ("FoundationVision/LlamaGen") or a local folder in which `gpt` and `vq` stand; with both left
+            out, one that push_to_hub or save_pretrained wrote; with `gpt` left out, the GPT's file itself.
+        gpt, vq: file names, paths, or run folders (their newest checkpoint).
+            `vq` defaults to the released tokenizer of the GPT's kind.
         dtype: of the GPT's weights (bfloat16 on an accelerator, float32 on a CPU).
         use_ema: take the GPT's averaged weights, and the tokenizer's where its file has some.
         decode_precision: none, or bf16 for pixels sooner that are not quite the same (Tokenizer.decode_in_bfloat16).
@@ -184,8 +185,8 @@ class ImagePipeline:
         text: how prompts are encoded, as the constructor takes it (text_encoder, t5_path, t5_device, t5_dtype, …).
         Raises FileNotFoundError, ConnectionError, and ValueError where the two models do not fit together.
         """
-        if gpt is None and (saved := import_module("autoregressive.folder").find_folder(name)):
-            name, gpt, vq = saved, "gpt", vq or "tokenizer"
+        if gpt is vq is None and (saved := import_module("autoregressive.folder").find_folder(name)):
+            name, gpt, vq = saved, "gpt", "tokenizer"
             given = {name: value for name, value in text.items() if value is not None}
             text = {**import_module("autoregressive.folder").text_settings(saved), **given}
         folder, repo_id = Path(name).expanduser(), str(name)

@@ -219,16 +219,21 @@ def load_pipeline(
 
     Args:
         args: the flags.
-        gpt, vq: files, runs, released files; or owner/name of models that save_pretrained wrote to the hub.
+        gpt, vq: files, runs, released files; or owner/name of models that save_pretrained wrote to the hub. Without a vq
+            gpt may be a whole pipeline's folder or owner/name; how its prompts are encoded is written there.
         beliefs: what the flags say of the files.
         text: settings of the T5 in place of the flags'.
     """
+    from autoregressive.folder import find_folder
     from autoregressive.pipeline import PRECISIONS, ImagePipeline
 
+    saved, settings = None if vq else find_folder(gpt), text_settings(args)
+    if saved:
+        settings = {name: settings[name] for name in ("t5_device", "t5_dtype")}
     pipeline = ImagePipeline.from_pretrained(
-        hub_file(gpt), vq=vq and hub_file(vq), image_size=args.image_size, beliefs=beliefs, device=args.device,
+        saved or hub_file(gpt), vq=vq and hub_file(vq), image_size=args.image_size, beliefs=beliefs, device=args.device,
         dtype=PRECISIONS[args.precision], use_ema=args.use_ema, batch_size=args.batch_size, compile=args.compile,
-        **{**text_settings(args), **text},
+        **{**settings, **text},
     )  # fmt: skip
     if pipeline.text:
         pipeline.encode(["a picture"])  # a T5 that is missing or does not fit is told now

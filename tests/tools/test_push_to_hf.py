@@ -146,10 +146,13 @@ class StandIn(BaseHTTPRequestHandler):
             self.answer({"error": self.path}, 404)
 
     def do_GET(self):
-        name = self.path.split("/")[-1]
-        if "/resolve/" in self.path and name in self.server.files:
+        name = self.path.partition("/resolve/")[2].partition("/")[2]  # after the revision
+        if name in self.server.files:
             content = self.server.files[name]
             self.answer(content, X_Repo_Commit="0" * 40, ETag=f'"{hashlib.sha1(content).hexdigest()}"')
+        elif "/tree/" in self.path:
+            files = self.server.files.items()
+            self.answer([{"type": "file", "path": path, "size": len(c), "oid": "0" * 40} for path, c in files])
         elif self.path.startswith("/api/models/"):
             self.answer({"id": "me/model", "sha": "0" * 40, "siblings": []})
         else:
@@ -219,3 +222,20 @@ def test_a_push_that_the_hub_refuses(small_files, tmp_path, hub):
     done = python(words, hub, tmp_path / "home")
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: could not "), done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_pipeline_pushed_comes_back_and_draws_the_same(small_files, tmp_path, hub):
+    """Through the hub's own calls in processes of their own: push_to_hub, then from_pretrained by the repository's name."""
+    load = "from autoregressive.pipeline import ImagePipeline\n"
+    draw = "pipeline([3], seed=1, progress=False)[0].save({!r})"
+    code = f"{load}pipeline = ImagePipeline.from_pretrained({str(small_files.folder)!r}, gpt='gpt.pt', vq='vq.pt', device='cpu')\n"
+    code += f"print(pipeline.push_to_hub('me/model', private=True))\n{draw.format(str(tmp_path / 'pushed.png'))}"
+    done = python(["-c", code], hub, tmp_path / "home")
+    assert done.returncode == 0 and done.stdout.startswith(hub.url), done.stdout + done.stderr
+    assert {"README.md", "model_index.json", "gpt/model.safetensors", "tokenizer/config.json"} <= set(hub.files)
+    assert 'ImagePipeline.from_pretrained("me/model")' in hub.files["README.md"].decode()
+    code = f"{load}pipeline = ImagePipeline.from_pretrained('me/model', device='cpu')\n{draw.format(str(tmp_path / 'back.png'))}"
+    done = python(["-c", code], hub, tmp_path / "other")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "back.png").read_bytes() == (tmp_path / "pushed.png").read_bytes()
