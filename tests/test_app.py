@@ -167,6 +167,16 @@ def test_owner_and_name_are_downloaded_from_the_hub_and_files_are_not(tmp_path, 
     assert [hub_file(file) for file in files] == list(files)
 
 
+def test_a_whole_pipeline_is_one_name_with_its_own_t5(quickstart):
+    add_text(quickstart)
+    for kind, load in app.models(parse("--quickstart")).items():
+        load().save_pretrained(f"saved/{kind}")
+    shutil.rmtree(quickstart)
+    loads = app.models(parse("--gpt-ckpt", "saved/class", "--text-gpt-ckpt", "saved/text"))
+    assert {kind: load().image_size for kind, load in loads.items()} == {"class": 32, "text": 32}
+    assert loads["text"]().t5_model_type == "text_encoder"
+
+
 def test_released_weights_by_default():
     assert app.released_gpt("c2i", "GPT-XL") == "FoundationVision/LlamaGen/c2i_XL_384.pt"
     assert app.released_gpt("t2i", "GPT-XL") == "peizesun/llamagen_t2i/t2i_XL_stage2_512.pt"
