@@ -3,11 +3,13 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import urllib.request
@@ -175,6 +177,20 @@ def test_a_whole_pipeline_is_one_name_with_its_own_t5(quickstart):
     loads = app.models(parse("--gpt-ckpt", "saved/class", "--text-gpt-ckpt", "saved/text"))
     assert {kind: load().image_size for kind, load in loads.items()} == {"class": 32, "text": 32}
     assert loads["text"]().t5_model_type == "text_encoder"
+
+
+def test_the_space_loads_the_pipeline_that_its_variable_names(quickstart, monkeypatch):
+    app.models(parse("--quickstart"))["class"]().save_pretrained("owner/name")
+    page = (ROOT / "docs" / "hub.md").read_text()
+    source = textwrap.dedent(re.search(r"`space.py`.*?\n\n(.*?)\n`requirements", page, re.DOTALL)[1])
+    ran = []
+    monkeypatch.setattr("utils.cli.run_script", lambda main, parser: ran.append((main, parser.parse_args())))
+    monkeypatch.setattr(sys, "argv", ["space.py"])
+    monkeypatch.setenv("MODEL", "owner/name")
+    exec(compile(source, "space.py", "exec"), {})
+    ((main, args),) = ran
+    assert main is app.main and (args.host, args.port) == ("0.0.0.0", 7860)
+    assert app.models(args)["class"]().image_size == 32
 
 
 def test_released_weights_by_default():

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from tests.helpers import GOLDEN, ROOT, free_port, scripts
 # Documents whose commands run one after another in one folder, so that later ones find what earlier ones made.
 TOGETHER = (
     ("README.md",),
-    ("docs/data.md", "docs/training.md", "docs/many_gpus.md", "docs/sampling.md", "docs/evaluation.md"),
+    ("docs/data.md", "docs/training.md", "docs/many_gpus.md", "docs/sampling.md", "docs/evaluation.md", "docs/hub.md"),
     ("docs/imagenet.md",),
 )
 DOCUMENTS = tuple(itertools.chain(*TOGETHER))
@@ -288,6 +289,17 @@ def test_named_flags_exist():
     for page in PRESENT:
         named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", (ROOT / page).read_text()))
         assert sorted(named - known) == [], page
+
+
+def test_space_installs_what_the_demo_needs():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    lines += [line for name in ("text", "serve", "demo") for line in extras[name]]
+    needed = {line for line in lines if not line.startswith(("gradio", "autoregressive-image-generation"))}
+    page = (ROOT / "docs" / "hub.md").read_text()
+    assert {line.strip() for line in page.split("`requirements.txt` (", 1)[1].splitlines()[1:] if line} == needed
+    version = re.search("sdk_version: (.*)", page)[1]
+    assert f"gradio=={version}\n" in (ROOT / "constraints" / "main.txt").read_text()
 
 
 # docs/serving.md
