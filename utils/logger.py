@@ -7,6 +7,7 @@ log.info("…"); log.scalars(step, {"loss": 2.3}); log.image(step, "reconstructi
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from utils.images import save_png
+
+# Of quick steps the terminal shows a line in so many seconds; log.txt and metrics.jsonl have all.
+SECONDS_A_LINE = 5.0
 
 
 def console_logger(name: str = "run", main: bool = True) -> logging.Logger:
@@ -63,7 +67,7 @@ class RunLogger:
     """Writes to a run's folder from the first process; says nothing on the others."""
 
     def __init__(self, folder: Path, main: bool = True, wandb_project: str | None = None, config: dict | None = None):
-        self.folder, self.main, self.wandb = folder, main, None
+        self.folder, self.main, self.wandb, self.printed = folder, main, None, -SECONDS_A_LINE
         self.logger = console_logger(main=main)
         self.loggers = [self.logger, console_logger("dataset", main)]  # which images could not be read is logged there
         if not main:
@@ -93,6 +97,15 @@ class RunLogger:
 
     def warning(self, message: str) -> None:
         self.logger.warning(message)
+
+    def progress(self, message: str, last: bool) -> None:
+        """Write a line to log.txt, and to the terminal if no such line was printed in the last few seconds or it is the last."""
+        now = time.monotonic()
+        if last or now - self.printed >= SECONDS_A_LINE:
+            self.printed = now
+            self.info(message)
+        else:
+            self.record(message)
 
     def record(self, message: str) -> None:
         """Write a line to log.txt alone, where the terminal has it from somewhere else."""

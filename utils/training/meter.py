@@ -116,3 +116,12 @@ def format_window(values: dict[str, float]) -> str:
     parts.append(f"data wait: {values['data_wait']:.0%}")
     parts.append(f"memory: {values['peak_memory_gib']:.2f} GiB")
     return ", ".join(parts)
+
+
+def format_seconds(seconds: float) -> str:
+    """Format a duration in its two largest units: 41 h 12 min, 3 min 05 s, 12 s."""
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    if hours:
+        return f"{hours:,} h {minutes:02d} min"
+    return f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"

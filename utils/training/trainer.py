@@ -34,7 +34,7 @@ from utils.precision import WORDS
 from utils.rng import item_seed
 from utils.training.ema import EMA, warmed_up
 from utils.training.failures import Failures, FiniteWatch
-from utils.training.meter import Meter, format_window
+from utils.training.meter import Meter, format_seconds, format_window
 from utils.training.optim import learning_rate
 from utils.training.order import BatchOrder
 from utils.training.parallel import Parallel, parameters_of
@@ -362,16 +362,28 @@ class Trainer:
         lr = self.phases[0].optimizer.param_groups[0]["lr"]
         shown = {name: f"{value:.4f}" for name, value in values.items()}
         loss = shown.pop(next(name for name in ("loss", "generator_loss", *shown) if name in shown))  # published: first
-        rest = "".join(f"{name}: {value}, " for name, value in shown.items())
-        self.log.info(
-            f"(step={self.step:07d}) Train Loss: {loss}, Train Steps/Sec: {rates['steps_per_second']:.2f}, {rest}"
-            f"lr: {lr:.3g}, {format_window(rates)}"
+        # A loss that is switched off is 0 throughout.
+        rest = "".join(
+            f"{name}: {value}, "
+            for name, value in shown.items()
+            if values[name] or not name.endswith(("_loss", "adversarial_weight"))
+        )
+        self.log.progress(
+            f"(step={self.step:07d}) Train Loss: {loss}, Train Steps/Sec: {rates['steps_per_second']:.2f}, "
+            f"{self._progress(rates['steps_per_second'])}, {rest}lr: {lr:.3g}, {format_window(rates)}",
+            last=self.step == self.total_steps,
         )
         self.log.scalars(self.step, {**values, "lr": lr, **rates})
         if self.meter.slowest:
             self.log.info(self.meter.slowest)
         self.failures.require_finite_losses()
         self.sums = {}
+
+    def _progress(self, steps_per_second: float) -> str:
+        """Return in words where the run stands: steps, epoch, time left at the last window's pace."""
+        done, left, epoch = self._batches_done, self.total_steps - self.step, self.order.batches_per_epoch
+        words = f"step {self.step:,} of {self.total_steps:,}, epoch {-(-done // epoch)} of {-(-(done + left) // epoch)}"
+        return words + (f", {format_seconds(left / steps_per_second)} left" if left else "")
 
     # Checkpoints, figures, pictures
 

@@ -7,7 +7,7 @@ import torch
 
 from utils.distributed import Distributed
 from utils.training import meter as module
-from utils.training.meter import Meter, format_window
+from utils.training.meter import Meter, format_seconds, format_window
 
 CPU = Distributed(torch.device("cpu"))
 
@@ -116,3 +116,10 @@ def test_a_window_as_a_line():
     assert format_window(values) == (
         "images/sec: 12,346, tokens/sec: 3,200,000, mfu: 52.3%, data wait: 4%, memory: 1.23 GiB"
     )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (4_000_000, "1,111 h 06 min")]
+)
+def test_durations_in_two_units(seconds, words):
+    assert format_seconds(seconds) == words

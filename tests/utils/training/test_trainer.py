@@ -913,7 +913,7 @@ def test_an_infinite_gradient_of_a_finite_loss_ends_the_run(tmp_path):
 FIGURES = {"loss", "grad_norm", "lr", "steps_per_second", "images_per_second", "data_wait", "peak_memory_gib"}
 
 
-def test_the_records_of_a_run(tmp_path):
+def test_the_records_of_a_run(tmp_path, capsys):
     picture = np.arange(5 * 6 * 3, dtype=np.uint8).reshape(5, 6, 3)
     build(
         tmp_path,
@@ -939,10 +939,13 @@ def test_the_records_of_a_run(tmp_path):
     text = (folder / "log.txt").read_text()
     assert "83 parameters, 40 samples, 5 steps an epoch, 10 steps, 1 process(es) on cpu (ddp, none: " in text
     line = (
-        r"\(step=(\d{7})\) Train Loss: \d\.\d{4}, Train Steps/Sec: [\d.]+, grad_norm: \d\.\d{4}, lr: 0\.01, images/sec: [\d,]+, "
+        r"\(step=(\d{7})\) Train Loss: \d\.\d{4}, Train Steps/Sec: [\d.]+, step \d+ of 10, epoch [12] of 2, (?:\d+ s left, )?grad_norm: \d\.\d{4}, lr: 0\.01, images/sec: [\d,]+, "
         r"tokens/sec: [\d,]+, data wait: \d+%, memory: \d+\.\d\d GiB\n"
     )
     assert re.findall(line, text) == ["0000003", "0000006", "0000009", "0000010"]
+    assert "step 3 of 10, epoch 1 of 2, " in text and "step 6 of 10, epoch 2 of 2, " in text
+    printed = re.findall(r"\(step=(\d{7})\) Train Loss", capsys.readouterr().out)
+    assert printed == ["0000003", "0000010"]  # quick steps: the terminal has the first and the last
     assert text.count("val_loss: 0.5000") == 3 and text.count("saved ") == 3 and text.rstrip().endswith("done")
 
     events = EventAccumulator(str(folder / "tensorboard"))
