@@ -35,6 +35,21 @@ _ALIKE = ["tokenizer", "classes", "num_classes", "images", "views", "image_size"
 CODES = "imagenet_code"
 
 
+def recorded_size(folder: str | Path) -> tuple[int | None, int | None]:
+    """Return the pixels a side of the images and of a token, as far as a folder of codes says: packed, published, or of pairs."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return None, None
+    packed = next(
+        (file for file in (folder / INDEX_FILE, *sorted(folder.glob(f"*/{INDEX_FILE}"))) if file.exists()), None
+    )
+    if packed is None:
+        sizes = published_sizes(folder)
+        return (sizes[0] if len(sizes) == 1 else None), None
+    settings = CodeSettings.read(packed.parent)
+    return settings.image_size, settings.image_size // math.isqrt(settings.tokens)
+
+
 class CodeDataset(Dataset):
     """Items {"codes": int64 (tokens,), "label": int}, each of one view of one of `sources`, which hold the same samples.
 

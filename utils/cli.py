@@ -223,6 +223,15 @@ def given(value: Any) -> Any:
     return None if isinstance(value, _UntoldInt | _UntoldStr) else value
 
 
+def settle(args: argparse.Namespace, **known: Any) -> None:
+    """Set flags that are not given to what files say (`known`; None: nothing), else to their default, a plain value."""
+    for name, value in known.items():
+        if given(getattr(args, name)) is None and value is not None:
+            setattr(args, name, value)
+        elif isinstance(getattr(args, name), _UntoldInt | _UntoldStr):
+            setattr(args, name, getattr(args, name).__class__.__base__(getattr(args, name)))
+
+
 HALF = ["none", "fp16", "bf16"]
 _AS_FILE = "; unless given, the file's"
 _DEVICE = "cuda, mps or cpu (default: the best there is)"
@@ -235,7 +244,8 @@ def add_gpt_flags(
     """Add --gpt-model (one of `sizes`), --gpt-type and what fixes the sequence; unless in training, of a file (see `untold`)."""
     group = parser.add_argument_group("model")
     default, says = (lambda value: value, "") if training else (untold, _AS_FILE)
-    add_flag(group, "--gpt-model", None, default(gpt_model), f"size of the transformer{says}", choices=list(sizes))
+    says_size = "; unless given, that of --gpt-ckpt or of the run that is resumed" if training else says
+    add_flag(group, "--gpt-model", None, untold(gpt_model), f"size of the transformer{says_size}", choices=list(sizes))
     add_flag(group, "--gpt-type", None, gpt_type, "conditioned on a class or a caption", choices=["c2i", "t2i"])
     tokens = 1 if gpt_type == "c2i" else 120
     add_flag(group, "--cls-token-num", positive_int, default(tokens), f"condition tokens before the image's{says}")
@@ -450,7 +460,8 @@ def add_training_flags(
     add_flag(group, "--beta1", PROBABILITY, 0.9, "Adam's first moment")
     add_flag(group, "--beta2", PROBABILITY, 0.95, "Adam's second moment")
     add_flag(group, "--max-grad-norm", nonnegative_float, 1.0, "gradient clipping, 0 for none")
-    add_flag(group, "--global-batch-size", positive_int, batch, "samples a step, over all processes")
+    help = "samples a step, over all processes; unless given, no more than there are"
+    add_flag(group, "--global-batch-size", positive_int, untold(batch), help)
     help = "parts a process's share of a batch is split into"
     add_flag(group, "--gradient-accumulation-steps", positive_int, 1, help)
     help = (

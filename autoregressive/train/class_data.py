@@ -9,19 +9,30 @@ from torch import Tensor
 from autoregressive.models.gpt import Conditions
 from autoregressive.models.layouts import Layout
 from autoregressive.train.next_patch import PatchSchedule
-from autoregressive.train.recipe import Inputs, agreed_tokenizer, fit, further_conditions, join, model_sizes, new_model
+from autoregressive.train.recipe import (
+    Inputs,
+    agreed_tokenizer,
+    fit,
+    further_conditions,
+    join,
+    known_grid,
+    known_model,
+    model_sizes,
+    new_model,
+)
 from dataset.arrays import codes_of, collate
 from dataset.codes import CODES, CodeDataset
 from language.features import left_padded
-from utils.cli import grid_size, layout_numbers
+from utils.cli import layout_numbers
 from utils.distributed import Distributed
 from utils.logger import console_logger
 from utils.origin import listed_classes, origin, require_same
+from utils.training.order import fit_batch
 
 
 def train_classes(args: argparse.Namespace) -> None:
     """Train a class-conditional GPT as the flags say: raster, parallel layout, or next-patch prediction."""
-    grid = grid_size(args.image_size, args.downsample_size)
+    grid = known_grid(args)
     layout_numbers(args)  # refuses two that do not go together
     if args.gpt_type != "c2i":
         raise ValueError("train_c2i.py trains class-conditional models; for captions there is train_t2i.py")
@@ -33,10 +44,12 @@ def train_classes(args: argparse.Namespace) -> None:
     patches.check_grid(grid)
 
     dist, plan = join(args)
+    resumed = known_model(args)
     data = ClassData(args, dist)
+    notes = fit_batch(args, len(data.train), dist.world_size, resumed)
     patches = patches.for_run(len(data.train), args)
     model = new_model(args, grid)
-    fit(args, plan, data, model, patches, notes=order_in_words(patches, model.layout))
+    fit(args, plan, data, model, patches, notes=notes + order_in_words(patches, model.layout))
 
 
 def order_in_words(patches: PatchSchedule, layout: Layout) -> list[str]:

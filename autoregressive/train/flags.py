@@ -30,7 +30,7 @@ def class_flags(description: str | None, *, sharded: bool = False) -> argparse.A
     add_flag(parser, "--gpt-resume", None, None, "the same as --gpt-ckpt")
     add_flag(parser, "--vq-ckpt", None, None, "the codes' tokenizer: draws grids of samples with it")
     add_gpt_training_flags(parser, "c2i", sample_cfg_scale=2.0, wandb_project="c2i_fsdp" if sharded else None)
-    add_image_size_flags(parser, 256)
+    add_image_size_flags(parser, 256, of_file=True)
     add_parallel_flags(parser, "fsdp" if sharded else "ddp")
     group = parser.add_argument_group("next-patch prediction")
     add_flag(group, "--patch-level", positive_int, 1, "stages of coarser to finer patches, 1 for none (NPP's own: 2)")

@@ -19,6 +19,7 @@ from autoregressive.models.generate import generate, release_cache
 from autoregressive.models.gpt import Conditions, GPT_models, Transformer
 from autoregressive.models.layouts.patches import with_patches
 from autoregressive.models.sampling import SamplingConfig
+from autoregressive.models.sizes import GPT_SIZES
 from autoregressive.released import find_identity, flags_of
 from autoregressive.train.evaluation import mean_over, require_readable
 from autoregressive.train.flops import training_flops_per_image
@@ -27,10 +28,11 @@ from autoregressive.train.next_patch import PatchSchedule
 from autoregressive.train.objectives import OBJECTIVES
 from autoregressive.train.start import starting_point
 from dataset.arrays import condition_folders
+from dataset.codes import recorded_size
 from tokenizer.base import Tokenizer
 from tokenizer.load import load_tokenizer
 from utils.checkpoint import read_checkpoint
-from utils.cli import layout_numbers, tokenizer_beliefs
+from utils.cli import given, grid_size, layout_numbers, settle, tokenizer_beliefs
 from utils.distributed import Distributed, start
 from utils.images import make_grid, to_uint8
 from utils.rng import image_noise, item_seed
@@ -79,6 +81,35 @@ def join(args: argparse.Namespace) -> tuple[Distributed, Parallel]:
     OBJECTIVES[args.objective]  # refuses one that is not registered
     dist = start(args.device, args.data_parallel != "ddp", args.timeout_minutes, args.deterministic)
     return dist, Parallel.from_args(args, dist, compile=not args.no_compile)
+
+
+def known_grid(args: argparse.Namespace) -> int:
+    """Return the tokens a side; --image-size and --downsample-size are those of the codes where they are not given.
+
+    Raises ValueError where the tokenizer does not divide the image.
+    """
+    image, token = recorded_size(args.code_path) if args.code_path else (None, None)
+    settle(args, image_size=image, downsample_size=token)
+    return grid_size(args.image_size, args.downsample_size)
+
+
+def known_model(args: argparse.Namespace) -> dict[str, Any]:
+    """Set --gpt-model, where it is not given, to that of the run to resume or of --gpt-ckpt.
+
+    Returns the flags that the run to resume began with, {} for a new run.
+    """
+    runs = runs_in(args.results_dir) if args.resume else []
+    own = [run for run in runs if run.folder.name.split("-", 1)[1] == args.gpt_model]
+    if not own and given(args.gpt_model) is None:
+        own = [run for run in runs if run.flags().get("gpt_model") in GPT_SIZES]
+    path = getattr(args, "gpt_resume", None) or args.gpt_ckpt
+    size = None
+    if own:
+        size = own[0].flags().get("gpt_model")
+    elif path and given(args.gpt_model) is None:
+        size = flags_of(find_identity(read_checkpoint(find_checkpoint(path))))["gpt_model"]
+    settle(args, gpt_model=size)
+    return own[0].flags() if own else {}
 
 
 def new_model(args: argparse.Namespace, grid: int, **more: object) -> Transformer:

@@ -16,10 +16,12 @@ from dataset.build import TEXT, TEXT_CODES, build_dataset
 from dataset.t2i import TextImages, require_same_encoder
 from language.features import left_padded, prefix_mask
 from tokenizer.base import Tokenizer
+from utils.cli import given
 from utils.distributed import Distributed
 from utils.errors import AgreedError
 from utils.logger import console_logger
 from utils.origin import origin, require_same
+from utils.training.order import fit_batch
 
 SHOWN_CAPTIONS, CAPTION_TRIES = 8, 64
 # Of so many pairs at the beginning of a run one has to count. Pairs come in random order: of a list of which nine in ten
@@ -28,19 +30,22 @@ FIRST_PAIRS, FEW_PAIRS = 64, 16
 
 
 class TextData:
-    """Pairs to train on and those held out; fills in --vocab-size where it is not given.
+    """Pairs to train on and those held out; fills in --vocab-size, --t5-feature-dim and the batch where they are not given.
 
     With --dataset t2i the frozen tokenizer encodes each batch's images on the device.
     """
 
-    def __init__(self, args: argparse.Namespace, dist: Distributed):
+    def __init__(self, args: argparse.Namespace, dist: Distributed, resumed: dict[str, Any] | None = None):
         self.args, self.dist, self.tokens = args, dist, args.cls_token_num
         console_logger("dataset", dist.is_main)
         self.further = further_conditions(args, args.val_data_path)
+        args.t5_feature_dim = given(args.t5_feature_dim)
         with dist.main_first():  # which indexes shards where they have no index yet
             self.train = build_dataset(args, random_crop=args.random_crop)
+            args.t5_feature_dim = self.train.features.dim
             self.held_out = build_dataset(held_out_flags(args)) if args.val_data_path else None
         self.collate = partial(collate, rows=self.train.rows(self.tokens), pad=left_padded)
+        self.notes = fit_batch(args, len(self.train), dist.world_size, resumed)
         self.first = FirstPairs(self.train, args, dist)
         codes, self.on_the_fly = self.train.codes, args.dataset == TEXT
         fingerprint = codes.tokenizer if codes else None

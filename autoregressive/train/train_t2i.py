@@ -23,26 +23,26 @@ from utils.cli import (
     add_switch,
     add_tokenizer_flags,
     flag_parser,
-    grid_size,
     layout_numbers,
     positive_int,
     run_script,
+    untold,
 )
 
 
 def main(args: argparse.Namespace) -> None:
-    from autoregressive.train.recipe import fit, join, new_model
+    from autoregressive.train.recipe import fit, join, known_grid, known_model, new_model
     from autoregressive.train.text_data import TextData, check_flags
 
-    grid = grid_size(args.image_size, args.downsample_size)
+    grid = known_grid(args)
     layout_numbers(args)  # refuses two that do not go together
     if args.gpt_type != "t2i":
         raise ValueError("train_t2i.py trains text-conditional models; for classes there is train_c2i.py")
     check_flags(args)
 
     dist, plan = join(args)
-    data = TextData(args, dist)
-    fit(args, plan, data, new_model(args, grid, caption_dim=args.t5_feature_dim))
+    data = TextData(args, dist, resumed=known_model(args))
+    fit(args, plan, data, new_model(args, grid, caption_dim=args.t5_feature_dim), notes=data.notes)
 
 
 def flags() -> argparse.ArgumentParser:
@@ -66,8 +66,9 @@ def flags() -> argparse.ArgumentParser:
     add_switch(parser, "--half-tokenizer", False, help)
     add_gpt_training_flags(parser, "t2i", sample_cfg_scale=7.5)
     add_flag(parser, "--drop-path", PROBABILITY, 0.0, "the same as --drop-path-rate")
-    add_flag(parser, "--t5-feature-dim", positive_int, 2048, "numbers a caption token's feature has")
-    add_image_size_flags(parser, 384)
+    help = "numbers a caption token's feature has; unless given, the features'"
+    add_flag(parser, "--t5-feature-dim", positive_int, untold(2048), help)
+    add_image_size_flags(parser, 384, of_file=True)
     add_reading_flags(parser)
     add_parallel_flags(parser, "ddp")
     return parser

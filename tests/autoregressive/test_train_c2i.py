@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from autoregressive.models.gpt import ModelArgs, Transformer
+from autoregressive.models.sizes import GPT_SIZES
 from autoregressive.train import train_c2i
 from autoregressive.train.evaluation import mean_loss
 from autoregressive.train.loss import TokenLoss, dropped_conditions
@@ -462,3 +463,48 @@ def test_published_flags():
     check_published_flags(train_c2i, FLAGS, ("--cloud-save-path", "--ar-token-num", "--spe-token-num"))
     args = train_c2i.flags().parse_args(["--code-path", "codes"])
     assert (args.cloud_save_path, args.ar_token_num, args.spe_token_num) == (None, None, None)
+
+
+# What the files know
+
+
+def test_code_path_is_a_whole_command(codes, tmp_path, monkeypatch):
+    """Image size, downsampling, codebook and classes from the codes' record, and a batch that the 48 images fill."""
+    monkeypatch.setitem(GPT_SIZES, "GPT-B", GPT_SIZES["GPT-XS"])  # the default's size
+    few = ["--max-steps", 1, "--results-dir", tmp_path, "--num-workers", 0, "--mixed-precision", "none"]
+    run_here(train_c2i, "--code-path", codes, *few)
+    saved = vars(load(last(tmp_path))["args"])
+    assert (saved["image_size"], saved["downsample_size"]) == (16, 4)
+    assert (saved["vocab_size"], saved["num_classes"]) == (VOCAB, CLASSES)
+    assert (saved["gpt_model"], saved["global_batch_size"]) == ("GPT-B", COUNT)
+    assert {type(value) for value in saved.values()} <= {str, int, float, bool, list, type(None)}
+    log = (run_folder(tmp_path) / "log.txt").read_text()
+    assert "batches of 48 samples: there are 48, and --global-batch-size is not given" in log
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [(["--image-size", 32], "16 tokens per image"), (["--downsample-size", 8], "16 tokens per image")],
+)
+def test_a_flag_that_the_codes_contradict_is_refused(codes, tmp_path, flag, message):
+    with pytest.raises(ValueError, match=message):
+        run_here(train_c2i, "--code-path", codes, "--results-dir", tmp_path, *flag)
+
+
+def test_resumed_and_continued_runs_say_their_size_and_batch(codes, tmp_path):
+    train(codes, tmp_path / "results", "--max-steps", 1)
+    short = ["--code-path", codes, "--num-workers", 0, "--mixed-precision", "none", "--max-steps", 2]
+    run_here(train_c2i, *short, "--results-dir", tmp_path / "results", "--resume")
+    saved = load(last(tmp_path / "results"))
+    assert (saved["steps"], saved["args"].gpt_model, saved["args"].global_batch_size) == (2, "GPT-XS", 16)
+    tuned = [
+        "--results-dir",
+        tmp_path / "tuned",
+        "--gpt-ckpt",
+        tmp_path / "results",
+        "--finetune",
+        "--class-rows",
+        "number",
+    ]
+    run_here(train_c2i, *short, *tuned)
+    assert run_folder(tmp_path / "tuned").name == "000-GPT-XS"

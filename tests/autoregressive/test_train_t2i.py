@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from autoregressive.models.gpt import GPT_models
+from autoregressive.models.sizes import GPT_SIZES
 from autoregressive.train import extract_codes_t2i, train_t2i
 from autoregressive.train.loss import TokenLoss, dropped_conditions
 from dataset.arrays import write_arrays
@@ -162,6 +163,19 @@ def one(data, tmp_path_factory):
     """A run of one process, to compare with."""
     with quiet_loggers():
         return train(data, tmp_path_factory.mktemp("one"), *COMPARED, *held_out(data))
+
+
+def test_sizes_and_widths_are_those_of_codes_and_features(data, tmp_path, monkeypatch):
+    """No size is given: that of the images and tokens from the codes, the width from the features, a batch that they fill."""
+    monkeypatch.setitem(GPT_SIZES, "GPT-B", GPT_SIZES["GPT-XS"])  # the default's size
+    paths = ["--code-path", data / "codes", "--data-path", data / "pairs", "--t5-feat-path", data / "features"]
+    few = ["--max-steps", 1, "--num-workers", 0, "--mixed-precision", "none", "--results-dir", tmp_path]
+    run_here(train_t2i, "--dataset", "t2i_code", *paths, *few)
+    saved = vars(load(last(tmp_path))["args"])
+    assert (saved["image_size"], saved["downsample_size"], saved["t5_feature_dim"]) == (16, 4, DIM)
+    assert saved["vocab_size"] == VOCAB and saved["global_batch_size"] == COUNT
+    assert {type(value) for value in saved.values()} <= {str, int, float, bool, list, type(None)}
+    assert "batches of 48 samples: there are 48" in (run_folder(tmp_path) / "log.txt").read_text()
 
 
 def test_accumulation_gives_the_same_losses(data, tmp_path, one):

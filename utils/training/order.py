@@ -7,13 +7,30 @@
 A run that stopped resumes at the very next batch, on any number of processes, with the samples it would have seen.
 """
 
+from argparse import Namespace
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from utils.cli import given, settle
 from utils.rng import item_seed
+
+
+def fit_batch(args: Namespace, size: int, world_size: int, resumed: dict[str, Any] | None = None) -> list[str]:
+    """Set --global-batch-size, where it is not given, to that of the resumed run or to one that the data set fills.
+
+    size: samples of the data set. resumed: the flags that the run to resume began with. Returns lines for the log.
+    """
+    asked, default = given(args.global_batch_size), int(args.global_batch_size)
+    parts = world_size * args.gradient_accumulation_steps
+    before, fits = (resumed or {}).get("global_batch_size"), min(default, size // parts * parts) or default
+    settle(args, global_batch_size=before or fits)
+    if asked or before or fits == default:
+        return []
+    return [f"batches of {args.global_batch_size} samples: there are {size}, and --global-batch-size is not given"]
 
 
 class BatchOrder(Sampler[list[int]]):

@@ -36,7 +36,7 @@ from utils.training.ema import EMA, warmed_up
 from utils.training.failures import Failures, FiniteWatch
 from utils.training.meter import Meter, format_seconds, format_window
 from utils.training.optim import learning_rate
-from utils.training.order import BatchOrder
+from utils.training.order import BatchOrder, fit_batch
 from utils.training.parallel import Parallel, parameters_of
 from utils.training.resume import open_run_together, resume, start_from
 from utils.training.shards import ShardedCheckpoint
@@ -119,7 +119,9 @@ class Trainer:
     def __init__(self, args: Namespace, plan: Parallel, job: Job):
         self.args, self.plan, self.job, self.dist = args, plan, job, plan.dist
         self.models, self.phases, self.dataset, dist = job.models, job.phases, job.dataset, plan.dist
-        batch, parts, size = args.global_batch_size, args.gradient_accumulation_steps, len(cast(Sized, job.dataset))
+        size, parts = len(cast(Sized, job.dataset)), args.gradient_accumulation_steps
+        notes = fit_batch(args, size, dist.world_size)
+        batch = args.global_batch_size
         self.order = BatchOrder(size, batch, parts, dist.rank, dist.world_size, args.global_seed)
         self.ema = EMA(job.models["model"], args.ema_decay) if args.ema else None
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=args.mixed_precision == "fp16")
@@ -133,6 +135,8 @@ class Trainer:
         self.run, resumed = open_run_together(args, job.name, dist, plan.sharded)
         project = None if args.no_wandb else args.wandb_project
         self.log = RunLogger(self.run.folder, dist.is_main, project, vars(args))
+        for line in notes:
+            self.log.info(line)
         self.saver = Saver(self.state, self.run, args, dist, self.log)
         self.failures = Failures(self.saver, self.order, job.dataset, self.watch)
         self._begin(resumed)

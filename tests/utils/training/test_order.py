@@ -1,10 +1,12 @@
 """Every sample once an epoch, the same batches however they are split, and any batch to start from."""
 
+from argparse import Namespace
 from itertools import chain
 
 import pytest
 
-from utils.training.order import BatchOrder
+from utils.cli import untold
+from utils.training.order import BatchOrder, fit_batch
 
 
 def take(size, batch, micro=1, world=1, seed=0, epoch=0, start=0):
@@ -100,3 +102,19 @@ def test_samples_that_are_told_are_those_of_the_order(world, micro):
                     assert teller.samples(epoch, batch, rank) == list(chain(*share))
                     assert [teller.samples(epoch, batch, rank, part) for part in range(micro)] == share
         assert [(order.epoch, order.batch) for order in orders] == [(epoch, 0)] * world, "asking changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "processes", "resumed", "expected", "lines"),
+    [
+        (untold(256), 1000, 2, None, 256, 0),
+        (untold(256), 41, 2, None, 40, 1),
+        (untold(256), 41, 2, {"global_batch_size": 8}, 8, 0),
+        (untold(256), 1, 2, None, 256, 0),  # none fits: an error of its own
+        (64, 41, 2, None, 64, 0),
+    ],
+)
+def test_a_batch_that_is_not_given_fits_the_data(batch, size, processes, resumed, expected, lines):
+    args = Namespace(global_batch_size=batch, gradient_accumulation_steps=1)
+    assert len(fit_batch(args, size, processes, resumed)) == lines
+    assert args.global_batch_size == expected and type(args.global_batch_size) is int
