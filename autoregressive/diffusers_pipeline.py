@@ -60,11 +60,25 @@ class AutoregressivePipeline(DiffusionPipeline):
         images = self._pipeline()(asked, progress=progress, **settings)
         return ImagePipelineOutput(images) if return_dict else (images,)
 
+    def save_pretrained(self, folder: str | Path, *, license: str | None = None) -> None:
+        """Write the folder again, as ImagePipeline does."""
+        self._pipeline().save_pretrained(folder, license=license)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, license: str | None = None) -> str:
+        """Write the folder to a repository of the hub, as ImagePipeline does. Returns the commit's address."""
+        return self._pipeline().push_to_hub(repo_id, private=private, license=license)
+
     def _pipeline(self) -> ImagePipeline:
         """Return the pipeline of the two models where they are now; a T5 that is loaded is kept until they move."""
         weight = self.gpt.tok_embeddings.weight
         made = self._made
         if made is None or (made.device, made.gpt) != (weight.device, self.gpt) or made.tokenizer is not self.tokenizer:
-            text = text_settings(find_folder(self.config._name_or_path)) if self.config.text else {}
-            self._made = ImagePipeline(self.gpt, self.tokenizer, **text)
+            self._made = ImagePipeline(self.gpt, self.tokenizer, **self._text_settings())
         return self._made
+
+    def _text_settings(self) -> dict[str, Any]:
+        if not self.config.text:
+            return {}
+        if (folder := find_folder(self.config._name_or_path)) is None:
+            raise FileNotFoundError(f"the pipeline's folder {self.config._name_or_path} is gone, and its T5 with it")
+        return text_settings(folder)

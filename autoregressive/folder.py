@@ -78,7 +78,7 @@ def save(pipeline: ImagePipeline, folder: str | Path, *, name: str | None = None
     if text:
         index["text"], t5 = text
         if t5 and t5.absolute() != (folder / TEXT_ENCODER).absolute():
-            shutil.copytree(t5, folder / TEXT_ENCODER, dirs_exist_ok=True)
+            shutil.copytree(t5, folder / TEXT_ENCODER, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
     for place, kind in _CODE.items():
         (folder / f"{place}.py").write_text(f"from autoregressive.diffusers_pipeline import {kind}  # noqa: F401\n")
     _card(parts["gpt"], name or folder.absolute().name, license).save(folder / "README.md")

@@ -269,11 +269,11 @@ class ImagePipeline:
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type is {output_type!r}: give 'pil', 'np' or 'pt'")
         if guidance_scale is not None:
-            if "cfg_scale" in settings:
+            if settings.get("cfg_scale") is not None:
                 raise ValueError("guidance_scale and cfg_scale are two names of one setting: give one of them")
             settings["cfg_scale"] = guidance_scale
         if generator is not None:
-            if "seed" in settings:
+            if settings.get("seed") is not None:
                 raise ValueError("seed and generator are both given: give one of them")
             if not isinstance(generator, torch.Generator):
                 raise ValueError(f"generator is a {type(generator).__name__}: give one torch.Generator, or seed")

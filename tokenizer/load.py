@@ -97,7 +97,8 @@ def load_tokenizer(
 
 
 def find_tokenizer(gpt: Path, fingerprint: str | None) -> Path:
-    """Find the tokenizer of a GPT's codes by its fingerprint: in the folders above the GPT's file, or in a run beside them.
+    """Find the tokenizer of a GPT's codes by its fingerprint: in the folders above the GPT's file, or in a run
+    or a saved model beside them.
 
     Raises FileNotFoundError where none is there, ValueError where the GPT does not record its tokenizer.
     """
@@ -106,7 +107,7 @@ def find_tokenizer(gpt: Path, fingerprint: str | None) -> Path:
     for folder in list(gpt.absolute().parents)[:4]:
         files = [path for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".safetensors")]
         runs = [newest_checkpoint(path) for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-        for path in sorted(filter(None, {*files, *runs} - {gpt.absolute()})):
+        for path in sorted(filter(None, {*files, *runs, *folder.glob("*/model.safetensors")} - {gpt.absolute()})):
             with suppress(ValueError, OSError):
                 if adapted(read_checkpoint(path)):
                     load_tokenizer(path, fingerprint=fingerprint)

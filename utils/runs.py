@@ -183,7 +183,8 @@ def _new_folder(results: Path, name: str) -> Path:
 
 
 def find_checkpoint(name: str | Path, repo_id: str | None = None) -> Path:
-    """Find the checkpoint that a flag names: a file, a folder of one, a run or results folder (its newest), or a released file.
+    """Find the checkpoint that a flag names: a file, a folder of one, a run or results folder (its newest), a saved pipeline's
+    GPT, or a released file.
 
     Raises FileNotFoundError that says what was looked for.
     """
@@ -194,6 +195,8 @@ def find_checkpoint(name: str | Path, repo_id: str | None = None) -> Path:
             return newest
         if runs_in(folder):
             raise FileNotFoundError(f"no run in {folder} has a checkpoint yet")
+        if (folder / "model_index.json").is_file():
+            return folder / "gpt" / "model.safetensors"
     return resolve(name, repo_id)
 
 

@@ -15,8 +15,9 @@ from autoregressive.models.gpt import GPT_models
 from autoregressive.pipeline import ImagePipeline
 from tests.helpers import randomize
 from tests.language.small_t5 import make_small_t5
-from tokenizer.load import load_tokenizer
+from tokenizer.load import find_tokenizer, load_tokenizer
 from utils.checkpoint import save_checkpoint
+from utils.runs import find_checkpoint
 
 TEXT = {"vocab_size": 64, "block_size": 64, "model_type": "t2i", "cls_token_num": 9, "caption_dim": 24}
 
@@ -60,6 +61,17 @@ def test_a_saved_pipeline_draws_the_same_pictures(pipeline, tmp_path):
     assert again.gpt.file_config["tokenizer"] == again.tokenizer.fingerprint() == pipeline.tokenizer.fingerprint()
     again.save_pretrained(tmp_path / "moved")  # over itself
     assert np.array_equal(drawn(ImagePipeline.from_pretrained(tmp_path / "moved", device="cpu")), drawn(pipeline))
+
+
+def test_a_scripts_flag_takes_the_folder_whole(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "digits")
+    gpt = find_checkpoint(tmp_path / "digits")
+    assert (
+        gpt
+        == tmp_path / "digits" / "gpt" / "model.safetensors"
+        == find_checkpoint(tmp_path / "digits" / "gpt") / gpt.name
+    )
+    assert find_tokenizer(gpt, pipeline.tokenizer.fingerprint()) == tmp_path / "digits" / "tokenizer" / gpt.name
 
 
 def test_a_folder_with_another_tokenizer_is_refused(pipeline, tmp_path):
@@ -186,6 +198,9 @@ def test_diffusers_draws_the_same_pictures(pipeline, text, tmp_path, modules):
         one, two = theirs(asked[0], num_images_per_prompt=2, output_type="np", return_dict=False)[0]
         assert one.shape == (32, 32, 3) and not np.array_equal(one, two)
         assert set(theirs.components) == {"gpt", "tokenizer"}
+        theirs.save_pretrained(tmp_path / "again")
+        again = ImagePipeline.from_pretrained(tmp_path / "again", device="cpu")
+        assert np.array_equal(drawn(again, asked, cfg_scale=2.0, seed=3), drawn(ours, asked, cfg_scale=2.0, seed=3))
     half = DiffusionPipeline.from_pretrained(
         folder, custom_pipeline=folder, trust_remote_code=True, dtype=torch.bfloat16
     )
