@@ -8,16 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from autoregressive.models.gpt import GPT_models
 from autoregressive.pipeline import ImagePipeline
+from autoregressive.sample import sample_c2i
 from tests.helpers import randomize
 from tests.language.small_t5 import make_small_t5
-from tokenizer.load import find_tokenizer, load_tokenizer
+from tests.training import run_here
+from tokenizer.load import load_tokenizer
 from utils.checkpoint import save_checkpoint
-from utils.runs import find_checkpoint
 
 TEXT = {"vocab_size": 64, "block_size": 64, "model_type": "t2i", "cls_token_num": 9, "caption_dim": 24}
 
@@ -63,15 +65,14 @@ def test_a_saved_pipeline_draws_the_same_pictures(pipeline, tmp_path):
     assert np.array_equal(drawn(ImagePipeline.from_pretrained(tmp_path / "moved", device="cpu")), drawn(pipeline))
 
 
-def test_a_scripts_flag_takes_the_folder_whole(pipeline, tmp_path):
-    pipeline.save_pretrained(tmp_path / "digits")
-    gpt = find_checkpoint(tmp_path / "digits")
-    assert (
-        gpt
-        == tmp_path / "digits" / "gpt" / "model.safetensors"
-        == find_checkpoint(tmp_path / "digits" / "gpt") / gpt.name
-    )
-    assert find_tokenizer(gpt, pipeline.tokenizer.fingerprint()) == tmp_path / "digits" / "tokenizer" / gpt.name
+def test_a_script_takes_the_folder_whole(pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipeline.save_pretrained("digits")
+    run_here(sample_c2i, "--gpt-ckpt", "digits", "--precision", "none", "--labels", 3, 7, "--seed", 5, "--top-k", 0)
+    sheet = np.asarray(Image.open(next(tmp_path.glob("*.png"))))
+    for image in drawn(pipeline, cfg_scale=4.0, seed=5):
+        places = np.lib.stride_tricks.sliding_window_view(sheet, image.shape)
+        assert (places == image).all((-3, -2, -1)).any()
 
 
 def test_a_folder_with_another_tokenizer_is_refused(pipeline, tmp_path):
