@@ -28,6 +28,6 @@ launch() {
     local place=(--node_rank="${node_rank:-0}" --master_addr="${master_addr:-127.0.0.1}" --master_port="${master_port:-12345}")
     # On one machine torchrun takes any free port, so that two runs do not meet.
     if [ "${nnodes:-1}" = 1 ] && [ -z "${master_port:-}${master_addr:-}" ]; then place=(--standalone); fi
-    exec torchrun --nnodes="${nnodes:-1}" --nproc_per_node="${nproc_per_node:-$((gpus > 0 ? gpus : 1))}" "${place[@]}" \
+    exec python3 "$root/scripts/torchrun.py" --nnodes="${nnodes:-1}" --nproc_per_node="${nproc_per_node:-$((gpus > 0 ? gpus : 1))}" "${place[@]}" \
         "$root/$script" "$@"
 }

@@ -37,14 +37,14 @@ WRAPPERS = {
 
 @pytest.fixture
 def started(tmp_path):
-    """Runs a wrapper from another folder with a torchrun that prints its arguments."""
-    torchrun = tmp_path / "bin" / "torchrun"
-    torchrun.parent.mkdir()
-    torchrun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    torchrun.chmod(0o755)
+    """Runs a wrapper from another folder with a Python that prints its arguments."""
+    python = tmp_path / "bin" / "python3"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
 
     def start(name, *flags, **environment):
-        path = f"{torchrun.parent}{os.pathsep}{os.environ['PATH']}"
+        path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
         names = {"VIRTUAL_ENV": "x", "PATH": path, **environment}
         wrapper = ROOT / "scripts" / f"{name}.sh"
         done = subprocess.run([wrapper, *flags], cwd=tmp_path, env=names, capture_output=True, text=True, check=True)

@@ -36,7 +36,7 @@ def describe(script: str, words: Sequence[object], processes: int) -> str:
 def run(script: str, words: Sequence[object], processes: int) -> None:
     """Run a script to its end, under torchrun where there are several processes. Raises ValueError where it fails."""
     print(f"== {describe(script, words, processes)}", flush=True)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+    torchrun = [str(ROOT / "scripts/torchrun.py"), "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
     code = launch([sys.executable, *torchrun, str(ROOT / script), *map(str, words)])
     if code:
         raise ValueError(f"{script} ended with code {code}, see above; rerun the command to resume")

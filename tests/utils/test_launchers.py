@@ -114,9 +114,11 @@ def test_first_host_of_a_list_of_nodes(nodes, first):
     ],
 )  # fmt: skip
 def test_wrapper_under_srun_starts_one_group(env, expected, tmp_path):
-    for program in ("torchrun", "python3"):
-        (tmp_path / program).write_text(f'#!/bin/bash\necho {program} "$@"\n')
-        (tmp_path / program).chmod(0o755)
+    python = tmp_path / "python3"
+    python.write_text(
+        '#!/bin/bash\nif [[ $1 == */torchrun.py ]]; then echo torchrun "${@:2}"; else echo python3 "$@"; fi\n'
+    )
+    python.chmod(0o755)
     script = f"source {ROOT}/scripts/launch.sh; PATH={tmp_path}:$PATH; nvidia-smi() {{ false; }}; launch a.py --x"
     clean = {
         name: value for name, value in os.environ.items() if not re.match("SLURM|CUDA|nnodes|nproc|node_|master", name)

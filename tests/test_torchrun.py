@@ -1,0 +1,61 @@
+"""scripts/torchrun.py: how a group of processes ends is one line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.helpers import ROOT
+
+CHILD = """
+import os, sys, time
+how = sys.argv[1]
+if how == "waits":
+    open(os.environ["RANK"], "w").close()
+if os.environ["RANK"] == "0" and how == "mistake":
+    print("error: no such folder", file=sys.stderr)
+    sys.exit(1)
+if os.environ["RANK"] == "1" and how == "killed":
+    os.kill(os.getpid(), 9)
+time.sleep(0 if how == "well" else 60)
+"""
+
+
+def start(folder, how):
+    (folder / "child.py").write_text(CHILD)
+    launcher = [
+        sys.executable,
+        str(ROOT / "scripts/torchrun.py"),
+        "--standalone",
+        "--nproc_per_node=2",
+        "child.py",
+        how,
+    ]
+    return subprocess.Popen(launcher, cwd=folder, env={**os.environ}, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        ("well", 0, ""),
+        ("mistake", 1, "error: no such folder\n"),
+        ("killed", 1, "error: process 1 was ended by SIGKILL\n"),
+    ],
+)
+def test_the_end_of_a_group_is_one_line(tmp_path, how, code, said):
+    group = start(tmp_path, how)
+    assert group.communicate(timeout=60)[1] == said and group.returncode == code
+
+
+@pytest.mark.slow
+def test_a_signal_is_one_line(tmp_path):
+    group = start(tmp_path, "waits")
+    deadline = time.monotonic() + 40
+    while not (tmp_path / "1").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    group.send_signal(signal.SIGTERM)
+    assert group.communicate(timeout=60)[1] == "stopped by SIGTERM\n" and group.returncode == 1
