@@ -36,10 +36,11 @@ from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
 from autoregressive.released import find_identity, gpt_identity, released_tokenizer
 from autoregressive.request import Request
 from tokenizer.base import Tokenizer
-from tokenizer.load import load_tokenizer
+from tokenizer.load import find_tokenizer, load_tokenizer
 from utils.checkpoint import has_averages, load_into, read_checkpoint
 from utils.distributed import pick_device
 from utils.errors import is_out_of_memory
+from utils.hub import is_released
 from utils.images import to_uint8
 from utils.origin import same_tokenizer
 from utils.overlap import one_behind
@@ -84,6 +85,20 @@ def load_gpt(
     # else the file has (an optimizer, averaged weights) goes at once.
     del checkpoint
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def tokenizer_of(gpt: str | Path) -> Path:
+    """Find the tokenizer whose codes a GPT speaks: the recorded one near the GPT's file, the released one of a released GPT.
+
+    Raises FileNotFoundError where the recorded one is not near, ValueError for another file that does not record it.
+    """
+    path = find_checkpoint(gpt)
+    checkpoint = read_checkpoint(path)
+    if fingerprint := checkpoint.config.get("tokenizer"):
+        return find_tokenizer(path, fingerprint)
+    if is_released(gpt):
+        return find_checkpoint(released_tokenizer(find_identity(checkpoint)))
+    raise ValueError(f"--vq-ckpt is needed: {path} does not record its tokenizer")
 
 
 class TextEncoder(Protocol):
@@ -177,7 +192,7 @@ class ImagePipeline:
         name: a hub repository ("FoundationVision/LlamaGen") or a local folder in which `gpt` and `vq` stand; with both left
             out, one that push_to_hub or save_pretrained wrote; with `gpt` left out, the GPT's file itself.
         gpt, vq: file names, paths, or run folders (their newest checkpoint).
-            `vq` defaults to the released tokenizer of the GPT's kind.
+            `vq` defaults to the tokenizer that the GPT's file records, found near it, else to the released one of its kind.
         dtype: of the GPT's weights (bfloat16 on an accelerator, float32 on a CPU).
         use_ema: take the GPT's averaged weights, and the tokenizer's where its file has some.
         decode_precision: none, or bf16 for pixels sooner that are not quite the same (Tokenizer.decode_in_bfloat16).
@@ -206,7 +221,9 @@ class ImagePipeline:
         device = pick_device(str(device) if device else None)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         gpt_path = find(gpt)
-        if vq is None:
+        if vq is None and read_checkpoint(gpt_path).config.get("tokenizer"):
+            vq_path = tokenizer_of(gpt_path)
+        elif vq is None:
             vq = released_tokenizer(find_identity(read_checkpoint(gpt_path)))
             vq_path = find(vq) if (folder / vq).exists() else find_checkpoint(vq)
         else:

@@ -100,6 +100,8 @@ def record_lines(folder: Path, lines: Lines, k: int, shard: range, made: Iterabl
         digests[: len(earlier)] = earlier
     for line in made:
         digests[line - shard.start] = lines.digest(lines.kind, lines.starts[k] + line)
+    for leftover in folder.glob(f".{file.name}.*.tmp"):  # of a run that was killed here
+        leftover.unlink(missing_ok=True)
     with atomic_write(file) as f:
         np.savez(f, kind=lines.kind, maker=lines.maker or "", list=lines.source.list_digest(k), digests=digests)
 

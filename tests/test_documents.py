@@ -231,6 +231,8 @@ def run_small(words: list[str], files: Path, work: Path) -> None:
         codes_at(Path(flags[flags.index("--code-path") + 1]), files, published=False)
     keep = ("--num-classes",) if script.startswith("tools/") and "push_" not in script else ()
     own = small(parser, keep)
+    if "sample/" in script and "--vq-ckpt" not in flags and any(map(RELEASED_FILE.fullmatch, words)):
+        own += ["--vq-ckpt", str(files / "vq.pt")]  # by its own name a released GPT's tokenizer is known
     if "train_t2i" in script and "512" in flags:
         own += ["--image-size", "64"]  # the second stage's images are twice as large
     if "vq_train" in script and "results_tokenizer_image" in flags:

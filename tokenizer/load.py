@@ -17,6 +17,7 @@ from tokenizer.base import NETWORKS, Tokenizer
 from tokenizer.released import adapted, looks_like, recorded_l2_norm
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.checkpoint import Checkpoint, State, load_into, read_checkpoint
+from utils.hub import weights_folders
 from utils.origin import origin, same_tokenizer
 from utils.runs import newest_checkpoint
 
@@ -96,15 +97,13 @@ def load_tokenizer(
     return model.decode_in_bfloat16() if decode_precision == "bf16" else model
 
 
-def find_tokenizer(gpt: Path, fingerprint: str | None) -> Path:
-    """Find the tokenizer of a GPT's codes by its fingerprint: in the folders above the GPT's file, or in a run
-    or a saved model beside them.
+def find_tokenizer(gpt: Path, fingerprint: str) -> Path:
+    """Find the tokenizer of this fingerprint: in the folders above a GPT's file, in a run or saved model beside them, or
+    in pretrained_models/.
 
-    Raises FileNotFoundError where none is there, ValueError where the GPT does not record its tokenizer.
+    Raises FileNotFoundError where none is there.
     """
-    if fingerprint is None:
-        raise ValueError(f"--vq-ckpt is needed: {gpt} does not record its tokenizer")
-    for folder in list(gpt.absolute().parents)[:4]:
+    for folder in (*list(gpt.absolute().parents)[:4], *filter(Path.is_dir, weights_folders())):
         files = [path for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".safetensors")]
         runs = [newest_checkpoint(path) for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
         for path in sorted(filter(None, {*files, *runs, *folder.glob("*/model.safetensors")} - {gpt.absolute()})):

@@ -309,6 +309,7 @@ def add_tokenizer_flags(parser: Flags, names: Iterable[str], *, required: bool =
     group = parser.add_argument_group("tokenizer")
     add_flag(group, "--vq-model", None, None, "image tokenizer (default: as the file says)", choices=list(names))
     help = "tokenizer weights: a file, a run's folder, or a released file's name"
+    help += "" if required else " (sampling: by default the GPT's, found near it)"
     add_flag(group, "--vq-ckpt", None, None, help, required=required)
     add_flag(group, "--codebook-size", positive_int, None, "codes in the codebook (default: as the file says)")
     add_flag(group, "--codebook-embed-dim", positive_int, None, "numbers a code has (default: as the file says)")

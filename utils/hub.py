@@ -139,7 +139,7 @@ def resolve(name_or_path: str | Path, repo_id: str | None = None) -> Path:
 
     # A file name that two repositories use never falls back on the other's file.
     homes = [inside] if release is None else _homes(release)
-    for folder in _folders():
+    for folder in weights_folders():
         for home in filter(None, homes):
             if (folder / home).exists():
                 return folder / home
@@ -150,7 +150,7 @@ def resolve(name_or_path: str | Path, repo_id: str | None = None) -> Path:
 
 def _inside(path: Path) -> str | None:
     """Return the part of the path after pretrained_models/, or a plain name; None for a path that leads elsewhere."""
-    for folder in _folders():
+    for folder in weights_folders():
         if path.is_absolute() and path.is_relative_to(folder):
             return path.relative_to(folder).as_posix()
     if path.is_absolute() or ".." in path.parts:
@@ -175,7 +175,7 @@ def _homes(release: Release) -> list[str]:
     return homes
 
 
-def _folders() -> list[Path]:
+def weights_folders() -> list[Path]:
     return [Path.cwd() / WEIGHTS, _ROOT / WEIGHTS]
 
 
@@ -199,7 +199,7 @@ def _download(release: Release) -> Path:
     from filelock import FileLock
     from huggingface_hub import constants, errors
 
-    folder = next((folder for folder in _folders() if folder.is_dir()), _folders()[0])
+    folder = next((folder for folder in weights_folders() if folder.is_dir()), weights_folders()[0])
     target = folder / release.home
     by_hand = f"{BY_HAND}{release.address} and put it at {target}"
     if constants.HF_HUB_OFFLINE:

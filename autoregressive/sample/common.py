@@ -16,12 +16,12 @@ import torch
 from autoregressive.class_names import class_choice, class_names, find_class
 from autoregressive.models.decode_step import can_compile
 from autoregressive.models.gpt import Transformer
-from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt
+from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt, tokenizer_of
 from autoregressive.quantization import quantize, require_torchao
 from autoregressive.released import flags_of
 from autoregressive.request import Request
 from autoregressive.sample.flags import sampling_config
-from tokenizer.load import find_tokenizer, load_tokenizer
+from tokenizer.load import load_tokenizer
 from utils.checkpoint import has_averages, read_checkpoint
 from utils.cli import given, grid_size, layout_numbers, tokenizer_beliefs
 from utils.images import make_grid, save_png
@@ -177,7 +177,7 @@ def build_pipeline(
     gpt_path = find_checkpoint(args.gpt_ckpt)
     fingerprint = read_checkpoint(gpt_path).config.get("tokenizer")
     if args.vq_ckpt is None:
-        vq_path = find_tokenizer(gpt_path, fingerprint)
+        vq_path = tokenizer_of(args.gpt_ckpt)
         print(f"--vq-ckpt {vq_path}: the tokenizer of the GPT's codes")
     else:
         vq_path = find_checkpoint(args.vq_ckpt)

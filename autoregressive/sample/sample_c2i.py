@@ -1,6 +1,6 @@
 """Draws a few images of chosen classes into one grid.
 
-python3 autoregressive/sample/sample_c2i.py --gpt-ckpt c2i_L_384.pt --vq-ckpt vq_ds16_c2i.pt --gpt-model GPT-L
+python3 autoregressive/sample/sample_c2i.py --gpt-ckpt c2i_L_384.pt
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Draws an image for each of a few prompts into one grid.
 
-python3 autoregressive/sample/sample_t2i.py --gpt-ckpt t2i_XL_stage2_512.pt --vq-ckpt vq_ds16_t2i.pt --prompt "a red lantern"
+python3 autoregressive/sample/sample_t2i.py --gpt-ckpt t2i_XL_stage2_512.pt --prompt "a red lantern"
 
 With --t5-feat-path, features that were made of --prompt-file, no T5 is needed.
 """

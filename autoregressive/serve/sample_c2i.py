@@ -1,6 +1,6 @@
 """Draws a few images of chosen classes into one grid, their tokens by vLLM.
 
-python3 autoregressive/serve/sample_c2i.py --gpt-ckpt c2i_L_384.pt --vq-ckpt vq_ds16_c2i.pt --gpt-model GPT-L
+python3 autoregressive/serve/sample_c2i.py --gpt-ckpt c2i_L_384.pt --vq-ckpt vq_ds16_c2i.pt
 
 In an environment that has vLLM: `bash scripts/setup.sh serve` makes one, .venv-serve.
 """

@@ -56,11 +56,10 @@ def main(args: argparse.Namespace) -> None:
     import asyncio
 
     signals = Signals(lambda: sys.exit(0))
-    for flag, value in (("--gpt-ckpt", args.gpt_ckpt), ("--vq-ckpt", args.vq_ckpt)):
-        if value is None:
-            raise ValueError(
-                f"{flag} is needed: a file, a run's folder, or a released file's name (pretrained_models/README.md)"
-            )
+    if args.gpt_ckpt is None:
+        raise ValueError(
+            "--gpt-ckpt is needed: a file, a run's folder, or a released file's name (pretrained_models/README.md)"
+        )
     if args.max_n > args.max_queue:
         raise ValueError(f"--max-n {args.max_n} is more than --max-queue {args.max_queue} has room for")
     args.api_key = api_keys(args.api_key)
@@ -166,6 +165,7 @@ async def load_service(args: argparse.Namespace) -> "Service":
     Raises ValueError where a flag and a file disagree, or for an engine that is not installed, FileNotFoundError.
     """
     from autoregressive.class_names import class_names
+    from autoregressive.pipeline import tokenizer_of
     from autoregressive.serve.body import Limits
     from utils.distributed import pick_device
     from utils.runs import find_checkpoint
@@ -174,7 +174,8 @@ async def load_service(args: argparse.Namespace) -> "Service":
     args.device = pick_device(args.device)
     args.precision = args.precision or ("none" if args.device.type == "cpu" else "bf16")
     limits = Limits(args.max_queue, args.max_n, args.max_prompt_length, timeout=args.timeout, stall=args.stall_timeout)
-    args.gpt_ckpt, args.vq_ckpt = find_checkpoint(args.gpt_ckpt), find_checkpoint(args.vq_ckpt)
+    args.vq_ckpt = find_checkpoint(args.vq_ckpt) if args.vq_ckpt else tokenizer_of(args.gpt_ckpt)
+    args.gpt_ckpt = find_checkpoint(args.gpt_ckpt)
     engine, pipeline = await (start_vllm if use_vllm else start_native)(args)
     if args.class_names:
         engine.info = replace(engine.info, classes=tuple(class_names(engine.info.num_classes, args.class_names)))
@@ -328,7 +329,7 @@ def flags() -> argparse.ArgumentParser:
     """Return the server's flags."""
     parser = flag_parser(__doc__)
     add_gpt_file_flags(parser)
-    help = "tokenizer weights: a file, a run's folder, or a released file's name"
+    help = "tokenizer weights: a file, a run's folder, or a released file's name (default: the GPT's, found near it)"
     parser.add_argument("--vq-ckpt", default=None, help=help)
     help = "what draws; auto is vllm where that is installed, else native"
     parser.add_argument("--engine", choices=["auto", "vllm", "native"], default="auto", help=help)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from autoregressive.models.gpt import GPT_models
-from autoregressive.pipeline import ImagePipeline, load_gpt, load_tokenizer
+from autoregressive.pipeline import ImagePipeline, load_gpt, load_tokenizer, tokenizer_of
 from tests.helpers import ROOT, randomize
 from tests.serve.small import WIDTH, WORDS, WordEncoder
 from tokenizer.tokenizer_image.vq_model import VQ_models
@@ -783,3 +783,14 @@ def test_decoding_where_memory_is_short(pipeline, monkeypatch):
     monkeypatch.setattr(pipeline.tokenizer, "to_pixels_in_strips", no_room)
     with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="memory is short"):
         pipeline.decode(codes)
+
+
+def test_tokenizer_of_a_released_gpt_is_the_released_one(small_files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights = tmp_path / "pretrained_models"
+    weights.mkdir()
+    for name, file in (("c2i_L_384.pt", small_files.gpt), ("vq_ds16_c2i.pt", small_files.vq)):
+        (weights / name).symlink_to(file)
+    assert tokenizer_of("c2i_L_384.pt").resolve() == small_files.vq
+    with pytest.raises(ValueError, match="does not record its tokenizer"):
+        tokenizer_of(small_files.gpt)
