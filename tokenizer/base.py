@@ -223,12 +223,14 @@ class Tokenizer(nn.Module):
         return quantised.to(latents.dtype), losses, codes
 
     def decode_in_bfloat16(self) -> "Tokenizer":
-        """Turn what decodes into bfloat16 and channels-last, in place, and return the tokenizer. Codes stay as they are.
+        """Turn what decodes into bfloat16 (on a CPU channels-last), in place, and return the tokenizer. Codes stay as they are.
 
         For pixels sooner that are not quite the same (docs/log.md): images come in bfloat16.
         """
+        # On CUDA a group norm gives its maps out channels-first, and each convolution would turn them again.
+        order = {"memory_format": torch.channels_last} if self.device.type == "cpu" else {}
         for name in self.decoding:
-            self.get_submodule(name).to(torch.bfloat16, memory_format=torch.channels_last)
+            self.get_submodule(name).to(torch.bfloat16, **order)
         return self
 
     def fingerprint(self) -> str:

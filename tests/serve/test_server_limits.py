@@ -371,11 +371,11 @@ def test_server_with_a_wrong_flag_says_so_before_the_model_is_loaded(monkeypatch
 
 
 @pytest.mark.parametrize("flag", ["--gpt-ckpt", "--vq-ckpt"])
-def test_server_without_a_file_says_which_flag_is_needed(monkeypatch, flag):
+def test_server_without_a_file_says_which_flag_is_needed(monkeypatch, small_files, flag):
     monkeypatch.setattr(server, "Signals", lambda act: None)
-    words = [word for name in ("--gpt-ckpt", "--vq-ckpt") if name != flag for word in (name, "a.pt")]
+    words = ["--vq-ckpt", small_files.vq] if flag == "--gpt-ckpt" else ["--gpt-ckpt", small_files.gpt]
     with pytest.raises(ValueError, match=f"{flag} is needed"):
-        server.main(server.flags().parse_args(words))
+        server.main(server.flags().parse_args([*OWN_ADDRESS, *map(str, words)]))
 
 
 @pytest.mark.parametrize("path", ["images", "/images/", "/a?b"])
