@@ -177,9 +177,9 @@ def test_load_and_sigterm(gpt_file, small_files, expected, flags):
     # Who came before the signal was told yes or no; afterwards the port is closed at some point.
     assert {outcome.status for outcome in before} <= {200, 429, 503, "hung up"}, counts
     assert set(counts) <= {200, 429, 503, "hung up", "unreachable", "broken"}, counts
-    assert (
-        counts[200] >= 40 and counts[429] == 0 and counts["hung up"] > 0 and counts[503] + counts["unreachable"] > 5
-    ), counts
+    # Of the 50 images before the signal some went to those who misbehave.
+    served, refused = counts[200], counts[503] + counts["unreachable"]
+    assert served >= 10 and counts[429] == 0 and counts["hung up"] > 0 and refused > 5, counts
     check_images(outcomes, expected)
     answered = [event for event in server.events()[drawn:] if event["event"] == "answered"]
     statuses = Counter(event["status"] for event in answered if event["path"].endswith("generations"))
