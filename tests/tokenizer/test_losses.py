@@ -238,6 +238,7 @@ def nowhere(tmp_path, monkeypatch) -> Path:
     """Weight files are looked for in empty folders; the folder that stands for pretrained_models/."""
     monkeypatch.setattr(lpips_module, "PRETRAINED", tmp_path / "pretrained_models")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "pretrained_models").mkdir()
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     return tmp_path / "pretrained_models"
@@ -269,6 +270,22 @@ def test_lpips_files_missing(nowhere, tmp_path):
         LPIPS()
     for part in (VGG_FILE, str(nowhere), str(tmp_path / "hub"), "torchvision", "--perceptual-weight 0"):
         assert part in str(error.value)
+
+
+def test_vgg16_is_downloaded_once_and_compared_with_the_checksum_in_its_name(lpips, nowhere, monkeypatch):
+    asked = []
+
+    def download(url, target, what):
+        asked.append(url)
+        return vgg_file(lpips, target)
+
+    monkeypatch.setattr(lpips_module, "download", download)
+    with pytest.raises(ValueError, match="gave another file than"):
+        LPIPS()
+    assert not (nowhere / VGG_FILE).exists()
+    monkeypatch.setattr(lpips_module, "sha256_of", lambda path: "397923af" + 56 * "0")
+    LPIPS(), LPIPS()
+    assert asked == 2 * ["https://download.pytorch.org/models/vgg16-397923af.pth"]
 
 
 def test_lpips_files_of_something_else(lpips, nowhere):

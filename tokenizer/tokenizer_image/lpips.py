@@ -2,8 +2,8 @@
 
     distance = LPIPS()(images, reconstructions)  # (B, 3, H, W) in [-1, 1], twice -> (B, 1, 1, 1)
 
-Needs two files and downloads neither: the VGG16 features (`vgg16-397923af.pth` of torchvision) and the weights of their
-channels (`vgg.pth`, version 0.1, part of the `lpips` package).
+Needs two files: the VGG16 features (`vgg16-397923af.pth` of torchvision, downloaded where it is missing) and the weights of
+their channels (`vgg.pth`, version 0.1, part of the `lpips` package).
 """
 
 import pickle
@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import vgg
 
-VGG_FILE = "vgg16-397923af.pth"
+from utils.download import download, sha256_of
+
+VGG_FILE = "vgg16-397923af.pth"  # with the beginning of its SHA-256
+VGG_URL = f"https://download.pytorch.org/models/{VGG_FILE}"
 LIN_FILE = "vgg.pth"
 PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained_models"
 
@@ -25,19 +28,37 @@ CHANNELS = (64, 128, 256, 512, 512)
 SLICES = (0, 4, 9, 16, 23, 30)  # where each begins among torchvision's layers, and where the last one ends
 
 
+def vgg_places() -> list[Path]:
+    """Return where torchvision's VGG16 is looked for."""
+    return [PRETRAINED / VGG_FILE, Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE]
+
+
+def require_weights() -> tuple[Path, Path]:
+    """Return both files, torchvision's VGG16 downloaded (528 MB) where it is missing.
+
+    Raises as `find_weights`, or ConnectionError or ValueError where the download fails.
+    """
+    if not any(place.is_file() for place in vgg_places()):
+        with suppress(FileNotFoundError):  # offline: find_weights says what is missing
+            file = download(VGG_URL, PRETRAINED / VGG_FILE, "torchvision's VGG16")
+            if not sha256_of(file).startswith(VGG_FILE[6:14]):
+                file.unlink()
+                raise ValueError(f"{VGG_URL} gave another file than {VGG_FILE}: put the file at {file} by hand")
+    return find_weights()
+
+
 def find_weights() -> tuple[Path, Path]:
     """Return the files with torchvision's VGG16 and with LPIPS' channel weights: of pretrained_models/, the torch hub, the lpips package.
 
     Raises FileNotFoundError that lists the places looked at.
     """
-    vgg_places = [PRETRAINED / VGG_FILE, Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE]
     lin_places = [PRETRAINED / LIN_FILE]
     with suppress(metadata.PackageNotFoundError):
         # The package is located, not imported: this file has its name wherever the folder is on the import path.
         lin_places.append(Path(str(metadata.distribution("lpips").locate_file("lpips/weights/v0.1/vgg.pth"))))
     found = []
     for what, places in (
-        ("torchvision's VGG16", vgg_places),
+        (f"torchvision's VGG16 ({VGG_URL})", vgg_places()),
         ("LPIPS' channel weights, `pip install lpips`", lin_places),
     ):
         found += [place for place in places if place.is_file()][:1] or [None]
@@ -98,7 +119,7 @@ class LPIPS(nn.Module):
     """The perceptual distance, frozen, and always in eval mode; gradients flow to the images.
 
     With `pretrained=False` the weights are random and no file is read.
-    Raises FileNotFoundError if a file is missing, ValueError if it holds something else.
+    Raises as `require_weights`, and ValueError if a file holds something else.
     """
 
     def __init__(self, pretrained: bool = True):
@@ -108,7 +129,7 @@ class LPIPS(nn.Module):
         for i, channels in enumerate(CHANNELS):
             self.add_module(f"lin{i}", LinLayer(channels))
         if pretrained:
-            self.load_pretrained(*find_weights())
+            self.load_pretrained(*require_weights())
         self.requires_grad_(False)
         self.eval()
 

@@ -49,7 +49,8 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.global_seed)
     initial = read_checkpoint(find_checkpoint(args.vq_ckpt), mmap=False) if args.vq_ckpt else None
     tokenizer = new_tokenizer(args, initial).to(dist.device)
-    losses = new_losses(args).to(dist.device)
+    with dist.main_first():  # which downloads VGG16
+        losses = new_losses(args).to(dist.device)
     discriminator = losses.discriminator
     dataset = build_dataset(args, transform=partial(random_view, image_size=args.image_size, flip=args.flip))
     if args.finetune:
