@@ -15,15 +15,15 @@ from autoregressive.train.recipe import (
     fit,
     further_conditions,
     join,
-    known_grid,
     known_model,
+    known_sizes,
     model_sizes,
     new_model,
 )
 from dataset.arrays import codes_of, collate
 from dataset.codes import CODES, CodeDataset
 from language.features import left_padded
-from utils.cli import layout_numbers
+from utils.cli import grid_size, layout_numbers
 from utils.distributed import Distributed
 from utils.logger import console_logger
 from utils.origin import listed_classes, origin, require_same
@@ -32,7 +32,8 @@ from utils.training.order import fit_batch
 
 def train_classes(args: argparse.Namespace) -> None:
     """Train a class-conditional GPT as the flags say: raster, parallel layout, or next-patch prediction."""
-    grid = known_grid(args)
+    known_sizes(args)
+    grid = grid_size(args.image_size, args.downsample_size)
     layout_numbers(args)  # refuses two that do not go together
     if args.gpt_type != "c2i":
         raise ValueError("train_c2i.py trains class-conditional models; for captions there is train_t2i.py")

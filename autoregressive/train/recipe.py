@@ -32,7 +32,7 @@ from dataset.codes import recorded_size
 from tokenizer.base import Tokenizer
 from tokenizer.load import load_tokenizer
 from utils.checkpoint import read_checkpoint
-from utils.cli import given, grid_size, layout_numbers, settle, tokenizer_beliefs
+from utils.cli import given, layout_numbers, settle, tokenizer_beliefs
 from utils.distributed import Distributed, start
 from utils.images import make_grid, to_uint8
 from utils.rng import image_noise, item_seed
@@ -83,14 +83,15 @@ def join(args: argparse.Namespace) -> tuple[Distributed, Parallel]:
     return dist, Parallel.from_args(args, dist, compile=not args.no_compile)
 
 
-def known_grid(args: argparse.Namespace) -> int:
-    """Return the tokens a side; --image-size and --downsample-size are those of the codes where they are not given.
+def known_sizes(args: argparse.Namespace) -> None:
+    """Set --image-size and --downsample-size, where they are not given, to those of the codes.
 
-    Raises ValueError where the tokenizer does not divide the image.
+    Without codes the size of a token stays open until the tokenizer is read (`agreed_tokenizer`).
     """
     image, token = recorded_size(args.code_path) if args.code_path else (None, None)
-    settle(args, image_size=image, downsample_size=token)
-    return grid_size(args.image_size, args.downsample_size)
+    settle(args, image_size=image)
+    if args.code_path:
+        settle(args, downsample_size=token)
 
 
 def known_model(args: argparse.Namespace) -> dict[str, Any]:
@@ -294,6 +295,7 @@ def agreed_tokenizer(
             beliefs = tokenizer_beliefs(args)
             tokenizer = load_tokenizer(path, device=dist.device, fingerprint=fingerprint, **beliefs)
             codes, pixels = tokenizer.codebook_size, tokenizer.downsample
+            settle(args, downsample_size=pixels)
             if (codes, pixels) != (args.vocab_size or codes, args.downsample_size):
                 raise ValueError(
                     f"--vq-ckpt {path} has {codes} codes of {pixels}x{pixels} pixels, not --vocab-size {args.vocab_size} "

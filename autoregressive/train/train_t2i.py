@@ -23,6 +23,7 @@ from utils.cli import (
     add_switch,
     add_tokenizer_flags,
     flag_parser,
+    grid_size,
     layout_numbers,
     positive_int,
     run_script,
@@ -31,10 +32,10 @@ from utils.cli import (
 
 
 def main(args: argparse.Namespace) -> None:
-    from autoregressive.train.recipe import fit, join, known_grid, known_model, new_model
+    from autoregressive.train.recipe import fit, join, known_model, known_sizes, new_model
     from autoregressive.train.text_data import TextData, check_flags
 
-    grid = known_grid(args)
+    known_sizes(args)
     layout_numbers(args)  # refuses two that do not go together
     if args.gpt_type != "t2i":
         raise ValueError("train_t2i.py trains text-conditional models; for classes there is train_c2i.py")
@@ -42,6 +43,7 @@ def main(args: argparse.Namespace) -> None:
 
     dist, plan = join(args)
     data = TextData(args, dist, resumed=known_model(args))
+    grid = grid_size(args.image_size, args.downsample_size)
     fit(args, plan, data, new_model(args, grid, caption_dim=args.t5_feature_dim), notes=data.notes)
 
 
