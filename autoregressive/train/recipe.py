@@ -19,7 +19,6 @@ from autoregressive.models.generate import generate, release_cache
 from autoregressive.models.gpt import Conditions, GPT_models, Transformer
 from autoregressive.models.layouts.patches import with_patches
 from autoregressive.models.sampling import SamplingConfig
-from autoregressive.models.sizes import GPT_SIZES
 from autoregressive.released import find_identity, flags_of
 from autoregressive.train.evaluation import mean_over, require_readable
 from autoregressive.train.flops import training_flops_per_image
@@ -102,7 +101,7 @@ def known_model(args: argparse.Namespace) -> dict[str, Any]:
     runs = runs_in(args.results_dir) if args.resume else []
     own = [run for run in runs if run.folder.name.split("-", 1)[1] == args.gpt_model]
     if not own and given(args.gpt_model) is None:
-        own = [run for run in runs if run.flags().get("gpt_model") in GPT_SIZES]
+        own = [run for run in runs if run.flags().get("gpt_type") == args.gpt_type]
     path = getattr(args, "gpt_resume", None) or args.gpt_ckpt
     size = None
     if own:
