@@ -226,10 +226,11 @@ def given(value: Any) -> Any:
 def settle(args: argparse.Namespace, **known: Any) -> None:
     """Set flags that are not given to what files say (`known`; None: nothing), else to their default, a plain value."""
     for name, value in known.items():
-        if given(getattr(args, name)) is None and value is not None:
-            setattr(args, name, value)
-        elif isinstance(getattr(args, name), _UntoldInt | _UntoldStr):
-            setattr(args, name, getattr(args, name).__class__.__base__(getattr(args, name)))
+        asked = getattr(args, name)
+        if value is not None and given(asked) is None:
+            asked = value
+        plain = str if isinstance(asked, _UntoldStr) else int if isinstance(asked, _UntoldInt) else None
+        setattr(args, name, plain(asked) if plain else asked)
 
 
 HALF = ["none", "fp16", "bf16"]
