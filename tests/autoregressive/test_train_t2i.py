@@ -176,7 +176,16 @@ def test_sizes_and_widths_are_those_of_codes_and_features(data, tmp_path, monkey
     assert saved["vocab_size"] == VOCAB and saved["global_batch_size"] == COUNT
     assert {type(value) for value in saved.values()} <= {str, int, float, bool, list, type(None)}
     assert "batches of 48 samples: there are 48" in (run_folder(tmp_path) / "log.txt").read_text()
-    images = ["--data-path", data / "pairs", "--t5-feat-path", data / "features", "--vq-ckpt", data / "vq.pt", "--image-size", 16]
+    images = [
+        "--data-path",
+        data / "pairs",
+        "--t5-feat-path",
+        data / "features",
+        "--vq-ckpt",
+        data / "vq.pt",
+        "--image-size",
+        16,
+    ]
     run_here(train_t2i, *images, *few[:-1], tmp_path / "images")
     assert vars(load(last(tmp_path / "images"))["args"])["downsample_size"] == 4  # of the tokenizer
 
