@@ -55,7 +55,7 @@ SMALL = {
 
 
 def steps(document: str) -> list[list[str] | str]:
-    """What a document's blocks say to run, in order: command lines as words, Python as its source."""
+    """Return what a document's blocks run, in order: command lines as words, Python as its source."""
     found: list[list[str] | str] = []
     for language, block in re.findall(r"```(bash|python)\n(.*?)```", (ROOT / document).read_text(), re.DOTALL):
         if language == "python":

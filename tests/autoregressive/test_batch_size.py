@@ -1,4 +1,4 @@
-"""How many images are drawn at once: the search, and what is told where memory runs out."""
+"""The number of images drawn at once: the search, and the error where memory runs out."""
 
 import pytest
 import torch

@@ -78,7 +78,7 @@ def edit_index(folder, file="index.json", **values):
 
 
 def test_sampling_without_flags_takes_all_from_the_files(home, tmp_path):
-    """Of the two tokenizers beside the run the one that made its codes."""
+    """Two tokenizers lie beside the run; the one that made its codes is taken."""
     shared = ["--labels", "class10", "--device", "cpu", "--precision", "none"]
     run_here(sample_c2i, "--gpt-ckpt", home / "run", *shared, "--output", tmp_path / "told.png")
     files = ["--gpt-ckpt", home / "run", "--vq-ckpt", home / "a.pt", "--num-classes", 3]

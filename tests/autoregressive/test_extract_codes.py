@@ -238,7 +238,7 @@ def test_batches_end_with_their_shard():
 
 
 def test_missing_shards_are_dealt_out(images, tokenizer, extracted, tmp_path, monkeypatch):
-    """What the second of two processes writes, where the first found shards 0, 2 and 3 to be missing."""
+    """Shards that the second of two processes writes, where the first found shards 0, 2 and 3 to be missing."""
     settings = CodeSettings("imagenet", 16, TOKENS, FLIP_VIEWS, 64, COUNT, shard_size=5)
     found = [((0, shard), items) for shard, items in shard_batches(settings, [0, 2, 3], 4)]
 

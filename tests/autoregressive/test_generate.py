@@ -455,7 +455,7 @@ def test_when_steps_are_recorded_anew(recording):
 
 @pytest.mark.slow
 def test_recorded_compiled_steps_change_nothing(recording_compiled):
-    """What is compiled first for the last rows of the cache too: unguided steps come late."""
+    """Unguided steps come late, so that the last rows of the cache are compiled first too."""
     torch._dynamo.reset()
     model = tiny(n_layer=1)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):

@@ -185,7 +185,7 @@ def test_sums_over_four_processes_are_the_same_after_resuming(codes, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_saves_and_exits_0(codes, tmp_path):
-    """Of two processes only one is told; both stop after the same step, with all shards saved."""
+    """Only one of two processes gets the signal; both stop after the same step, with all shards saved."""
     flags = ["--epochs", 40, "--ckpt-every", 3]
     live(life(codes, tmp_path, *flags, world=2, kill_at=f"{tmp_path}/*/checkpoints/0000003*", signal="SIGTERM", only=1))
     saved = read_checkpoint(last(tmp_path))
