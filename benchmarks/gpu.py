@@ -21,16 +21,16 @@ from utils.files import atomic_write
 # Part: (seconds at most, title), in the order in which they run: what decides most comes first.
 PARTS = {
     "machine": (35, "The card: bandwidth, products, attention kernels"),
-    "tests": (75, "pytest -m gpu: recorded steps, training losses of raster order in bf16"),
+    "tests": (240, "pytest -m gpu: recorded steps, training losses of raster order in bf16"),
     "sampling_b": (75, "Sampling: GPT-B, 24x24 tokens, 8 guided images, bf16"),
     "mends": (60, "Sampling: what decides a mend"),
     "training": (90, "Training: GPT-B and GPT-L, bf16, 256 pixels"),
     "sampling_xl": (80, "Sampling: GPT-XL, 24x24 tokens, 8 guided images, bf16"),
     "sampling_3b": (80, "Sampling: GPT-3B, 24x24 tokens, 8 guided images, bf16"),
-    "runs": (75, "Training scripts: waits for the device, recompilations, two equal runs"),
+    "runs": (150, "Training scripts: waits for the device, recompilations, two equal runs"),
     "vq": (45, "The tokenizer: VQ-16, 256 and 384 pixels"),
-    "batch": (50, "Sampling: GPT-B, 16x16 tokens, images a second by batch size"),
-    "fsdp": (50, "FSDP2 in one process: train, kill, resume"),
+    "batch": (90, "Sampling: GPT-B, 16x16 tokens, images a second by batch size"),
+    "fsdp": (90, "FSDP2 in one process: train, kill, resume"),
     "int8_par": (60, "int8 weights, and PAR's four tokens a step"),
 }
 

@@ -82,16 +82,20 @@ def attention_times(part: Part, q: Tensor, k: Tensor, mask: Tensor | None) -> st
 def tests(part: Part) -> None:
     """Runs the quickest of the tests marked gpu."""
     chosen = "recorded_steps or bf16_step or wait_for_nothing or drawn_ahead or (training_losses and raster and bf16)"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", chosen, "-p", "no:cacheprovider"]
-    done = subprocess.run([*command, "tests/test_accelerator.py"], capture_output=True, text=True)
-    print(done.stdout[-6000:], done.stderr[-2000:])
-    lines = done.stdout.strip().splitlines() or ["no output"]
-    part.put("tests/test_accelerator.py, the quickest", lines[-1], "passed")
-    for line in lines:
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-k", chosen, "-p", "no:cacheprovider"]
+    running = subprocess.Popen([*command, "tests/test_accelerator.py"], stdout=subprocess.PIPE, text=True)
+    passed, last = 0, "no output"
+    for line in running.stdout or []:  # as they come: this part may be ended at its limit
+        print(line, end="", flush=True)
+        last = line.strip() or last
+        passed += " PASSED" in line
+        if " PASSED" in line and passed % 5 == 0:
+            part.put("tests passed so far", passed)
         if line.startswith(("FAILED", "ERROR")):
             part.put(line.split(" - ")[0], line.partition(" - ")[2][:150])
-    if done.returncode and part.cuda:
-        raise SystemExit(done.returncode)
+    part.put("tests/test_accelerator.py, the quickest", last, "passed")
+    if running.wait() and part.cuda:
+        raise SystemExit(running.returncode)
 
 
 def vq(part: Part) -> None:

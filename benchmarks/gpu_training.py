@@ -171,7 +171,7 @@ def fsdp(part: Part) -> None:
     """Trains with FSDP2 in one process, kills it, resumes, and takes the seconds of a checkpoint."""
     with TemporaryDirectory() as folder:
         scripts = Scripts(part, Path(folder))
-        scripts.gpt = "GPT-XS" if part.small else "GPT-L"
+        scripts.gpt = "GPT-XS" if part.small else "GPT-B"
         flags = scripts.flags(4 if part.small else 16, "fsdp", "--ema", "--ckpt-every", 10)
         script = [sys.executable, "autoregressive/train/train_c2i_fsdp.py", *flags, "--max-steps"]
         began = time.monotonic()

@@ -179,7 +179,12 @@ def test_the_largest_batch_that_fits(small_files):
         == pipeline.batch_size
     )
     before = torch.cuda.memory_reserved(device)
-    assert not fits_on_cuda(pipeline, 10**7, SamplingConfig(cfg_scale=2.0))
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min((before + 2**28) / total, 1.0), device)
+    try:
+        assert not fits_on_cuda(pipeline, 20000, SamplingConfig(cfg_scale=2.0))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
     assert torch.cuda.memory_reserved(device) <= before
 
 

@@ -38,10 +38,11 @@ def add_up_in_one_order() -> None:
     """Have PyTorch take kernels whose sums do not depend on the order in which threads of a GPU arrive.
 
     Without, gradients of attention and of embeddings differ from run to run in their last bits. Where there is no such
-    kernel PyTorch warns. To be called before the first product on the GPU.
+    kernel PyTorch raises RuntimeError; asked for a warning instead, it takes attention's kernels with any order. To be
+    called before the first product on the GPU.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
 
 
 @contextmanager
