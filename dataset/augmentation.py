@@ -70,9 +70,12 @@ def center_view(pil_image: Image.Image, image_size: int) -> torch.Tensor:
     return to_tensor(center_crop_arr(pil_image, image_size))
 
 
-def random_view(pil_image: Image.Image, image_size: int, flip: bool = True) -> torch.Tensor:
-    """Return a random crop, mirrored half of the time with `flip`, as a tensor (3, image_size, image_size): tokenizer training."""
-    image = random_crop_arr(pil_image, image_size)
+def random_view(pil_image: Image.Image, image_size: int, flip: bool = True, crop: bool = True) -> torch.Tensor:
+    """Return a view for tokenizer training as a tensor (3, image_size, image_size).
+
+    flip: mirror it half of the time. crop: a random one; otherwise the centre.
+    """
+    image = random_crop_arr(pil_image, image_size) if crop else center_crop_arr(pil_image, image_size)
     if flip and random.random() < 0.5:
         image = ImageOps.mirror(image)
     return to_tensor(image)

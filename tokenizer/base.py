@@ -28,7 +28,7 @@ NETWORKS: Registry[type["Tokenizer"]] = Registry("network of a tokenizer")
 # Codes of training that a quantiser's window of usage holds.
 USAGE_WINDOW = 65536
 # State that moves while a tokenizer trains and decides no code.
-_UNDECISIVE = "quantize.codebook_used"
+_UNDECISIVE = ("quantize.codebook_used", "quantize.steps_unused")
 
 Kind = TypeVar("Kind", bound=type)
 
@@ -149,6 +149,15 @@ class Tokenizer(nn.Module):
         """Decode latents: (B, width, h, w) -> (B, 3, H, W)."""
         raise NotImplementedError
 
+    def require_fitting(self, pixels: Tensor) -> None:
+        """Raise ValueError for images whose sides the downsampling does not divide."""
+        height, width = pixels.shape[-2:]
+        if height % self.downsample or width % self.downsample:
+            raise ValueError(
+                f"images are {height} high and {width} wide; both must be multiples of {self.downsample}, the "
+                "downsampling of this tokenizer: resize or crop them"
+            )
+
     def to_pixels_in_strips(self, codes: Tensor) -> Tensor:
         """Return the images of codes as `to_pixels` does, on the CPU, with little of the device's memory.
 
@@ -242,7 +251,7 @@ class Tokenizer(nn.Module):
         decisive = {
             name: tensor
             for name, tensor in sorted(self.state_dict().items())
-            if name != _UNDECISIVE and not name.startswith(tuple(f"{part}." for part in self.decoding))
+            if name not in _UNDECISIVE and not name.startswith(tuple(f"{part}." for part in self.decoding))
         }
         first = hashlib.sha256()
         for tensor in (

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tokenizer.base import NETWORKS, Tokenizer
+from tokenizer.patches import PatchTokenizer
 from tokenizer.released import adapted, looks_like, recorded_l2_norm
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.checkpoint import Checkpoint, State, load_into, read_checkpoint
@@ -22,6 +23,7 @@ from utils.origin import origin, same_tokenizer
 from utils.runs import newest_checkpoint
 
 NETWORKS.add("vqgan", VQModel)
+NETWORKS.add("patches", PatchTokenizer)
 logger = logging.getLogger(__name__)
 
 

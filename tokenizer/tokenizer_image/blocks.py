@@ -120,10 +120,7 @@ def _middle(channels: int, dropout_p: float) -> nn.ModuleList:
 
 
 class Encoder(nn.Module):
-    """(B, 3, H, W) -> (B, z_channels, H/f, W/f) with f = patch * 2^(levels - 1).
-
-    patch: pixels a side that the first convolution takes in at once; 1 for VQGAN's, of 3x3 pixels.
-    """
+    """(B, 3, H, W) -> (B, z_channels, H/f, W/f) with f = 2^(levels - 1)."""
 
     def __init__(
         self,
@@ -131,10 +128,9 @@ class Encoder(nn.Module):
         ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
         z_channels: int = 256,
         dropout_p: float = 0.0,
-        patch: int = 1,
     ):
         super().__init__()
-        self.conv_in = nn.Conv2d(3, ch, 3, padding=1) if patch == 1 else nn.Conv2d(3, ch, patch, stride=patch)
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
         channels, deepest = ch, len(ch_mult) - 1
         for i, mult in enumerate(ch_mult):
@@ -166,10 +162,8 @@ class Decoder(nn.Module):
         ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
         z_channels: int = 256,
         dropout_p: float = 0.0,
-        patch: int = 1,
     ):
         super().__init__()
-        self.patch = patch
         channels, deepest = ch * ch_mult[-1], len(ch_mult) - 1
         self.conv_in = nn.Conv2d(z_channels, channels, 3, padding=1)
         self.mid = _middle(channels, dropout_p)
@@ -181,7 +175,7 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(channels)
             self.conv_blocks.append(level)
         self.norm_out = _norm(channels)
-        self.conv_out = nn.Conv2d(channels, 3 * patch**2, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.conv_in(z)
@@ -189,9 +183,4 @@ class Decoder(nn.Module):
             h = block(h)
         for level in self.conv_blocks[:-1]:
             h = level.upsample(level(h))
-        return self.pixels(swish(self.norm_out(self.conv_blocks[-1](h))))
-
-    def pixels(self, h: Tensor) -> Tensor:
-        """Turn the last feature maps into pixels."""
-        h = self.conv_out(h)
-        return h if self.patch == 1 else F.pixel_shuffle(h, self.patch)
+        return self.conv_out(swish(self.norm_out(self.conv_blocks[-1](h))))

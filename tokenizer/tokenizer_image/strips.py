@@ -40,7 +40,7 @@ def decode_in_strips(first: PointwiseConv, decoder: Decoder, latents: Tensor, nu
         if level is not decoder.conv_blocks[-1]:
             h = run(level.upsample, h, scale=2)
     norm = run.norm(decoder.norm_out, h)
-    return run(lambda x: decoder.pixels(swish(norm(x))), h, scale=decoder.patch)
+    return run(lambda x: decoder.conv_out(swish(norm(x))), h)
 
 
 class Strips:

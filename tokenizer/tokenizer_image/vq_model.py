@@ -36,7 +36,6 @@ VQ_OPTIONS = {
 class VQModelArgs:
     """The shape of a tokenizer. The channel multipliers, one per level from the image down, set the downsampling.
 
-    patch: pixels a side that the network takes in and gives out at once; larger ones make it quicker and less sharp.
     quantizer: the config of another quantiser than the published one of the `codebook_…` fields.
     """
 
@@ -51,7 +50,6 @@ class VQModelArgs:
     decoder_ch_mult: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
     z_channels: int = 256
     ch: int = 128
-    patch: int = 1
     dropout_p: float = 0.0
     quantizer: dict[str, Any] | None = None
 
@@ -93,8 +91,8 @@ class VQModel(Tokenizer):
                 f"ch {config.ch} with channel multipliers {list(encoder_mult)} and {list(decoder_mult)} gives the "
                 f"widths {sorted(set(widths))}; all must be multiples of {NORM_GROUPS} (group normalisation)"
             )
-        self.encoder = Encoder(config.ch, encoder_mult, config.z_channels, config.dropout_p, config.patch)
-        self.decoder = Decoder(config.ch, decoder_mult, config.z_channels, config.dropout_p, config.patch)
+        self.encoder = Encoder(config.ch, encoder_mult, config.z_channels, config.dropout_p)
+        self.decoder = Decoder(config.ch, decoder_mult, config.z_channels, config.dropout_p)
         self.quantize = build_quantizer(
             config.quantizer_config(),
             commit_loss_beta=config.commit_loss_beta,
@@ -103,8 +101,8 @@ class VQModel(Tokenizer):
         self.quant_conv = PointwiseConv(config.z_channels, self.quantize.width)
         self.post_quant_conv = PointwiseConv(self.quantize.width, config.z_channels)
         self.config = replace(config, codebook_size=self.quantize.codebook_size, codebook_embed_dim=self.quantize.width)
-        self.family = size_name(encoder_mult, decoder_mult, config.patch) or "VQGAN"
-        self.downsample = config.patch * 2 ** (len(encoder_mult) - 1)
+        self.family = size_name(encoder_mult, decoder_mult) or "VQGAN"
+        self.downsample = 2 ** (len(encoder_mult) - 1)
 
     @classmethod
     def build(cls, network: Mapping[str, Any], quantizer: Mapping[str, Any], **training: Any) -> "VQModel":
@@ -114,16 +112,10 @@ class VQModel(Tokenizer):
     def network(self) -> dict[str, Any]:
         config = self.config
         levels = {"encoder_ch_mult": list(config.encoder_ch_mult), "decoder_ch_mult": list(config.decoder_ch_mult)}
-        patch = {} if config.patch == 1 else {"patch": config.patch}
-        return {"name": "vqgan", **levels, "z_channels": config.z_channels, "ch": config.ch, **patch}
+        return {"name": "vqgan", **levels, "z_channels": config.z_channels, "ch": config.ch}
 
     def latents(self, pixels: Tensor) -> Tensor:
-        height, width = pixels.shape[-2:]
-        if height % self.downsample or width % self.downsample:
-            raise ValueError(
-                f"images are {height} high and {width} wide; both must be multiples of {self.downsample}, the "
-                "downsampling of this tokenizer: resize or crop them"
-            )
+        self.require_fitting(pixels)
         return self.quant_conv(self.encoder(pixels))
 
     def render(self, latents: Tensor) -> Tensor:
@@ -173,4 +165,6 @@ def new_tokenizer(name: str, **overrides: Any) -> VQModel:
     return VQModel(VQModelArgs(**{**VQ_SIZES[name], **overrides}))
 
 
-VQ_models: dict[str, Callable[..., VQModel]] = {name: partial(new_tokenizer, name) for name in VQ_SIZES}
+VQ_models: dict[str, Callable[..., VQModel]] = {
+    name: partial(new_tokenizer, name) for name, size in VQ_SIZES.items() if "name" not in size
+}

@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
     with dist.main_first():  # which downloads VGG16
         losses = new_losses(args).to(dist.device)
     discriminator = losses.discriminator
-    dataset = build_dataset(args, transform=partial(random_view, image_size=args.image_size, flip=args.flip))
+    dataset = build_dataset(args, transform=partial(random_view, image_size=args.image_size, flip=args.flip, crop=args.random_crop))
     if args.finetune:
         begin_anew(initial, discriminator, args)
     plan = Parallel(dist, precision=args.mixed_precision, compile=args.compile)
@@ -98,6 +98,7 @@ def flags() -> argparse.ArgumentParser:
     add_image_size_flags(parser, 256, downsample=False)
     add_reading_flags(parser)
     add_switch(parser, "--flip", True, "mirror half of the images")
+    add_switch(parser, "--random-crop", True, "cut squares of 0.8 to 1 of the shorter side; otherwise the centre")
     parser.add_argument("--vq-width", type=positive_int, default=None, help="base channels (default: the model's own)")
     add_tokenizer_flags(parser, VQ_SIZES)
     parser.add_argument("--quantizer", default=None, help="kind of quantiser, one of --import too (default: vq)")

@@ -11,9 +11,15 @@ from tokenizer.base import CodebookLosses, register_quantizer
 from tokenizer.tokenizer_image.quantizers.vq import VectorQuantizer
 
 
+PATIENCE = 100  # steps
+
+
 @register_quantizer("vq_restart")
 class RestartQuantizer(VectorQuantizer):
-    """A codebook in use: a code that is none of the last 65,536 seen in training moves to a latent of the batch."""
+    """A codebook in use: a code that none of the last 100 batches had moves to a latent of the batch.
+
+    Latents far from every code are chosen more often. `steps_unused` counts the batches since a code was seen.
+    """
 
     def __init__(
         self,
@@ -24,22 +30,25 @@ class RestartQuantizer(VectorQuantizer):
         l2_norm: bool = True,
     ):
         super().__init__(codebook_size, codebook_embed_dim, commit_loss_beta, entropy_loss_ratio, l2_norm)
+        self.register_buffer("steps_unused", torch.full((codebook_size,), PATIENCE))
 
     def forward(self, z: Tensor) -> tuple[Tensor, CodebookLosses | None, Tensor]:
         if self.training:
             self._restart(z.detach())
-        return super().forward(z)
+        quantised, losses, codes = super().forward(z)
+        if self.training:
+            self.steps_unused.add_(1).scatter_(0, codes.flatten(), 0)
+            if dist.is_initialized():
+                dist.all_reduce(self.steps_unused, dist.ReduceOp.MIN)
+        return quantised, losses, codes
 
     @torch.no_grad()
     def _restart(self, z: Tensor) -> None:
-        latents, seen, weight = z.permute(0, 2, 3, 1).reshape(-1, self.width), self.codebook_used, self.embedding.weight
-        unused = torch.ones(self.codebook_size, dtype=torch.bool, device=z.device)
-        unused[seen] = False
-        chosen = torch.randint(len(latents), (self.codebook_size,), device=z.device)
-        weight.copy_(torch.where(unused[:, None], self._normalise(latents[chosen]).to(weight.dtype), weight))
-        # As if seen now, so that a code has as long again to come into use.
-        fresh = unused.nonzero().flatten()[-len(seen) :]
-        seen.copy_(torch.cat([seen[len(fresh) :], fresh]))
+        latents, weight = self._normalise(z.permute(0, 2, 3, 1).reshape(-1, self.width)), self.embedding.weight
+        codebook, unused = self._normalise(weight), self.steps_unused >= PATIENCE
+        distance = (latents - codebook[self._search(latents)]).square().sum(-1)
+        chosen = torch.multinomial(distance + 1e-6, self.codebook_size, replacement=True)
+        weight.copy_(torch.where(unused[:, None], latents[chosen].to(weight.dtype), weight))
+        self.steps_unused.masked_fill_(unused, 0)
         if dist.is_initialized():
-            for tensor in (weight, seen):
-                dist.broadcast(tensor, 0)
+            dist.broadcast(weight, 0)
