@@ -6,12 +6,13 @@ save_png(make_grid(arrays, columns=4), "grid.png")
 
 import io
 import math
+import textwrap
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from utils.errors import NotFiniteError
@@ -45,6 +46,25 @@ def make_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
         y, x = (i // columns) * (height + padding) + padding, (i % columns) * (width + padding) + padding
         grid[y : y + height, x : x + width] = image
     return grid
+
+
+def labelled_grid(images: np.ndarray, labels: Sequence[str], columns: int, side: int = 96) -> np.ndarray:
+    """Lay images out with a label below each, small images enlarged to `side` pixels or more. (n, H, W, 3) -> (H', W', 3), uint8."""
+    scale, size = max(1, -(-side // images.shape[2])), 11
+    font = ImageFont.load_default(size=size)
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    _, height, width, _ = images.shape
+    texts = [textwrap.wrap(label, max(1, int(width / (0.58 * size))))[:3] for label in labels]
+    tall, wide = height + (size + 2) * max(map(len, texts)) + 8, width + 8
+    grid = Image.new("RGB", (columns * wide, -(-len(images) // columns) * tall), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, (image, lines) in enumerate(zip(images, texts, strict=True)):
+        x, y = i % columns * wide + 4, i // columns * tall + 4
+        grid.paste(Image.fromarray(image), (x, y))
+        for line, text in enumerate(lines):
+            place = x + width / 2, y + height + (size + 2) * (line + 0.5)
+            draw.text(place, text, fill="black", font=font, anchor="mm")
+    return np.asarray(grid)
 
 
 def save_png(image: np.ndarray | Image.Image, path: str | Path) -> None:

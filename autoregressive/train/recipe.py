@@ -33,7 +33,7 @@ from tokenizer.load import load_tokenizer
 from utils.checkpoint import read_checkpoint
 from utils.cli import given, layout_numbers, settle, tokenizer_beliefs
 from utils.distributed import Distributed, start
-from utils.images import make_grid, to_uint8
+from utils.images import labelled_grid, make_grid, to_uint8
 from utils.rng import image_noise, item_seed
 from utils.runs import find_checkpoint, runs_in
 from utils.training.optim import adamw
@@ -179,7 +179,7 @@ def fit(
         dataset=data.train,
         initial=initial,
         validate=None if data.held_out is None else HeldOut(data, args, dist),
-        sample=Preview(data.tokenizer, *shown, args, dist) if shown else None,
+        sample=Preview(data.tokenizer, *shown, args, dist, data.config.get("classes")) if shown else None,
         rate=patches.learning_rate if getattr(args, "scheduler", False) else None,
         tokens=model.args.block_size,
         flops=lambda step, epoch: training_flops_per_image(model.args, layouts[patches.side_at(step, epoch)]),
@@ -250,7 +250,10 @@ class HeldOut:
 
 
 class Preview:
-    """Pictures of a model in training; called where the tokenizer is. cond, emb_masks: as `generate` takes them."""
+    """Pictures of a model in training; called where the tokenizer is.
+
+    cond, emb_masks: as `generate` takes them. names: of the classes, where the first condition is a class.
+    """
 
     def __init__(
         self,
@@ -259,9 +262,10 @@ class Preview:
         emb_masks: Tensor | None,
         args: argparse.Namespace,
         dist: Distributed,
+        names: Sequence[str] | None = None,
     ):
         SamplingConfig(cfg_scale=args.sample_cfg_scale)  # refuses a scale that no picture can be drawn with
-        self.tokenizer, self.cond, self.emb_masks = tokenizer, cond, emb_masks
+        self.tokenizer, self.cond, self.emb_masks, self.names = tokenizer, cond, emb_masks, names
         self.cfg_scale, self.seed, self.device = args.sample_cfg_scale, args.global_seed, dist.device
 
     def __call__(self, model: Transformer) -> dict[str, np.ndarray]:
@@ -275,7 +279,10 @@ class Preview:
         grid = model.layout.grid_size
         with torch.inference_mode():
             images = self.tokenizer.to_pixels(drawn.view(-1, grid, grid))
-        return {"samples": make_grid(to_uint8(images), columns=4)}
+        pixels = to_uint8(images)
+        if self.names:
+            return {"samples": labelled_grid(pixels, [self.names[label] for label in first.tolist()], columns=4)}
+        return {"samples": make_grid(pixels, columns=4)}
 
 
 def agreed_tokenizer(

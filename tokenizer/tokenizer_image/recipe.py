@@ -170,12 +170,13 @@ class Adversaries:
 
 
 class Comparison:
-    """The first images of a data set, drawn above their reconstructions while a tokenizer trains."""
+    """Images from all over a data set, drawn above their reconstructions while a tokenizer trains."""
 
     def __init__(self, dataset: ImageDataset, image_size: int, device: torch.device, count: int = 8):
         plain = copy.copy(dataset)
         plain.transform = partial(center_view, image_size=image_size)
-        self.images = torch.stack([plain[i][0] for i in range(min(count, len(dataset)))]).to(device)
+        shown = np.unique(np.linspace(0, len(dataset) - 1, count).astype(int)).tolist()
+        self.images = torch.stack([plain[i][0] for i in shown]).to(device)
 
     def __call__(self, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
         codes = tokenizer.to_codes(self.images).clamp(min=0)  # -1 where training has diverged

@@ -1,0 +1,61 @@
+"""Draws images as an animation in which they appear row by row, as a GPT in raster order makes them.
+
+    python3 tools/draw_rows.py --gpt-ckpt quickstart/gpt --labels cook judge elf --output rows.gif
+
+A row of pixels appears when the codes it stands on are drawn. The ending of --output decides the format: .gif, .png
+(animated) or .webp.
+"""
+
+import argparse
+from pathlib import Path
+
+from autoregressive.sample.flags import grid_flags
+from utils.cli import add_batch_size_flag, add_quantize_flag, positive_int, run_script
+
+FORMATS = (".gif", ".png", ".webp")
+
+
+def main(args: argparse.Namespace) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from autoregressive.sample.common import build_pipeline, class_requests, labels_to_draw
+    from utils.distributed import pick_device
+    from utils.files import atomic_write
+    from utils.images import make_grid
+
+    ending = Path(args.output).suffix
+    if ending not in FORMATS:
+        raise ValueError(f"--output {args.output} is no animation: give a name that ends in {', '.join(FORMATS)}")
+    pipeline, _, _ = build_pipeline(args, pick_device(args.device), args.batch_size)
+    order, side = pipeline.gpt.args.identity["layout"]["name"], pipeline.gpt.layout.grid_size
+    if order != "raster":
+        raise ValueError(f"{args.gpt_ckpt} draws in the order {order}, not row by row")
+    labels = labels_to_draw(args, pipeline.gpt)
+    requests = class_requests(args, pipeline.gpt, labels, range(len(labels)), args.seed)
+    images = np.concatenate([drawn for _, drawn in pipeline.batches(requests, progress=True)])
+    frames, height = [], images.shape[1]
+    for row in range(side + 1):
+        shown = images.copy()
+        shown[:, height * row // side :] = 235
+        grid = make_grid(shown, columns=args.columns)
+        frames.append(Image.fromarray(grid).resize((grid.shape[1] * args.scale, grid.shape[0] * args.scale), Image.NEAREST))
+    times = [args.milliseconds] * side + [12 * args.milliseconds]
+    with atomic_write(args.output) as f:
+        kind = {".png": "PNG", ".gif": "GIF", ".webp": "WEBP"}[ending]
+        frames[0].save(f, format=kind, save_all=True, append_images=frames[1:], duration=times, loop=0)
+    print(f"wrote {args.output}: {len(images)} images in {len(frames)} frames")
+
+
+def flags() -> argparse.ArgumentParser:
+    """Return the script's flags."""
+    parser = grid_flags(__doc__, "rows.gif", "class")
+    add_batch_size_flag(parser)
+    add_quantize_flag(parser)
+    parser.add_argument("--scale", type=positive_int, default=2, help="pixels a side of a pixel")
+    parser.add_argument("--milliseconds", type=positive_int, default=250, help="for a row; the whole stays 12 times as long")
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, flags())

@@ -1,0 +1,159 @@
+"""Judges a model trained on OpenMoji's people: pictures and report.json.
+
+    python3 tools/drawings_report.py --drawings quickstart/drawings --codes quickstart/codes_held_out \\
+        --gpt-ckpt quickstart/gpt --vq-ckpt quickstart/tokenizer --samples quickstart/samples --output quickstart
+
+The judge is the nearest of all real drawings, by the mean square of the pixels' differences in [0, 1]. What it makes of
+the tokenizer's reconstructions of held-out drawings is the bound: no GPT on these codes can do better. The distance to the
+nearest training drawing, beside that of real drawings the model has not seen, tells how far a model copies.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils.cli import flag_parser, run_script
+
+if TYPE_CHECKING:
+    import numpy as np
+
+COLUMNS = 12  # of samples.png
+
+
+def main(args: argparse.Namespace) -> None:
+    import numpy as np
+    import torch
+
+    from autoregressive.pipeline import load_gpt
+    from autoregressive.train.evaluation import mean_loss
+    from dataset.codes import open_codes
+    from tokenizer.codecs import VQCodec
+    from tokenizer.load import load_tokenizer
+    from tokenizer.reconstruction import round_trip
+    from tools.digits_report import newest_file, stage_seconds
+    from utils.distributed import start
+    from utils.files import write_json
+    from utils.images import labelled_grid, make_grid, peak_signal_to_noise_ratio, save_png
+    from utils.runs import find_checkpoint
+
+    output, dist, judge = Path(args.output), start("cpu"), Judge(Path(args.drawings))
+    gpt = load_gpt(find_checkpoint(args.gpt_ckpt))
+    names = [name.replace("-", " ") for name in gpt.file_config["classes"]]
+    tokenizer = load_tokenizer(find_checkpoint(args.vq_ckpt), fingerprint=gpt.file_config.get("tokenizer"))
+    pixels = torch.from_numpy(judge.held_out).permute(0, 3, 1, 2).float() / 127.5 - 1
+    trips = [round_trip(VQCodec(tokenizer), batch, range(len(batch))) for batch in pixels.split(64)]
+    recons = np.concatenate([trip.recons for trip in trips])
+    ratios = [peak_signal_to_noise_ratio(a, b) for a, b in zip(judge.held_out, recons, strict=True)]
+    shown = np.linspace(0, len(recons) - 1, 16).astype(int)
+    save_png(make_grid(np.concatenate([judge.held_out[shown], recons[shown]]), columns=16), output / "reconstructions.png")
+
+    with np.load(newest_file(args.samples, "*.npz")) as archive:
+        samples, asked = archive["arr_0"], archive["arr_1"]
+    first = np.unique(asked, return_index=True)[1][: COLUMNS * 6]
+    grid = labelled_grid(samples[first], [names[label] for label in asked[first]], COLUMNS, side=64)
+    save_png(grid, output / "samples.png")
+    report = {
+        "seconds": stage_seconds(output / "seconds.tsv"),
+        "psnr_held_out_db": float(np.mean(ratios)),
+        "nll_held_out_nats_per_token": mean_loss(gpt, open_codes(args.codes, random_view=False), 64, dist),
+        "samples": len(samples),
+        "samples_role_as_asked": judge.roles_right(samples, [names[label] for label in asked]),
+        "chance_of_a_role": 1 / len(names),
+        "reconstructions_right": judge.kinds_right(recons),
+        "mean_square_to_nearest_training_drawing": {
+            "samples": float(np.median(judge.distances(samples, judge.train).min(1))),
+            "reconstructions_of_training": judge.floor(tokenizer),
+            "held_out": float(np.median(judge.distances(judge.held_out, judge.train).min(1))),
+        },
+    }
+    write_json(output / "report.json", report)
+    print(json.dumps(report, indent=2))
+    print(in_words(report, output, args))
+
+
+def in_words(report: dict, output: Path, args: argparse.Namespace) -> str:
+    """Return the figures in a few sentences, where the pictures are, and what to try next."""
+    near = report["mean_square_to_nearest_training_drawing"]
+    return f"""
+{report["samples_role_as_asked"]:.1%} of {report["samples"]} drawings are nearest to a real one of the role that was asked for (chance {report["chance_of_a_role"]:.1%}).
+They are {near["samples"]:.4f} (mean square, median) from the nearest training drawing; a training drawing's own reconstruction is
+{near["reconstructions_of_training"]:.4f} from it, a held-out drawing {near["held_out"]:.4f}. The nearer to the first, the more a model repeats what it saw.
+
+pictures   {output}/samples.png  {output}/reconstructions.png  {output}/training.png
+figures    {output}/report.json
+
+next       python3 autoregressive/sample/sample_c2i.py --gpt-ckpt {args.gpt_ckpt} --labels cook judge astronaut "raising hand"
+           python3 tools/draw_rows.py --gpt-ckpt {args.gpt_ckpt} --labels cook judge astronaut elf --output rows.gif
+           bash scripts/quickstart.sh text"""
+
+
+class Judge:
+    """The real drawings of make_drawings.py's folder, and how near others are to them."""
+
+    def __init__(self, folder: Path):
+        import numpy as np
+
+        self.kinds = {
+            split: [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+            for split in ("train", "held_out")
+        }
+        self.train, self.held_out = (self._read(folder, split) for split in ("train", "held_out"))
+        self.every = np.concatenate([self.train, self.held_out])
+        self.kind = [*self.kinds["train"], *self.kinds["held_out"]]
+
+    def _read(self, folder: Path, split: str) -> "np.ndarray":
+        import numpy as np
+
+        from dataset.pixels import load_rgb
+
+        return np.stack([np.asarray(load_rgb(folder / kind["image_path"])) for kind in self.kinds[split]])
+
+    def distances(self, images: "np.ndarray", others: "np.ndarray") -> "np.ndarray":
+        """Return the mean square of differences: uint8 (n, H, W, 3), (m, H, W, 3) -> (n, m)."""
+        import numpy as np
+
+        a, b = (part.reshape(len(part), -1).astype(np.float64) / 255 for part in (images, others))
+        squares = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
+        return squares.clip(0) / a.shape[1]
+
+    def roles_right(self, images: "np.ndarray", roles: list[str]) -> float:
+        """Return the share of images next to a real drawing of the role."""
+        nearest = self.distances(images, self.every).argmin(1)
+        return sum(self.kind[i]["role"] == role for i, role in zip(nearest, roles, strict=True)) / len(roles)
+
+    def kinds_right(self, images: "np.ndarray") -> dict[str, float]:
+        """Return the shares of role, person and tone that fit, of images of the held-out drawings in order."""
+        nearest, asked = self.distances(images, self.every).argmin(1), self.kinds["held_out"]
+        return {
+            name: sum(self.kind[i][name] == kind[name] for i, kind in zip(nearest, asked, strict=True)) / len(asked)
+            for name in ("role", "person", "tone")
+        }
+
+    def floor(self, tokenizer) -> float:
+        """Return the median distance of training drawings from their own reconstructions."""
+        import numpy as np
+        import torch
+
+        from utils.images import to_uint8
+
+        pixels = torch.from_numpy(self.train).permute(0, 3, 1, 2).float() / 127.5 - 1
+        recons = np.concatenate([to_uint8(tokenizer.to_pixels(tokenizer.to_codes(part))) for part in pixels.split(64)])
+        difference = recons.astype(np.float64) / 255 - self.train.astype(np.float64) / 255
+        return float(np.median((difference**2).mean((1, 2, 3))))
+
+
+def flags() -> argparse.ArgumentParser:
+    """Return the script's flags."""
+    parser = flag_parser(__doc__)
+    parser.add_argument("--drawings", required=True, help="folder of make_drawings.py")
+    parser.add_argument("--codes", required=True, help="packed codes of the held-out drawings")
+    parser.add_argument("--gpt-ckpt", required=True, help="GPT")
+    parser.add_argument("--vq-ckpt", required=True, help="tokenizer")
+    parser.add_argument("--samples", required=True, help="--sample-dir of sample_c2i_ddp.py")
+    parser.add_argument("--output", required=True, help="folder for report.json and the pictures")
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, flags())
