@@ -158,11 +158,11 @@ def quickstart_files(kind: str, gpt: str | None, vq: str | None, *, needed: bool
     from utils.runs import newest_checkpoint
 
     folder = QUICKSTART if QUICKSTART.is_dir() else Path(__file__).resolve().parent / QUICKSTART
-    part, words = ("gpt", "") if kind == "class" else ("text/stage2", " text")
-    missing = [str(folder / each) for each in ("tokenizer", part) if newest_checkpoint(folder / each) is None]
+    part, own, words = ("gpt", "tokenizer", "") if kind == "class" else ("text/stage2", "tiny/tokenizer", " text")
+    missing = [str(folder / each) for each in (own, part) if newest_checkpoint(folder / each) is None]
     if not missing:
         text = {} if kind == "class" else {"t5_path": folder / "text" / "t5", "t5_model_type": "small"}
-        return gpt or folder / part, vq or folder / "tokenizer", {} if gpt else text
+        return gpt or folder / part, vq or folder / own, {} if gpt else text
     if needed:
         raise FileNotFoundError(
             f"no trained model in {' and '.join(missing)}: run `bash scripts/quickstart.sh{words}` first"

@@ -95,9 +95,12 @@ def find_class(asked: str | int | None, names: Sequence[str]) -> int:
     raise ValueError(f"no class is called {shorten(text)!r}{hint}")
 
 
+_SPACES = str.maketrans("_-", "  ")
+
+
 def _folded(name: str) -> str:
     # Composed: folders copied from a Mac have their accents apart.
-    return unicodedata.normalize("NFC", " ".join(name.replace("_", " ").split()).casefold())
+    return unicodedata.normalize("NFC", " ".join(name.translate(_SPACES).split()).casefold())
 
 
 def _only(labels: list[int], text: str, names: Sequence[str]) -> int:

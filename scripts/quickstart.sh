@@ -44,8 +44,9 @@ precision=none
 
 # Drawings and digits must not be mirrored: --no-flip, here and for the codes.
 train_tokenizer() {
-    stage tokenizer python3 tokenizer/tokenizer_image/vq_train.py --no-flip --perceptual-weight 0 --disc-weight 0 \
-        --lr-schedule cosine --warmup-steps 20 --global-batch-size 32 --num-workers 0 \
+    stage tokenizer python3 tokenizer/tokenizer_image/vq_train.py --vq-model VQ-8-P --quantizer vq_restart \
+        --no-flip --perceptual-weight 0 --disc-weight 0 --lr 4e-3 --lr-schedule cosine --warmup-steps 20 \
+        --global-batch-size 32 --mixed-precision $precision --num-workers 0 \
         --log-every 25 --keep-last 2 --results-dir "$out/tokenizer" --resume "$@"
 }
 
@@ -66,29 +67,28 @@ train_gpt() {
 
 sample() {
     stage samples python3 autoregressive/sample/sample_c2i_ddp.py --gpt-ckpt "$out/gpt" --precision none \
-        --temperature 0.8 --balanced --sample-dir "$out/samples" "$@"
+        --balanced --sample-dir "$out/samples" "$@"
     stage curves python3 tools/draw_training.py --runs "$out/tokenizer" "$out/gpt" --output "$out/training.png"
 }
 
 draw_drawings() {
     stage drawings python3 tools/make_drawings.py --output "$out/drawings"
-    train_tokenizer --data-path "$out/drawings/train" --vq-model VQ-8-P --codebook-size 1024 --quantizer vq_restart \
-        --image-size 64 --no-random-crop --lr 4e-3 --mixed-precision $precision --max-steps 1000 --ckpt-every 200
+    train_tokenizer --data-path "$out/drawings/train" --codebook-size 1024 --image-size 64 --no-random-crop \
+        --max-steps 1000 --ckpt-every 200
     extract drawings --image-size 64
     train_gpt --max-steps 1200 --sample-every 400
-    sample --cfg-scale 1.5 --num-fid-samples 760
+    sample --cfg-scale 1.5 --temperature 0.6 --num-fid-samples 760
     python3 tools/drawings_report.py --drawings "$out/drawings" --codes "$out/codes_held_out" \
         --gpt-ckpt "$out/gpt" --vq-ckpt "$out/tokenizer" --samples "$out/samples" --output "$out"
 }
 
 draw_digits() {
     stage digits python3 tools/make_digits.py --output "$out/digits"
-    train_tokenizer --data-path "$out/digits/train" --vq-model VQ-8-XS --codebook-size 256 --image-size 32 \
-        --lr 2e-3 --mixed-precision none --max-steps 250 --ckpt-every 50
+    train_tokenizer --data-path "$out/digits/train" --codebook-size 256 --image-size 32 --max-steps 500 --ckpt-every 100
     [ $kind = digits ] || return 0
     extract digits --image-size 32 --ten-crop --crop-range 1.1
-    train_gpt --max-steps 1000
-    sample --cfg-scale 2.0 --num-fid-samples 500
+    train_gpt --max-steps 1600
+    sample --cfg-scale 2.0 --temperature 0.8 --num-fid-samples 500
     python3 tools/digits_report.py --digits "$out/digits" --codes "$out/codes_held_out" \
         --gpt-ckpt "$out/gpt" --vq-ckpt "$out/tokenizer" --samples "$out/samples" --output "$out"
 }

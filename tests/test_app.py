@@ -83,6 +83,7 @@ def add_text(quickstart: Path) -> None:
     """quickstart/text/ too: a text-conditional GPT and the encoder it reads with."""
     from tests.language.small_t5 import make_small_t5
 
+    shutil.copytree(quickstart / "tokenizer", quickstart / "tiny" / "tokenizer")
     make_small_t5(quickstart / "text" / "t5" / "small", dim=24)
     shape = {"vocab_size": 64, "block_size": 64, "model_type": "t2i", "cls_token_num": 9, "caption_dim": 24}
     model = randomize(GPT_models["GPT-XS"](**shape), seed=5)

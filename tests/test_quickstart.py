@@ -1,4 +1,4 @@
-"""scripts/quickstart.sh, from classes and then from words, with few steps and samples."""
+"""scripts/quickstart.sh: drawings, digits by class and from words, with few steps and samples."""
 
 import json
 import os
@@ -22,11 +22,11 @@ def recipe(tmp_path_factory):
     text, out = (ROOT / "scripts" / "quickstart.sh").read_text(), folder / "quickstart"
     for before, after, times in (
         (r'cd "\$\(dirname "\$0"\)/\.\."', f'cd "{ROOT}"', 1),
-        (r"out=quickstart left=quickstart", f'out="{out}" left="{out}"', 1),
+        (r"home=quickstart", f'home="{out}"', 1),
         (r"bash scripts/setup.sh quickstart [^\n]*\nsource .venv/bin/activate\n", "", 1),
-        (r"--max-steps \d+", "--max-steps 2", 4),
-        (r"--num-fid-samples \d+", "--num-fid-samples 20", 2),
-        (r"--ten-crop --crop-range 1.1 ", "", 1),
+        (r"--max-steps \d+", "--max-steps 2", 6),
+        (r"--num-fid-samples \d+", "--num-fid-samples 20", 3),
+        (r" --ten-crop --crop-range 1.1", "", 1),
         (r"(make_digit_captions.py .*--image-size 32)", r"\1 --scans 60 --prompts 30", 1),
     ):
         text, replaced = re.subn(before, after, text)
@@ -56,9 +56,24 @@ def check_report(folder, stages):
 
 
 @pytest.mark.timeout(1000)
-def test_quickstart_from_classes_makes_pictures_and_a_report(recipe):
+def test_quickstart_of_drawings_makes_pictures_and_a_report(recipe):
     out, run = recipe
-    run()
+    assert "are nearest to a real one of the role that was asked for" in run()
+    for name in ("samples.png", "reconstructions.png", "training.png"):
+        assert Image.open(out / name).size[0] > 100
+    report = json.loads((out / "report.json").read_text())
+    assert set(report["seconds"]) == {*"drawings tokenizer codes gpt samples curves total".split()}
+    assert report["samples"] == 20 and 0 <= report["samples_role_as_asked"] <= 1
+    assert report["chance_of_a_role"] == 1 / 76 and set(report["reconstructions_right"]) == {"role", "person", "tone"}
+    assert report["nll_held_out_nats_per_token"] == pytest.approx(np.log(1024), abs=0.5)  # hardly trained
+    assert all(value > 0 for value in report["mean_square_to_nearest_training_drawing"].values())
+
+
+@pytest.mark.timeout(1000)
+def test_quickstart_of_digits_makes_pictures_and_a_report(recipe):
+    out, run = recipe
+    out = out / "tiny"
+    run("--tiny")
     for name in ("samples.png", "reconstructions.png", "training.png"):
         assert Image.open(out / name).size[0] > 100
     report = check_report(out, "digits tokenizer codes gpt samples curves")
@@ -70,7 +85,7 @@ def test_quickstart_from_classes_makes_pictures_and_a_report(recipe):
 @pytest.mark.timeout(1000)
 def test_quickstart_from_words_goes_on_with_the_tokenizer_that_is_there(recipe):
     out, run = recipe
-    there = (out / "tokenizer").exists()
+    there = (out / "tiny" / "tokenizer").exists()
     assert run("text").count("nothing left to do") == there
     left = out / "text"
     for name in ("samples.png", "prompts.png", "training.png"):
@@ -82,7 +97,7 @@ def test_quickstart_from_words_goes_on_with_the_tokenizer_that_is_there(recipe):
     assert set(losses) == {"stage1", "stage2"} and losses["stage1"] == pytest.approx(np.log(256), abs=0.5)
     pictures = sorted(left.glob("samples/*/images/*.png"))
     assert len(pictures) == 20 and Image.open(pictures[0]).size == (32, 32)
-    with pytest.raises(AssertionError, match="wrong is neither text nor --fresh"):
+    with pytest.raises(AssertionError, match="wrong is none of text, --tiny, --fresh"):
         run("text", "wrong", "--fresh")
     assert pictures[3].exists()
 

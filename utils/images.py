@@ -54,8 +54,9 @@ def labelled_grid(images: np.ndarray, labels: Sequence[str], columns: int, side:
     font = ImageFont.load_default(size=size)
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     _, height, width, _ = images.shape
-    texts = [textwrap.wrap(label, max(1, int(width / (0.58 * size))))[:3] for label in labels]
-    tall, wide = height + (size + 2) * max(map(len, texts)) + 8, width + 8
+    wide = width + 8
+    texts = [textwrap.wrap(label, max(1, int(wide / (0.5 * size))))[:3] for label in labels]
+    tall = height + (size + 2) * max(map(len, texts)) + 8
     grid = Image.new("RGB", (columns * wide, -(-len(images) // columns) * tall), "white")
     draw = ImageDraw.Draw(grid)
     for i, (image, lines) in enumerate(zip(images, texts, strict=True)):
