@@ -61,8 +61,10 @@ def test_quickstart_of_drawings_makes_pictures_and_a_report(recipe):
     assert "are nearest to a real one of the role that was asked for" in run()
     for name in ("samples.png", "reconstructions.png", "training.png"):
         assert Image.open(out / name).size[0] > 100
+    width, height = Image.open(next(out.glob("gpt/*/samples/*.png"))).size
+    assert width == 4 * (128 + 8) and height > 2 * (128 + 8), "while it trains: eight images, the class below each"
     report = json.loads((out / "report.json").read_text())
-    assert set(report["seconds"]) == {*"drawings tokenizer codes gpt samples curves total".split()}
+    assert set(report["seconds"]) == {*["drawings", "tokenizer", "codes", "gpt", "samples", "curves", "total"]}
     assert report["samples"] == 20 and 0 <= report["samples_role_as_asked"] <= 1
     assert report["chance_of_a_role"] == 1 / 76 and set(report["reconstructions_right"]) == {"role", "person", "tone"}
     assert report["nll_held_out_nats_per_token"] == pytest.approx(np.log(1024), abs=0.5)  # hardly trained

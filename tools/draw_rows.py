@@ -39,11 +39,13 @@ def main(args: argparse.Namespace) -> None:
         shown = images.copy()
         shown[:, height * row // side :] = 235
         grid = make_grid(shown, columns=args.columns)
-        frames.append(Image.fromarray(grid).resize((grid.shape[1] * args.scale, grid.shape[0] * args.scale), Image.NEAREST))
+        frames.append(
+            Image.fromarray(grid).resize((grid.shape[1] * args.scale, grid.shape[0] * args.scale), Image.NEAREST)
+        )
     times = [args.milliseconds] * side + [12 * args.milliseconds]
     with atomic_write(args.output) as f:
-        kind = {".png": "PNG", ".gif": "GIF", ".webp": "WEBP"}[ending]
-        frames[0].save(f, format=kind, save_all=True, append_images=frames[1:], duration=times, loop=0)
+        options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
+        frames[0].save(f, format=ending[1:], lossless=True, **options)  # a GIF has 256 colours a frame
     print(f"wrote {args.output}: {len(images)} images in {len(frames)} frames")
 
 
@@ -53,7 +55,9 @@ def flags() -> argparse.ArgumentParser:
     add_batch_size_flag(parser)
     add_quantize_flag(parser)
     parser.add_argument("--scale", type=positive_int, default=2, help="pixels a side of a pixel")
-    parser.add_argument("--milliseconds", type=positive_int, default=250, help="for a row; the whole stays 12 times as long")
+    parser.add_argument(
+        "--milliseconds", type=positive_int, default=250, help="for a row; the whole stays 12 times as long"
+    )
     return parser
 
 

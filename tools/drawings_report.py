@@ -18,6 +18,8 @@ from utils.cli import flag_parser, run_script
 if TYPE_CHECKING:
     import numpy as np
 
+    from tokenizer.base import Tokenizer
+
 COLUMNS = 12  # of samples.png
 
 
@@ -46,7 +48,9 @@ def main(args: argparse.Namespace) -> None:
     recons = np.concatenate([trip.recons for trip in trips])
     ratios = [peak_signal_to_noise_ratio(a, b) for a, b in zip(judge.held_out, recons, strict=True)]
     shown = np.linspace(0, len(recons) - 1, 16).astype(int)
-    save_png(make_grid(np.concatenate([judge.held_out[shown], recons[shown]]), columns=16), output / "reconstructions.png")
+    save_png(
+        make_grid(np.concatenate([judge.held_out[shown], recons[shown]]), columns=16), output / "reconstructions.png"
+    )
 
     with np.load(newest_file(args.samples, "*.npz")) as archive:
         samples, asked = archive["arr_0"], archive["arr_1"]
@@ -130,7 +134,7 @@ class Judge:
             for name in ("role", "person", "tone")
         }
 
-    def floor(self, tokenizer) -> float:
+    def floor(self, tokenizer: "Tokenizer") -> float:
         """Return the median distance of training drawings from their own reconstructions."""
         import numpy as np
         import torch

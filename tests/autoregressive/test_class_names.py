@@ -16,7 +16,7 @@ MODEL = ModelInfo("small", "c2i", 32, 64, 1000, raster=True, classes=tuple(NAMES
 
 @pytest.mark.parametrize(
     "asked, label",
-    [("golden retriever", 207), ("Golden Retriever", 207), (" golden  retriever", 207), ("golden_retriever", 207),
+    [("golden retriever", 207), ("Golden Retriever", 207), (" golden  retriever", 207), ("golden_retriever", 207), ("golden-retriever", 207), ("black and tan coonhound", 165),
      ("207", 207), (207, 207), ("207: golden retriever", 207), ("207: Golden retriever", 207), ("Cardigan", 264),
      ("cardigan", 474), ("264: Cardigan", 264), ("264: cardigan", 264), ("474: cardigan", 474)],
 )  # fmt: skip

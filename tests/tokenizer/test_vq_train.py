@@ -165,6 +165,7 @@ def test_choices_that_change_the_first_loss(images, tmp_path):
     plain = first("plain")
     assert first("l1", "--reconstruction-loss", "l1") > plain * 1.05
     assert first("no-flip", "--no-flip") != plain
+    assert first("no-crop", "--no-random-crop") != plain
     assert first("dropout", "--dropout-p", 0.5) != plain
 
 

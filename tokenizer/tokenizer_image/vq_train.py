@@ -52,7 +52,9 @@ def main(args: argparse.Namespace) -> None:
     with dist.main_first():  # which downloads VGG16
         losses = new_losses(args).to(dist.device)
     discriminator = losses.discriminator
-    dataset = build_dataset(args, transform=partial(random_view, image_size=args.image_size, flip=args.flip, crop=args.random_crop))
+    dataset = build_dataset(
+        args, transform=partial(random_view, image_size=args.image_size, flip=args.flip, crop=args.random_crop)
+    )
     if args.finetune:
         begin_anew(initial, discriminator, args)
     plan = Parallel(dist, precision=args.mixed_precision, compile=args.compile)

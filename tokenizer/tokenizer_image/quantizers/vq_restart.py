@@ -10,7 +10,6 @@ from torch import Tensor
 from tokenizer.base import CodebookLosses, register_quantizer
 from tokenizer.tokenizer_image.quantizers.vq import VectorQuantizer
 
-
 PATIENCE = 100  # steps
 
 
