@@ -258,7 +258,7 @@ MADE = {"evaluations/t2i/PartiPrompts.tsv"}
 # Flags of programs that are not this project's, and of its shell scripts.
 FOREIGN = {
     "--nproc_per_node", "--ntasks-per-node", "--gpus-per-node", "--kill-on-bad-exit", "--local-dir", "--logdir",
-    "--build-arg", "--target", "--ipc", "--nodes", "--fix", "--init", "--rm", "--shm-size", "--fast", "--no-serve", "--serve", "--fresh", "--small", "--time",
+    "--build-arg", "--target", "--ipc", "--nodes", "--fix", "--init", "--rm", "--shm-size", "--fast", "--no-serve", "--serve", "--fresh", "--tiny", "--small", "--time",
 }  # fmt: skip
 
 

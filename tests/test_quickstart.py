@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from autoregressive.sample import sample_c2i
 from tests import forkserver
 from tests.helpers import ROOT
+from tests.training import run_here
+from tools import draw_rows
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +72,10 @@ def test_quickstart_of_drawings_makes_pictures_and_a_report(recipe):
     assert report["chance_of_a_role"] == 1 / 76 and set(report["reconstructions_right"]) == {"role", "person", "tone"}
     assert report["nll_held_out_nats_per_token"] == pytest.approx(np.log(1024), abs=0.5)  # hardly trained
     assert all(value > 0 for value in report["mean_square_to_nearest_training_drawing"].values())
+    given = ["--gpt-ckpt", out / "gpt", "--labels", "cook", "raising hand", "--device", "cpu"]
+    for script in (sample_c2i, draw_rows):
+        run_here(script, *given, "--output", out / "drawn.gif")
+        assert Image.open(out / "drawn.gif").size[0] > 64
 
 
 @pytest.mark.timeout(1000)

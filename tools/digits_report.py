@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 def main(args: argparse.Namespace) -> None:
+    from tools.stages import stage_seconds
     from utils.files import write_json
 
     figures = of_prompts(args) if args.prompts else of_classes(args)
@@ -43,6 +44,7 @@ def of_classes(args: argparse.Namespace) -> dict:
     from tokenizer.codecs import VQCodec
     from tokenizer.load import load_tokenizer
     from tokenizer.reconstruction import round_trip
+    from tools.stages import newest_file
     from utils.distributed import start
     from utils.images import make_grid, peak_signal_to_noise_ratio, save_png
     from utils.runs import find_checkpoint
@@ -81,6 +83,7 @@ def of_prompts(args: argparse.Namespace) -> dict:
 
     from dataset.pixels import load_rgb
     from tools.digits import attribute_limits, attributes
+    from tools.stages import newest_file
     from utils.images import make_grid, save_png
 
     if not args.runs:
@@ -116,14 +119,6 @@ def of_prompts(args: argparse.Namespace) -> dict:
         **judge.figures(resized, digits),
         **{name: float(np.mean(values)) if values else None for name, values in right.items()},
     }
-
-
-def newest_file(folder: str, pattern: str) -> Path:
-    """Return the newest file of a pattern. Raises FileNotFoundError where there are no finished samples."""
-    found = sorted(Path(folder).glob(pattern), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise FileNotFoundError(f"{folder} has no {pattern}: run the sampling script with --sample-dir {folder} first")
-    return found[-1]
 
 
 def last_held_out_loss(results: str) -> float:
@@ -203,15 +198,6 @@ def draw_prompts(samples: "np.ndarray", prompts: list[str], path: Path, count: i
     with atomic_write(path) as f:
         figure.savefig(f, format="png", dpi=80)
     plt.close(figure)
-
-
-def stage_seconds(path: Path) -> dict[str, float]:
-    """Return the seconds of each stage over all calls, and their total."""
-    seconds: dict[str, float] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        stage, value = line.split("\t")
-        seconds[stage] = seconds.get(stage, 0) + float(value)
-    return {**seconds, "total": sum(seconds.values())}
 
 
 def flags() -> argparse.ArgumentParser:

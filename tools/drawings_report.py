@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> None:
     from tokenizer.codecs import VQCodec
     from tokenizer.load import load_tokenizer
     from tokenizer.reconstruction import round_trip
-    from tools.digits_report import newest_file, stage_seconds
+    from tools.stages import newest_file, stage_seconds
     from utils.distributed import start
     from utils.files import write_json
     from utils.images import labelled_grid, make_grid, peak_signal_to_noise_ratio, save_png
