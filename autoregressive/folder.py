@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 
 from autoregressive.hub import TransformerHF
 from autoregressive.pipeline import ImagePipeline
-from tokenizer.tokenizer_image.hub import VQModelHF
+from tokenizer.tokenizer_image.hub import for_hub
 from utils.files import atomic_write
 from utils.hub import is_released
 from utils.origin import origin
@@ -63,11 +63,9 @@ def save(pipeline: ImagePipeline, folder: str | Path, *, name: str | None = None
         raise ValueError("the GPT is quantised: save the pipeline of the weights it was made of")
     if any(weight.dtype != torch.float32 for weight in tokenizer.parameters()):
         raise ValueError("the tokenizer decodes in bfloat16: load the pipeline with decode_precision='none' to save it")
-    if tokenizer.network["name"] != "vqgan":
-        raise ValueError(f"the tokenizer is of the network {tokenizer.network['name']}; what can be saved is a vqgan")
     text = _text_encoder(pipeline) if pipeline.text else None
 
-    parts: dict[str, HubModel] = {"gpt": TransformerHF.holding(gpt), "tokenizer": VQModelHF.holding(tokenizer)}
+    parts: dict[str, HubModel] = {"gpt": TransformerHF.holding(gpt), "tokenizer": for_hub(tokenizer)}
     belongs = {"tokenizer": tokenizer.fingerprint()}
     parts["gpt"].file_config = {**gpt.file_config, **origin(**gpt.args.identity, **belongs)}
     for part, model in parts.items():

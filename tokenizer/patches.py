@@ -5,6 +5,7 @@ Each residual block begins as the identity (Fixup, arXiv 1901.09321, section 3):
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn.functional as F
@@ -34,23 +35,34 @@ def _blocks(channels: int, depth: int) -> list[nn.Module]:
     return [ResidualBlock(channels) for _ in range(depth)]
 
 
-class PatchTokenizer(Tokenizer):
-    """Patches of pixels, halved once more, around a quantiser: a code stands for 2 * patch pixels a side.
+@dataclass
+class PatchConfig:
+    """The shape of a tokenizer of patches.
 
     patch: pixels a side that the first convolution takes in at once and the last gives out. ch: channels at that
-    resolution, twice as many at half of it. depth: residual blocks of a resolution.
+    resolution, twice as many at half of it. depth: residual blocks of a resolution. quantizer: its config.
     """
+
+    patch: int = 4
+    ch: int = 64
+    depth: int = 2
+    quantizer: dict[str, Any] = field(default_factory=lambda: {"name": "vq"})
+
+
+class PatchTokenizer(Tokenizer):
+    """Patches of pixels, halved once more, around a quantiser: a code stands for 2 * patch pixels a side."""
 
     family = "VQ-8-P"
 
-    def __init__(self, quantizer: Mapping[str, Any], patch: int, ch: int, depth: int, **training: Any):
+    def __init__(self, config: PatchConfig, **training: Any):
         super().__init__()
+        patch, ch, depth = config.patch, config.ch, config.depth
         if ch % _NORM_GROUPS:
             raise ValueError(f"ch {ch} must be a multiple of {_NORM_GROUPS} (group normalisation)")
         if training.pop("dropout_p", 0):
             raise ValueError(f"{self.family} has no dropout: leave --dropout-p out")
-        self.shape = {"patch": patch, "ch": ch, "depth": depth}
-        self.quantize = build_quantizer(quantizer, **training)
+        self.config = config
+        self.quantize = build_quantizer(config.quantizer, **training)
         self.downsample, width = 2 * patch, self.quantize.width
         self.encoder = nn.Sequential(
             nn.Conv2d(3, ch, patch, stride=patch), *_blocks(ch, depth),
@@ -65,11 +77,12 @@ class PatchTokenizer(Tokenizer):
 
     @classmethod
     def build(cls, network: Mapping[str, Any], quantizer: Mapping[str, Any], **training: Any) -> "PatchTokenizer":
-        return cls(quantizer, **network, **training)
+        return cls(PatchConfig(**network, quantizer=dict(quantizer)), **training)
 
     @property
     def network(self) -> dict[str, Any]:
-        return {"name": "patches", **self.shape}
+        config = self.config
+        return {"name": "patches", "patch": config.patch, "ch": config.ch, "depth": config.depth}
 
     def latents(self, pixels: Tensor) -> Tensor:
         self.require_fitting(pixels)

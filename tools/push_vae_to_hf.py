@@ -3,7 +3,7 @@
     python3 tools/push_vae_to_hf.py --vq-ckpt results --vq-model VQ-16 --repo-id owner/name
     python3 tools/push_vae_to_hf.py --vq-ckpt vq_ds16_c2i.pt --output folder                       # touches no network
 
-What is pushed loads with `VQModelHF.from_pretrained("owner/name")` (tokenizer/tokenizer_image/hub.py), and a folder also
+What is pushed loads with `VQModelHF.from_pretrained("owner/name")` (VQ-8-P: PatchTokenizerHF, as the model card says), and a folder also
 as --vq-ckpt of every script. The hub's token is read from HF_TOKEN, or from what `hf auth login` left.
 """
 
@@ -15,7 +15,7 @@ from utils.cli import add_hub_flags, add_tokenizer_flags, flag_parser, run_scrip
 
 def main(args: argparse.Namespace) -> None:
     from tokenizer.load import load_tokenizer
-    from tokenizer.tokenizer_image.hub import VQModelHF
+    from tokenizer.tokenizer_image.hub import for_hub
     from utils.checkpoint import read_checkpoint
     from utils.pretrained import check_destination, send
     from utils.runs import find_checkpoint
@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> None:
         use_ema=args.use_ema,
     )
     checkpoint = read_checkpoint(path)
-    model = VQModelHF.holding(tokenizer, {**(checkpoint.args or {}), "vq_model": tokenizer.family}, checkpoint.steps)
+    model = for_hub(tokenizer, {**(checkpoint.args or {}), "vq_model": tokenizer.family}, checkpoint.steps)
     send(model, args.repo_id, args.output, private=args.private, license=args.license)
 
 

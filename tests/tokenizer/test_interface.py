@@ -11,6 +11,7 @@ from tests.training import load, run_here
 from tokenizer.base import QUANTIZERS, CodebookLosses, Quantizer
 from tokenizer.load import build_tokenizer, load_tokenizer
 from tokenizer.released import FAMILIES
+from tokenizer.tokenizer_image.hub import PatchTokenizerHF, for_hub
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from tools import export_checkpoint
 from utils.checkpoint import save_checkpoint
@@ -161,6 +162,14 @@ def test_tokenizer_of_patches_is_built_again():
         tokenizer.to_codes(pixels(16)[..., :12])
     with pytest.raises(ValueError, match=r"VQ-8-P has no dropout"):
         build_tokenizer(config, dropout_p=0.1)
+
+
+def test_tokenizer_of_patches_goes_to_the_hub_and_back(tmp_path):
+    tokenizer = randomize(build_tokenizer({"network": VQ_SIZES["VQ-8-P"], "quantizer": CONFIGS["vq with restarts"]}))
+    for_hub(tokenizer.eval()).save_pretrained(tmp_path / "m")
+    assert "hub import PatchTokenizerHF" in (tmp_path / "m" / "README.md").read_text()
+    for back in (PatchTokenizerHF.from_pretrained(tmp_path / "m"), load_tokenizer(tmp_path / "m")):
+        assert back.identity == tokenizer.identity and back.fingerprint() == tokenizer.fingerprint()
 
 
 def test_restarted_codes_are_latents_of_the_batch_and_used_ones_stay():

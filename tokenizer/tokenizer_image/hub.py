@@ -8,27 +8,19 @@ tools/push_vae_to_hf.py makes one of any checkpoint. A VQModelHF is a VQModel: I
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+from tokenizer.base import Tokenizer
+from tokenizer.patches import PatchConfig, PatchTokenizer
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
-from tokenizer.tokenizer_image.vq_model import VQModel, VQModelArgs
+from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel, VQModelArgs
 from utils.checkpoint import parameter_count
 from utils.origin import origin
 from utils.pretrained import HubModel
 
 
-class VQModelHF(
-    VQModel,
-    HubModel,
-    library_name="pytorch",
-    license="mit",
-    paper_url="https://arxiv.org/abs/2406.06525",
-    tags=["image-tokenizer", "vqgan"],
-):
-    """A VQModel with save_pretrained, push_to_hub and from_pretrained."""
-
-    def __init__(self, config: VQModelArgs):
-        super().__init__(config)
-        self.file_config = origin(**self.identity)
+class _Described(HubModel):
+    """The card's words about a tokenizer."""
 
     def describe(self) -> str:
         return (
@@ -40,13 +32,49 @@ class VQModelHF(
     def how_to_load(self, name: str) -> str:
         return "\n".join(
             [
-                "from tokenizer.tokenizer_image.hub import VQModelHF",
+                f"from tokenizer.tokenizer_image.hub import {type(self).__name__}",
                 "",
-                f'tokenizer = VQModelHF.from_pretrained("{name}")',
+                f'tokenizer = {type(self).__name__}.from_pretrained("{name}")',
                 "codes = tokenizer.to_codes(images)  # (B, 3, H, W) in [-1, 1] -> (B, h, w)",
                 "images = tokenizer.to_pixels(codes)",
             ]
         )
+
+
+class VQModelHF(
+    VQModel,
+    _Described,
+    library_name="pytorch",
+    license="mit",
+    paper_url="https://arxiv.org/abs/2406.06525",
+    tags=["image-tokenizer", "vqgan"],
+):
+    """A VQModel with save_pretrained, push_to_hub and from_pretrained."""
+
+    def __init__(self, config: VQModelArgs):
+        super().__init__(config)
+        self.file_config = origin(**self.identity)
+
+
+class PatchTokenizerHF(PatchTokenizer, _Described, library_name="pytorch", license="mit", tags=["image-tokenizer"]):
+    """A PatchTokenizer with save_pretrained, push_to_hub and from_pretrained."""
+
+    def __init__(self, config: PatchConfig):
+        super().__init__(config)
+        self.file_config = origin(**self.identity)
+
+
+def for_hub(tokenizer: Tokenizer, *what: Any) -> HubModel:
+    """Return a tokenizer's weights (not a copy) as a model for the hub; `what` as `HubModel.holding` takes it.
+
+    Raises ValueError for a network that the hub has no model of.
+    """
+    kinds: dict[str, type[HubModel]] = {"vqgan": VQModelHF, "patches": PatchTokenizerHF}
+    if tokenizer.network["name"] not in kinds:
+        raise ValueError(
+            f"the tokenizer is of the network {tokenizer.network['name']}; what can be saved is {', '.join(kinds)}"
+        )
+    return kinds[tokenizer.network["name"]].holding(tokenizer, *what)
 
 
 def new_tokenizer_for_hub(name: str, **overrides) -> VQModelHF:
@@ -54,4 +82,4 @@ def new_tokenizer_for_hub(name: str, **overrides) -> VQModelHF:
     return VQModelHF(VQModelArgs(**{**VQ_SIZES[name], **overrides}))
 
 
-VQ_models_HF: dict[str, Callable[..., VQModelHF]] = {name: partial(new_tokenizer_for_hub, name) for name in VQ_SIZES}
+VQ_models_HF: dict[str, Callable[..., VQModelHF]] = {name: partial(new_tokenizer_for_hub, name) for name in VQ_models}

@@ -3,6 +3,7 @@
 import argparse
 import copy
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset.augmentation import center_view
-from dataset.images import ImageDataset
+from dataset.images import ImageDataset, Unusable
 from tokenizer.base import Tokenizer
 from tokenizer.load import build_tokenizer, described
 from tokenizer.released import recorded_l2_norm
@@ -169,6 +170,14 @@ class Adversaries:
         return torch.optim.Adam(module.parameters(), **settings)
 
 
+def readable(dataset: ImageDataset, first: int) -> Tensor | None:
+    """Return the first of an image and those after it that can be read; what cannot is left to training to tell."""
+    for index in range(first, len(dataset)):
+        with suppress(Unusable):
+            return dataset.read(index)[0]
+    return None
+
+
 class Comparison:
     """Images from all over a data set, drawn above their reconstructions while a tokenizer trains."""
 
@@ -176,7 +185,9 @@ class Comparison:
         plain = copy.copy(dataset)
         plain.transform = partial(center_view, image_size=image_size)
         shown = np.unique(np.linspace(0, len(dataset) - 1, count).astype(int)).tolist()
-        self.images = torch.stack([plain[i][0] for i in shown]).to(device)
+        found = (readable(plain, i) for i in shown)
+        images = [image for image in found if image is not None] or [plain[0][0]]
+        self.images = torch.stack(images).to(device)
 
     def __call__(self, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
         codes = tokenizer.to_codes(self.images).clamp(min=0)  # -1 where training has diverged
