@@ -36,15 +36,12 @@ def main(args: argparse.Namespace) -> None:
 def of_classes(args: argparse.Namespace) -> dict:
     """Return the figures of a tokenizer and of samples by class; draws reconstructions.png and samples.png."""
     import numpy as np
-    import torch
 
     from autoregressive.pipeline import load_gpt
     from autoregressive.train.evaluation import mean_loss
     from dataset.codes import open_codes
-    from tokenizer.codecs import VQCodec
     from tokenizer.load import load_tokenizer
-    from tokenizer.reconstruction import round_trip
-    from tools.stages import newest_file
+    from tools.stages import newest_file, reconstruct
     from utils.distributed import start
     from utils.images import make_grid, peak_signal_to_noise_ratio, save_png
     from utils.runs import find_checkpoint
@@ -55,11 +52,8 @@ def of_classes(args: argparse.Namespace) -> dict:
     output, dist, judge = Path(args.output), start("cpu"), Judge(args.digits)
     gpt = load_gpt(find_checkpoint(args.gpt_ckpt))
     tokenizer = load_tokenizer(find_checkpoint(args.vq_ckpt), fingerprint=gpt.file_config.get("tokenizer"))
-    pixels = torch.from_numpy(judge.held_images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    trips = [round_trip(VQCodec(tokenizer), batch, range(len(batch))) for batch in pixels.split(64)]
-    originals, recons, codes = (
-        np.concatenate([getattr(t, name) for t in trips]) for name in ("originals", "recons", "codes")
-    )
+    originals = judge.held_images
+    recons, codes = reconstruct(tokenizer, originals)
     shown = np.random.default_rng(0).permutation(len(originals))[:16]
     save_png(make_grid(np.concatenate([originals[shown], recons[shown]]), columns=16), output / "reconstructions.png")
 

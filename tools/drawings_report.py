@@ -25,15 +25,12 @@ COLUMNS = 12  # of samples.png
 
 def main(args: argparse.Namespace) -> None:
     import numpy as np
-    import torch
 
     from autoregressive.pipeline import load_gpt
     from autoregressive.train.evaluation import mean_loss
     from dataset.codes import open_codes
-    from tokenizer.codecs import VQCodec
     from tokenizer.load import load_tokenizer
-    from tokenizer.reconstruction import round_trip
-    from tools.stages import newest_file, stage_seconds
+    from tools.stages import newest_file, reconstruct, stage_seconds
     from utils.distributed import start
     from utils.files import write_json
     from utils.images import labelled_grid, make_grid, peak_signal_to_noise_ratio, save_png
@@ -43,9 +40,7 @@ def main(args: argparse.Namespace) -> None:
     gpt = load_gpt(find_checkpoint(args.gpt_ckpt))
     names = [name.replace("-", " ") for name in gpt.file_config["classes"]]
     tokenizer = load_tokenizer(find_checkpoint(args.vq_ckpt), fingerprint=gpt.file_config.get("tokenizer"))
-    pixels = torch.from_numpy(judge.held_out).permute(0, 3, 1, 2).float() / 127.5 - 1
-    trips = [round_trip(VQCodec(tokenizer), batch, range(len(batch))) for batch in pixels.split(64)]
-    recons = np.concatenate([trip.recons for trip in trips])
+    recons, _ = reconstruct(tokenizer, judge.held_out)
     ratios = [peak_signal_to_noise_ratio(a, b) for a, b in zip(judge.held_out, recons, strict=True)]
     shown = np.linspace(0, len(recons) - 1, 16).astype(int)
     save_png(
@@ -137,12 +132,10 @@ class Judge:
     def floor(self, tokenizer: "Tokenizer") -> float:
         """Return the median distance of training drawings from their own reconstructions."""
         import numpy as np
-        import torch
 
-        from utils.images import to_uint8
+        from tools.stages import reconstruct
 
-        pixels = torch.from_numpy(self.train).permute(0, 3, 1, 2).float() / 127.5 - 1
-        recons = np.concatenate([to_uint8(tokenizer.to_pixels(tokenizer.to_codes(part))) for part in pixels.split(64)])
+        recons, _ = reconstruct(tokenizer, self.train)
         difference = recons.astype(np.float64) / 255 - self.train.astype(np.float64) / 255
         return float(np.median((difference**2).mean((1, 2, 3))))
 

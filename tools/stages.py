@@ -1,6 +1,12 @@
 """Leftovers of the stages of scripts/quickstart.sh, for the reports: the samples, and the seconds of each stage."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tokenizer.base import Tokenizer
 
 
 def newest_file(folder: str, pattern: str) -> Path:
@@ -18,3 +24,16 @@ def stage_seconds(path: Path) -> dict[str, float]:
         stage, value = line.split("\t")
         seconds[stage] = seconds.get(stage, 0) + float(value)
     return {**seconds, "total": sum(seconds.values())}
+
+
+def reconstruct(tokenizer: "Tokenizer", images: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
+    """Return what a tokenizer makes of images, uint8 (n, H, W, 3), and their codes (n, h, w)."""
+    import numpy as np
+    import torch
+
+    from utils.images import to_uint8
+
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    codes = torch.cat([tokenizer.to_codes(part) for part in pixels.split(64)])
+    recons = np.concatenate([to_uint8(tokenizer.to_pixels(part)) for part in codes.split(64)])
+    return recons, codes.numpy()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers import ROOT
 from tools.draw_rows import flags, main
 from utils.images import labelled_grid
 
@@ -45,3 +46,9 @@ def test_labels_stand_below_their_images():
     assert (named[4:36, 4:36] == 200).all() and (named[4:36, 44:76] == 200).all()
     assert (plain[36:44, :40] == 255).all() and (named[36:60, :40] < 128).any()
     assert named.shape[1] == plain.shape[1] == 2 * 40 and named.shape[0] > plain.shape[0]
+
+
+def test_reports_of_the_quickstart_need_nothing_but_its_extra():
+    for name in ("digits_report", "drawings_report", "stages"):
+        text = (ROOT / "tools" / f"{name}.py").read_text()
+        assert "tokenizer.reconstruction" not in text and "skimage" not in text, "scikit-image is of the extra `eval`"
