@@ -21,7 +21,6 @@ from utils.files import atomic_write
 # Part: (seconds at most, title), in the order in which they run: what decides most comes first.
 PARTS = {
     "machine": (35, "The card: bandwidth, products, attention kernels"),
-    "tests": (240, "pytest -m gpu: recorded steps, training losses of raster order in bf16"),
     "sampling_b": (75, "Sampling: GPT-B, 24x24 tokens, 8 guided images, bf16"),
     "mends": (60, "Sampling: what decides a mend"),
     "training": (90, "Training: GPT-B and GPT-L, bf16, 256 pixels"),
@@ -32,6 +31,7 @@ PARTS = {
     "batch": (90, "Sampling: GPT-B, 16x16 tokens, images a second by batch size"),
     "fsdp": (90, "FSDP2 in one process: train, kill, resume"),
     "int8_par": (60, "int8 weights, and PAR's four tokens a step"),
+    "tests": (240, "pytest -m gpu: recorded steps, training losses of raster order in bf16"),
 }
 
 

@@ -152,7 +152,7 @@ def tokenizer_steps(part: Part, case: str, pixels: Tensor) -> tuple[Callable[[],
     return encode, decode
 
 
-PARTS = [machine, tests, sampling_b, mends, training, sampling_xl, sampling_3b, runs, vq, batch, fsdp, int8_par]
+PARTS = [machine, sampling_b, mends, training, sampling_xl, sampling_3b, runs, vq, batch, fsdp, int8_par, tests]
 
 
 def main() -> None:

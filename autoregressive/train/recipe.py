@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from autoregressive.class_names import class_names
 from autoregressive.models.generate import generate, release_cache
 from autoregressive.models.gpt import Conditions, GPT_models, Transformer
 from autoregressive.models.layouts.patches import with_patches
@@ -169,7 +170,7 @@ def fit(
     wrapped = lay_out(model, plan, args)
     config = data.config | model.args.identity | {"objective": args.objective}
     initial, note = starting_point(args, dist, model, config)
-    shown = data.shown()
+    shown, names = data.shown(), data.config.get("classes")
     if data.held_out is not None:
         require_readable(data.held_out, dist)
     job = Job(
@@ -179,7 +180,7 @@ def fit(
         dataset=data.train,
         initial=initial,
         validate=None if data.held_out is None else HeldOut(data, args, dist),
-        sample=Preview(data.tokenizer, *shown, args, dist, data.config.get("classes")) if shown else None,
+        sample=Preview(data.tokenizer, *shown, args, dist, names) if shown else None,
         rate=patches.learning_rate if getattr(args, "scheduler", False) else None,
         tokens=model.args.block_size,
         flops=lambda step, epoch: training_flops_per_image(model.args, layouts[patches.side_at(step, epoch)]),
@@ -281,7 +282,10 @@ class Preview:
             images = self.tokenizer.to_pixels(drawn.view(-1, grid, grid))
         pixels = to_uint8(images)
         if self.names:
-            return {"samples": labelled_grid(pixels, [self.names[label] for label in first.tolist()], columns=4)}
+            names = class_names(
+                model.args.num_classes, recorded=self.names
+            )  # a model can have more rows than the data has classes
+            return {"samples": labelled_grid(pixels, [names[label] for label in first.tolist()], columns=4)}
         return {"samples": make_grid(pixels, columns=4)}
 
 

@@ -46,7 +46,8 @@ class RestartQuantizer(VectorQuantizer):
         latents, weight = self._normalise(z.permute(0, 2, 3, 1).reshape(-1, self.width)), self.embedding.weight
         codebook, unused = self._normalise(weight), self.steps_unused >= PATIENCE
         distance = (latents - codebook[self._search(latents)]).square().sum(-1)
-        chosen = torch.multinomial(distance + 1e-6, self.codebook_size, replacement=True)
+        distance = distance.nan_to_num() + 1e-6  # a run that has diverged is told by its loss
+        chosen = torch.multinomial(distance, self.codebook_size, replacement=True)
         weight.copy_(torch.where(unused[:, None], latents[chosen].to(weight.dtype), weight))
         self.steps_unused.masked_fill_(unused, 0)
         if dist.is_initialized():
