@@ -129,29 +129,29 @@ def models(args: argparse.Namespace) -> dict[str, Callable[[], "ImagePipeline"]]
     if args.quickstart:
         args.precision = "none"
     parser, kind = flags(), "class" if args.gpt_type == "c2i" else "text"
-    files = {"text": (args.text_gpt_ckpt, args.text_vq_ckpt, {})}
+    files = {"text": (args.text_gpt_ckpt, args.text_vq_ckpt)}
     if kind == "text":
-        files["text"] = (args.gpt_ckpt or args.text_gpt_ckpt, args.vq_ckpt or args.text_vq_ckpt, {})
+        files["text"] = (args.gpt_ckpt or args.text_gpt_ckpt, args.vq_ckpt or args.text_vq_ckpt)
     else:
-        files = {"class": (args.gpt_ckpt, args.vq_ckpt, {}), **files}
+        files = {"class": (args.gpt_ckpt, args.vq_ckpt), **files}
     if args.quickstart:
-        files = {name: quickstart_files(name, *found[:2], needed=name == kind) for name, found in files.items()}
+        files = {name: quickstart_files(name, *found, needed=name == kind) for name, found in files.items()}
     names = ("gpt_model", "num_classes", "cls_token_num", "codebook_size", "downsample_size", "vq_model")
     given = {name: getattr(args, name) for name in (*names, "codebook_embed_dim")}
     given = {name: value for name, value in given.items() if value != parser.get_default(name)}
     if ar_token_num := layout_numbers(args)[0]:
         given["ar_token_num"] = ar_token_num
     loads = {}
-    for name, (gpt, vq, text) in files.items():
+    for name, (gpt, vq) in files.items():
         if gpt or name == kind:  # what the flags say is of the first model
             gpt = gpt or released_gpt(args.gpt_type, args.gpt_model)
             beliefs = {"gpt_type": "c2i" if name == "class" else "t2i", **(given if name == kind else {})}
-            loads[name] = partial(load_pipeline, args, gpt, vq, beliefs, **text)
+            loads[name] = partial(load_pipeline, args, gpt, vq, beliefs)
     return loads
 
 
 def quickstart_files(kind: str, gpt: str | None, vq: str | None, *, needed: bool) -> tuple:
-    """Return a tab's GPT, tokenizer and T5 as scripts/quickstart.sh leaves them, where the flags name none.
+    """Return a tab's GPT and tokenizer as scripts/quickstart.sh leaves them, where the flags name none.
 
     Raises FileNotFoundError where the tab is needed and its models were not trained.
     """
@@ -161,13 +161,12 @@ def quickstart_files(kind: str, gpt: str | None, vq: str | None, *, needed: bool
     part, own, words = ("gpt", "tokenizer", "") if kind == "class" else ("text/stage2", "tiny/tokenizer", " text")
     missing = [str(folder / each) for each in (own, part) if newest_checkpoint(folder / each) is None]
     if not missing:
-        text = {} if kind == "class" else {"t5_path": folder / "text" / "t5", "t5_model_type": "small"}
-        return gpt or folder / part, vq or folder / own, {} if gpt else text
+        return gpt or folder / part, vq or folder / own
     if needed:
         raise FileNotFoundError(
             f"no trained model in {' and '.join(missing)}: run `bash scripts/quickstart.sh{words}` first"
         )
-    return gpt, vq, {}
+    return gpt, vq
 
 
 def released_gpt(kind: str, gpt_model: str) -> str:

@@ -33,7 +33,7 @@ from autoregressive.models.generate import generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.on_cpu import missing_rows
 from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
-from autoregressive.released import find_identity, gpt_identity, released_tokenizer
+from autoregressive.released import find_identity, flags_of, gpt_identity, released_tokenizer
 from autoregressive.request import Request
 from tokenizer.base import Tokenizer
 from tokenizer.load import find_tokenizer, load_tokenizer
@@ -54,6 +54,8 @@ IMAGES_AT_ONCE = 2
 
 # An accelerator is full with so many, and feature maps of more take memory that drawing needs.
 MOST_DECODED_AT_ONCE = 32
+
+RELEASED_T5_WIDTH = 2048
 
 
 def load_gpt(
@@ -99,6 +101,28 @@ def tokenizer_of(gpt: str | Path) -> Path:
     if is_released(gpt):
         return find_checkpoint(released_tokenizer(find_identity(checkpoint)))
     raise ValueError(f"--vq-ckpt is needed: {path} does not record its tokenizer")
+
+
+def with_encoder(gpt: Path, text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how prompts are encoded, with the T5 that a GPT's file records where none is named.
+
+    Args:
+        gpt: file of the GPT; features of the released T5's width may be of that one, which need not be near
+        text: settings of the T5, as ImagePipeline takes them
+
+    Raises FileNotFoundError where the recorded T5 is not near the file.
+    """
+    checkpoint = read_checkpoint(gpt)
+    identity = checkpoint.config.get("text_encoder")
+    if identity and not any(text.get(name) for name in ("text_encoder", "t5_path", "t5_model_type")):
+        try:
+            found = import_module("language.t5").find_encoder(gpt, identity)
+        except FileNotFoundError:
+            if flags_of(find_identity(checkpoint))["caption_dim"] != RELEASED_T5_WIDTH:
+                raise
+        else:
+            return {**text, "t5_path": found.parent, "t5_model_type": found.name}
+    return dict(text)
 
 
 class TextEncoder(Protocol):
@@ -197,7 +221,8 @@ class ImagePipeline:
         use_ema: take the GPT's averaged weights, and the tokenizer's where its file has some.
         decode_precision: none, or bf16 for pixels sooner that are not quite the same (Tokenizer.decode_in_bfloat16).
         beliefs: what the caller believes the files hold, as load_gpt and load_tokenizer compare it.
-        text: how prompts are encoded, as the constructor takes it (text_encoder, t5_path, t5_device, t5_dtype, …).
+        text: how prompts are encoded, as the constructor takes it (text_encoder, t5_path, t5_device, t5_dtype, …). Where no
+            encoder is named, the T5 that the GPT's file records is looked for near it.
         Raises FileNotFoundError, ConnectionError, and ValueError where the two models do not fit together.
         """
         if gpt is vq is None and (saved := import_module("autoregressive.folder").find_folder(name)):
@@ -245,6 +270,7 @@ class ImagePipeline:
             use_ema=use_ema,
             **{"downsample_size": tokenizer.downsample, **of_gpt},
         )
+        text = {name: value for name, value in with_encoder(gpt_path, text).items() if value is not None}
         return cls(model, tokenizer, batch_size=batch_size, compile=compile, **text)
 
     @property

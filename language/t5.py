@@ -7,9 +7,10 @@ Features are right-padded, as the tokenizer pads; what stands in the padding is 
 """
 
 import hashlib
+import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from language.captions import clean_caption
+from utils.checkpoint import read_checkpoint
 from utils.extras import optional_imports
-from utils.hub import BY_HAND, resolve
+from utils.hub import BY_HAND, resolve, weights_folders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +63,24 @@ def find_t5(t5_path: str | Path | None = None, model_type: str = "flan-t5-xl") -
     except (FileNotFoundError, ConnectionError) as error:
         reason = str(error).partition(BY_HAND)[0].rstrip(". ")  # of two places to put it at, the one that was asked for
         raise type(error)(f"there is no T5 at {home}: {reason}. {_remedy(home)}") from error
+
+
+def find_encoder(gpt: Path, identity: str) -> Path:
+    """Find the T5 of this identity: in or beside the folders above a GPT's file, or in pretrained_models/.
+
+    Raises FileNotFoundError where none is there.
+    """
+    with optional_imports():
+        import transformers  # noqa: F401
+
+    for folder in (*list(gpt.absolute().parents)[:5], *weights_folders()):
+        for config in sorted({*folder.glob("*/config.json"), *folder.glob("*/*/config.json")}):
+            with suppress(ValueError, OSError, KeyError):
+                if json.loads(config.read_bytes())["model_type"] == "t5" and _identity_of(config.parent) == identity:
+                    return config.parent
+    raise FileNotFoundError(
+        f"no text encoder {identity} lies near {gpt}, which was trained with that one: give --t5-path"
+    )
 
 
 def _remedy(folder: Path) -> str:
@@ -188,22 +208,30 @@ def _dtype_argument() -> str:
 
 def fingerprint(embedder: T5Embedder) -> str:
     """Return sixteen digits that tell encoders apart by what decides their features: vocabulary, first and last weights."""
-    stack = embedder.model.encoder
-    weights = *_first_weights(embedder), stack.final_layer_norm.weight
-    return _digest(embedder, [weight.detach().float() for weight in weights])
+    weights = *_first_weights(embedder.model.state_dict()), embedder.model.encoder.final_layer_norm.weight
+    return _digest(embedder.tokenizer, [weight.detach().float() for weight in weights])
 
 
 def encoder_identity(embedder: T5Embedder) -> str:
     """Return sixteen digits that are equal for one encoder in any precision: of its vocabulary and its weights' signs."""
-    return _digest(embedder, [weight.detach().signbit() for weight in _first_weights(embedder)])
+    return _identity(embedder.tokenizer, embedder.model.state_dict())
 
 
-def _first_weights(embedder: T5Embedder) -> tuple[Tensor, Tensor]:
-    return embedder.model.shared.weight[:64], embedder.model.encoder.block[0].layer[0].SelfAttention.q.weight
+def _identity_of(folder: Path) -> str:
+    """Return the encoder_identity of a T5's folder, of whose weights two are read."""
+    return _identity(load_tokenizer(folder), read_checkpoint(folder).model)
 
 
-def _digest(embedder: T5Embedder, values: Sequence[Tensor]) -> str:
-    digest = hashlib.sha256(repr(sorted(embedder.tokenizer.get_vocab().items())).encode())
+def _identity(tokenizer: "PreTrainedTokenizerBase", state: Mapping[str, Tensor]) -> str:
+    return _digest(tokenizer, [weight.detach().signbit() for weight in _first_weights(state)])
+
+
+def _first_weights(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return state["shared.weight"][:64], state["encoder.block.0.layer.0.SelfAttention.q.weight"]
+
+
+def _digest(tokenizer: "PreTrainedTokenizerBase", values: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode())
     for value in values:
         digest.update(value.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -81,16 +81,17 @@ def quickstart(small_files, tmp_path, monkeypatch):
 
 def add_text(quickstart: Path) -> None:
     """quickstart/text/ too: a text-conditional GPT and the encoder it reads with."""
+    from language.t5 import T5Embedder, encoder_identity
     from tests.language.small_t5 import make_small_t5
 
     shutil.copytree(quickstart / "tokenizer", quickstart / "tiny" / "tokenizer")
-    make_small_t5(quickstart / "text" / "t5" / "small", dim=24)
+    t5 = T5Embedder("cpu", make_small_t5(quickstart / "text" / "t5" / "small", dim=24))
     shape = {"vocab_size": 64, "block_size": 64, "model_type": "t2i", "cls_token_num": 9, "caption_dim": 24}
     model = randomize(GPT_models["GPT-XS"](**shape), seed=5)
     args = {"image_size": 32, "downsample_size": 4}
     save_checkpoint(
         quickstart / "text/stage2/000-GPT-XS/checkpoints/0000010.pt",
-        {"model": model.state_dict(), "steps": 10, "args": args},
+        {"model": model.state_dict(), "steps": 10, "args": args, "config": {"text_encoder": encoder_identity(t5)}},
     )
 
 

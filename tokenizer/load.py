@@ -105,7 +105,7 @@ def find_tokenizer(gpt: Path, fingerprint: str) -> Path:
 
     Raises FileNotFoundError where none is there.
     """
-    for folder in (*list(gpt.absolute().parents)[:4], *filter(Path.is_dir, weights_folders())):
+    for folder in (*list(gpt.absolute().parents)[:5], *filter(Path.is_dir, weights_folders())):
         files = [path for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".safetensors")]
         runs = [newest_checkpoint(path) for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
         for path in sorted(filter(None, {*files, *runs, *folder.glob("*/model.safetensors")} - {gpt.absolute()})):

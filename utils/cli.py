@@ -345,9 +345,9 @@ def add_reading_flags(parser: Flags) -> None:
 def add_text_flags(parser: Flags) -> None:
     """Add where the T5 is that encodes prompts, how it is run, and how its features stand before the image."""
     group = parser.add_argument_group("text")
-    help = "folder of T5 folders, or the T5's folder itself"
-    add_flag(group, "--t5-path", None, "pretrained_models/t5-ckpt", help)
-    add_flag(group, "--t5-model-type", None, "flan-t5-xl", "the T5's folder in --t5-path")
+    help = "folder of T5 folders, or the T5's folder itself; unless given, the T5 that the GPT records is found near it"
+    add_flag(group, "--t5-path", None, untold("pretrained_models/t5-ckpt"), help)
+    add_flag(group, "--t5-model-type", None, untold("flan-t5-xl"), "the T5's folder in --t5-path")
     help = "text tokens that are read of a prompt; unless given, all that the model has"
     add_flag(group, "--t5-feature-max-len", positive_int, untold(120), help)
     add_flag(group, "--t5-feature-dim", positive_int, untold(2048), f"width of the T5's features{_AS_FILE}")

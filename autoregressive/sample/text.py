@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from autoregressive.pipeline import PRECISIONS, ImagePipeline, warn_of_long_features
+from autoregressive.pipeline import PRECISIONS, ImagePipeline, warn_of_long_features, with_encoder
 from autoregressive.released import find_identity, flags_of
 from autoregressive.request import Request
 from autoregressive.sample.common import requests_of
@@ -84,8 +84,13 @@ def text_settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = {"t5_tokens": given(args.t5_feature_max_len), "left_padding": not args.no_left_padding}
     if args.t5_feat_path:
         return settings
+    asked = {name: given(getattr(args, name)) for name in ("t5_path", "t5_model_type")}
+    near = with_encoder(find_checkpoint(args.gpt_ckpt), asked) if args.gpt_ckpt else asked
+    path = find_t5(near["t5_path"] or args.t5_path, near["t5_model_type"] or args.t5_model_type)
+    if near != asked:
+        print(f"--t5-path {path}: the text encoder of the GPT's captions")
     return {
-        "t5_path": find_t5(args.t5_path, args.t5_model_type),
+        "t5_path": path,
         "t5_device": args.t5_device,
         "t5_dtype": PRECISIONS[args.t5_precision or args.precision],
         **settings,

@@ -34,6 +34,7 @@ from utils.cli import (
     add_text_flags,
     add_vllm_flags,
     flag_parser,
+    given,
     positive_float,
     positive_int,
     run_script,
@@ -96,12 +97,12 @@ class Signals:
         self.act()
 
 
-def api_keys(given: list[str]) -> list[str]:
+def api_keys(listed: list[str]) -> list[str]:
     """Return the keys of --api-key, or else those of SERVE_API_KEY. Raises ValueError for an empty one."""
-    for name, keys in (("--api-key", given), ("SERVE_API_KEY", [os.environ.get("SERVE_API_KEY", "none")])):
+    for name, keys in (("--api-key", listed), ("SERVE_API_KEY", [os.environ.get("SERVE_API_KEY", "none")])):
         if not all(key.strip() for key in keys):
             raise ValueError(f"{name} is empty, which would let everybody in: give a key, or leave it out")
-    return [key.strip() for key in given] or os.environ.get("SERVE_API_KEY", "").split()
+    return [key.strip() for key in listed] or os.environ.get("SERVE_API_KEY", "").split()
 
 
 def url_path(text: str) -> str:
@@ -214,7 +215,7 @@ def model_name(args: argparse.Namespace) -> str:
 
 
 def load_pipeline(
-    args: argparse.Namespace, gpt: str | Path, vq: str | Path | None, beliefs: Mapping[str, Any], **text: Any
+    args: argparse.Namespace, gpt: str | Path, vq: str | Path | None, beliefs: Mapping[str, Any]
 ) -> "ImagePipeline":
     """Return the pipeline of a server or of a tab of the demo.
 
@@ -223,7 +224,6 @@ def load_pipeline(
         gpt, vq: files, runs, released files; or owner/name of models that save_pretrained wrote to the hub. Without a vq
             gpt may be a whole pipeline's folder or owner/name; how its prompts are encoded is written there.
         beliefs: what the flags say of the files.
-        text: settings of the T5 in place of the flags'.
     """
     from autoregressive.folder import find_folder
     from autoregressive.pipeline import PRECISIONS, ImagePipeline
@@ -234,7 +234,7 @@ def load_pipeline(
     pipeline = ImagePipeline.from_pretrained(
         saved or hub_file(gpt), vq=vq and hub_file(vq), image_size=args.image_size, beliefs=beliefs, device=args.device,
         dtype=PRECISIONS[args.precision], use_ema=args.use_ema, batch_size=args.batch_size, compile=args.compile,
-        **{**settings, **text},
+        **settings,
     )  # fmt: skip
     if pipeline.text:
         pipeline.encode(["a picture"])  # a T5 that is missing or does not fit is told now
@@ -261,9 +261,9 @@ def text_settings(args: argparse.Namespace) -> dict:
         raise ValueError(
             "--t5-feat-path has features of known prompts, and these come as one writes them: leave it out"
         )
+    asked = given(args.t5_path) or given(args.t5_model_type)
     return {
-        "t5_path": args.t5_path,
-        "t5_model_type": args.t5_model_type,
+        **({"t5_path": args.t5_path, "t5_model_type": args.t5_model_type} if asked else {}),
         "t5_device": args.t5_device or args.device,
         "t5_dtype": PRECISIONS[args.t5_precision or args.precision],
         "t5_tokens": args.t5_feature_max_len,
@@ -290,7 +290,7 @@ async def start_native(args: argparse.Namespace) -> tuple:
 
 async def start_vllm(args: argparse.Namespace) -> tuple:
     """Return the engine over vLLM, which holds the GPT in a process of its own, and a pipeline for pixels and prompts."""
-    from autoregressive.pipeline import PRECISIONS, ImagePipeline
+    from autoregressive.pipeline import PRECISIONS, ImagePipeline, with_encoder
     from autoregressive.serve.vllm_engine import MAX_NUM_SEQS, ServedModel, VllmEngine, require_vllm
     from tokenizer.load import load_tokenizer
     from utils.checkpoint import has_averages, read_checkpoint
@@ -310,7 +310,8 @@ async def start_vllm(args: argparse.Namespace) -> tuple:
         downsample_size=tokenizer.downsample, use_ema=args.use_ema,
     )  # fmt: skip
     batch_size = args.batch_size or MAX_NUM_SEQS
-    pipeline = ImagePipeline(model.gpt, tokenizer, batch_size=batch_size, **text_settings(args))
+    text = with_encoder(Path(gpt), text_settings(args))
+    pipeline = ImagePipeline(model.gpt, tokenizer, batch_size=batch_size, **text)
     if pipeline.text:
         pipeline.encode(["a picture"])
     engine = await VllmEngine.start(

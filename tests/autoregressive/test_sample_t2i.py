@@ -20,9 +20,11 @@ from autoregressive.pipeline import ImagePipeline
 from autoregressive.sample import sample_t2i, sample_t2i_ddp
 from autoregressive.sample.text import text_settings
 from language import extract_t5_feature
+from language.t5 import T5Embedder, encoder_identity
 from tests.helpers import ROOT, randomize
-from tests.language.small_t5 import make_small_t5
+from tests.language.small_t5 import SENTENCES, make_small_t5
 from tests.training import check_published_flags, live, run_here
+from utils.checkpoint import save_checkpoint
 from utils.cli import run_script
 
 pytestmark = [
@@ -421,6 +423,42 @@ def test_a_missing_t5_is_told_with_its_command(text_files, tmp_path, capsys, mon
     words = line(text_files, "--t5-path", "nowhere", "--t5-model-type", "flan-t5-xl", "--prompt", "fog")
     error = fails(sample_t2i, words, capsys, monkeypatch, lines=2)
     assert "hf download google/flan-t5-xl --local-dir nowhere/flan-t5-xl" in error and "pretrained_models" not in error
+
+
+@pytest.fixture
+def recorded(text_files, tmp_path, monkeypatch) -> Path:
+    """A run whose GPT records its text encoder, which lies beside it, and another T5; returns the folder of T5 folders."""
+    own = make_small_t5(tmp_path / "t5" / "small", dim=WIDTH)
+    make_small_t5(tmp_path / "t5" / "another", dim=WIDTH, sentences=SENTENCES[-2:])
+    made = torch.load(text_files.gpt, weights_only=False)
+    config = {"text_encoder": encoder_identity(T5Embedder("cpu", own))}
+    save_checkpoint(tmp_path / "results/000-GPT-XS/checkpoints/0000007.pt", {**made, "config": config})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("utils.hub._ROOT", tmp_path)
+    return tmp_path / "t5"
+
+
+def without_t5(files, *more) -> list:
+    words = line(files, "--gpt-ckpt", "results", "--prompt", "fog", *more)
+    for flag in ("--t5-path", "--t5-model-type"):
+        del words[words.index(flag) : words.index(flag) + 2]
+    return words
+
+
+def test_sample_t2i_without_t5_path_finds_the_encoder_that_the_run_records(text_files, recorded, capsys):
+    run_here(sample_t2i, *without_t5(text_files, "--output", "found.png"))
+    assert f"--t5-path {recorded / 'small'}: the text encoder" in capsys.readouterr().out
+    run_here(sample_t2i, *line(text_files, "--gpt-ckpt", "results", "--prompt", "fog", "--output", "named.png"))
+    assert Path("found.png").read_bytes() == Path("named.png").read_bytes()
+    pipeline = ImagePipeline.from_pretrained("results", vq=text_files.folder / "vq.pt")
+    assert (pipeline.t5_path, pipeline.t5_model_type) == (recorded, "small")
+
+
+def test_sample_t2i_with_an_encoder_that_the_run_does_not_record_refuses(text_files, recorded, capsys, monkeypatch):
+    words = without_t5(text_files, "--t5-path", recorded / "another")
+    assert "the GPT was trained with text encoder" in fails(sample_t2i, words, capsys, monkeypatch)
+    shutil.rmtree(recorded / "small")
+    assert "give --t5-path" in fails(sample_t2i, without_t5(text_files), capsys, monkeypatch)
 
 
 def test_prompts_of_which_cleaning_leaves_nothing(text_files, tmp_path, capsys, monkeypatch):
