@@ -31,7 +31,7 @@ def main(args: argparse.Namespace) -> None:
     order, side = pipeline.gpt.args.identity["layout"]["name"], pipeline.gpt.layout.grid_size
     if order != "raster":
         raise ValueError(f"{args.gpt_ckpt} draws in the order {order}, not row by row")
-    labels = labels_to_draw(args, pipeline.gpt)
+    labels, _ = labels_to_draw(args, pipeline.gpt)
     requests = class_requests(args, pipeline.gpt, labels, range(len(labels)), args.seed)
     images = np.concatenate([drawn for _, drawn in pipeline.batches(requests, progress=True)])
     frames, height = [], images.shape[1]

@@ -55,7 +55,8 @@ def labelled_grid(images: np.ndarray, labels: Sequence[str], columns: int, side:
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     _, height, width, _ = images.shape
     wide = width + 8
-    texts = [textwrap.wrap(label, max(1, int(wide / (0.5 * size))))[:3] for label in labels]
+    line = int(wide / (0.5 * size))
+    texts = [textwrap.wrap(label, line, max_lines=3, placeholder=" …") for label in labels]
     tall = height + (size + 2) * max(map(len, texts)) + 8
     grid = Image.new("RGB", (columns * wide, -(-len(images) // columns) * tall), "white")
     draw = ImageDraw.Draw(grid)

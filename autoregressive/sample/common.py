@@ -24,7 +24,7 @@ from autoregressive.sample.flags import sampling_config
 from tokenizer.load import load_tokenizer
 from utils.checkpoint import has_averages, read_checkpoint
 from utils.cli import given, grid_size, layout_numbers, tokenizer_beliefs
-from utils.images import make_grid, save_png
+from utils.images import labelled_grid, make_grid, save_png
 from utils.runs import find_checkpoint
 
 # golden retriever, otter, red panda, geyser, macaw, valley, balloon, Arctic fox
@@ -79,19 +79,21 @@ def requests_of(
     ]
 
 
-def labels_to_draw(args: argparse.Namespace, gpt: Transformer) -> list[int]:
-    """Return --labels, or eight classes of the model's; print what they are called. Raises ValueError for an unknown name."""
+def labels_to_draw(args: argparse.Namespace, gpt: Transformer) -> tuple[list[int], list[str]]:
+    """Return --labels, or eight classes of the model's, and their names. Raises ValueError for an unknown name."""
     count = gpt.args.num_classes
     names = class_names(count, recorded=gpt.file_config.get("classes"))
     default = IMAGENET_CLASSES if count >= 1000 else [i % count for i in range(8)]
     labels = default if args.labels is None else [find_class(asked, names) for asked in args.labels]
     print("classes:", ", ".join(class_choice(label, names[label]) for label in labels))
-    return labels
+    return labels, [names[label] for label in labels]
 
 
-def write_grid(args: argparse.Namespace, images: np.ndarray) -> None:
-    """Write images (B, H, W, 3) as one picture, --output."""
-    save_png(make_grid(images, columns=args.columns), args.output)
+def write_grid(args: argparse.Namespace, gpt: Transformer, images: np.ndarray, names: Sequence[str]) -> None:
+    """Write images (B, H, W, 3) as one picture, --output: with their names, or without as published of published files."""
+    named = bool(gpt.file_config) if args.names is None else args.names
+    grid = labelled_grid(images, names, args.columns) if named else make_grid(images, columns=args.columns)
+    save_png(grid, args.output)
     print(f"wrote {args.output}: {len(images)} images of {images.shape[2]}x{images.shape[1]}")
 
 

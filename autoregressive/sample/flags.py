@@ -103,6 +103,8 @@ def grid_flags(
         help = "the classes to draw, by name or number; a name comes first where classes are called by numbers (default: eight)"
         parser.add_argument("--labels", nargs="+", default=None, help=help)
     add_flag(parser, "--columns", positive_int, 4, "images in a row of the grid")
+    help = f"the {asks} below each image (on unless --no-names, but for files that record nothing, as published ones)"
+    add_switch(parser, "--names", None, help)
     add_flag(parser, "--output", None, output, "the picture to write")
     return parser
 

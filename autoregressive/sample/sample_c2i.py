@@ -19,9 +19,10 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("sample_c2i.py draws from class-conditional models; for captions there is sample_t2i.py")
     sampling_config(args)  # refuses settings before the models are read
     pipeline, _, _ = build_pipeline(args, pick_device(args.device), args.batch_size)
-    labels = labels_to_draw(args, pipeline.gpt)
+    labels, names = labels_to_draw(args, pipeline.gpt)
     requests = class_requests(args, pipeline.gpt, labels, range(len(labels)), args.seed)
-    write_grid(args, np.concatenate([images for _, images in pipeline.batches(requests, progress=True)]))
+    images = np.concatenate([images for _, images in pipeline.batches(requests, progress=True)])
+    write_grid(args, pipeline.gpt, images, names)
 
 
 def flags() -> argparse.ArgumentParser:

@@ -22,7 +22,8 @@ def main(args: argparse.Namespace) -> None:
     sampling_config(args)  # refuses settings before the models are read
     pipeline, _, _ = build_pipeline(args, pick_device(args.device), args.batch_size, text=text_settings(args))
     requests = prompt_requests(args, pipeline, stored or prompts, range(len(prompts)), args.seed)
-    write_grid(args, np.concatenate([images for _, images in pipeline.batches(requests, progress=True)]))
+    images = np.concatenate([images for _, images in pipeline.batches(requests, progress=True)])
+    write_grid(args, pipeline.gpt, images, prompts)
     print_prompts(prompts)
 
 

@@ -48,7 +48,11 @@ def open_models(args: argparse.Namespace, text: dict | None = None) -> tuple[Ser
 
 
 def draw_grid(
-    args: argparse.Namespace, served: ServedModel, pipeline: ImagePipeline, requests: Sequence[Request]
+    args: argparse.Namespace,
+    served: ServedModel,
+    pipeline: ImagePipeline,
+    requests: Sequence[Request],
+    names: Sequence[str],
 ) -> None:
     """Draws image i of the run for request i, and writes them as one picture, --output."""
     codes = draw(
@@ -60,4 +64,4 @@ def draw_grid(
         tensor_parallel_size=args.tensor_parallel_size or 1,
         enforce_eager=not args.compile,
     )
-    write_grid(args, pipeline.decode(codes))
+    write_grid(args, pipeline.gpt, pipeline.decode(codes), names)

@@ -18,8 +18,8 @@ def main(args: argparse.Namespace) -> None:
     if args.gpt_type != "c2i":
         raise ValueError("sample_c2i.py draws from class-conditional models; for captions there is sample_t2i.py")
     served, pipeline = open_models(args)
-    labels = labels_to_draw(args, pipeline.gpt)
-    draw_grid(args, served, pipeline, class_requests(args, pipeline.gpt, labels, range(len(labels)), args.seed))
+    labels, names = labels_to_draw(args, pipeline.gpt)
+    draw_grid(args, served, pipeline, class_requests(args, pipeline.gpt, labels, range(len(labels)), args.seed), names)
 
 
 def flags() -> argparse.ArgumentParser:

@@ -20,9 +20,8 @@ def main(args: argparse.Namespace) -> None:
     require_vllm()  # before a T5 is looked for
     prompts, stored = prompts_to_draw(args)
     served, pipeline = open_models(args, text_settings(args))
-    draw_grid(
-        args, served, pipeline, prompt_requests(args, pipeline, stored or prompts, range(len(prompts)), args.seed)
-    )
+    requests = prompt_requests(args, pipeline, stored or prompts, range(len(prompts)), args.seed)
+    draw_grid(args, served, pipeline, requests, prompts)
     print_prompts(prompts)
 
 

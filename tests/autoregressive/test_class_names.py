@@ -69,10 +69,7 @@ def test_find_class_own_names_come_before_numbers():
 def test_labels_of_the_script_are_found_as_everywhere():
     gpt = SimpleNamespace(args=SimpleNamespace(num_classes=3), file_config={"classes": ["1", "2", "ç"]})
     asked = ["1", "1: 2", "\u0043\u0327"]
-    assert labels_to_draw(SimpleNamespace(labels=asked), gpt) == [
-        find_class(x, gpt.file_config["classes"]) for x in asked
-    ]
-    assert labels_to_draw(SimpleNamespace(labels=asked), gpt) == [0, 1, 2]
+    assert labels_to_draw(SimpleNamespace(labels=asked), gpt) == ([0, 1, 2], ["1", "2", "ç"])
 
 
 def test_find_class_near_to_none_lists_the_models_own_names():

@@ -21,8 +21,9 @@ from autoregressive.sample.many import BATCHES_WAITING, save_images
 from tests import forkserver
 from tests.helpers import ROOT
 from tests.training import check_published_flags, run_here
+from utils.checkpoint import save_checkpoint
 from utils.cli import run_script
-from utils.images import peak_signal_to_noise_ratio
+from utils.images import labelled_grid, make_grid, peak_signal_to_noise_ratio
 from utils.rng import image_label
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
@@ -100,6 +101,22 @@ def test_grid(small_files, tmp_path):
     for i, (y, x) in enumerate([(2, 2), (2, 36), (36, 2)]):
         assert np.array_equal(grid[y : y + 32, x : x + 32], images[i])
     assert not grid[36:, 36:].any()
+
+
+def test_grid_of_a_file_that_records_its_classes_has_their_names_below(small_files, tmp_path, monkeypatch):
+    made = torch.load(small_files.gpt, weights_only=False)
+    save_checkpoint(tmp_path / "own.pt", {**made, "config": {"classes": [f"fish {i}" for i in range(10)]}})
+    grids = {}
+    for words in ((), ("--names",), ("--no-names",)):
+        for gpt in (small_files.gpt, tmp_path / "own.pt"):
+            asked = line(small_files, "--gpt-ckpt", gpt, "--labels", 3, 9, *words, "--output", tmp_path / "grid.png")
+            run_here(sample_c2i, *asked)
+            grids[words, gpt.stem] = np.asarray(Image.open(tmp_path / "grid.png"))
+    images = by_pipeline(small_files, [3, 9], seed=0, cfg_scale=4.0, top_k=2000)
+    assert np.array_equal(grids[(), "own"], labelled_grid(images, ["fish 3", "fish 9"], 4))
+    assert np.array_equal(grids[("--names",), "gpt"], labelled_grid(images, ["3", "9"], 4))
+    for bare in ((), "gpt"), (("--no-names",), "gpt"), (("--no-names",), "own"):
+        assert np.array_equal(grids[bare], make_grid(images, 4))
 
 
 @pytest.mark.slow
