@@ -402,6 +402,9 @@ def drawing_tab(
     from autoregressive.demo import MOST_IMAGES
 
     at = settings_for(kind, args)
+    kept = (
+        {} if args.draw == flags().get_default("draw") else {"draw": args.draw}
+    )  # servers of earlier editions take none
     if kind == "class":
         choices = [class_choice(i, name) for i, name in enumerate(painter.info.classes)]
         examples = [choices[i] for i in CLASSES] if len(choices) == 1000 else choices[:8]
@@ -434,7 +437,7 @@ def drawing_tab(
 
     async def draw(request: gr.Request, *values: Any) -> AsyncIterator[tuple[list, str, int]]:
         if await is_here(here, request):
-            *given, settings = *values[:4], dict(zip(at, values[4:], strict=True))
+            *given, settings = *values[:4], kept | dict(zip(at, values[4:], strict=True))
             async with aclosing(respond(painter, folder / "pictures", *given, settings)) as shown:
                 async for update in shown:
                     if not here[request.session_hash]:
@@ -442,7 +445,7 @@ def drawing_tab(
                     yield update
 
     async def draw_first() -> tuple[list, str]:
-        values = (examples[0], 1, args.seed or 0, False, at)
+        values = (examples[0], 1, args.seed or 0, False, kept | at)
         async for files, said, _ in respond(painter, folder / "opening", *values):  # noqa: B007 - the last one is shown
             pass
         return files, said

@@ -520,7 +520,8 @@ class ImagePipeline:
         else:
             whole = torch.full((gpt.layout.tokens,), -1)
             known = torch.stack([whole if each is None else torch.as_tensor(each) for each in known])
-        noise = torch.cat([image_noise(requests[i].seed, [requests[i].index], gpt.layout.tokens) for i in rows])
+        draw, tokens_drawn = requests[0].sampling.draw, gpt.layout.tokens
+        noise = torch.cat([image_noise(requests[i].seed, [requests[i].index], tokens_drawn, draw) for i in rows])
         try:
             return generate(
                 gpt,

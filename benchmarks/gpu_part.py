@@ -15,6 +15,7 @@ from autoregressive.models.generate import generate
 from autoregressive.models.gpt import Transformer
 from benchmarks.measuring import random_gpt, timed
 from utils.files import atomic_write
+from utils.rng import image_noise
 
 SAMPLING = {"cfg_scale": 4.0, "top_k": 2000}
 
@@ -84,7 +85,7 @@ class Part:
 
     def draw(self, model: Transformer, batch: int, compile: bool = True, **settings: object) -> float:
         """Draws images with the published guidance and top-k; returns the seconds."""
-        noise = torch.rand(batch, model.layout.tokens, generator=torch.Generator().manual_seed(1))
+        noise = image_noise(1, range(batch), model.layout.tokens)
         labels = torch.arange(batch, device=self.device) % 1000
         asked = {"compile": compile and self.cuda, **SAMPLING, **settings}
         return self.seconds(lambda: generate(model, labels, noise=noise, **asked))

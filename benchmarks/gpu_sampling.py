@@ -6,6 +6,7 @@ from autoregressive.models.generate import generate, release_cache
 from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.quantization import quantize, require_torchao
 from benchmarks.gpu_part import SAMPLING, Part, memory_held
+from utils.rng import image_noise
 
 
 def sampling(part: Part, name: str, recorded: str, plain: str, eager: str) -> None:
@@ -91,7 +92,7 @@ def mends(part: Part) -> None:
         del cut
     batch, vocab = 8, 16384
     logits = torch.randn(2 * batch, 1, vocab, device=part.device)
-    noise = torch.rand(batch, 1, device=part.device)
+    noise = image_noise(1, range(batch), 1).to(part.device)
     for settings in ({"top_k": 2000}, {"top_k": 2000, "top_p": 0.9}, {}):
         config = SamplingConfig(cfg_scale=4.0, **settings)
         numbers = torch.tensor(config.numbers, device=part.device)
@@ -116,7 +117,7 @@ def follow(part: Part) -> str:
     settings = ({}, {"temperature": 0.7}, {"top_k": 9, "top_p": 0.8}, {"cfg_scale": 1.0}, {"cfg_interval": 5})
     for _ in range(1 if part.small else 3):
         for batch in (4, 8, 4):
-            noise = torch.rand(batch, 64, generator=torch.Generator().manual_seed(2))
+            noise = image_noise(2, range(batch), 64)
             labels = torch.arange(batch, device=part.device)
             for asked in settings:
                 asked = {"cfg_scale": 4.0, "top_k": 16, **asked}

@@ -21,6 +21,7 @@ from tests.training import make_codes, metrics, repetitive_codes, run_here
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.checkpoint import read_checkpoint
 from utils.distributed import Distributed, pick_device
+from utils.rng import image_noise
 from utils.runs import find_checkpoint
 from utils.training.trainer import Trainer
 
@@ -48,12 +49,11 @@ def test_recorded_steps_serve_other_images_and_settings():
         pytest.skip("steps are recorded on CUDA")
     model, arrays, _ = build("par4")
     model, labels = model.to(device), torch.from_numpy(arrays["labels"])
-    generator = torch.Generator().manual_seed(0)
     settings = [{}, {"cfg_scale": 3.0}, {"cfg_scale": 1.5, "temperature": 0.7}, {"cfg_scale": 1.5, "cfg_interval": 9}]
     settings += [{"top_k": 9}, {"top_k": 7, "top_p": 0.9}, {"top_k": 7, "top_p": 0.5}, {"sample_logits": False}]
     for turn in range(3):
         for asked in settings:
-            noise = torch.rand(len(labels), model.layout.tokens, generator=generator)
+            noise = image_noise(turn, range(len(labels)), model.layout.tokens)
             drawn = generate(model, labels, noise=noise, compile=True, **asked)
             agree = (drawn == generate(model, labels, noise=noise, **asked)).float().mean()
             assert agree > 0.99, f"turn {turn}, {asked}: compiled kernels round otherwise, now and then"
@@ -90,7 +90,7 @@ def test_recorded_bf16_steps_repeat_themselves(dim, heads, settings):
     if device.type != "cuda":
         pytest.skip("steps are recorded on CUDA")
     model = bf16_model(device, dim=dim, n_head=heads)
-    labels, noise = torch.arange(4), torch.rand(4, 64, generator=torch.Generator().manual_seed(0))
+    labels, noise = torch.arange(4), image_noise(0, range(4), 64)
     generate(model, labels, noise=noise, compile=True, cfg_scale=2.0)
     asked = {"noise": noise, "compile": True, "cfg_scale": 2.0, **settings}
     first, *others = (generate(model, labels, **asked) for _ in range(4))
@@ -108,7 +108,7 @@ def test_one_image_is_the_same_every_time(compile):
     if compile and device.type != "cuda":
         pytest.skip("the compiled step is for CUDA")
     model, arrays, _ = build("c2i")
-    label, noise = torch.from_numpy(arrays["labels"])[:1], torch.full((1, model.layout.tokens), 0.37)
+    label, noise = torch.from_numpy(arrays["labels"])[:1], image_noise(0, [0], model.layout.tokens)
     first = generate(model.to(device), label, noise=noise, compile=compile)
     assert all(torch.equal(generate(model, label, noise=noise, compile=compile), first) for _ in range(20))
     numbers = torch.rand(1, 16384, device=device)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 APART = (
     "image_size",
     "image_size_eval",
-    *(name for name in SamplingConfig.fields() if name != "cfg_scale"),
+    *(name for name in SamplingConfig.fields() if name not in ("cfg_scale", "draw")),
     "precision",
     "use_ema",
 )

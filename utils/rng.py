@@ -4,6 +4,7 @@ random.seed(item_seed(global_seed, epoch, index))
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 _MASK = 2**64 - 1
 
 
-def item_seed(*ints: int) -> int:
+def item_seed(*ints: Any) -> Any:
     """Hash integers to a seed in [0, 2**63): SplitMix64 folded over their count and values.
 
-    Order and count matter, neighbours give unrelated seeds, and the result is the same on every machine.
+    Order and count matter, neighbours give unrelated seeds, and the result is the same on every machine. Some of the
+    integers may be uint64 arrays that broadcast: the result is an array of seeds then.
     """
     state = len(ints)
     for value in ints:
@@ -23,18 +25,25 @@ def item_seed(*ints: int) -> int:
     return state >> 1
 
 
-def _mix(x: int) -> int:
+def _mix(x: Any) -> Any:
     x = (x + 0x9E3779B97F4A7C15) & _MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
     return x ^ (x >> 31)
 
 
-def image_noise(seed: int, indices: Sequence[int], tokens: int) -> Tensor:
-    """Return the numbers that draw the tokens of images `indices` of a run: float32 (len(indices), tokens) in [0, 1).
+def image_noise(seed: int, indices: Sequence[int], tokens: int, draw: str = "race1") -> Tensor:
+    """Return the noise that draws the tokens of images `indices` of a run, (len(indices), tokens), in the layout's order.
 
     Row i is a function of (seed, indices[i]) alone, whatever the batch, the process or the device.
+
+    Args:
+        draw: SamplingConfig.draw. "race1": int64 keys, item_seed(seed, image, position, 2); image_label hashes a 1 in
+            place of the 2 and no position. "cdf": float32 in [0, 1).
     """
+    if draw == "race1":
+        images = np.array([index & _MASK for index in indices], np.uint64)[:, None]
+        return torch.from_numpy(item_seed(seed, images, np.arange(tokens, dtype=np.uint64), 2).astype(np.int64))
     rows = [np.random.Generator(np.random.Philox(key=item_seed(seed, i))).random(tokens, np.float32) for i in indices]
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, tokens)
 

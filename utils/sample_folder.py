@@ -146,12 +146,15 @@ def _words(value: Any) -> Any:
     )
 
 
-def rename_earlier(earlier: Path, folder: Path, settings: dict[str, Any]) -> None:
-    """Give a folder that an earlier edition named otherwise its present name, where it was drawn with these settings."""
+def rename_earlier(earlier: Path, folder: Path, settings: dict[str, Any], unrecorded: dict[str, Any]) -> None:
+    """Give a folder that an earlier edition named otherwise its present name, where it was drawn with these settings.
+
+    unrecorded: as for claim_folder.
+    """
     if folder.exists() or not earlier.exists():
         return
     before = recorded_settings(earlier)
-    if before and all(_same(before.get(key), value) for key, value in settings.items()):
+    if before and all(_same((unrecorded | before).get(key), value) for key, value in settings.items()):
         earlier.rename(folder)
         print(f"{earlier} is named {folder.name} now")
 

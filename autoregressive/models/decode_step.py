@@ -22,7 +22,7 @@ from autoregressive.models.gpt import Rows, Transformer
 from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.layouts import DecodeStep, Reader
 from autoregressive.models.machine import attention_bias
-from autoregressive.models.sampling import SamplingConfig, choose, guide, spread
+from autoregressive.models.sampling import NOISE, SamplingConfig, choose, guide, spread
 
 Decode = Callable[..., Tensor]  # as decode_rows
 
@@ -77,7 +77,7 @@ def kinds_of(
 class DecodeState:
     """State of a batch of images, which its steps read and write.
 
-    tokens: int64 (B, N), in the layout's order. noise: float32 (B, N). seen: bool (samples of the cache, rows), false where
+    tokens: int64 (B, N), in the layout's order. noise: (B, N) by draw. seen: bool (samples of the cache, rows), false where
     a condition row is padding. at: int64 (3,): the step's first row, first input and first output.
     numbers: config.numbers, float32 (3,). spread: float32 (B, N), that of the logits each token was drawn from.
     known: int64 (B, N), tokens that are not drawn but given, -1 elsewhere. added: (samples of the cache, N, dim), what is
@@ -89,7 +89,7 @@ class DecodeState:
         self.order = layout.order.to(device)
         self.cache, self.batch = cache, batch
         self.tokens = torch.zeros(batch, layout.tokens, dtype=torch.long, device=device)
-        self.noise = torch.zeros(batch, layout.tokens, device=device)
+        self.noise = {draw: torch.zeros_like(self.tokens, dtype=dtype) for draw, dtype in NOISE.items()}
         self.seen = torch.ones(len(cache.keys[0]), cache.rows, dtype=torch.bool, device=device)
         self.at = torch.zeros(3, dtype=torch.long, device=device)
         self.numbers = torch.zeros(3, device=device)
@@ -122,7 +122,7 @@ class DecodeState:
             self.added[: len(added)] = added[:, self.order].to(self.added.dtype)
         self.config = config
         self.numbers.copy_(torch.tensor(config.numbers))
-        self.noise[:, : noise.shape[1]].copy_(noise)
+        self.noise[config.draw][:, : noise.shape[1]].copy_(noise)
         self.tokens.zero_()
         self.spread.zero_()
         self.seen.fill_(True)
@@ -173,7 +173,7 @@ def draw_tokens(logits: Tensor, state: DecodeState, guided: bool, outputs: Tenso
     conditional = logits[: state.batch]
     if guided:
         conditional = guide(conditional, logits[state.batch : 2 * state.batch], state.numbers[0])
-    tokens = choose(conditional, state.config, state.noise.index_select(1, outputs), state.numbers)
+    tokens = choose(conditional, state.config, state.noise[state.config.draw].index_select(1, outputs), state.numbers)
     known = state.known.index_select(1, outputs)
     state.tokens.index_copy_(1, outputs, torch.where(known >= 0, known, tokens))
     state.spread.index_copy_(1, outputs, spread(conditional))

@@ -23,7 +23,7 @@ from autoregressive.models.layouts import Layout
 from autoregressive.models.machine import machine
 from autoregressive.models.on_cpu import packed, release
 from autoregressive.models.on_cuda import StepGraphs
-from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
+from autoregressive.models.sampling import NOISE, NotFiniteLogits, SamplingConfig
 
 _caches: WeakKeyDictionary[Transformer, StaticCache] = WeakKeyDictionary()
 _graphs: WeakKeyDictionary[Transformer, StepGraphs] = WeakKeyDictionary()
@@ -95,13 +95,13 @@ def generate(
         max_new_tokens: tokens to draw, of the first places of the layout's order; a decode step has to end there.
             All of an image's N tokens by default.
         emb_masks: (B, T), which caption rows are real.
-        sampling, settings: the fields of SamplingConfig in their order or by name (cfg_scale, …, sample_logits).
+        sampling, settings: the fields of SamplingConfig in their order or by name (cfg_scale, …, draw).
         negative: conditions of the same shapes that guidance leads away from, in place of "no condition"; a label may be
             num_classes, "no class". Without guidance they change nothing.
         negative_masks: (B, T), which rows of a negative caption are real (default: emb_masks).
         known: int64 (B, N) in raster order, tokens that are given and not drawn; -1 for those to draw.
-        noise: float32 (B, N) in [0, 1), one number per token of the layout's order; drawn from torch's global generator
-            where not given.
+        noise: (B, N), a number per token of the layout's order: int64 keys, or float32 in [0, 1) where the setting `draw` is
+            "cdf" (utils/rng.py:image_noise). Drawn from torch's global generator where not given.
         compile: run the steps through torch.compile; pays off on a GPU, and on a CPU after some images.
         on_step: called after each step with the number of tokens done and the tokens, int64 (B, N) in the layout's order,
             of which those after that number are not drawn yet. Later steps write into the same tensor.
@@ -110,8 +110,8 @@ def generate(
         int64 (B, max_new_tokens), the tokens drawn, in raster order.
 
     Raises:
-        ValueError: for settings out of range (SamplingConfig), a condition or known tokens that the model does not have, or
-            a max_new_tokens at which no decode step ends.
+        ValueError: for settings out of range (SamplingConfig), a condition or known tokens that the model does not have,
+            noise of another type than the draw's, or a max_new_tokens at which no decode step ends.
         NotFiniteLogits: where images were drawn from logits that are not finite.
     """
     config = SamplingConfig(*sampling, **settings)
@@ -135,7 +135,12 @@ def generate(
             )
         known = known.to(device)
     if noise is None:
-        noise = torch.rand(batch, layout.tokens, device=device)
+        shape = batch, layout.tokens
+        noise = (
+            torch.rand(shape, device=device) if config.draw == "cdf" else torch.randint(2**63 - 1, shape, device=device)
+        )
+    if noise.dtype != NOISE[config.draw]:
+        raise ValueError(f"the noise of the draw {config.draw} is {NOISE[config.draw]}, got {noise.dtype}")
     noise = noise.to(device)
 
     dtype = model.tok_embeddings.weight.dtype

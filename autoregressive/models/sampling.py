@@ -2,10 +2,12 @@
 
     config = SamplingConfig(cfg_scale=2.0, top_k=2000)
     logits = guide(conditional, unconditional, config.cfg_scale)
-    tokens = choose(logits, config, noise)                   # noise: one number in [0, 1) a row
+    tokens = choose(logits, config, keys)                    # keys: one int64 a row (utils/rng.py:image_noise)
 
-The draw reads one uniform number per token off the cumulative distribution, so that a token depends on its own
-number and its own row alone, whatever else is in the batch.
+The draw is a race: every code has an exponential number of its own, a function of the row's key and the code, and the
+code with the least of number / probability wins. That is exact sampling; a token depends on its own key and its own row
+alone, and a small change of the logits seldom changes it. The numbers' bits are the same on every device.
+`draw: cdf` in the settings reads one uniform number off the cumulative distribution, as earlier editions did.
 Top-p: arXiv 1904.09751. Guidance: 2207.12598.
 """
 
@@ -16,6 +18,9 @@ from torch import Tensor
 
 from autoregressive.models.settings import SamplingConfig
 from utils.errors import NotFiniteError
+
+# Type of the noise of each draw.
+NOISE = {"race1": torch.int64, "cdf": torch.float32}
 
 
 class NotFiniteLogits(NotFiniteError):
@@ -85,7 +90,42 @@ def running_sum(x: Tensor) -> Tensor:
     return x.cumsum(dim=-1)
 
 
-def draw(probabilities: Tensor, noise: Tensor) -> Tensor:
+def race_bits(keys: Tensor, codes: Tensor) -> Tensor:
+    """Hash keys int64 (…) and codes (…, V) or (V,) to 32 bits each, int32 (…, V): wrapping products, logical shifts."""
+    low, high = keys.to(torch.int32)[..., None], (keys >> 32).to(torch.int32)[..., None]
+    x = codes.to(torch.int32) * 0x3C6EF373 + low
+    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ (x >> 15 & 0x1FFFF) ^ high) * 0x68BC21EB
+    x = (x ^ (x >> 15 & 0x1FFFF)) * 0x7FEB352D
+    return x ^ (x >> 16 & 0xFFFF)
+
+
+def exponential(bits: Tensor) -> Tensor:
+    """Turn int32 bits into exponential numbers, float32, above 0 and finite."""
+    u = ((bits >> 1 & 0x7FFFFFFF).float() + 0.5) * 2.0**-31
+    # Small numbers decide who wins, and the logarithm of 1 - u in float32 has lost their digits.
+    small = u * (1 + u * (1 / 2 + u * (1 / 3 + u / 4)))
+    return torch.where(u < 2.0**-7, small, -torch.log(1 - u.clamp(max=1 - 2.0**-24)))
+
+
+def race_noise(keys: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the race draws with: bits, int64 (…, V) in [0, 2**32), and exponential numbers, float32 (…, V).
+
+    Args:
+        keys: int64 (…), one for each token to draw.
+        codes: whole numbers (V,), or (…, V).
+    """
+    bits = race_bits(keys, codes)
+    return bits.long() & 0xFFFFFFFF, exponential(bits)
+
+
+def draw_race(logits: Tensor, keys: Tensor) -> Tensor:
+    """Draw a token a row, the lowest of equal ones: float32 (…, V), int64 (…) -> int64 (…). Logits of -inf never win."""
+    noise = exponential(race_bits(keys, torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)))
+    return (logits - noise.log()).argmax(dim=-1)
+
+
+def draw_cdf(probabilities: Tensor, noise: Tensor) -> Tensor:
     """The token at which the cumulative distribution passes `noise`. (…, V), (…) in [0, 1) -> int64 (…)."""
     # Summed in parallel, the distribution may rise by a rounding at a token that has no mass: such tokens are passed over.
     cumulative = running_sum(probabilities.float()).masked_fill(probabilities == 0, 0)
@@ -94,13 +134,16 @@ def draw(probabilities: Tensor, noise: Tensor) -> Tensor:
 
 
 def choose(logits: Tensor, config: SamplingConfig, noise: Tensor, numbers: Tensor | None = None) -> Tensor:
-    """Picks a token a row. logits: (…, V); noise: (…) uniform in [0, 1). Returns int64 (…).
+    """Picks a token a row. Returns int64 (…).
 
-    numbers: float32 (3,) on the logits' device, read in place of config.numbers: a recorded step follows what it holds.
+    Args:
+        logits: (…, V).
+        noise: (…), int64 keys for the draw "race1", uniform numbers in [0, 1) for "cdf".
+        numbers: float32 (3,) on the logits' device, read in place of config.numbers: a recorded step follows what it holds.
     """
     if config.greedy:
         return logits.argmax(dim=-1)
     _, temperature, top_p = config.numbers if numbers is None else numbers.unbind()
     logits = logits.float() / temperature  # sums of half precision have too few steps for a codebook
     logits = filter_logits(logits, int(config.top_k), top_p if config.top_p < 1 else None)
-    return draw(logits.softmax(dim=-1), noise)
+    return draw_race(logits, noise) if config.draw == "race1" else draw_cdf(logits.softmax(dim=-1), noise)

@@ -18,7 +18,8 @@ def setting(default: Any, help: str, **metadata: Any) -> Any:
         default: value that changes nothing.
         help: one line for flags and the server's schema.
         metadata: `least`, the smallest value that a flag takes; `served`, the range of a server's requests; `page`, the range
-            and step on the page (a number box where there is no end); `switch`, the flag that turns a setting off that is on by default.
+            and step on the page (a number box where there is no end); `switch`, the flag that turns a setting off that is on by default;
+            `choices`, the values of a setting that is a name.
     """
     return field(default=default, metadata={"help": help, "least": -inf, **metadata})
 
@@ -49,10 +50,17 @@ class SamplingConfig:
         page=(0, 1, 0.01),
     )
     sample_logits: bool = setting(True, "take the likeliest token, the first of equal ones", switch="greedy")
+    draw: str = setting(
+        "race1", "how noise picks a token: cdf repeats images of earlier editions", choices=("race1", "cdf")
+    )
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            value = getattr(self, each.name)
+            value, choices = getattr(self, each.name), each.metadata.get("choices")
+            if choices:
+                if value not in choices:
+                    raise ValueError(f"--{each.name} must be {' or '.join(choices)}, got {shorten(value)}")
+                continue
             is_number = isinstance(value, Real) and not (isinstance(value, bool) and each.type is not bool)
             if not is_number or (isinstance(value, int) and abs(int(value)) >= 2**63):
                 raise ValueError(f"{each.name} must be a number, got {shorten(value)}")
@@ -83,9 +91,9 @@ class SamplingConfig:
         return not self.sample_logits or self.temperature == 0 or self.top_k == 1 or self.top_p == 0
 
     @property
-    def operations(self) -> tuple[bool, int, bool]:
-        """Return the operations on logits: greedy, top-k (0 where greedy), and whether top-p filters."""
-        return (True, 0, False) if self.greedy else (False, int(self.top_k), self.top_p < 1)
+    def operations(self) -> tuple[bool, int, bool, str]:
+        """Return the operations on logits: greedy, top-k (0 where greedy), whether top-p filters, and the draw."""
+        return (True, 0, False, "") if self.greedy else (False, int(self.top_k), self.top_p < 1, self.draw)
 
     @property
     def numbers(self) -> tuple[float, float, float]:

@@ -40,12 +40,14 @@ def add_sampling_flags(parser: Flags, *, negative: str | None = None, **defaults
         help = "values of a further condition, an array whose row i is image i's; repeatable (docs/extending.md)"
         group.add_argument("--condition-file", action="append", default=None, metavar="NAME=FILE.npy", help=help)
     for name, field in SamplingConfig.fields().items():
-        help, switch = field.metadata["help"], field.metadata.get("switch")
+        help, switch, choices = field.metadata["help"], field.metadata.get("switch"), field.metadata.get("choices")
         if switch:
             group.add_argument(f"--{switch}", action="store_true", help=help)
         else:
-            kind = Number(field.type, least=field.metadata["least"])
-            add_flag(group, f"--{name.replace('_', '-')}", kind, defaults.get(name, field.default), help)
+            kind = None if choices else Number(field.type, least=field.metadata["least"])
+            add_flag(
+                group, f"--{name.replace('_', '-')}", kind, defaults.get(name, field.default), help, choices=choices
+            )
 
 
 def sampling_config(args: argparse.Namespace) -> SamplingConfig:

@@ -1,6 +1,6 @@
 """Many images, on any number of processes: a folder that an interrupted run continues, as many at once as memory holds.
 
-claim_folder(folder, run_settings(args, gpt_path, vq_path))
+claim_folder(folder, run_settings(args, gpt_path, vq_path), UNRECORDED)
 draw_missing(args, pipeline, dist, png, count, lambda mine: requests)
 """
 
@@ -38,6 +38,8 @@ IMMATERIAL = (
     "import", "sample_dir", "num_fid_samples", "compile", "device", "per_proc_batch_size", "npz", "from_fsdp", "gpt_ckpt",
     "vq_ckpt",
 )  # fmt: skip
+# Settings of folders that an earlier edition drew, which do not record them.
+UNRECORDED = {"draw": "cdf"}
 # More at once hardly draws more images in a given time.
 MOST_ON_CUDA, IMAGES_ELSEWHERE = 512, 8
 # Of the memory that is there, what may be used: compiled steps keep buffers of their own, and others want some too.

@@ -85,6 +85,7 @@ class ImagesAnswer(BaseModel):
     background: str
     output_format: str
     size: str
+    draw: str
     usage: Usage
     warnings: list[str]
 
@@ -121,7 +122,7 @@ def create_app(
     )
     app.add_middleware(Watched, service=service, api_keys=api_keys, root_path=root_path)
     if cors_origins:
-        exposed = ["X-Image-Seed", "X-Request-Id", "X-Warning", "Retry-After"]
+        exposed = ["X-Image-Seed", "X-Image-Draw", "X-Request-Id", "X-Warning", "Retry-After"]
         app.add_middleware(
             CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=exposed
         )
@@ -162,7 +163,7 @@ def create_app(
             return stream(service, job, request.scope["log"])
         with job:
             files = await unless_gone(request, service.draw(job))
-        headers = {"X-Image-Seed": ",".join(map(str, asked.seeds))}
+        headers = seed_headers(asked)
         if job.warnings:
             headers["X-Warning"] = "; ".join(job.warnings)
         if asked.raw:
@@ -311,8 +312,7 @@ def stream(service: Service, job: Job, fields: dict) -> Response:
 
     drawing = asyncio.create_task(service.draw(job))
     drawing.add_done_callback(drawn)
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    headers["X-Image-Seed"] = ",".join(map(str, job.asked.seeds))
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", **seed_headers(job.asked)}
     return StreamingResponse(events(service, job, drawing, fields), media_type="text/event-stream", headers=headers)
 
 
@@ -394,7 +394,13 @@ def usage(service: Service, job: Job, images: int) -> dict:
 
 def about(asked: Asked) -> dict:
     """Return what an answer tells of its pictures."""
-    return {"background": "opaque", "output_format": asked.format, "size": f"{asked.size}x{asked.size}"}
+    size = f"{asked.size}x{asked.size}"
+    return {"background": "opaque", "output_format": asked.format, "size": size, "draw": asked.sampling.draw}
+
+
+def seed_headers(asked: Asked) -> dict[str, str]:
+    """Return the headers with which an answer tells how to draw its pictures again."""
+    return {"X-Image-Seed": ",".join(map(str, asked.seeds)), "X-Image-Draw": asked.sampling.draw}
 
 
 def _base64(file: bytes) -> str:

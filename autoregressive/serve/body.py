@@ -49,16 +49,18 @@ Ignored = Annotated[str | None, Field(description="Accepted for OpenAI's clients
 Kind = Literal["png", "jpeg", "webp"]
 
 
-def _declared(setting: Any) -> Any:
+def _declared(setting: Any) -> tuple[Any, Any]:
+    """Return the type and the field by which pydantic checks a setting."""
+    help, choices = setting.metadata["help"], setting.metadata.get("choices")
+    if choices:
+        return Literal[choices] | None, Field(None, description=help)
     least, most = setting.metadata["served"]
-    return Field(None, ge=least, le=most, description=setting.metadata["help"])
+    return setting.type | None, Field(None, ge=least, le=most, description=help)
 
 
 # The settings of SamplingConfig that a request may have, as pydantic declares them.
-SERVED = {name: field for name, field in SamplingConfig.fields().items() if "served" in field.metadata}
-_Settings: Any = create_model(
-    "Settings", **{name: (field.type | None, _declared(field)) for name, field in SERVED.items()}
-)
+SERVED = {n: field for n, field in SamplingConfig.fields().items() if {"served", "choices"} & field.metadata.keys()}
+_Settings: Any = create_model("Settings", **{name: _declared(field) for name, field in SERVED.items()})
 
 
 class ImageBody(_Settings):

@@ -70,7 +70,7 @@ class GuidedDraw(LogitsProcessor):
             self.rows.pop(row, None)
         for row, params, _, tokens in batch_update.added:
             request = Request.from_settings(params.extra_args)
-            noise = image_noise(request.seed, [request.index], self.image_tokens)[0]
+            noise = image_noise(request.seed, [request.index], self.image_tokens, request.sampling.draw)[0]
             self.rows[row] = Drawing(request.sampling, noise, tokens)
         for source, target, direction in batch_update.moved:
             moved, replaced = self.rows.pop(source, None), self.rows.pop(target, None)

@@ -21,6 +21,7 @@ from autoregressive.pipeline import decode_codes
 from tests.helpers import randomize
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.errors import is_out_of_memory
+from utils.rng import image_noise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,7 +52,7 @@ def test_cache_width_on_cuda_suits_fused_attention(name):
 
 @pytest.mark.parametrize("more", [{}, {"ar_token_num": 4}, {"n_kv_head": 2}], ids=["raster", "PAR", "few key heads"])
 def test_generate_with_wider_cache_draws_same_tokens(more, monkeypatch):
-    model, noise = tiny(**more), torch.rand(4, 16, generator=torch.Generator().manual_seed(7))
+    model, noise = tiny(**more), image_noise(7, range(4), 16)
     expected = generate(model, LABELS, noise=noise, cfg_scale=2.0)
     release_cache(model)
     monkeypatch.setattr(on_cpu, "cache_width", cache_width)
@@ -199,7 +200,7 @@ def test_image_tokenizer_attention_hands_fused_kernels_contiguous_rows(monkeypat
 def test_gpt_3b_geometry_trains_and_draws_alike():
     """A head of 100 channels: the whole pass and the decode loop agree."""
     model = tiny(dim=200, n_head=2)
-    noise = torch.rand(4, 16, generator=torch.Generator().manual_seed(3))
+    noise = image_noise(3, range(4), 16)
     tokens = generate(model, LABELS, noise=noise, sample_logits=False)
     with torch.no_grad():
         assert torch.equal(model(tokens[:, :-1], LABELS).argmax(-1), tokens)

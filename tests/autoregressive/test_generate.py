@@ -16,6 +16,7 @@ from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.layouts import Layout, Reader
 from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig, choose
 from tests.helpers import randomize
+from utils.rng import image_noise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,7 +30,7 @@ def tiny(**more) -> Transformer:
 
 
 def noise_for(count: int, tokens: int = 16) -> torch.Tensor:
-    return torch.rand(count, tokens, generator=torch.Generator().manual_seed(7))
+    return image_noise(7, range(count), tokens)
 
 
 def captions(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -591,7 +592,7 @@ def test_generate_of_the_likeliest_tokens_does_not_depend_on_the_noise(compile, 
     model.output.weight.data.mul_(0.01).round_(decimals=2)
     greedy = generate(model, LABELS, sample_logits=False, cfg_scale=1.5)
     for seed in range(4):
-        noise = torch.rand(4, 16, generator=torch.Generator().manual_seed(seed))
+        noise = image_noise(seed, range(4), 16)
         assert torch.equal(generate(model, LABELS, noise=noise, cfg_scale=1.5, compile=compile, **settings), greedy)
 
 

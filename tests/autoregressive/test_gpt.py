@@ -14,6 +14,7 @@ from autoregressive.models.gpt import DropPath, GPT_models, ModelArgs, Transform
 from autoregressive.models.layouts.patches import PatchLayout
 from autoregressive.models.rope import apply_rope, rope_table_2d
 from tests.helpers import randomize
+from utils.rng import image_noise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -199,7 +200,7 @@ def test_few_key_heads_equal_repeated_ones():
     many = tiny()
     many.load_state_dict(state)
     assert torch.allclose(few(tokens(3, 12), LABELS), many(tokens(3, 12), LABELS), atol=1e-5)
-    noise = torch.rand(3, 16, generator=torch.Generator().manual_seed(0))
+    noise = image_noise(0, range(3), 16)
     drawn = generate(few, LABELS, cfg_scale=2.0, noise=noise)
     assert torch.equal(drawn, generate(many, LABELS, cfg_scale=2.0, noise=noise))
     assert len(drawn.unique()) > 5
@@ -259,7 +260,7 @@ def test_labels_of_a_narrow_type(dtype):
     assert torch.equal(model(tokens(2, 12), narrow), model(tokens(2, 12), wide))
     drop = torch.tensor([True, False])
     assert torch.equal(model(tokens(2, 12), narrow, drop=drop), model(tokens(2, 12), wide, drop=drop))
-    noise = torch.rand(2, 16, generator=torch.Generator().manual_seed(0))
+    noise = image_noise(0, range(2), 16)
     drawn = [generate(model, labels, cfg_scale=3.0, noise=noise) for labels in (narrow, wide)]
     assert torch.equal(*drawn)
 
@@ -422,7 +423,7 @@ def test_bf16_weights_keep_the_rope_table_in_float32():
 )
 def test_copies_are_equal_and_apart(duplicate):
     model = tiny(ar_token_num=4)
-    noise = torch.rand(3, 16, generator=torch.Generator().manual_seed(0))
+    noise = image_noise(0, range(3), 16)
     generate(model, LABELS, noise=noise)  # leaves tables and caches beside the model
     other = duplicate(model)
     expected = model(tokens(3, 12), LABELS)

@@ -19,6 +19,7 @@ from autoregressive.models.on_cpu import (
     rows_at_once,
 )
 from tests.helpers import randomize
+from utils.rng import image_noise
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN is not built in")
 
@@ -84,7 +85,7 @@ def test_product_in_parts_of_rows_equals_the_whole(rows):
 def test_copies_follow_the_weights():
     model = small_gpt()
     labels = torch.tensor([1, 2])
-    noise = torch.rand(2, 16, generator=torch.Generator().manual_seed(0))
+    noise = image_noise(0, range(2), 16)
 
     def draw(model):
         return generate(model, labels, cfg_scale=2.0, noise=noise)
@@ -141,7 +142,7 @@ def test_what_cannot_be_packed():
 
 def test_layers_stay_plain_where_rows_do_not_agree(monkeypatch):
     model = small_gpt()
-    labels, noise = torch.tensor([1, 2]), torch.rand(2, 16, generator=torch.Generator().manual_seed(0))
+    labels, noise = torch.tensor([1, 2]), image_noise(0, range(2), 16)
     drawn = generate(model, labels, noise=noise)
     release_cache(model)
     monkeypatch.setattr("autoregressive.models.on_cpu.rows_at_once", lambda inner, outer, dtype: outer != 64)

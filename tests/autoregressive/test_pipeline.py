@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from autoregressive.models.gpt import GPT_models
+from autoregressive.models.sampling import NOISE
 from autoregressive.pipeline import ImagePipeline, load_gpt, load_tokenizer, tokenizer_of
 from tests.helpers import ROOT, randomize
 from tests.serve.small import WIDTH, WORDS, WordEncoder
@@ -183,11 +184,12 @@ def test_seed_number_and_label_each_matter(pipeline):
 
 
 def test_noise_is_a_function_of_seed_and_number():
-    together = image_noise(3, range(5), 9)
-    assert together.shape == (5, 9) and together.min() >= 0 and together.max() < 1 and len(together.unique()) == 45
-    assert torch.equal(image_noise(3, [4, 0], 9), together[[4, 0]])
-    assert torch.equal(image_noise(3, [2], 5)[0], together[2, :5]), "more tokens leave the first ones as they are"
-    assert not torch.equal(image_noise(4, range(5), 9), together)
+    for draw, dtype in NOISE.items():
+        together = image_noise(3, range(5), 9, draw)
+        assert together.dtype == dtype and together.shape == (5, 9) and len(together.unique()) == 45
+        assert torch.equal(image_noise(3, [4, 0], 9, draw), together[[4, 0]])
+        assert torch.equal(image_noise(3, [2], 5, draw)[0], together[2, :5]), "more tokens leave the first ones"
+        assert not torch.equal(image_noise(4, range(5), 9, draw), together)
 
 
 # Calls

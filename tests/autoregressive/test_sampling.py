@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.models.sampling import SamplingConfig, choose, draw, filter_logits, guide
+from autoregressive.models.sampling import SamplingConfig, choose, draw_cdf, filter_logits, guide
+from utils.rng import image_noise
 
 V = 40
 LARGEST = float(np.nextafter(np.float32(1), np.float32(0)))
@@ -56,13 +57,13 @@ def test_filter(kind, top_k, top_p):
 
 
 @pytest.mark.parametrize("kind", ["plain", "ties", "flat", "peaked"])
-def test_draws_follow_the_distribution(kind):
+def test_draw_cdf_follows_the_distribution(kind):
     """On an even grid of noise, each token's share is its probability to within one grid point."""
     points = 20000
     noise = (torch.arange(points) + 0.5) / points
     for row in rows(kind)[:3]:
         probabilities = row.softmax(-1)
-        tokens = draw(probabilities.expand(points, -1), noise)
+        tokens = draw_cdf(probabilities.expand(points, -1), noise)
         shares = torch.bincount(tokens, minlength=V) / points
         assert (shares - probabilities).abs().max() <= 1.5 / points
         chi_square = ((shares - probabilities) ** 2 / probabilities.clamp(min=1e-12) * points).sum()
@@ -70,14 +71,14 @@ def test_draws_follow_the_distribution(kind):
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-45, 0.5, LARGEST])
-def test_tokens_without_mass_are_never_drawn(noise):
+def test_draw_cdf_never_takes_tokens_without_mass(noise):
     generator = torch.Generator().manual_seed(0)
     probabilities = torch.rand(5000, V, generator=generator)
     probabilities *= torch.rand(5000, V, generator=generator) < 0.3
     probabilities[:, 20] += 1e-3  # at least one
     probabilities[:, :3] = probabilities[:, -3:] = 0
     probabilities[:2500] /= probabilities[:2500].sum(-1, keepdim=True)  # sums that round to just above or below 1
-    tokens = draw(probabilities, torch.full((5000,), noise))
+    tokens = draw_cdf(probabilities, torch.full((5000,), noise))
     assert probabilities.gather(-1, tokens[:, None]).min() > 0
     possible = probabilities > 0
     if noise == 0:
@@ -93,14 +94,16 @@ def test_a_cumulative_sum_that_is_not_monotone(monkeypatch):
     up = 2.0**-24
     cumulative = torch.tensor([[up, 0.5, 0.5 + up, 1.0 - up, 1.0]])
     monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, dim: cumulative.clone())
-    drawn = {float(u): int(draw(probabilities, torch.tensor([u]))) for u in (0.0, up / 2, 0.25, 0.5 - up, 0.5, LARGEST)}
+    drawn = {
+        float(u): int(draw_cdf(probabilities, torch.tensor([u]))) for u in (0.0, up / 2, 0.25, 0.5 - up, 0.5, LARGEST)
+    }
     assert set(drawn.values()) == {1, 3}
     assert [drawn[u] for u in sorted(drawn)] == sorted(drawn.values())
 
 
 def test_a_row_does_not_depend_on_the_others():
     logits = rows("plain")
-    noise = torch.rand(6, generator=torch.Generator().manual_seed(1))
+    noise = image_noise(1, [0], 6)[0]
     config = SamplingConfig(top_k=9, top_p=0.9, temperature=0.7)
     together = choose(logits, config, noise)
     assert together.tolist() == [int(choose(logits[i : i + 1], config, noise[i : i + 1])) for i in range(6)]
@@ -125,18 +128,18 @@ def test_guidance():
 def test_choose_of_the_likeliest_token_takes_the_first_of_equal_ones(kind, settings):
     logits = rows(kind)
     first = torch.tensor([row.index(max(row)) for row in logits.tolist()])
-    for noise in (0.0, 0.5, LARGEST):
+    for key in (0, 2**62, 2**63 - 1):
         for dtype in (torch.float32, torch.bfloat16):
             given = logits.to(dtype)
             first = torch.tensor([row.index(max(row)) for row in given.tolist()])
-            assert torch.equal(choose(given, SamplingConfig(**settings), torch.full((len(logits),), noise)), first)
+            assert torch.equal(choose(given, SamplingConfig(**settings), torch.full((len(logits),), key)), first)
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 1500}, {"top_p": 0.9}, {"temperature": 1.7}])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_choose_in_half_precision_draws_as_from_the_same_logits_in_float32(dtype, settings):
     logits = torch.randn(4096, generator=torch.Generator().manual_seed(2)).to(dtype).expand(60, -1)
-    noise = (torch.arange(60) + 0.5) / 60
+    noise = image_noise(1, [0], 60)[0]
     config = SamplingConfig(**settings)
     assert torch.equal(choose(logits, config, noise), choose(logits.float(), config, noise))
 
@@ -151,7 +154,7 @@ def test_choose_in_half_precision_draws_as_from_the_same_logits_in_float32(dtype
     ],
 )
 def test_settings_of_published_command_lines_draw_as_their_plain_forms(published, plain):
-    noise = torch.rand(6, generator=torch.Generator().manual_seed(1))
+    noise = image_noise(1, [0], 6)[0]
     given, expected = SamplingConfig(**published), SamplingConfig(**plain)
     assert torch.equal(choose(rows("plain"), given, noise), choose(rows("plain"), expected, noise))
     assert not given.guided and not expected.guided
@@ -162,7 +165,8 @@ def test_temperature_comes_before_the_filters():
     logits, points = rows("plain")[0], 5000
     noise = (torch.arange(points) + 0.5) / points
     for temperature in (0.5, 1.0, 3.0):
-        tokens = choose(logits.expand(points, -1), SamplingConfig(temperature=temperature, top_k=12, top_p=0.8), noise)
+        config = SamplingConfig(temperature=temperature, top_k=12, top_p=0.8, draw="cdf")
+        tokens = choose(logits.expand(points, -1), config, noise)
         kept = kept_by_hand((logits.double() / temperature).tolist(), 12, 0.8)
         assert set(tokens.tolist()) == kept
         weights = (logits.double() / temperature).exp()
@@ -186,6 +190,7 @@ def test_temperature_comes_before_the_filters():
         ({"cfg_scale": math.nan}, "--cfg-scale .* got nan"),
         ({"cfg_scale": math.inf}, "--cfg-scale .* got inf"),
         ({"cfg_interval": math.nan}, "--cfg-interval .* got nan"),
+        ({"draw": "philox"}, "--draw .* got 'philox'"),
     ],
 )
 def test_settings_out_of_range(wrong, message):
@@ -195,7 +200,9 @@ def test_settings_out_of_range(wrong, message):
 
 def test_settings_at_their_limits():
     SamplingConfig(top_p=1.0, temperature=0.0, top_k=0, cfg_scale=0.0, cfg_interval=-1)
-    assert choose(rows("plain"), SamplingConfig(top_k=2.0), torch.zeros(6)).shape == (6,)  # as a slider gives it
+    assert choose(rows("plain"), SamplingConfig(top_k=2.0), torch.zeros(6, dtype=torch.long)).shape == (
+        6,
+    )  # as a slider gives it
 
 
 @pytest.mark.parametrize(
