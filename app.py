@@ -490,7 +490,7 @@ def flags() -> argparse.ArgumentParser:
     help = "weights of the text tab's GPT, where both tabs are to draw"
     parser.add_argument("--text-gpt-ckpt", default=None, help=help)
     parser.add_argument("--text-vq-ckpt", default=None, help="of its tokenizer (default: the released one)")
-    add_tokenizer_flags(parser, VQ_SIZES)
+    add_tokenizer_flags(parser, VQ_SIZES, default="the GPT's, found near it")
     parser.add_argument("--downsample-size", type=positive_int, default=16, help="pixels a side of a token")
     help = "pixels a side (default: what the file or its name says)"
     parser.add_argument("--image-size", type=positive_int, default=None, help=help)

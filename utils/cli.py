@@ -233,6 +233,7 @@ def settle(args: argparse.Namespace, **known: Any) -> None:
         setattr(args, name, plain(asked) if plain else asked)
 
 
+RESULTS = "results"
 HALF = ["none", "fp16", "bf16"]
 _AS_FILE = "; unless given, the file's"
 _DEVICE = "cuda, mps or cpu (default: the best there is)"
@@ -269,9 +270,10 @@ def add_gpt_flags(
         add_flag(group, "--drop-path-rate", PROBABILITY, 0.0, "stochastic depth of the last layer")
 
 
-def add_gpt_file_flags(parser: Flags, *, required: bool = False) -> None:
-    """Add --gpt-ckpt, --from-fsdp and --use-ema of the scripts that sample."""
+def add_gpt_file_flags(parser: Flags, *, required: bool = False, default: str | None = None) -> None:
+    """Add --gpt-ckpt, --from-fsdp and --use-ema of the scripts that sample. default: what is taken without the first."""
     help = "GPT weights: a file, a run's folder, or a released file's name"
+    help += f" (default: {default})" if default else ""
     add_flag(parser, "--gpt-ckpt", None, None, help, required=required)
     help = "a bare state dict (recognised without the flag too); sample folders are named after its folder"
     add_store_true(parser, "--from-fsdp", help)
@@ -305,12 +307,17 @@ def grid_size(image_size: int, downsample_size: int) -> int:
     return image_size // downsample_size
 
 
-def add_tokenizer_flags(parser: Flags, names: Iterable[str], *, required: bool = False) -> None:
-    """Add --vq-ckpt, and what its file is believed to hold: --vq-model (one of `names`) and the shape of the codebook."""
+def add_tokenizer_flags(
+    parser: Flags, names: Iterable[str], *, required: bool = False, default: str | None = None
+) -> None:
+    """Add --vq-ckpt, and what its file is believed to hold: --vq-model (one of `names`) and the shape of the codebook.
+
+    default: what is taken without the flag, in words.
+    """
     group = parser.add_argument_group("tokenizer")
     add_flag(group, "--vq-model", None, None, "image tokenizer (default: as the file says)", choices=list(names))
     help = "tokenizer weights: a file, a run's folder, or a released file's name"
-    help += "" if required else " (sampling: by default the GPT's, found near it)"
+    help += f" (default: {default})" if default else ""
     add_flag(group, "--vq-ckpt", None, None, help, required=required)
     add_flag(group, "--codebook-size", positive_int, None, "codes in the codebook (default: as the file says)")
     add_flag(group, "--codebook-embed-dim", positive_int, None, "numbers a code has (default: as the file says)")

@@ -23,9 +23,9 @@ from autoregressive.request import Request
 from autoregressive.sample.flags import sampling_config
 from tokenizer.load import load_tokenizer
 from utils.checkpoint import has_averages, read_checkpoint
-from utils.cli import given, grid_size, layout_numbers, tokenizer_beliefs
+from utils.cli import RESULTS, given, grid_size, layout_numbers, tokenizer_beliefs
 from utils.images import labelled_grid, make_grid, save_png
-from utils.runs import find_checkpoint
+from utils.runs import find_checkpoint, newest_checkpoint
 
 # golden retriever, otter, red panda, geyser, macaw, valley, balloon, Arctic fox
 IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]
@@ -154,6 +154,18 @@ def compiles(device: torch.device, images: int | None = None) -> bool:
     return device.type != "cpu" or images is None or images >= IMAGES_WORTH_COMPILING
 
 
+def find_gpt(args: argparse.Namespace) -> Path:
+    """Return the file of --gpt-ckpt, by default of the newest run in results/, which the flag then says. Raises ValueError."""
+    if args.gpt_ckpt is None:
+        if newest_checkpoint(RESULTS) is None:
+            raise ValueError(
+                "--gpt-ckpt is needed: a file, a run's folder, or a released file's name (pretrained_models/README.md)"
+            )
+        args.gpt_ckpt = RESULTS
+        print(f"--gpt-ckpt {RESULTS}: the newest run there")
+    return find_checkpoint(args.gpt_ckpt)
+
+
 def build_pipeline(
     args: argparse.Namespace,
     device: torch.device,
@@ -172,11 +184,7 @@ def build_pipeline(
     quantized = getattr(args, "quantize", "none") == "int8"  # the scripts over vLLM have no such flag
     if quantized:
         require_torchao()
-    if args.gpt_ckpt is None:
-        raise ValueError(
-            "--gpt-ckpt is needed: a file, a run's folder, or a released file's name (pretrained_models/README.md)"
-        )
-    gpt_path = find_checkpoint(args.gpt_ckpt)
+    gpt_path = find_gpt(args)
     fingerprint = read_checkpoint(gpt_path).config.get("tokenizer")
     if args.vq_ckpt is None:
         vq_path = tokenizer_of(args.gpt_ckpt)

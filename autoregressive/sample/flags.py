@@ -11,6 +11,7 @@ from autoregressive.models.sizes import GPT_SIZES
 from autoregressive.request import require_guidance
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
+    RESULTS,
     SEED,
     Flags,
     Number,
@@ -79,8 +80,9 @@ def drawing_flags(
     text = asks == "prompt"
     parser = flag_parser(description, added=["--cfg-interval"] if text or files_required else [])
     add_gpt_flags(parser, GPT_SIZES, **({"gpt_type": "t2i", "gpt_model": "GPT-XL"} if text else {}))
-    add_gpt_file_flags(parser, required=files_required)
-    add_tokenizer_flags(parser, VQ_SIZES, required=files_required)
+    newest, near = f"the newest run in {RESULTS}", "the GPT's, found near it"
+    add_gpt_file_flags(parser, required=files_required, default=None if files_required else newest)
+    add_tokenizer_flags(parser, VQ_SIZES, required=files_required, default=None if files_required else near)
     if text:
         add_text_flags(parser)
     add_image_size_flags(parser, 512 if text else 384, evaluation=evaluation, of_file=True)

@@ -15,7 +15,7 @@ import torch
 from autoregressive.pipeline import PRECISIONS, ImagePipeline, warn_of_long_features, with_encoder
 from autoregressive.released import find_identity, flags_of
 from autoregressive.request import Request
-from autoregressive.sample.common import requests_of
+from autoregressive.sample.common import find_gpt, requests_of
 from autoregressive.text import check_prompts
 from language.prompts import PromptFeatures, read_prompt_lines
 from language.t5 import find_t5
@@ -24,7 +24,6 @@ from utils.cli import given
 from utils.distributed import pick_device
 from utils.logger import console_logger
 from utils.origin import require_encoder
-from utils.runs import find_checkpoint
 
 PROMPTS = [
     "A lighthouse on a rocky coast at dusk, its lamp just lit, oil painting.",
@@ -85,7 +84,7 @@ def text_settings(args: argparse.Namespace) -> dict[str, Any]:
     if args.t5_feat_path:
         return settings
     asked = {name: given(getattr(args, name)) for name in ("t5_path", "t5_model_type")}
-    near = with_encoder(find_checkpoint(args.gpt_ckpt), asked) if args.gpt_ckpt else asked
+    near = with_encoder(find_gpt(args), asked)
     path = find_t5(near["t5_path"] or args.t5_path, near["t5_model_type"] or args.t5_model_type)
     if near != asked:
         print(f"--t5-path {path}: the text encoder of the GPT's captions")
@@ -104,12 +103,10 @@ def open_prompt_features(args: argparse.Namespace, file: str | Path, prompts: Se
     if args.negative_prompt:
         raise ValueError("--negative-prompt needs a T5, and --t5-feat-path draws without: leave one of the two out")
     console_logger("dataset", os.environ.get("RANK", "0") == "0")  # which tells what could not be compared
-    gpt, dim = read_checkpoint(find_checkpoint(args.gpt_ckpt)) if args.gpt_ckpt else None, given(args.t5_feature_dim)
-    if gpt:
-        dim = dim or flags_of(find_identity(gpt))["caption_dim"]
+    gpt = read_checkpoint(find_gpt(args))
+    dim = given(args.t5_feature_dim) or flags_of(find_identity(gpt))["caption_dim"]
     stored = PromptFeatures(args.t5_feat_path, file, prompts, dim=dim)
-    if gpt:
-        require_encoder(gpt.config, stored.store.encoder, args.t5_feat_path)
+    require_encoder(gpt.config, stored.store.encoder, args.t5_feat_path)
     return stored
 
 

@@ -1,5 +1,6 @@
 """Encodes a folder of images into codes for train_c2i.py: packed shards, or with --published-layout one file an image.
 
+    python3 autoregressive/train/extract_codes_c2i.py --data-path my_images --code-path my_codes
     torchrun --nproc_per_node=8 autoregressive/train/extract_codes_c2i.py --data-path imagenet/train --code-path codes \\
         --vq-ckpt vq_ds16_c2i.pt --image-size 256 --ten-crop
 
@@ -20,8 +21,11 @@ from utils.cli import (
     positive_float,
     positive_int,
     run_script,
+    settle,
     tokenizer_beliefs,
 )
+
+RELEASED_TOKENIZER, TOKENIZER_RUNS = "vq_ds16_c2i.pt", "results_tokenizer_image"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -42,17 +46,20 @@ def main(args: argparse.Namespace) -> None:
     from dataset.images import present_batches
     from dataset.pixels import Reading
     from tokenizer.load import load_tokenizer
+    from utils.checkpoint import read_checkpoint
     from utils.distributed import start
     from utils.logger import console_logger
     from utils.origin import listed_classes
-    from utils.runs import find_checkpoint
+    from utils.runs import find_checkpoint, newest_checkpoint
 
     if args.ten_crop and args.crop_range < 1:
         raise ValueError(f"--crop-range must be at least 1, got {args.crop_range}")
     dist = start(args.device)
     log = console_logger("dataset", dist.is_main)
     with dist.main_first():
-        vq_path = find_checkpoint(args.vq_ckpt)
+        vq_path = find_checkpoint(args.vq_ckpt or newest_checkpoint(TOKENIZER_RUNS) or RELEASED_TOKENIZER)
+    settle(args, image_size=(read_checkpoint(vq_path).args or {}).get("image_size"))
+    log.info(f"the tokenizer {vq_path}, images of {args.image_size} pixels a side")
     tokenizer = load_tokenizer(vq_path, **tokenizer_beliefs(args), device=dist.device, use_ema=args.use_ema)
     tokenizer.to(memory_format=memory_format(dist.device))
     require_whole_tokens(tokenizer, args.image_size)
@@ -111,13 +118,14 @@ def flags() -> argparse.ArgumentParser:
     parser = flag_parser(__doc__)
     parser.add_argument("--data-path", required=True, help="folder of images")
     parser.add_argument("--code-path", required=True, help="folder to write the codes to")
-    add_tokenizer_flags(parser, VQ_SIZES, required=True)
+    default = f"the newest run in {TOKENIZER_RUNS}, else the released {RELEASED_TOKENIZER}"
+    add_tokenizer_flags(parser, VQ_SIZES, default=default)
     parser.add_argument(
         "--use-ema", action="store_true", help="encode with the averaged weights where the file has them"
     )
     parser.add_argument("--dataset", default="imagenet", help="kind of image folder")
     add_reading_flags(parser)
-    add_image_size_flags(parser, 256, downsample=False)
+    add_image_size_flags(parser, 256, downsample=False, of_file=True)
     parser.add_argument("--ten-crop", action="store_true", help="ten views an image instead of two")
     add_switch(parser, "--flip", True, "mirror images too; not where left and right matter (digits, text, scans)")
     parser.add_argument(

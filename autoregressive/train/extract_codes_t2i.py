@@ -99,7 +99,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument(
         "--index-path", default=None, help="where the index of WebDataset shards goes (default: beside them)"
     )
-    add_tokenizer_flags(parser, VQ_SIZES)
+    add_tokenizer_flags(parser, VQ_SIZES, default=f"the released {RELEASED_TOKENIZER}")
     add_image_size_flags(parser, 512, downsample=False)
     add_reading_flags(parser)
     parser.add_argument("--batch-size", type=positive_int, default=32, help="images a batch")

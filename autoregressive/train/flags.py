@@ -6,6 +6,7 @@ from autoregressive.models.sizes import GPT_SIZES
 from utils.cli import (
     CFG_SCALE,
     PORTION,
+    RESULTS,
     SHARE,
     add_flag,
     add_gpt_flags,
@@ -71,6 +72,4 @@ def add_gpt_training_flags(
         )
         group.add_argument("--class-rows", choices=["name", "number", "new"], default=None, help=help)
     add_gpt_flags(parser, GPT_SIZES, training=True, gpt_type=gpt_type)
-    add_training_flags(
-        parser, epochs=300, batch=256, results_dir="results", num_workers=24, wandb_project=wandb_project
-    )
+    add_training_flags(parser, epochs=300, batch=256, results_dir=RESULTS, num_workers=24, wandb_project=wandb_project)
