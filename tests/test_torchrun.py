@@ -23,6 +23,15 @@ if os.environ["RANK"] == "1" and how == "killed":
 time.sleep(0 if how == "well" else 60)
 """
 
+SCRIPT = """
+from utils.cli import flag_parser, run_script
+
+def main(args):
+    raise FileNotFoundError("no such folder")
+
+run_script(main, flag_parser("A script."))
+"""
+
 
 def start(folder, how):
     (folder / "child.py").write_text(CHILD)
@@ -49,6 +58,17 @@ def start(folder, how):
 def test_the_end_of_a_group_is_one_line(tmp_path, how, code, said):
     group = start(tmp_path, how)
     assert group.communicate(timeout=60)[1] == said and group.returncode == code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "said"), [(["--bad"], "unrecognized arguments: --bad"), ([], "no such folder")])
+def test_plain_torchrun_ends_its_report_with_the_mistake(tmp_path, words, said):
+    (tmp_path / "child.py").write_text(SCRIPT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "child.py"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*launcher, *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.count(f"error: {said}") == 1
+    assert f"traceback : {said}" in done.stderr.splitlines()[-2]
 
 
 @pytest.mark.slow

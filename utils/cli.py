@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, nan
+from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.errors import AgreedError, is_lost_process, is_out_of_memory, words_of
@@ -79,7 +80,10 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End with one line, as every other mistake of a user does (see `run_script`)."""
         said = re.sub(r"^argument (\S+): must", r"\1 must", message)
-        self.exit(2, f"error: {said} ({self.prog} --help lists the flags)\n")
+        if os.environ.get("RANK", "0") != "0":  # the first process says it, and torchrun ends the others with it
+            time.sleep(_AFTER_OTHERS)
+        _tell(f"{said} ({self.prog} --help lists the flags)")
+        self.exit(2)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -556,5 +560,13 @@ def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.Argu
                 f"process {rank} lost the others: one of them has ended or never came, see what it said itself"
             )
         if first or not isinstance(error, AgreedError):
-            print(f"error: {words_of(error)}", file=sys.stderr, flush=True)
+            _tell(words_of(error))
         sys.exit(1)
+
+
+def _tell(mistake: str) -> None:
+    """Print a user's mistake, and leave it where torchrun's own report, which follows, takes the cause of a failure from."""
+    print(f"error: {mistake}", file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": mistake, "extraInfo": {"timestamp": int(time.time())}}
+        Path(file).write_text(json.dumps({"message": message}))
