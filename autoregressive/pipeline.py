@@ -97,7 +97,7 @@ def tokenizer_of(gpt: str | Path) -> Path:
     path = find_checkpoint(gpt)
     checkpoint = read_checkpoint(path)
     if fingerprint := checkpoint.config.get("tokenizer"):
-        return find_tokenizer(path, fingerprint)
+        return find_tokenizer(path, fingerprint, (checkpoint.args or {}).get("code_path"))
     if is_released(gpt):
         return find_checkpoint(released_tokenizer(find_identity(checkpoint)))
     raise ValueError(f"--vq-ckpt is needed: {path} does not record its tokenizer")
@@ -116,7 +116,8 @@ def with_encoder(gpt: Path, text: Mapping[str, Any]) -> dict[str, Any]:
     identity = checkpoint.config.get("text_encoder")
     if identity and not any(text.get(name) for name in ("text_encoder", "t5_path", "t5_model_type")):
         try:
-            found = import_module("language.t5").find_encoder(gpt, identity)
+            features = (checkpoint.args or {}).get("t5_feat_path")
+            found = import_module("language.t5").find_encoder(gpt, identity, features)
         except FileNotFoundError:
             if flags_of(find_identity(checkpoint))["caption_dim"] != RELEASED_T5_WIDTH:
                 raise

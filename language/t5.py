@@ -65,15 +65,17 @@ def find_t5(t5_path: str | Path | None = None, model_type: str = "flan-t5-xl") -
         raise type(error)(f"there is no T5 at {home}: {reason}. {_remedy(home)}") from error
 
 
-def find_encoder(gpt: Path, identity: str) -> Path:
-    """Find the T5 of this identity: in or beside the folders above a GPT's file, or in pretrained_models/.
+def find_encoder(gpt: Path, identity: str, features: str | None = None) -> Path:
+    """Find the T5 of this identity: in or beside the folders above a GPT's file, beside the folder of the features it was
+    trained on, or in pretrained_models/.
 
     Raises FileNotFoundError where none is there.
     """
     with optional_imports():
         import transformers  # noqa: F401
 
-    for folder in (*list(gpt.absolute().parents)[:5], *weights_folders()):
+    beside = [Path(features).parent] if features else []
+    for folder in (*list(gpt.absolute().parents)[:5], *beside, *weights_folders()):
         for config in sorted({*folder.glob("*/config.json"), *folder.glob("*/*/config.json")}):
             with suppress(ValueError, OSError, KeyError):
                 if json.loads(config.read_bytes())["model_type"] == "t5" and _identity_of(config.parent) == identity:

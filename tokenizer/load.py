@@ -99,13 +99,14 @@ def load_tokenizer(
     return model.decode_in_bfloat16() if decode_precision == "bf16" else model
 
 
-def find_tokenizer(gpt: Path, fingerprint: str) -> Path:
-    """Find the tokenizer of this fingerprint: in the folders above a GPT's file, in a run or saved model beside them, or
-    in pretrained_models/.
+def find_tokenizer(gpt: Path, fingerprint: str, codes: str | None = None) -> Path:
+    """Find the tokenizer of this fingerprint: in the folders above a GPT's file, in a run or saved model beside them or
+    beside the folder of the codes it was trained on, or in pretrained_models/.
 
     Raises FileNotFoundError where none is there.
     """
-    for folder in (*list(gpt.absolute().parents)[:5], *filter(Path.is_dir, weights_folders())):
+    beside = [Path(codes).parent] if codes else []
+    for folder in (*list(gpt.absolute().parents)[:5], *filter(Path.is_dir, [*beside, *weights_folders()])):
         files = [path for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".safetensors")]
         runs = [newest_checkpoint(path) for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
         for path in sorted(filter(None, {*files, *runs, *folder.glob("*/model.safetensors")} - {gpt.absolute()})):

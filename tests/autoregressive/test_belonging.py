@@ -20,6 +20,7 @@ from tokenizer.load import load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from tools import convert_codes, export_checkpoint, push_gpt_to_hf
 from utils.checkpoint import read_checkpoint
+from utils.runs import newest_checkpoint
 
 pytestmark = pytest.mark.slow  # through whole scripts and servers
 
@@ -78,15 +79,20 @@ def edit_index(folder, file="index.json", **values):
 
 
 def test_sampling_without_flags_takes_all_from_the_files(home, tmp_path):
-    """Two tokenizers lie beside the run; the one that made its codes is taken."""
+    """Two tokenizers lie beside the run, or beside its codes; the one that made them is taken."""
     shared = ["--labels", "class10", "--device", "cpu", "--precision", "none"]
     run_here(sample_c2i, "--gpt-ckpt", home / "run", *shared, "--output", tmp_path / "told.png")
     files = ["--gpt-ckpt", home / "run", "--vq-ckpt", home / "a.pt", "--num-classes", 3]
     run_here(sample_c2i, *files, *SAMPLE, *shared, "--output", tmp_path / "flags.png")
     assert (tmp_path / "told.png").read_bytes() == (tmp_path / "flags.png").read_bytes()
-    shutil.copytree(home / "run", tmp_path / "far" / "away" / "from" / "it" / "run")
+    far = shutil.copytree(home / "run", tmp_path / "far" / "away" / "from" / "it" / "run")
+    run_here(sample_c2i, "--gpt-ckpt", far, *shared, "--output", tmp_path / "far.png")
+    assert (tmp_path / "told.png").read_bytes() == (tmp_path / "far.png").read_bytes()
+    content = torch.load(newest_checkpoint(far), weights_only=False)
+    content["args"].code_path = "gone/codes"
+    torch.save(content, far / "gone.pt")
     with pytest.raises(FileNotFoundError, match=r"no tokenizer .* give --vq-ckpt"):
-        run_here(sample_c2i, "--gpt-ckpt", tmp_path / "far" / "away" / "from" / "it" / "run", *shared)
+        run_here(sample_c2i, "--gpt-ckpt", far / "gone.pt", *shared)
 
 
 # What is recorded
