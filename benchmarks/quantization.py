@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
     if shape.model_type != "c2i":
         raise ValueError(f"{args.gpt_ckpt} is text-conditional; this benchmark draws from class-conditional models")
     labels = torch.arange(args.images, device=device) * 37 % shape.num_classes
-    noise = image_noise(0, range(args.images), shape.block_size).to(device)
+    noise = image_noise(0, range(args.images), shape.block_size, args.draw).to(device)
     codes, classes = read_codes(args, shape)
     print(
         f"{args.gpt_ckpt}, {device.type}, {torch.get_num_threads()} threads, {args.images} images of "

@@ -10,7 +10,7 @@ from autoregressive.models.generate import generate
 from autoregressive.models.gpt import ModelArgs, Rows, Transformer
 from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.machine import attention_bias
-from autoregressive.models.sampling import running_sum
+from autoregressive.models.sampling import choose, draw_race, race_noise, running_sum
 from autoregressive.models.settings import SamplingConfig
 from autoregressive.pipeline import ImagePipeline
 from autoregressive.sample.many import fits_on_cuda, fitting_batch_size
@@ -100,6 +100,21 @@ def test_recorded_bf16_steps_repeat_themselves(dim, heads, settings):
 def bf16_model(device, **sizes):
     sizes = {"n_layer": 2, "multiple_of": 32, "vocab_size": 64, "num_classes": 10, "block_size": 64, **sizes}
     return randomize(Transformer(ModelArgs(**sizes)), seed=4).to(device, torch.bfloat16).eval().requires_grad_(False)
+
+
+def test_race_has_the_bits_of_the_cpu():
+    device = pick_device()
+    keys, codes = image_noise(0, range(16), 64).view(-1), torch.arange(4096)
+    bits, noise = race_noise(keys, codes)
+    there, noise_there = race_noise(keys.to(device), codes.to(device))
+    assert torch.equal(there.cpu(), bits)
+    torch.testing.assert_close(noise_there.cpu(), noise, rtol=1e-5, atol=0)
+    logits = torch.randn(len(keys), 4096, generator=torch.Generator().manual_seed(0))
+    for config in (SamplingConfig(), SamplingConfig(top_k=100, temperature=0.7)):
+        expected = choose(logits, config, keys)
+        for draw in (draw_race, decode_step.compiled_race()) if device.type == "cuda" else (draw_race,):
+            picks = choose(logits.to(device), config, keys.to(device), draw=draw).cpu()
+            assert (picks == expected).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])

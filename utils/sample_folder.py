@@ -122,18 +122,19 @@ def claim_folder(folder: Path, settings: dict[str, Any], unrecorded: dict[str, A
 
     Raises ValueError where the folder holds images made with other settings, or its record cannot be read.
     """
-    before = recorded_settings(folder)
-    if before is None or not any(folder.rglob("*.png")):  # a run that ended before its first image
+    recorded = recorded_settings(folder)
+    if recorded is None or not any(folder.rglob("*.png")):  # a run that ended before its first image
         write_json(folder / SETTINGS_FILE, settings)
         return
-    before = (unrecorded or {}) | before
+    before = (unrecorded or {}) | recorded
     changed = [key for key in settings if not _same(before.get(key), settings[key])]
     if changed:
         described = "; ".join(f"{key}: {_words(before.get(key))}, now {_words(settings[key])}" for key in changed)
         raise ValueError(
-            f"{folder} holds images drawn with other settings ({described}); remove it, or choose another --sample-dir"
+            f"{folder} holds images drawn with other settings ({described}); give those, remove it, or choose another "
+            "--sample-dir"
         )
-    if any(before.get(key) != settings[key] for key in settings):  # written at another place, or by the first edition
+    if any(recorded.get(key) != settings[key] for key in settings):  # written at another place, or by the first edition
         write_json(folder / SETTINGS_FILE, {**before, **settings})
 
 

@@ -22,7 +22,7 @@ from autoregressive.models.gpt import Rows, Transformer
 from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.layouts import DecodeStep, Reader
 from autoregressive.models.machine import attention_bias
-from autoregressive.models.sampling import NOISE, SamplingConfig, choose, guide, spread
+from autoregressive.models.sampling import NOISE, SamplingConfig, choose, draw_race, guide, race, spread
 
 Decode = Callable[..., Tensor]  # as decode_rows
 
@@ -82,6 +82,7 @@ class DecodeState:
     numbers: config.numbers, float32 (3,). spread: float32 (B, N), that of the logits each token was drawn from.
     known: int64 (B, N), tokens that are not drawn but given, -1 elsewhere. added: (samples of the cache, N, dim), what is
     added to the row that predicts each token; None for a model without such conditions. All in the layout's order.
+    draw: draw_race, or compiled_race().
     """
 
     def __init__(self, model: Transformer, cache: StaticCache, batch: int):
@@ -93,6 +94,7 @@ class DecodeState:
         self.seen = torch.ones(len(cache.keys[0]), cache.rows, dtype=torch.bool, device=device)
         self.at = torch.zeros(3, dtype=torch.long, device=device)
         self.numbers = torch.zeros(3, device=device)
+        self.draw = draw_race
         self.spread = torch.zeros(batch, layout.tokens, device=device)
         self.known = torch.full_like(self.tokens, -1)
         self._constants: dict[tuple, Tensor] = {}
@@ -173,7 +175,8 @@ def draw_tokens(logits: Tensor, state: DecodeState, guided: bool, outputs: Tenso
     conditional = logits[: state.batch]
     if guided:
         conditional = guide(conditional, logits[state.batch : 2 * state.batch], state.numbers[0])
-    tokens = choose(conditional, state.config, state.noise[state.config.draw].index_select(1, outputs), state.numbers)
+    noise = state.noise[state.config.draw].index_select(1, outputs)
+    tokens = choose(conditional, state.config, noise, state.numbers, state.draw)
     known = state.known.index_select(1, outputs)
     state.tokens.index_copy_(1, outputs, torch.where(known >= 0, known, tokens))
     state.spread.index_copy_(1, outputs, spread(conditional))
@@ -204,6 +207,12 @@ def can_compile(device: torch.device) -> bool:
         return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
     compilers = [os.environ.get("CC"), "gcc", "clang"]
     return device.type == "cuda" and any(shutil.which(name) for name in compilers if name)
+
+
+@cache
+def compiled_race() -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the race through the compiler, one kernel in place of some thirty; one serves every number of rows."""
+    return torch.compile(race, dynamic=True)
 
 
 @cache

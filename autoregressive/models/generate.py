@@ -23,7 +23,7 @@ from autoregressive.models.layouts import Layout
 from autoregressive.models.machine import machine
 from autoregressive.models.on_cpu import packed, release
 from autoregressive.models.on_cuda import StepGraphs
-from autoregressive.models.sampling import NOISE, NotFiniteLogits, SamplingConfig
+from autoregressive.models.sampling import NOISE, NotFiniteLogits, SamplingConfig, draw_race
 
 _caches: WeakKeyDictionary[Transformer, StaticCache] = WeakKeyDictionary()
 _graphs: WeakKeyDictionary[Transformer, StepGraphs] = WeakKeyDictionary()
@@ -140,7 +140,7 @@ def generate(
             torch.rand(shape, device=device) if config.draw == "cdf" else torch.randint(2**63 - 1, shape, device=device)
         )
     if noise.dtype != NOISE[config.draw]:
-        raise ValueError(f"the noise of the draw {config.draw} is {NOISE[config.draw]}, got {noise.dtype}")
+        raise ValueError(f"noise for the draw {config.draw} is {NOISE[config.draw]} (image_noise), got {noise.dtype}")
     noise = noise.to(device)
 
     dtype = model.tok_embeddings.weight.dtype
@@ -164,6 +164,7 @@ def generate(
         state.begin(config, noise, emb_masks, known, added)
 
         decode = decode_step.compiled_decode_rows() if compile else decode_step.decode_rows
+        state.draw = decode_step.compiled_race() if compile else draw_race
         stride = machine(device).read_stride(dtype, compile)
         side_by_side = stride > 1 and not compile
         steps = [step for step in layout.steps if step.outputs.start < total]

@@ -11,7 +11,7 @@ alone, and a small change of the logits seldom changes it. The numbers' bits are
 Top-p: arXiv 1904.09751. Guidance: 2207.12598.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from utils.errors import NotFiniteError
 
 # Type of the noise of each draw.
 NOISE = {"race1": torch.int64, "cdf": torch.float32}
+# Logits of a race that a CPU runs at once.
+AT_ONCE_ON_CPU = 2**16
 
 
 class NotFiniteLogits(NotFiniteError):
@@ -91,21 +93,24 @@ def running_sum(x: Tensor) -> Tensor:
 
 
 def race_bits(keys: Tensor, codes: Tensor) -> Tensor:
-    """Hash keys int64 (…) and codes (…, V) or (V,) to 32 bits each, int32 (…, V): wrapping products, logical shifts."""
+    """Hash keys int64 (…) and codes (…, V) or (V,) to 32 bits each, int32 (…, V), by wrapping products and logical shifts."""
     low, high = keys.to(torch.int32)[..., None], (keys >> 32).to(torch.int32)[..., None]
     x = codes.to(torch.int32) * 0x3C6EF373 + low
-    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
-    x = (x ^ (x >> 15 & 0x1FFFF) ^ high) * 0x68BC21EB
-    x = (x ^ (x >> 15 & 0x1FFFF)) * 0x7FEB352D
-    return x ^ (x >> 16 & 0xFFFF)
+    x ^= x >> 16 & 0xFFFF
+    x *= 0x7FEB352D
+    x ^= x >> 15 & 0x1FFFF
+    x ^= high
+    x *= 0x68BC21EB
+    x ^= x >> 15 & 0x1FFFF
+    x *= 0x7FEB352D
+    x ^= x >> 16 & 0xFFFF
+    return x
 
 
 def exponential(bits: Tensor) -> Tensor:
-    """Turn int32 bits into exponential numbers, float32, above 0 and finite."""
+    """Turn int32 bits into exponential numbers, float32, above 0 and finite. The small ones, which win, have all their digits."""
     u = ((bits >> 1 & 0x7FFFFFFF).float() + 0.5) * 2.0**-31
-    # Small numbers decide who wins, and the logarithm of 1 - u in float32 has lost their digits.
-    small = u * (1 + u * (1 / 2 + u * (1 / 3 + u / 4)))
-    return torch.where(u < 2.0**-7, small, -torch.log(1 - u.clamp(max=1 - 2.0**-24)))
+    return -torch.log1p(-u.clamp(max=1 - 2.0**-24))
 
 
 def race_noise(keys: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,10 +124,19 @@ def race_noise(keys: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     return bits.long() & 0xFFFFFFFF, exponential(bits)
 
 
-def draw_race(logits: Tensor, keys: Tensor) -> Tensor:
+def race(logits: Tensor, keys: Tensor) -> Tensor:
     """Draw a token a row, the lowest of equal ones: float32 (…, V), int64 (…) -> int64 (…). Logits of -inf never win."""
     noise = exponential(race_bits(keys, torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)))
     return (logits - noise.log()).argmax(dim=-1)
+
+
+def draw_race(logits: Tensor, keys: Tensor) -> Tensor:
+    """Run `race`, on a CPU a few rows at a time: some thirty operations over what its caches hold."""
+    rows = max(1, AT_ONCE_ON_CPU // logits.shape[-1])
+    if logits.device.type != "cpu" or keys.numel() <= rows:
+        return race(logits, keys)
+    parts = zip(logits.flatten(0, -2).split(rows), keys.flatten().split(rows), strict=True)
+    return torch.cat([race(*part) for part in parts]).view(keys.shape)
 
 
 def draw_cdf(probabilities: Tensor, noise: Tensor) -> Tensor:
@@ -133,17 +147,24 @@ def draw_cdf(probabilities: Tensor, noise: Tensor) -> Tensor:
     return (cumulative > target).int().argmax(dim=-1)
 
 
-def choose(logits: Tensor, config: SamplingConfig, noise: Tensor, numbers: Tensor | None = None) -> Tensor:
+def choose(
+    logits: Tensor,
+    config: SamplingConfig,
+    noise: Tensor,
+    numbers: Tensor | None = None,
+    draw: Callable[[Tensor, Tensor], Tensor] = draw_race,
+) -> Tensor:
     """Picks a token a row. Returns int64 (…).
 
     Args:
         logits: (…, V).
         noise: (…), int64 keys for the draw "race1", uniform numbers in [0, 1) for "cdf".
         numbers: float32 (3,) on the logits' device, read in place of config.numbers: a recorded step follows what it holds.
+        draw: draw_race, or what the compiler made of `race`.
     """
     if config.greedy:
         return logits.argmax(dim=-1)
     _, temperature, top_p = config.numbers if numbers is None else numbers.unbind()
     logits = logits.float() / temperature  # sums of half precision have too few steps for a codebook
     logits = filter_logits(logits, int(config.top_k), top_p if config.top_p < 1 else None)
-    return draw_race(logits, noise) if config.draw == "race1" else draw_cdf(logits.softmax(dim=-1), noise)
+    return draw(logits, noise) if config.draw == "race1" else draw_cdf(logits.softmax(dim=-1), noise)

@@ -1,6 +1,6 @@
 """Many images, on any number of processes: a folder that an interrupted run continues, as many at once as memory holds.
 
-claim_folder(folder, run_settings(args, gpt_path, vq_path), UNRECORDED)
+claim_folder(folder, run_settings(args, gpt_path, vq_path), unrecorded(args))
 draw_missing(args, pipeline, dist, png, count, lambda mine: requests)
 """
 
@@ -38,8 +38,6 @@ IMMATERIAL = (
     "import", "sample_dir", "num_fid_samples", "compile", "device", "per_proc_batch_size", "npz", "from_fsdp", "gpt_ckpt",
     "vq_ckpt",
 )  # fmt: skip
-# Settings of folders that an earlier edition drew, which do not record them.
-UNRECORDED = {"draw": "cdf"}
 # More at once hardly draws more images in a given time.
 MOST_ON_CUDA, IMAGES_ELSEWHERE = 512, 8
 # Of the memory that is there, what may be used: compiled steps keep buffers of their own, and others want some too.
@@ -54,9 +52,16 @@ def run_settings(
     for name in ("quantize", "decode_precision"):
         if settings[name] == "none":
             settings[name] = None  # as in folders drawn before there was a choice, which do not say
+    if sampling_config(args).greedy:
+        settings["draw"] = None  # nothing is drawn
     files = {name: file_identity(file) for name, file in condition_files(args).items()}
     own = {"gpt_ckpt": file_identity(gpt_path), "vq_ckpt": file_identity(vq_path), "condition_file": files or None}
     return {**settings, **own, **more}
+
+
+def unrecorded(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of folders that an earlier edition drew, which do not record them."""
+    return {} if sampling_config(args).greedy else {"draw": "cdf"}
 
 
 def draw_missing(

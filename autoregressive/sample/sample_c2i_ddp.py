@@ -19,7 +19,7 @@ def main(args: argparse.Namespace) -> None:
     import numpy as np
 
     from autoregressive.sample.common import build_pipeline, class_requests
-    from autoregressive.sample.many import UNRECORDED, draw_missing, run_settings
+    from autoregressive.sample.many import draw_missing, run_settings, unrecorded
     from utils.distributed import start
     from utils.images import write_image_npz
     from utils.sample_folder import claim_folder, read_images
@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
         pipeline, gpt_path, vq_path = build_pipeline(args, dist.device, batch, args.num_fid_samples)
     folder = Path(args.sample_dir) / folder_name(args, gpt_path, vq_path)
     if dist.is_main:
-        claim_folder(folder, run_settings(args, gpt_path, vq_path), UNRECORDED)
+        claim_folder(folder, run_settings(args, gpt_path, vq_path), unrecorded(args))
     dist.barrier()
 
     def png(index: int) -> Path:

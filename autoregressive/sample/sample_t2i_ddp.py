@@ -28,7 +28,7 @@ def main(args: argparse.Namespace) -> None:
     import numpy as np
 
     from autoregressive.sample.common import build_pipeline
-    from autoregressive.sample.many import UNRECORDED, draw_missing, run_settings
+    from autoregressive.sample.many import draw_missing, run_settings, unrecorded
     from autoregressive.sample.text import features_of, open_prompt_features, prompt_requests, text_settings
     from autoregressive.text import check_prompts
     from language.prompts import read_prompt_table
@@ -63,8 +63,8 @@ def main(args: argparse.Namespace) -> None:
         )
         text |= {"prompts": text_identity(prompts), "t5_precision": args.t5_precision or args.precision}
         decisive = run_settings(args, gpt_path, vq_path, IMMATERIAL, **text)
-        rename_earlier(folder.with_name(folder_name(args, gpt_path, vq_path)), folder, decisive, UNRECORDED)
-        claim_folder(folder, decisive, UNRECORDED)
+        rename_earlier(folder.with_name(folder_name(args, gpt_path, vq_path)), folder, decisive, unrecorded(args))
+        claim_folder(folder, decisive, unrecorded(args))
     dist.barrier()
 
     def png(index: int) -> Path:

@@ -14,7 +14,7 @@ from autoregressive.models.generate import generate, release_cache
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.layouts import Layout, Reader
-from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig, choose
+from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig, choose, draw_race
 from tests.helpers import randomize
 from utils.rng import image_noise
 
@@ -404,6 +404,7 @@ def recording_compiled(monkeypatch):
 def recording(recording_compiled, monkeypatch):
     """The same with plain code for what is compiled."""
     monkeypatch.setattr(decode_step, "compiled_decode_rows", lambda: decode_step.decode_rows)
+    monkeypatch.setattr(decode_step, "compiled_race", lambda: draw_race)
 
 
 @pytest.mark.slow

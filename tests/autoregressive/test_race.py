@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.models.sampling import SamplingConfig, choose, filter_logits, guide, race_noise
+from autoregressive.models.sampling import SamplingConfig, choose, draw_race, filter_logits, guide, race, race_noise
 from tests.helpers import assert_close, load_golden
 from utils.rng import image_noise, item_seed
 
@@ -86,6 +86,14 @@ def test_choose_of_the_only_token_kept_takes_it_at_every_key(width):
     logits = torch.zeros(len(keys), V)
     logits[:, 7] = 1e-3
     assert (choose(logits, SamplingConfig(top_p=1e-9), keys) == 7).all()
+
+
+def test_draw_race_of_many_rows_is_that_of_each():
+    logits, keys = torch.randn(3, 90, 1000), image_noise(0, range(3), 90)
+    alone = [
+        [int(draw_race(row, key)) for row, key in zip(*image, strict=True)] for image in zip(logits, keys, strict=True)
+    ]
+    assert draw_race(logits, keys).tolist() == race(logits, keys).tolist() == alone
 
 
 def logits_of(kind: str) -> torch.Tensor:

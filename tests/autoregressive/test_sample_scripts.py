@@ -256,6 +256,7 @@ def test_an_interrupted_run_goes_on(small_files, drawn, tmp_path, capsys):
         (["--precision", "bf16"], "precision: none, now bf16"),
         (["--balanced"], "balanced: False, now True"),
         (["--greedy"], "greedy: False, now True"),
+        (["--draw", "cdf"], "draw: race1, now cdf"),
         (["--gpt-ckpt", "other/gpt.pt"], "gpt_ckpt: "),
     ],
 )
@@ -270,6 +271,28 @@ def test_a_folder_of_other_settings_is_refused(small_files, drawn, tmp_path, mon
     with pytest.raises(ValueError, match=rf"seed-0 holds images drawn with other settings \({key}"):
         run_here(sample_c2i_ddp, *ddp_line(small_files, drawn, *words))
     assert contents(drawn) == before
+
+
+def test_sample_folder_of_an_edition_before_the_race_goes_on_with_cdf_alone(small_files, tmp_path, monkeypatch):
+    """It does not record the draw; what is drawn greedily has none."""
+    monkeypatch.chdir(tmp_path)
+    for words in (["--draw", "cdf"], ["--draw", "cdf", "--temperature", 0.0]):
+        run_here(sample_c2i_ddp, *ddp_line(small_files, "samples", *words))
+    for folder in Path("samples").iterdir():
+        if folder.is_dir():
+            settings = json.loads((folder / "settings.json").read_text())
+            assert settings.pop("draw") == (None if settings["temperature"] == 0 else "cdf")
+            (folder / "settings.json").write_text(json.dumps(settings))
+            (folder / "000003.png").unlink()
+    before = contents(Path("samples"))
+    with pytest.raises(ValueError, match=r"other settings \(draw: cdf, now race1\)"):
+        run_here(sample_c2i_ddp, *ddp_line(small_files, "samples"))
+    assert contents(Path("samples")) == before
+    run_here(sample_c2i_ddp, *ddp_line(small_files, "samples", "--draw", "cdf"))
+    assert json.loads(Path("samples", NAME, "settings.json").read_text())["draw"] == "cdf"
+    run_here(sample_c2i_ddp, *ddp_line(small_files, "samples", "--temperature", 0.0))
+    with pytest.raises(ValueError, match=r"other settings \(draw: cdf, now race1\)"):
+        run_here(sample_c2i_ddp, *ddp_line(small_files, "samples"))
 
 
 def test_sample_folder_and_weights_that_were_copied_go_on(small_files, drawn, tmp_path):

@@ -72,6 +72,7 @@ MIXED = [
     image(label=1, seed=2**40, cfg_scale=4.0, top_k=20),
     image(label=9, seed=5, cfg_scale=4.0, cfg_interval=10, temperature=0.8),
     image(label=0, seed=6, top_p=0.7),
+    image(label=3, seed=0, draw="cdf"),
     image(label=5, sample_logits=False, cfg_scale=2.0),
 ] + [
     image(label=i % 10, seed=i, cfg_scale=1.5, negative=[None, 10, 4][i % 3])

@@ -99,6 +99,11 @@ def test_settings_reach_the_engine(tokenizer):
         assert first.sampling == SamplingConfig(2, 9, 0.5, 7, 0.9)
         assert second.sampling == SamplingConfig(3.5, -1, 1.0, 2000, 1.0)
         assert third.sampling == SamplingConfig(4.0, -1, 0, -1, 0)
+        answer = await post(client, prompt="1", draw="cdf")
+        assert (
+            service.engine.asked[-1].sampling.draw == answer.json()["draw"] == answer.headers["x-image-draw"] == "cdf"
+        )
+        assert (await post(client, prompt="1")).json()["draw"] == "race1"
         assert [request.negative for request in (first, second, third)] == [{}, {}, {"label": 7}]
 
     with_client(tokenizer, work)
@@ -337,6 +342,7 @@ REFUSED = [
     ({"prompt": "1", "temperature": -0.1}, 400, "temperature is -0.1", "temperature"),
     ({"prompt": "1", "top_p": -0.1}, 400, "top_p is -0.1", "top_p"),
     ({"prompt": "1", "top_k": -2}, 400, "top_k is -2", "top_k"),
+    ({"prompt": "1", "draw": "dice"}, 400, "draw is \"dice\": it should be 'race1' or 'cdf'", "draw"),
     ({"prompt": "1", "top_k": 13}, 400, "superstitious", None),
     ({"prompt": "1", "seed": -1}, 400, "seed is -1", "seed"),
     ({"prompt": "1", "seed": 2**63}, 400, "seed is", "seed"),

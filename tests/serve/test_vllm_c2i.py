@@ -32,6 +32,7 @@ SAMPLED = [
         temperature=[1.0, 0.7, 1.3][i % 3],
         top_k=[0, 20, 5][i % 3],
         top_p=[1.0, 0.9][i % 2],
+        draw=["race1", "cdf"][i % 4 == 3],
     )
     for i in range(16)
 ]
