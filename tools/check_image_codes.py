@@ -1,5 +1,6 @@
 """Draws extracted codes back as images, so that you can see that they are the right ones.
 
+    python3 tools/check_image_codes.py --code-path my_codes
     python3 tools/check_image_codes.py --code-path imagenet_code_c2i_flip_ten_crop --vq-ckpt vq_ds16_c2i.pt --image-size 384
 
 Each row of the picture is a sample and each column one of its views. What the rows are is printed, with the range of the
@@ -15,6 +16,7 @@ from utils.cli import (
     add_image_size_flags,
     add_tokenizer_flags,
     flag_parser,
+    given,
     grid_size,
     nonnegative_int,
     positive_int,
@@ -32,35 +34,43 @@ DECODED_PIXELS = 8 * 256 * 256
 
 
 def main(args: argparse.Namespace) -> None:
+    from math import isqrt
+    from pathlib import Path
+
     import numpy as np
 
     from dataset.codes import open_codes
-    from tokenizer.load import load_tokenizer
+    from tokenizer.load import find_tokenizer, load_tokenizer
     from utils.distributed import start
     from utils.images import make_grid, save_png
     from utils.runs import find_checkpoint
 
-    if args.vq_ckpt is None and not args.verify:
-        raise ValueError(
-            "--vq-ckpt is missing: give the tokenizer that made the codes, or --verify to check files only"
-        )
-    side = grid_size(args.image_size, args.downsample_size)
-    codes_folder = open_codes(args.code_path, args.image_size, args.downsample_size, random_view=False)
+    asked = given(args.image_size)
+    if asked:
+        grid_size(asked, args.downsample_size)
+    codes_folder = open_codes(args.code_path, asked, args.downsample_size, random_view=False)
     source = codes_folder.sources[0]
-    settings = codes_folder.settings
+    side, settings = isqrt(source.tokens), codes_folder.settings
+    made_by = settings and settings.tokenizer
     print(f"{args.code_path}: {len(source)} samples of {len(source.view_names)} views and {source.tokens} tokens")
     if args.verify:
         print(f"verified: {source.verify(args.codebook_size or (settings.codebook_size if settings else 16384))}")
-    if args.vq_ckpt is None:
+    if args.vq_ckpt is None and args.verify:
         return
+    if not (args.vq_ckpt or made_by):
+        raise ValueError(
+            "--vq-ckpt is missing: give the tokenizer that made the codes, or --verify to check files only"
+        )
 
     dist = start(args.device)
-    known = {**tokenizer_beliefs(args), "fingerprint": settings and settings.tokenizer}
-    tokenizer = load_tokenizer(find_checkpoint(args.vq_ckpt), device=dist.device, use_ema=args.use_ema, **known)
+    beside = Path(args.code_path, "index.json")
+    path = find_checkpoint(args.vq_ckpt) if args.vq_ckpt else find_tokenizer(beside, made_by)
+    known = {**tokenizer_beliefs(args), "fingerprint": made_by}
+    tokenizer = load_tokenizer(path, device=dist.device, use_ema=args.use_ema, **known)
     codebook_size = tokenizer.codebook_size
-    if tokenizer.downsample != args.downsample_size:
+    if given(args.downsample_size) not in (None, tokenizer.downsample):
         raise ValueError(
-            f"--downsample-size {args.downsample_size} is not that of {args.vq_ckpt}, whose tokens are "
+            f"--downsample-size {args.downsample_size} is not that of {path}, whose tokens are "
             f"{tokenizer.downsample} pixels a side"
         )
     positions = choose(source.numbers, args.indices, args.count, args.seed)
@@ -122,11 +132,11 @@ def flags() -> argparse.ArgumentParser:
     """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--code-path", required=True, help="folder of codes, packed or in the published layout")
-    add_tokenizer_flags(parser, VQ_SIZES)
+    add_tokenizer_flags(parser, VQ_SIZES, default="the one that the codes record, found near them")
     parser.add_argument(
         "--use-ema", action="store_true", help="the codes were made with the averaged weights of the file"
     )
-    add_image_size_flags(parser, 256)
+    add_image_size_flags(parser, 256, of_file=True)
     parser.add_argument("--count", type=positive_int, default=8, help="samples to draw")
     parser.add_argument("--seed", type=SEED, default=0, help="decides which")
     parser.add_argument(

@@ -177,9 +177,22 @@ def test_flags_of_a_published_folder_that_do_not_fit(folders, tokenizer, tmp_pat
         check(renamed, tokenizer, tmp_path / "x.png", "--image-size", 32, "--downsample-size", 8)
 
 
-def test_a_tokenizer_has_to_be_given(folders, tmp_path):
+def test_codes_alone_find_their_size_and_tokenizer(folders, tokenizer, tmp_path):
+    codes = shutil.copytree(folders / "packed", tmp_path / "codes")
+    words = ["--code-path", codes, "--device", "cpu", "--indices", 7, 0, "--output", tmp_path / "x.png"]
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer .* give --vq-ckpt"):
+        run_here(check_image_codes, *words)
+    shutil.copy(tokenizer, tmp_path / "vq.pt")
+    run_here(check_image_codes, *words)
+    expected = check(codes, tokenizer, tmp_path / "y.png", "--indices", 7, 0)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), expected)
+
+
+def test_a_tokenizer_has_to_be_given_where_codes_record_none(folders, tmp_path):
+    published = shutil.copytree(folders / "published", tmp_path / "published")
+    (published / "imagenet16.json").unlink()
     with pytest.raises(ValueError, match=r"--vq-ckpt is missing: .* or --verify"):
-        check(folders / "packed", None, tmp_path / "x.png")
+        check(published, None, tmp_path / "x.png")
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist"):
         check(tmp_path / "nowhere", None, tmp_path / "x.png", "--verify")
 
