@@ -65,7 +65,10 @@ background: none; border: 0; font-size: .8em; opacity: .85 }
 SHARP = ".gallery img { image-rendering: pixelated }"  # pictures of a few pixels are shown as they are
 # Settings where the flags say nothing: as published for text, and as the quickstart samples.
 TEXT_SETTINGS = {"cfg_scale": 7.5, "top_k": 1000}
-QUICKSTART_SETTINGS = {"cfg_scale": 2.0, "top_k": 0, "temperature": 0.8}
+QUICKSTART_SETTINGS = {
+    "class": {"cfg_scale": 1.5, "top_k": 0, "temperature": 0.6},
+    "text": {"cfg_scale": 2.0, "top_k": 0, "temperature": 0.8},
+}
 SETTINGS = {name: field for name, field in SamplingConfig.fields().items() if "page" in field.metadata}
 PROMPTS = ["A lighthouse on a rocky coast at dusk, its lamp just lit, oil painting.", "An orange tram in heavy snow."]
 QUICKSTART_PROMPTS = ["bold strokes, leaning right: seven", "thin strokes, upright: three", "medium strokes: zero"]
@@ -192,7 +195,7 @@ def settings_for(kind: str, args: argparse.Namespace) -> dict[str, float]:
     """Return a tab's first settings: the flags' values, and where those are at their defaults what suits the models."""
     parser = flags()
     values = {name: getattr(args, name) for name in SETTINGS}
-    own = QUICKSTART_SETTINGS if args.quickstart else TEXT_SETTINGS if kind == "text" else {}
+    own = QUICKSTART_SETTINGS[kind] if args.quickstart else TEXT_SETTINGS if kind == "text" else {}
     values = {name: own.get(name, v) if v == parser.get_default(name) else v for name, v in values.items()}
     # A control ends where a value stops to matter.
     for name, field in SETTINGS.items():
