@@ -178,7 +178,7 @@ def words(settings: dict[str, float]) -> str:
     if settings.get("temperature") == 0:
         return " · ".join([*told, "greedy"])
     others = {name: value for name, value in settings.items() if name not in ("cfg_scale", "cfg_interval")}
-    told += [f"{name.replace('_', '-')} {value:g}" for name, value in others.items()]
+    told += [f"{name.replace('_', '-')} {value if name == 'draw' else f'{value:g}'}" for name, value in others.items()]
     return " · ".join(told).replace("top-k 0", "top-k all")
 
 

@@ -1,5 +1,7 @@
 """The parts of benchmarks/gpu.py that draw tokens: GPT-B, XL and 3B, what decides a mend, batches, PAR, int8."""
 
+from itertools import product
+
 import torch
 
 from autoregressive.models.generate import generate, release_cache
@@ -75,7 +77,8 @@ def sampling_3b(part: Part) -> None:
 
 def mends(part: Part) -> None:
     """Checks on cut models what reading found: backends of bf16, caches larger than the batch, heads of 100, the draw."""
-    from autoregressive.models.sampling import SamplingConfig, choose, guide
+    from autoregressive.models.decode_step import compiled_race
+    from autoregressive.models.sampling import SamplingConfig, choose, draw_race, guide
 
     few = {"n_layer": 2}
     model = part.gpt("GPT-XL", 576, **few)
@@ -92,12 +95,15 @@ def mends(part: Part) -> None:
         del cut
     batch, vocab = 8, 16384
     logits = torch.randn(2 * batch, 1, vocab, device=part.device)
-    noise = image_noise(1, range(batch), 1).to(part.device)
-    for settings in ({"top_k": 2000}, {"top_k": 2000, "top_p": 0.9}, {}):
-        config = SamplingConfig(cfg_scale=4.0, **settings)
-        numbers = torch.tensor(config.numbers, device=part.device)
-        draw = lambda c=config, n=numbers: choose(guide(logits[:batch], logits[batch:], n[0]), c, noise, n)  # noqa: E731
-        part.attempt(f"the draw, {settings or 'no filter'}, us", lambda d=draw: f"{part.captured(d, 1):.0f}", "100-150")
+    compiled = compiled_race() if part.cuda else draw_race
+    ways = {"race": ("race1", compiled), "race, not compiled": ("race1", draw_race), "cdf": ("cdf", draw_race)}
+    for settings, (way, (kind, race)) in product(({"top_k": 2000}, {"top_k": 2000, "top_p": 0.9}, {}), ways.items()):
+        config = SamplingConfig(cfg_scale=4.0, draw=kind, **settings)
+        noise, numbers = image_noise(1, range(batch), 1, kind), torch.tensor(config.numbers)
+        given = (config, noise.to(part.device), numbers.to(part.device), race)
+        draw = lambda g=given: choose(guide(logits[:batch], logits[batch:], g[2][0]), *g)  # noqa: E731
+        name, wanted = f"the draw, {way}, {settings or 'no filter'}, us", "as cdf" if way == "race" else "-"
+        part.attempt(name, lambda draw=draw: f"{part.captured(draw, 1):.0f}", wanted)
     part.attempt("recordings after other batches, settings and moved weights", lambda: follow(part), "0 of 45 disagree")
 
 
