@@ -291,6 +291,16 @@ def test_the_training_flag_is_restored(training):
     assert all(module.training == training for module in model.modules())
 
 
+def test_generate_with_the_draw_of_earlier_editions_takes_uniform_numbers():
+    model, noise = tiny(), image_noise(7, range(4), 16, "cdf")
+    drawn = generate(model, LABELS, noise=noise, draw="cdf", cfg_scale=2.0)
+    assert torch.equal(drawn, without_cache(model, LABELS, noise, draw="cdf", cfg_scale=2.0))
+    for draw, other in (("race1", noise), ("cdf", noise_for(4))):
+        with pytest.raises(ValueError, match=f"noise for the draw {draw}"):
+            generate(model, LABELS, noise=other, draw=draw)
+    assert SamplingConfig(draw="cdf").operations != SamplingConfig().operations, "each has its recorded steps"
+
+
 def test_noise_is_drawn_from_the_global_generator():
     torch.manual_seed(1)
     first = generate(tiny(), LABELS)
