@@ -94,7 +94,7 @@ class DecodeState:
         self.seen = torch.ones(len(cache.keys[0]), cache.rows, dtype=torch.bool, device=device)
         self.at = torch.zeros(3, dtype=torch.long, device=device)
         self.numbers = torch.zeros(3, device=device)
-        self.draw = draw_race
+        self.draw: Callable[[Tensor, Tensor], Tensor] = draw_race
         self.spread = torch.zeros(batch, layout.tokens, device=device)
         self.known = torch.full_like(self.tokens, -1)
         self._constants: dict[tuple, Tensor] = {}
