@@ -74,7 +74,7 @@ def test_logits_of_a_compiled_bf16_step_agree_with_plain_attention(dim, heads):
     at, length = torch.tensor([40], device=device), 64
     seen = (torch.arange(length, device=device) <= 40).expand(8, 1, 1, length)
     with torch.inference_mode():
-        step = (model, torch.arange(8, device=device)[:, None], 0, Rows(cache, at, length))
+        step = (model, torch.arange(8, device=device)[:, None], Rows(cache, at, length))
         bias = attention_bias(seen, torch.bfloat16)
         compiled = decode_step.compiled_decode_rows()(*step, bias)
         with sdpa_kernel(SDPBackend.MATH):

@@ -1,18 +1,26 @@
-"""One decode step: tokens in, rows computed, tokens drawn, all of it on the device and in memory that stays in place.
+"""One decode pass: tokens in, rows computed, tokens drawn, all of it on the device and in memory that stays in place.
 
     state = DecodeState(model, cache, batch)
-    take_step(model, state, kind, decode_rows)            # reads and writes state.tokens at state.at
+    state.begin(config, noise, mask, plan)
+    take_pass(model, state, kind, decode_rows)            # reads and writes state.tokens at state.cursor
 
-What a step computes is fixed by its kind; where it stands, the noise and the numbers of the sampling are read from the
-state. So a step that was recorded as a CUDA graph (on_cuda.py) serves all later ones of its kind, and of later calls.
+A pass computes a window: the rows of a decode step or of several, fed with tokens that are drafts as far as they are not
+drawn yet. A step's tokens are right where every token that it reads was, so the leading steps that read no wrong draft are
+done. That is Jacobi iteration, and its fixed point is the sequence that one step a pass draws (Wiggers and Hoogeboom, arXiv
+2002.09928). Images advance by themselves: each has its cursor.
+
+What a pass computes is fixed by its kind; where it stands, the noise and the numbers of the sampling are read from the
+state. So a pass that was recorded as a CUDA graph (on_cuda.py) serves all later ones of its kind, and of later calls.
 """
 
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property, lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,180 +28,316 @@ from torch import Tensor
 
 from autoregressive.models.gpt import Rows, Transformer
 from autoregressive.models.kv_cache import StaticCache
-from autoregressive.models.layouts import DecodeStep, Reader
+from autoregressive.models.layouts import Layout, Reader
 from autoregressive.models.machine import attention_bias
 from autoregressive.models.sampling import NOISE, SamplingConfig, choose, draw_race, guide, race, spread
 
 Decode = Callable[..., Tensor]  # as decode_rows
+Drafter = Callable[["DecodeState", Tensor, Tensor], Tensor]
+"""Proposes tokens, int64 (B, n), for the places (B, n) that enter a window, from the logits (B, 1, V) of the window's last row."""
 
 
 @dataclass(frozen=True)
-class StepKind:
-    """Kind of a step: all that fixes its work, and so its kernels and the shapes they see.
+class Window:
+    """Shape of a window of a layout.
 
-    inputs, special, queries: rows of tokens, special vectors and queries. outputs: tokens drawn. reads, sees: as in
-    DecodeStep. length: rows attended to. masked: whether not all of those rows may be seen. streams: 2 where the
-    unconditional rows are computed too. guided: whether these are mixed in.
+    rows: computed in a pass. outputs: tokens picked in it. limits: for each step, counted from 1 after the prefill, the step
+    at which a pass that begins there ends at most.
     """
 
-    inputs: int
-    special: int
-    queries: int
+    rows: int
     outputs: int
-    reads: tuple[tuple[Reader, ...], ...] | None
-    sees: tuple[tuple[bool, ...], ...] | None
+    limits: tuple[int, ...]
+
+
+@cache
+def window_of(layout: Layout, size: int, end: int) -> Window:
+    """Return a window of about `size` tokens, of whole steps of a layout of which those before `end` are taken.
+
+    Raises ValueError for a layout with rows that later ones overwrite.
+    """
+    steps = layout.steps
+    places = [place for step in steps for place in step.rows]
+    if places != list(range(layout.prefix, layout.prefix + len(places))):
+        raise ValueError(f"the layout {layout.name!r} overwrites rows of its queries: it is drawn with --window 0")
+    first_row = [0, *accumulate((len(step.rows) for step in steps), initial=0)]
+    first_output = [step.outputs.start for step in layout.passes] + [layout.tokens]
+    widest = max(len(step.rows) for step in steps)
+    rows = min(-(-size // widest) * widest, len(places))
+    limits = [bisect_right(first_row, row + rows) - 1 for row in first_row]
+    outputs = max(first_output[limit] - first for limit, first in zip(limits[1:], first_output[1:]))
+    if all(step.reads is None for step in steps):
+        outputs = rows  # also where no window of whole steps has as many
+    return Window(rows, outputs, tuple(min(limit, end) for limit in limits))
+
+
+@dataclass(frozen=True)
+class PassKind:
+    """Kind of a pass: all that fixes its work, and so its kernels and the shapes they see.
+
+    rows: computed. outputs: tokens drawn. length: rows attended to. masked: whether not all of those rows may be seen.
+    streams: 2 where the unconditional rows are computed too. guided: whether these are mixed in; None where a token's own
+    step tells. window: whether tokens after the first step are drafts. static: whether no number may be read off the device.
+    """
+
+    rows: int
+    outputs: int
     length: int
     masked: bool
     streams: int
-    guided: bool
+    guided: bool | None
+    window: bool
+    static: bool
 
 
-def kinds_of(
-    steps: Sequence[DecodeStep], config: SamplingConfig, stride: int, longest: int, padded: bool
-) -> list[StepKind]:
-    """The kinds of a layout's steps, which read the cache up to multiples of `stride`, at most `longest` rows.
+@dataclass(frozen=True)
+class Plan:
+    """Plan of the passes of a call.
 
-    padded: whether some condition rows are padding. The unconditional rows are computed as long as a later step is guided.
+    end: the step before which the passes end. window: None for one step a pass. stride: passes read the cache up to multiples
+    of so many rows, `least_read` to `longest`. padded: whether some condition rows are padding. static: as in PassKind.
     """
-    guided = [config.guides(step.number) for step in steps]
-    last = max((i for i, one in enumerate(guided) if one), default=-1)
-    return [
-        StepKind(
-            inputs=step.inputs.stop - step.inputs.start,
-            special=step.special,
-            queries=step.queries,
-            outputs=step.outputs.stop - step.outputs.start,
-            reads=step.reads,
-            sees=step.sees,
-            length=min(-(-step.rows.stop // stride) * stride, longest),
-            masked=padded or stride > 1 or step.sees is not None,
-            streams=2 if i <= last else 1,
-            guided=guided[i],
+
+    layout: Layout
+    config: SamplingConfig
+    end: int
+    window: Window | None
+    stride: int
+    least_read: int
+    longest: int
+    padded: bool
+    static: bool
+
+    @cached_property
+    def last_guided(self) -> int:
+        """Last step that is guided; the unconditional rows are computed up to it."""
+        if self.window and self.static and self.config.guided:
+            return self.end
+        return max(
+            i for i, step in enumerate(self.layout.passes[: self.end]) if not i or self.config.guides(step.number)
         )
-        for i, step in enumerate(steps)
-    ]
+
+    def kind(self, least: int, most: int) -> PassKind:
+        """Return the kind of the pass in which the slowest image begins the step `least` and the fastest the step `most`."""
+        step, last, window = self.layout.passes[least], self.layout.passes[min(most, self.end - 1)], self.window
+        guided: bool | None = self.config.guides(step.number)
+        rows, outputs, stop = len(step.rows), step.outputs.stop - step.outputs.start, last.rows.stop
+        if window:
+            guided = None if self.config.guided and self.config.cfg_interval >= 0 else self.config.guided
+            rows, outputs, stop = window.rows, window.outputs, self.longest if self.static else stop + window.rows
+        length = min(max(-(-stop // self.stride) * self.stride, self.least_read), self.longest)
+        return PassKind(
+            rows=rows,
+            outputs=outputs,
+            length=length,
+            masked=self.padded or self.stride > 1 or length > stop or window is not None or step.sees is not None,
+            streams=2 if least <= self.last_guided else 1,
+            guided=guided if least <= self.last_guided else False,
+            window=window is not None,
+            static=self.static,
+        )
+
+
+class StepTables:
+    """The decode steps of a layout as tables on a device, so that each image can be at a step of its own.
+
+    Of steps, 0 the prefill and one after the last: `first`, int64 (steps + 1, 2), their first row and output. Of rows, counted
+    from the first one after the prefill, and one to spare for what is past the end: `rows`, int64 (rows + 1, 4), a row's place
+    in the cache, the token it is fed, its special vector and the token that it is the query of, -1 for none; `sees`, bool
+    (rows + 1, cache rows). Of tokens and one to spare: `step_of`, int64 (N + 1,); `readers`, int64 (N + 1, readers, 2), row
+    and head, None where the outputs of a step are read one from each of its rows.
+    """
+
+    def __init__(self, layout: Layout, cache_rows: int, device: torch.device):
+        passes, steps = layout.passes, layout.steps
+        first_row = [0, *accumulate((len(step.rows) for step in steps), initial=0)]
+        self.first = torch.tensor([*zip(first_row, [*(step.outputs.start for step in passes), layout.tokens])])
+        rows, readers = [], [(Reader(0),)] * passes[0].outputs.stop
+        self.sees = torch.zeros(first_row[-1] + 1, cache_rows, dtype=torch.bool)
+        self.sees[-1] = True
+        for start, step in zip(first_row[1:], steps):
+            inputs, width = range(step.inputs.start, step.inputs.stop), len(step.rows)
+            queries = list(range(step.outputs.start, step.outputs.stop))[: step.queries]
+            held = [
+                *((token, -1, -1) for token in inputs),
+                *((0, vector, -1) for vector in range(step.special)),
+                *((0, -1, token) for token in queries),
+            ]
+            rows += [(place, *row) for place, row in zip(step.rows, held, strict=True)]
+            here = self.sees[start : start + width]
+            here[:, : step.rows.start] = True
+            here[:, step.rows.start : step.rows.stop] = torch.tensor(step.sees) if step.sees else True
+            read = step.reads or [(Reader(i),) for i in range(width)]
+            readers += [tuple(Reader(start + row, head) for row, head in each) for each in read]
+        self.rows = torch.tensor([*rows, (cache_rows - 1, 0, -1, -1)])
+        self.step_of = torch.tensor(
+            [i for i, step in enumerate(passes) for _ in range(step.outputs.start, step.outputs.stop)] + [len(passes)]
+        )
+        most = max(map(len, readers))
+        one_to_one = all(step.reads is None for step in steps)
+        self.readers = None if one_to_one else torch.tensor([(each * most)[:most] for each in [*readers, readers[0]]])
+        for name, table in vars(self).items():
+            setattr(self, name, table if table is None else table.to(device))
+        self.has_vectors, self.has_queries = (any(row[i] >= 0 for row in rows) for i in (2, 3))
+
+
+step_tables = lru_cache(maxsize=16)(StepTables)
 
 
 class DecodeState:
-    """State of a batch of images, which its steps read and write.
+    """State of a batch of images, which its passes read and write.
 
-    tokens: int64 (B, N), in the layout's order. noise: (B, N) by draw. seen: bool (samples of the cache, rows), false where
-    a condition row is padding. at: int64 (3,): the step's first row, first input and first output.
-    numbers: config.numbers, float32 (3,). spread: float32 (B, N), that of the logits each token was drawn from.
-    known: int64 (B, N), tokens that are not drawn but given, -1 elsewhere. added: (samples of the cache, N, dim), what is
-    added to the row that predicts each token; None for a model without such conditions. All in the layout's order.
-    draw: draw_race, or compiled_race().
+    cursor: int64 (B,), the step that each image is at. tokens: int64 (B, N + 1), in the layout's order and one to spare; those
+    from the cursor's step on are drafts. noise: (B, N + 1). seen: bool (samples of the cache, rows), false where
+    a condition row is padding. limits: int64 (steps + 1,), as in Window.
+    numbers: config.numbers, float32 (3,). spread: float32 (B, N + 1), that of the logits each token was drawn from.
+    guided: bool (N + 1,). known: int64 (B, N + 1), tokens that are not drawn but given, -1 elsewhere. added: (samples of the
+    cache, N + 1, dim), what is added to the row that predicts each token; None for a model without such conditions. All in the
+    layout's order. draw: draw_race, or compiled_race().
     """
 
     def __init__(self, model: Transformer, cache: StaticCache, batch: int):
         layout, device = model.layout, cache.keys[0].device
         self.order = layout.order.to(device)
         self.cache, self.batch = cache, batch
-        self.tokens = torch.zeros(batch, layout.tokens, dtype=torch.long, device=device)
+        self.steps = step_tables(layout, cache.rows, device)
+        self.cursor = torch.zeros(batch, dtype=torch.long, device=device)
+        self.limits = torch.zeros(len(self.steps.first), dtype=torch.long, device=device)
+        self.tokens = torch.zeros(batch, layout.tokens + 1, dtype=torch.long, device=device)
         self.noise = {draw: torch.zeros_like(self.tokens, dtype=dtype) for draw, dtype in NOISE.items()}
         self.seen = torch.ones(len(cache.keys[0]), cache.rows, dtype=torch.bool, device=device)
-        self.at = torch.zeros(3, dtype=torch.long, device=device)
         self.numbers = torch.zeros(3, device=device)
         self.draw: Callable[[Tensor, Tensor], Tensor] = draw_race
-        self.spread = torch.zeros(batch, layout.tokens, device=device)
+        self.spread = torch.zeros_like(self.tokens, dtype=torch.float32)
+        self.guided = torch.zeros(layout.tokens + 1, dtype=torch.bool, device=device)
         self.known = torch.full_like(self.tokens, -1)
-        self._constants: dict[tuple, Tensor] = {}
         self.added: Tensor | None = None
         if any(not condition.rows for condition in model.conditions.values()):
-            shape = len(self.seen), layout.tokens, model.args.dim
+            assert self.steps.readers is None, "a condition per token needs a row for each token drawn"
+            shape = len(self.seen), layout.tokens + 1, model.args.dim
             self.added = torch.zeros(shape, dtype=cache.keys[0].dtype, device=device)
         self.count = torch.arange(cache.rows, device=device)
 
     def begin(
         self,
-        config: SamplingConfig,
+        plan: Plan,
         noise: Tensor,
         prefix_mask: Tensor | None,
         known: Tensor | None = None,
         added: Tensor | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         """Set out for new images.
 
         noise: (B, N), or as much as is needed of it. prefix_mask: (R, T), nonzero where the condition row is real.
         known, added: (B, N) and (R, N, dim) in raster order.
         """
+        self.config, self.drafter = plan.config, drafter or draft_from_last
         self.known.fill_(-1)
         if known is not None:
-            self.known.copy_(known[:, self.order])
+            self.known[:, :-1].copy_(known[:, self.order])
         if self.added is not None and added is not None:
-            self.added[: len(added)] = added[:, self.order].to(self.added.dtype)
-        self.config = config
-        self.numbers.copy_(torch.tensor(config.numbers))
-        self.noise[config.draw][:, : noise.shape[1]].copy_(noise)
+            self.added[: len(added), :-1] = added[:, self.order].to(self.added.dtype)
+        if plan.window:
+            self.limits.copy_(torch.tensor(plan.window.limits))
+            guided = [plan.config.guides(step.number) for step in plan.layout.passes]
+            self.guided.copy_(torch.tensor([*guided, False])[self.steps.step_of.cpu()])
+        self.numbers.copy_(torch.tensor(plan.config.numbers))
+        self.noise[plan.config.draw][:, : noise.shape[1]].copy_(noise)
+        self.cursor.fill_(1)
         self.tokens.zero_()
         self.spread.zero_()
         self.seen.fill_(True)
         if prefix_mask is not None:
             self.seen[: len(prefix_mask), : prefix_mask.shape[1]] = prefix_mask.to(self.seen.device, torch.bool)
 
-    def constant(self, numbers: tuple) -> Tensor:
-        """Return a table of numbers on the device; kept, since a step that is recorded cannot copy it there."""
-        if numbers not in self._constants:
-            self._constants[numbers] = torch.tensor(numbers, device=self.tokens.device)
-        return self._constants[numbers]
+    def places(self, first: Tensor, count: int) -> Tensor:
+        """Return `count` places of tokens from first (B,) on, (B, count); what is past the end has the spare place."""
+        return (first[:, None] + self.count[:count]).clamp(max=self.tokens.shape[1] - 1)
 
 
-def take_step(model: Transformer, state: DecodeState, kind: StepKind, decode: Decode) -> None:
-    """Draws the tokens of the step at `state.at`, of this kind, into state.tokens."""
-    row, first_input, first_output = state.at.unbind()
-    width = kind.inputs + kind.special + kind.queries
-    outputs = first_output + state.count[: kind.outputs]
-    inputs = state.tokens.index_select(1, first_input + state.count[: kind.inputs]).repeat(kind.streams, 1)
+def take_pass(model: Transformer, state: DecodeState, kind: PassKind, decode: Decode) -> None:
+    """Draws the tokens of each image's window into state.tokens, and moves its cursor past the steps that are done."""
+    steps, samples = state.steps, kind.streams * state.batch
+    first_row, first = steps.first[state.cursor].unbind(1)
+    outputs = state.places(first, kind.outputs)
+    rows = (first_row[:, None] + state.count[: kind.rows]).clamp(max=len(steps.rows) - 1)
+    both = rows.repeat(kind.streams, 1)
+    places, fed, vectors, queries = steps.rows[both].unbind(2)
     mask = None
     if kind.masked:
-        mask = state.seen[: len(inputs), None, : kind.length] & (state.count[: kind.length] < row + width)
-        if kind.sees is not None:
-            mask = mask.repeat(1, width, 1)
-            mask[:, :, row + state.count[:width]] &= state.constant(kind.sees)
+        mask = steps.sees[:, : kind.length][both] & state.seen[:samples, None, : kind.length]
         mask = attention_bias(mask[:, None], state.cache.keys[0].dtype)
-    rows = Rows(state.cache, row + state.count[:width], kind.length)
-    added = None
+    reads = added = None
+    if steps.readers is not None:
+        reads = steps.readers[outputs].clone()
+        reads[..., 0] = (reads[..., 0] - first_row[:, None, None]).clamp(0, kind.rows - 1)
+        reads = reads.repeat(kind.streams, 1, 1, 1)
     if state.added is not None:
-        assert kind.reads is None and kind.outputs == width, "a condition per token needs a row for each token drawn"
-        added = state.added[: len(inputs)].index_select(1, outputs)
-    queries = outputs if kind.queries else None
+        added = state.added[state.count[:samples, None], outputs.repeat(kind.streams, 1)]
+    drafts = state.tokens.gather(1, outputs)
     logits = decode(
         model,
-        inputs,
-        kind.special,
-        rows,
+        state.tokens.repeat(kind.streams, 1).gather(1, fed),
+        Rows(state.cache, places, kind.length),
         mask,
-        None if kind.reads is None else state.constant(kind.reads),
+        vectors if steps.has_vectors else None,
+        queries if steps.has_queries else None,
+        reads,
         added,
-        queries,
     )
-    draw_tokens(logits, state, kind.guided, outputs)
+    logits = draw_tokens(logits, state, kind.guided, outputs)
+    if not kind.window:
+        state.cursor += 1
+        return
+    agreed = (state.tokens.gather(1, outputs) == drafts).long().cumprod(1).sum(1)
+    wrong = (first + agreed).clamp(max=state.tokens.shape[1] - 1)  # the first token whose draft was
+    state.cursor.copy_(torch.minimum(steps.step_of[wrong] + 1, state.limits[state.cursor]))
+    entering = kind.outputs if kind.static else int((steps.first[state.cursor, 1] - first).max())
+    draft_tokens(logits, state, state.places(first + kind.outputs, entering))
 
 
-def draw_tokens(logits: Tensor, state: DecodeState, guided: bool, outputs: Tensor) -> None:
-    """Draw the tokens at `outputs` (s,) from logits (R, s, V), conditional rows before unconditional ones; known ones stay."""
+def draw_tokens(logits: Tensor, state: DecodeState, guided: bool | None, outputs: Tensor) -> Tensor:
+    """Draw the tokens at `outputs` (B, s) from logits (R, s, V), conditional rows before unconditional ones; known ones stay.
+
+    guided: None where state.guided tells of each token. Returns the logits that they are drawn from, (B, s, V).
+    """
     conditional = logits[: state.batch]
-    if guided:
-        conditional = guide(conditional, logits[state.batch : 2 * state.batch], state.numbers[0])
-    noise = state.noise[state.config.draw].index_select(1, outputs)
+    if guided is not False:
+        mixed = guide(conditional, logits[state.batch : 2 * state.batch], state.numbers[0])
+        conditional = mixed if guided else torch.where(state.guided[outputs][..., None], mixed, conditional)
+    noise = state.noise[state.config.draw].gather(1, outputs)
     tokens = choose(conditional, state.config, noise, state.numbers, state.draw)
-    known = state.known.index_select(1, outputs)
-    state.tokens.index_copy_(1, outputs, torch.where(known >= 0, known, tokens))
-    state.spread.index_copy_(1, outputs, spread(conditional))
+    known = state.known.gather(1, outputs)
+    state.tokens.scatter_(1, outputs, torch.where(known >= 0, known, tokens))
+    state.spread.scatter_(1, outputs, spread(conditional))
+    return conditional
+
+
+def draft_tokens(logits: Tensor, state: DecodeState, places: Tensor) -> None:
+    """Write drafts for the tokens at `places` (B, n), which enter the window behind the one of logits (B, s, V)."""
+    drafts, known = state.drafter(state, logits[:, -1:], places), state.known.gather(1, places)
+    state.tokens.scatter_(1, places, torch.where(known >= 0, known, drafts))
+
+
+def draft_from_last(state: DecodeState, logits: Tensor, places: Tensor) -> Tensor:
+    """Draw each token with its own noise as if it were the window's last one: a Drafter."""
+    noise = state.noise[state.config.draw].gather(1, places)
+    return choose(logits, state.config, noise, state.numbers, state.draw).expand_as(places)
 
 
 def decode_rows(
     model: Transformer,
     tokens: Tensor,
-    special: int,
     rows: Rows,
     mask: Tensor | None,
+    vectors: Tensor | None = None,
+    queries: Tensor | None = None,
     reads: Tensor | None = None,
     added: Tensor | None = None,
-    queries: Tensor | None = None,
 ) -> Tensor:
-    """Compute the model's part of a step: tokens (R, s), special vectors, queries to logits (R, outputs, V)."""
-    h = model.embed(tokens, special, queries)
+    """Compute the model's part of a pass: tokens (R, s), or what stands in their place, to logits (R, outputs, V)."""
+    h = model.embed(tokens, vectors, queries)
     h = h if added is None else h + added
     return model.head(model.decode(h, rows, mask, causal=False), reads)
 
@@ -227,12 +371,12 @@ def compiled_decode_rows() -> Decode:
     config.recompile_limit = max(config.recompile_limit, 64)
     compiled = torch.compile(decode_rows_up_to, dynamic=False)
 
-    def decode(model: Transformer, tokens: Tensor, special: int, rows: Rows, mask: Tensor | None, *more: Any) -> Tensor:
+    def decode(model: Transformer, tokens: Tensor, rows: Rows, mask: Tensor | None, *more: Any) -> Tensor:
         up_to = torch.empty(rows.length, 0)  # a size that may change; a plain number would be compiled in
         torch._dynamo.mark_dynamic(up_to, 0)
         if mask is not None:
             torch._dynamo.mark_dynamic(mask, 3)
-        return compiled(model, tokens, special, rows.cache, rows.positions, up_to, mask, *more)
+        return compiled(model, tokens, rows.cache, rows.positions, up_to, mask, *more)
 
     return decode
 
@@ -240,7 +384,6 @@ def compiled_decode_rows() -> Decode:
 def decode_rows_up_to(
     model: Transformer,
     tokens: Tensor,
-    special: int,
     cache: StaticCache,
     positions: Tensor,
     up_to: Tensor,
@@ -248,4 +391,4 @@ def decode_rows_up_to(
     *more: Any,
 ) -> Tensor:
     """Compute decode_rows with as many rows to attend to as `up_to` has."""
-    return decode_rows(model, tokens, special, Rows(cache, positions, up_to.shape[0]), mask, *more)
+    return decode_rows(model, tokens, Rows(cache, positions, up_to.shape[0]), mask, *more)

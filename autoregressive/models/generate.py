@@ -1,13 +1,17 @@
 """The decode loop: from a condition to an image's tokens, over the steps of the model's layout.
 
     codes = generate(model, labels, 256, cfg_scale=2.0, top_k=2000)      # (B, 256), raster order
+    codes = generate(model, labels, noise=keys, window=16)               # the same tokens in fewer passes
 
 Caches are allocated once per model and used again by later calls. A token depends on its own row and its own noise;
 `noise` makes a call reproducible (utils/rng.py draws it from a seed and an image's number).
 """
 
+import logging
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,7 +20,7 @@ import torch
 from torch import Tensor
 
 from autoregressive.models import decode_step
-from autoregressive.models.decode_step import DecodeState
+from autoregressive.models.decode_step import DecodeState, Drafter, Plan, window_of
 from autoregressive.models.gpt import Conditions, Rows, Transformer
 from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.layouts import Layout
@@ -24,6 +28,8 @@ from autoregressive.models.machine import machine
 from autoregressive.models.on_cpu import packed, release
 from autoregressive.models.on_cuda import StepGraphs
 from autoregressive.models.sampling import NOISE, NotFiniteLogits, SamplingConfig, draw_race
+
+log = logging.getLogger(__name__)
 
 _caches: WeakKeyDictionary[Transformer, StaticCache] = WeakKeyDictionary()
 _graphs: WeakKeyDictionary[Transformer, StepGraphs] = WeakKeyDictionary()
@@ -36,7 +42,8 @@ def cache_for(model: Transformer, batch: int, device: torch.device, dtype: torch
         _graphs.pop(model, None)
         _caches.pop(model, None)  # free the old one before the new one is allocated
         args, here = model.args, machine(device)
-        # One row more than a step ever reads, since the compiler takes the whole cache for a fixed length.
+        # One row to spare for what is past an image's end, which compiled passes never read: the compiler takes the whole
+        # cache for a fixed length.
         rows = 1 + here.cache_rows(model.layout.rows - 1)
         width = here.cache_width(args.dim // args.n_head)
         cache = StaticCache(args.n_layer, batch, args.kv_heads, rows, width, device, dtype)
@@ -83,6 +90,8 @@ def generate(
     negative_masks: Tensor | None = None,
     known: Tensor | None = None,
     noise: Tensor | None = None,
+    window: int | str = 0,
+    drafter: Drafter | None = None,
     compile: bool = False,
     on_step: Callable[[int, Tensor], None] | None = None,
     **settings: Any,
@@ -102,26 +111,33 @@ def generate(
         known: int64 (B, N) in raster order, tokens that are given and not drawn; -1 for those to draw.
         noise: (B, N), a number per token of the layout's order: int64 keys, or float32 in [0, 1) where the setting `draw` is
             "cdf" (utils/rng.py:image_noise). Drawn from torch's global generator where not given.
+        window: tokens that a pass computes, the later ones from drafts; 0 for one decode step a pass. "auto" chooses by device
+            and batch. On a CPU the tokens are the same for every window (exact parallel decoding, docs/sampling.md); an
+            accelerator's kernels round by the number of rows.
+        drafter: proposes drafts, which decide the number of passes alone. By default the window's last row draws them.
         compile: run the steps through torch.compile; pays off on a GPU, and on a CPU after some images.
-        on_step: called after each step with the number of tokens done and the tokens, int64 (B, N) in the layout's order,
-            of which those after that number are not drawn yet. Later steps write into the same tensor.
+        on_step: called after each pass with the number of tokens done in every image and the tokens, int64 (B, N) in the
+            layout's order, of which those after that number may be drafts. Later passes write into the same tensor.
 
     Returns:
         int64 (B, max_new_tokens), the tokens drawn, in raster order.
 
     Raises:
         ValueError: for settings out of range (SamplingConfig), a condition or known tokens that the model does not have,
-            noise of another type than the draw's, or a max_new_tokens at which no decode step ends.
+            noise of another type than the draw's, a max_new_tokens at which no decode step ends, or a window for a layout
+            that cannot have one.
         NotFiniteLogits: where images were drawn from logits that are not finite.
     """
     config = SamplingConfig(*sampling, **settings)
     layout, device = model.layout, model.tok_embeddings.weight.device
     total = layout.tokens if max_new_tokens is None else max_new_tokens
-    if total not in [step.outputs.stop for step in layout.passes]:
+    ends = [step.outputs.stop for step in layout.passes]
+    if total not in ends:
         raise ValueError(
             f"max_new_tokens is {total}; the images have {layout.tokens} tokens, and no decode step of the layout "
             f"{layout.name!r} ends after {total}"
         )
+    end, given_masks = 1 + ends.index(total), emb_masks
     model.check_conditions(cond)
     if negative is not None:
         model.check_negatives(negative, cond)
@@ -156,45 +172,91 @@ def generate(
                 emb_masks = torch.ones_like(negative_masks)
             if emb_masks is not None:
                 emb_masks = torch.cat([emb_masks, emb_masks if negative_masks is None else negative_masks])
-        cache = cache_for(model, batch * (2 if config.guided else 1), device, dtype)
-        recorded = compile and machine(device).records(device) and not torch.is_autocast_enabled(device.type)
+        samples = batch * (2 if config.guided else 1)
+        cache, here = cache_for(model, samples, device, dtype), machine(device)
+        recorded = compile and here.records(device) and not torch.is_autocast_enabled(device.type)
+        stride = here.read_stride(dtype, compile)
+        side_by_side = stride > 1 and not compile
+        plan = Plan(
+            layout=layout,
+            config=config,
+            end=end,
+            window=None,
+            stride=stride,
+            least_read=here.LEAST_READ,
+            longest=cache.rows - (not side_by_side),
+            padded=emb_masks is not None,
+            static=recorded or here.PASSES_LATE > 0,
+        )
+        plan = with_window(plan, window, model, batch, samples, compile)
         graphs = graphs_for(model, cache, batch) if recorded else None
         state = graphs.state if graphs else DecodeState(model, cache, batch)
         conditions, added = model.embed_conditions(values)
-        state.begin(config, noise, emb_masks, known, added)
-
+        state.begin(plan, noise, emb_masks, known, added, drafter)
         decode = decode_step.compiled_decode_rows() if compile else decode_step.decode_rows
         state.draw = decode_step.compiled_race() if compile else draw_race
-        stride = machine(device).read_stride(dtype, compile)
-        side_by_side = stride > 1 and not compile
-        steps = [step for step in layout.steps if step.outputs.start < total]
-        kinds = decode_step.kinds_of(steps, config, stride, cache.rows - 1, padded=emb_masks is not None)
-        places = torch.tensor([(s.rows.start, s.inputs.start, s.outputs.start) for s in steps]).to(device)
+        sequence = state.tokens[:, :-1]
 
-        with cleared_after_errors(cache), machine(device).attention_kernels(compile):
-            cache.lay_out(kinds[0].length if side_by_side and kinds else cache.rows)
+        with cleared_after_errors(cache), here.attention_kernels(compile):
+            least = most = 1  # the step that the slowest and the fastest image are at
+            cache.lay_out(plan.kind(1, 1).length if side_by_side and end > 1 else cache.rows)
             first = layout.passes[0].outputs.stop
             logits = prefill(model, conditions, state, emb_masks)  # (R, first, V)
-            decode_step.draw_tokens(logits, state, config.guided, state.count[:first])
+            logits = decode_step.draw_tokens(logits, state, config.guided, state.count[:first].expand(batch, -1))
+            if plan.window:
+                behind = state.places(state.steps.first[state.cursor, 1], plan.window.outputs)
+                decode_step.draft_tokens(logits, state, behind)
             if on_step:
-                on_step(first, state.tokens)
-            for step, kind, place in zip(steps, kinds, places, strict=True):
+                on_step(first, sequence)
+            cursors: deque[Callable[[], list[int]]] = deque()
+            while least < end:
+                kind = plan.kind(least, most)
                 if side_by_side:
                     cache.lay_out(kind.length)
-                state.at.copy_(place)
-                work = partial(decode_step.take_step, model, state, kind, decode)
+                work = partial(decode_step.take_pass, model, state, kind, decode)
                 if graphs:
                     graphs.run(kind, work)
                 else:
                     work()
+                if plan.window:
+                    cursors.append(here.read_later(torch.stack(state.cursor.aminmax())))
+                    if len(cursors) > here.PASSES_LATE:
+                        least, most = cursors.popleft()()
+                else:
+                    least = most = least + 1
                 if on_step:
-                    on_step(step.outputs.stop, state.tokens)
+                    on_step(layout.passes[least - 1].outputs.stop, sequence)
             places = layout.order[:total].argsort().to(device)  # of the tokens drawn, by their place in the image
-            tokens = state.tokens[:, places]
-            finite = state.spread.isfinite()
-            if not finite.all():  # the one place that waits for the device
+            tokens = sequence[:, places]
+            finite = state.spread[:, :total].isfinite()
+            broken = not finite.all()  # the one place that waits for the device
+            if broken and not plan.window:
                 raise NotFiniteLogits(broken_steps(finite.tolist(), layout), tokens, dtype)
+        if broken:  # perhaps by a draft's NaN, which reaches the rows before it through their masks
+            cache.clear()
+            return generate(
+                model, cond, max_new_tokens, given_masks, negative=negative, negative_masks=negative_masks, known=known,
+                noise=noise, compile=compile, on_step=on_step, **vars(config),
+            )  # fmt: skip
     return tokens
+
+
+def with_window(plan: Plan, size: int | str, model: Transformer, images: int, samples: int, compile: bool) -> Plan:
+    """Return the plan with the window that `generate` is asked for, where it can have one and needs it."""
+    weight, args = model.tok_embeddings.weight, model.args
+    here, auto = machine(weight.device), size == "auto"
+    if auto:
+        size = here.auto_window(images, samples, compile)
+    if not isinstance(size, int) or size < 0:
+        raise ValueError(f"window is {size!r}: give a number of tokens, 0 for one decode step a pass, or 'auto'")
+    if size == 0 or plan.end == 1 or (auto and 2 * plan.layout.step_tokens > size):
+        return plan
+    window = window_of(plan.layout, size, plan.end)
+    head = here.cache_width(args.dim // args.n_head)
+    if not here.rows_agree(model, head, args.ffn_dim, plan.longest, plan.stride, weight.dtype):
+        log.warning("windows are off: here a row of a pass is rounded by the number of rows beside it")
+        return plan
+    return replace(plan, window=window)
 
 
 @contextmanager
@@ -226,4 +288,5 @@ def prefill(model: Transformer, conditions: Tensor, state: DecodeState, emb_mask
     mask = None if emb_masks is None else model.attention_mask(rows, emb_masks, h.device)
     positions = torch.arange(rows, device=h.device)
     h = model.decode(h, Rows(state.cache, positions, rows), mask, causal=mask is None)
-    return model.head(h, None if step.reads is None else state.constant(step.reads))
+    reads = None if step.reads is None else torch.tensor(step.reads, device=h.device).expand(len(h), -1, -1, -1)
+    return model.head(h, reads)

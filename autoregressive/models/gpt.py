@@ -164,7 +164,7 @@ class ModelArgs:
 
 @dataclass(frozen=True)
 class Rows:
-    """Place of a decode step's rows: `positions` (s,) in the sequence, the cache, and the number of rows to attend to."""
+    """Place of a pass's rows: the cache, `positions` in it, (s,) or (B, s), and the number of rows to attend to."""
 
     cache: StaticCache
     positions: Tensor
@@ -354,16 +354,18 @@ class Transformer(nn.Module):
                 self._rope[layout, device] = layout.rope_rows(table).to(device)
         return self._rope[layout, device]
 
-    def embed(self, tokens: Tensor, special: int = 0, queries: Tensor | None = None) -> Tensor:
-        """Embed tokens (B, S), then the first `special` special vectors, then queries for sequence positions (Q,).
+    def embed(self, tokens: Tensor, vectors: Tensor | None = None, queries: Tensor | None = None) -> Tensor:
+        """Embed the rows of a pass, (B, s, dim): tokens (B, s), or what stands in their place.
 
-        Returns (B, S + special + Q, dim).
+        vectors, queries: int64 (B, s), numbers of special vectors and the sequence positions of queries, -1 for tokens.
         """
         h = self.tok_embeddings(tokens)
-        if special:
-            h = torch.cat([h, self.vectors(Holds.SPECIAL, slice(0, special)).expand(len(h), -1, -1).to(h.dtype)], dim=1)
+        if vectors is not None:
+            own = self.vectors(Holds.SPECIAL, slice(None)).to(h.dtype)[vectors.clamp(min=0)]
+            h = torch.where(vectors[..., None] >= 0, own, h)
         if queries is not None:
-            h = torch.cat([h, self.queries(queries).expand(len(h), -1, -1).to(h.dtype)], dim=1)
+            own = self.queries(queries.clamp(min=0).flatten()).to(h.dtype).view_as(h)
+            h = torch.where(queries[..., None] >= 0, own, h)
         return h
 
     def vectors(self, holds: Holds, numbers: slice) -> Tensor:
@@ -512,7 +514,8 @@ class Transformer(nn.Module):
 
     def decode(self, h: Tensor, rows: Rows, mask: Tensor | None, causal: bool) -> Tensor:
         """Runs new rows h (B, s, dim) over the cache and returns their last hidden states (B, s, dim), before the head."""
-        rope = self.rope(h.device)[rows.positions]
+        rope = self.rope(h.device)
+        rope = rope[rows.positions.clamp(max=len(rope) - 1)]  # past the last one stands what is past an image's end
         for layer in self.layers:
             h = layer(h, rope, mask, causal, rows)
         return h
@@ -520,12 +523,12 @@ class Transformer(nn.Module):
     def head(self, h: Tensor, reads: Tensor | None = None) -> Tensor:
         """Project hidden states (B, s, dim) to float32 logits (B, tokens, vocab_size): the final norm, then the output layer.
 
-        reads: int64 (tokens, readers, 2), the row and head of each token's readers, of which a Llama trunk has one; None where
-        token i is read from row i.
+        reads: int64 (B, tokens, readers, 2), the row and head of each token's readers, of which a Llama trunk has one; None
+        where token i is read from row i.
         """
         if reads is not None:
-            assert reads.shape[1] == 1, "this trunk has one head"
-            h = h.index_select(1, reads[:, 0, 0])
+            assert reads.shape[2] == 1, "this trunk has one head"
+            h = h.gather(1, reads[:, :, 0, :1].expand(-1, -1, h.shape[-1]))
         return self.output(self.norm(h)).float()
 
 

@@ -52,7 +52,7 @@ class StaticCache:
             tensor.as_strided((numbers,), (1,), 0).zero_()
 
     def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Stores k and v (b, H, s, d) at rows `positions` (s,) of the first b samples.
+        """Stores k and v (b, H, s, d) at rows `positions`, (s,) or (b, s), of the first b samples.
 
         Returns the first `length` rows of those samples as views, (b, H, length, D) each.
         """

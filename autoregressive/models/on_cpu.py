@@ -10,7 +10,7 @@ take the same. The copies cost the weights' memory once more; they are kept for 
 weights have changed since.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from itertools import count
@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 # Rows that the layout is made for. A constant, since a row's result must not depend on how many there are.
@@ -148,9 +149,11 @@ def multiply(x: Tensor, number: int, width: int) -> Tensor:
 def product(x: Tensor, laid_out: Tensor, at_once: int) -> Tensor:
     """Multiply x (…, in) by a packed weight, at most `at_once` rows at a time: (…, out)."""
     rows = x.flatten(0, -2)
+    if len(rows) == 1:  # a single row takes another kernel
+        return product(rows.expand(2, -1), laid_out, at_once)[:1].view(*x.shape[:-1], -1)
     if len(rows) <= at_once:
         return torch.ops.mkldnn._linear_pointwise(x, laid_out, None, "none", [], "")
-    parts = rows.tensor_split(-(-len(rows) // at_once))  # in even parts: a single row takes another kernel again
+    parts = rows.tensor_split(-(-len(rows) // at_once))
     return torch.cat([product(part, laid_out, at_once) for part in parts]).view(*x.shape[:-1], -1)
 
 
@@ -167,42 +170,127 @@ def _(x: Tensor, number: int, width: int) -> Tensor:
 
 # Rows of a step whose attention is, compiled for a CPU, faster as one loop over keys and values than as matrix products.
 FEW_ROWS = 4
-# How a CPU rounds depends on the number of rows of a matrix product: few take other kernels, with packed weights one does.
-ROW_MULTIPLE, PACKED_ROW_MULTIPLE = 8, 2
+# A product that sums up more numbers than that may do so in parts, which are others for each length.
+SUMMED_AT_ONCE = 384
+# Rows of the cache that a pass reads at least: keys of fewer take other kernels.
+LEAST_READ = 16
+# A product of matrices with fewer multiplications may be computed otherwise.
+SMALL_PRODUCT = 4096
+# Samples for whose number the rows of plain linear layers round alike; packed weights take any number.
+ROW_MULTIPLE = 8
 
 
 def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    """Attention of the few rows of a decode step: q (B, H, s, D) over k and v (B, KV, S, D) to (B, H, s, D).
+    """Attention of the rows of a pass: q (B, H, s, D) over k and v (B, KV, S, D) to (B, H, s, D).
 
-    PyTorch's fused kernel is made for many rows and is several times slower for one; in float32 its rounding depends on a
-    sample's place in the batch besides, which that of these operations does not.
+    A row is rounded alike whatever rows are computed beside it and however many are read that it does not see
+    (`rows_agree` checks). PyTorch's fused kernel is made for many rows and is several times slower for one; in float32 its
+    rounding depends on a sample's place in the batch besides.
     """
     repeats = q.shape[1] // k.shape[1]
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     if causal and q.shape[2] > 1:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    one_row = q.shape[2] == 1
     by_hand = q.shape[2] <= FEW_ROWS and torch.compiler.is_compiling()
-    if by_hand:
-        scores = (q.float().unsqueeze(3) * k.float().unsqueeze(2)).sum(-1)
-    elif one_row:
-        scores = (k @ q.transpose(-1, -2)).transpose(-1, -2).float()  # k as it lies in memory
-    else:
-        scores = (q @ k.transpose(-1, -2)).float()
+    scores = (q.float().unsqueeze(3) * k.float().unsqueeze(2)).sum(-1) if by_hand else row_scores(q, k)
     scores = scores * scale  # (B, H, s, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     weights = scores.softmax(-1)
     if by_hand:
         return (weights.unsqueeze(-1) * v.float().unsqueeze(2)).sum(-2).to(q.dtype)
-    return weights.to(v.dtype) @ v
+    return row_sums(weights.to(v.dtype), v)
+
+
+def row_scores(q: Tensor, k: Tensor) -> Tensor:
+    """Multiply queries by keys, float32 (B, H, s, S); k as it lies in memory, whose rows are many whatever s is."""
+    return (k @ repeated_rows(q, k).transpose(-1, -2)).transpose(-1, -2)[:, :, : q.shape[2]].float()
+
+
+def row_sums(weights: Tensor, v: Tensor) -> Tensor:
+    """Sum values up by weights (B, H, s, S)."""
+    at_once = SUMMED_AT_ONCE if v.dtype == torch.float32 else v.shape[2]
+    sums = None
+    for start in range(0, v.shape[2], at_once):
+        values = v[:, :, start : start + at_once]
+        some = repeated_rows(weights[..., start : start + at_once], values, least=2) @ values
+        some = some[:, :, : weights.shape[2]]
+        sums = some if sums is None else sums + some
+    assert sums is not None
+    return sums
+
+
+def repeated_rows(x: Tensor, other: Tensor, least: int = 1) -> Tensor:
+    """Repeat the last row of x (B, H, s, …) until there are `least`, and enough for a product with `other` not to be small."""
+    missing = max(least, SMALL_PRODUCT // (other.shape[2] * other.shape[3]) + 1) - x.shape[2]
+    return torch.cat([x, x[:, :, -1:].expand(-1, -1, missing, -1)], dim=2) if missing > 0 else x
+
+
+@cache
+def attention_agrees(dim: int, longest: int, stride: int, dtype: torch.dtype, threads: int) -> bool:
+    """Tell whether a row's attention does not depend on the rows beside it, and on the rows read that it does not see.
+
+    dim: of a head. longest, stride: passes read up to multiples of `stride` rows, at most `longest`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, rows, dim, generator=generator).to(dtype) for rows in (16, longest, longest))
+    v[:, :, 1::2] = -v[:, :, : longest // 2 * 2 : 2]  # sums that nearly cancel out show the order of the additions
+    weights = torch.rand(2, 3, 16, longest, generator=generator).div(64).add(1).to(dtype)
+    scores = row_scores(q, k)
+    coarse = -(-max(longest // 16, 1) // stride) * stride
+    for seen in {1, 1 + longest // 3, min(SUMMED_AT_ONCE + 3, longest)}:
+        masked = weights.masked_fill(torch.arange(longest) >= seen, 0)
+        sums = row_sums(masked, v)
+        least = -(-min(max(seen, LEAST_READ), longest) // stride) * stride
+        for length in {*range(least, least + 8 * stride, stride), *range(least, longest, coarse)}:
+            keys, values = (t[:, :, :length] for t in (k, v))
+            if stride > 1:  # StaticCache.lay_out
+                keys, values = keys.contiguous(), values.contiguous()
+            for rows in (slice(15, 16), slice(14, 16), slice(13, 16), slice(8, 16), slice(16)):
+                same = torch.equal(row_scores(q[:, :, rows], keys), scores[:, :, rows, :length])
+                if not (same and torch.equal(row_sums(masked[:, :, rows, :length], values), sums[:, :, rows])):
+                    return False
+    return True
+
+
+@cache
+def activation_agrees(width: int, dtype: torch.dtype) -> bool:
+    """Tell whether SiLU of a row does not depend on the rows beside it: what is left behind whole vectors is computed otherwise."""
+    x = torch.randn(64, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return torch.equal(F.silu(x), torch.cat([F.silu(row) for row in x.split(1)]))
+
+
+def rows_agree(model: nn.Module, dim: int, ffn_dim: int, longest: int, stride: int, dtype: torch.dtype) -> bool:
+    """Tell whether the rows of a pass round alike whatever their number, so that windows draw the sequential image.
+
+    dim: of a head. ffn_dim: of the feed-forward layers. longest, stride: as attention_agrees takes them.
+    """
+    attention = attention_agrees(dim, longest, stride, dtype, torch.get_num_threads())
+    return can_pack(model) and attention and activation_agrees(ffn_dim, dtype)
+
+
+# A CPU's passes take as long as the weights need to come from memory, up to so many rows; smaller windows hardly pay.
+ROWS_IN_A_WINDOW, LEAST_WINDOW = 16, 4
+# Passes whose cursors are not read yet when the next one begins.
+PASSES_LATE = 0
+
+
+def auto_window(images: int, samples: int, compile: bool) -> int:
+    """Return the window of `--window auto` for a batch, 0 for none. samples: rows of the batch for each token of a window."""
+    size = ROWS_IN_A_WINDOW // samples
+    return size if size >= LEAST_WINDOW and images < 4 and not compile else 0
+
+
+def read_later(numbers: Tensor) -> Callable[[], list[int]]:
+    """Return a function that returns the numbers."""
+    return numbers.tolist
 
 
 def missing_rows(model: nn.Module, samples: int) -> int:
     """Return how many samples to add to a batch for its rows to round as those of any other batch."""
     with torch.inference_mode():
-        return -samples % (PACKED_ROW_MULTIPLE if can_pack(model) else ROW_MULTIPLE)
+        return 0 if can_pack(model) else -samples % ROW_MULTIPLE
 
 
 def read_stride(dtype: torch.dtype, compile: bool) -> int:
@@ -219,8 +307,8 @@ def records(device: torch.device) -> bool:
 
 
 def cache_rows(longest: int) -> int:
-    """Return the rows of a cache of which at most `longest` are read."""
-    return longest
+    """Return the rows of a cache of which at most `longest` are read: with one to spare a multiple of those read at once."""
+    return -(-(longest + 1) // 32) * 32 - 1
 
 
 def cache_width(head_dim: int) -> int:

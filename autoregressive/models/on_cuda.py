@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from autoregressive.models.kv_cache import StaticCache
 
 if TYPE_CHECKING:
-    from autoregressive.models.decode_step import DecodeState, StepKind
+    from autoregressive.models.decode_step import DecodeState, PassKind
 
 
 def read_stride(dtype: torch.dtype, compile: bool) -> int:
@@ -43,6 +43,39 @@ def cache_width(head_dim: int) -> int:
     cache to float32 in every step.
     """
     return -(-head_dim // 8) * 8
+
+
+# Rows of a pass up to which it takes hardly longer, a guess from memory bandwidth and arithmetic; smaller windows hardly pay.
+ROWS_IN_A_WINDOW, LEAST_WINDOW = 256, 8
+# Passes whose cursors are not read yet when the next one begins: the device never waits, and computes so many for nothing.
+PASSES_LATE = 2
+# Rows of the cache that a pass reads at least.
+LEAST_READ = 1
+
+
+def rows_agree(model: nn.Module, *shape: object) -> bool:
+    """Tell whether windows are possible: always, and the size of the window is one of the settings that fix rounding."""
+    return True
+
+
+def auto_window(images: int, samples: int, compile: bool) -> int:
+    """Return the window of `--window auto` for a batch, 0 for none. samples: rows of the batch for each token of a window."""
+    size = min(ROWS_IN_A_WINDOW // samples, 64)
+    return size if size >= LEAST_WINDOW else 0
+
+
+def read_later(numbers: Tensor) -> Callable[[], list[int]]:
+    """Begin to copy numbers to the host. Returns a function that waits for them alone, and returns them."""
+    if numbers.device.type != "cuda":
+        return numbers.tolist
+    copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True).copy_(numbers, non_blocking=True)
+    copied = torch.cuda.current_stream(numbers.device).record_event()
+
+    def wait() -> list[int]:
+        copied.synchronize()
+        return copy.tolist()
+
+    return wait
 
 
 def attention_kernels(compile: bool) -> AbstractContextManager:
@@ -80,7 +113,7 @@ class StepGraphs:
         same = self.state.cache is cache and self.state.batch == batch and self.thread == threading.get_ident()
         return same and self.weights == addresses(model)
 
-    def run(self, kind: "StepKind", step: Callable[[], None]) -> None:
+    def run(self, kind: "PassKind", step: Callable[[], None]) -> None:
         """Takes the step, which is of this kind and reads and writes nothing but the state."""
         key = (kind, self.state.config.operations)
         if key not in self.graphs:

@@ -33,9 +33,9 @@ def rope_table_2d(grid_size: int, head_dim: int, base: float = 10000.0) -> Tenso
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
     """Turns adjacent channel pairs of x by the table's angles, in float32, and casts back.
 
-    x: (B, S, H, D). table: (S, D/2, 2); a row of zeros makes the position vanish.
+    x: (B, S, H, D). table: (S, D/2, 2), or of each sample (B, S, D/2, 2); a row of zeros makes the position vanish.
     """
     pairs = x.float().unflatten(-1, (-1, 2))  # (B, S, H, D/2, 2)
-    cos, sin = table[:, None, :, 0], table[:, None, :, 1]  # (S, 1, D/2)
+    cos, sin = table[..., None, :, 0], table[..., None, :, 1]  # (…, S, 1, D/2)
     even, odd = pairs[..., 0], pairs[..., 1]
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x.dtype)

@@ -131,10 +131,14 @@ def race(logits: Tensor, keys: Tensor) -> Tensor:
 
 
 def draw_race(logits: Tensor, keys: Tensor) -> Tensor:
-    """Run `race`, on a CPU a few rows at a time: some thirty operations over what its caches hold."""
+    """Run `race`, on a CPU a few rows at a time: some thirty operations over what its caches hold.
+
+    Several keys may share a row of logits, (…, 1, V).
+    """
     rows = max(1, AT_ONCE_ON_CPU // logits.shape[-1])
     if logits.device.type != "cpu" or keys.numel() <= rows:
         return race(logits, keys)
+    logits = logits.expand(*keys.shape, -1)
     parts = zip(logits.flatten(0, -2).split(rows), keys.flatten().split(rows), strict=True)
     return torch.cat([race(*part) for part in parts]).view(keys.shape)
 

@@ -87,7 +87,7 @@ def test_compiled_step_copies_no_cache(samples, monkeypatch):
     with torch.inference_mode(), torch._inductor.config.patch(force_disable_caches=True):
         model.rope(CPU)
         rows = Rows(cache, torch.tensor([3]), 8)
-        decode_step.compiled_decode_rows()(model, torch.arange(4)[:, None], 0, rows, None)
+        decode_step.compiled_decode_rows()(model, torch.arange(4)[:, None], rows, None)
     assert targets.count(torch.ops.aten.index_put_.default) == 4, "keys and values of two layers"
     assert torch.ops.aten.copy_.default not in targets
 

@@ -3,18 +3,18 @@
 import copy
 import gc
 import weakref
-from functools import cached_property
 
 import pytest
 import torch
 
-from autoregressive.models import decode_step, on_cpu, on_cuda
+from autoregressive.models import decode_step, on_cpu
 from autoregressive.models import generate as generation
 from autoregressive.models.generate import generate, release_cache
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.kv_cache import StaticCache
-from autoregressive.models.layouts import Layout, Reader
-from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig, choose, draw_race
+from autoregressive.models.layouts import Reader
+from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig, choose
+from tests.autoregressive.decoding import Pairs, Recording
 from tests.helpers import randomize
 from utils.rng import image_noise
 
@@ -178,7 +178,7 @@ def test_caches_are_reused_until_a_batch_needs_more():
     storage = [tensor.data_ptr() for tensor in cache.keys + cache.values]
     assert torch.equal(generate(model, LABELS[:2], noise=noise_for(4)[:2]), first[:2])
     assert torch.equal(generate(model, LABELS, noise=noise_for(4)), first)
-    assert generation._caches[model] is cache and cache.rows == model.layout.rows
+    assert generation._caches[model] is cache and cache.rows == 32
     assert [tensor.data_ptr() for tensor in cache.keys + cache.values] == storage
     generate(model, LABELS, noise=noise_for(4), cfg_scale=2.0)
     assert len(generation._caches[model].keys[0]) == 8
@@ -381,42 +381,6 @@ def test_reading_the_cache_past_its_filled_part(kind, stride, monkeypatch):
     assert torch.equal(generate(model, condition, **settings), expected)
 
 
-class Recording:
-    """What a CUDA graph does, on a CPU: the step of the time of recording again, with all that was a plain number then."""
-
-    made = 0
-
-    def __init__(self, step, pool, stream):
-        self.step, self.state = step, step.args[1]
-        self.config = self.state.config
-        Recording.made += 1
-
-    def pool(self):
-        return 0, 1
-
-    def replay(self):
-        now, self.state.config = self.state.config, self.config
-        self.step()
-        self.state.config = now
-
-
-@pytest.fixture
-def recording_compiled(monkeypatch):
-    """Compiled steps are recorded, as on CUDA, over a cache of its size."""
-    monkeypatch.setattr(on_cpu, "records", lambda device: True)
-    monkeypatch.setattr(on_cuda, "record", Recording)
-    monkeypatch.setattr(on_cpu, "read_stride", lambda *_: 8)
-    monkeypatch.setattr(on_cpu, "cache_rows", on_cuda.cache_rows)
-    Recording.made = 0
-
-
-@pytest.fixture
-def recording(recording_compiled, monkeypatch):
-    """The same with plain code for what is compiled."""
-    monkeypatch.setattr(decode_step, "compiled_decode_rows", lambda: decode_step.decode_rows)
-    monkeypatch.setattr(decode_step, "compiled_race", lambda: draw_race)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["raster", "few key heads", "text PAR-4"])
 def test_recorded_steps_change_nothing(kind, recording):
@@ -605,24 +569,6 @@ def test_generate_of_the_likeliest_tokens_does_not_depend_on_the_noise(compile, 
     for seed in range(4):
         noise = image_noise(seed, range(4), 16)
         assert torch.equal(generate(model, LABELS, noise=noise, cfg_scale=1.5, compile=compile, **settings), greedy)
-
-
-class Pairs(Layout):
-    """Two tokens a step after the first two, each read from one row of the step before, whose rows see no later row of it."""
-
-    name = "pairs of a test"
-
-    def places(self):
-        return torch.arange(self.tokens)
-
-    @cached_property
-    def groups(self):
-        return (1, 1) + (2,) * (self.tokens // 2 - 1)
-
-    @cached_property
-    def readers(self):
-        row = self.prefix - 1
-        return tuple((Reader(row + (t if t < 2 else 2 if t < 4 else t - 1)),) for t in range(self.tokens))
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
