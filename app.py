@@ -40,6 +40,7 @@ from utils.cli import (
     add_run_flags,
     add_text_flags,
     add_tokenizer_flags,
+    add_window_flag,
     flag_parser,
     layout_numbers,
     positive_int,
@@ -83,7 +84,17 @@ SECONDS_KEPT = 3600  # of a picture's file
 
 
 def main(args: argparse.Namespace) -> None:
-    own = ("quickstart", "gpt_ckpt", "vq_ckpt", "text_gpt_ckpt", "text_vq_ckpt", "class_names", "use_ema", "compile")
+    own = (
+        "quickstart",
+        "gpt_ckpt",
+        "vq_ckpt",
+        "text_gpt_ckpt",
+        "text_vq_ckpt",
+        "class_names",
+        "use_ema",
+        "compile",
+        "window",
+    )
     if args.server and (given := [name for name in own if getattr(args, name)]):
         flag = "--" + given[0].replace("_", "-")
         raise ValueError(f"{flag} is of models that are loaded here, and --server draws elsewhere: give one of the two")
@@ -502,6 +513,7 @@ def flags() -> argparse.ArgumentParser:
     help = "that the page begins with and keeps (default: a new one for each drawing)"
     parser.add_argument("--seed", type=Number(int, least=0, most=LARGEST_SEED), default=None, help=help)
     add_run_flags(parser)
+    add_window_flag(parser)
     add_batch_size_flag(parser)
     add_text_flags(parser)
     parser.set_defaults(t5_feature_max_len=None)

@@ -137,13 +137,14 @@ Features = Tensor | np.ndarray | str | Path
 """A caption's features (length, caption_dim) or (1, length, caption_dim), or the .npy file that has them."""
 
 OnStep = Callable[[int, Tensor], None]
-"""Called after each decode step with the number of tokens done and the tokens (B, N) in the layout's order."""
+"""Called after each pass with the number of tokens done and the tokens (B, N) in the layout's order; later ones are drafts."""
 
 
 class ImagePipeline:
     """A GPT and the tokenizer whose codes it speaks; with a text-conditional GPT also the encoder of its prompts.
 
     batch_size: images computed at once (32 on an accelerator, 8 on a CPU).
+    window: tokens of a decode pass as `generate` takes them; "auto" on a CPU, where images are the same for any window, else 0.
     text_encoder: encodes prompts. Where not given, the first prompt loads the T5 that `t5_path` and `t5_model_type` name
     (language/t5.py:find_t5) on `t5_device` in `t5_dtype`, by default the GPT's.
     t5_tokens: the text tokens of a prompt that are read (as many as the model has condition rows, or fewer).
@@ -158,6 +159,7 @@ class ImagePipeline:
         *,
         batch_size: int | None = None,
         compile: bool = False,
+        window: int | str | None = None,
         text_encoder: TextEncoder | None = None,
         t5_path: str | Path | None = None,
         t5_model_type: str = "flan-t5-xl",
@@ -183,6 +185,7 @@ class ImagePipeline:
         self.device = gpt.tok_embeddings.weight.device
         self.batch_size = batch_size or (8 if self.device.type == "cpu" else 32)
         self.compile = compile and can_compile(self.device)
+        self.window = ("auto" if self.device.type == "cpu" else 0) if window is None else window
         self.text_encoder = text_encoder
         self.t5_path, self.t5_model_type = t5_path, t5_model_type
         self.t5_device = pick_device(str(t5_device)) if t5_device else self.device
@@ -533,6 +536,7 @@ class ImagePipeline:
                 negative=negatives or None,
                 negative_masks=_prefix_mask(values, negative_masks, gpt.conditions) if negatives else None,
                 noise=noise,
+                window=self.window,
                 compile=self.compile,
                 on_step=on_step,
                 **vars(requests[0].sampling),

@@ -373,6 +373,20 @@ def add_text_flags(parser: Flags) -> None:
     add_flag(group, "--t5-precision", None, None, "of the T5 (default: --precision)", choices=HALF)
 
 
+def window_size(text: str) -> int | str:
+    """Read "auto" or a whole number, 0 or more: an argparse type."""
+    return text if text == "auto" else nonnegative_int(text)
+
+
+def add_window_flag(parser: Flags) -> None:
+    """Add --window, of scripts that draw through ImagePipeline."""
+    help = (
+        "tokens of a decode pass, the later ones from drafts; 0 for one step a pass, auto by device and batch (default: auto "
+        "on a CPU, where images are the same for any window, else 0)"
+    )
+    add_flag(parser, "--window", window_size, None, help)
+
+
 def add_run_flags(parser: Flags, *, compile: bool | None = False, precision: bool = True) -> None:
     """Add --device, --precision, --compile. compile: its default, None where the script decides."""
     group = parser.add_argument_group("machine")

@@ -214,7 +214,9 @@ def build_pipeline(
     if quantized:
         quantize(gpt)
     compile = args.compile and compiles(device, images)
-    pipeline = ImagePipeline(gpt, tokenizer, batch_size=batch_size, compile=compile, **(text or {}))
+    pipeline = ImagePipeline(
+        gpt, tokenizer, batch_size=batch_size, compile=compile, window=getattr(args, "window", None), **(text or {})
+    )
     told = {**tokenizer.flags, **flags_of(gpt.args.identity), "image_size": pipeline.image_size}
     if told["ar_token_num"] == 1:
         del told["ar_token_num"], told["spe_token_num"]  # folders of raster images record that they were not given

@@ -26,6 +26,7 @@ from utils.cli import (
     add_switch,
     add_text_flags,
     add_tokenizer_flags,
+    add_window_flag,
     flag_parser,
     positive_int,
 )
@@ -97,6 +98,8 @@ def grid_flags(
 ) -> argparse.ArgumentParser:
     """Return the flags of a script that draws a grid of images. output: the picture's default name."""
     parser = drawing_flags(description, asks, files_required=files_required, cfg_scale=4.0, top_k=2000)
+    if not files_required:  # the scripts over vLLM
+        add_window_flag(parser)
     depends = "the seed, i and its prompt" if asks == "prompt" else "the seed and i"
     add_flag(parser, "--seed", SEED, 0, f"image i is a function of {depends}")
     if asks == "prompt":
@@ -119,6 +122,7 @@ def many_flags(description: str | None, asks: str, *, folder: str, images: int, 
     more = {} if text else {"evaluation": 256, "compile": True, "cfg_scale": 1.5}
     parser = drawing_flags(description, asks, **more)
     add_quantize_flag(parser)
+    add_window_flag(parser)
     add_flag(parser, "--sample-dir", None, folder, "where the folder of images and the .npz go")
     add_per_process_batch_size_flag(parser)
     help = "images to draw" + (", at most one for each prompt" if text else "")

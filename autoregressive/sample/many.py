@@ -26,7 +26,7 @@ from autoregressive.pipeline import ImagePipeline
 from autoregressive.request import Request
 from autoregressive.sample.common import condition_files
 from autoregressive.sample.flags import sampling_config
-from utils.distributed import Distributed
+from utils.distributed import Distributed, pick_device
 from utils.errors import is_out_of_memory
 from utils.images import is_whole_png, save_png
 from utils.sample_folder import file_identity
@@ -36,7 +36,7 @@ WRITERS, BATCHES_WAITING = 4, 2
 # Flags that change neither an image nor which images there are.
 IMMATERIAL = (
     "import", "sample_dir", "num_fid_samples", "compile", "device", "per_proc_batch_size", "npz", "from_fsdp", "gpt_ckpt",
-    "vq_ckpt",
+    "vq_ckpt", "window",
 )  # fmt: skip
 # More at once hardly draws more images in a given time.
 MOST_ON_CUDA, IMAGES_ELSEWHERE = 512, 8
@@ -54,6 +54,8 @@ def run_settings(
             settings[name] = None  # as in folders drawn before there was a choice, which do not say
     if sampling_config(args).greedy:
         settings["draw"] = None  # nothing is drawn
+    if args.window is not None and pick_device(args.device).type != "cpu":  # where rounding goes by the number of rows
+        more["window"] = args.window
     files = {name: file_identity(file) for name, file in condition_files(args).items()}
     own = {"gpt_ckpt": file_identity(gpt_path), "vq_ckpt": file_identity(vq_path), "condition_file": files or None}
     return {**settings, **own, **more}

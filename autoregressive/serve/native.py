@@ -113,12 +113,17 @@ class NativeEngine:
         """Draw a micro-batch in the worker. Returns each image's tokens, or its error."""
         layout = self.pipeline.gpt.layout
 
+        rows_shown = 0
+
         def on_step(done: int, tokens: Tensor) -> None:
+            nonlocal rows_shown
             if self.dead or all(job.closed for job in batch):
                 raise _Abandoned
             # A whole row is what can be shown; reading each token would have an accelerator wait at every step.
-            if done < self.info.tokens and (done % layout.grid_size == 0 or not layout.is_raster):
-                shown = tokens[: len(batch), : done if layout.is_raster else 0].tolist()
+            rows = done // layout.grid_size
+            if done < self.info.tokens and (rows > rows_shown or not layout.is_raster):
+                rows_shown = rows
+                shown = tokens[: len(batch), : rows * layout.grid_size if layout.is_raster else 0].tolist()
                 for job, so_far in zip(batch, shown):
                     loop.call_soon_threadsafe(job.news.put_nowait, so_far)
 

@@ -33,6 +33,7 @@ from utils.cli import (
     add_run_flags,
     add_text_flags,
     add_vllm_flags,
+    add_window_flag,
     flag_parser,
     given,
     positive_float,
@@ -234,7 +235,7 @@ def load_pipeline(
     pipeline = ImagePipeline.from_pretrained(
         saved or hub_file(gpt), vq=vq and hub_file(vq), image_size=args.image_size, beliefs=beliefs, device=args.device,
         dtype=PRECISIONS[args.precision], use_ema=args.use_ema, batch_size=args.batch_size, compile=args.compile,
-        **settings,
+        window=args.window, **settings,
     )  # fmt: skip
     if pipeline.text:
         pipeline.encode(["a picture"])  # a T5 that is missing or does not fit is told now
@@ -296,6 +297,8 @@ async def start_vllm(args: argparse.Namespace) -> tuple:
     from utils.checkpoint import has_averages, read_checkpoint
 
     require_vllm()
+    if args.window is not None:
+        raise ValueError(f"--window {args.window} is of the native engine, vLLM draws one token a step: leave it out")
     os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # its lines come as ours do
     if args.no_left_padding:
         raise ValueError(
@@ -337,6 +340,7 @@ def flags() -> argparse.ArgumentParser:
     help = "of the transformer's weights (default: none on a CPU, else bf16)"
     parser.add_argument("--precision", choices=["none", "fp16", "bf16"], default=None, help=help)
     add_run_flags(parser, precision=False, compile=None)
+    add_window_flag(parser)
     add_text_flags(parser)
     parser.set_defaults(t5_feature_max_len=None)
     add_vllm_flags(parser, places=False)

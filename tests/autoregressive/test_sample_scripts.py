@@ -318,6 +318,21 @@ def test_two_processes_write_the_bytes_of_one(small_files, drawn, tmp_path):
     assert done.returncode == 0 and contents(tmp_path / "samples") == contents(drawn), done.stderr
 
 
+@pytest.mark.parametrize(
+    "window, processes",
+    [(0, 1), (8, 1), ("auto", 1), *(pytest.param(w, 2, marks=pytest.mark.slow) for w in (0, 8, "auto"))],
+)
+def test_windows_write_the_bytes_of_one_token_a_pass(window, processes, small_files, drawn, tmp_path):
+    words = ddp_line(small_files, tmp_path / "samples", "--window", window)
+    if processes == 1:
+        shutil.copytree(drawn, tmp_path / "samples")  # a folder goes on with another window
+        (tmp_path / "samples" / NAME / "000003.png").unlink()
+        run_here(sample_c2i_ddp, *words)
+    else:
+        assert start(sample_c2i_ddp, words, tmp_path, processes).returncode == 0
+    assert contents(tmp_path / "samples") == contents(drawn)
+
+
 @pytest.mark.slow
 def test_a_mistake_ends_every_process(small_files, drawn, tmp_path):
     done = start(sample_c2i_ddp, ddp_line(small_files, drawn, "--greedy"), tmp_path, processes=2)
