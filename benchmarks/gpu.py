@@ -30,6 +30,7 @@ PARTS = {
     "vq": (45, "The tokenizer: VQ-16, 256 and 384 pixels"),
     "batch": (90, "Sampling: GPT-B, 16x16 tokens, images a second by batch size"),
     "fsdp": (90, "FSDP2 in one process: train, kill, resume"),
+    "windows": (60, "Windows: GPT-B, one image, passes and their cost by window"),
     "int8_par": (60, "int8 weights, and PAR's four tokens a step"),
     "tests": (240, "pytest -m gpu: recorded steps, training losses of raster order in bf16"),
 }

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu_part import Part
-from benchmarks.gpu_sampling import batch, int8_par, mends, sampling_3b, sampling_b, sampling_xl
+from benchmarks.gpu_sampling import batch, int8_par, mends, sampling_3b, sampling_b, sampling_xl, windows
 from benchmarks.gpu_training import fsdp, runs, training
 from benchmarks.measuring import bandwidth
 from utils.precision import full_float32, use_tf32
@@ -152,7 +152,21 @@ def tokenizer_steps(part: Part, case: str, pixels: Tensor) -> tuple[Callable[[],
     return encode, decode
 
 
-PARTS = [machine, sampling_b, mends, training, sampling_xl, sampling_3b, runs, vq, batch, fsdp, int8_par, tests]
+PARTS = [
+    machine,
+    sampling_b,
+    mends,
+    training,
+    sampling_xl,
+    sampling_3b,
+    runs,
+    vq,
+    batch,
+    fsdp,
+    windows,
+    int8_par,
+    tests,
+]
 
 
 def main() -> None:

@@ -133,6 +133,22 @@ def follow(part: Part) -> str:
     return f"{wrong} disagree"
 
 
+def windows(part: Part) -> None:
+    """Measures GPT-B's recorded passes by window, one image: what a pass costs by rows (random weights accept few drafts)."""
+    model = part.gpt("GPT-B", 256)
+    for window in (0, 4) if part.small else (0, 8, 16, 32, 64, 128):
+        part.attempt(f"window {window}, one guided image", lambda size=window: passes_of(part, model, size))
+
+
+def passes_of(part: Part, model: Transformer, window: int) -> str:
+    """Measures a call in windows, the third, and counts its passes."""
+    passes: list[int] = []
+    for _ in range(3):
+        passes.clear()
+        seconds = part.draw(model, 1, window=window, on_step=lambda done, _: passes.append(done))
+    return f"{len(passes)} passes, {seconds / len(passes) * 1e3:.3f} ms each"
+
+
 def batch(part: Part) -> None:
     """Measures images a second at 16x16 tokens for growing batches."""
     model = part.gpt("GPT-B", 256)

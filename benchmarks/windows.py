@@ -40,6 +40,7 @@ def main(args: argparse.Namespace) -> None:
             image_noise(0, range(images), tokens),
         )
         sequential = None
+        generate(model, labels, model.layout.passes[1].outputs.stop, noise=noise, cfg_scale=2.0)  # weights are packed
         for window in args.windows:
             best: list[float] = []
             for _ in range(args.repeats):

@@ -253,8 +253,8 @@ def with_window(plan: Plan, size: int | str, model: Transformer, images: int, sa
         return plan
     window = window_of(plan.layout, size, plan.end)
     head = here.cache_width(args.dim // args.n_head)
-    if not here.rows_agree(model, head, args.ffn_dim, plan.longest, plan.stride, weight.dtype):
-        log.warning("windows are off: here a row of a pass is rounded by the number of rows beside it")
+    if not here.rows_agree(model, compile, head, args.ffn_dim, plan.longest, plan.stride, weight.dtype):
+        log.warning("windows are off: here a row of a pass is rounded by the rows beside it" + ", compiled" * compile)
         return plan
     return replace(plan, window=window)
 

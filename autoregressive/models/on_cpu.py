@@ -261,13 +261,17 @@ def activation_agrees(width: int, dtype: torch.dtype) -> bool:
     return torch.equal(F.silu(x), torch.cat([F.silu(row) for row in x.split(1)]))
 
 
-def rows_agree(model: nn.Module, dim: int, ffn_dim: int, longest: int, stride: int, dtype: torch.dtype) -> bool:
+def rows_agree(
+    model: nn.Module, compile: bool, dim: int, ffn_dim: int, longest: int, stride: int, dtype: torch.dtype
+) -> bool:
     """Tell whether the rows of a pass round alike whatever their number, so that windows draw the sequential image.
 
-    dim: of a head. ffn_dim: of the feed-forward layers. longest, stride: as attention_agrees takes them.
+    compile: compiled loops are made for a number of rows. dim: of a head. ffn_dim: of the feed-forward layers. longest,
+    stride: as attention_agrees takes them.
     """
-    attention = attention_agrees(dim, longest, stride, dtype, torch.get_num_threads())
-    return can_pack(model) and attention and activation_agrees(ffn_dim, dtype)
+    if compile or not can_pack(model) or not activation_agrees(ffn_dim, dtype):
+        return False
+    return attention_agrees(dim, longest, stride, dtype, torch.get_num_threads())
 
 
 # A CPU's passes take as long as the weights need to come from memory, up to so many rows; smaller windows hardly pay.

@@ -14,7 +14,7 @@ from autoregressive.models.decode_step import window_of
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.layouts import Holds, Layout, Row, build_layout
-from autoregressive.models.sampling import NotFiniteLogits
+from autoregressive.models.sampling import NotFiniteLogits, draw_race
 from tests.autoregressive.decoding import Pairs, Recording
 from tests.helpers import randomize
 
@@ -293,15 +293,10 @@ def test_recorded_windows_draw_the_same_and_read_cursors_late(kind, recording, m
     assert made[0] == made[-1] == 1
 
 
-@pytest.mark.slow
-def test_compiled_windows_draw_the_same(monkeypatch):
-    torch._dynamo.reset()
-    model, keys = tiny(n_layer=1), keys_for(2)
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        expected = generate(model, LABELS[:2], noise=keys, cfg_scale=2.0, compile=True)
-        for window in (2, 8):
-            drawn = generate(model, LABELS[:2], noise=keys, cfg_scale=2.0, window=window, compile=True)
-            assert torch.equal(drawn, expected)
+def test_windows_of_compiled_passes_are_off_on_a_cpu(monkeypatch, caplog):
+    monkeypatch.setattr(decode_step, "compiled_decode_rows", lambda: decode_step.decode_rows)
+    monkeypatch.setattr(decode_step, "compiled_race", lambda: draw_race)
+    assert passes_of(tiny(), window=8, compile=True) == 16 and "windows are off" in caplog.text
 
 
 @pytest.mark.gpu
