@@ -375,7 +375,7 @@ def add_text_flags(parser: Flags) -> None:
 
 def window_size(text: str) -> int | str:
     """Read "auto" or a whole number, 0 or more: an argparse type."""
-    return text if text == "auto" else nonnegative_int(text)
+    return text if text == "auto" else int(nonnegative_int(text))
 
 
 def add_window_flag(parser: Flags) -> None:
