@@ -13,6 +13,7 @@ def recording_compiled(monkeypatch):
     monkeypatch.setattr(on_cpu, "records", lambda device: True)
     monkeypatch.setattr(on_cuda, "record", Recording)
     monkeypatch.setattr(on_cpu, "read_stride", lambda *_: 8)
+    monkeypatch.setattr(on_cpu, "LEAST_READ", on_cuda.LEAST_READ)
     monkeypatch.setattr(on_cpu, "cache_rows", on_cuda.cache_rows)
     Recording.made = 0
 
