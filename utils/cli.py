@@ -375,7 +375,9 @@ def add_text_flags(parser: Flags) -> None:
 
 def window_size(text: str) -> int | str:
     """Read "auto" or a whole number, 0 or more: an argparse type."""
-    return text if text == "auto" else int(nonnegative_int(text))
+    if text != "auto" and not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"must be auto or a whole number 0 or more, got {text}")
+    return text if text == "auto" else int(text)
 
 
 def add_window_flag(parser: Flags) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _caches: WeakKeyDictionary[Transformer, StaticCache] = WeakKeyDictionary()
 _graphs: WeakKeyDictionary[Transformer, StepGraphs] = WeakKeyDictionary()
+_without_windows: WeakSet[Transformer] = WeakSet()  # models of which a line said so
 
 
 def cache_for(model: Transformer, batch: int, device: torch.device, dtype: torch.dtype) -> StaticCache:
@@ -254,7 +255,9 @@ def with_window(plan: Plan, size: int | str, model: Transformer, images: int, sa
     window = window_of(plan.layout, size, plan.end)
     head = here.cache_width(args.dim // args.n_head)
     if not here.rows_agree(model, compile, head, args.ffn_dim, plan.longest, plan.stride, weight.dtype):
-        log.warning("windows are off: here a row of a pass is rounded by the rows beside it" + ", compiled" * compile)
+        if model not in _without_windows:
+            log.warning("windows are off: here a row of a pass is rounded by the rows beside it" + ", compiled" * compile)
+        _without_windows.add(model)
         return plan
     return replace(plan, window=window)
 

@@ -291,14 +291,14 @@ async def start_native(args: argparse.Namespace) -> tuple:
 
 async def start_vllm(args: argparse.Namespace) -> tuple:
     """Return the engine over vLLM, which holds the GPT in a process of its own, and a pipeline for pixels and prompts."""
+    if args.window is not None:
+        raise ValueError(f"--window {args.window} is of the native engine, vLLM draws one token a step: leave it out")
     from autoregressive.pipeline import PRECISIONS, ImagePipeline, with_encoder
     from autoregressive.serve.vllm_engine import MAX_NUM_SEQS, ServedModel, VllmEngine, require_vllm
     from tokenizer.load import load_tokenizer
     from utils.checkpoint import has_averages, read_checkpoint
 
     require_vllm()
-    if args.window is not None:
-        raise ValueError(f"--window {args.window} is of the native engine, vLLM draws one token a step: leave it out")
     os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # its lines come as ours do
     if args.no_left_padding:
         raise ValueError(

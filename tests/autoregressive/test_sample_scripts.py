@@ -333,6 +333,16 @@ def test_windows_write_the_bytes_of_one_token_a_pass(window, processes, small_fi
     assert contents(tmp_path / "samples") == contents(drawn)
 
 
+def test_windows_on_an_accelerator_are_a_setting_of_the_folder(small_files, drawn, tmp_path, monkeypatch):
+    """Whose kernels round by the number of rows."""
+    monkeypatch.setattr(many, "pick_device", lambda name: torch.device("cuda"))
+    run_here(sample_c2i_ddp, *ddp_line(small_files, drawn, "--window", 0))  # the default there
+    with pytest.raises(ValueError, match=r"other settings.*window"):
+        run_here(sample_c2i_ddp, *ddp_line(small_files, drawn, "--window", 8))
+    run_here(sample_c2i_ddp, *ddp_line(small_files, tmp_path, "--window", 8))
+    assert json.loads((tmp_path / NAME / "settings.json").read_text())["window"] == 8
+
+
 @pytest.mark.slow
 def test_a_mistake_ends_every_process(small_files, drawn, tmp_path):
     done = start(sample_c2i_ddp, ddp_line(small_files, drawn, "--greedy"), tmp_path, processes=2)

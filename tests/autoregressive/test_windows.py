@@ -10,9 +10,10 @@ import torch
 
 from autoregressive.models import decode_step, on_cpu
 from autoregressive.models import generate as generation
+from autoregressive.models.conditions import Condition, register_condition
 from autoregressive.models.decode_step import window_of
 from autoregressive.models.generate import generate
-from autoregressive.models.gpt import ModelArgs, Transformer
+from autoregressive.models.gpt import Conditions, ModelArgs, Transformer
 from autoregressive.models.layouts import Holds, Layout, Row, build_layout
 from autoregressive.models.sampling import NotFiniteLogits, draw_race
 from tests.autoregressive.decoding import Pairs, Recording
@@ -21,7 +22,7 @@ from tests.helpers import randomize
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = {"dim": 32, "n_layer": 2, "n_head": 4, "multiple_of": 32, "vocab_size": 24, "num_classes": 5, "block_size": 16}
-TEXT = {"model_type": "t2i", "cls_token_num": 6, "caption_dim": 12}
+TEXT = {"model_type": "t2i", "cls_token_num": 6, "caption_dim": 32}
 LABELS = torch.tensor([3, 0, 4, 1])
 
 
@@ -32,6 +33,20 @@ class Scattered(Layout):
 
     def places(self):
         return torch.randperm(self.tokens, generator=torch.Generator().manual_seed(1))
+
+
+@register_condition("map of a test")
+class Map(Condition):
+    """A vector (B, N, dim) for each token, added where the token is predicted."""
+
+    def __init__(self, dim, grid_size):
+        super().__init__()
+
+    def null(self, value):
+        return torch.zeros_like(value)
+
+    def embed(self, value):
+        return value
 
 
 class Queried(Layout):
@@ -59,13 +74,15 @@ class Queried(Layout):
 
 LAYOUTS = {
     "raster": {},
-    "few key heads": {"n_kv_head": 2},
+    "few key heads, odd codebook": {"n_kv_head": 2, "vocab_size": 257},
     "PAR-4": {"ar_token_num": 4, "block_size": 36},
     "PAR-16": {"ar_token_num": 16, "block_size": 64},
     "scattered": {"layout": Scattered},
     "pairs": {"layout": Pairs},
     "text": TEXT,
     "text PAR-4": {**TEXT, "ar_token_num": 4},
+    "map": {"extra_conditions": {"map of a test": {}}},
+    "map PAR-4": {"extra_conditions": {"map of a test": {}}, "ar_token_num": 4},
     "large": {"block_size": 441, "dim": 96, "n_layer": 1, "vocab_size": 40},
 }
 
@@ -99,7 +116,7 @@ def spreads(monkeypatch):
     return lambda: [state.spread[:, :-1] for state in states]
 
 
-def asked(rng: random.Random, model: Transformer, batch: int) -> tuple[torch.Tensor, dict]:
+def asked(rng: random.Random, model: Transformer, batch: int) -> tuple[Conditions, dict]:
     """Return conditions and settings of a random call."""
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     settings: dict = {
@@ -116,13 +133,16 @@ def asked(rng: random.Random, model: Transformer, batch: int) -> tuple[torch.Ten
     if model.args.model_type == "t2i":
         lengths = torch.randint(1, 7, (batch, 1), generator=generator)
         settings["emb_masks"] = (torch.arange(6) >= 6 - lengths).long()
-        features = torch.randn(batch, 6, 12, generator=generator)
+        features = torch.randn(batch, 6, 32, generator=generator)
         if rng.random() < 0.5:
             settings["negative"], settings["negative_masks"] = features.flip(0), settings["emb_masks"].flip(0)
         return features, settings
     labels = torch.randint(5, (batch,), generator=generator)
     if rng.random() < 0.3:
         settings["negative"] = labels.flip(0)
+    if model.args.extra_conditions:
+        shape = batch, model.layout.tokens, model.args.dim
+        return {"label": labels, "map of a test": torch.randn(shape, generator=generator).to(model.output.weight.dtype)}, settings
     return labels, settings
 
 
@@ -136,7 +156,7 @@ DRAFTERS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_windows_of_any_kind_draw_the_sequential_bits(name, dtype, spreads):
+def test_windows_of_any_kind_draw_the_sequential_bits(name, dtype, spreads, caplog):
     rng = random.Random(f"{name} {dtype}")
     model = tiny(**LAYOUTS[name], seed=rng.randrange(99)).to(dtype)
     for _ in range(1 if name == "large" else 4):
@@ -150,6 +170,7 @@ def test_windows_of_any_kind_draw_the_sequential_bits(name, dtype, spreads):
             assert torch.equal(drawn, expected), (window, drafter, batch, settings)
         first, *others = spreads()[-4:]
         assert all(torch.equal(other, first) for other in others), "logits to the last bit"
+    assert "windows are off" not in caplog.text
 
 
 def test_image_drawn_alone_equals_that_of_a_batch():
@@ -234,14 +255,28 @@ def test_drafts_that_break_a_model_change_nothing():
     assert caught.value.steps == sequential.value.steps
 
 
+def test_call_after_an_interrupted_one_draws_the_same():
+    model, keys = tiny(), keys_for(4)
+    expected = generate(model, LABELS, noise=keys)
+
+    def interrupt(done: int, tokens: torch.Tensor) -> None:
+        if done > 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, LABELS, noise=keys, window=8, cfg_scale=2.0, on_step=interrupt)
+    assert torch.equal(generate(model, LABELS, noise=keys, window=5), expected)
+    assert torch.equal(generate(model, LABELS, noise=keys), expected)
+
+
 @pytest.mark.parametrize("at_fault", ["rows_at_once", "attention_agrees", "activation_agrees"])
 def test_windows_are_off_where_rows_round_by_their_number(at_fault, monkeypatch, caplog):
     monkeypatch.setattr(on_cpu, at_fault, lambda *_: 0)
     model, keys = tiny(), keys_for(4)
     with caplog.at_level(logging.WARNING):
         drawn = generate(model, LABELS, noise=keys, window=8)
+        assert passes_of(model, window=8) == 16
     assert torch.equal(drawn, generate(model, LABELS, noise=keys)) and len(caplog.records) == 1
-    assert passes_of(model, window=8) == 16
 
 
 def test_attention_that_rounds_by_rows_or_length_is_noticed(monkeypatch):

@@ -252,6 +252,16 @@ def test_flags_of_vllm_with_the_native_engine_are_refused(flag, value):
         asyncio.run(server.start_native(args))
 
 
+@pytest.mark.parametrize("window", ["0", "8", "auto"])
+def test_window_with_vllm_is_refused(window):
+    pytest.importorskip("fastapi")
+    from autoregressive.serve import server
+
+    args = server.flags().parse_args(["--engine", "vllm", "--window", window])
+    with pytest.raises(ValueError, match=f"--window {window} is of the native engine"):
+        asyncio.run(server.start_vllm(args))
+
+
 # Decoding
 
 
