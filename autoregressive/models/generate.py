@@ -256,7 +256,9 @@ def with_window(plan: Plan, size: int | str, model: Transformer, images: int, sa
     head = here.cache_width(args.dim // args.n_head)
     if not here.rows_agree(model, compile, head, args.ffn_dim, plan.longest, plan.stride, weight.dtype):
         if model not in _without_windows:
-            log.warning("windows are off: here a row of a pass is rounded by the rows beside it" + ", compiled" * compile)
+            log.warning(
+                "windows are off: here a row of a pass is rounded by the rows beside it" + ", compiled" * compile
+            )
         _without_windows.add(model)
         return plan
     return replace(plan, window=window)

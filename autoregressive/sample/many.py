@@ -54,7 +54,9 @@ def run_settings(
             settings[name] = None  # as in folders drawn before there was a choice, which do not say
     if sampling_config(args).greedy:
         settings["draw"] = None  # nothing is drawn
-    if args.window and pick_device(args.device).type != "cpu":  # where rounding goes by the number of rows; 0 is the default
+    if (
+        args.window and pick_device(args.device).type != "cpu"
+    ):  # where rounding goes by the number of rows; 0 is the default
         more["window"] = args.window
     files = {name: file_identity(file) for name, file in condition_files(args).items()}
     own = {"gpt_ckpt": file_identity(gpt_path), "vq_ckpt": file_identity(vq_path), "condition_file": files or None}

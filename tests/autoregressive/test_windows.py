@@ -142,7 +142,10 @@ def asked(rng: random.Random, model: Transformer, batch: int) -> tuple[Condition
         settings["negative"] = labels.flip(0)
     if model.args.extra_conditions:
         shape = batch, model.layout.tokens, model.args.dim
-        return {"label": labels, "map of a test": torch.randn(shape, generator=generator).to(model.output.weight.dtype)}, settings
+        return {
+            "label": labels,
+            "map of a test": torch.randn(shape, generator=generator).to(model.output.weight.dtype),
+        }, settings
     return labels, settings
 
 
