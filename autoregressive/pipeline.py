@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from autoregressive.models.conditions import Condition
 from autoregressive.models.decode_step import can_compile
-from autoregressive.models.generate import generate
+from autoregressive.models.generate import check_draft_model, generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.on_cpu import missing_rows
 from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
@@ -145,6 +145,7 @@ class ImagePipeline:
 
     batch_size: images computed at once (32 on an accelerator, 8 on a CPU).
     window: tokens of a decode pass as `generate` takes them; "auto" on a CPU, where images are the same for any window, else 0.
+    draft_gpt: a smaller GPT of the same codes that draws the drafts of windows.
     text_encoder: encodes prompts. Where not given, the first prompt loads the T5 that `t5_path` and `t5_model_type` name
     (language/t5.py:find_t5) on `t5_device` in `t5_dtype`, by default the GPT's.
     t5_tokens: the text tokens of a prompt that are read (as many as the model has condition rows, or fewer).
@@ -160,6 +161,7 @@ class ImagePipeline:
         batch_size: int | None = None,
         compile: bool = False,
         window: int | str | None = None,
+        draft_gpt: Transformer | None = None,
         text_encoder: TextEncoder | None = None,
         t5_path: str | Path | None = None,
         t5_model_type: str = "flan-t5-xl",
@@ -181,7 +183,9 @@ class ImagePipeline:
             )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it is at least 1")
-        self.gpt, self.tokenizer = gpt, tokenizer
+        if draft_gpt is not None:
+            check_draft_model(draft_gpt, gpt)
+        self.gpt, self.tokenizer, self.draft_gpt = gpt, tokenizer, draft_gpt
         self.device = gpt.tok_embeddings.weight.device
         self.batch_size = batch_size or (8 if self.device.type == "cpu" else 32)
         self.compile = compile and can_compile(self.device)
@@ -537,6 +541,7 @@ class ImagePipeline:
                 negative_masks=_prefix_mask(values, negative_masks, gpt.conditions) if negatives else None,
                 noise=noise,
                 window=self.window,
+                draft_model=self.draft_gpt,
                 compile=self.compile,
                 on_step=on_step,
                 **vars(requests[0].sampling),

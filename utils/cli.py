@@ -389,6 +389,12 @@ def add_window_flag(parser: Flags) -> None:
     add_flag(parser, "--window", window_size, None, help)
 
 
+def add_draft_flag(parser: Flags) -> None:
+    """Add --draft-gpt, of scripts with --window."""
+    help = "file or run of a smaller GPT trained on the same codes, which draws the drafts of windows: fewer passes, the same image"
+    add_flag(parser, "--draft-gpt", None, None, help)
+
+
 def add_run_flags(parser: Flags, *, compile: bool | None = False, precision: bool = True) -> None:
     """Add --device, --precision, --compile. compile: its default, None where the script decides."""
     group = parser.add_argument_group("machine")

@@ -326,6 +326,11 @@ def draft_from_last(state: DecodeState, logits: Tensor, places: Tensor) -> Tenso
     return choose(logits, state.config, noise, state.numbers, state.draw).expand_as(places)
 
 
+def as_drafted(state: DecodeState, logits: Tensor, places: Tensor) -> Tensor:
+    """Leave the drafts that are there: a Drafter, where another model writes them."""
+    return state.tokens.gather(1, places)
+
+
 def decode_rows(
     model: Transformer,
     tokens: Tensor,

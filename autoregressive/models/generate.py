@@ -10,7 +10,7 @@ Caches are allocated once per model and used again by later calls. A token depen
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from autoregressive.models import decode_step
-from autoregressive.models.decode_step import DecodeState, Drafter, Plan, window_of
+from autoregressive.models.decode_step import DecodeState, Drafter, Plan, as_drafted, window_of
 from autoregressive.models.gpt import Conditions, Rows, Transformer
 from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.layouts import Layout
@@ -93,6 +93,7 @@ def generate(
     noise: Tensor | None = None,
     window: int | str = 0,
     drafter: Drafter | None = None,
+    draft_model: Transformer | None = None,
     compile: bool = False,
     on_step: Callable[[int, Tensor], None] | None = None,
     **settings: Any,
@@ -116,6 +117,7 @@ def generate(
             and batch. On a CPU the tokens are the same for every window (exact parallel decoding, docs/sampling.md); an
             accelerator's kernels round by the number of rows.
         drafter: proposes drafts, which decide the number of passes alone. By default the window's last row draws them.
+        draft_model: a smaller model of the same codes, layout and conditions, whose draws are the drafts of windows.
         compile: run the steps through torch.compile; pays off on a GPU, and on a CPU after some images.
         on_step: called after each pass with the number of tokens done in every image and the tokens, int64 (B, N) in the
             layout's order, of which those after that number may be drafts. Later passes write into the same tensor.
@@ -125,8 +127,8 @@ def generate(
 
     Raises:
         ValueError: for settings out of range (SamplingConfig), a condition or known tokens that the model does not have,
-            noise of another type than the draw's, a max_new_tokens at which no decode step ends, or a window for a layout
-            that cannot have one.
+            noise of another type than the draw's, a max_new_tokens at which no decode step ends, a window for a layout
+            that cannot have one, or a draft model that does not fit.
         NotFiniteLogits: where images were drawn from logits that are not finite.
     """
     config = SamplingConfig(*sampling, **settings)
@@ -142,6 +144,8 @@ def generate(
     model.check_conditions(cond)
     if negative is not None:
         model.check_negatives(negative, cond)
+    if draft_model is not None:
+        check_draft_model(draft_model, model)
     values = {name: value.to(device) for name, value in model.as_conditions(cond).items()}
     batch = len(next(iter(values.values())))
     if known is not None:
@@ -163,12 +167,8 @@ def generate(
     dtype = model.tok_embeddings.weight.dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    with sampling_mode(model):
+    with sampling_mode(model), sampling_mode(draft_model) if draft_model else nullcontext():
         if config.guided:
-            nulls = {name: model.conditions[name].null(value) for name, value in values.items()}
-            if negative is not None:
-                nulls |= {name: value.to(device) for name, value in model.by_name(negative).items()}
-            values = {name: torch.cat([value, nulls[name]]) for name, value in values.items()}
             if emb_masks is None and negative_masks is not None:
                 emb_masks = torch.ones_like(negative_masks)
             if emb_masks is not None:
@@ -192,8 +192,9 @@ def generate(
         plan = with_window(plan, window, model, batch, samples, compile)
         graphs = graphs_for(model, cache, batch) if recorded else None
         state = graphs.state if graphs else DecodeState(model, cache, batch)
-        conditions, added = model.embed_conditions(values)
-        state.begin(plan, noise, emb_masks, known, added, drafter)
+        negatives = {} if negative is None else {k: v.to(device) for k, v in model.by_name(negative).items()}
+        conditions, added = model.embed_conditions(with_nulls(model, values, negatives) if config.guided else values)
+        state.begin(plan, noise, emb_masks, known, added, as_drafted if draft_model else drafter)
         decode = decode_step.compiled_decode_rows() if compile else decode_step.decode_rows
         state.draw = decode_step.compiled_race() if compile else draw_race
         sequence = state.tokens[:, :-1]
@@ -207,6 +208,11 @@ def generate(
             if plan.window:
                 behind = state.places(state.steps.first[state.cursor, 1], plan.window.outputs)
                 decode_step.draft_tokens(logits, state, behind)
+            drafts = None
+            if plan.window and draft_model:
+                own = with_nulls(draft_model, values, negatives) if config.guided else values
+                drafts = ModelDrafts(draft_model, plan, samples, own, noise, emb_masks, known)
+                drafts.redraw(state, least, most)
             if on_step:
                 on_step(first, sequence)
             cursors: deque[Callable[[], list[int]]] = deque()
@@ -223,6 +229,8 @@ def generate(
                     cursors.append(here.read_later(torch.stack(state.cursor.aminmax())))
                     if len(cursors) > here.PASSES_LATE:
                         least, most = cursors.popleft()()
+                    if drafts and least < end:
+                        drafts.redraw(state, least, most)
                 else:
                     least = most = least + 1
                 if on_step:
@@ -240,6 +248,71 @@ def generate(
                 noise=noise, compile=compile, on_step=on_step, **vars(config),
             )  # fmt: skip
     return tokens
+
+
+def with_nulls(model: Transformer, values: dict[str, Tensor], negatives: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the conditions of both streams of guidance: the values, then what it leads away from."""
+    nulls = {name: model.conditions[name].null(value) for name, value in values.items()} | negatives
+    return {name: torch.cat([value, nulls[name]]) for name, value in values.items()}
+
+
+def check_draft_model(draft: Transformer, model: Transformer) -> None:
+    """Raise ValueError where a model cannot draft for another one."""
+    for name, own, needed in (
+        ("codes", draft.args.vocab_size, model.args.vocab_size),
+        ("the tokenizer", draft.file_config.get("tokenizer"), model.file_config.get("tokenizer")),
+        ("the layout", *({**each.layout.config, "tokens": each.layout.tokens} for each in (draft, model))),
+        ("the conditions", draft.args.conditions, model.args.conditions),
+    ):
+        if own != needed and None not in (own, needed):
+            raise ValueError(
+                f"the draft model has {name} {own}, the model {needed}: give a smaller GPT trained on the same codes"
+            )
+
+
+class ModelDrafts:
+    """Drafts of a smaller model, drawn one step a pass from each image's cursor to its window's end with the tokens' own noise.
+
+    Both models race with the same exponential numbers, so that tokens are equal where the probabilities are near. Rows of
+    drafts that were right need no second pass; where one was wrong, no later row is of use.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        plan: Plan,
+        samples: int,
+        values: dict[str, Tensor],
+        noise: Tensor,
+        emb_masks: Tensor | None,
+        known: Tensor | None,
+    ):
+        self.model, self.plan = model, plan
+        self.cache = cache_for(model, samples, noise.device, model.tok_embeddings.weight.dtype)
+        self.state = DecodeState(model, self.cache, len(noise))
+        conditions, added = model.embed_conditions(values)
+        self.state.begin(plan, noise, emb_masks, known, added)
+        self.cache.lay_out(self.cache.rows)
+        prefill(model, conditions, self.state, emb_masks)
+        steps = plan.layout.steps
+        self.rows = max(len(step.rows) for step in steps)
+        self.outputs = max(step.outputs.stop - step.outputs.start for step in steps)
+
+    def redraw(self, state: DecodeState, least: int, most: int) -> None:
+        """Write drafts for all tokens of `state` that its next pass computes; the slowest image is at the step `least`."""
+        plan, own = self.plan, self.state
+        assert plan.window
+        latest = plan.end - 1 if plan.static else most
+        ahead = max(plan.window.limits[step] - step for step in range(least, min(latest, plan.end - 1) + 1))
+        own.tokens.copy_(state.tokens)
+        for i in range(min(ahead, plan.end - least)):
+            own.cursor.copy_((state.cursor + i).clamp(max=len(own.steps.first) - 1))
+            kind = plan.kind(min(least + i, plan.end - 1), most + i)
+            if plan.stride > 1:
+                self.cache.lay_out(kind.length)
+            kind = replace(kind, rows=self.rows, outputs=self.outputs, window=False)
+            decode_step.take_pass(self.model, own, kind, decode_step.decode_rows)
+        state.tokens.copy_(own.tokens)
 
 
 def with_window(plan: Plan, size: int | str, model: Transformer, images: int, samples: int, compile: bool) -> Plan:

@@ -214,8 +214,23 @@ def build_pipeline(
     if quantized:
         quantize(gpt)
     compile = args.compile and compiles(device, images)
+    draft = None
+    if getattr(args, "draft_gpt", None):
+        draft = load_gpt(
+            find_checkpoint(args.draft_gpt),
+            device=device,
+            dtype=weights_dtype(args.precision, device),
+            image_size=gpt.layout.grid_size * tokenizer.downsample,
+            downsample_size=tokenizer.downsample,
+        )
     pipeline = ImagePipeline(
-        gpt, tokenizer, batch_size=batch_size, compile=compile, window=getattr(args, "window", None), **(text or {})
+        gpt,
+        tokenizer,
+        batch_size=batch_size,
+        compile=compile,
+        window=getattr(args, "window", None),
+        draft_gpt=draft,
+        **(text or {}),
     )
     told = {**tokenizer.flags, **flags_of(gpt.args.identity), "image_size": pipeline.image_size}
     if told["ar_token_num"] == 1:

@@ -16,6 +16,7 @@ from utils.cli import (
     Flags,
     Number,
     add_decode_precision_flag,
+    add_draft_flag,
     add_flag,
     add_gpt_file_flags,
     add_gpt_flags,
@@ -100,6 +101,7 @@ def grid_flags(
     parser = drawing_flags(description, asks, files_required=files_required, cfg_scale=4.0, top_k=2000)
     if not files_required:  # the scripts over vLLM
         add_window_flag(parser)
+        add_draft_flag(parser)
     depends = "the seed, i and its prompt" if asks == "prompt" else "the seed and i"
     add_flag(parser, "--seed", SEED, 0, f"image i is a function of {depends}")
     if asks == "prompt":
@@ -123,6 +125,7 @@ def many_flags(description: str | None, asks: str, *, folder: str, images: int, 
     parser = drawing_flags(description, asks, **more)
     add_quantize_flag(parser)
     add_window_flag(parser)
+    add_draft_flag(parser)
     add_flag(parser, "--sample-dir", None, folder, "where the folder of images and the .npz go")
     add_per_process_batch_size_flag(parser)
     help = "images to draw" + (", at most one for each prompt" if text else "")

@@ -36,7 +36,7 @@ WRITERS, BATCHES_WAITING = 4, 2
 # Flags that change neither an image nor which images there are.
 IMMATERIAL = (
     "import", "sample_dir", "num_fid_samples", "compile", "device", "per_proc_batch_size", "npz", "from_fsdp", "gpt_ckpt",
-    "vq_ckpt", "window",
+    "vq_ckpt", "window", "draft_gpt",
 )  # fmt: skip
 # More at once hardly draws more images in a given time.
 MOST_ON_CUDA, IMAGES_ELSEWHERE = 512, 8

@@ -15,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
+from autoregressive.models.gpt import build_gpt
 from autoregressive.pipeline import ImagePipeline
 from autoregressive.sample import many, sample_c2i, sample_c2i_ddp
 from autoregressive.sample.many import BATCHES_WAITING, save_images
 from tests import forkserver
-from tests.helpers import ROOT
+from tests.helpers import ROOT, randomize
 from tests.training import check_published_flags, run_here
 from utils.checkpoint import save_checkpoint
 from utils.cli import run_script
@@ -30,6 +31,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 SCRIPTS = [sample_c2i, sample_c2i_ddp]
 SIZES = ["--gpt-model", "GPT-XS", "--vq-model", "VQ-4", "--codebook-size", 64, "--num-classes", 10]
+SHAPE = {"vocab_size": 64, "block_size": 64, "num_classes": 10}
 SMALL = [*SIZES, "--image-size", 32, "--downsample-size", 4, "--precision", "none", "--device", "cpu"]
 NAME = "GPT-XS-gpt-size-32-size-32-VQ-4-topk-0-topp-1.0-temperature-1.0-cfg-1.5-seed-0"
 
@@ -331,6 +333,15 @@ def test_windows_write_the_bytes_of_one_token_a_pass(window, processes, small_fi
     else:
         assert start(sample_c2i_ddp, words, tmp_path, processes).returncode == 0
     assert contents(tmp_path / "samples") == contents(drawn)
+
+
+def test_drafts_of_another_gpt_write_the_same_bytes(small_files, drawn, tmp_path):
+    save_checkpoint(tmp_path / "small.pt", {"model": randomize(build_gpt("GPT-XS", **SHAPE), seed=9).state_dict()})
+    drafts = ["--window", 8, "--draft-gpt", tmp_path / "small.pt"]
+    run_here(sample_c2i_ddp, *ddp_line(small_files, tmp_path / "samples", *drafts))
+    assert contents(tmp_path / "samples") == contents(drawn)
+    with pytest.raises(ValueError, match=r"the draft model has the layout .*parallel.*raster"):
+        run_here(sample_c2i_ddp, *ddp_line(small_files, tmp_path / "samples", "--draft-gpt", small_files.par))
 
 
 def test_windows_on_an_accelerator_are_a_setting_of_the_folder(small_files, drawn, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Windows: whatever the window, the drafts, the batch and the cache's old contents, the tokens are those of one step a pass."""
 
+import copy
 import logging
 import random
 from dataclasses import replace
@@ -174,6 +175,33 @@ def test_windows_of_any_kind_draw_the_sequential_bits(name, dtype, spreads, capl
         first, *others = spreads()[-4:]
         assert all(torch.equal(other, first) for other in others), "logits to the last bit"
     assert "windows are off" not in caplog.text
+
+
+@pytest.mark.parametrize("name", set(LAYOUTS) - {"large"})
+def test_drafts_of_another_model_draw_the_sequential_tokens(name):
+    """The model's own drafts are right but for rounding, so that all windows are whole; another's change nothing."""
+    rng = random.Random(name)
+    model, other = tiny(**LAYOUTS[name]), tiny(**{**LAYOUTS[name], "dim": 64, "n_layer": 1}, seed=1)
+    for batch in (1, 3):
+        condition, settings = asked(rng, model, batch)
+        expected, passes = generate(model, condition, **settings), []
+        count = lambda done, tokens, passes=passes: passes.append(done)  # noqa: E731
+        assert torch.equal(
+            generate(model, condition, window=8, draft_model=copy.deepcopy(model), on_step=count, **settings), expected
+        )
+        window = window_of(model.layout, 8, len(model.layout.passes))
+        step, least = 1, 1
+        while step < len(model.layout.passes):
+            step, least = window.limits[step], least + 1
+        assert len(passes) == least
+        if not model.args.extra_conditions:
+            assert torch.equal(generate(model, condition, window=8, draft_model=other, **settings), expected)
+
+
+def test_draft_model_of_other_codes_or_layout_is_refused():
+    for other in (tiny(vocab_size=25), tiny(ar_token_num=4), tiny(num_classes=6)):
+        with pytest.raises(ValueError, match="the draft model has"):
+            generate(tiny(), LABELS, window=8, draft_model=other)
 
 
 def test_image_drawn_alone_equals_that_of_a_batch():
