@@ -7,7 +7,10 @@
 A pass computes a window: the rows of a decode step or of several, fed with tokens that are drafts as far as they are not
 drawn yet. A step's tokens are right where every token that it reads was, so the leading steps that read no wrong draft are
 done. That is Jacobi iteration, and its fixed point is the sequence that one step a pass draws (Wiggers and Hoogeboom, arXiv
-2002.09928). Images advance by themselves: each has its cursor.
+2002.09928). Images advance by themselves: each has its cursor, and, among slots (slots.py), its settings.
+
+Unconditional rows stand behind the conditional ones in reversed order, so that the samples of the last images of a batch
+are neighbours in the cache, with and without their unconditional rows.
 
 What a pass computes is fixed by its kind; where it stands, the noise and the numbers of the sampling are read from the
 state. So a pass that was recorded as a CUDA graph (on_cuda.py) serves all later ones of its kind, and of later calls.
@@ -17,7 +20,8 @@ import os
 import shutil
 import sys
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from itertools import accumulate
@@ -190,8 +194,9 @@ class DecodeState:
     cursor: int64 (B,), the step that each image is at. tokens: int64 (B, N + 1), in the layout's order and one to spare; those
     from the cursor's step on are drafts. noise: (B, N + 1). seen: bool (samples of the cache, rows), false where
     a condition row is padding. limits: int64 (steps + 1,), as in Window.
-    numbers: config.numbers, float32 (3,). spread: float32 (B, N + 1), that of the logits each token was drawn from.
-    guided: bool (N + 1,). known: int64 (B, N + 1), tokens that are not drawn but given, -1 elsewhere. added: (samples of the
+    numbers: config.numbers of each image, float32 (B, 3). groups: settings and the images whose operations on logits they
+    fix. spread: float32 (B, N + 1), that of the logits each token was drawn from.
+    guided: bool (B, N + 1). known: int64 (B, N + 1), tokens that are not drawn but given, -1 elsewhere. added: (samples of the
     cache, N + 1, dim), what is added to the row that predicts each token; None for a model without such conditions. All in the
     layout's order. draw: draw_race, or compiled_race().
     """
@@ -206,10 +211,11 @@ class DecodeState:
         self.tokens = torch.zeros(batch, layout.tokens + 1, dtype=torch.long, device=device)
         self.noise = {draw: torch.zeros_like(self.tokens, dtype=dtype) for draw, dtype in NOISE.items()}
         self.seen = torch.ones(len(cache.keys[0]), cache.rows, dtype=torch.bool, device=device)
-        self.numbers = torch.zeros(3, device=device)
+        self.numbers = torch.zeros(batch, 3, device=device)
+        self.groups: Sequence[tuple[SamplingConfig, slice | Tensor]] = ()
         self.draw: Callable[[Tensor, Tensor], Tensor] = draw_race
         self.spread = torch.zeros_like(self.tokens, dtype=torch.float32)
-        self.guided = torch.zeros(layout.tokens + 1, dtype=torch.bool, device=device)
+        self.guided = torch.zeros_like(self.tokens, dtype=torch.bool)
         self.known = torch.full_like(self.tokens, -1)
         self.added: Tensor | None = None
         if any(not condition.rows for condition in model.conditions.values()):
@@ -232,7 +238,7 @@ class DecodeState:
         noise: (B, N), or as much as is needed of it. prefix_mask: (R, T), nonzero where the condition row is real.
         known, added: (B, N) and (R, N, dim) in raster order.
         """
-        self.config, self.drafter = plan.config, drafter or draft_from_last
+        self.groups, self.drafter = [(plan.config, slice(None))], drafter or draft_from_last
         self.known.fill_(-1)
         if known is not None:
             self.known[:, :-1].copy_(known[:, self.order])
@@ -240,8 +246,7 @@ class DecodeState:
             self.added[: len(added), :-1] = added[:, self.order].to(self.added.dtype)
         if plan.window:
             self.limits.copy_(torch.tensor(plan.window.limits))
-            guided = [plan.config.guides(step.number) for step in plan.layout.passes]
-            self.guided.copy_(torch.tensor([*guided, False])[self.steps.step_of.cpu()])
+            self.guided.copy_(self.guided_tokens(plan.layout, plan.config))
         self.numbers.copy_(torch.tensor(plan.config.numbers))
         self.noise[plan.config.draw][:, : noise.shape[1]].copy_(noise)
         self.cursor.fill_(1)
@@ -251,9 +256,28 @@ class DecodeState:
         if prefix_mask is not None:
             self.seen[: len(prefix_mask), : prefix_mask.shape[1]] = prefix_mask.to(self.seen.device, torch.bool)
 
+    def guided_tokens(self, layout: Layout, config: SamplingConfig) -> Tensor:
+        """Return which tokens are guided, bool (N + 1,)."""
+        guided = [config.guides(step.number) for step in layout.passes]
+        return torch.tensor([*guided, False])[self.steps.step_of.cpu()].to(self.guided.device)
+
+    def last(self, count: int) -> "DecodeState":
+        """Return the state of the last `count` images, over the same memory."""
+        part, samples = copy(self), slice(self.batch - count, self.batch + count)
+        part.batch, part.seen, part.cache = count, self.seen[samples], self.cache.part(samples)
+        for name in ("cursor", "tokens", "numbers", "spread", "guided", "known"):
+            setattr(part, name, getattr(self, name)[self.batch - count :])
+        part.noise = {draw: noise[self.batch - count :] for draw, noise in self.noise.items()}
+        return part
+
     def places(self, first: Tensor, count: int) -> Tensor:
         """Return `count` places of tokens from first (B,) on, (B, count); what is past the end has the spare place."""
         return (first[:, None] + self.count[:count]).clamp(max=self.tokens.shape[1] - 1)
+
+
+def both(x: Tensor, streams: int) -> Tensor:
+    """Repeat what images have, (B, …), for their unconditional rows where there are two streams."""
+    return torch.cat([x, x.flip(0)]) if streams == 2 else x
 
 
 def take_pass(model: Transformer, state: DecodeState, kind: PassKind, decode: Decode) -> None:
@@ -262,23 +286,23 @@ def take_pass(model: Transformer, state: DecodeState, kind: PassKind, decode: De
     first_row, first = steps.first[state.cursor].unbind(1)
     outputs = state.places(first, kind.outputs)
     rows = (first_row[:, None] + state.count[: kind.rows]).clamp(max=len(steps.rows) - 1)
-    both = rows.repeat(kind.streams, 1)
-    places, fed, vectors, queries = steps.rows[both].unbind(2)
+    held = both(rows, kind.streams)
+    places, fed, vectors, queries = steps.rows[held].unbind(2)
     mask = None
     if kind.masked:
-        mask = steps.sees[:, : kind.length][both] & state.seen[:samples, None, : kind.length]
+        mask = steps.sees[:, : kind.length][held] & state.seen[:samples, None, : kind.length]
         mask = attention_bias(mask[:, None], state.cache.keys[0].dtype)
     reads = added = None
     if steps.readers is not None:
         reads = steps.readers[outputs].clone()
         reads[..., 0] = (reads[..., 0] - first_row[:, None, None]).clamp(0, kind.rows - 1)
-        reads = reads.repeat(kind.streams, 1, 1, 1)
+        reads = both(reads, kind.streams)
     if state.added is not None:
-        added = state.added[state.count[:samples, None], outputs.repeat(kind.streams, 1)]
+        added = state.added[state.count[:samples, None], both(outputs, kind.streams)]
     drafts = state.tokens.gather(1, outputs)
     logits = decode(
         model,
-        state.tokens.repeat(kind.streams, 1).gather(1, fed),
+        both(state.tokens, kind.streams).gather(1, fed),
         Rows(state.cache, places, kind.length),
         mask,
         vectors if steps.has_vectors else None,
@@ -304,14 +328,22 @@ def draw_tokens(logits: Tensor, state: DecodeState, guided: bool | None, outputs
     """
     conditional = logits[: state.batch]
     if guided is not False:
-        mixed = guide(conditional, logits[state.batch : 2 * state.batch], state.numbers[0])
-        conditional = mixed if guided else torch.where(state.guided[outputs][..., None], mixed, conditional)
-    noise = state.noise[state.config.draw].gather(1, outputs)
-    tokens = choose(conditional, state.config, noise, state.numbers, state.draw)
-    known = state.known.gather(1, outputs)
+        unconditional = logits[state.batch : 2 * state.batch].flip(0)
+        mixed = guide(conditional, unconditional, state.numbers[:, :1, None])
+        conditional = mixed if guided else torch.where(state.guided.gather(1, outputs)[..., None], mixed, conditional)
+    tokens, known = pick(conditional, state, outputs), state.known.gather(1, outputs)
     state.tokens.scatter_(1, outputs, torch.where(known >= 0, known, tokens))
     state.spread.scatter_(1, outputs, spread(conditional))
     return conditional
+
+
+def pick(logits: Tensor, state: DecodeState, places: Tensor) -> Tensor:
+    """Choose tokens for `places` (B, n) by each image's settings and noise, from logits (B, n, V), or (B, 1, V) for all places."""
+    tokens = torch.empty_like(places)
+    for config, images in state.groups:
+        noise = state.noise[config.draw][images].gather(1, places[images])
+        tokens[images] = choose(logits[images], config, noise, state.numbers[images, None], state.draw)
+    return tokens
 
 
 def draft_tokens(logits: Tensor, state: DecodeState, places: Tensor) -> None:
@@ -322,8 +354,7 @@ def draft_tokens(logits: Tensor, state: DecodeState, places: Tensor) -> None:
 
 def draft_from_last(state: DecodeState, logits: Tensor, places: Tensor) -> Tensor:
     """Draw each token with its own noise as if it were the window's last one: a Drafter."""
-    noise = state.noise[state.config.draw].gather(1, places)
-    return choose(logits, state.config, noise, state.numbers, state.draw).expand_as(places)
+    return pick(logits, state, places)
 
 
 def as_drafted(state: DecodeState, logits: Tensor, places: Tensor) -> Tensor:

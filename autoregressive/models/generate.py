@@ -169,10 +169,7 @@ def generate(
         dtype = torch.get_autocast_dtype(device.type)
     with sampling_mode(model), sampling_mode(draft_model) if draft_model else nullcontext():
         if config.guided:
-            if emb_masks is None and negative_masks is not None:
-                emb_masks = torch.ones_like(negative_masks)
-            if emb_masks is not None:
-                emb_masks = torch.cat([emb_masks, emb_masks if negative_masks is None else negative_masks])
+            emb_masks = masks_with_nulls(emb_masks, negative_masks)
         samples = batch * (2 if config.guided else 1)
         cache, here = cache_for(model, samples, device, dtype), machine(device)
         recorded = compile and here.records(device) and not torch.is_autocast_enabled(device.type)
@@ -251,9 +248,18 @@ def generate(
 
 
 def with_nulls(model: Transformer, values: dict[str, Tensor], negatives: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the conditions of both streams of guidance: the values, then what it leads away from."""
+    """Return the conditions of both streams of guidance: the values, then what it leads away from, in reversed order."""
     nulls = {name: model.conditions[name].null(value) for name, value in values.items()} | negatives
-    return {name: torch.cat([value, nulls[name]]) for name, value in values.items()}
+    return {name: torch.cat([value, nulls[name].flip(0)]) for name, value in values.items()}
+
+
+def masks_with_nulls(emb_masks: Tensor | None, negative_masks: Tensor | None) -> Tensor | None:
+    """Return the masks of both streams, in the order of with_nulls; None where all rows are real."""
+    if emb_masks is None and negative_masks is not None:
+        emb_masks = torch.ones_like(negative_masks)
+    if emb_masks is None:
+        return None
+    return torch.cat([emb_masks, (emb_masks if negative_masks is None else negative_masks).flip(0)])
 
 
 def check_draft_model(draft: Transformer, model: Transformer) -> None:

@@ -4,6 +4,8 @@ cache = StaticCache(layers=12, batch=16, heads=12, rows=257, head_dim=64, device
 k, v = cache.update(layer, positions, k, v, length)      # the first `length` rows, the new ones included
 """
 
+from copy import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +29,12 @@ class StaticCache:
         """Tell whether `batch` samples of this kind go in."""
         keys = self.keys[0]
         return len(keys) >= batch and keys.device == device and keys.dtype == dtype
+
+    def part(self, samples: slice) -> "StaticCache":
+        """Return the cache of some samples, over the same memory, until the next `lay_out`."""
+        part = copy(self)
+        part.keys, part.values = ([tensor[samples] for tensor in tensors] for tensors in (self.keys, self.values))
+        return part
 
     def lay_out(self, length: int) -> None:
         """Puts the first `length` rows of all samples and heads side by side, without the gap of those not reached yet.

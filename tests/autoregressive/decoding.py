@@ -14,16 +14,16 @@ class Recording:
 
     def __init__(self, step, pool, stream):
         self.step, self.state = step, step.args[1]
-        self.config = self.state.config
+        self.groups = self.state.groups
         Recording.made += 1
 
     def pool(self):
         return 0, 1
 
     def replay(self):
-        now, self.state.config = self.state.config, self.config
+        now, self.state.groups = self.state.groups, self.groups
         self.step()
-        self.state.config = now
+        self.state.groups = now
 
 
 class Pairs(Layout):
