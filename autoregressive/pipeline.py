@@ -507,49 +507,55 @@ class ImagePipeline:
         The requests have equal sampling settings. tokens: as generate's max_new_tokens.
         Raises NotFiniteLogits where some of the images were drawn from logits that are not finite.
         """
-        gpt, count = self.gpt, len(requests)
-        own = range(count)
-        rows = [*own, *[count - 1] * self._padding(count)]  # the last image fills the batch
-        values, masks, negatives, negative_masks = {}, {}, {}, {}
-        for name, condition in gpt.conditions.items():
-            values[name], masks[name] = condition.stack([requests[i].conditions[name] for i in rows], self.left_padding)
-            negative_masks[name] = masks[name]
-            given = [row for row, i in enumerate(rows) if name in requests[i].negative]
-            if given:
-                chosen = [requests[rows[row]].negative[name] for row in given]
-                negatives[name] = condition.null(values[name]).clone()
-                negatives[name][given], chosen_masks = condition.stack(chosen, self.left_padding)
-                if chosen_masks is not None:
-                    negative_masks[name] = masks[name].clone()
-                    negative_masks[name][given] = chosen_masks
-        known = [requests[i].known for i in rows]
-        if all(each is None for each in known):
-            known = None
-        else:
-            whole = torch.full((gpt.layout.tokens,), -1)
-            known = torch.stack([whole if each is None else torch.as_tensor(each) for each in known])
-        draw, tokens_drawn = requests[0].sampling.draw, gpt.layout.tokens
-        noise = torch.cat([image_noise(requests[i].seed, [requests[i].index], tokens_drawn, draw) for i in rows])
+        count = len(requests)
+        rows = [*requests, *requests[-1:] * self._padding(count)]  # the last image fills the batch
+        sampling = requests[0].sampling
         try:
             return generate(
-                gpt,
-                values,
-                tokens,
-                _prefix_mask(values, masks, gpt.conditions),
-                known=known,
-                negative=negatives or None,
-                negative_masks=_prefix_mask(values, negative_masks, gpt.conditions) if negatives else None,
-                noise=noise,
+                self.gpt,
+                max_new_tokens=tokens,
+                **self.inputs(rows),
+                noise=torch.stack([self.noise(request) for request in rows]),
                 window=self.window,
                 draft_model=self.draft_gpt,
                 compile=self.compile,
                 on_step=on_step,
-                **vars(requests[0].sampling),
+                **vars(sampling),
             )[:count]
         except NotFiniteLogits as error:
             if found := error.of(slice(count)):
                 raise found from None
             return error.tokens[:count]  # only the padding is broken
+
+    def noise(self, request: Request) -> Tensor:
+        """Return the noise of a request's image, (N,)."""
+        return image_noise(request.seed, [request.index], self.gpt.layout.tokens, request.sampling.draw)[0]
+
+    def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """Return what `generate` and slots take of requests that `read` returned, besides settings and noise."""
+        values, masks, negatives, negative_masks = {}, {}, {}, {}
+        for name, condition in self.gpt.conditions.items():
+            values[name], masks[name] = condition.stack([each.conditions[name] for each in requests], self.left_padding)
+            negative_masks[name] = masks[name]
+            given = [row for row, each in enumerate(requests) if name in each.negative]
+            if given:
+                chosen = [requests[row].negative[name] for row in given]
+                negatives[name] = condition.null(values[name]).clone()
+                negatives[name][given], chosen_masks = condition.stack(chosen, self.left_padding)
+                if chosen_masks is not None:
+                    negative_masks[name] = masks[name].clone()
+                    negative_masks[name][given] = chosen_masks
+        known = None
+        if any(each.known is not None for each in requests):
+            whole = torch.full((self.gpt.layout.tokens,), -1)
+            known = torch.stack([whole if each.known is None else torch.as_tensor(each.known) for each in requests])
+        return {
+            "cond": values,
+            "emb_masks": _prefix_mask(values, masks, self.gpt.conditions),
+            "known": known,
+            "negative": negatives or None,
+            "negative_masks": _prefix_mask(values, negative_masks, self.gpt.conditions) if negatives else None,
+        }
 
     @torch.inference_mode()
     def encode_image(self, image: Image.Image) -> Tensor:

@@ -22,9 +22,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 
-from utils.cli import CFG_SCALE, SHARE, flag_parser, nonnegative_float, nonnegative_int, positive_int
+from utils.cli import CFG_SCALE, SHARE, flag_parser, nonnegative_float, nonnegative_int, positive_float, positive_int
 
 ROOT = Path(__file__).parent.parent
 IMAGES = "/v1/images/generations"
@@ -53,12 +55,13 @@ async def run_load(
     *,
     bursts: int = 4,
     pause: float = 1.0,
+    rate: float | None = None,
     hang_up: float = 0.0,
     attempts: int = 1,
     longest_wait: float = 60.0,
     timeout: float = 600.0,
 ) -> list[Outcome]:
-    """Asks for each body, in bursts with `pause` seconds between them.
+    """Asks for each body, in bursts with `pause` seconds between them, or as a Poisson process of `rate` requests a second.
 
     hang_up: the share of clients that leave while they wait. attempts: how often one comes before 429 is the last word.
     longest_wait: seconds between attempts, where the server says more. timeout: seconds without an
@@ -70,11 +73,15 @@ async def run_load(
     leaving = set(chance.sample(range(len(bodies)), round(hang_up * len(bodies))))
     patience = {number: chance.uniform(0.02, 0.5) for number in leaving}
     per_burst = -(-len(bodies) // bursts)
+    gaps = random.Random(1)
+    times = [number // per_burst * pause for number in range(len(bodies))]
+    if rate:
+        times = [*accumulate(gaps.expovariate(rate) for _ in bodies)]
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
 
     async def ask(client: httpx.AsyncClient, number: int) -> Outcome:
         outcome = Outcome(number)
-        await asyncio.sleep(number // per_burst * pause)
+        await asyncio.sleep(times[number])
         began = time.monotonic()
         for attempt in range(attempts):
             outcome.begun_at = time.monotonic()
@@ -174,9 +181,9 @@ def table(outcomes: Sequence[Outcome], images: int, seconds: float) -> str:
     others = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items(), key=str)) or "none"
     refused = sum(outcome.refused + (outcome.status == 429) for outcome in outcomes)
     return (
-        "| requests | answered | p50 s | p95 s | images/s | answers of 429 | not answered with an image |\n"
-        "|---|---|---|---|---|---|---|\n"
-        f"| {len(outcomes)} | {len(done)} | {percentile(done, 0.5):.2f} | {percentile(done, 0.95):.2f} | "
+        "| requests | answered | mean s | p50 s | p95 s | images/s | answers of 429 | not answered with an image |\n"
+        "|---|---|---|---|---|---|---|---|\n"
+        f"| {len(outcomes)} | {len(done)} | {fmean(done or [float('nan')]):.2f} | {percentile(done, 0.5):.2f} | {percentile(done, 0.95):.2f} | "
         f"{len(done) * images / seconds:.2f} | {refused} | {others} |"
     )
 
@@ -202,14 +209,17 @@ def make_bodies(url: str, args: argparse.Namespace) -> list[dict]:
     import httpx
 
     (model,) = httpx.get(f"{url}/v1/models").json()["data"]
-    common = {"n": args.n, "guidance_scale": args.cfg_scale}
+    common = {"n": args.n}
 
     def asked(number: int) -> dict:
         if model["kind"] == "t2i":
             return {"prompt": f"a picture of {number} boats"}
         return {"class_label": number % model["num_classes"]}
 
-    return [{**asked(i), "seed": i * args.n, **common} for i in range(args.requests)]
+    return [
+        {**asked(i), "seed": i * args.n, **common, "guidance_scale": args.cfg_scale + i % args.settings / 2}
+        for i in range(args.requests)
+    ]
 
 
 def report(url: str, args: argparse.Namespace, bodies: list[dict]) -> None:
@@ -217,10 +227,19 @@ def report(url: str, args: argparse.Namespace, bodies: list[dict]) -> None:
     asyncio.run(run_load(url, bodies[: args.warmup], bursts=1))
     began = time.monotonic()
     outcomes = asyncio.run(
-        run_load(url, bodies, bursts=args.bursts, pause=args.pause, hang_up=args.hang_up, attempts=args.attempts)
+        run_load(
+            url,
+            bodies,
+            bursts=args.bursts,
+            pause=args.pause,
+            rate=args.rate,
+            hang_up=args.hang_up,
+            attempts=args.attempts,
+        )
     )
+    coming = f"{args.rate:g} a second, at random," if args.rate else f"in {args.bursts} bursts {args.pause:g} s apart,"
     print(
-        f"{args.requests} requests of {args.n} image{'s' * (args.n > 1)} in {args.bursts} bursts {args.pause:g} s apart, "
+        f"{args.requests} requests of {args.n} image{'s' * (args.n > 1)} {coming} {args.settings} kinds of settings, "
         f"guidance {args.cfg_scale:g}, {args.hang_up:.0%} hang up"
     )
     print(table(outcomes, args.n, time.monotonic() - began))
@@ -233,6 +252,9 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--requests", type=positive_int, default=200, help="in all")
     parser.add_argument("--bursts", type=positive_int, default=4, help="in how many bursts they come")
     parser.add_argument("--pause", type=nonnegative_float, default=5.0, help="seconds between the bursts")
+    help = "requests a second that come one by one, at random (a Poisson process), in place of bursts"
+    parser.add_argument("--rate", type=positive_float, default=None, help=help)
+    parser.add_argument("--settings", type=positive_int, default=1, help="so many guidance scales in turn")
     parser.add_argument("--hang-up", type=SHARE, default=0.1, help="the share of clients that leave while they wait")
     parser.add_argument("--attempts", type=positive_int, default=1, help="how often a client comes that gets 429")
     parser.add_argument("--n", type=positive_int, default=1, help="images of a request")

@@ -201,6 +201,8 @@ class DecodeState:
     layout's order. draw: draw_race, or compiled_race().
     """
 
+    OF_IMAGES = ("cursor", "tokens", "numbers", "spread", "guided", "known")
+
     def __init__(self, model: Transformer, cache: StaticCache, batch: int):
         layout, device = model.layout, cache.keys[0].device
         self.order = layout.order.to(device)
@@ -265,7 +267,7 @@ class DecodeState:
         """Return the state of the last `count` images, over the same memory."""
         part, samples = copy(self), slice(self.batch - count, self.batch + count)
         part.batch, part.seen, part.cache = count, self.seen[samples], self.cache.part(samples)
-        for name in ("cursor", "tokens", "numbers", "spread", "guided", "known"):
+        for name in self.OF_IMAGES:
             setattr(part, name, getattr(self, name)[self.batch - count :])
         part.noise = {draw: noise[self.batch - count :] for draw, noise in self.noise.items()}
         return part
@@ -278,6 +280,11 @@ class DecodeState:
 def both(x: Tensor, streams: int) -> Tensor:
     """Repeat what images have, (B, …), for their unconditional rows where there are two streams."""
     return torch.cat([x, x.flip(0)]) if streams == 2 else x
+
+
+def in_order(logits: Tensor, images: int) -> Tensor:
+    """Put the logits of unconditional rows, where there are some, in the order of their images."""
+    return logits if len(logits) == images else torch.cat([logits[:images], logits[images:].flip(0)])
 
 
 def take_pass(model: Transformer, state: DecodeState, kind: PassKind, decode: Decode) -> None:
@@ -310,7 +317,7 @@ def take_pass(model: Transformer, state: DecodeState, kind: PassKind, decode: De
         reads,
         added,
     )
-    logits = draw_tokens(logits, state, kind.guided, outputs)
+    logits = draw_tokens(in_order(logits, state.batch), state, kind.guided, outputs)
     if not kind.window:
         state.cursor += 1
         return
@@ -328,8 +335,7 @@ def draw_tokens(logits: Tensor, state: DecodeState, guided: bool | None, outputs
     """
     conditional = logits[: state.batch]
     if guided is not False:
-        unconditional = logits[state.batch : 2 * state.batch].flip(0)
-        mixed = guide(conditional, unconditional, state.numbers[:, :1, None])
+        mixed = guide(conditional, logits[state.batch : 2 * state.batch], state.numbers[:, :1, None])
         conditional = mixed if guided else torch.where(state.guided.gather(1, outputs)[..., None], mixed, conditional)
     tokens, known = pick(conditional, state, outputs), state.known.gather(1, outputs)
     state.tokens.scatter_(1, outputs, torch.where(known >= 0, known, tokens))

@@ -373,4 +373,4 @@ def prefill(model: Transformer, conditions: Tensor, state: DecodeState, emb_mask
     positions = torch.arange(rows, device=h.device)
     h = model.decode(h, Rows(state.cache, positions, rows), mask, causal=mask is None)
     reads = None if step.reads is None else torch.tensor(step.reads, device=h.device).expand(len(h), -1, -1, -1)
-    return model.head(h, reads)
+    return decode_step.in_order(model.head(h, reads), state.batch)

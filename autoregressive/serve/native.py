@@ -1,23 +1,28 @@
-"""The engine that needs nothing but torch: requests gathered into micro-batches of ImagePipeline, in one thread.
+"""The engine that needs nothing but torch: requests share the decode passes of one thread.
 
     engine = NativeEngine(pipeline, "c2i_L_384")
     async with aclosing(engine.generate(Request({"label": 207}))) as tokens:
         async for so_far in tokens: ...
 
-A micro-batch is of requests with equal sampling settings, in the order in which they came, and is drawn to its end. A
-request's image is that of `pipeline([label], seed=request.seed, …)`, whatever it was drawn with.
+On a CPU the engine has as many slots as the pipeline has images in a batch, and a request enters a free one before any
+decode pass, whatever its settings (models/slots.py). Elsewhere a micro-batch is of requests with equal sampling settings, in
+the order in which they came, and is drawn to its end. A request's image is that of `pipeline([label], seed=request.seed, …)`,
+whatever it was drawn with.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from autoregressive.models.sampling import NotFiniteLogits
-from autoregressive.pipeline import ImagePipeline
+from autoregressive.models.slots import Slots, plan_for_slots
+from autoregressive.pipeline import ImagePipeline, OnStep
 from autoregressive.request import Request
 from autoregressive.serve.engine import model_info
 
@@ -25,6 +30,9 @@ log = logging.getLogger(__name__)
 
 # A decode step ends sooner; a worker that takes longer hangs, and is left to the end of the process.
 SECONDS_TO_CLOSE = 30
+
+# After so long the worker takes up what else waits for it, such as prompts to encode.
+SECONDS_AT_ONCE = 0.1
 
 
 class _Abandoned(Exception):
@@ -43,8 +51,9 @@ class _Job:
 class NativeEngine:
     """Serves a pipeline (engine.py tells what an engine is), in one event loop. The pipeline is its alone until it is closed.
 
-    name: of the model. gather: seconds that a request waits for others to be drawn with. thread: the worker.
-    A request that is closed early is not begun; of a micro-batch that runs, the rest is skipped once all are closed.
+    name: of the model. gather: seconds that a request waits for others to be drawn with, where there are no slots. thread: the
+    worker. slots: None where a batch is drawn to its end. A request that is closed early is not begun, or leaves its slot
+    before the next pass; of a micro-batch that runs, the rest is skipped once all are closed.
     """
 
     def __init__(self, pipeline: ImagePipeline, name: str = "native", gather: float = 0.005):
@@ -55,9 +64,12 @@ class NativeEngine:
         self.info = model_info(pipeline.gpt, name, pipeline.image_size)
         self.pipeline = pipeline
         self.dead = False
+        plan = None if pipeline.compile else plan_for_slots(pipeline.gpt)
+        self.slots = plan and Slots(pipeline.gpt, pipeline.batch_size, plan, pipeline.window)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="native engine")
         self._gather = gather
         self._waiting: list[_Job] = []
+        self._in_slots: dict[int, _Job] = {}
         self._gathering: asyncio.Task | None = None
 
     def check(self, request: Request) -> None:
@@ -80,7 +92,7 @@ class NativeEngine:
                 yield tokens
         finally:
             job.closed = True
-            if job in self._waiting:
+            with suppress(ValueError):  # the worker took it
                 self._waiting.remove(job)
 
     async def close(self) -> None:
@@ -91,11 +103,13 @@ class NativeEngine:
         self.thread.shutdown(wait=False, cancel_futures=True)
         if self._gathering and (await asyncio.wait([self._gathering], timeout=SECONDS_TO_CLOSE))[1]:
             log.error(f"the native engine's worker has hung for {SECONDS_TO_CLOSE} s and is left behind")
-        for job in self._waiting:
+        for job in (*self._waiting, *self._in_slots.values()):
             job.news.put_nowait(RuntimeError("the engine was closed"))
 
     async def _draw_what_waits(self) -> None:
         loop = asyncio.get_running_loop()
+        while self.slots and (self._waiting or self._in_slots) and not self.dead:
+            await loop.run_in_executor(self.thread, self._draw_in_slots, loop)
         while self._waiting and not self.dead:
             if len(self._waiting) < self.pipeline.batch_size:
                 await asyncio.sleep(self._gather)
@@ -109,8 +123,63 @@ class NativeEngine:
                     job.news.put_nowait(result)
         self._gathering = None
 
+    def _draw_in_slots(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take passes in the worker for a while."""
+
+        def tell(job: _Job, news: list[int] | Exception) -> None:
+            loop.call_soon_threadsafe(job.news.put_nowait, news)
+
+        try:
+            with self.slots.drawing():
+                broken = self._take_passes(tell)
+        except Exception as error:  # whatever it is, the next images may do well
+            log.exception("a decode pass failed")
+            for job in self._in_slots.values():
+                tell(job, RuntimeError(f"drawing failed: {error}"))
+            self._in_slots.clear()
+            self.slots.clear()
+            return
+        for job in broken:  # perhaps by a draft alone
+            tell(job, self._results([job], None)[0])
+
+    def _take_passes(self, tell: Callable[[_Job, list[int] | Exception], None]) -> list[_Job]:
+        """Take passes until no slot has an image, some logits are not finite, or it is time for others to use the worker.
+
+        Returns the requests with such logits.
+        """
+        slots, jobs, layout = self.slots, self._in_slots, self.pipeline.gpt.layout
+        broken: list[_Job] = []
+        until = time.monotonic() + SECONDS_AT_ONCE
+        while not (broken or self.dead) and time.monotonic() < until:
+            entering: dict[int, _Job] = {}
+            for slot in slots.free:
+                with suppress(IndexError):  # none waits
+                    entering[slot] = self._waiting.pop(0)
+            if entering:
+                jobs |= entering
+                requests = [job.request for job in entering.values()]
+                noise = [self.pipeline.noise(request) for request in requests]
+                configs = [request.sampling for request in requests]
+                slots.admit([*entering], configs, noise, **self.pipeline.inputs(requests))
+            if not jobs:
+                break
+            before = {slot: slots.done(slot) // layout.grid_size for slot in jobs}
+            slots.take_pass()
+            for slot, job in list(jobs.items()):
+                done, rows = slots.done(slot), slots.done(slot) // layout.grid_size
+                if job.closed or done == self.info.tokens:
+                    tokens = slots.tokens(slot).tolist()
+                    del jobs[slot]
+                    if not slots.release(slot):
+                        broken.append(job)
+                    elif not job.closed:
+                        tell(job, tokens)
+                elif rows > before[slot] or not layout.is_raster:
+                    tell(job, slots.tokens(slot)[: rows * layout.grid_size].tolist() if layout.is_raster else [])
+        return [job for job in broken if not job.closed]
+
     def _draw(self, batch: list[_Job], loop: asyncio.AbstractEventLoop) -> list[list[int] | Exception]:
-        """Draw a micro-batch in the worker. Returns each image's tokens, or its error."""
+        """Draw a micro-batch in the worker and tell of its rows. Returns each image's tokens, or its error."""
         layout = self.pipeline.gpt.layout
 
         rows_shown = 0
@@ -127,6 +196,10 @@ class NativeEngine:
                 for job, so_far in zip(batch, shown):
                     loop.call_soon_threadsafe(job.news.put_nowait, so_far)
 
+        return self._results(batch, on_step)
+
+    def _results(self, batch: list[_Job], on_step: OnStep | None) -> list[list[int] | Exception]:
+        """Return the tokens of each image of a batch, or its error."""
         try:
             return self.pipeline.draw([job.request for job in batch], on_step=on_step).tolist()
         except _Abandoned:

@@ -5,7 +5,7 @@ python3 -m autoregressive.serve.server --gpt-ckpt c2i_L_384.pt --vq-ckpt vq_ds16
 curl localhost:8000/v1/images/generations -H 'Content-Type: application/json' -H 'Accept: image/png' \\
   -d '{"prompt": "golden retriever", "seed": 1}' > dog.png
 
---engine vllm draws through vLLM (continuous batching), --engine native through ImagePipeline, where vLLM is not installed.
+--engine vllm draws through vLLM, --engine native through this project's own decode loop, where vLLM is not installed.
 SIGTERM or SIGINT: what was accepted is finished, new requests get 503, then the server ends with code 0, at the latest
 --timeout and a minute after the signal (then with code 1). While the model is loaded it ends at once, with code 0. A second
 signal ends it at once as that signal does (143 or 130 in a shell).

@@ -129,8 +129,8 @@ def test_record_uses_a_stream_of_the_models_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **more: asked.update(more) or contextlib.nullcontext())
-    config = SimpleNamespace(operations=())
-    graphs = StepGraphs(tiny(), SimpleNamespace(config=config, tokens=SimpleNamespace(device=CUDA)))
+    groups = [(SimpleNamespace(operations=()), slice(None))]
+    graphs = StepGraphs(tiny(), SimpleNamespace(groups=groups, tokens=SimpleNamespace(device=CUDA)))
     for _ in range(2):
         graphs.run("a kind", lambda: None)
     assert asked["stream"] == "a stream of cuda:1"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from autoregressive.models.sampling import NotFiniteLogits
+from autoregressive.models.slots import Slots
 from autoregressive.pipeline import ImagePipeline, load_gpt
 from autoregressive.request import Request
 from autoregressive.serve import native
@@ -122,37 +123,119 @@ def test_requests_that_are_refused(raster, request_, message):
     asyncio.run(main())
 
 
-def test_a_closed_request_gives_its_place_up(raster, monkeypatch):
-    """Of requests that are closed early, waiting ones are not begun, and a batch of closed ones ends early."""
+@pytest.fixture
+def without_slots(monkeypatch):
+    """Engines that draw a batch to its end, as on an accelerator."""
+    monkeypatch.setattr(native, "plan_for_slots", lambda gpt: None)
+
+
+@pytest.mark.slow
+def test_images_of_batches_are_the_pipelines(raster, without_slots):
+    for request, tokens in zip(MIXED, serve(raster, MIXED), strict=True):
+        assert np.array_equal(decoded(raster, tokens[-1]), by_pipeline(raster, request)), request
+
+
+@pytest.mark.parametrize("window, dtype", [(0, torch.bfloat16), (6, torch.float32), ("auto", torch.float32)])
+def test_images_that_come_and_go_are_the_pipelines(small_files, tokenizer, window, dtype):
+    """Requests enter while others are drawn, some leave early, and the settings differ."""
+    gpt = load_gpt(small_files.gpt, image_size=32, downsample_size=4, dtype=dtype)
+    pipeline = ImagePipeline(gpt, tokenizer, window=window)
+    requests = [*MIXED[:8], *(image(label=i, seed=i, cfg_scale=2.0, cfg_interval=20) for i in range(4))]
+
+    async def main():
+        engine = NativeEngine(pipeline)
+
+        async def one(number):
+            await asyncio.sleep(number * 0.03)
+            async with aclosing(engine.generate(requests[number])) as answers:
+                return [tokens async for tokens in answers][-1] if number % 4 != 3 else await anext(answers) and None
+
+        found = await asyncio.gather(*map(one, range(len(requests))))
+        await engine.close()
+        return found
+
+    for request, tokens in zip(requests, asyncio.run(main()), strict=True):
+        assert tokens is None or np.array_equal(decoded(pipeline, tokens), by_pipeline(pipeline, request)), request
+
+
+def test_request_that_comes_during_a_drawing_is_not_kept_waiting(raster, monkeypatch):
+    """It enters a free slot: both images are in the decode passes at the same time."""
+    together = []
+    take_pass = Slots.take_pass
+
+    def counted(slots):
+        together.append(slots.count - len(slots.free))
+        take_pass(slots)
+
+    monkeypatch.setattr(Slots, "take_pass", counted)
+
+    async def main():
+        engine = NativeEngine(raster)
+        async with aclosing(engine.generate(image(label=1))) as first:
+            await anext(first)
+            [_ async for _ in engine.generate(image(label=2, cfg_scale=3.0, top_k=5))]
+            [_ async for _ in first]
+        await engine.close()
+
+    asyncio.run(main())
+    assert together[0] == 1 and 2 in together
+
+
+def test_a_closed_request_gives_its_slot_up(raster, monkeypatch):
+    """Of requests that are closed early, waiting ones are not begun, and one that runs leaves its slot."""
+    admitted, passes = [], []
+    admit, take_pass = Slots.admit, Slots.take_pass
+    monkeypatch.setattr(
+        Slots,
+        "admit",
+        lambda slots, given, *more, **named: (admitted.extend(given), admit(slots, given, *more, **named)),
+    )
+    monkeypatch.setattr(Slots, "take_pass", lambda slots: (passes.append(0), take_pass(slots)))
+
+    async def main():
+        engine = NativeEngine(raster)
+        running = [engine.generate(image(label=i, cfg_scale=2.0)) for i in range(4)]
+        await asyncio.gather(*map(anext, running))
+        waiting = asyncio.create_task(anext(engine.generate(image(label=9))))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.gather(*(each.aclose() for each in running))
+        last = [tokens async for tokens in engine.generate(image(label=3, seed=4))][-1]
+        await engine.close()
+        assert len(engine.slots.free) == 4
+        return last
+
+    last = asyncio.run(main())
+    assert len(admitted) == 5 and len(passes) < 2 * 63
+    monkeypatch.undo()
+    assert np.array_equal(decoded(raster, last), by_pipeline(raster, image(label=3, seed=4)))
+
+
+def test_a_batch_of_closed_requests_ends_early(raster, without_slots, monkeypatch):
     steps = []
     draw = raster.draw
 
-    def counted(cond, on_step, **more):
+    def counted(requests, on_step):
         steps.append(0)
 
         def count(done, tokens):
             steps[-1] = done
             on_step(done, tokens)
 
-        return draw(cond, on_step=count, **more)
+        return draw(requests, on_step=count)
 
     monkeypatch.setattr(raster, "draw", counted)
 
     async def main():
-        engine = NativeEngine(raster, gather=0.05)
-        waiting = asyncio.create_task(anext(engine.generate(image(label=2))))
-        await asyncio.sleep(0)
-        waiting.cancel()
+        engine = NativeEngine(raster)
         async with aclosing(engine.generate(image(label=1))) as running:
             await anext(running)
         last = [tokens async for tokens in engine.generate(image(label=3, seed=4))][-1]
         await engine.close()
         return last
 
-    last = asyncio.run(main())
+    assert len(asyncio.run(main())) == 64
     assert len(steps) == 2 and steps[0] < 64 and steps[1] == 64
-    monkeypatch.undo()
-    assert np.array_equal(decoded(raster, last), by_pipeline(raster, image(label=3, seed=4)))
 
 
 def test_closing_ends_what_runs_and_what_waits(raster):
@@ -160,7 +243,11 @@ def test_closing_ends_what_runs_and_what_waits(raster):
         engine = NativeEngine(raster)
         running = engine.generate(image(label=1))
         await anext(running)
-        waiting = asyncio.create_task(anext(engine.generate(image(label=2, top_k=3))))
+
+        async def whole(request):
+            return [tokens async for tokens in engine.generate(request)]
+
+        waiting = asyncio.create_task(whole(image(label=2, top_k=3)))
         await asyncio.sleep(0.01)
         await engine.close()
         with pytest.raises(RuntimeError, match="closed"):
@@ -179,7 +266,7 @@ def test_closing_ends_what_runs_and_what_waits(raster):
 
 def test_closing_an_engine_whose_worker_hangs_ends(raster, monkeypatch, caplog):
     held = threading.Event()
-    monkeypatch.setattr(raster, "draw", lambda *_, **__: held.wait(60))
+    monkeypatch.setattr(Slots, "take_pass", lambda slots: held.wait(60))
     monkeypatch.setattr(native, "SECONDS_TO_CLOSE", 0.2)
 
     async def main():
@@ -220,14 +307,18 @@ def test_decoder_with_one_broken_image_decodes_the_others_of_its_batch(raster):
     assert isinstance(broken, NotFiniteError) and "1 of 1 images" in str(broken)
 
 
-def test_a_batch_that_fails_leaves_the_next_alone(raster, monkeypatch):
-    draw = raster.draw
+@pytest.mark.parametrize("owner, name", [("slots", "admit"), ("slots", "take_pass"), ("pipeline", "draw")])
+def test_a_failure_leaves_the_next_request_alone(raster, monkeypatch, owner, name):
+    if owner == "pipeline":
+        monkeypatch.setattr(native, "plan_for_slots", lambda gpt: None)
+    place = raster if owner == "pipeline" else Slots
+    whole = getattr(place, name)
 
     def fails_once(*args, **more):
-        monkeypatch.setattr(raster, "draw", draw)
+        monkeypatch.setattr(place, name, whole)
         raise MemoryError("no memory left")
 
-    monkeypatch.setattr(raster, "draw", fails_once)
+    monkeypatch.setattr(place, name, fails_once)
 
     async def main():
         engine = NativeEngine(raster)
