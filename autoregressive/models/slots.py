@@ -131,7 +131,9 @@ class Slots:
         logits = prefill(self.model, conditions, part, masks)
         first = layout.passes[0].outputs.stop
         logits = decode_step.draw_tokens(logits, part, None, part.count[:first].expand(len(slots), -1))
-        behind = part.places(torch.full((len(slots),), first), self._plan(len(slots), 2).window.outputs)
+        window = self._plan(len(slots), 2).window
+        assert window
+        behind = part.places(torch.full((len(slots),), first), window.outputs)
         part.drafter = draft_from_last
         decode_step.draft_tokens(logits, part, behind)
         state.tokens[index], state.spread[index], state.cursor[index] = part.tokens, part.spread, 1
@@ -159,6 +161,7 @@ class Slots:
         count = self.count - min(running)
         streams = 2 if any(cursor <= self.last_guided[slot] for slot, cursor in running.items()) else 1
         plan = self._plan(count, streams)
+        assert plan.window
         kind = plan.kind(min(running.values()), max(running.values()))
         kind = replace(kind, streams=streams, guided=None if streams == 2 else False)
         if plan.stride > 1:  # the cache grows until no image is in flight: each other length would move all of it
@@ -197,9 +200,9 @@ class Slots:
 
 def groups(configs: Sequence[SamplingConfig | None]) -> list[tuple[SamplingConfig, slice | Tensor]]:
     """Group images by the operations on their logits. Returns settings and images of each group; None stands for no image."""
-    found: dict[tuple, list[int]] = {}
+    found: dict[tuple, tuple[SamplingConfig, list[int]]] = {}
     for image, config in enumerate(configs):
         if config is not None:
-            found.setdefault(config.operations, []).append(image)
+            found.setdefault(config.operations, (config, []))[1].append(image)
     one = len(found) == 1  # those without an image are computed with it
-    return [(configs[images[0]], slice(None) if one else torch.tensor(images)) for images in found.values()]
+    return [(config, slice(None) if one else torch.tensor(images)) for config, images in found.values()]
