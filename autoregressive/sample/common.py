@@ -220,7 +220,7 @@ def build_pipeline(
             find_checkpoint(args.draft_gpt),
             device=device,
             dtype=weights_dtype(args.precision, device),
-            image_size=gpt.layout.grid_size * tokenizer.downsample,
+            untold_image_size=gpt.layout.grid_size * tokenizer.downsample,
             downsample_size=tokenizer.downsample,
         )
     pipeline = ImagePipeline(
