@@ -7,26 +7,19 @@ A row of pixels appears when the codes it stands on are drawn. The ending of --o
 """
 
 import argparse
-from pathlib import Path
 
 from autoregressive.sample.flags import grid_flags
 from utils.cli import add_batch_size_flag, add_quantize_flag, positive_int, run_script
 
-FORMATS = (".gif", ".png", ".webp")
-
 
 def main(args: argparse.Namespace) -> None:
     import numpy as np
-    from PIL import Image
 
     from autoregressive.sample.common import build_pipeline, class_requests, labels_to_draw
     from utils.distributed import pick_device
-    from utils.files import atomic_write
-    from utils.images import make_grid
+    from utils.images import animation_format, make_grid, save_animation
 
-    ending = Path(args.output).suffix
-    if ending not in FORMATS:
-        raise ValueError(f"--output {args.output} is no animation: give a name that ends in {', '.join(FORMATS)}")
+    animation_format(args.output)
     pipeline, _, _ = build_pipeline(args, pick_device(args.device), args.batch_size)
     order, side = pipeline.gpt.args.identity["layout"]["name"], pipeline.gpt.layout.grid_size
     if order != "raster":
@@ -39,13 +32,8 @@ def main(args: argparse.Namespace) -> None:
         shown = images.copy()
         shown[:, height * row // side :] = 235
         grid = make_grid(shown, columns=args.columns)
-        frames.append(
-            Image.fromarray(grid).resize((grid.shape[1] * args.scale, grid.shape[0] * args.scale), Image.NEAREST)
-        )
-    times = [args.milliseconds] * side + [12 * args.milliseconds]
-    with atomic_write(args.output) as f:
-        options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
-        frames[0].save(f, format=ending[1:], lossless=True, **options)  # a GIF has 256 colours a frame
+        frames.append(grid.repeat(args.scale, axis=0).repeat(args.scale, axis=1))
+    save_animation(frames, args.output, args.milliseconds, 12 * args.milliseconds)
     print(f"wrote {args.output}: {len(images)} images in {len(frames)} frames")
 
 

@@ -1,10 +1,14 @@
-"""tools/draw_rows.py: images that appear row by row; and grids with labels."""
+"""tools/draw_rows.py: images that appear row by row; by windows; and grids with labels."""
+
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from autoregressive.models.layouts import build_layout
 from tests.helpers import ROOT
+from tools import draw_windows
 from tools.draw_rows import flags, main
 from utils.images import labelled_grid
 
@@ -52,3 +56,25 @@ def test_reports_of_the_quickstart_need_nothing_but_its_extra():
     for name in ("digits_report", "drawings_report", "stages"):
         text = (ROOT / "tools" / f"{name}.py").read_text()
         assert "tokenizer.reconstruction" not in text and "skimage" not in text, "scikit-image is of the extra `eval`"
+
+
+def test_windows_fill_the_same_image_in_fewer_frames(small_files, tmp_path, capsys):
+    given = ["--gpt-ckpt", small_files.gpt, "--vq-ckpt", small_files.vq, "--device", "cpu", "--labels", 1, 2]
+    output = tmp_path / "windows.png"
+    draw_windows.main(
+        draw_windows.flags().parse_args([str(w) for w in [*given, "--windows", 0, 8, "--output", output]])
+    )
+    passes = dict(re.findall(r"window (\d+): ([\d.]+) passes for 64 tokens", capsys.readouterr().out))
+    assert float(passes["0"]) == 64 and float(passes["8"]) < 64
+    assert Image.open(output).n_frames <= 64
+
+
+def test_partly_drawn_image_shows_drafts_pale_and_the_rest_empty():
+    layout = build_layout({"name": "raster"}, grid_size=2)
+    whole, drafts = np.full((4, 4, 3), 100, np.uint8), np.zeros((4, 4, 3), np.uint8)
+    image = draw_windows.partly_drawn(whole, drafts, layout, done=1, window=1)
+    assert [int(image[y, x, 0]) for y, x in ((0, 0), (0, 2), (2, 0))] == [
+        100,
+        round(0.65 * draw_windows.EMPTY),
+        draw_windows.EMPTY,
+    ]
