@@ -68,11 +68,11 @@ SHARP = ".gallery img { image-rendering: pixelated }"  # pictures of a few pixel
 TEXT_SETTINGS = {"cfg_scale": 7.5, "top_k": 1000}
 QUICKSTART_SETTINGS = {
     "class": {"cfg_scale": 1.5, "top_k": 0, "temperature": 0.6},
-    "text": {"cfg_scale": 2.0, "top_k": 0, "temperature": 0.8},
+    "text": {"cfg_scale": 1.0, "top_k": 0, "temperature": 0.4},
 }
 SETTINGS = {name: field for name, field in SamplingConfig.fields().items() if "page" in field.metadata}
 PROMPTS = ["A lighthouse on a rocky coast at dusk, its lamp just lit, oil painting.", "An orange tram in heavy snow."]
-QUICKSTART_PROMPTS = ["bold strokes, leaning right: seven", "thin strokes, upright: three", "medium strokes: zero"]
+QUICKSTART_PROMPTS = ["woman judge, dark skin tone", "man cook, medium-light skin tone", "person raising hand"]
 CLASSES = (207, 360, 387, 974, 88, 979, 417, 279)  # of ImageNet's, those of the published pictures
 LARGEST_SEED = 2**53 - 1  # a browser's numbers are exact up to it
 
@@ -172,7 +172,7 @@ def quickstart_files(kind: str, gpt: str | None, vq: str | None, *, needed: bool
     from utils.runs import newest_checkpoint
 
     folder = QUICKSTART if QUICKSTART.is_dir() else Path(__file__).resolve().parent / QUICKSTART
-    part, own, words = ("gpt", "tokenizer", "") if kind == "class" else ("text/stage2", "tiny/tokenizer", " text")
+    part, own, words = ("gpt", "tokenizer", "") if kind == "class" else ("text/gpt", "tokenizer", " text")
     missing = [str(folder / each) for each in (own, part) if newest_checkpoint(folder / each) is None]
     if not missing:
         return gpt or folder / part, vq or folder / own

@@ -84,13 +84,12 @@ def add_text(quickstart: Path) -> None:
     from language.t5 import T5Embedder, encoder_identity
     from tests.language.small_t5 import make_small_t5
 
-    shutil.copytree(quickstart / "tokenizer", quickstart / "tiny" / "tokenizer")
     t5 = T5Embedder("cpu", make_small_t5(quickstart / "text" / "t5" / "small", dim=24))
     shape = {"vocab_size": 64, "block_size": 64, "model_type": "t2i", "cls_token_num": 9, "caption_dim": 24}
     model = randomize(GPT_models["GPT-XS"](**shape), seed=5)
     args = {"image_size": 32, "downsample_size": 4}
     save_checkpoint(
-        quickstart / "text/stage2/000-GPT-XS/checkpoints/0000010.pt",
+        quickstart / "text/gpt/000-GPT-XS/checkpoints/0000010.pt",
         {"model": model.state_dict(), "steps": 10, "args": args, "config": {"text_encoder": encoder_identity(t5)}},
     )
 
@@ -109,7 +108,7 @@ def test_the_quickstart_models(quickstart):
 
 
 def test_no_quickstart(quickstart, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"stage2: run `bash scripts/quickstart\.sh text` first"):
+    with pytest.raises(FileNotFoundError, match=r"text/gpt: run `bash scripts/quickstart\.sh text` first"):
         app.models(parse("--quickstart", "--gpt-type", "t2i"))
     shutil.rmtree(quickstart / "gpt")
     with pytest.raises(

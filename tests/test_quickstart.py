@@ -1,4 +1,4 @@
-"""scripts/quickstart.sh: drawings, digits by class and from words, with few steps and samples."""
+"""scripts/quickstart.sh: drawings and digits, by class and from text, with few steps and samples."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from autoregressive.sample import sample_c2i
+from autoregressive.sample import sample_c2i, sample_t2i
 from tests import forkserver
 from tests.helpers import ROOT
 from tests.training import run_here
@@ -27,8 +27,8 @@ def recipe(tmp_path_factory):
         (r'cd "\$\(dirname "\$0"\)/\.\."', f'cd "{ROOT}"', 1),
         (r"home=quickstart", f'home="{out}"', 1),
         (r"bash scripts/setup.sh quickstart [^\n]*\nsource .venv/bin/activate\n", "", 1),
-        (r"--max-steps \d+", "--max-steps 2", 6),
-        (r"--num-fid-samples \d+", "--num-fid-samples 20", 3),
+        (r"--max-steps \d+", "--max-steps 2", 7),
+        (r"--num-fid-samples \d+", "--num-fid-samples 20", 4),
         (r" --ten-crop --crop-range 1.1", "", 1),
         (r"(make_digit_captions.py .*--image-size 32)", r"\1 --scans 60 --prompts 30", 1),
     ):
@@ -79,6 +79,27 @@ def test_quickstart_of_drawings_makes_pictures_and_a_report(recipe):
 
 
 @pytest.mark.timeout(1000)
+def test_quickstart_of_drawings_from_names_draws_held_out_compositions(recipe):
+    out, run = recipe
+    there = (out / "tokenizer").exists()
+    printed = run("text")
+    assert printed.count("nothing left to do") == there and "drawings of names never trained on" in printed
+    report = json.loads((out / "text" / "report.json").read_text())
+    stages = ["encoder", "features", "codes", "gpt", "samples", "curves", "total"]
+    assert set(report["seconds"]) - {"drawings", "tokenizer"} == set(stages) and report["samples"] == 20
+    assert set(report["samples_as_asked"]) == set(report["chance"]) == {"role", "person", "tone"}
+    assert report["nll_held_out_nats_per_token"] == pytest.approx(np.log(1024), abs=0.5)  # hardly trained
+    pictures = sorted((out / "text").glob("samples/*/images/*.png"))
+    assert len(pictures) == 20 and Image.open(pictures[0]).size == (64, 64)
+    asked = (out / "drawings" / "prompts.tsv").read_text().splitlines()
+    trained = {json.loads(line)["text"][1] for line in (out / "drawings" / "train" / "train.jsonl").open()}
+    assert asked[0] == "Prompt" and len(asked) == 153 and not trained & set(asked)
+    run_here(sample_t2i, "--gpt-ckpt", out / "text" / "gpt", "--prompt", "woman judge, dark skin tone", "--device", "cpu",
+             "--output", out / "named.png")  # fmt: skip
+    assert Image.open(out / "named.png").size[0] >= 64
+
+
+@pytest.mark.timeout(1000)
 def test_quickstart_of_digits_makes_pictures_and_a_report(recipe):
     out, run = recipe
     out = out / "tiny"
@@ -95,8 +116,8 @@ def test_quickstart_of_digits_makes_pictures_and_a_report(recipe):
 def test_quickstart_from_words_goes_on_with_the_tokenizer_that_is_there(recipe):
     out, run = recipe
     there = (out / "tiny" / "tokenizer").exists()
-    assert run("text").count("nothing left to do") == there
-    left = out / "text"
+    assert run("text", "--tiny").count("nothing left to do") == there
+    left = out / "tiny" / "text"
     for name in ("samples.png", "prompts.png", "training.png"):
         assert Image.open(left / name).size[0] > 100
     report = check_report(left, "digits tokenizer captions encoder features codes stage1 stage2 samples curves")
@@ -107,7 +128,7 @@ def test_quickstart_from_words_goes_on_with_the_tokenizer_that_is_there(recipe):
     pictures = sorted(left.glob("samples/*/images/*.png"))
     assert len(pictures) == 20 and Image.open(pictures[0]).size == (32, 32)
     with pytest.raises(AssertionError, match="wrong is none of text, --tiny, --fresh"):
-        run("text", "wrong", "--fresh")
+        run("text", "--tiny", "wrong", "--fresh")
     assert pictures[3].exists()
 
 

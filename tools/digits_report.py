@@ -1,9 +1,9 @@
 """Judges models trained on scikit-learn's digits: pictures and report.json.
 
-    python3 tools/digits_report.py --digits quickstart/digits --codes quickstart/codes_held_out --gpt-ckpt quickstart/gpt \\
-        --vq-ckpt quickstart/tokenizer --samples quickstart/samples --output quickstart
-    python3 tools/digits_report.py --digits quickstart/digits --prompts quickstart/text/digits/prompts.tsv \\
-        --runs quickstart/text/stage1 quickstart/text/stage2 --samples quickstart/text/samples --output quickstart/text
+    python3 tools/digits_report.py --digits quickstart/tiny/digits --codes quickstart/tiny/codes_held_out \\
+        --gpt-ckpt quickstart/tiny/gpt --vq-ckpt quickstart/tiny/tokenizer --samples quickstart/tiny/samples --output quickstart/tiny
+    python3 tools/digits_report.py --digits quickstart/tiny/digits --prompts quickstart/tiny/text/digits/prompts.tsv \\
+        --runs quickstart/tiny/text/stage1 quickstart/tiny/text/stage2 --samples quickstart/tiny/text/samples --output quickstart/tiny/text
 
 The judge of generated digits is a support vector classifier fitted on the real training digits; what it makes of the
 real held-out digits stands beside it. Distances between sets of digits are those of evaluations/metrics.py, over the hidden
@@ -77,7 +77,7 @@ def of_prompts(args: argparse.Namespace) -> dict:
 
     from dataset.pixels import load_rgb
     from tools.digits import attribute_limits, attributes
-    from tools.stages import newest_file
+    from tools.stages import last_held_out_loss, newest_file
     from utils.images import make_grid, save_png
 
     if not args.runs:
@@ -113,14 +113,6 @@ def of_prompts(args: argparse.Namespace) -> dict:
         **judge.figures(resized, digits),
         **{name: float(np.mean(values)) if values else None for name, values in right.items()},
     }
-
-
-def last_held_out_loss(results: str) -> float:
-    """Return the last val_loss that the newest run of a results folder logged."""
-    from utils.runs import runs_in
-
-    lines = map(json.loads, (runs_in(results)[0].folder / "metrics.jsonl").read_text().splitlines())
-    return [line["val_loss"] for line in lines if "val_loss" in line][-1]
 
 
 class Judge:

@@ -1,6 +1,6 @@
 """Describes scikit-learn's handwritten digits in words: image-text pairs for a first text-to-image model, without a download.
 
-    python3 tools/make_digit_captions.py --output quickstart/text/digits
+    python3 tools/make_digit_captions.py --output quickstart/tiny/text/digits
 
 leaves train.jsonl and held_out.jsonl, with lines {"image_path": ..., "text": [short, long, its first sentence]} as the
 published text-conditional training reads them, to be extracted from together, and each again in a folder of its own, to

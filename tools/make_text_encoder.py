@@ -1,6 +1,6 @@
 """Makes a small text encoder for trying text conditioning out: a T5 with random weights, and a tokenizer learned from captions.
 
-    python3 tools/make_text_encoder.py --data-path quickstart/text/digits/train --output quickstart/text/t5/small
+    python3 tools/make_text_encoder.py --data-path quickstart/tiny/text/digits/train --output quickstart/tiny/text/t5/small
 
 The folder is in the format of google/flan-t5-xl, so that everything that takes the real encoder takes this one. Nothing
 teaches it: random layers already give every word in its context features of its own, and that is all that a few dozen words

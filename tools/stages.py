@@ -1,5 +1,6 @@
-"""Leftovers of the stages of scripts/quickstart.sh, for the reports: the samples, and the seconds of each stage."""
+"""Leftovers of the stages of scripts/quickstart.sh, for the reports: the samples, losses, and the seconds of each stage."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,3 +38,11 @@ def reconstruct(tokenizer: "Tokenizer", images: "np.ndarray") -> "tuple[np.ndarr
     codes = torch.cat([tokenizer.to_codes(part) for part in pixels.split(64)])
     recons = np.concatenate([to_uint8(tokenizer.to_pixels(part)) for part in codes.split(64)])
     return recons, codes.numpy()
+
+
+def last_held_out_loss(results: str) -> float:
+    """Return the last val_loss that the newest run of a results folder logged."""
+    from utils.runs import runs_in
+
+    lines = map(json.loads, (runs_in(results)[0].folder / "metrics.jsonl").read_text().splitlines())
+    return [line["val_loss"] for line in lines if "val_loss" in line][-1]
