@@ -113,14 +113,14 @@ def exponential(bits: Tensor) -> Tensor:
     return -torch.log1p(-u.clamp(max=1 - 2.0**-24))
 
 
-def race_noise(keys: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+def race_noise(keys: Tensor, codes: int | Tensor) -> tuple[Tensor, Tensor]:
     """Return what the race draws with: bits, int64 (…, V) in [0, 2**32), and exponential numbers, float32 (…, V).
 
     Args:
         keys: int64 (…), one for each token to draw.
-        codes: whole numbers (V,), or (…, V).
+        codes: how many there are, V; or whole numbers (V,) or (…, V), some of them.
     """
-    bits = race_bits(keys, codes)
+    bits = race_bits(keys, torch.arange(codes, device=keys.device) if isinstance(codes, int) else codes)
     return bits.long() & 0xFFFFFFFF, exponential(bits)
 
 
