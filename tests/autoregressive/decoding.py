@@ -1,4 +1,4 @@
-"""What tests of the decode loop share: recorded steps without a GPU, and a layout whose steps are no rows of their own."""
+"""Shared parts of the decode loop's tests: recorded steps without a GPU, and a layout whose steps are no rows of their own."""
 
 from functools import cached_property
 
@@ -8,7 +8,7 @@ from autoregressive.models.layouts import Layout, Reader
 
 
 class Recording:
-    """What a CUDA graph does, on a CPU: the step of the time of recording again, with all that was a plain number then."""
+    """Stand-in for a CUDA graph on a CPU: the step of the time of recording again, with all that was a plain number then."""
 
     made = 0
 
