@@ -34,6 +34,15 @@ def golden_tensor(name: str, shape: tuple[int, ...], seed: int, gain: float = 1.
     return torch.from_numpy(np.asarray(x, dtype=np.float32))
 
 
+def golden_tokenizer_state(meta: dict) -> dict:
+    """The state dict of another group's recorded tokenizer, whose codebook is larger than the other weights."""
+    config, name = meta["config"], "quantize.embedding.weight"
+    state = golden_state(meta["state_dict"], config["seed"], config["gain"])
+    if name in state:
+        state[name] = golden_tensor(name, tuple(meta["state_dict"][name]), config["seed"], config["codebook_gain"])
+    return state
+
+
 def golden_state(shapes: dict[str, list[int]], seed: int, gain: float = 1.0, keep: tuple[str, ...] = ()) -> dict:
     """A state dict for the recorded `shapes`, without the names that contain one of `keep`."""
     return {

@@ -27,6 +27,8 @@ NETWORKS: Registry[type["Tokenizer"]] = Registry("network of a tokenizer")
 
 # Codes of training that a quantiser's window of usage holds.
 USAGE_WINDOW = 65536
+# Options of quantisers that belong to a run of training, not to the tokenizer: weights of losses.
+LOSS_WEIGHTS = ("commit_loss_beta", "entropy_loss_ratio")
 # State that moves while a tokenizer trains and decides no code.
 _UNDECISIVE = ("quantize.codebook_used", "quantize.steps_unused")
 
@@ -113,7 +115,7 @@ def build_quantizer(config: Mapping[str, Any], **training: Any) -> Quantizer:
     if options.keys() - known.keys() or required - options.keys() - weights.keys():
         raise ValueError(f"quantizer {name} takes {', '.join(known)}, got {', '.join(options) or 'nothing'}")
     made = kind(**{**weights, **options})
-    defaults = {key: option.default for key, option in known.items() if key not in training}
+    defaults = {key: option.default for key, option in known.items() if key not in LOSS_WEIGHTS}
     made.config = {"name": name, **defaults, **options}
     return made
 

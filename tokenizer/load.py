@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tokenizer.base import NETWORKS, Tokenizer
+from tokenizer.maskgit import MaskGITTokenizer
 from tokenizer.patches import PatchTokenizer
 from tokenizer.released import adapted, looks_like, recorded_l2_norm
 from tokenizer.tokenizer_image.vq_model import VQModel
@@ -24,6 +25,7 @@ from utils.runs import newest_checkpoint
 
 NETWORKS.add("vqgan", VQModel)
 NETWORKS.add("patches", PatchTokenizer)
+NETWORKS.add("maskgit", MaskGITTokenizer)
 logger = logging.getLogger(__name__)
 
 
@@ -107,7 +109,7 @@ def find_tokenizer(gpt: Path, fingerprint: str, codes: str | None = None) -> Pat
     """
     beside = [Path(codes).parent] if codes else []
     for folder in (*list(gpt.absolute().parents)[:5], *filter(Path.is_dir, [*beside, *weights_folders()])):
-        files = [path for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".safetensors")]
+        files = [path for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")]
         runs = [newest_checkpoint(path) for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
         for path in sorted(filter(None, {*files, *runs, *folder.glob("*/model.safetensors")} - {gpt.absolute()})):
             with suppress(ValueError, OSError):

@@ -5,6 +5,7 @@
 A released family is one function here. Files that this project wrote say their config themselves.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -46,6 +47,23 @@ def taming(checkpoint: Checkpoint) -> Adapted | None:
     return vqgan_config(checkpoint, state, l2_norm=False), state
 
 
+def maskgit(checkpoint: Checkpoint) -> Adapted | None:
+    """Adapt MaskGIT's VQGAN carried to PyTorch, whose names are kept: RAR's tokenizer."""
+    state = checkpoint.model
+    if not {"encoder.mid.0.conv1.weight", "decoder.up.1.upsample_conv.weight"} <= state.keys():
+        return None
+    shapes = Shapes(checkpoint, state)
+    codebook_size, width = shapes("quantize.embedding.weight")
+    network = {
+        "name": "maskgit",
+        "ch_mult": shapes.multipliers("encoder.down.{}.block.0.conv1.weight"),
+        "ch": shapes("encoder.conv_in.weight")[0],
+        "blocks": shapes.count("encoder.down.0.block.{}.conv1.weight"),
+    }
+    quantizer = {"name": "vq_legacy", "codebook_size": codebook_size, "codebook_embed_dim": width}
+    return {"family": "MaskGIT-VQGAN", "network": network, "quantizer": quantizer}, state
+
+
 def recorded_l2_norm(checkpoint: Checkpoint) -> bool | None:
     """Return whether a file says that its codes are l2-normalised, which its shapes do not show; None where it does not say.
 
@@ -83,37 +101,53 @@ def from_taming(state: Mapping[str, Tensor]) -> State:
     return {ours(name): tensor for name, tensor in state.items() if not name.startswith("loss.")}
 
 
+class Shapes:
+    """The shapes of a file's weights, from which a config is read."""
+
+    def __init__(self, checkpoint: Checkpoint, state: Mapping[str, Tensor]):
+        self.path, self.state = checkpoint.path, state
+
+    def __call__(self, name: str) -> list[int]:
+        """Return the shape of an entry. Raises ValueError where it is missing."""
+        if name not in self.state:
+            raise ValueError(f"{self.path} is not a whole image tokenizer: it has no entry {name!r}")
+        return list(self.state[name].shape)
+
+    def count(self, name: str) -> int:
+        """Return how many numbers from 0 on give an entry's name in the place of {}."""
+        return next(i for i in itertools.count() if name.format(i) not in self.state)
+
+    def multipliers(self, name: str) -> list[int]:
+        """Return the output channels of the entries of this name, one a level, in units of those of the first layer.
+
+        Raises ValueError where level 0 is missing, or a number of channels is no multiple of them.
+        """
+        ch, mults = self("encoder.conv_in.weight")[0], []
+        for level in range(self.count(name) or 1):
+            channels = self(name.format(level))[0]
+            if channels % ch:
+                raise ValueError(
+                    f"{self.path}: {name.format(level)} has {channels} channels, not a multiple of the {ch} of the first layer"
+                )
+            mults.append(channels // ch)
+        return mults
+
+
 def vqgan_config(checkpoint: Checkpoint, state: Mapping[str, Tensor], l2_norm: bool) -> dict[str, Any]:
     """Read the config of a VQGAN with a codebook off the shapes of its weights.
 
     Raises ValueError that names an entry that is missing, or a width that is no multiple of the first one.
     """
-
-    def shape(name: str) -> list[int]:
-        if name not in state:
-            raise ValueError(f"{checkpoint.path} is not a whole image tokenizer: it has no entry {name!r}")
-        return list(state[name].shape)
-
-    ch = shape("encoder.conv_in.weight")[0]
-
-    def multipliers(part: str) -> list[int]:
-        mults: list[int] = []
-        name = f"{part}.conv_blocks.0.res.0.conv1.weight"
-        while not mults or name in state:
-            mult, rest = divmod(shape(name)[0], ch)
-            if rest:
-                raise ValueError(
-                    f"{checkpoint.path}: {name} has {shape(name)[0]} channels, not a multiple of the {ch} of the first layer"
-                )
-            mults.append(mult)
-            name = f"{part}.conv_blocks.{len(mults)}.res.0.conv1.weight"
-        return mults
-
-    levels = {"encoder_ch_mult": multipliers("encoder"), "decoder_ch_mult": multipliers("decoder")[::-1]}
-    codebook_size, width = shape("quantize.embedding.weight")
+    shapes = Shapes(checkpoint, state)
+    encoder, decoder = (
+        shapes.multipliers(part + ".conv_blocks.{}.res.0.conv1.weight") for part in ("encoder", "decoder")
+    )
+    levels = {"encoder_ch_mult": encoder, "decoder_ch_mult": decoder[::-1]}
+    codebook_size, width = shapes("quantize.embedding.weight")
+    ch, z_channels = shapes("encoder.conv_in.weight")[0], shapes("encoder.conv_out.weight")[0]
     return {
         "family": size_name(*levels.values()) or "VQGAN",
-        "network": {"name": "vqgan", **levels, "z_channels": shape("encoder.conv_out.weight")[0], "ch": ch},
+        "network": {"name": "vqgan", **levels, "z_channels": z_channels, "ch": ch},
         "quantizer": {
             "name": "vq",
             "codebook_size": codebook_size,
@@ -125,7 +159,11 @@ def vqgan_config(checkpoint: Checkpoint, state: Mapping[str, Tensor], l2_norm: b
 
 
 # Adapters by family: each makes a config and renamed weights of its checkpoints, None of another family's.
-FAMILIES: dict[str, Callable[[Checkpoint], Adapted | None]] = {"llamagen": llamagen, "taming": taming}
+FAMILIES: dict[str, Callable[[Checkpoint], Adapted | None]] = {
+    "llamagen": llamagen,
+    "maskgit": maskgit,
+    "taming": taming,
+}
 
 
 def looks_like(state: Mapping[str, Tensor]) -> str:

@@ -3,7 +3,7 @@
 Fully convolutional: any height and width that the downsampling divides.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,8 @@ from tokenizer.pointwise import PointwiseConv
 NORM_GROUPS = 32
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Return the group norm that all of these networks have."""
     return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
 
 
@@ -42,18 +43,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions, each after GroupNorm and swish, around a shortcut: (B, Cin, H, W) -> (B, Cout, H, W)."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout_p: float = 0.0):
+    def __init__(self, in_channels: int, out_channels: int, dropout_p: float = 0.0, bias: bool = True):
         super().__init__()
-        self.norm1 = _norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels)
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
+        self.norm2 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout_p)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut = PointwiseConv(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=bias)
+        same = in_channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else PointwiseConv(in_channels, out_channels, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(swish(self.norm1(x)))
-        h = self.conv2(self.dropout(swish(self.norm2(h))))
+        return self.join(self.conv2(self.dropout(swish(self.norm2(h)))), x)
+
+    def join(self, h: Tensor, x: Tensor) -> Tensor:
+        """Add the shortcut of the block's input x to what its convolutions make of it: h and the result (B, Cout, H, W)."""
         return h + self.nin_shortcut(x)
 
 
@@ -62,7 +67,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = group_norm(channels)
         self.q = PointwiseConv(channels, channels)
         self.k = PointwiseConv(channels, channels)
         self.v = PointwiseConv(channels, channels)
@@ -86,6 +91,8 @@ class Downsample(nn.Module):
 
 class Upsample(nn.Module):
     """Doubles height and width: nearest neighbour, then a 3x3 convolution."""
+
+    scale = 2
 
     def __init__(self, channels: int):
         super().__init__()
@@ -140,7 +147,7 @@ class Encoder(nn.Module):
                 level.downsample = Downsample(channels)
             self.conv_blocks.append(level)
         self.mid = _middle(channels, dropout_p)
-        self.norm_out = _norm(channels)
+        self.norm_out = group_norm(channels)
         self.conv_out = nn.Conv2d(channels, z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,13 +181,21 @@ class Decoder(nn.Module):
             if i != 0:
                 level.upsample = Upsample(channels)
             self.conv_blocks.append(level)
-        self.norm_out = _norm(channels)
+        self.norm_out = group_norm(channels)
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
 
+    def path(self) -> Iterator[nn.Module]:
+        """Yield what latents pass before `norm_out`, one after another; a module with a `scale` enlarges its map."""
+        yield self.conv_in
+        yield from self.mid
+        for level in self.conv_blocks:
+            for i, block in enumerate(level.res):
+                yield block
+                yield from level.attn[i : i + 1]
+            if level is not self.conv_blocks[-1]:
+                yield level.upsample
+
     def forward(self, z: Tensor) -> Tensor:
-        h = self.conv_in(z)
-        for block in self.mid:
-            h = block(h)
-        for level in self.conv_blocks[:-1]:
-            h = level.upsample(level(h))
-        return self.conv_out(swish(self.norm_out(self.conv_blocks[-1](h))))
+        for module in self.path():
+            z = module(z)
+        return self.conv_out(swish(self.norm_out(z)))

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from tokenizer.base import Tokenizer
+from tokenizer.maskgit import MaskGITConfig, MaskGITTokenizer
 from tokenizer.patches import PatchConfig, PatchTokenizer
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel, VQModelArgs
@@ -64,12 +65,20 @@ class PatchTokenizerHF(PatchTokenizer, _Described, library_name="pytorch", licen
         self.file_config = origin(**self.identity)
 
 
+class MaskGITTokenizerHF(MaskGITTokenizer, _Described, library_name="pytorch", tags=["image-tokenizer", "maskgit"]):
+    """A MaskGITTokenizer with save_pretrained, push_to_hub and from_pretrained."""
+
+    def __init__(self, config: MaskGITConfig):
+        super().__init__(config)
+        self.file_config = origin(**self.identity)
+
+
 def for_hub(tokenizer: Tokenizer, *what: Any) -> HubModel:
     """Return a tokenizer's weights (not a copy) as a model for the hub; `what` as `HubModel.holding` takes it.
 
     Raises ValueError for a network that the hub has no model of.
     """
-    kinds: dict[str, type[HubModel]] = {"vqgan": VQModelHF, "patches": PatchTokenizerHF}
+    kinds: dict[str, type[HubModel]] = {"vqgan": VQModelHF, "patches": PatchTokenizerHF, "maskgit": MaskGITTokenizerHF}
     if tokenizer.network["name"] not in kinds:
         raise ValueError(
             f"the tokenizer is of the network {tokenizer.network['name']}; what can be saved is {', '.join(kinds)}"

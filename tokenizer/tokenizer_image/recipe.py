@@ -73,14 +73,17 @@ def choose_config(args: argparse.Namespace, initial: Checkpoint | None) -> dict[
     for run in runs_in(args.results_dir, args.vq_model)[:1] if args.resume else []:
         began = run.flags()
         complete(args, {name: began.get(name) for name in DESCRIPTION}, run.folder)
-    args.quantizer = args.quantizer or "vq"
+    size = dict(VQ_SIZES.get(args.vq_model, {}))
+    own = size.pop("quantizer", {"name": "vq"})
+    args.quantizer = args.quantizer or own["name"]
     given = {"codebook_size": args.codebook_size, "codebook_embed_dim": args.codebook_embed_dim}
     given |= {"l2_norm": args.codebook_l2_norm, **(args.quantizer_options or {})}
     quantizer = {"name": args.quantizer, **{name: value for name, value in given.items() if value is not None}}
     if config:
         return {**config, "quantizer": {**config["quantizer"], **quantizer}}
     width = {} if args.vq_width is None else {"ch": args.vq_width}
-    return {"network": {"name": "vqgan", **VQ_SIZES[args.vq_model], **width}, "quantizer": quantizer}
+    quantizer = {**own, **quantizer} if own["name"] == quantizer["name"] else quantizer
+    return {"network": {"name": "vqgan", **size, **width}, "quantizer": quantizer}
 
 
 def complete(args: argparse.Namespace, held: Mapping[str, Any], source: object) -> None:

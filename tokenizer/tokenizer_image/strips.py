@@ -7,38 +7,40 @@ strips, so that the pixels are those of the whole image: not blended tiles, whos
 holds the weights, some strips and, for attention, the maps of the deepest level; in turn each map crosses the bus.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tokenizer.pointwise import PointwiseConv
-from tokenizer.tokenizer_image.blocks import AttnBlock, Decoder, ResnetBlock, swish
+from tokenizer.tokenizer_image.blocks import AttnBlock, ResnetBlock, swish
 from utils.precision import full_float32
 
 # Numbers of a feature map that a strip has, where a single row has no more than that.
 STRIP = 2**22
 
 
+class Decoder(Protocol):
+    """Decoder whose modules are known in their order."""
+
+    conv_in: nn.Conv2d
+    norm_out: nn.GroupNorm
+    conv_out: nn.Conv2d
+
+    def path(self) -> Iterator[nn.Module]: ...
+
+
 @full_float32()
 @torch.inference_mode()
-def decode_in_strips(first: PointwiseConv, decoder: Decoder, latents: Tensor, numbers: int = STRIP) -> Tensor:
+def decode_in_strips(first: nn.Module, decoder: Decoder, latents: Tensor, numbers: int = STRIP) -> Tensor:
     """Decode latents (B, width, h, w) to images (B, 3, h*f, w*f) on the CPU, in the decoder's dtype.
 
     numbers: of a feature map, at once on the model's device.
     """
-    run = Strips(first.weight.device, numbers)
-    h = run.whole(first, latents.to(first.weight.dtype))
-    h = run(decoder.conv_in, h)
-    for block in decoder.mid:
-        h = run.block(block, h)
-    for level in decoder.conv_blocks:
-        for i, block in enumerate(level.res):
-            h = run.block(block, h)
-            if level.attn:
-                h = run.block(level.attn[i], h)
-        if level is not decoder.conv_blocks[-1]:
-            h = run(level.upsample, h, scale=2)
+    run = Strips(decoder.conv_in.weight.device, numbers)
+    h = run.whole(first, latents.to(decoder.conv_in.weight.dtype))
+    for module in decoder.path():
+        h = run.through(module, h)
     norm = run.norm(decoder.norm_out, h)
     return run(lambda x: decoder.conv_out(swish(norm(x))), h)
 
@@ -68,15 +70,16 @@ class Strips:
         """Return function(x), all rows at once."""
         return function(x.to(self.device)).cpu()
 
-    def block(self, block: nn.Module, x: Tensor) -> Tensor:
-        """Run a block of the decoder on a map."""
+    def through(self, block: nn.Module, x: Tensor) -> Tensor:
+        """Run a module of the decoder's path on a map."""
         if isinstance(block, AttnBlock):
             return self.whole(block, x)
-        assert isinstance(block, ResnetBlock), type(block)
+        if not isinstance(block, ResnetBlock):  # a 3x3 convolution
+            return self(block, x, scale=getattr(block, "scale", 1))
         norm1 = self.norm(block.norm1, x)
         h = self(lambda x: block.conv1(swish(norm1(x))), x)
         norm2 = self.norm(block.norm2, h)
-        return self(lambda h, x: block.conv2(swish(norm2(h))) + block.nin_shortcut(x), h, x)
+        return self(lambda h, x: block.join(block.conv2(swish(norm2(h))), x), h, x)
 
     def norm(self, norm: nn.GroupNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the group norm of a map as a function of a strip of it, with the statistics of the whole map."""

@@ -52,7 +52,7 @@ class VectorQuantizer(Quantizer):
         super().__init__()
         self.codebook_size = codebook_size
         self.width = codebook_embed_dim
-        self.commit_loss_beta = commit_loss_beta
+        self.vq_weight, self.commit_weight = 1.0, commit_loss_beta
         self.entropy_loss_ratio = entropy_loss_ratio
         self.l2_norm = l2_norm
         self.embedding = nn.Embedding(codebook_size, codebook_embed_dim)
@@ -105,8 +105,8 @@ class VectorQuantizer(Quantizer):
         quant = self._normalise(self.embedding(codes)).view_as(latents)
         losses = None
         if self.training:
-            vq = F.mse_loss(quant, latents.detach())
-            commit = self.commit_loss_beta * F.mse_loss(latents, quant.detach())
+            vq = self.vq_weight * F.mse_loss(quant, latents.detach())
+            commit = self.commit_weight * F.mse_loss(latents, quant.detach())
             losses = CodebookLosses({"vq": vq, "commit": commit, "entropy": entropy}, self.usage(codes))
         quant = latents + (quant - latents).detach()  # straight-through gradient
         # Left in channels-last strides, as in the recorded runs: their CPU decoder rounds accordingly.
