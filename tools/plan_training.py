@@ -84,15 +84,15 @@ def training_memory(args: "ModelArgs", setup: Setup) -> dict[str, int]:
     stream = rows * args.dim * width
     logits = 8 * min(CHUNK, setup.micro_batch * args.block_size * args.vocab_size)
     step = {
-        ACTIVATIONS: args.n_layer * (stream if setup.checkpointing else of_block) + stream // 4,
+        ACTIVATIONS: args.blocks * (stream if setup.checkpointing else of_block) + stream // 4,
         TEMPORARY: max(logits, int((backward + setup.checkpointing) * of_block)),
     }
     if sharded:
-        both = min(2, args.n_layer) * block + numbers - args.n_layer * block
+        both = min(2, args.blocks) * block + numbers - args.blocks * block
         step[GATHERED] = width * (numbers if setup.strategy == "sdp" else both)
         step[WHOLE_GRADIENTS] = (width + summed) * block + (summed * numbers if waits else 0)
     elif half and not (setup.checkpointing and setup.compiled):  # autocast's, for the whole step
-        step[COPIES] = 2 * args.n_layer * block
+        step[COPIES] = 2 * args.blocks * block
     # Gradients are there before the backward pass: of earlier parts of the batch, or as DDP's buckets.
     early = setup.accumulation > 1 or (setup.gpus > 1 and not sharded)
     step[GRADIENTS] = 4 * held if early and not waits else 0

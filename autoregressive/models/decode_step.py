@@ -100,6 +100,7 @@ class Plan:
 
     end: the step before which the passes end. window: None for one step a pass. stride: passes read the cache up to multiples
     of so many rows, `least_read` to `longest`. padded: whether some condition rows are padding. static: as in PassKind.
+    compiled: whether each number of rows is compiled for itself.
     """
 
     layout: Layout
@@ -111,6 +112,24 @@ class Plan:
     longest: int
     padded: bool
     static: bool
+    compiled: bool = False
+
+    @cached_property
+    def sizes(self) -> dict[int, tuple[int, int]]:
+        """Rows and outputs of the pass of a step, by the step's rows.
+
+        Of compiled steps of many sizes a few sizes serve all: a pass computes some rows of later steps too, for nothing.
+        """
+        steps = self.layout.steps
+        widths = {len(step.rows) for step in steps}
+        few = not self.compiled or len(widths) <= 4 or not all(self.layout.kept)
+        unit = 1 if few else -(-max(widths) // 4)
+        rows = {width: -(-width // unit) * unit for width in widths}
+        outputs = {
+            size: max(step.outputs.stop - step.outputs.start for step in steps if rows[len(step.rows)] == size)
+            for size in rows.values()
+        }
+        return {width: (size, outputs[size]) for width, size in rows.items()}
 
     @cached_property
     def last_guided(self) -> int:
@@ -126,6 +145,9 @@ class Plan:
         step, last, window = self.layout.passes[least], self.layout.passes[min(most, self.end - 1)], self.window
         guided: bool | None = self.config.guides(step.number)
         rows, outputs, stop = len(step.rows), step.outputs.stop - step.outputs.start, last.rows.stop
+        if self.compiled:
+            rows, outputs = self.sizes[rows]
+        widened = rows > len(step.rows)
         if window:
             guided = None if self.config.guided and self.config.cfg_interval >= 0 else self.config.guided
             rows, outputs, stop = window.rows, window.outputs, self.longest if self.static else stop + window.rows
@@ -134,7 +156,12 @@ class Plan:
             rows=rows,
             outputs=outputs,
             length=length,
-            masked=self.padded or self.stride > 1 or length > stop or window is not None or step.sees is not None,
+            masked=self.padded
+            or self.stride > 1
+            or length > stop
+            or window is not None
+            or step.sees is not None
+            or widened,
             streams=2 if least <= self.last_guided else 1,
             guided=guided if least <= self.last_guided else False,
             window=window is not None,

@@ -47,7 +47,7 @@ def cache_for(model: Transformer, batch: int, device: torch.device, dtype: torch
         # cache for a fixed length.
         rows = 1 + here.cache_rows(model.layout.rows - 1)
         width = here.cache_width(args.dim // args.n_head)
-        cache = StaticCache(args.n_layer, batch, args.kv_heads, rows, width, device, dtype)
+        cache = StaticCache(len(model.layers), batch, args.kv_heads, rows, width, device, dtype)
         _caches[model] = cache
     return cache
 
@@ -185,6 +185,7 @@ def generate(
             longest=cache.rows - (not side_by_side),
             padded=emb_masks is not None,
             static=recorded or here.PASSES_LATE > 0,
+            compiled=compile,
         )
         plan = with_window(plan, window, model, batch, samples, compile)
         graphs = graphs_for(model, cache, batch) if recorded else None
@@ -329,7 +330,7 @@ def with_window(plan: Plan, size: int | str, model: Transformer, images: int, sa
         size = here.auto_window(images, samples, compile)
     if not isinstance(size, int) or size < 0:
         raise ValueError(f"window is {size!r}: give a number of tokens, 0 for one decode step a pass, or 'auto'")
-    if size == 0 or plan.end == 1 or (auto and 2 * plan.layout.step_tokens > size):
+    if size == 0 or plan.end == 1 or (auto and 2 * max(plan.layout.groups) > size):
         return plan
     window = window_of(plan.layout, size, plan.end)
     head = here.cache_width(args.dim // args.n_head)

@@ -89,6 +89,11 @@ class ModelArgs:
         return {**first, **self.extra_conditions}
 
     @property
+    def blocks(self) -> int:
+        """Blocks of the trunk: n_layer, and one more for a layout's second head."""
+        return self.n_layer + build_layout(self.layout_config, isqrt(self.block_size)).heads - 1
+
+    @property
     def kv_heads(self) -> int:
         """Heads of the keys and values: those of the queries unless they are fewer."""
         return self.n_kv_head or self.n_head
@@ -253,14 +258,14 @@ class Attention(nn.Module):
 class TransformerBlock(nn.Module):
     """One block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, args: ModelArgs, layer: int):
+    def __init__(self, args: ModelArgs, layer: int, drop_path: float):
         super().__init__()
         self.layer = layer
         self.attention = Attention(args)
         self.feed_forward = FeedForward(args)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
-        self.drop_path = DropPath(args.drop_path_rate * layer / max(args.n_layer - 1, 1))
+        self.drop_path = DropPath(drop_path)
 
     def forward(
         self, x: Tensor, rope: Tensor, mask: Tensor | None = None, causal: bool = True, rows: Rows | None = None
@@ -303,15 +308,43 @@ class Transformer(nn.Module):
         self.extra_conditions: nn.ModuleDict = nn.ModuleDict(dict(zip(args.extra_conditions, others)))
         prefix = sum(condition.rows for condition in self.conditions.values())
         self.layout = build_layout(args.layout_config, grid_size, prefix)
+        per_token = [name for name, condition in self.conditions.items() if not condition.rows]
+        if per_token and self.layout.heads > 1:
+            raise ValueError(
+                f"the layout {self.layout.name!r} predicts two tokens from a row, and {', '.join(per_token)} is added for one: "
+                "give another --layout or leave the condition out"
+            )
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.spe_tok_embeddings = SpecialTokens(self.layout.special, args.dim) if self.layout.special else None
         self.tok_dropout = nn.Dropout(args.token_dropout_p)
-        self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layer))
+        rates = [args.drop_path_rate * layer / max(args.blocks - 1, 1) for layer in range(args.blocks)]
+        self.layers = nn.ModuleList(TransformerBlock(args, layer, rate) for layer, rate in enumerate(rates))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        if self.layout.heads > 1:
+            self.medusa_norm = RMSNorm(args.dim, args.norm_eps)
+            self.medusa_output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self._rope: dict[tuple[Layout, torch.device], Tensor] = {}
+        self._reads: dict[tuple[Layout, int, torch.device], tuple[Tensor, Tensor]] = {}
         self.rope(torch.device("cpu"))
         self.reset_parameters()
+
+    @property
+    def exits(self) -> list[tuple[RMSNorm, nn.Linear]]:
+        """Norm and output layer of each head; the second head's come one block later (NAR, arXiv 2503.10696, section 3)."""
+        exits = [(self.norm, self.output)]
+        if self.layout.heads > 1:
+            exits.append((self.medusa_norm, self.medusa_output))
+        return exits
+
+    def of_second_exit(self, name: str) -> bool:
+        """Tell whether a parameter is of the second head alone: the head, its norm and the block before it."""
+        return name.startswith(("medusa_", f"layers.{self.args.n_layer}."))
+
+    def projection(self) -> tuple[Tensor, Tensor | None]:
+        """Return the weight (V, D) that turns the rows of `hidden` into logits, and its bias (V,) where there is one."""
+        weights = [output.weight for _, output in self.exits]
+        return (weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)), None
 
     @property
     def conditions(self) -> dict[str, Condition]:
@@ -450,7 +483,10 @@ class Transformer(nn.Module):
         drop: Tensor | None = None,
         prefix_mask: Tensor | None = None,
     ) -> Tensor:
-        """Return the hidden states that logits are projected from, after the final norm. Arguments as `forward` takes them."""
+        """Return the rows that `projection` turns into logits, (B, tokens, D), normalised. Arguments as `forward` takes them.
+
+        With two heads, D is twice the width: side by side the states that each head reads, times its share of the mean.
+        """
         layout = layout or self.layout
         conditions, added = self.embed_conditions(cond_idx, drop)
         tokens = self.tok_embeddings(idx)
@@ -477,9 +513,31 @@ class Transformer(nn.Module):
                 mask, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
             )
         rope = self.rope(h.device, layout)[:rows]
-        for layer in self.layers:
-            h = layer(h, rope, mask, causal=mask is None)
-        return self.norm(h[:, reads])
+        exits = self.run(h, rope, mask, mask is None)
+        if len(exits) == 1:
+            return self.norm(exits[0][:, reads])
+        parts = zip(self.exits, exits, *self.reads(layout, rows, h.device), strict=True)
+        return torch.cat([norm(x[:, read]) * share.to(x.dtype) for (norm, _), x, read, share in parts], dim=-1)
+
+    def run(self, h: Tensor, rope: Tensor, mask: Tensor | None, causal: bool, rows: Rows | None = None) -> list[Tensor]:
+        """Run rows h (B, s, dim) through the blocks. Returns the states (B, s, dim) that each head reads."""
+        exits = []
+        for number, layer in enumerate(self.layers, start=1):
+            h = layer(h, rope, mask, causal, rows)
+            if number >= self.args.n_layer:
+                exits.append(h)
+        return exits
+
+    def reads(self, layout: Layout, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the rows that each head reads, int64 (heads, tokens), and its shares of the means, (heads, tokens, 1)."""
+        key = layout, rows, device
+        if key not in self._reads:
+            with torch.inference_mode(False):  # kept for training too, whoever asks first
+                heads = len(self.exits)
+                every = torch.arange(rows, device="cpu")
+                read = torch.stack([every[layout.read_rows(rows, head)] for head in range(heads)])
+                self._reads[key] = read.to(device), layout.shares(rows, heads).t()[..., None].to(device)
+        return self._reads[key]
 
     def added_to_rows(self, added: Tensor, layout: Layout, reads: slice | list[int], rows: int) -> Tensor:
         """Put what is added per token (B, N, dim, raster order) at the rows that predict the tokens. Returns (B, rows, dim)."""
@@ -510,26 +568,34 @@ class Transformer(nn.Module):
             float32 (B, tokens, vocab_size); output i predicts token i of the layout's order. With patches there is one
             output a patch, which predicts each of its tokens (NPP, arXiv 2412.15321, section 3).
         """
-        return self.output(self.hidden(idx, cond_idx, layout=layout, drop=drop, prefix_mask=prefix_mask)).float()
+        hidden = self.hidden(idx, cond_idx, layout=layout, drop=drop, prefix_mask=prefix_mask)
+        return F.linear(hidden, *self.projection()).float()
 
     def decode(self, h: Tensor, rows: Rows, mask: Tensor | None, causal: bool) -> Tensor:
-        """Runs new rows h (B, s, dim) over the cache and returns their last hidden states (B, s, dim), before the head."""
+        """Run new rows h (B, s, dim) over the cache. Returns the states that `head` takes, (B, s, heads * dim)."""
         rope = self.rope(h.device)
         rope = rope[rows.positions.clamp(max=len(rope) - 1)]  # past the last one stands what is past an image's end
-        for layer in self.layers:
-            h = layer(h, rope, mask, causal, rows)
-        return h
+        exits = self.run(h, rope, mask, causal, rows)
+        return exits[0] if len(exits) == 1 else torch.cat(exits, dim=-1)
 
     def head(self, h: Tensor, reads: Tensor | None = None) -> Tensor:
-        """Project hidden states (B, s, dim) to float32 logits (B, tokens, vocab_size): the final norm, then the output layer.
+        """Project states (B, s, heads * dim) to float32 logits (B, tokens, vocab_size), each the mean of a token's readers.
 
-        reads: int64 (B, tokens, readers, 2), the row and head of each token's readers, of which a Llama trunk has one; None
-        where token i is read from row i.
+        reads: int64 (B, tokens, readers, 2), the row and head of each token's readers, of which a head is one (or several
+        equal ones); None where token i is read from row i.
         """
-        if reads is not None:
-            assert reads.shape[2] == 1, "this trunk has one head"
-            h = h.gather(1, reads[:, :, 0, :1].expand(-1, -1, h.shape[-1]))
-        return self.output(self.norm(h)).float()
+        if len(self.exits) == 1:
+            if reads is not None:
+                h = h.gather(1, reads[:, :, 0, :1].expand(-1, -1, h.shape[-1]))
+            return self.output(self.norm(h)).float()
+        assert reads is not None, "with two heads a token has its readers"
+        parts = []
+        for head, ((norm, output), state) in enumerate(zip(self.exits, h.chunk(len(self.exits), dim=-1), strict=True)):
+            own = reads[..., 1] == head  # (B, tokens, readers)
+            row = (reads[..., 0] * own).amax(-1, keepdim=True)
+            logits = output(norm(state.gather(1, row.expand(-1, -1, state.shape[-1])))).float()
+            parts.append(logits * own.float().mean(-1, keepdim=True))
+        return sum(parts[1:], parts[0])
 
 
 def build_gpt(name: str, **overrides) -> Transformer:

@@ -74,7 +74,7 @@ class Slots:
     def _new_cache(self, samples: int, rows: int) -> StaticCache:
         weight, args = self.model.tok_embeddings.weight, self.model.args
         width = machine(weight.device).cache_width(args.dim // args.n_head)
-        return StaticCache(args.n_layer, samples, args.kv_heads, rows, width, weight.device, weight.dtype)
+        return StaticCache(len(self.model.layers), samples, args.kv_heads, rows, width, weight.device, weight.dtype)
 
     @property
     def free(self) -> list[int]:
@@ -147,7 +147,7 @@ class Slots:
         size = self.window
         if size == "auto":
             size = machine(self.state.tokens.device).auto_window(images, images * streams, False)
-            size = 1 if 2 * self.model.layout.step_tokens > size else size
+            size = 1 if 2 * max(self.model.layout.groups) > size else size
         size = max(int(size), 1)
         if size not in self.plans:
             self.plans[size] = with_window(self.plan, size, self.model, 1, 1, False)

@@ -25,8 +25,10 @@ def training_flops_per_image(args: ModelArgs, layout: Layout | None = None) -> f
     rows = layout.fed(layout.tokens - layout.step_tokens)  # the last group, or patch, is predicted and never read
     head_dim = args.dim // args.n_head
     attention = args.dim * (args.n_head + 2 * args.n_kv_head) * head_dim + args.dim**2
-    products = args.n_layer * (attention + 3 * args.dim * args.ffn_dim) * rows
-    products += args.vocab_size * args.dim * layout.rope_grid**2  # no logits of condition rows but the last
+    products = args.blocks * (attention + 3 * args.dim * args.ffn_dim) * rows
+    products += (
+        layout.heads * args.vocab_size * args.dim * layout.rope_grid**2
+    )  # no logits of condition rows but the last
     if args.model_type == "t2i":
         products += (args.caption_dim * args.dim + args.dim**2) * layout.prefix
-    return 6.0 * products + 12.0 * args.n_layer * args.dim * rows**2
+    return 6.0 * products + 12.0 * args.blocks * args.dim * rows**2

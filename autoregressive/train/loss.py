@@ -65,8 +65,10 @@ class TokenLoss(nn.Module):
         layout, order = self.layout(patch_side, codes.device)
         hidden, targets = _predictions(self.model, layout, codes[:, order], cond, drop, prefix_mask)
         row_weights = None if valid is None else valid.float().repeat_interleave(len(hidden) // len(codes))
-        weight = self.model.output.weight
-        return chunked_loss(hidden, weight, targets, row_weights, objective=self.objective, chunk_rows=self.chunk_rows)
+        weight, bias = self.model.projection()
+        return chunked_loss(
+            hidden, weight, targets, row_weights, bias=bias, objective=self.objective, chunk_rows=self.chunk_rows
+        )
 
 
 def token_log_probs(
@@ -84,7 +86,8 @@ def token_log_probs(
     """
     order = model.layout.order.to(codes.device)
     hidden, targets = _predictions(model, model.layout, codes[:, order], cond, drop, prefix_mask)
-    values = -chunked_values(hidden, model.output.weight, targets, chunk_rows=chunk_rows).view(codes.shape)
+    weight, bias = model.projection()
+    values = -chunked_values(hidden, weight, targets, bias=bias, chunk_rows=chunk_rows).view(codes.shape)
     return values[:, order.argsort()]
 
 
@@ -96,7 +99,7 @@ def _predictions(
     drop: Tensor | None,
     prefix_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the model's outputs before the output layer, (R, dim), and the tokens that each predicts, (R, P).
+    """Return the model's outputs before the output layer, (R, D), and the tokens that each predicts, (R, P).
 
     tokens: int64 (B, N) in the layout's order. Rows go by samples, then by the order.
     """

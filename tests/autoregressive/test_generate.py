@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from math import isqrt
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from autoregressive.models.generate import generate, release_cache
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.layouts import Reader
-from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig, choose
+from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig, choose, draw_race
 from tests.autoregressive.decoding import Pairs, Recording
 from tests.helpers import randomize
 from utils.rng import image_noise
@@ -43,12 +44,16 @@ def captions(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
 def without_cache(model, cond, noise, emb_masks=None, cfg_scale=1.0, cfg_interval=-1, **settings) -> torch.Tensor:
     """Runs the whole model over all known tokens at every step, conditional and unconditional rows apart."""
     n, total = model.args.ar_token_num, model.args.block_size
+    side, diagonals = isqrt(total), model.layout.name == "neighbours"
     config = SamplingConfig(**settings)
     known = torch.zeros(len(cond), 0, dtype=torch.long)
     while known.shape[1] < total:
         done = known.shape[1]
         width = 1 if done < n else n
-        if done == 0:
+        if diagonals:
+            width = side - abs(side - 1 - diagonal_at(done, side))
+            guided = cfg_interval < 0 or done <= cfg_interval
+        elif done == 0:
             guided = True
         elif done < n:
             guided = cfg_interval < 0 or done - 1 <= cfg_interval
@@ -65,10 +70,16 @@ def without_cache(model, cond, noise, emb_masks=None, cfg_scale=1.0, cfg_interva
     return raster
 
 
+def diagonal_at(cells: int, side: int) -> int:
+    """Return the number of the diagonal before which stand so many cells."""
+    return sorted(row + column for row in range(side) for column in range(side))[cells]
+
+
 KINDS = {
     "raster": {},
     "PAR-4": {"ar_token_num": 4},
     "PAR-16": {"ar_token_num": 16, "block_size": 64},
+    "NAR": {"layout": {"name": "neighbours"}, "block_size": 36},
     "few key heads": {"n_kv_head": 2, "ar_token_num": 4},
 }
 SETTINGS = {
@@ -382,7 +393,7 @@ def test_reading_the_cache_past_its_filled_part(kind, stride, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["raster", "few key heads", "text PAR-4"])
+@pytest.mark.parametrize("kind", ["raster", "NAR", "few key heads", "text PAR-4"])
 def test_recorded_steps_change_nothing(kind, recording):
     """One recording serves the later steps of its kind, and later calls with other images, scales and temperatures."""
     kinds = KINDS | {"text": TEXT, "text PAR-4": {**TEXT, "ar_token_num": 4}}
@@ -442,11 +453,28 @@ def test_recorded_compiled_steps_change_nothing(recording_compiled):
     assert Recording.made
 
 
+def test_compiled_passes_of_many_sizes_are_of_a_few(monkeypatch):
+    """Of eleven diagonals of one to six rows."""
+    monkeypatch.setattr(decode_step, "compiled_decode_rows", lambda: decode_step.decode_rows)
+    monkeypatch.setattr(decode_step, "compiled_race", lambda: draw_race)
+    model, kinds, noise = tiny(**KINDS["NAR"]), set(), noise_for(4, 36)
+    take = decode_step.take_pass
+    monkeypatch.setattr(
+        decode_step, "take_pass", lambda m, s, kind, d: kinds.add((kind.rows, kind.outputs)) or take(m, s, kind, d)
+    )
+    expected = generate(model, LABELS, noise=noise, cfg_scale=2.0)
+    assert len(kinds) == 10
+    kinds.clear()
+    assert torch.equal(generate(model, LABELS, noise=noise, cfg_scale=2.0, compile=True), expected)
+    assert kinds == {(2, 3), (4, 5), (6, 6)}
+
+
 @pytest.mark.slow
-def test_compiled_steps_change_nothing():
+@pytest.mark.parametrize("layout", [{"ar_token_num": 4}, {"layout": {"name": "neighbours"}}], ids=["PAR", "NAR"])
+def test_compiled_steps_change_nothing(layout):
     """Against the loop without caches; and no step falls back on plain code for too many shapes."""
     torch._dynamo.reset()
-    model = tiny(**TEXT, ar_token_num=4, n_kv_head=2, n_layer=1)
+    model = tiny(**TEXT, **layout, n_kv_head=2, n_layer=1)
     condition, mask = captions(6, 2, 1, 4)
     noise = noise_for(4, model.layout.tokens)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):

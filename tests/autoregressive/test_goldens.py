@@ -7,18 +7,23 @@ import torch
 from autoregressive.models import decode_step
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import ModelArgs, Transformer
+from autoregressive.models.layouts import Layout
 from autoregressive.models.layouts.patches import with_patches
 from autoregressive.models.sampling import filter_logits
 from autoregressive.train.loss import TokenLoss
 from tests.helpers import assert_close, golden_state, load_golden
 
-MODELS = ["c2i", "t2i", "par4", "par16"]
+MODELS = ["c2i", "t2i", "par4", "par16", "nar", "nar_t2i"]
+NEIGHBOURS = ["nar", "nar_t2i"]  # recorded in raster order
 RUNS = {"cfg1": {"cfg_scale": 1.0}, "cfg3": {"cfg_scale": 3.0}, "cfg3_interval4": {"cfg_scale": 3.0, "cfg_interval": 4}}
 
 
 def build(name: str) -> tuple[Transformer, dict, dict]:
     arrays, meta = load_golden(name)
-    model = Transformer(ModelArgs(**meta["model_args"]))
+    args = dict(meta["model_args"])
+    if args.pop("medusa_attention_num", 0):
+        args["layout"] = {"name": "neighbours"}
+    model = Transformer(ModelArgs(**args))
     state = golden_state(meta["state_dict"], meta["config"]["seed"], meta["config"]["gain"])
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == meta["state_dict"]
     model.load_state_dict(state, strict=True)
@@ -38,6 +43,8 @@ def test_training_step(name):
     codes = torch.from_numpy(arrays["codes"])
     tokens = codes[:, model.layout.order]
     logits = model(tokens[:, : -model.layout.step_tokens], cond, prefix_mask=prefix_mask)
+    if name in NEIGHBOURS:
+        logits = logits[:, model.layout.raster]
     assert_close(logits, arrays["train/logits"])
     valid = torch.from_numpy(arrays["valid"]) if "valid" in arrays else None
     loss = TokenLoss(model)(codes, cond, prefix_mask=prefix_mask, valid=valid)
@@ -67,14 +74,34 @@ def test_training_step_with_patches(side):
 @pytest.mark.parametrize("name", MODELS)
 def test_rope_table(name):
     model, arrays, _ = build(name)
-    assert_close(model.rope(torch.device("cpu")), arrays["rope"])
+    assert_close(model.rope(torch.device("cpu")), in_rows_of(model.layout, arrays["rope"], name))
 
 
-@pytest.mark.parametrize("name", ["par4", "par16"])
+@pytest.mark.parametrize("name", ["par4", "par16", *NEIGHBOURS])
 def test_order(name):
     model, arrays, _ = build(name)
     assert model.layout.order.tolist() == arrays["order"].tolist()
-    assert model.layout.order[model.layout.raster].tolist() == list(range(64))
+    assert model.layout.order[model.layout.raster].tolist() == list(range(model.layout.tokens))
+    if name in NEIGHBOURS:
+        assert model.layout.groups == tuple(arrays["groups"])
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_mask(name):
+    model, arrays, _ = build(name)
+    rows, prefix_mask = model.layout.rows, condition(arrays)[1]
+    mask = model.attention_mask(rows, prefix_mask, torch.device("cpu"))
+    expected = in_rows_of(model.layout, arrays["mask"].transpose(1, 2, 0), name)  # a row a row, then a column a row
+    expected = in_rows_of(model.layout, expected.transpose(0, 1), name).permute(2, 1, 0)
+    assert torch.equal(mask.expand(len(expected), 1, -1, -1)[:, 0], expected.bool())
+
+
+def in_rows_of(layout: Layout, recorded: np.ndarray | torch.Tensor, name: str) -> torch.Tensor:
+    """Put what is recorded by rows, (rows, …), in the order of the layout's rows."""
+    recorded = torch.as_tensor(recorded)
+    if name not in NEIGHBOURS:
+        return recorded
+    return torch.cat([recorded[: layout.prefix], recorded[layout.prefix :][layout.order]])
 
 
 @pytest.mark.parametrize("run", RUNS)

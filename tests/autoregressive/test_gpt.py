@@ -36,7 +36,7 @@ LABELS = torch.tensor([3, 0, 4])
 # Sizes, names, initial weights
 
 PUBLISHED = {
-    "GPT-B": "111M", "GPT-L": "343M", "GPT-XL": "775M", "GPT-XXL": "1.4B",
+    "GPT-B": "111M", "GPT-M": "266M", "GPT-L": "343M", "GPT-XL": "775M", "GPT-XXL": "1.4B",
     "GPT-XXXL": "3.9B", "GPT-1B": "1.2B", "GPT-3B": "3.1B", "GPT-7B": "6.6B",
 }  # fmt: skip
 
@@ -52,6 +52,19 @@ def test_parameter_counts(name):
     assert model.num_parameters == count
     assert (f"{count / 1e9:.1f}B" if count > 1e9 else f"{count / 1e6:.0f}M") == PUBLISHED[name]
     assert args.ffn_dim == hidden and dim % args.n_head == 0
+
+
+SECOND_EXIT = {"GPT-B": 130.6, "GPT-M": 295.5, "GPT-L": 372.5, "GPT-XL": 816.0, "GPT-XXL": 1464}  # millions, of NAR
+
+
+@pytest.mark.parametrize("name", SECOND_EXIT)
+def test_parameter_counts_with_a_second_exit(name):
+    with torch.device("meta"):
+        model = GPT_models[name](layout={"name": "neighbours"})
+        text = GPT_models["GPT-XL"](layout={"name": "neighbours"}, model_type="t2i", cls_token_num=120)
+    assert len(model.layers) == model.args.n_layer + 1
+    assert model.num_parameters / 1e6 == pytest.approx(SECOND_EXIT[name], abs=0.5 if name == "GPT-XXL" else 0.05)
+    assert text.num_parameters / 1e6 == pytest.approx(819.0, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +93,14 @@ def test_hidden_width(dim, multiplier, multiple, hidden):
             },
         ),
         (
+            {"layout": {"name": "neighbours"}},
+            {
+                "cls_embedding.embedding_table.weight": (6, 32),
+                "medusa_norm.weight": (32,),
+                "medusa_output.weight": (24, 32),
+            },
+        ),
+        (
             {k: v for k, v in TEXT.items() if k not in TINY},
             {
                 "cls_embedding.uncond_embedding": (6, 12),
@@ -88,11 +109,11 @@ def test_hidden_width(dim, multiplier, multiple, hidden):
             },
         ),
     ],
-    ids=["class", "PAR", "text"],
+    ids=["class", "PAR", "NAR", "text"],
 )
 def test_state_dict_names_and_shapes(more, extra):
     expected = {"tok_embeddings.weight": (24, 32), "norm.weight": (32,), "output.weight": (24, 32), **extra}
-    for i in range(3):
+    for i in range(3 + ("layout" in more)):
         expected |= {
             f"layers.{i}.attention.wqkv.weight": (96, 32),
             f"layers.{i}.attention.wo.weight": (32, 32),
@@ -107,10 +128,15 @@ def test_state_dict_names_and_shapes(more, extra):
     assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == expected
 
 
-FORMS = [{}, {"ar_token_num": 4}, {"model_type": "t2i", "cls_token_num": 6, "caption_dim": 64}]
+FORMS = {
+    "class": {},
+    "PAR": {"ar_token_num": 4},
+    "NAR": {"layout": {"name": "neighbours"}},
+    "text": {"model_type": "t2i", "cls_token_num": 6, "caption_dim": 64},
+}
 
 
-@pytest.mark.parametrize("more", FORMS, ids=["class", "PAR", "text"])
+@pytest.mark.parametrize("more", FORMS.values(), ids=FORMS)
 def test_a_model_off_the_meta_device_is_initialised_whole(more):
     """Every parameter and buffer, by draws in a fixed order through the function given."""
     args = ModelArgs(**{**TINY, "dim": 64, "vocab_size": 300, "initializer_range": 0.07, **more})

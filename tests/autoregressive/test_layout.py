@@ -160,3 +160,44 @@ def test_groups_that_are_no_square(n):
 def test_grids_that_groups_do_not_fit(grid, n, side):
     with pytest.raises(ValueError, match=f"{grid}x{grid} tokens cannot be cut into {side}x{side} regions"):
         layout_of(grid, n)
+
+
+# Neighbours
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("grid", [1, 2, 5, 16])
+def test_neighbours_by_hand(grid, prefix):
+    layout = build_layout({"name": "neighbours"}, grid, prefix)
+    cells = [
+        (k - column, column) for k in range(2 * grid - 1) for column in range(k, -1, -1) if column < grid > k - column
+    ]
+    assert [divmod(cell, grid) for cell in layout.order.tolist()] == cells
+    row_of = {cell: prefix + i for i, cell in enumerate(cells)}
+    for (row, column), readers in zip(cells, layout.readers, strict=True):
+        right, below = row_of.get((row, column - 1)), row_of.get((row - 1, column))
+        expected = [(right, 0)] * (right is not None) + [(below, 1)] * (below is not None)
+        assert [*readers] == (expected or [(prefix - 1, 0), (prefix - 1, 1)])
+    reached = torch.tensor([*range(prefix), *(prefix + sum(cell) for cell in cells)])
+    mask = layout.mask(layout.rows)
+    causal = torch.ones(layout.rows, layout.rows, dtype=torch.bool).tril()
+    assert torch.equal(reached <= reached[:, None], causal if mask is None else mask)
+    assert len(layout.passes) == 2 * grid - 1 and layout.passes[0].rows == range(prefix)
+    assert [step.number for step in layout.passes] == [step.outputs.start for step in layout.passes]
+    assert all(step.sees is None for step in layout.steps)
+    assert sum(len(step.rows) for step in layout.steps) == grid**2 - 1, "the last token is never fed"
+    assert layout.row_ends == tuple(1 + sum(sum(cell) < r + grid - 1 for cell in cells) for r in range(grid))
+
+
+@pytest.mark.parametrize(
+    "layout, whole",
+    [
+        ({"name": "raster"}, [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4]),
+        ({"name": "neighbours"}, [0] * 7 + [1] * 4 + [2] * 3 + [3, 3, 4]),
+        ({"name": "parallel", "group_size": 4}, [0] * 8 + [1] * 8 + [4]),
+    ],
+)
+def test_whole_rows(layout, whole):
+    layout = build_layout(layout, 4)
+    assert [layout.whole_rows(tokens) for tokens in range(17)] == whole
+    assert layout.is_by_rows == (len(set(whole)) == 5)

@@ -303,6 +303,24 @@ def test_chunked_values_equal_those_of_all_logits_and_hold_no_more_than_a_chunk(
     assert seen.largest == 24 * 200
 
 
+@BOTH
+def test_bias_of_the_output_layer_is_added_and_has_its_gradient(objective):
+    hidden, weight, chosen = problem(12, 8, 33, 2)
+    bias = torch.randn(33, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    logits = hidden @ weight.t() + bias
+    expected = cross_entropy(logits, chosen)
+    loss = chunked_loss(hidden, weight, chosen, bias=bias, objective=objective, chunk_rows=5)
+    values = chunked_values(hidden, weight, chosen, bias=bias, objective=objective, chunk_rows=5)
+    torch.testing.assert_close(loss, expected.mean())
+    torch.testing.assert_close(values, expected)
+    wanted = hidden, weight, bias
+    for mine in (loss, values.mean()):
+        for one, other in zip(
+            gradients(mine, *wanted), torch.autograd.grad(expected.mean(), wanted, retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(one, other)
+
+
 # The module
 
 GRID = 4
@@ -311,6 +329,7 @@ QUIET = {"token_dropout_p": 0.0, "resid_dropout_p": 0.0, "ffn_dropout_p": 0.0}
 KINDS = {
     "raster": ({}, 1),
     "PAR": ({"ar_token_num": 4}, 1),
+    "NAR": ({"layout": {"name": "neighbours"}}, 1),
     "text": ({"model_type": "t2i", "cls_token_num": 3, "caption_dim": 6}, 1),
     "patches of 2x2": ({}, 2),
     "patches of 4x4": ({}, 4),
@@ -354,7 +373,7 @@ def test_the_module_is_the_cross_entropy_of_the_models_logits(kind):
     assert token_loss(codes, cond, drop=drop, valid=torch.zeros(3), patch_side=side, **masks) == 0
 
 
-@pytest.mark.parametrize("kind", ["raster", "PAR", "text"])
+@pytest.mark.parametrize("kind", ["raster", "PAR", "NAR", "text"])
 def test_token_log_probs_are_those_of_the_models_logits_in_raster_order(kind):
     model = randomize(Transformer(ModelArgs(**SIZES, **QUIET, **KINDS[kind][0])), seed=3)
     codes, cond, masks = batch(model)

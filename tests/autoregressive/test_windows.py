@@ -78,10 +78,12 @@ LAYOUTS = {
     "few key heads, odd codebook": {"n_kv_head": 2, "vocab_size": 257},
     "PAR-4": {"ar_token_num": 4, "block_size": 36},
     "PAR-16": {"ar_token_num": 16, "block_size": 64},
+    "NAR": {"layout": {"name": "neighbours"}, "block_size": 36},
     "scattered": {"layout": Scattered},
     "pairs": {"layout": Pairs},
     "text": TEXT,
     "text PAR-4": {**TEXT, "ar_token_num": 4},
+    "text NAR": {**TEXT, "layout": {"name": "neighbours"}},
     "map": {"extra_conditions": {"map of a test": {}}},
     "map PAR-4": {"extra_conditions": {"map of a test": {}}, "ar_token_num": 4},
     "large": {"block_size": 441, "dim": 96, "n_layer": 1, "vocab_size": 40},
@@ -89,8 +91,9 @@ LAYOUTS = {
 
 
 def tiny(layout=None, seed=4, **more) -> Transformer:
-    model = randomize(Transformer(ModelArgs(**{**TINY, **more})), seed=seed, gain=1.3)
-    if layout:
+    of_args = {"layout": layout} if isinstance(layout, dict) else {}
+    model = randomize(Transformer(ModelArgs(**{**TINY, **more, **of_args})), seed=seed, gain=1.3)
+    if layout and not of_args:
         model.layout = layout(model.layout.grid_size, model.layout.prefix)
     return model
 
@@ -323,7 +326,8 @@ def test_attention_that_rounds_by_rows_or_length_is_noticed(monkeypatch):
 
 @pytest.mark.parametrize(
     "images, guided, layout, expected",
-    [(1, True, {}, 8), (1, False, {}, 16), (2, True, {}, 4), (3, True, {}, 0), (4, False, {}, 0), (1, True, {"ar_token_num": 16}, 0)],
+    [(1, True, {}, 8), (1, False, {}, 16), (2, True, {}, 4), (3, True, {}, 0), (4, False, {}, 0), (1, True, {"ar_token_num": 16}, 0),
+     (1, True, {"layout": {"name": "neighbours"}}, 0)],
 )  # fmt: skip
 def test_auto_window_on_a_cpu_suits_batch_and_layout(images, guided, layout, expected, monkeypatch):
     model = tiny(**{"block_size": 64, **layout})
@@ -341,7 +345,7 @@ def test_auto_window_on_a_cpu_suits_batch_and_layout(images, guided, layout, exp
 # Recorded passes
 
 
-@pytest.mark.parametrize("kind", ["raster", "PAR-4", "text"])
+@pytest.mark.parametrize("kind", ["raster", "PAR-4", "NAR", "text"])
 def test_recorded_windows_draw_the_same_and_read_cursors_late(kind, recording, monkeypatch):
     """One recording serves all passes of a call, and later calls; passes after the end change nothing."""
     monkeypatch.setattr(on_cpu, "PASSES_LATE", 2)
@@ -367,7 +371,7 @@ def test_windows_of_compiled_passes_are_off_on_a_cpu(monkeypatch, caplog):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("kind", ["raster", "PAR-4", "text"])
+@pytest.mark.parametrize("kind", ["raster", "PAR-4", "NAR", "text"])
 def test_windows_on_a_gpu_equal_windows_that_take_one_step_a_pass(kind, compile, monkeypatch):
     """Of one size: rounding goes by the number of rows there."""
     monkeypatch.setattr(generation, "window_of", lambda *asked: next(windows)(window_of(*asked)))

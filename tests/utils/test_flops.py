@@ -36,16 +36,24 @@ def test_patches_shorten_the_sequence():
     assert training_flops_per_image(ARGS, layout) == by_hand(16, 16)
 
 
+def test_second_exit_adds_a_block_and_a_head():
+    rows, outputs = 1 + 63, 2 * 64
+    products = 4 * BLOCK * rows + 100 * 64 * outputs
+    args = replace(ARGS, layout={"name": "neighbours"})
+    assert training_flops_per_image(args) == 6 * products + 12 * 4 * 64 * rows**2
+
+
 @pytest.mark.parametrize("patch_side", [1, 2])
 def test_training_flops_are_those_of_the_matrices_the_model_multiplies(patch_side):
     model = Transformer(ARGS)
     layout = with_patches(model.layout, patch_side)
     products = []
-    for module in model.modules():
+    for module in model.layers.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda m, _, output: products.append(output.numel() * m.in_features))
     tokens = torch.zeros(2, 64 - layout.step_tokens, dtype=torch.long)
-    model(tokens, torch.zeros(2, dtype=torch.long), layout=layout)
+    logits = model(tokens, torch.zeros(2, dtype=torch.long), layout=layout)
+    products.append(logits.numel() * ARGS.dim)
     attention = 12 * 3 * 64 * (64 // patch_side**2) ** 2
     assert training_flops_per_image(ARGS, layout) == 6 * sum(products) / 2 + attention
 

@@ -1,6 +1,6 @@
 """Token layouts, one file a kind; see base.py."""
 
-from autoregressive.models.layouts import parallel, patches, raster  # noqa: F401 - these register themselves
+from autoregressive.models.layouts import neighbours, parallel, patches, raster  # noqa: F401 - these register themselves
 from autoregressive.models.layouts.base import (
     LAYOUTS,
     DecodeStep,

@@ -12,6 +12,7 @@ step of a group computes the rows that the group is read from, and every kept ro
 A new layout is a subclass in one file: `places` alone gives another order of single tokens (examples/spiral_order.py).
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -204,6 +205,21 @@ class Layout:
         return torch.argsort(self.order)
 
     @cached_property
+    def row_ends(self) -> tuple[int, ...]:
+        """Tokens of the sequence that are drawn when each row of the image, and every row above it, is whole."""
+        last = self.raster.view(self.grid_size, self.grid_size).amax(1) + 1
+        return tuple(last.cummax(0).values.tolist())
+
+    @cached_property
+    def is_by_rows(self) -> bool:
+        """Tell whether the rows of an image become whole one after another, so that the first ones can be shown."""
+        return len(set(self.row_ends)) == self.grid_size
+
+    def whole_rows(self, tokens: int) -> int:
+        """Return how many of an image's first rows are whole once so many tokens of the sequence are drawn."""
+        return bisect_right(self.row_ends, tokens)
+
+    @cached_property
     @torch.inference_mode(False)
     def cells(self) -> Tensor:
         """The cell of the rope grid, in raster order, at which each row stands, int64 (rows,); -1 where at none."""
@@ -237,11 +253,28 @@ class Layout:
             first = self.content[start].number
             yield self.content[start].holds, slice(first, first + stop - start)
 
-    def read_rows(self, rows: int) -> slice | list[int]:
-        """Return the rows, of the first `rows`, that tokens (or patches) are predicted from, in the order of these."""
-        assert all(len(readers) == 1 for readers in self.readers), "training reads one row a token"
-        read = [reader.row for (reader,) in self.readers if reader.row < rows]
+    @cached_property
+    def heads(self) -> int:
+        """Heads that tokens are read by."""
+        return 1 + max(reader.head for readers in self.readers for reader in readers)
+
+    def read_rows(self, rows: int, head: int = 0) -> slice | list[int]:
+        """Return the row, of the first `rows`, that a head predicts each token (or patch) from, in the order of these.
+
+        A head that has no share in a token (`shares`) has row 0 for it.
+        """
+        read = [{reader.head: reader.row for reader in readers}.get(head, 0) for readers in self._read_within(rows)]
         return slice(read[0], read[-1] + 1) if read == list(range(read[0], read[-1] + 1)) else read
+
+    def shares(self, rows: int, heads: int) -> Tensor:
+        """Return the share of each head in the mean that predicts a token, float32 (tokens, heads)."""
+        read = [[reader.head for reader in readers] for readers in self._read_within(rows)]
+        assert all(len(set(own)) == len(own) for own in read), "a head reads one row a token"
+        return torch.tensor([[own.count(head) / len(own) for head in range(heads)] for own in read], device="cpu")
+
+    def _read_within(self, rows: int) -> list[tuple[Reader, ...]]:
+        """Return the readers of the tokens (or patches) that the first `rows` rows predict."""
+        return [readers for readers in self.readers if max(reader.row for reader in readers) < rows]
 
     def mask(self, rows: int, device: torch.device | None = None) -> Tensor | None:
         """Return which of the first `rows` rows sees which, bool (rows, rows), row by column; None where plainly causal."""

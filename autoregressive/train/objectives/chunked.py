@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -29,10 +30,11 @@ def chunked_loss(
     targets: Tensor,
     row_weights: Tensor | None = None,
     *,
+    bias: Tensor | None = None,
     objective: Objective = cross_entropy,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """Return the mean over rows of the mean over a row's targets of objective(hidden @ weight.T, targets).
+    """Return the mean over rows of the mean over a row's targets of objective(hidden @ weight.T + bias, targets).
 
     Products are taken in the autocast dtype if autocast is on, else in that of the tensors; logits and sums are float32
     (float64 for float64).
@@ -42,15 +44,16 @@ def chunked_loss(
         weight: (V, D).
         targets: int64 (R, P).
         row_weights: (R,) weights of the mean, equal by default; their sum counts as at least 1.
+        bias: (V,), none by default.
         objective: a function of logits (rows, V) and targets (rows, P), which returns (rows, P).
         chunk_rows: rows whose logits exist at a time.
 
     Returns:
-        A scalar, float32 (or float64), differentiable once by hidden and weight.
+        A scalar, float32 (or float64), differentiable once by hidden, weight and bias.
     """
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _ChunkedLoss.apply(hidden, weight, targets, row_weights, objective, chunk_rows)
-    return _in_chunks(hidden, weight, targets, row_weights, objective, chunk_rows)[0]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
+        return _ChunkedLoss.apply(hidden, weight, bias, targets, row_weights, objective, chunk_rows)
+    return _in_chunks(hidden, weight, bias, targets, row_weights, objective, chunk_rows)[0]
 
 
 def chunked_values(
@@ -58,10 +61,11 @@ def chunked_values(
     weight: Tensor,
     targets: Tensor,
     *,
+    bias: Tensor | None = None,
     objective: Objective = cross_entropy,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """Return objective(hidden @ weight.T, targets) for each target, (R, P), differentiable by hidden and weight.
+    """Return objective(hidden @ weight.T + bias, targets) for each target, (R, P), differentiable by all but the targets.
 
     The backward pass computes the logits once more, since it alone knows what each value counts.
     Arguments as for `chunked_loss`.
@@ -70,7 +74,8 @@ def chunked_values(
 
     def values_of(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            return objective((hidden.to(dtype) @ weight.to(dtype).t()).to(wide), targets)
+            own_bias = None if bias is None else bias.to(dtype)
+            return objective(F.linear(hidden.to(dtype), weight.to(dtype), own_bias).to(wide), targets)
 
     parts = zip(*(x.split(chunk_rows or _default_rows(hidden, weight)) for x in (hidden, targets)), strict=True)
     return torch.cat([checkpoint(values_of, part, weight, aims, use_reentrant=False) for part, aims in parts])
@@ -84,27 +89,28 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         targets: Tensor,
         row_weights: Tensor | None,
         objective: Objective,
         chunk_rows: int | None,
     ) -> Tensor:
-        needed = ctx.needs_input_grad[:2]
-        loss, *gradients = _in_chunks(hidden, weight, targets, row_weights, objective, chunk_rows, *needed)
+        needed = ctx.needs_input_grad[:3]
+        loss, *gradients = _in_chunks(hidden, weight, bias, targets, row_weights, objective, chunk_rows, *needed)
         ctx.save_for_backward(*gradients)
-        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         return loss
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("chunked_loss can be differentiated only once: leave out create_graph=True")
-        grad_hidden, grad_weight, scale = ctx.saved_tensors
+        *gradients, scale = ctx.saved_tensors
         scale = scale * grad_output
         # float32 until the scale is in: that of a GradScaler is beyond float16
         gradients = [
             None if gradient is None else (gradient.to(scale.dtype) * scale).to(dtype)
-            for gradient, dtype in zip((grad_hidden, grad_weight), ctx.dtypes, strict=True)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return *gradients, None, None, None, None
 
@@ -112,20 +118,22 @@ class _ChunkedLoss(torch.autograd.Function):
 def _in_chunks(
     hidden: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     targets: Tensor,
     row_weights: Tensor | None,
     objective: Objective,
     chunk_rows: int | None,
     hidden_gradient: bool = False,
     weight_gradient: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    bias_gradient: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """Return the loss, the gradients of its sum over rows, and the factor that makes that sum a mean.
 
     Gradients of a sum are of the size of a probability, which half precision holds; those of a mean would vanish in it.
     """
     cuda, rows = hidden.device.type == "cuda", len(hidden)
     dtype, wide = _dtypes(hidden, weight)
-    product_weight = weight.to(dtype)
+    product_weight, product_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     if row_weights is None:
         row_weights = torch.ones(rows, dtype=wide, device=hidden.device)
     row_weights = row_weights.to(wide)
@@ -138,20 +146,23 @@ def _in_chunks(
     total = scale.new_zeros(())
     grad_hidden = torch.empty_like(hidden, dtype=dtype) if hidden_gradient else None
     grad_weight = torch.zeros_like(weight, dtype=wide) if weight_gradient else None
+    grad_bias = torch.zeros(len(weight), dtype=wide, device=weight.device) if bias_gradient else None
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, rows, chunk_rows):
             chunk = slice(start, start + chunk_rows)
             part = hidden[chunk].to(dtype)
-            logits = torch.mm(part, product_weight.t())  # (C, V)
-            loss, gradient = chunk_loss(
-                logits, targets[chunk], row_weights[chunk, None], wide, hidden_gradient or weight_gradient
-            )
+            product = part, product_weight.t()
+            logits = torch.mm(*product) if product_bias is None else torch.addmm(product_bias, *product)  # (C, V)
+            wanted = hidden_gradient or weight_gradient or bias_gradient
+            loss, gradient = chunk_loss(logits, targets[chunk], row_weights[chunk, None], wide, wanted)
             total += loss
             if hidden_gradient:
                 torch.mm(gradient, product_weight, out=grad_hidden[chunk])
             if weight_gradient:
                 add_product(grad_weight, gradient.t(), part)
-    return total * scale, grad_hidden, grad_weight, scale
+            if bias_gradient:
+                grad_bias += gradient.sum(0, dtype=wide)
+    return total * scale, grad_hidden, grad_weight, grad_bias, scale
 
 
 def _dtypes(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
