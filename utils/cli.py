@@ -485,7 +485,9 @@ def add_training_flags(
     add_flag(group, "--epochs", positive_int, epochs, "passes over the data")
     add_flag(group, "--max-steps", positive_int, None, "stop after this many steps, if sooner")
     add_flag(group, "--lr", nonnegative_float, 1e-4, "learning rate")
-    add_flag(group, "--lr-schedule", None, "constant", "after the warm-up", choices=["constant", "cosine"])
+    help = "after the warm-up; steps: times 0.2 after 1/2, 2/3 and 5/6 of the epochs"
+    add_flag(group, "--lr-schedule", None, "constant", help, choices=["constant", "cosine", "steps"])
+    add_flag(group, "--min-lr", nonnegative_float, 0.0, "where the cosine ends")
     add_flag(group, "--warmup-steps", nonnegative_int, 0, "steps of linear warm-up")
     if decays:
         add_flag(group, "--weight-decay", nonnegative_float, 0.05, "of tensors with two or more dimensions")

@@ -18,11 +18,20 @@ def adamw(model: nn.Module, args: Namespace) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=fused)
 
 
-def learning_rate(args: Namespace, step: int, total: int) -> float:
-    """Return the learning rate at a step (from 0): linear warm-up over --warmup-steps, then constant, or a cosine that ends at 0."""
+def learning_rate(args: Namespace, step: int, total: int, steps_per_epoch: int = 1) -> float:
+    """Return the learning rate at a step (from 0), after a linear warm-up over --warmup-steps as --lr-schedule says.
+
+    constant; cosine, which ends at --min-lr; or steps, times 0.2 after 1/2, 2/3 and 5/6 of the epochs, rounded down (NAR, arXiv
+    2503.10696, section 4.1), or of the steps where there is one epoch, or --max-steps ends the run sooner.
+    """
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
     if args.lr_schedule == "cosine":
         done = (step - args.warmup_steps) / max(total - args.warmup_steps, 1)
-        return args.lr * 0.5 * (1 + cos(pi * min(done, 1)))
+        return args.min_lr + (args.lr - args.min_lr) * 0.5 * (1 + cos(pi * min(done, 1)))
+    if args.lr_schedule == "steps":
+        whole = args.epochs > 1 and total >= args.epochs * steps_per_epoch
+        parts, unit = (args.epochs, steps_per_epoch) if whole else (total, 1)
+        ends = (parts // 2, parts * 2 // 3, parts * 5 // 6)
+        return args.lr * 0.2 ** sum(step >= end * unit for end in ends)
     return args.lr

@@ -328,7 +328,7 @@ class Trainer:
     def _learning_rate(self) -> float:
         if self.job.rate:
             return self.job.rate(self._batches_done, self.order.batches_per_epoch)
-        return learning_rate(self.args, self.step, self.total_steps)
+        return learning_rate(self.args, self.step, self.total_steps, self.order.batches_per_epoch)
 
     # Logs
 

@@ -195,12 +195,29 @@ def test_learning_rates_by_hand():
     assert [learning_rate(args, step, 100) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
     args = SimpleNamespace(lr=0.8, warmup_steps=0, lr_schedule="constant")
     assert learning_rate(args, 0, 100) == 0.8
-    args = SimpleNamespace(lr=0.8, warmup_steps=2, lr_schedule="cosine")
+    args = SimpleNamespace(lr=0.8, warmup_steps=2, lr_schedule="cosine", min_lr=0.0)
     half = 0.8 * (1 + math.cos(math.pi / 4)) / 2
     assert [learning_rate(args, step, 10) for step in (0, 1, 2, 4, 6, 10, 11)] == pytest.approx(
         [0.4, 0.8, 0.8, half, 0.4, 0, 0]
     )
-    assert learning_rate(SimpleNamespace(lr=1.0, warmup_steps=5, lr_schedule="cosine"), 5, 5) == 1
+    args = SimpleNamespace(lr=1.0, warmup_steps=5, lr_schedule="cosine", min_lr=0.5)
+    assert [learning_rate(args, step, total) for step, total in ((5, 5), (10, 10), (10, 15))] == [1, 0.5, 0.75]
+
+
+@pytest.mark.parametrize(
+    "epochs, total, ends",
+    [
+        (300, 300 * 7, [150 * 7, 200 * 7, 250 * 7]),
+        (5, 35, [2 * 7, 3 * 7, 4 * 7]),
+        (300, 100, [50, 66, 83]),
+        (1, 7, [3, 4, 5]),
+    ],
+)
+def test_learning_rate_of_steps_falls_at_published_epochs(epochs, total, ends):
+    args = SimpleNamespace(lr=1e-4, warmup_steps=0, lr_schedule="steps", epochs=epochs)
+    rates = [learning_rate(args, step, total, 7) for step in range(total)]
+    expected = [1e-4 * 0.2 ** sum(step >= end for end in ends) for step in range(total)]
+    assert rates == pytest.approx(expected)
 
 
 def test_the_rate_reaches_every_group_and_the_log(tmp_path):
