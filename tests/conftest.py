@@ -21,6 +21,7 @@ class SmallFiles:
     vq: Path  # {"model"}
     gpt: Path  # DDP, with args
     par: Path  # DDP, four tokens at a time
+    nar: Path  # {"model"}, as NAR's last_version.pt
     bare: Path  # a bare state dict, consolidated.pth in a folder of its own
 
 
@@ -29,7 +30,12 @@ def small_files(tmp_path_factory) -> SmallFiles:
     """Read-only: a test that changes a file copies it first."""
     folder = tmp_path_factory.mktemp("small")
     files = SmallFiles(
-        folder, folder / "vq.pt", folder / "gpt.pt", folder / "par4.pt", folder / "0005000" / "consolidated.pth"
+        folder,
+        folder / "vq.pt",
+        folder / "gpt.pt",
+        folder / "par4.pt",
+        folder / "nar.pt",
+        folder / "0005000" / "consolidated.pth",
     )
     args = {"gpt_model": "GPT-XS", "gpt_type": "c2i", "image_size": 32, "downsample_size": 4, "num_classes": 10}
     shape = {"vocab_size": 64, "block_size": 64, "num_classes": 10}
@@ -37,6 +43,8 @@ def small_files(tmp_path_factory) -> SmallFiles:
     par = randomize(GPT_models["GPT-XS"](**shape, ar_token_num=4), seed=2).state_dict()
     for path, model in ((files.gpt, gpt), (files.par, par)):
         torch.save({"model": model, "optimizer": {}, "steps": 7, "args": Namespace(**args)}, path)
+    nar = randomize(GPT_models["GPT-XS"](**shape, layout={"name": "neighbours"}), seed=4).state_dict()
+    torch.save({"model": nar}, files.nar)
     files.bare.parent.mkdir()
     torch.save(gpt, files.bare)
     torch.save({"model": randomize(VQ_models["VQ-4"](codebook_size=64), seed=3).state_dict()}, files.vq)

@@ -27,7 +27,7 @@ class ModelInfo:
     image_size: int
     tokens: int  # of an image
     num_classes: int  # 0 where it draws from prompts
-    raster: bool  # tokens come in raster order, so that the first rows of an image can be shown
+    raster: bool  # rows become whole one after another, so that the first ones of an image can be shown
     classes: tuple[str, ...] = ()
 
 
@@ -63,6 +63,6 @@ def model_info(gpt: Transformer, name: str, image_size: int) -> ModelInfo:
         image_size=image_size,
         tokens=gpt.layout.tokens,
         num_classes=0 if text else gpt.args.num_classes,
-        raster=gpt.layout.is_raster,
+        raster=gpt.layout.is_by_rows,
         classes=() if text else tuple(class_names(gpt.args.num_classes, recorded=recorded)),
     )

@@ -77,7 +77,7 @@ class NativeEngine:
         request.read(self.pipeline.gpt.conditions)
 
     async def generate(self, request: Request) -> AsyncIterator[list[int]]:
-        """Yield the tokens so far after each row of the image; of a layout that is not raster none until all are there."""
+        """Yield the tokens so far after each row of the image; none until all are there where rows do not come one after another."""
         job = _Job(request.read(self.pipeline.gpt.conditions))
         if self.dead:
             raise RuntimeError("the engine is closed")
@@ -163,10 +163,11 @@ class NativeEngine:
                 slots.admit([*entering], configs, noise, **self.pipeline.inputs(requests))
             if not jobs:
                 break
-            before = {slot: slots.done(slot) // layout.grid_size for slot in jobs}
+            before = {slot: layout.whole_rows(slots.done(slot)) for slot in jobs}
             slots.take_pass()
             for slot, job in list(jobs.items()):
-                done, rows = slots.done(slot), slots.done(slot) // layout.grid_size
+                done = slots.done(slot)
+                rows = layout.whole_rows(done)
                 if job.closed or done == self.info.tokens:
                     tokens = slots.tokens(slot).tolist()
                     del jobs[slot]
@@ -174,8 +175,8 @@ class NativeEngine:
                         broken.append(job)
                     elif not job.closed:
                         tell(job, tokens)
-                elif rows > before[slot] or not layout.is_raster:
-                    tell(job, slots.tokens(slot)[: rows * layout.grid_size].tolist() if layout.is_raster else [])
+                elif rows > before[slot] or not layout.is_by_rows:
+                    tell(job, slots.tokens(slot)[: rows * layout.grid_size].tolist() if layout.is_by_rows else [])
         return [job for job in broken if not job.closed]
 
     def _draw(self, batch: list[_Job], loop: asyncio.AbstractEventLoop) -> list[list[int] | Exception]:
@@ -189,10 +190,11 @@ class NativeEngine:
             if self.dead or all(job.closed for job in batch):
                 raise _Abandoned
             # A whole row is what can be shown; reading each token would have an accelerator wait at every step.
-            rows = done // layout.grid_size
-            if done < self.info.tokens and (rows > rows_shown or not layout.is_raster):
+            rows = layout.whole_rows(done)
+            if done < self.info.tokens and (rows > rows_shown or not layout.is_by_rows):
                 rows_shown = rows
-                shown = tokens[: len(batch), : rows * layout.grid_size if layout.is_raster else 0].tolist()
+                places = layout.raster[: rows * layout.grid_size if layout.is_by_rows else 0]
+                shown = tokens[: len(batch), places.to(tokens.device)].tolist()
                 for job, so_far in zip(batch, shown):
                     loop.call_soon_threadsafe(job.news.put_nowait, so_far)
 

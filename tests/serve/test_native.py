@@ -29,7 +29,7 @@ def tokenizer(small_files):
     return load_tokenizer(small_files.vq)
 
 
-@pytest.fixture(scope="module", params=["gpt", "par"])
+@pytest.fixture(scope="module", params=["gpt", "par", "nar"])
 def pipeline(request, small_files, tokenizer) -> ImagePipeline:
     gpt = load_gpt(getattr(small_files, request.param), image_size=32, downsample_size=4)
     return ImagePipeline(gpt, tokenizer, batch_size=4)
@@ -93,7 +93,7 @@ def test_tokens_come_row_by_row(pipeline):
     assert len(yielded[-1]) == 64
     for earlier, later in pairwise(yielded):
         assert later[: len(earlier)] == earlier and len(earlier) % 8 == 0
-    assert len(yielded) > 1 and any(yielded[:-1]) == pipeline.gpt.layout.is_raster
+    assert len(yielded) > 1 and any(yielded[:-1]) == pipeline.gpt.layout.is_by_rows
 
 
 @pytest.mark.parametrize(
