@@ -150,7 +150,7 @@ def models(args: argparse.Namespace) -> dict[str, Callable[[], "ImagePipeline"]]
         files = {"class": (args.gpt_ckpt, args.vq_ckpt), **files}
     if args.quickstart:
         files = {name: quickstart_files(name, *found, needed=name == kind) for name, found in files.items()}
-    names = ("gpt_model", "num_classes", "cls_token_num", "codebook_size", "downsample_size", "vq_model")
+    names = ("gpt_model", "layout", "num_classes", "cls_token_num", "codebook_size", "downsample_size", "vq_model")
     given = {name: getattr(args, name) for name in (*names, "codebook_embed_dim")}
     given = {name: value for name, value in given.items() if value != parser.get_default(name)}
     if ar_token_num := layout_numbers(args)[0]:

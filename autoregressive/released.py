@@ -25,13 +25,15 @@ from utils.checkpoint import Checkpoint, parameter_count
 State = Mapping[str, torch.Tensor]
 CLASS_TABLE, NO_CAPTION = "cls_embedding.embedding_table.weight", "cls_embedding.uncond_embedding"
 SPECIAL_TABLE = "spe_tok_embeddings.special_embeddings.weight"
+BELOW_HEAD = "medusa_output.weight"
+SECOND_EXIT = "models of the layout neighbours alone have a second exit (medusa_norm, medusa_output and one more block)"
 
 
-def llamagen_identity(state: State, path: str | Path) -> dict[str, Any]:
+def llamagen_identity(state: State, path: str | Path, n_head: int | None = None) -> dict[str, Any]:
     """Read the identity of a GPT of LlamaGen, NPP or PAR off its shapes, but for the grid, which leaves no trace in them.
 
-    Raises ValueError where this is no such GPT, saying what it looks like instead, or one of a size in no table, since
-    shapes do not show the number of heads.
+    n_head: heads of the attention, which shapes do not show; by default those of the size in the table, None if in none.
+    Raises ValueError where this is no such GPT, saying what it looks like instead.
     """
     needed = ("tok_embeddings.weight", "layers.0.attention.wqkv.weight", "layers.0.feed_forward.w1.weight")
     absent = [name for name in needed if name not in state]
@@ -42,9 +44,9 @@ def llamagen_identity(state: State, path: str | Path) -> dict[str, Any]:
     if flat := [name for name in needed if state[name].dim() != 2]:
         raise ValueError(f"{path} is not a GPT checkpoint: its {', '.join(flat)} should be matrices")
     vocab_size, dim = state["tok_embeddings.weight"].shape
-    n_layer = 1 + max(int(match[1]) for match in (re.match(r"layers\.(\d+)\.", name) for name in state) if match)
+    n_layer = last_block(state) + 1
     size = size_name(n_layer, dim)
-    n_head = GPT_SIZES[size][1] if size else None
+    n_head = n_head or (GPT_SIZES[size][1] if size else None)
     key_rows = (state["layers.0.attention.wqkv.weight"].shape[0] - dim) // 2
     special = state[SPECIAL_TABLE].shape[0] if SPECIAL_TABLE in state else 0
     if CLASS_TABLE in state:  # its last row is "no class"
@@ -67,22 +69,39 @@ def llamagen_identity(state: State, path: str | Path) -> dict[str, Any]:
     }
 
 
-# For each released system its recogniser of keys, and the function from a state dict to an identity.
-PUBLISHED: list[tuple[Callable[[State], bool], Callable[[State, str | Path], dict[str, Any]]]] = [
+def nar_identity(state: State, path: str | Path, n_head: int | None = None) -> dict[str, Any]:
+    """Read the identity of a GPT of NAR: LlamaGen's, with a last block that leads to the below head. As llamagen_identity."""
+    second_exit = (f"layers.{last_block(state)}.", "medusa_")
+    raster = {name: tensor for name, tensor in state.items() if not name.startswith(second_exit)}
+    return {**llamagen_identity(raster, path, n_head), "layout": {"name": "neighbours"}}
+
+
+def last_block(state: State) -> int:
+    """Return the number of the last block, -1 where there is none."""
+    found = (re.match(r"layers\.(\d+)\.", name) for name in state)
+    return max((int(match[1]) for match in found if match), default=-1)
+
+
+Recogniser = Callable[[State], bool]
+IdentityOf = Callable[[State, str | Path, int | None], dict[str, Any]]
+# For each released system its recogniser of keys, and the function from a state dict (and heads) to an identity.
+PUBLISHED: list[tuple[Recogniser, IdentityOf]] = [
+    (lambda state: BELOW_HEAD in state, nar_identity),
     (lambda state: True, llamagen_identity),
 ]
 
 
-def find_identity(checkpoint: Checkpoint) -> dict[str, Any]:
+def find_identity(checkpoint: Checkpoint, n_head: int | None = None) -> dict[str, Any]:
     """Return what a file says of its GPT: its config, or for a published file what its weights tell.
 
+    n_head: heads of the attention, for a published file that does not tell them.
     Raises ValueError where the file is of no GPT.
     """
     if "model" in checkpoint.config and "layout" in checkpoint.config:
         return {part: checkpoint.config[part] for part in ("model", "layout", "conditions")}
     for recognises, identity in PUBLISHED:
         if recognises(checkpoint.model):
-            return identity(checkpoint.model, checkpoint.path)
+            return identity(checkpoint.model, checkpoint.path, n_head)
     raise AssertionError
 
 
@@ -97,6 +116,7 @@ def gpt_identity(
     image_size: int | None = None,
     untold_image_size: int | None = None,
     downsample_size: int | None = None,
+    n_head: int | None = None,
     **flags: Any,
 ) -> dict[str, Any]:
     """Return the whole identity of a file's GPT.
@@ -104,19 +124,22 @@ def gpt_identity(
     Args:
         checkpoint: the file.
         image_size, downsample_size: pixels a side of the image and of a token, as the caller believes; None for no belief.
+        n_head: heads of the attention, for a file of a size in no table that does not tell them.
         untold_image_size: taken, with a warning, where neither the caller nor the file tells the image size.
         flags: other beliefs, as check_flags compares them.
 
     Raises ValueError where the file disagrees with a belief, is of no GPT, or does not say the image size or the heads.
     """
-    identity, path, recorded = find_identity(checkpoint), checkpoint.path, checkpoint.args or {}
+    identity, path, recorded = find_identity(checkpoint, n_head), checkpoint.path, checkpoint.args or {}
     _require_registered(identity, checkpoint)
     check_flags(identity, checkpoint, image_size=image_size, downsample_size=downsample_size, **flags)
     if identity["model"]["n_head"] is None:
         sizes = ", ".join(f"{name} ({layers} layers, dim {dim})" for name, (layers, _, dim) in GPT_SIZES.items())
         raise ValueError(
-            f"{path} holds {describe(identity)}, a size that is in no table, and no config; known are {sizes}"
+            f"{path} holds {describe(identity)}, a size that is in no table, and no config; give n_head, known are {sizes}"
         )
+    if n_head not in (None, held := identity["model"]["n_head"]):
+        raise ValueError(f"{path} has {held} heads, and n_head is {n_head}: leave it out")
     if "grid_size" in identity["layout"]:
         return identity
     image_size = image_size or recorded.get("image_size") or image_size_in_name(Path(path).name)
@@ -217,6 +240,8 @@ def check_flags(identity: Mapping[str, Any], checkpoint: Checkpoint, **flags: An
     wrong = [name for name in (*_DEFAULTS, *given) if name in given and held[name] not in (None, given[name])]
     wrong = list(dict.fromkeys(wrong))
     problems = [f"{_flag(name)} {given[name]} (file: {held[name]})" for name in wrong]
+    if "layout" in wrong and "neighbours" in (given["layout"], held["layout"]):
+        problems.append(SECOND_EXIT)
     if "gpt_model" in given and held["gpt_model"] is None:
         problems.insert(0, f"--gpt-model {given['gpt_model']} (file: none of {', '.join(GPT_SIZES)})")
     if problems:

@@ -4,7 +4,7 @@ row = find_row("c2i_L_384"); row.fid, row.cfg_scale, row.flags()
 
 Class-conditional ImageNet: FID of 50,000 samples against the reference batch below. Tokenizers: FID of ImageNet's 50,000
 validation images, reconstructed, against themselves (rFID). The figures are those that LlamaGen (arXiv 2406.06525),
-Next-Patch-Prediction (2412.15321) and PAR (2412.15119) give for the weights they released.
+Next-Patch-Prediction (2412.15321), PAR (2412.15119) and NAR (2503.10696) give for the weights they released.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.cli import grid_size
 from utils.download import download
-from utils.hub import RELEASED, WEIGHTS
+from utils.hub import NAR_OWNERS, RELEASED, WEIGHTS
 
 if TYPE_CHECKING:
     from autoregressive.models.gpt import ModelArgs
@@ -113,6 +113,15 @@ def _rows() -> Iterator[Row]:
         yield Row(
             f"PAR-{size}-{group}x", "PAR", fid, parameters, f"{_PAR}/PAR-{size}-{group}x.pt", _VQ16, 384, cfg_scale
         )
+    for size, parameters, fid in (
+        ("B", 130_551_552, 4.65),
+        ("M", 295_453_696, 3.27),
+        ("L", 372_536_320, 3.06),
+        ("XL", 815_991_040, 2.70),
+        ("XXL", 1_464_454_656, 2.58),
+    ):
+        file = f"{NAR_OWNERS[size]}/NAR-imagenet-256-{size}/last_version.pt"
+        yield Row(f"NAR-{size}", "NAR", fid, parameters, file, _VQ16, 256, 2.0)
     for name, file, parameters, image_size, fid in (
         ("vq_ds16_c2i", _VQ16, 71_883_403, 256, 2.19),
         ("vq_ds16_c2i_384", _VQ16, 71_883_403, 384, 0.94),
@@ -182,4 +191,5 @@ def gpt_args(settings: Mapping[str, Any]) -> "ModelArgs":
         cls_token_num=settings["cls_token_num"],
         ar_token_num=group,
         spe_token_num=group - 1,
+        layout={"name": name} if (name := settings.get("layout")) not in (None, "raster", "parallel") else None,
     )

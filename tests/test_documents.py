@@ -111,6 +111,8 @@ def files(tmp_path_factory) -> Path:
         state = model.state_dict()
         save_checkpoint(folder / f"gpt{n}.pt", {"model": state, "ema": state, "steps": 1, "args": args})
         save_checkpoint(folder / f"fsdp{n}" / "consolidated.pth", state)
+    model = GPT_models["GPT-XS"](vocab_size=64, num_classes=2, block_size=64, layout={"name": "neighbours"})
+    save_checkpoint(folder / "nar.pt", {"model": model.state_dict()})
     text = {"model_type": "t2i", "cls_token_num": 120, "caption_dim": 32}
     model = GPT_models["GPT-XS"](vocab_size=64, block_size=64, **text)
     save_checkpoint(folder / "t2i.pt", {"model": model.state_dict(), "steps": 1, "args": args})
@@ -130,9 +132,11 @@ def with_released(files: Path, work: Path) -> None:
     (home / "t5-ckpt" / "flan-t5-xl").symlink_to(files / "flan-t5-xl")
     (home / "clip-vit-base-patch32").symlink_to(files / "clip-vit-base-patch32")
     for small, names in {
-        "gpt1.pt": ["c2i_L_384.pt"], "t2i.pt": ["t2i_XL_stage2_512.pt"], "vq.pt": ["vq_ds16_c2i.pt", "vq_ds16_t2i.pt"]
+        "gpt1.pt": ["c2i_L_384.pt"], "t2i.pt": ["t2i_XL_stage2_512.pt"], "vq.pt": ["vq_ds16_c2i.pt", "vq_ds16_t2i.pt"],
+        "nar.pt": ["NAR-imagenet-256-B/last_version.pt"],
     }.items():  # fmt: skip
         for name in names:
+            (home / name).parent.mkdir(exist_ok=True)
             (home / name).symlink_to(files / small)
 
 

@@ -259,6 +259,8 @@ def add_gpt_flags(
     add_flag(group, "--num-classes", positive_int, None, f"classes the model knows (default: as {said_by})")
     add_flag(group, "--ar-token-num", positive_int, None, "tokens a step predicts, a square number (PAR; 1: raster)")
     add_flag(group, "--spe-token-num", nonnegative_int, None, "special tokens of PAR, one less than --ar-token-num")
+    if not training:
+        add_flag(group, "--layout", None, None, f"name of a registered order of tokens{says}")
     if training:
         named: dict[str, Any] = {"type": named_settings, "metavar": "NAME[,key=value]"}
         help = "a registered order of tokens (default: raster, or what --ar-token-num says); docs/extending.md"

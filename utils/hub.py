@@ -22,6 +22,7 @@ _LLAMAGEN = "FoundationVision/LlamaGen"
 _TEXT = "peizesun/llamagen_t2i"
 _PAR = "Epiphqny/PAR"
 _NPP = "pytttttt/LlamaGen-NPP"
+NAR_OWNERS = {"B": "chenfeng1271", "M": "yefly", "L": "chenfeng1271", "XL": "yefly", "XXL": "chenfeng1271"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Release:
     """A published file, or with an empty `filename` a whole repository, which becomes a folder.
 
     `flags` are the script flags that fit it, `home` its place inside pretrained_models/. `files` are the patterns of what
-    is fetched of a repository.
+    is fetched of a repository. `bare`: whether the file name alone means this file.
     """
 
     repo_id: str
@@ -38,6 +39,7 @@ class Release:
     flags: Mapping[str, str] = field(default_factory=dict)
     # The T5 repository also has the weights in three other formats, 34 GB more.
     files: tuple[str, ...] = ("*.json", "*.model", "*.safetensors", "*.txt")
+    bare: bool = True
 
     @property
     def name(self) -> str:
@@ -63,6 +65,12 @@ def _gpt(repo_id: str, filename: str, gpt_model: str, image_size: int, folder: s
 def _par(name: str, gpt_model: str, group: int) -> Release:
     flags = {"ar_token_num": str(group), "spe_token_num": str(group - 1)}
     return _gpt(_PAR, f"PAR-{name}-{group}x.pt", gpt_model, 384, **flags)
+
+
+def _nar(owner: str, size: str) -> Release:
+    repository, filename = f"NAR-imagenet-256-{size}", "last_version.pt"  # a name that files of other runs have too
+    flags = _flags(gpt_model=f"GPT-{size}", layout="neighbours", image_size="256")
+    return Release(f"{owner}/{repository}", filename, f"{repository}/{filename}", flags, bare=False)
 
 
 def _tokenizer(repo_id: str, filename: str, vq_model: str, **more: str) -> Release:
@@ -98,6 +106,7 @@ RELEASED: dict[str, Release] = {
         _gpt(_NPP, "c2i_L_256.pt", "GPT-L", 256, folder="LlamaGen-NPP/"),
         _gpt(_NPP, "c2i_XL_256.pt", "GPT-XL", 256, folder="LlamaGen-NPP/"),
         _gpt(_NPP, "c2i_XXL_256.pt", "GPT-XXL", 256, folder="LlamaGen-NPP/"),
+        *(_nar(owner, size) for size, owner in NAR_OWNERS.items()),
         Release("google/flan-t5-xl", "", "t5-ckpt/flan-t5-xl"),
         _autoencoder("stabilityai/sd-vae-ft-mse", vae="sd-vae-ft-mse"),
         _autoencoder("stabilityai/sdxl-vae", vae="sdxl-vae"),
@@ -163,14 +172,14 @@ def _find(name: str | None) -> Release | None:
         return None
     if name in RELEASED:
         return RELEASED[name]
-    return next((r for r in RELEASED.values() if name in (r.filename, *_homes(r))), None)
+    return next((r for r in RELEASED.values() if name in ([r.filename] if r.bare else []) + _homes(r)), None)
 
 
 def _homes(release: Release) -> list[str]:
     """Return the places in pretrained_models/: a folder named after the repository, the file's own place, the top if free."""
     homes = [f"{release.repo_id.split('/')[1]}/{release.filename}".rstrip("/"), release.home]
     first = next((r for r in RELEASED.values() if r.filename == release.filename), None)
-    if release.filename and first == release:
+    if release.filename and first == release and release.bare:
         homes.append(release.filename)
     return homes
 
@@ -180,7 +189,7 @@ def weights_folders() -> list[Path]:
 
 
 def _unknown(name: str | Path, path: Path) -> str:
-    names = list(dict.fromkeys(r.filename or r.repo_id for r in RELEASED.values()))
+    names = list(dict.fromkeys((r.filename if r.bare else r.name) or r.repo_id for r in RELEASED.values()))
     close = [path.name] if path.name in names else difflib.get_close_matches(path.name, names, n=3)
     known = f"did you mean the released {' or '.join(close)}" if close else f"released are {', '.join(names)}"
     return f"no file {name}, neither as a path nor in {WEIGHTS}/; {known}"

@@ -138,6 +138,7 @@ def load_gpt_of_flags(
         cls_token_num=given(args.cls_token_num),
         ar_token_num=ar_token_num,
         spe_token_num=spe_token_num,
+        layout=args.layout,
     )
 
 
@@ -235,6 +236,8 @@ def build_pipeline(
     told = {**tokenizer.flags, **flags_of(gpt.args.identity), "image_size": pipeline.image_size}
     if told["ar_token_num"] == 1:
         del told["ar_token_num"], told["spe_token_num"]  # folders of raster images record that they were not given
+    if told["layout"] in ("raster", "parallel"):
+        del told["layout"]
     told |= {"t5_feature_dim": told["caption_dim"], "t5_feature_max_len": pipeline.t5_tokens}
     told["image_size_eval"] = min(int(getattr(args, "image_size_eval", 0)), pipeline.image_size)
     for name in told.keys() & vars(args).keys():

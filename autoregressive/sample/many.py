@@ -65,7 +65,7 @@ def run_settings(
 
 def unrecorded(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of folders that an earlier edition drew, which do not record them."""
-    return {} if sampling_config(args).greedy else {"draw": "cdf"}
+    return {"layout": args.layout} | ({} if sampling_config(args).greedy else {"draw": "cdf"})
 
 
 def draw_missing(

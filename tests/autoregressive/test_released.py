@@ -8,12 +8,13 @@ import torch
 
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.sizes import GPT_SIZES
+from autoregressive.pipeline import load_gpt
 from autoregressive.released import check_flags, describe, find_identity, flags_of, gpt_identity
 from tests.helpers import golden_state, load_golden
 from utils.checkpoint import Checkpoint, parameter_count
 
 SIZES = {name: size for name, size in GPT_SIZES.items() if name != "GPT-XS"}  # the published ones
-COUNTS = ["111M", "343M", "775M", "1.4B", "3.9B", "1.2B", "3.1B", "6.6B"]
+COUNTS = ["111M", "266M", "343M", "775M", "1.4B", "3.9B", "1.2B", "3.1B", "6.6B"]
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:
@@ -86,6 +87,45 @@ def test_published_text_parallel_and_grouped_head_models_are_recognised():
     assert identity_of(meta_gpt(*GPT_SIZES["GPT-3B"], special=15))["layout"] == {"name": "parallel", "group_size": 16}
     grouped = identity_of(meta_gpt(*GPT_SIZES["GPT-B"], n_kv_head=4))["model"]
     assert (grouped["n_kv_head"], grouped["ffn_dim"]) == (4, 2048)
+
+
+def test_neighbours_are_recognised_by_their_second_exit():
+    layers, heads, dim = GPT_SIZES["GPT-M"]
+    second_exit = {"medusa_norm.weight": (dim,), "medusa_output.weight": (16384, dim)}
+    state = meta_gpt(layers + 1, heads, dim) | {k: torch.empty(v, device="meta") for k, v in second_exit.items()}
+    found = identity_of(state, "last_version.pt")
+    assert found["layout"] == {"name": "neighbours"} and found["model"]["n_layer"] == layers
+    assert describe(found, state).startswith("GPT-M (18 layers, dim 1024, 295M), class-conditional")
+    args = ModelArgs.from_identity(gpt_identity(file_of(state), image_size=256))
+    with torch.device("meta"):
+        assert {k: v.shape for k, v in Transformer(args).state_dict().items()} == {k: v.shape for k, v in state.items()}
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("nar", 1), ("nar_t2i", 8)])
+def test_neighbours_of_no_table_load_with_their_heads(name, prefix, tmp_path):
+    torch.save({"model": golden(name)}, tmp_path / "last_version.pt")
+    model = load_gpt(tmp_path / "last_version.pt", image_size=96, n_head=4)
+    assert (model.layout.name, model.layout.grid_size, model.layout.prefix) == ("neighbours", 6, prefix)
+    assert len(model.layers) == model.args.n_layer + 1 == 4 and model.args.kv_heads == 4
+    torch.testing.assert_close(model.medusa_output.weight.data, golden(name)["medusa_output.weight"])
+    with pytest.raises(ValueError, match="in no table"):
+        load_gpt(tmp_path / "last_version.pt", image_size=96)
+    with pytest.raises(ValueError, match="3 heads must divide dim 64"):
+        load_gpt(tmp_path / "last_version.pt", image_size=96, n_head=3)
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("gpt", "neighbours"), ("par", "neighbours"), ("nar", "raster")])
+def test_a_file_of_another_layout_is_refused_with_the_reason(small_files, kind, layout):
+    reason = rf"--layout {layout} \(file: .*\), models of the layout neighbours alone have a second exit"
+    with pytest.raises(ValueError, match=reason):
+        load_gpt(getattr(small_files, kind), image_size=32, downsample_size=4, layout=layout)
+
+
+@pytest.mark.parametrize("absent", ["medusa_norm.weight", "layers.3.ffn_norm.weight"])
+def test_neighbours_without_a_part_of_their_second_exit_are_refused(tmp_path, absent):
+    torch.save({key: value for key, value in golden("nar").items() if key != absent}, tmp_path / "part.pt")
+    with pytest.raises(ValueError, match=absent):
+        load_gpt(tmp_path / "part.pt", image_size=96, n_head=4)
 
 
 def test_a_size_of_no_table_is_refused_without_a_config():
@@ -246,4 +286,4 @@ def test_the_image_size_in_a_name_warns(name, size):
 def test_a_size_of_no_name():
     message = disagreement(golden("c2i"), "a.pt", gpt_model="GPT-B")
     assert "a GPT of no named size (3 layers, dim 64" in message
-    assert "--gpt-model GPT-B (file: none of GPT-XS, GPT-B, GPT-L" in message
+    assert "--gpt-model GPT-B (file: none of GPT-XS, GPT-B, GPT-M, GPT-L" in message

@@ -91,6 +91,7 @@ def test_rows_are_the_published_tables():
         "c2i_3B_384": (2.18, 1.65),
         "npp_B_256": (4.47, 2.0), "npp_L_256": (2.76, 1.75), "npp_XL_256": (2.65, 1.7), "npp_XXL_256": (2.55, 1.65),
         "PAR-XL-4x": (2.61, 1.5), "PAR-XXL-4x": (2.35, 1.435), "PAR-3B-4x": (2.29, 1.345), "PAR-3B-16x": (2.88, 1.5),
+        "NAR-B": (4.65, 2.0), "NAR-M": (3.27, 2.0), "NAR-L": (3.06, 2.0), "NAR-XL": (2.70, 2.0), "NAR-XXL": (2.58, 2.0),
         "vq_ds16_c2i": (2.19, None), "vq_ds16_c2i_384": (0.94, None), "vq_ds16_c2i_512": (0.70, None),
         "vq_ds8_c2i": (0.59, None),
     }  # fmt: skip
@@ -111,7 +112,7 @@ def test_a_row_has_released_files_and_flags_its_script_takes(row):
         assert (args.cfg_scale, args.top_k, args.top_p, args.temperature) == (row.cfg_scale, 0, 1.0, 1.0)
         assert args.num_fid_samples == 50_000 and args.gpt_ckpt == row.gpt in RELEASED
         assert row.parameters == parameters_of(vars(args))
-        assert args.image_size == 384 or row.name.endswith("_256")
+        assert args.image_size == 384 or row.name.endswith("_256") or row.system == "NAR"
     assert args.vq_ckpt == row.tokenizer in RELEASED and args.image_size_eval == 256
 
 
