@@ -264,7 +264,7 @@ class ImagePipeline:
         tokenizer = load_tokenizer(
             vq_path,
             device=device,
-            use_ema=use_ema and has_averages(vq_path),
+            use_ema=(use_ema and has_averages(vq_path)) or None,
             decode_precision=decode_precision,
             fingerprint=read_checkpoint(gpt_path).config.get("tokenizer"),
             **{name: beliefs.get(name) for name in ("vq_model", "codebook_size", "codebook_embed_dim")},

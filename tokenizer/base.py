@@ -67,12 +67,14 @@ class Quantizer(nn.Module):
     """Latents to codes and back. Its methods are called in float32, whatever the autocast.
 
     codebook_size: number of codes. width: channels of the latents.
-    config: what it is built from, {"name": …, option: value}; set by `build_quantizer`.
+    config: what it is built from, {"name": …, option: value}. loss_weights: those of LOSS_WEIGHTS that it takes. Both are
+    set by `build_quantizer`.
     """
 
     codebook_size: int
     width: int
     config: dict[str, Any]
+    loss_weights: dict[str, float]
 
     def nearest(self, latents: Tensor) -> Tensor:
         """Return the codes of latents: (B, width, h, w) -> int64 (B, h, w)."""
@@ -117,6 +119,7 @@ def build_quantizer(config: Mapping[str, Any], **training: Any) -> Quantizer:
     made = kind(**{**weights, **options})
     defaults = {key: option.default for key, option in known.items() if key not in LOSS_WEIGHTS}
     made.config = {"name": name, **defaults, **options}
+    made.loss_weights = {key: weights.get(key, known[key].default) for key in LOSS_WEIGHTS if key in known}
     return made
 
 

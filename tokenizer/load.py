@@ -8,6 +8,7 @@ Flags need not be given; where they are, the file has to fit them.
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from tokenizer.base import NETWORKS, Tokenizer
 from tokenizer.maskgit import MaskGITTokenizer
 from tokenizer.patches import PatchTokenizer
-from tokenizer.released import adapted, looks_like, recorded_l2_norm
+from tokenizer.released import adapted, looks_like, recorded_l2_norm, untold
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.checkpoint import Checkpoint, State, load_into, read_checkpoint
 from utils.hub import weights_folders
@@ -35,21 +36,42 @@ def build_tokenizer(config: Mapping[str, Any], **training: Any) -> Tokenizer:
     Raises ValueError for what is not registered, and for options that it does not have.
     """
     options = dict(config["network"])
-    return NETWORKS[options.pop("name")].build(options, config["quantizer"], **training)
+    name = options.pop("name")
+    try:
+        return NETWORKS[name].build(options, config["quantizer"], **training)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ValueError(f"the network {name} does not have these options: {error}") from error
 
 
-def described(checkpoint: Checkpoint) -> tuple[dict[str, Any], State]:
-    """Return the config of a tokenizer's checkpoint and its weights. Raises ValueError that says what else the file is."""
+def described(checkpoint: Checkpoint, quantizer: str | None = None) -> tuple[dict[str, Any], State]:
+    """Return the config of a tokenizer's checkpoint and its weights. quantizer: its name where the file cannot say it.
+
+    Raises ValueError that says what else the file is, or that it has another quantiser.
+    """
     found = adapted(checkpoint)
     if found is None:
         raise ValueError(f"{checkpoint.path} is not an image tokenizer's checkpoint: {looks_like(checkpoint.model)}")
-    return found
+    config, state = found
+    kind = config["quantizer"]
+    if quantizer in (None, kind["name"]):
+        return found
+    if "network" in checkpoint.config:
+        raise ValueError(f"{checkpoint.path} has the quantizer {kind['name']}, not {quantizer}: leave --quantizer out")
+    size = {name: kind[name] for name in ("codebook_size", "codebook_embed_dim")}
+    plain = {"l2_norm": False, "show_usage": False} if quantizer == "vq" else {}
+    return {**config, "quantizer": {"name": quantizer, **size, **plain}}, state
 
 
-def kept_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the config that a copy of a checkpoint in another format needs: its own, with what its file says elsewhere."""
-    config, state = adapted(checkpoint) or ({}, None)
-    return {**checkpoint.config, **origin(**config)} if state is checkpoint.model else checkpoint.config
+def kept(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint as a copy in another format needs it: a tokenizer's weights under our names, and its config."""
+    found = adapted(checkpoint)
+    if found is None:
+        return checkpoint
+    averages = None if checkpoint.ema is None else adapted(replace(checkpoint, model=checkpoint.ema))
+    config = {**checkpoint.config, **origin(**found[0])}
+    return replace(checkpoint, model=found[1], ema=averages and averages[1], config=config)
 
 
 def load_tokenizer(
@@ -59,8 +81,9 @@ def load_tokenizer(
     codebook_size: int | None = None,
     codebook_embed_dim: int | None = None,
     codebook_l2_norm: bool | None = None,
+    quantizer: str | None = None,
     device: torch.device | str = "cpu",
-    use_ema: bool = False,
+    use_ema: bool | None = None,
     decode_precision: str = "none",
     fingerprint: str | None = None,
 ) -> Tokenizer:
@@ -72,8 +95,10 @@ def load_tokenizer(
         codebook_size: its codes
         codebook_embed_dim: channels of its latents
         codebook_l2_norm: whether its codes are l2-normalised, also where the file does not say
+        quantizer: name of its quantiser, also where the file does not say: "ibq" for two blocks a level and no averages
         device: of the tokenizer
-        use_ema: take the averaged weights
+        use_ema: take the averaged weights, False: the raw ones; None for those that the file's figures and codes are of:
+            the averaged ones of IBQ's files, else the raw ones
         decode_precision: bf16 for a decoder in bfloat16 (`Tokenizer.decode_in_bfloat16`)
         fingerprint: of the tokenizer that made some codes. Of a file's raw and averaged weights those that made the codes
             are taken, whatever `use_ema` says
@@ -85,12 +110,23 @@ def load_tokenizer(
     if decode_precision not in ("none", "bf16"):
         raise ValueError(f"decode_precision is {decode_precision!r}: give 'none' (float32) or 'bf16'")
     beliefs = {"vq_model": vq_model, "codebook_size": codebook_size, "codebook_embed_dim": codebook_embed_dim}
-    checkpoint = read_checkpoint(path, prefer_ema=use_ema)
+    checkpoint = read_checkpoint(path)
     if use_ema and fingerprint is None:
         checkpoint.require_averages()
-    model = _load(checkpoint, beliefs, codebook_l2_norm)
+    if use_ema is None:
+        config, _ = described(checkpoint, quantizer)
+        use_ema = config.get("averaged", False) and checkpoint.ema is not None
+        if fingerprint is None and quantizer is None:
+            for line in untold(checkpoint, config):
+                logger.warning("%s: %s", path, line)
+
+    def load(averaged: bool | None) -> Tokenizer:
+        weights = checkpoint.ema if averaged and checkpoint.ema is not None else checkpoint.model
+        return _load(replace(checkpoint, model=weights), beliefs, codebook_l2_norm, quantizer)
+
+    model = load(use_ema)
     if fingerprint is not None and not same_tokenizer(fingerprint, found := model.fingerprint()):
-        model = _load(read_checkpoint(path, prefer_ema=not use_ema), beliefs, codebook_l2_norm)
+        model = load(not use_ema)
         if not same_tokenizer(fingerprint, model.fingerprint()):
             raise ValueError(
                 f"{path} is the tokenizer {found}, and the codes are of the tokenizer {fingerprint}: give the tokenizer "
@@ -121,8 +157,8 @@ def find_tokenizer(gpt: Path, fingerprint: str, codes: str | None = None) -> Pat
     )
 
 
-def _load(checkpoint: Checkpoint, beliefs: Mapping[str, Any], l2_norm: bool | None) -> Tokenizer:
-    config, state = described(checkpoint)
+def _load(checkpoint: Checkpoint, beliefs: Mapping[str, Any], l2_norm: bool | None, quantizer: str | None) -> Tokenizer:
+    config, state = described(checkpoint, quantizer)
     if l2_norm is not None:
         if recorded_l2_norm(checkpoint) not in (None, l2_norm):
             found, asked = ("", "not ")[l2_norm], ("not ", "")[l2_norm]

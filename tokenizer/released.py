@@ -2,7 +2,8 @@
 
     config, state = adapted(read_checkpoint("vqgan_imagenet_f16_1024.ckpt"))
 
-A released family is one function here. Files that this project wrote say their config themselves.
+A released family is one function here. Files that this project wrote say their config themselves. A config's "averaged" says
+that published figures and codes are of the averaged weights: load_tokenizer then takes these unless it is told otherwise.
 """
 
 import itertools
@@ -14,9 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from tokenizer.tokenizer_image.sizes import size_name
+from tokenizer.vqgan.sizes import VQGAN_FROM_TAMING
 from utils.checkpoint import Checkpoint, State
 
 Adapted = tuple[dict[str, Any], State]
+_JANUS = re.compile(r"gen_vision_model\.|(model\.)?vqmodel\.")
 _LEVEL = re.compile(r"(encoder\.down|decoder\.up)\.(\d+)\.(.+)")
 _MIDDLE = {"block_1": "0", "attn_1": "1", "block_2": "2"}
 _MIDDLE_PART = re.compile(r"(encoder|decoder)\.mid\.(block_1|attn_1|block_2)\.(.+)")
@@ -36,11 +39,38 @@ def llamagen(checkpoint: Checkpoint) -> Adapted | None:
     """Adapt LlamaGen's files and this project's first ones. They say nothing, or the codebook's norm; released ones have it."""
     if "encoder.conv_blocks.0.res.0.conv1.weight" not in checkpoint.model:
         return None
-    return vqgan_config(checkpoint, checkpoint.model, recorded_l2_norm(checkpoint) is not False), checkpoint.model
+    l2_norm = recorded_l2_norm(checkpoint) is not False
+    return vqgan_config(checkpoint, checkpoint.model, l2_norm=l2_norm), checkpoint.model
+
+
+def janus(checkpoint: Checkpoint) -> Adapted | None:
+    """Adapt the VQ-16 inside Janus: of DeepSeek's files, which have LlamaGen's names, and of transformers'.
+
+    transformers counts the decoder's levels from the latents: its up.0 has an upsampling, taming's has none. The rule is
+    LlamaGen's: latents and rows are l2-normalised. (transformers' own `encode` leaves that out.)
+    """
+    inside = {match.string[match.end() :]: match.string for match in map(_JANUS.match, checkpoint.model) if match}
+    if not inside and "decoder.up.0.upsample.conv.weight" not in checkpoint.model:
+        return None
+    state = {name: checkpoint.model[whole] for name, whole in inside.items()} or checkpoint.model
+    state = from_taming(state, deepest_first=True)
+    return vqgan_config(checkpoint, state, l2_norm=True), state
+
+
+def ibq(checkpoint: Checkpoint) -> Adapted | None:
+    """Adapt IBQ's files, whose names are taming's: four blocks a level, or averaged weights under their names without dots."""
+    state = checkpoint.model
+    if "encoder.down.0.block.0.conv1.weight" not in state:
+        return None
+    if "encoder.down.0.block.3.conv1.weight" not in state and "model_ema" not in checkpoint.extra:
+        return None
+    state = from_taming(state)
+    config = vqgan_config(checkpoint, state, "ibq")
+    return {**config, "averaged": checkpoint.ema is not None}, state
 
 
 def taming(checkpoint: Checkpoint) -> Adapted | None:
-    """Adapt the VQGANs of taming-transformers and latent diffusion; the discriminator and LPIPS (`loss.…`) are dropped."""
+    """Adapt the VQGANs of taming-transformers, latent diffusion and Chameleon."""
     if "encoder.down.0.block.0.conv1.weight" not in checkpoint.model:
         return None
     state = from_taming(checkpoint.model)
@@ -64,6 +94,21 @@ def maskgit(checkpoint: Checkpoint) -> Adapted | None:
     return {"family": "MaskGIT-VQGAN", "network": network, "quantizer": quantizer}, state
 
 
+def untold(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[str]:
+    """Return what the weights of a published file do not show and a caller may know, a line each."""
+    lines = []
+    if config.get("averaged") is False:
+        lines.append("it has raw weights alone; IBQ's figures, and the codes of its GPTs, are of the averaged ones")
+    known = [known.shape for known in VQGAN_FROM_TAMING.values()]
+    network, codes = config["network"], config["quantizer"]
+    shape = (codes["codebook_size"], codes.get("codebook_embed_dim"), tuple(network.get("encoder_ch_mult", ())))
+    if taming(checkpoint) and codes["name"] == "vq" and network["attention"] and shape not in known:
+        lines.append(
+            'read as a VQGAN, by the nearest row; an IBQ of two blocks a level needs quantizer="ibq" (--quantizer ibq)'
+        )
+    return lines
+
+
 def recorded_l2_norm(checkpoint: Checkpoint) -> bool | None:
     """Return whether a file says that its codes are l2-normalised, which its shapes do not show; None where it does not say.
 
@@ -80,10 +125,11 @@ def recorded_l2_norm(checkpoint: Checkpoint) -> bool | None:
     return next((source["codebook_l2_norm"] for source in sources if source and "codebook_l2_norm" in source), None)
 
 
-def from_taming(state: Mapping[str, Tensor]) -> State:
-    """Return the weights of a taming VQGAN under the names of VQModel.
+def from_taming(state: Mapping[str, Tensor], deepest_first: bool = False) -> State:
+    """Return the weights of a taming VQGAN under the names of VQModel, without the discriminator and LPIPS (`loss.…`).
 
-    Taming counts the decoder's levels from the image (up.0 is the finest), our `conv_blocks` from the latents.
+    Taming counts the decoder's levels from the image (up.0 is the finest), our `conv_blocks` from the latents, and so do
+    files with `deepest_first`.
     """
     levels = 1 + max((int(match[2]) for match in map(_LEVEL.fullmatch, state) if match), default=0)
 
@@ -92,7 +138,7 @@ def from_taming(state: Mapping[str, Tensor]) -> State:
             part, level, rest = match[1], int(match[2]), match[3]
             if rest.startswith("block."):
                 rest = "res." + rest.removeprefix("block.")
-            level = level if part == "encoder.down" else levels - 1 - level
+            level = level if part == "encoder.down" or deepest_first else levels - 1 - level
             return f"{part.split('.')[0]}.conv_blocks.{level}.{rest}"
         if match := _MIDDLE_PART.fullmatch(name):
             return f"{match[1]}.mid.{_MIDDLE[match[2]]}.{match[3]}"
@@ -133,8 +179,10 @@ class Shapes:
         return mults
 
 
-def vqgan_config(checkpoint: Checkpoint, state: Mapping[str, Tensor], l2_norm: bool) -> dict[str, Any]:
-    """Read the config of a VQGAN with a codebook off the shapes of its weights.
+def vqgan_config(
+    checkpoint: Checkpoint, state: Mapping[str, Tensor], quantizer: str = "vq", **options: Any
+) -> dict[str, Any]:
+    """Read the config of a VQGAN with a codebook off the shapes of its weights. options: of the quantiser.
 
     Raises ValueError that names an entry that is missing, or a width that is no multiple of the first one.
     """
@@ -144,24 +192,25 @@ def vqgan_config(checkpoint: Checkpoint, state: Mapping[str, Tensor], l2_norm: b
     )
     levels = {"encoder_ch_mult": encoder, "decoder_ch_mult": decoder[::-1]}
     codebook_size, width = shapes("quantize.embedding.weight")
-    ch, z_channels = shapes("encoder.conv_in.weight")[0], shapes("encoder.conv_out.weight")[0]
-    return {
-        "family": size_name(*levels.values()) or "VQGAN",
-        "network": {"name": "vqgan", **levels, "z_channels": z_channels, "ch": ch},
-        "quantizer": {
-            "name": "vq",
-            "codebook_size": codebook_size,
-            "codebook_embed_dim": width,
-            "l2_norm": l2_norm,
-            "show_usage": "quantize.codebook_used" in state,
-        },
+    inside = {
+        "z_channels": shapes("encoder.conv_out.weight")[0],
+        "ch": shapes("encoder.conv_in.weight")[0],
+        "blocks": shapes.count("encoder.conv_blocks.0.res.{}.conv1.weight"),
+        "attention": f"encoder.conv_blocks.{len(encoder) - 1}.attn.0.q.weight" in state,
     }
+    network = {"name": "vqgan", **levels, **inside}
+    if quantizer == "vq":
+        options["show_usage"] = "quantize.codebook_used" in state
+    codes = {"name": quantizer, "codebook_size": codebook_size, "codebook_embed_dim": width, **options}
+    return {"family": size_name(network) or "VQGAN", "network": network, "quantizer": codes}
 
 
 # Adapters by family: each makes a config and renamed weights of its checkpoints, None of another family's.
 FAMILIES: dict[str, Callable[[Checkpoint], Adapted | None]] = {
     "llamagen": llamagen,
+    "janus": janus,
     "maskgit": maskgit,
+    "ibq": ibq,
     "taming": taming,
 }
 
@@ -174,6 +223,8 @@ def looks_like(state: Mapping[str, Tensor]) -> str:
 
     gpt = {"layers.0.attention.wqkv.weight", "tok_embeddings.weight"} <= state.keys() and has(r"cls_embedding\.")
     kinds = {
+        "a TiTok tokenizer, which has MaskGIT's decoder without its encoder": has(r"pixel_decoder\."),
+        "a Janus model (give it as --vq-ckpt for the tokenizer inside)": has(_JANUS.pattern),
         "a VQGAN of taming-transformers (give it as --vq-ckpt)": has(r"encoder\.down\.0\.block\."),
         "a VQ image tokenizer (give it as --vq-ckpt)": has(r"quantize\.embedding\.weight") and has(r"encoder\."),
         "an image tokenizer without a codebook (give it as --vq-ckpt)": has(r"encoder\.conv_blocks\."),

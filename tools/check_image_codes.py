@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> None:
     beside = Path(args.code_path, "index.json")
     path = find_checkpoint(args.vq_ckpt) if args.vq_ckpt else find_tokenizer(beside, made_by)
     known = {**tokenizer_beliefs(args), "fingerprint": made_by}
-    tokenizer = load_tokenizer(path, device=dist.device, use_ema=args.use_ema, **known)
+    tokenizer = load_tokenizer(path, device=dist.device, use_ema=args.use_ema or None, **known)
     codebook_size = tokenizer.codebook_size
     if given(args.downsample_size) not in (None, tokenizer.downsample):
         raise ValueError(

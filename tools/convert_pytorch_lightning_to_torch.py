@@ -1,9 +1,10 @@
-"""Takes the weights out of a Lightning checkpoint of a VQGAN, which mostly holds its optimizers.
+"""Takes the weights out of a Lightning checkpoint of a tokenizer, which mostly holds its optimizers.
 
     python3 tools/convert_pytorch_lightning_to_torch.py --input last.ckpt --output vqgan_imagenet_f16_1024.pt
+    python3 tools/convert_pytorch_lightning_to_torch.py --input imagenet256_16384.ckpt
 
-The weights get the names of our tokenizer, without the discriminator and LPIPS: the result is a file for --vqgan-ckpt, and for
---vq-ckpt of any script. --keep-names writes all weights of any Lightning checkpoint under their own names. Lightning is
+The weights, raw and averaged, get the names of our tokenizer, without the discriminator and LPIPS: the result is a file for
+--vq-ckpt of any script (a VQGAN's for --vqgan-ckpt too). --keep-names writes all weights of any Lightning checkpoint under their own names. Lightning is
 not needed, and nothing in the file is run.
 """
 
@@ -14,10 +15,8 @@ from utils.cli import flag_parser, run_script
 
 
 def main(args: argparse.Namespace) -> None:
-    from tokenizer.load import kept_config
-    from tokenizer.released import taming
+    from tokenizer.load import kept
     from utils.checkpoint import read_checkpoint, save_checkpoint
-    from utils.origin import origin
 
     checkpoint = read_checkpoint(args.input)
     target = Path(args.output) if args.output else checkpoint.path.with_suffix(".pt")
@@ -25,22 +24,23 @@ def main(args: argparse.Namespace) -> None:
         target = target / checkpoint.path.with_suffix(".pt").name
     if target.exists() and target.samefile(checkpoint.path):
         raise ValueError(f"{target} is the checkpoint itself: give another --output")
+    converted = kept(checkpoint)
     if args.keep_names:
-        config = kept_config(checkpoint)
-        save_checkpoint(target, {"model": owned(checkpoint.model), **({"config": config} if config else {})})
-        print(f"{target}: {len(checkpoint.model)} tensors of {checkpoint.path}, names kept")
+        state = {**checkpoint.model, **checkpoint.extra.get("model_ema", {})}
+        config = converted.config if converted.model is checkpoint.model else checkpoint.config
+        save_checkpoint(target, {"model": owned(state), **({"config": config} if config else {})})
+        print(f"{target}: {len(state)} tensors of {checkpoint.path}, names kept")
         return
-    converted = taming(checkpoint)
-    if converted is None:
+    if "network" not in converted.config:
         raise ValueError(
-            f"{checkpoint.path} holds no VQGAN under taming's names (no encoder.down.0.block.0.conv1.weight); --keep-names "
-            "converts other checkpoints"
+            f"{checkpoint.path} holds no VQGAN or another image tokenizer that is known; --keep-names converts other checkpoints"
         )
-    config, state = converted
-    save_checkpoint(target, {"model": owned(state), "config": origin(**config)})
+    state = converted.model
+    averages = {} if converted.ema is None else {"ema": owned(converted.ema)}
+    save_checkpoint(target, {"model": owned(state), **averages, "config": converted.config})
     print(
-        f"{target}: {len(state)} tensors of {checkpoint.path} ({len(checkpoint.model) - len(state)} of its loss left out), for "
-        "--vqgan-ckpt, or --vq-ckpt of any script"
+        f"{target}: {len(state)} tensors{' and their averages' * bool(averages)} of {checkpoint.path} "
+        f"({len(checkpoint.model) - len(state)} of its loss left out), for --vq-ckpt of any script"
     )
 
 

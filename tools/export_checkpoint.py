@@ -18,7 +18,7 @@ SUFFIX = {"pt": ".pt", "consolidated": ".pth", "safetensors": ".safetensors"}
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from tokenizer.load import kept_config
+    from tokenizer.load import kept
     from utils.checkpoint import save_bare_weights, save_checkpoint, save_safetensors
     from utils.distributed import Distributed
     from utils.runs import find_checkpoint
@@ -31,8 +31,9 @@ def main(args: argparse.Namespace) -> None:
         model, ema = whole_weights(source, "model"), whole_weights(source, "ema") or None
         steps, flags, config = read.record["steps"], read.record["args"], read.record.get("config", {})
     else:
-        model, ema, steps, flags, config = read.model, read.ema, read.steps, read.args, kept_config(read)
-    if args.use_ema:
+        read = kept(read)
+        model, ema, steps, flags, config = read.model, read.ema, read.steps, read.args, read.config
+    if args.use_ema or (config.get("averaged") and ema is not None and args.format != "pt"):
         if ema is None:
             raise ValueError(f"{source} has no averaged weights; leave out --use-ema")
         model, ema = ema, None

@@ -27,7 +27,7 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(
         path,
         **tokenizer_beliefs(args),
-        use_ema=args.use_ema,
+        use_ema=args.use_ema or None,
     )
     checkpoint = read_checkpoint(path)
     model = for_hub(tokenizer, {**(checkpoint.args or {}), "vq_model": tokenizer.family}, checkpoint.steps)

@@ -37,6 +37,7 @@ _NAMES = (
 _SHARD = re.compile(r"(.+-)(\d{5})-of-(\d{5})(\.\w+)")
 CONSOLIDATED_FILE, AVERAGED_FILE, RECORD_FILE = "consolidated.pth", "consolidated_ema.pth", "training.json"
 _LISTED = 20
+_AVERAGED = "model_ema."
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # Lightning keeps the state of this callback under its class itself. Reading needs a class of that name, not Lightning's.
 _LIGHTNING_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
@@ -107,9 +108,30 @@ def read_checkpoint(path: str | Path, prefer_ema: bool = False, mmap: bool = Tru
     checkpoint.files = files
     if path.name.endswith(".index.json"):
         _require_indexed(path, checkpoint.model)
+    _take_averages(checkpoint)
     if prefer_ema and checkpoint.ema is not None:
         checkpoint.model = checkpoint.ema
     return checkpoint
+
+
+def _take_averages(checkpoint: Checkpoint) -> None:
+    """Take the averaged weights out of a state dict that has them beside the raw ones, as those of latent diffusion and IBQ do.
+
+    Their names are "model_ema." and the raw name without its dots. The entries as they were become `extra["model_ema"]`.
+    Raises ValueError where two raw names are one without their dots.
+    """
+    entries = {name: tensor for name, tensor in checkpoint.model.items() if name.startswith(_AVERAGED)}
+    if not entries:
+        return
+    raw = {name: tensor for name, tensor in checkpoint.model.items() if name not in entries}
+    plain = {name.replace(".", ""): name for name in raw}
+    if len(plain) < len(raw):
+        raise ValueError(
+            f"{checkpoint.path}: some of its weights have the same name without dots, as averaged ones have"
+        )
+    averages = {plain.get(name.removeprefix(_AVERAGED)): tensor for name, tensor in entries.items()}
+    checkpoint.model, checkpoint.extra["model_ema"] = raw, entries
+    checkpoint.ema = {name: averages[name] for name in raw if name in averages} or checkpoint.ema
 
 
 def _add_companions(checkpoint: Checkpoint, mmap: bool) -> None:

@@ -109,7 +109,7 @@ class _Unused(argparse.Action):
         print(f"{option} is not used: {self.const}", file=sys.stderr)
 
 
-class _StoreGiven(argparse.Action):
+class StoreGiven(argparse.Action):
     """Stores a value, and as `…_given` that the command line has it."""
 
     def __call__(self, parser: object, namespace: argparse.Namespace, values: object, option: object = None) -> None:
@@ -327,11 +327,15 @@ def add_tokenizer_flags(
     add_flag(group, "--vq-ckpt", None, None, help, required=required)
     add_flag(group, "--codebook-size", positive_int, None, "codes in the codebook (default: as the file says)")
     add_flag(group, "--codebook-embed-dim", positive_int, None, "numbers a code has (default: as the file says)")
+    help = "kind of quantiser, one of --import too (default: as the file or --vq-model says)"
+    add_flag(group, "--quantizer", None, None, help)
 
 
 def tokenizer_beliefs(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the flags of `add_tokenizer_flags` say of the file, as `load_tokenizer` takes it."""
-    return {name: getattr(args, name, None) for name in ("vq_model", "codebook_size", "codebook_embed_dim")}
+    return {
+        name: getattr(args, name, None) for name in ("vq_model", "codebook_size", "codebook_embed_dim", "quantizer")
+    }
 
 
 def add_image_size_flags(
@@ -495,7 +499,7 @@ def add_training_flags(
         add_flag(group, "--weight-decay", nonnegative_float, 0.05, "of tensors with two or more dimensions")
     else:
         help = "of all tensors, where it is given; published runs have none"
-        add_flag(group, "--weight-decay", nonnegative_float, 0.05, help, action=_StoreGiven)
+        add_flag(group, "--weight-decay", nonnegative_float, 0.05, help, action=StoreGiven)
     add_flag(group, "--beta1", PROBABILITY, 0.9, "Adam's first moment")
     add_flag(group, "--beta2", PROBABILITY, 0.95, "Adam's second moment")
     add_flag(group, "--max-grad-norm", nonnegative_float, 1.0, "gradient clipping, 0 for none")

@@ -196,7 +196,7 @@ def build_pipeline(
         vq_path,
         **tokenizer_beliefs(args),
         device=device,
-        use_ema=args.use_ema and has_averages(vq_path),
+        use_ema=(args.use_ema and has_averages(vq_path)) or None,
         decode_precision=args.decode_precision,
         fingerprint=fingerprint,
     )

@@ -307,7 +307,7 @@ async def start_vllm(args: argparse.Namespace) -> tuple:
         )
     gpt, vq = args.gpt_ckpt, args.vq_ckpt
     fingerprint, averaged = read_checkpoint(gpt).config.get("tokenizer"), args.use_ema and has_averages(vq)
-    tokenizer = load_tokenizer(vq, device=args.device, use_ema=averaged, fingerprint=fingerprint)
+    tokenizer = load_tokenizer(vq, device=args.device, use_ema=averaged or None, fingerprint=fingerprint)
     model = ServedModel(
         gpt, model_name(args), dtype=PRECISIONS[args.precision], image_size=args.image_size,
         downsample_size=tokenizer.downsample, use_ema=args.use_ema,

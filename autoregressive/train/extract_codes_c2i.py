@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
         vq_path = find_checkpoint(args.vq_ckpt or newest_checkpoint(TOKENIZER_RUNS) or RELEASED_TOKENIZER)
     settle(args, image_size=(read_checkpoint(vq_path).args or {}).get("image_size"))
     log.info(f"the tokenizer {vq_path}, images of {args.image_size} pixels a side")
-    tokenizer = load_tokenizer(vq_path, **tokenizer_beliefs(args), device=dist.device, use_ema=args.use_ema)
+    tokenizer = load_tokenizer(vq_path, **tokenizer_beliefs(args), device=dist.device, use_ema=args.use_ema or None)
     tokenizer.to(memory_format=memory_format(dist.device))
     require_whole_tokens(tokenizer, args.image_size)
     views = {"image_size": args.image_size, "ten_crop": args.ten_crop, "crop_range": args.crop_range, "flip": args.flip}

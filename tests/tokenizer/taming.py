@@ -16,8 +16,10 @@ from tests.helpers import golden_state
 F16, F8 = (1, 1, 2, 2, 4), (1, 2, 2, 4)
 
 
-def taming_shapes(codes: int, embed_dim: int, mults: tuple[int, ...], z: int, ch: int = 32) -> dict[str, tuple]:
-    """The names and shapes of a VQGAN with two residual blocks a level and attention at the coarsest one."""
+def taming_shapes(
+    codes: int, embed_dim: int, mults: tuple[int, ...], z: int, ch: int = 32, blocks: int = 2, attend: bool = True
+) -> dict[str, tuple]:
+    """The names and shapes of a VQGAN; `attend`: with attention at the coarsest level, not in the middle alone."""
     shapes: dict[str, tuple] = {}
 
     def conv(name: str, cin: int, cout: int, size: int) -> None:
@@ -48,10 +50,10 @@ def taming_shapes(codes: int, embed_dim: int, mults: tuple[int, ...], z: int, ch
     conv("encoder.conv_in", 3, ch, 3)
     width = ch
     for i, mult in enumerate(mults):
-        for j in range(2):
+        for j in range(blocks):
             block(f"encoder.down.{i}.block.{j}", width, ch * mult)
             width = ch * mult
-            if i == last:
+            if i == last and attend:
                 attention(f"encoder.down.{i}.attn.{j}", width)
         if i != last:
             conv(f"encoder.down.{i}.downsample.conv", width, width, 3)
@@ -61,10 +63,10 @@ def taming_shapes(codes: int, embed_dim: int, mults: tuple[int, ...], z: int, ch
     conv("decoder.conv_in", z, width, 3)
     middle("decoder", width)
     for i in range(last, -1, -1):
-        for j in range(3):
+        for j in range(blocks + 1):
             block(f"decoder.up.{i}.block.{j}", width, ch * mults[i])
             width = ch * mults[i]
-            if i == last:
+            if i == last and attend:
                 attention(f"decoder.up.{i}.attn.{j}", width)
         if i != 0:
             conv(f"decoder.up.{i}.upsample.conv", width, width, 3)
@@ -79,15 +81,22 @@ def taming_shapes(codes: int, embed_dim: int, mults: tuple[int, ...], z: int, ch
     return shapes
 
 
-def taming_state(codes: int, embed_dim: int, mults: tuple[int, ...], z: int, seed: int = 0) -> OrderedDict:
-    return OrderedDict(golden_state(taming_shapes(codes, embed_dim, mults, z), seed))
+def taming_state(codes: int, embed_dim: int, mults: tuple[int, ...], z: int, seed: int = 0, **more) -> OrderedDict:
+    return OrderedDict(golden_state(taming_shapes(codes, embed_dim, mults, z, **more), seed))
+
+
+def with_averages(raw: dict[str, Tensor], averaged: dict[str, Tensor]) -> OrderedDict:
+    """A state dict as IBQ's Lightning files have it: the averages are under the raw names without their dots."""
+    named = {f"model_ema.{name.replace('.', '')}": tensor for name, tensor in averaged.items()}
+    counted = {"model_ema.decay": torch.tensor(0.999), "model_ema.num_updates": torch.tensor(-1, dtype=torch.int)}
+    return OrderedDict({**raw, **counted, **named})
 
 
 class TamingByHand:
     """What those weights compute, read off the names."""
 
-    def __init__(self, state: dict[str, Tensor], mults: tuple[int, ...]):
-        self.state = state
+    def __init__(self, state: dict[str, Tensor], mults: tuple[int, ...], blocks: int = 2):
+        self.state, self.blocks = state, blocks
         self.levels = len(mults)
 
     def conv(self, name: str, x: Tensor, **kwargs) -> Tensor:
@@ -121,7 +130,7 @@ class TamingByHand:
     def latents(self, images: Tensor) -> Tensor:
         x = self.conv("encoder.conv_in", images, padding=1)
         for i in range(self.levels):
-            x = self.level(f"encoder.down.{i}", x, 2)
+            x = self.level(f"encoder.down.{i}", x, self.blocks)
             if i != self.levels - 1:
                 x = self.conv(f"encoder.down.{i}.downsample.conv", F.pad(x, (0, 1, 0, 1)), stride=2)
         x = F.silu(self.norm("encoder.norm_out", self.middle("encoder", x)))
@@ -137,7 +146,7 @@ class TamingByHand:
         x = self.conv("decoder.conv_in", self.conv("post_quant_conv", x), padding=1)
         x = self.middle("decoder", x)
         for i in range(self.levels - 1, -1, -1):
-            x = self.level(f"decoder.up.{i}", x, 3)
+            x = self.level(f"decoder.up.{i}", x, self.blocks + 1)
             if i != 0:
                 x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
                 x = self.conv(f"decoder.up.{i}.upsample.conv", x, padding=1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers import ROOT, randomize
-from tests.tokenizer.taming import F8, save_lightning, taming_state
+from tests.tokenizer.taming import F8, save_lightning, taming_state, with_averages
 from tests.training import load, run_here
 from tokenizer.base import QUANTIZERS, CodebookLosses, Quantizer
 from tokenizer.load import build_tokenizer, load_tokenizer
@@ -22,6 +22,7 @@ import_file(ROOT / "examples/lookup_free.py")
 CONFIGS = {
     "vq": {"name": "vq", "codebook_size": 64, "codebook_embed_dim": 8},
     "vq without l2-norm": {"name": "vq", "codebook_size": 48, "codebook_embed_dim": 3, "l2_norm": False},
+    "ibq": {"name": "ibq", "codebook_size": 64, "codebook_embed_dim": 8},
     "vq in taming's order": {"name": "vq_legacy", "codebook_size": 48, "codebook_embed_dim": 3},
     "vq with restarts": {"name": "vq_restart", "codebook_size": 64, "codebook_embed_dim": 8},
     "lookup-free": {"name": "lookup-free", "codebook_size": 64},
@@ -51,7 +52,8 @@ def test_tokenizer_codes_and_pixels_have_the_grid_of_the_image(name):
     images = tokenizer.to_pixels(codes)
     assert images.shape == (2, 3, 16, 20) and images.isfinite().all()
     assert (tokenizer.to_pixels_in_strips(codes) - images).abs().max() < 1e-3 * images.abs().max()
-    assert torch.equal(tokenizer.quantize.nearest(tokenizer.quantize.lookup(codes)), codes)
+    again = tokenizer.quantize.nearest(tokenizer.quantize.lookup(codes))
+    assert name == "ibq" or torch.equal(again, codes), "of IBQ's rows a longer one may have the larger product"
     assert (tokenizer.downsample, tokenizer.family, tokenizer.device.type) == (4, "VQ-4", "cpu")
 
 
@@ -107,14 +109,21 @@ def test_tokenizer_without_strips_says_so(monkeypatch):
 
 
 def released(family: str, folder) -> tuple:
-    """A published file of the family, and whether its codes are l2-normalised."""
+    """A published file of the family, and whether its codes are l2-normalised (None where there is no such thing)."""
+    if family == "ibq":
+        raw, averaged = (taming_state(64, 4, (1, 2), 32, seed=seed, blocks=4) for seed in (1, 2))
+        return save_lightning(folder / "last.ckpt", with_averages(raw, averaged)), None
+    if family == "janus":
+        state = {f"gen_vision_model.{name}": tensor for name, tensor in randomize(build("vq")).state_dict().items()}
+        torch.save({**state, "language_model.lm_head.weight": torch.zeros(2, 2)}, folder / "pytorch_model.bin")
+        return folder / "pytorch_model.bin", True
     if family == "maskgit":
         network = {"name": "maskgit", "ch_mult": [1, 2, 1, 2], "ch": 32, "blocks": 2}
         state = randomize(
             build_tokenizer({"network": network, "quantizer": CONFIGS["vq in taming's order"]})
         ).state_dict()
         torch.save(state, folder / "maskgit.bin")
-        return folder / "maskgit.bin", False
+        return folder / "maskgit.bin", None
     if family == "taming":
         return save_lightning(folder / "last.ckpt", taming_state(64, 4, F8, 32)), False
     save_checkpoint(folder / "vq.pt", {"model": randomize(build("vq")).state_dict()})
@@ -126,10 +135,10 @@ def released(family: str, folder) -> tuple:
 def test_published_file_and_its_copies_are_one_tokenizer(family, form, tmp_path):
     path, normalised = released(family, tmp_path)
     tokenizer = load_tokenizer(path)
-    assert tokenizer.quantize.l2_norm == normalised
+    assert tokenizer.quantize.config.get("l2_norm") == normalised
     run_here(export_checkpoint, "--checkpoint", path, "--format", form, "--output", tmp_path / "copy")
-    if form == "pt" and family == "llamagen":
-        assert load(tmp_path / "copy")["config"]["quantizer"]["l2_norm"] == normalised
+    if form == "pt":
+        assert load(tmp_path / "copy")["config"]["quantizer"].get("l2_norm") == normalised
     copy = load_tokenizer(tmp_path / "copy")
     assert copy.fingerprint() == tokenizer.fingerprint() and copy.identity == tokenizer.identity
 

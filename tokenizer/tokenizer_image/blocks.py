@@ -127,7 +127,10 @@ def _middle(channels: int, dropout_p: float) -> nn.ModuleList:
 
 
 class Encoder(nn.Module):
-    """(B, 3, H, W) -> (B, z_channels, H/f, W/f) with f = 2^(levels - 1)."""
+    """(B, 3, H, W) -> (B, z_channels, H/f, W/f) with f = 2^(levels - 1).
+
+    blocks: residual blocks of a level. attention: after each of those of the deepest level; the middle has some always.
+    """
 
     def __init__(
         self,
@@ -135,13 +138,15 @@ class Encoder(nn.Module):
         ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
         z_channels: int = 256,
         dropout_p: float = 0.0,
+        blocks: int = 2,
+        attention: bool = True,
     ):
         super().__init__()
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
         channels, deepest = ch, len(ch_mult) - 1
         for i, mult in enumerate(ch_mult):
-            level = Level(channels, ch * mult, blocks=2, attention=i == deepest, dropout_p=dropout_p)
+            level = Level(channels, ch * mult, blocks, attention and i == deepest, dropout_p)
             channels = ch * mult
             if i != deepest:
                 level.downsample = Downsample(channels)
@@ -161,7 +166,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, z_channels, H/f, W/f) -> (B, 3, H, W), f as the encoder's. `conv_blocks` starts at the deepest level."""
+    """(B, z_channels, H/f, W/f) -> (B, 3, H, W), f as the encoder's. `conv_blocks` starts at the deepest level.
+
+    blocks: of a level of the encoder; here a level has one more.
+    """
 
     def __init__(
         self,
@@ -169,6 +177,8 @@ class Decoder(nn.Module):
         ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
         z_channels: int = 256,
         dropout_p: float = 0.0,
+        blocks: int = 2,
+        attention: bool = True,
     ):
         super().__init__()
         channels, deepest = ch * ch_mult[-1], len(ch_mult) - 1
@@ -176,7 +186,7 @@ class Decoder(nn.Module):
         self.mid = _middle(channels, dropout_p)
         self.conv_blocks = nn.ModuleList()
         for i, mult in reversed(list(enumerate(ch_mult))):
-            level = Level(channels, ch * mult, blocks=3, attention=i == deepest, dropout_p=dropout_p)
+            level = Level(channels, ch * mult, blocks + 1, attention and i == deepest, dropout_p)
             channels = ch * mult
             if i != 0:
                 level.upsample = Upsample(channels)

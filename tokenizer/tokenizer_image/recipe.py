@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dataset.augmentation import center_view
 from dataset.images import ImageDataset, Unusable
-from tokenizer.base import Tokenizer
+from tokenizer.base import LOSS_WEIGHTS, CodebookLosses, Tokenizer
 from tokenizer.load import build_tokenizer, described
 from tokenizer.released import recorded_l2_norm
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
@@ -27,7 +27,8 @@ from utils.training.trainer import Micro, Phase
 
 # Flags that say what is trained.
 DESCRIPTION = (
-    "vq_model", "vq_width", "codebook_size", "codebook_embed_dim", "codebook_l2_norm", "quantizer", "quantizer_options",
+    "vq_model", "vq_width", "codebook_size", "codebook_embed_dim", "codebook_l2_norm", "quantizer", "quantizer_options", "network",
+    "network_options",
 )  # fmt: skip
 # What three halvings and two 4x4 convolutions without padding to spare leave a pixel of.
 PATCHGAN_MINIMUM = 24
@@ -38,12 +39,9 @@ def new_tokenizer(args: argparse.Namespace, initial: Checkpoint | None) -> Token
 
     Raises ValueError as `choose_config` does, and where it does not divide --image-size.
     """
-    tokenizer = build_tokenizer(
-        choose_config(args, initial),
-        commit_loss_beta=args.commit_loss_beta,
-        entropy_loss_ratio=args.entropy_loss_ratio,
-        dropout_p=args.dropout_p,
-    )
+    weights = {name: getattr(args, name) for name in LOSS_WEIGHTS if getattr(args, f"{name}_given", False)}
+    tokenizer = build_tokenizer(choose_config(args, initial), dropout_p=args.dropout_p, **weights)
+    vars(args).update(tokenizer.quantize.loss_weights)
     options = tokenizer.quantize.config
     args.codebook_size, args.codebook_embed_dim = options.get("codebook_size"), options.get("codebook_embed_dim")
     args.codebook_l2_norm = options.get("l2_norm")
@@ -62,19 +60,32 @@ def choose_config(args: argparse.Namespace, initial: Checkpoint | None) -> dict[
     """
     config = None
     if initial:
-        config, initial.model = described(initial)
+        said = None if "network" in initial.config else args.quantizer
+        config, state = described(initial, said)
+        if initial.ema is not None:
+            averages = described(replace(initial, model=initial.ema), said)[1]
+            initial.ema, state = averages, averages if args.finetune and config.get("averaged") else state
+        initial.model = state
         kind = config["quantizer"]
         held = {"vq_model": config["family"], "vq_width": config["network"].get("ch"), "quantizer": kind["name"]}
         held |= {name: kind.get(name) for name in ("codebook_size", "codebook_embed_dim")}
-        if args.quantizer_options:
-            held["quantizer_options"] = {name: kind.get(name) for name in args.quantizer_options}
+        held["network"] = config["network"]["name"]
+        for part in ("quantizer", "network"):
+            if asked := getattr(args, f"{part}_options"):
+                held[f"{part}_options"] = {name: config[part].get(name) for name in asked}
         complete(args, {**held, "codebook_l2_norm": recorded_l2_norm(initial)}, args.vq_ckpt)
-    args.vq_model = args.vq_model or "VQ-16"
+    named = (name for name, size in VQ_SIZES.items() if args.network == size.get("name", "vqgan"))
+    args.vq_model = args.vq_model or next(named, args.network or "VQ-16")
     for run in runs_in(args.results_dir, args.vq_model)[:1] if args.resume else []:
         began = run.flags()
         complete(args, {name: began.get(name) for name in DESCRIPTION}, run.folder)
     size = dict(VQ_SIZES.get(args.vq_model, {}))
-    own = size.pop("quantizer", {"name": "vq"})
+    own, kind = size.pop("quantizer", {"name": "vq"}), size.pop("name", "vqgan" if size else args.network)
+    if args.network not in (None, kind):
+        raise ValueError(
+            f"--vq-model {args.vq_model} is of the network {kind}, not {args.network}: leave one of the two out"
+        )
+    args.network = kind
     args.quantizer = args.quantizer or own["name"]
     given = {"codebook_size": args.codebook_size, "codebook_embed_dim": args.codebook_embed_dim}
     given |= {"l2_norm": args.codebook_l2_norm, **(args.quantizer_options or {})}
@@ -83,7 +94,7 @@ def choose_config(args: argparse.Namespace, initial: Checkpoint | None) -> dict[
         return {**config, "quantizer": {**config["quantizer"], **quantizer}}
     width = {} if args.vq_width is None else {"ch": args.vq_width}
     quantizer = {**own, **quantizer} if own["name"] == quantizer["name"] else quantizer
-    return {"network": {"name": "vqgan", **size, **width}, "quantizer": quantizer}
+    return {"network": {"name": kind, **size, **width, **(args.network_options or {})}, "quantizer": quantizer}
 
 
 def complete(args: argparse.Namespace, held: Mapping[str, Any], source: object) -> None:
@@ -109,7 +120,7 @@ def new_losses(args: argparse.Namespace) -> VQLoss:
         )
     names = (
         "disc_start", "disc_loss", "disc_type", "image_size", "disc_weight", "reconstruction_loss", "reconstruction_weight",
-        "codebook_weight", "perceptual_weight",
+        "codebook_weight", "perceptual_weight", "gen_weight", "lecam_weight",
     )  # fmt: skip
     return VQLoss(gen_adv_loss=args.gen_loss, **{name: getattr(args, name) for name in names})
 
@@ -135,13 +146,17 @@ def begin_anew(initial: Checkpoint, discriminator: nn.Module, args: argparse.Nam
 
 
 class Adversaries:
-    """The two phases of a step: the tokenizer's, and the discriminator's on the same reconstructions."""
+    """The two phases of a step: the tokenizer's, and the discriminator's on the same reconstructions.
+
+    With --disc-first the discriminator's comes first, and hands its forward pass of the tokenizer on.
+    """
 
     def __init__(self, args: argparse.Namespace, plan: Parallel, tokenizer: Tokenizer, losses: VQLoss):
-        self.args, self.losses = args, losses
+        self.args, self.losses, self.tokenizer = args, losses, tokenizer
         self.generator, discriminator = plan.apply(tokenizer), losses.discriminator
         losses.discriminator = replace(plan, compile=False).apply(discriminator)
         self.reconstructions: dict[int, Tensor] = {}  # by the number of the microbatch
+        self.forward_pass: tuple[Tensor, CodebookLosses] | None = None
         self.phases = [
             Phase("optimizer", self.generator, self.adam(tokenizer), self.generator_loss),
             Phase(
@@ -153,16 +168,29 @@ class Adversaries:
                 model="discriminator",
             ),
         ]
+        if args.disc_first:
+            self.phases.reverse()
 
     def generator_loss(self, batch: list[Tensor], place: Micro) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the tokenizer's loss of a microbatch, and figures for the log."""
-        recons, codebook = self.generator(batch[0])
+        (recons, codebook), self.forward_pass = self.forward_pass or self.generator(batch[0]), None
         self.reconstructions[place.number] = recons.detach()
         return self.losses.generator_loss(codebook, batch[0], recons, place.step + 1)
 
     def discriminator_loss(self, batch: list[Tensor], place: Micro) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the discriminator's loss of a microbatch, and figures for the log."""
+        if self.args.disc_first:
+            self.reconstructions[place.number] = self.reconstruct(batch[0])
         return self.losses.discriminator_loss(batch[0], self.reconstructions[place.number], place.step + 1)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Return the reconstructions of a microbatch, and keep their graph where there is one microbatch a step."""
+        if self.args.gradient_accumulation_steps > 1:
+            return self.tokenizer.to_pixels(
+                self.tokenizer.to_codes(images).clamp(min=0)
+            )  # -1 where training has diverged
+        self.forward_pass = self.generator(images)
+        return self.forward_pass[0].detach()
 
     def adam(self, module: nn.Module) -> torch.optim.Adam:
         """Return the optimizer; weights decay where --weight-decay is given."""

@@ -1,27 +1,39 @@
 """The tokenizers by name, apart from the model so that `--help` need not load torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
-# Channel multipliers, one a level from the image down; each level but the last halves it. Not published are VQ-8-P,
-# another network (tokenizer/patches.py), and VQ-8-XS and VQ-4, narrow ones for 32x32 pictures and tests. A size with a
-# `name` is of another network than VQGAN's, one with a `quantizer` has another one unless --quantizer says so.
+
+def _levels(*multipliers: int) -> dict[str, list[int]]:
+    return {"encoder_ch_mult": [*multipliers], "decoder_ch_mult": [*multipliers]}
+
+
+def _codes(name: str, codebook_size: int, **options: Any) -> dict[str, Any]:
+    return {"name": name, "codebook_size": codebook_size, "codebook_embed_dim": 256, **options}
+
+
+# Channel multipliers, one a level from the image down; each level but the last halves it. A size with a `name` is of
+# another network than VQGAN's, one with a `quantizer` has that one unless --quantizer names another. Not published are
+# VQ-8-P, a network of its own (tokenizer/patches.py), IBQ-8, and VQ-8-XS and VQ-4, narrow ones for 32x32 pictures and tests.
 VQ_SIZES: dict[str, dict] = {
-    "VQ-16": {"encoder_ch_mult": [1, 1, 2, 2, 4], "decoder_ch_mult": [1, 1, 2, 2, 4]},
-    "VQ-8": {"encoder_ch_mult": [1, 2, 2, 4], "decoder_ch_mult": [1, 2, 2, 4]},
-    "MaskGIT-VQGAN": {
-        "name": "maskgit",
-        "quantizer": {"name": "vq_legacy", "codebook_size": 1024, "codebook_embed_dim": 256},
-    },
+    "VQ-16": _levels(1, 1, 2, 2, 4),
+    "VQ-8": _levels(1, 2, 2, 4),
+    "IBQ-16": {**_levels(1, 1, 2, 2, 4), "blocks": 4, "quantizer": _codes("ibq", 16384)},
+    "IBQ-8": {**_levels(1, 2, 2, 4), "blocks": 4, "quantizer": _codes("ibq", 16384)},
+    "MaskGIT-VQGAN": {"name": "maskgit", "quantizer": _codes("vq_legacy", 1024)},
+    "Chameleon": {**_levels(1, 1, 2, 2, 4), "attention": False, "quantizer": _codes("vq", 8192, l2_norm=False)},
     "VQ-8-P": {"name": "patches", "patch": 4, "ch": 64, "depth": 2},
-    "VQ-8-XS": {"encoder_ch_mult": [1, 1, 2, 2], "decoder_ch_mult": [1, 1, 2, 2], "ch": 32, "z_channels": 64},
-    "VQ-4": {"encoder_ch_mult": [1, 1, 2], "decoder_ch_mult": [1, 1, 2], "ch": 32, "z_channels": 64},
+    "VQ-8-XS": {**_levels(1, 1, 2, 2), "ch": 32, "z_channels": 64},
+    "VQ-4": {**_levels(1, 1, 2), "ch": 32, "z_channels": 64},
 }
 
 
-def size_name(encoder_ch_mult: Sequence[int], decoder_ch_mult: Sequence[int]) -> str | None:
-    """Return the name of these levels, or else of their downsampling, whatever the width; None for neither."""
-    levels = [list(encoder_ch_mult), list(decoder_ch_mult)]
-    sizes = {name: size for name, size in VQ_SIZES.items() if "name" not in size}
-    same = [name for name, size in sizes.items() if [size["encoder_ch_mult"], size["decoder_ch_mult"]] == levels]
-    similar = [name for name, size in sizes.items() if len(size["encoder_ch_mult"]) == len(levels[0])]
-    return next(iter(same + similar), None)
+def size_name(network: Mapping[str, Any]) -> str | None:
+    """Return the name of a VQGAN of these levels, or else of this downsampling, whatever the width; None for neither."""
+
+    def kind(size: Mapping[str, Any]) -> tuple:
+        return len(size["encoder_ch_mult"]), size.get("blocks", 2), size.get("attention", True)
+
+    similar = {name: size for name, size in VQ_SIZES.items() if "name" not in size and kind(size) == kind(network)}
+    same = [name for name, size in similar.items() if all(size[part] == network[part] for part in _levels())]
+    return next(iter([*same, *similar]), None)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -41,9 +42,42 @@ def non_saturating_gen_loss(fake: Tensor) -> Tensor:
     return F.softplus(-fake).mean()
 
 
+def non_saturating_mean_gen_loss(fake: Tensor) -> Tensor:
+    """Return `non_saturating_gen_loss` of the mean logit of each image, as IBQ and Open-MAGVIT2 have it."""
+    return F.softplus(-fake.flatten(1).mean(dim=1)).mean()
+
+
 DISC_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss, "non-saturating": vanilla_d_loss}
-GEN_LOSSES = {"hinge": hinge_gen_loss, "non-saturating": non_saturating_gen_loss}
+GEN_LOSSES = {
+    "hinge": hinge_gen_loss,
+    "non-saturating": non_saturating_gen_loss,
+    "non-saturating-mean": non_saturating_mean_gen_loss,
+}
 RECONSTRUCTION_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
+
+
+class LeCam(nn.Module):
+    """Regularisation of a discriminator towards running means of its logits (arXiv 2104.03310, section 3.2).
+
+    The means are over all processes, and begin at 0.
+    """
+
+    def __init__(self, decay: float = 0.999):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("real", torch.zeros(()))
+        self.register_buffer("fake", torch.zeros(()))
+
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Take a batch's logits into the means, and return the loss, a scalar."""
+        with torch.no_grad():
+            means = torch.stack([real.mean(), fake.mean()])
+            if dist.is_initialized():
+                dist.all_reduce(means, dist.ReduceOp.SUM)
+                means /= dist.get_world_size()
+            for average, mean in zip((self.real, self.fake), means, strict=True):
+                average.lerp_(mean, 1 - self.decay)
+        return F.relu(real - self.fake).square().mean() + F.relu(self.real - fake).square().mean()
 
 
 class VQLoss(nn.Module):
@@ -51,7 +85,8 @@ class VQLoss(nn.Module):
 
     `self.discriminator` may be replaced by a compiled one or one in DistributedDataParallel.
 
-    disc_weight scales both adversarial losses, which are 0 before step `disc_start`.
+    disc_weight scales both adversarial losses, which are 0 before step `disc_start`; gen_weight takes its place in the
+    generator's. lecam_weight scales LeCam beside the discriminator's loss.
     codebook_weight scales the quantiser's losses. With perceptual_weight 0 no LPIPS is built and no file is needed;
     `lpips` is a network to use in place of a new one.
     image_size matters to the stylegan discriminator only, disc_dim to patchgan only.
@@ -66,6 +101,8 @@ class VQLoss(nn.Module):
         disc_type: str = "patchgan",
         image_size: int = 256,
         disc_weight: float = 1.0,
+        gen_weight: float | None = None,
+        lecam_weight: float = 0.0,
         gen_adv_loss: str = "hinge",
         reconstruction_loss: str = "l2",
         reconstruction_weight: float = 1.0,
@@ -80,6 +117,9 @@ class VQLoss(nn.Module):
             self.discriminator = StyleGANDiscriminator(image_size)
         self.disc_start = disc_start
         self.disc_weight = disc_weight
+        self.gen_weight = disc_weight if gen_weight is None else gen_weight
+        self.lecam_weight = lecam_weight
+        self.lecam = LeCam() if lecam_weight else None
         self.disc_criterion = DISC_LOSSES[disc_loss]
         self.gen_criterion = GEN_LOSSES[gen_adv_loss]
 
@@ -90,6 +130,11 @@ class VQLoss(nn.Module):
         self.perceptual_loss = None
         if perceptual_weight != 0:
             self.perceptual_loss = lpips if lpips is not None else LPIPS()
+
+    @property
+    def averages(self) -> dict[str, nn.Module]:
+        """Return what else a checkpoint keeps so that a resumed run takes the same steps, by its name there."""
+        return {} if self.lecam is None else {"lecam": self.lecam}
 
     def discriminator_active(self, step: int) -> bool:
         """Tell whether the discriminator takes part at this step: from `disc_start` on, and only with a disc_weight."""
@@ -115,7 +160,7 @@ class VQLoss(nn.Module):
             module = module.module if isinstance(module, DistributedDataParallel) else module
             with _frozen(module):
                 adversarial = self.gen_criterion(module(recons).float())
-            weight = zero + self.disc_weight
+            weight = zero + self.gen_weight
 
         loss = image_loss + weight * adversarial + self.codebook_weight * codebook.total
         logs = {
@@ -144,7 +189,11 @@ class VQLoss(nn.Module):
         else:
             loss = torch.zeros((), device=images.device, requires_grad=True)
             real = fake = loss
-        logs = {"discriminator_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        logs = {"logits_real": real.mean(), "logits_fake": fake.mean()}
+        if self.lecam is not None and self.discriminator_active(step):
+            logs["lecam_loss"] = self.lecam(real, fake)
+            loss = loss + self.lecam_weight * logs["lecam_loss"]
+        logs["discriminator_loss"] = loss
         return loss, _detached(logs, images.device)
 
 

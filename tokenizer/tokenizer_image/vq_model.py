@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenizer.base import Tokenizer, build_quantizer
+from tokenizer.base import LOSS_WEIGHTS, Tokenizer, build_quantizer
 from tokenizer.pointwise import PointwiseConv
 from tokenizer.tokenizer_image import quantizers  # noqa: F401 (registers them)
 from tokenizer.tokenizer_image.blocks import NORM_GROUPS, Decoder, Encoder
@@ -36,6 +36,8 @@ VQ_OPTIONS = {
 class VQModelArgs:
     """The shape of a tokenizer. The channel multipliers, one per level from the image down, set the downsampling.
 
+    commit_loss_beta, entropy_loss_ratio: weights of the quantiser's losses; None for its own.
+    blocks: residual blocks of a level of the encoder; the decoder has one more. attention: in the deepest level.
     quantizer: the config of another quantiser than the published one of the `codebook_…` fields.
     """
 
@@ -43,14 +45,16 @@ class VQModelArgs:
     codebook_embed_dim: int = 8
     codebook_l2_norm: bool = True
     codebook_show_usage: bool = True
-    commit_loss_beta: float = 0.25
-    entropy_loss_ratio: float = 0.0
+    commit_loss_beta: float | None = None
+    entropy_loss_ratio: float | None = None
 
     encoder_ch_mult: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
     decoder_ch_mult: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
     z_channels: int = 256
     ch: int = 128
     dropout_p: float = 0.0
+    blocks: int = 2
+    attention: bool = True
     quantizer: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -91,17 +95,17 @@ class VQModel(Tokenizer):
                 f"ch {config.ch} with channel multipliers {list(encoder_mult)} and {list(decoder_mult)} gives the "
                 f"widths {sorted(set(widths))}; all must be multiples of {NORM_GROUPS} (group normalisation)"
             )
-        self.encoder = Encoder(config.ch, encoder_mult, config.z_channels, config.dropout_p)
-        self.decoder = Decoder(config.ch, decoder_mult, config.z_channels, config.dropout_p)
-        self.quantize = build_quantizer(
-            config.quantizer_config(),
-            commit_loss_beta=config.commit_loss_beta,
-            entropy_loss_ratio=config.entropy_loss_ratio,
+        inside = config.z_channels, config.dropout_p, config.blocks, config.attention
+        self.encoder, self.decoder = (
+            Encoder(config.ch, encoder_mult, *inside),
+            Decoder(config.ch, decoder_mult, *inside),
         )
+        weights = {name: weight for name in LOSS_WEIGHTS if (weight := getattr(config, name)) is not None}
+        self.quantize = build_quantizer(config.quantizer_config(), **weights)
         self.quant_conv = PointwiseConv(config.z_channels, self.quantize.width)
         self.post_quant_conv = PointwiseConv(self.quantize.width, config.z_channels)
         self.config = replace(config, codebook_size=self.quantize.codebook_size, codebook_embed_dim=self.quantize.width)
-        self.family = size_name(encoder_mult, decoder_mult) or "VQGAN"
+        self.family = size_name(self.network) or "VQGAN"
         self.downsample = 2 ** (len(encoder_mult) - 1)
 
     @classmethod
@@ -112,7 +116,13 @@ class VQModel(Tokenizer):
     def network(self) -> dict[str, Any]:
         config = self.config
         levels = {"encoder_ch_mult": list(config.encoder_ch_mult), "decoder_ch_mult": list(config.decoder_ch_mult)}
-        return {"name": "vqgan", **levels, "z_channels": config.z_channels, "ch": config.ch}
+        inside = {
+            "z_channels": config.z_channels,
+            "ch": config.ch,
+            "blocks": config.blocks,
+            "attention": config.attention,
+        }
+        return {"name": "vqgan", **levels, **inside}
 
     def latents(self, pixels: Tensor) -> Tensor:
         self.require_fitting(pixels)
@@ -166,5 +176,5 @@ def new_tokenizer(name: str, **overrides: Any) -> VQModel:
 
 
 VQ_models: dict[str, Callable[..., VQModel]] = {
-    name: partial(new_tokenizer, name) for name, size in VQ_SIZES.items() if "name" not in size
+    name: partial(new_tokenizer, name) for name, size in VQ_SIZES.items() if not {"name", "quantizer"} & size.keys()
 }

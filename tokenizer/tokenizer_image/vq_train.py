@@ -13,6 +13,7 @@ from typing import Any
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
     PROBABILITY,
+    StoreGiven,
     add_image_size_flags,
     add_reading_flags,
     add_switch,
@@ -60,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     plan = Parallel(dist, precision=args.mixed_precision, compile=args.compile)
     job = Job(
         args.vq_model,
-        models={"model": tokenizer, "discriminator": discriminator},
+        models={"model": tokenizer, "discriminator": discriminator, **losses.averages},
         phases=Adversaries(args, plan, tokenizer, losses).phases,
         dataset=dataset,
         initial=initial,
@@ -103,9 +104,13 @@ def flags() -> argparse.ArgumentParser:
     add_switch(parser, "--random-crop", True, "cut squares of 0.8 to 1 of the shorter side; otherwise the centre")
     parser.add_argument("--vq-width", type=positive_int, default=None, help="base channels (default: the model's own)")
     add_tokenizer_flags(parser, VQ_SIZES)
-    parser.add_argument("--quantizer", default=None, help="kind of quantiser, one of --import too (default: vq)")
     parser.add_argument(
         "--quantizer-options", type=json_object, default=None, help='options of the quantiser, as JSON: {"name": value}'
+    )
+    help = "kind of network, one of --import too (default: that of --vq-model)"
+    parser.add_argument("--network", default=None, help=help)
+    parser.add_argument(
+        "--network-options", type=json_object, default=None, help='options of the network, as JSON: {"name": value}'
     )
     parser.add_argument(
         "--finetune",
@@ -122,22 +127,33 @@ def flags() -> argparse.ArgumentParser:
     )
     for flag, default, help in (
         ("--codebook-weight", 1.0, "of the codebook's losses"),
-        ("--entropy-loss-ratio", 0.0, "of the entropy loss"),
-        ("--commit-loss-beta", 0.25, "of the commitment loss"),
         ("--reconstruction-weight", 1.0, "of the pixels' loss"),
         ("--perceptual-weight", 1.0, "of LPIPS; 0 needs no VGG16 weights"),
         ("--disc-weight", 0.5, "of the adversarial losses; 0 for no discriminator"),
     ):
         group.add_argument(flag, type=nonnegative_float, default=default, help=help)
+    for flag, default, help in (
+        ("--entropy-loss-ratio", 0.0, "of the entropy loss (default: the quantiser's own, 0 for vq)"),
+        ("--commit-loss-beta", 0.25, "of the commitment loss (default: the quantiser's own, 0.25 for vq)"),
+    ):
+        group.add_argument(flag, type=nonnegative_float, default=default, help=help, action=StoreGiven)
     group.add_argument("--reconstruction-loss", choices=["l1", "l2"], default="l2", help="of the pixels")
     help = "first step with the discriminator, as the log counts them"
     group.add_argument("--disc-start", type=nonnegative_int, default=20000, help=help)
+    help = "of the generator's adversarial loss (default: --disc-weight)"
+    group.add_argument("--gen-weight", type=nonnegative_float, default=None, help=help)
+    help = "of LeCam, the discriminator's regularisation towards running means of its logits"
+    group.add_argument("--lecam-weight", type=nonnegative_float, default=0.0, help=help)
+    add_switch(group, "--disc-first", False, "in each step move the discriminator before the tokenizer")
     group.add_argument("--disc-type", choices=["patchgan", "stylegan"], default="patchgan", help="discriminator")
     group.add_argument(
         "--disc-loss", choices=["hinge", "vanilla", "non-saturating"], default="hinge", help="discriminator's loss"
     )
     group.add_argument(
-        "--gen-loss", choices=["hinge", "non-saturating"], default="hinge", help="generator's adversarial loss"
+        "--gen-loss",
+        choices=["hinge", "non-saturating", "non-saturating-mean"],
+        default="hinge",
+        help="generator's adversarial loss; -mean: of the mean of an image's logits",
     )
     parser.add_argument("--dropout-p", type=PROBABILITY, default=0.0, help="dropout in the tokenizer's residual blocks")
     add_switch(parser, "--compile", False, "torch.compile the tokenizer (on CUDA)")
