@@ -71,5 +71,7 @@ def add_gpt_training_flags(
             "new one"
         )
         group.add_argument("--class-rows", choices=["name", "number", "new"], default=None, help=help)
+    help = "train the second exit of --layout neighbours alone, the first stage after --finetune of a raster file (docs/training.md)"
+    group.add_argument("--second-exit-only", action="store_true", help=help)
     add_gpt_flags(parser, GPT_SIZES, training=True, gpt_type=gpt_type)
     add_training_flags(parser, epochs=300, batch=256, results_dir=RESULTS, num_workers=24, wandb_project=wandb_project)

@@ -197,6 +197,13 @@ def fit(
 
 def lay_out(model: Transformer, plan: Parallel, args: argparse.Namespace) -> nn.Module:
     """Return the loss of a model from the meta device, laid over the processes, with initial weights."""
+    if args.second_exit_only:
+        if model.layout.heads == 1 or not (args.gpt_ckpt or args.resume):
+            raise ValueError(
+                "--second-exit-only trains what a raster file lacks: give --layout neighbours and --gpt-ckpt FILE"
+            )
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(model.of_second_exit(name))
     loss = TokenLoss(model, OBJECTIVES[args.objective])
     if not plan.sharded:
         materialize(model, plan.dist.device, args.global_seed)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from autoregressive.models.gpt import Transformer
-from autoregressive.released import CLASS_TABLE, check_flags, find_identity, flags_of
+from autoregressive.released import CLASS_TABLE, SECOND_EXIT, check_flags, find_identity, flags_of
 from utils.checkpoint import Checkpoint, read_checkpoint
 from utils.cli import layout_numbers
 from utils.distributed import Distributed
@@ -42,10 +42,14 @@ def starting_point(
     path = find_checkpoint(name)
     if not args.finetune:
         saved = TrainingState.read(path, dist, whole=False)
-        if before := _other_layout(saved.config, model):
+        if before := _other_layout(saved, model):
             raise ValueError(
-                f"{path} is of the layout {before}, and this run of {model.layout.name}: give --layout {before}, or --finetune to "
-                "train its weights by another order"
+                f"{path} is of the layout {before}, and this run of {model.layout.name}: give --layout {before}"
+                + (
+                    ", or --finetune to train its weights by another order"
+                    if before != "neighbours"
+                    else f"; {SECOND_EXIT}"
+                )
             )
         if args.gpt_type == "c2i" or (saved.args or {}).get("image_size", args.image_size) == args.image_size:
             return saved, None
@@ -58,6 +62,13 @@ def starting_point(
     weights = replace(weights, model=weights.ema if args.use_ema else weights.model, ema=None)
     _require_shape(args, weights, path)
     note = [f"fine-tuning {path}{' (averaged weights)' if args.use_ema else ''} from step 0"]
+    if before := _other_layout(weights, model):
+        if before == "neighbours":
+            raise ValueError(f"{path} is of the layout {before}, and this run of {model.layout.name}: {SECOND_EXIT}")
+        note.append(f"its layout was {before}, now {model.layout.name}")
+        if model.layout.heads > 1:
+            weights.model = {**weights.model, **_second_exit(model)}
+            note.append("the second exit begins anew")
     if args.gpt_type == "c2i":
         names = weights.config.get("classes"), config.get("classes")
         weights.model = dict(weights.model)
@@ -65,8 +76,6 @@ def starting_point(
             args.class_rows or "name", weights.model[CLASS_TABLE], model, *names, path
         )
         note.append(rows)
-    if before := _other_layout(weights.config, model):
-        note.append(f"its layout was {before}, now {model.layout.name}")
     for key in ("tokenizer", "text_encoder"):
         if (
             (before := weights.config.get(key))
@@ -79,10 +88,22 @@ def starting_point(
     return replace(_weights_alone(weights), config=config), "; ".join(note)
 
 
-def _other_layout(config: dict[str, Any], model: Transformer) -> str | None:
-    """The name of the layout that a file records, where it is another one than the model's."""
-    name = config.get("layout", {}).get("name", model.layout.name)
+def _other_layout(saved: Checkpoint | ShardedCheckpoint, model: Transformer) -> str | None:
+    """The name of a file's layout, where it is another one than the model's."""
+    known = find_identity(saved) if isinstance(saved, Checkpoint) else saved.config
+    name = known.get("layout", {}).get("name", model.layout.name)
     return None if name == model.layout.name else name
+
+
+def _second_exit(model: Transformer) -> dict[str, Tensor]:
+    """Return the model's own weights of its second exit, whole. Every process calls it together."""
+    own = {name: tensor for name, tensor in model.state_dict().items() if model.of_second_exit(name)}
+    return {name: _whole(tensor) for name, tensor in own.items()}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor or of all its shards, float32 on the CPU."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().float().cpu().clone()
 
 
 def _weights_alone(saved: Checkpoint) -> Checkpoint:
@@ -117,8 +138,7 @@ def _class_rows(
     rows: --class-rows. saved: the file's table. before, now: names of the file's classes and of this run's. The last row,
     of "no class", stays the last.
     """
-    own = model.state_dict()[CLASS_TABLE]
-    table = (own.full_tensor() if hasattr(own, "full_tensor") else own).detach().float().cpu().clone()
+    table = _whole(model.state_dict()[CLASS_TABLE])
     classes = len(table) - 1
     if rows == "name":
         if not (before and now):

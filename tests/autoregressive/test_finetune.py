@@ -122,6 +122,68 @@ def test_finetune_in_shards_from_a_file_and_from_shards(source, tmp_path):
     assert [list(metrics(tmp_path / name, "loss")) for name in ("one", "two")] == [[1], [1]]
 
 
+NEIGHBOURS = ["--layout", "neighbours"]
+EXIT = ["--second-exit-only", *NEIGHBOURS]
+
+
+def test_finetune_of_a_raster_file_by_neighbours_begins_with_its_weights_and_a_new_exit(source, tmp_path):
+    codes = codes_of(tmp_path / "codes", "cat", "dog", "owl")
+    new = load(train(codes, tmp_path / "new", *NEIGHBOURS, *STILL))["model"]
+    saved = load(train(codes, tmp_path / "begun", *NEIGHBOURS, "--finetune", "--gpt-ckpt", source, *STILL))
+    for name, tensor in saved["model"].items():
+        expected = load(source)["model"].get(name, new[name])
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-9)
+    assert len(saved["model"]) == len(load(source)["model"]) + 9
+    log = (run_folder(tmp_path / "begun") / "log.txt").read_text()
+    assert "its layout was raster, now neighbours; the second exit begins anew" in log
+
+
+def test_second_exit_only_moves_nothing_else_and_resumes_bit_identically(source, tmp_path):
+    codes = codes_of(tmp_path / "codes", "cat", "dog", "owl")
+    flags = [*EXIT, "--finetune", "--gpt-ckpt", source, "--lr", 1e-2, "--ema", "--resume"]
+    whole = load(train(codes, tmp_path / "whole", *flags, "--max-steps", 4))
+    train(codes, tmp_path / "parts", *flags, "--max-steps", 2)
+    parts = load(train(codes, tmp_path / "parts", *flags, "--max-steps", 4))
+    assert whole.pop("args") and parts.pop("args") and same(whole, parts)
+    still = {name for name, tensor in load(source)["model"].items() if torch.equal(tensor, whole["model"][name])}
+    assert still == set(load(source)["model"])
+    new = load(train(codes, tmp_path / "new", *NEIGHBOURS, *STILL))["model"]
+    assert not any(torch.allclose(whole["model"][name], new[name], atol=1e-4) for name in new.keys() - still)
+    with pytest.raises(ValueError, match=r"other now: .*--no-second-exit-only|give the flags it began with"):
+        train(codes, tmp_path / "parts", *NEIGHBOURS, *flags[3:], "--max-steps", 5)
+    all_ = train(codes, tmp_path / "all", *NEIGHBOURS, "--finetune", "--gpt-ckpt", tmp_path / "whole", *STILL)
+    torch.testing.assert_close(load(all_)["model"][TABLE], whole["model"][TABLE], rtol=0, atol=1e-9)
+
+
+def test_second_exit_only_in_shards_trains_as_in_one_process(source, tmp_path):
+    codes = codes_of(tmp_path / "codes", "cat", "dog", "owl")
+    flags = [*EXIT, "--finetune", "--gpt-ckpt", source, "--max-steps", 3, "--dropout-p", 0, "--token-dropout-p", 0]
+    words = ["--code-path", codes, "--results-dir", tmp_path / "shards", "--image-size", 16, *FLAGS, *flags]
+    live({"module": "autoregressive.train.train_c2i_fsdp", "args": list(map(str, words)), "world": 2})
+    train(codes, tmp_path / "alone", *flags)
+    alone, shards = (read_checkpoint(newest(tmp_path / name)).model for name in ("alone", "shards"))
+    for name, tensor in alone.items():
+        torch.testing.assert_close(shards[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "begun, more, message",
+    [
+        ([], ["--layout", "neighbours"], r"is of the layout raster, and this run of neighbours: give --layout raster, or --finetune"),
+        (NEIGHBOURS, [], r"is of the layout neighbours, and this run of raster: .*neighbours alone have a second exit"),
+        (NEIGHBOURS, ["--finetune"], r"is of the layout neighbours, and this run of raster: .*neighbours alone have a second exit"),
+        ([], ["--second-exit-only", "--finetune"], "give --layout neighbours and --gpt-ckpt FILE"),
+    ],
+    ids=["raster for neighbours", "neighbours for raster", "neighbours fine-tuned by raster", "raster without an exit"],
+)  # fmt: skip
+def test_a_start_of_another_layout_is_refused_with_the_reason(tmp_path, begun, more, message):
+    codes = codes_of(tmp_path / "codes", "cat", "dog", "owl")
+    file = tmp_path / "published.pt"
+    torch.save({"model": load(train(codes, tmp_path / "first", *begun, *STILL))["model"]}, file)  # records nothing
+    with pytest.raises(ValueError, match=message):
+        train(codes, tmp_path / "second", "--gpt-ckpt", file, *more)
+
+
 @pytest.mark.parametrize(
     "names, more, message",
     [

@@ -40,6 +40,7 @@ TEN = [*EXACT, "--epochs", 9, "--max-steps", 10, "--gradient-accumulation-steps"
 OWN = ["--import", ROOT / "examples/z_loss.py", "--objective", "z_loss"]
 # A smaller rate: Adam makes large steps of the special tokens' first, tiny gradients, whose rounding would then show.
 PAR = ["--ar-token-num", 4, "--spe-token-num", 3, "--lr", 5e-4]
+NAR = ["--layout", "neighbours", "--lr-schedule", "steps"]
 NPP = ["--patch-level", 2, "--epoch-rate", 0.5, "--scheduler", "--epochs", 2, "--max-steps", 12]
 
 
@@ -81,7 +82,7 @@ def one(codes, tmp_path_factory):
     """Runs of one process, to compare with."""
     folder = tmp_path_factory.mktemp("one")
     held_out = ["--val-code-path", odd_codes(folder / "held_out")]
-    runs = {"raster": [*TEN, *OWN, *held_out], "PAR": [*TEN, *PAR], "NPP": [*TEN, *NPP]}
+    runs = {"raster": [*TEN, *OWN, *held_out], "PAR": [*TEN, *PAR], "NAR": [*TEN, *NAR], "NPP": [*TEN, *NPP]}
     live(*(life(codes, folder / name, *flags, module=DDP) for name, flags in runs.items()))
     return folder
 
@@ -121,8 +122,8 @@ def test_four_processes_give_the_losses_of_one(codes, tmp_path, one):
 
 
 @pytest.mark.slow
-def test_par_and_npp_give_the_losses_of_one_process(codes, tmp_path, one):
-    kinds = {("PAR", "fsdp"): PAR, ("NPP", "ddp"): NPP, ("NPP", "fsdp"): NPP}
+def test_par_nar_and_npp_give_the_losses_of_one_process(codes, tmp_path, one):
+    kinds = {("PAR", "fsdp"): PAR, ("NAR", "ddp"): NAR, ("NAR", "fsdp"): NAR, ("NPP", "ddp"): NPP, ("NPP", "fsdp"): NPP}
     runs = {case: tmp_path / "-".join(case) for case in kinds}
     live(*(life(codes, runs[case], *TEN, *flags, "--data-parallel", case[1], world=2) for case, flags in kinds.items()))
     for case, folder in runs.items():
