@@ -187,7 +187,7 @@ def generate(
             static=recorded or here.PASSES_LATE > 0,
             compiled=compile,
         )
-        plan = with_window(plan, window, model, batch, samples, compile)
+        plan = with_window(plan, window, model, samples, compile)
         graphs = graphs_for(model, cache, batch) if recorded else None
         state = graphs.state if graphs else DecodeState(model, cache, batch)
         negatives = {} if negative is None else {k: v.to(device) for k, v in model.by_name(negative).items()}
@@ -322,12 +322,12 @@ class ModelDrafts:
         state.tokens.copy_(own.tokens)
 
 
-def with_window(plan: Plan, size: int | str, model: Transformer, images: int, samples: int, compile: bool) -> Plan:
+def with_window(plan: Plan, size: int | str, model: Transformer, samples: int, compile: bool) -> Plan:
     """Return the plan with the window that `generate` is asked for, where it can have one and needs it."""
     weight, args = model.tok_embeddings.weight, model.args
     here, auto = machine(weight.device), size == "auto"
     if auto:
-        size = here.auto_window(images, samples, compile)
+        size = here.auto_window(samples, compile)
     if not isinstance(size, int) or size < 0:
         raise ValueError(f"window is {size!r}: give a number of tokens, 0 for one decode step a pass, or 'auto'")
     if size == 0 or plan.end == 1 or (auto and 2 * max(plan.layout.groups) > size):

@@ -274,16 +274,16 @@ def rows_agree(
     return attention_agrees(dim, longest, stride, dtype, torch.get_num_threads())
 
 
-# A CPU's passes take as long as the weights need to come from memory, up to so many rows; smaller windows hardly pay.
-ROWS_IN_A_WINDOW, LEAST_WINDOW = 16, 4
+# A CPU's passes take as long as the weights need to come from memory, up to so many rows; smaller windows may cost more than they save.
+ROWS_IN_A_WINDOW, LEAST_WINDOW = 16, 8
 # Passes whose cursors are not read yet when the next one begins.
 PASSES_LATE = 0
 
 
-def auto_window(images: int, samples: int, compile: bool) -> int:
+def auto_window(samples: int, compile: bool) -> int:
     """Return the window of `--window auto` for a batch, 0 for none. samples: rows of the batch for each token of a window."""
     size = ROWS_IN_A_WINDOW // samples
-    return size if size >= LEAST_WINDOW and images < 4 and not compile else 0
+    return size if size >= LEAST_WINDOW and not compile else 0
 
 
 def read_later(numbers: Tensor) -> Callable[[], list[int]]:

@@ -58,7 +58,7 @@ def rows_agree(model: nn.Module, *shape: object) -> bool:
     return True
 
 
-def auto_window(images: int, samples: int, compile: bool) -> int:
+def auto_window(samples: int, compile: bool) -> int:
     """Return the window of `--window auto` for a batch, 0 for none. samples: rows of the batch for each token of a window."""
     size = min(ROWS_IN_A_WINDOW // samples, 64)
     return size if size >= LEAST_WINDOW else 0

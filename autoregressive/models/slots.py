@@ -49,7 +49,7 @@ def plan_for_slots(model: Transformer) -> Plan | None:
         static=False,
     )
     try:
-        plan = with_window(plan, 1, model, 1, 1, False)
+        plan = with_window(plan, 1, model, 1, False)
     except ValueError:
         return None
     return plan if plan.window else None
@@ -146,11 +146,11 @@ class Slots:
         """Return the plan of a pass over so many images."""
         size = self.window
         if size == "auto":
-            size = machine(self.state.tokens.device).auto_window(images, images * streams, False)
+            size = machine(self.state.tokens.device).auto_window(images * streams, False)
             size = 1 if 2 * max(self.model.layout.groups) > size else size
         size = max(int(size), 1)
         if size not in self.plans:
-            self.plans[size] = with_window(self.plan, size, self.model, 1, 1, False)
+            self.plans[size] = with_window(self.plan, size, self.model, 1, False)
         return self.plans[size]
 
     def take_pass(self) -> None:
