@@ -191,7 +191,9 @@ def weights_folders() -> list[Path]:
 def _unknown(name: str | Path, path: Path) -> str:
     names = list(dict.fromkeys((r.filename if r.bare else r.name) or r.repo_id for r in RELEASED.values()))
     close = [path.name] if path.name in names else difflib.get_close_matches(path.name, names, n=3)
-    known = f"did you mean the released {' or '.join(close)}" if close else f"released are {', '.join(names)}"
+    known = (
+        f"did you mean the released {' or '.join(close)}" if close else f"{WEIGHTS}/README.md lists the released ones"
+    )
     return f"no file {name}, neither as a path nor in {WEIGHTS}/; {known}"
 
 

@@ -50,10 +50,11 @@ def draw(pipeline: Recording, numbers, **settings) -> dict[int, tuple[torch.Tens
 
 @pytest.fixture(scope="module")
 def models(small_files):
-    """GPTs by (is it PAR, dtype), and the tokenizer."""
+    """GPTs by (is it PAR, or "NAR", dtype), and the tokenizer."""
+    files = {False: small_files.gpt, True: small_files.par, "NAR": small_files.nar}
     gpts = {
-        (par, dtype): load_gpt(small_files.par if par else small_files.gpt, dtype=dtype)
-        for par in (False, True)
+        (kind, dtype): load_gpt(path, image_size=32, downsample_size=4, dtype=dtype)
+        for kind, path in files.items()
         for dtype in (torch.float32, torch.bfloat16)
     }
     return gpts, load_tokenizer(small_files.vq)
@@ -73,6 +74,7 @@ def pipeline(models):
         pytest.param(False, {"cfg_scale": 3.0, "cfg_interval": 20}, marks=pytest.mark.slow, id="raster, guided"),
         pytest.param(True, {"cfg_scale": 3.0, "cfg_interval": 20}, id="PAR, guided"),
         pytest.param(True, {}, id="PAR"),
+        pytest.param("NAR", {"cfg_scale": 3.0, "cfg_interval": 20}, id="NAR, guided"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -534,6 +534,8 @@ MISTAKES = {
     "condition tokens": (["--cls-token-num", 120], r"--cls-token-num 120"),
     "raster for groups": (["--gpt-ckpt", "PAR", "--ar-token-num", 1], r"--ar-token-num 1 \(file: 4\).*Use: --gpt-model GPT-XS.*--ar-token-num 4 --spe-token-num 3"),
     "groups for raster": (["--ar-token-num", 4], r"--ar-token-num 4 \(file: 1\)"),
+    "raster for neighbours": (["--layout", "neighbours"], r"--layout neighbours \(file: raster\).*have a second exit.*Use: "),
+    "neighbours for raster": (["--gpt-ckpt", "NAR", "--layout", "raster"], r"--layout raster \(file: neighbours\).*Use: "),
     "groups and special tokens": (["--ar-token-num", 4, "--spe-token-num", 2], r"--ar-token-num 4 goes with --spe-token-num 3"),
     "device": (["--device", "cuda"], r"no CUDA device is available"),
 }  # fmt: skip
@@ -560,7 +562,7 @@ def test_mistakes(number, words, message, small_files, broken, capsys, monkeypat
         pytest.skip("there is a CUDA device")
     monkeypatch.chdir(broken)
     before = contents(broken)
-    words = [small_files.par if word == "PAR" else word for word in words]
+    words = [{"PAR": small_files.par, "NAR": small_files.nar}.get(word, word) for word in words]
     error = fails(script, line(small_files, *words), capsys, monkeypatch)
     assert re.search(message, error), error
     assert contents(broken) == before, "nothing was run, nothing was written"

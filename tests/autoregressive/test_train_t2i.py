@@ -53,7 +53,7 @@ MODEL += ["--cls-token-num", TOKENS, "--t5-feature-dim", DIM, "--vq-model", "VQ-
 PLAIN = ["--global-batch-size", 16, "--num-workers", 0, "--log-every", 1, "--lr", 2e-3, "--no-wandb"]
 PLAIN += ["--mixed-precision", "fp32"]
 EXACT = ["--dropout-p", 0, "--token-dropout-p", 0]
-PAR = ["--ar-token-num", 4, "--spe-token-num", 3]
+NAR = ["--layout", "neighbours", "--lr-schedule", "cosine", "--min-lr", 1e-6]
 # A smaller rate: Adam makes large steps of tiny gradients, whose rounding would then show.
 COMPARED = [*EXACT, "--epochs", 2, "--lr", 5e-4]
 # Unevenly over batches and their parts.
@@ -307,20 +307,21 @@ def test_finetune_begins_at_step_0_with_the_weights_of_the_same_image_size(data,
 
 
 def test_stage_2_begins_with_the_weights_of_stage_1(data, tmp_path):
-    """From a file and from a sharded folder: another image size, the same weights, step and optimizer of its own."""
+    """From a file and, of neighbours, from a sharded folder: another image size, the same weights, step and optimizer of its own."""
+    layouts = {"ddp": [], "fsdp": ["--layout", "neighbours"]}
     live(
         life(data, tmp_path / "ddp", "--max-steps", 4, "--ema"),
-        life(data, tmp_path / "fsdp", "--max-steps", 4, "--ema", "--data-parallel", "fsdp", world=2),
+        life(data, tmp_path / "fsdp", "--max-steps", 4, "--ema", *NAR, "--data-parallel", "fsdp", world=2),
     )
-    large = ["--image-size", 20, "--max-steps", 1, "--lr", 1e-30, *EXACT, "--ema"]
-    for name in ("ddp", "fsdp"):
+    for name, layout in layouts.items():
+        large = ["--image-size", 20, "--max-steps", 1, "--lr", 1e-30, *EXACT, "--ema", *layout]
         stage2 = train(data, tmp_path / f"{name}2", *large, "--gpt-ckpt", tmp_path / name, kind="images")
         assert same(weights(stage2), weights(tmp_path / name))
         assert list(metrics(stage2, "loss")) == [1]
         text = (run_folder(stage2) / "log.txt").read_text()
         assert "its weights alone" in text
         assert load(last(stage2))["args"].image_size == 20 and load(last(stage2))["steps"] == 1
-        again = train(data, tmp_path / f"{name}1", "--max-steps", 5, "--gpt-ckpt", tmp_path / name)
+        again = train(data, tmp_path / f"{name}1", "--max-steps", 5, *layout, "--gpt-ckpt", tmp_path / name)
         assert list(metrics(again, "loss")) == [5], "of the same size it goes on"
 
 
