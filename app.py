@@ -210,7 +210,8 @@ def settings_for(kind: str, args: argparse.Namespace) -> dict[str, float]:
     values = {name: own.get(name, v) if v == parser.get_default(name) else v for name, v in values.items()}
     # A control ends where a value stops to matter.
     for name, field in SETTINGS.items():
-        values[name] = min(max(values[name], field.metadata["page"][0]), field.metadata["served"][1])
+        if "choices" not in field.metadata:
+            values[name] = min(max(values[name], field.metadata["page"][0]), field.metadata["served"][1])
     return values | ({"temperature": 0} if args.greedy else {})
 
 
@@ -483,14 +484,17 @@ def drawing_tab(
     stop.click(lambda: "<div class='status'>stopped</div>", None, status, cancels=[click], queue=False)
 
 
-def control(name: str, value: float) -> "gradio.Slider | gradio.Number":
+def control(name: str, value: Any) -> "gradio.Slider | gradio.Number | gradio.Dropdown":
     """Return the page's control of a setting that stands at a value."""
     import gradio as gr
 
     field = SETTINGS[name]
-    least, most, step = field.metadata["page"]
     label = name.replace("_", " ").replace("cfg", "guidance").capitalize()
-    told = {"label": label, "info": field.metadata["help"], "minimum": least}
+    told: dict[str, Any] = {"label": label, "info": field.metadata["help"]}
+    if choices := field.metadata.get("choices"):
+        return gr.Dropdown(list(choices), value=value, **told)
+    least, most, step = field.metadata["page"]
+    told["minimum"] = least
     if most is None:
         return gr.Number(value, precision=0 if field.type is int else None, **told)
     return gr.Slider(maximum=most, value=value, step=step, **told)

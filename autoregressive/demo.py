@@ -169,15 +169,18 @@ def view(pictures: list[Picture], what: str, settings: dict[str, float], seconds
     )
 
 
-def words(settings: dict[str, float]) -> str:
+def words(settings: dict[str, Any]) -> str:
     """Return the given settings as they stand under an image."""
     told = []
     if "cfg_scale" in settings:
         scale, last = settings["cfg_scale"], settings.get("cfg_interval", -1)
-        told.append(f"guidance {scale:g}{f' to step {last:g}' if last >= 0 else ''}" if scale > 1 else "no guidance")
+        schedule, power = settings.get("cfg_schedule", "constant"), settings.get("cfg_power", 1)
+        how = {"constant": "", "linear": ", linear"}.get(schedule, f", {schedule} {power:g}")
+        to = f" to step {last:g}" if last >= 0 else ""
+        told.append(f"guidance {scale:g}{how}{to}" if scale > 1 else "no guidance")
     if settings.get("temperature") == 0:
         return " · ".join([*told, "greedy"])
-    others = {name: value for name, value in settings.items() if name not in ("cfg_scale", "cfg_interval")}
+    others = {name: value for name, value in settings.items() if not name.startswith("cfg_")}
     told += [f"{name.replace('_', '-')} {value if name == 'draw' else f'{value:g}'}" for name, value in others.items()]
     return " · ".join(told).replace("top-k 0", "top-k all")
 

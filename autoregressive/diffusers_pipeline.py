@@ -14,17 +14,17 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from autoregressive.folder import find_folder, text_settings
-from autoregressive.models.gpt import Transformer
+from autoregressive.models.trunk import Trunk
 from autoregressive.pipeline import ImagePipeline, load_gpt
 from tokenizer.base import Tokenizer
 from tokenizer.load import load_tokenizer
 
 
-class GPT(Transformer):
+class GPT(Trunk):
     """The GPT of a folder, as diffusers loads a component."""
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype | None = None) -> Transformer:
+    def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype | None = None) -> Trunk:
         """Load the GPT in a dtype, float32 where none is asked for."""
         return load_gpt(folder, dtype=torch_dtype or torch.float32)
 
@@ -44,7 +44,7 @@ class AutoregressivePipeline(DiffusionPipeline):
     text: how prompts are encoded, as ImagePipeline takes it (model_index.json has it).
     """
 
-    def __init__(self, gpt: Transformer, tokenizer: Tokenizer, text: dict | None = None):
+    def __init__(self, gpt: Trunk, tokenizer: Tokenizer, text: dict | None = None):
         super().__init__()
         self.register_modules(gpt=gpt, tokenizer=tokenizer)
         self.register_to_config(text=text)

@@ -9,8 +9,9 @@ tools/push_gpt_to_hf.py makes one of any checkpoint. A TransformerHF is a Transf
 from collections.abc import Callable
 from functools import partial
 
-from autoregressive.models.gpt import ModelArgs, Transformer
+from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.models.sizes import GPT_SIZES
+from autoregressive.models.trunk import ModelArgs
 from autoregressive.released import describe
 from utils.pretrained import HubModel
 
@@ -50,8 +51,7 @@ class TransformerHF(
 
 def build_gpt_for_hub(name: str, **overrides) -> TransformerHF:
     """A model of a size in the table, with any field of ModelArgs overridden."""
-    n_layer, n_head, dim = GPT_SIZES[name]
-    return TransformerHF(ModelArgs(**{"n_layer": n_layer, "n_head": n_head, "dim": dim, **overrides}))
+    return TransformerHF(ModelArgs(**GPT_SIZES[name].fields | overrides))
 
 
-GPT_models_HF: dict[str, Callable[..., TransformerHF]] = {name: partial(build_gpt_for_hub, name) for name in GPT_SIZES}
+GPT_models_HF: dict[str, Callable[..., TransformerHF]] = {name: partial(build_gpt_for_hub, name) for name in GPT_models}

@@ -27,12 +27,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from autoregressive.models.build import build_model
 from autoregressive.models.conditions import Condition
 from autoregressive.models.decode_step import can_compile
 from autoregressive.models.generate import check_draft_model, generate
-from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.on_cpu import missing_rows
 from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
+from autoregressive.models.trunk import ModelArgs, Trunk
 from autoregressive.released import find_identity, flags_of, gpt_identity, released_tokenizer
 from autoregressive.request import Request
 from tokenizer.base import Tokenizer
@@ -67,7 +68,7 @@ def load_gpt(
     dtype: torch.dtype | None = torch.float32,
     use_ema: bool = False,
     **flags,
-) -> Transformer:
+) -> Trunk:
     """Build the model that a file's config describes, or its weights where it is a published one, in eval mode.
 
     image_size, downsample_size: pixels a side of the image and of a token; where not given, what the file records or
@@ -80,7 +81,7 @@ def load_gpt(
         checkpoint.require_averages()
     identity = gpt_identity(checkpoint, image_size=image_size, downsample_size=downsample_size, **flags)
     with torch.device("meta"):
-        model = Transformer(ModelArgs.from_identity(identity))
+        model = build_model(ModelArgs.from_identity(identity))
     load_into(model, checkpoint.model, path, assign=True)
     model.file_config = checkpoint.config
     # The model alone holds the weights now: each tensor that is cast or moved gives the memory of the old one back, and what
@@ -155,13 +156,13 @@ class ImagePipeline:
 
     def __init__(
         self,
-        gpt: Transformer,
+        gpt: Trunk,
         tokenizer: Tokenizer,
         *,
         batch_size: int | None = None,
         compile: bool = False,
         window: int | str | None = None,
-        draft_gpt: Transformer | None = None,
+        draft_gpt: Trunk | None = None,
         text_encoder: TextEncoder | None = None,
         t5_path: str | Path | None = None,
         t5_model_type: str = "flan-t5-xl",

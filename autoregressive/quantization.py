@@ -10,7 +10,7 @@ activations and caches have, as without.
 
 from torch import nn
 
-from autoregressive.models.gpt import Transformer
+from autoregressive.models.trunk import Trunk
 
 
 def require_torchao() -> None:
@@ -24,7 +24,7 @@ def require_torchao() -> None:
         ) from error
 
 
-def quantize(gpt: Transformer, *, head: bool = False) -> Transformer:
+def quantize(gpt: Trunk, *, head: bool = False) -> Trunk:
     """Puts the matrices of the blocks into int8, one after another and in place; of the head too where asked for.
 
     Returns the model, which can no longer be trained or saved as a checkpoint. What each matrix took goes back as it is
@@ -34,8 +34,10 @@ def quantize(gpt: Transformer, *, head: bool = False) -> Transformer:
     require_torchao()
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
+    inside = set(gpt.layers.modules())
+
     def chosen(module: nn.Module, name: str) -> bool:
-        return isinstance(module, nn.Linear) and (name.startswith("layers.") or (head and name == "output"))
+        return isinstance(module, nn.Linear) and (module in inside or (head and module is gpt.output))
 
     # It would change settings of the whole process: how torch.compile tunes, in older releases float32 products too.
     quantize_(gpt, Int8WeightOnlyConfig(set_inductor_config=False), filter_fn=chosen)

@@ -2,7 +2,7 @@
 
     checkpoint = read_checkpoint("c2i_L_384.pt")
     identity = gpt_identity(checkpoint, image_size=384)       # {"model": …, "layout": …, "conditions": …}
-    model = Transformer(ModelArgs.from_identity(identity))
+    model = build_model(ModelArgs.from_identity(identity))
 
 A released system is known by a function from its state dict to an identity; PUBLISHED lists them, and nothing else in the
 tree looks at the names or shapes of a GPT's weights.
@@ -11,13 +11,16 @@ tree looks at the names or shapes of a GPT's weights.
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from autoregressive.models.build import TRUNKS
 from autoregressive.models.conditions import CONDITIONS
 from autoregressive.models.layouts import LAYOUTS
+from autoregressive.models.rar import SPARE_PLACES
 from autoregressive.models.sizes import GPT_SIZES
 from tokenizer.released import looks_like
 from utils.checkpoint import Checkpoint, parameter_count
@@ -45,8 +48,8 @@ def llamagen_identity(state: State, path: str | Path, n_head: int | None = None)
         raise ValueError(f"{path} is not a GPT checkpoint: its {', '.join(flat)} should be matrices")
     vocab_size, dim = state["tok_embeddings.weight"].shape
     n_layer = last_block(state) + 1
-    size = size_name(n_layer, dim)
-    n_head = n_head or (GPT_SIZES[size][1] if size else None)
+    size = size_name({"trunk": "llama", "n_layer": n_layer, "dim": dim})
+    n_head = n_head or (GPT_SIZES[size].n_head if size else None)
     key_rows = (state["layers.0.attention.wqkv.weight"].shape[0] - dim) // 2
     special = state[SPECIAL_TABLE].shape[0] if SPECIAL_TABLE in state else 0
     if CLASS_TABLE in state:  # its last row is "no class"
@@ -76,9 +79,36 @@ def nar_identity(state: State, path: str | Path, n_head: int | None = None) -> d
     return {**llamagen_identity(raster, path, n_head), "layout": {"name": "neighbours"}}
 
 
-def last_block(state: State) -> int:
+def rar_identity(state: State, path: str | Path, n_head: int | None = None) -> dict[str, Any]:
+    """Read the identity of a RAR off its shapes, which tell all of it. Raises ValueError where some of its tensors are missing."""
+    needed = (
+        "lm_head.weight",
+        "embeddings.weight",
+        "pos_embed",
+        "blocks.0.attn.q_norm.weight",
+        "blocks.0.mlp.fc1.weight",
+    )
+    if absent := [name for name in needed if name not in state]:
+        raise ValueError(f"{path} is no whole RAR: it has no {', '.join(absent)}")
+    vocab_size, dim = state["lm_head.weight"].shape
+    tokens = state["pos_embed"].shape[1] - SPARE_PLACES
+    return {
+        "model": {
+            "trunk": "rar",
+            "dim": dim,
+            "n_layer": last_block(state, "blocks") + 1,
+            "n_head": dim // len(state["blocks.0.attn.q_norm.weight"]),
+            "ffn_dim": len(state["blocks.0.mlp.fc1.weight"]),
+            "vocab_size": vocab_size,
+        },
+        "layout": {"name": "raster", "grid_size": isqrt(tokens)},
+        "conditions": {"label": {"num_classes": len(state["embeddings.weight"]) - vocab_size - 2}},
+    }
+
+
+def last_block(state: State, blocks: str = "layers") -> int:
     """Return the number of the last block, -1 where there is none."""
-    found = (re.match(r"layers\.(\d+)\.", name) for name in state)
+    found = (re.match(rf"{blocks}\.(\d+)\.", name) for name in state)
     return max((int(match[1]) for match in found if match), default=-1)
 
 
@@ -86,6 +116,7 @@ Recogniser = Callable[[State], bool]
 IdentityOf = Callable[[State, str | Path, int | None], dict[str, Any]]
 # For each released system its recogniser of keys, and the function from a state dict (and heads) to an identity.
 PUBLISHED: list[tuple[Recogniser, IdentityOf]] = [
+    (lambda state: "target_aware_pos_embed" in state, rar_identity),
     (lambda state: BELOW_HEAD in state, nar_identity),
     (lambda state: True, llamagen_identity),
 ]
@@ -107,6 +138,8 @@ def find_identity(checkpoint: Checkpoint, n_head: int | None = None) -> dict[str
 
 def released_tokenizer(identity: Mapping[str, Any]) -> str:
     """Return the name of the released tokenizer that goes with such a GPT."""
+    if identity["model"]["trunk"] == "rar":
+        return "maskgit-vqgan-imagenet-f16-256.bin"
     return "vq_ds16_t2i.pt" if "caption" in identity["conditions"] else "vq_ds16_c2i.pt"
 
 
@@ -134,7 +167,8 @@ def gpt_identity(
     _require_registered(identity, checkpoint)
     check_flags(identity, checkpoint, image_size=image_size, downsample_size=downsample_size, **flags)
     if identity["model"]["n_head"] is None:
-        sizes = ", ".join(f"{name} ({layers} layers, dim {dim})" for name, (layers, _, dim) in GPT_SIZES.items())
+        own = {name: size for name, size in GPT_SIZES.items() if size.trunk == identity["model"]["trunk"]}
+        sizes = ", ".join(f"{name} ({size.n_layer} layers, dim {size.dim})" for name, size in own.items())
         raise ValueError(
             f"{path} holds {describe(identity)}, a size that is in no table, and no config; give n_head, known are {sizes}"
         )
@@ -157,8 +191,9 @@ def gpt_identity(
 
 
 def _require_registered(identity: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    """Raise ValueError where the layout or a condition is not registered, with the files that the writer imported."""
+    """Raise ValueError where the trunk, the layout or a condition is not registered, with the files that the writer imported."""
     try:
+        TRUNKS[identity["model"]["trunk"]]
         LAYOUTS[identity["layout"]["name"]]
         for name in identity["conditions"]:
             CONDITIONS[name]
@@ -167,9 +202,10 @@ def _require_registered(identity: Mapping[str, Any], checkpoint: Checkpoint) -> 
         raise ValueError(f"{checkpoint.path}: {error}" + (f"; it was written with {files}" if files else "")) from error
 
 
-def size_name(n_layer: int, dim: int) -> str | None:
-    """Return the registry's name of a size, None where the table has none."""
-    return next((name for name, (layers, _, width) in GPT_SIZES.items() if (layers, width) == (n_layer, dim)), None)
+def size_name(model: Mapping[str, Any]) -> str | None:
+    """Return the table's name for the size of an identity's model, None where it has none."""
+    shape = tuple(model[name] for name in ("trunk", "n_layer", "dim"))
+    return next((name for name, size in GPT_SIZES.items() if (size.trunk, size.n_layer, size.dim) == shape), None)
 
 
 def flags_of(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,7 +214,7 @@ def flags_of(identity: Mapping[str, Any]) -> dict[str, Any]:
     caption = conditions.get("caption")
     group = layout.get("group_size", 1)
     return {
-        "gpt_model": size_name(model["n_layer"], model["dim"]),
+        "gpt_model": size_name(model),
         "gpt_type": "t2i" if caption else "c2i",
         "num_classes": conditions.get("label", {}).get("num_classes"),
         "cls_token_num": caption["tokens"] if caption else 1,

@@ -42,7 +42,7 @@ def training(part: Part) -> None:
         part.put(f"{name}: first step, s", f"{part.seconds(step):.1f}", "15-40")
         part.seconds(step, 3)
         took = part.seconds(step, 2 if part.small else 20)
-        flops = images * training_flops_per_image(model.args)
+        flops = images * training_flops_per_image(model)
         part.put(f"{name}, batch {images}: tokens/s", f"{images * tokens / took:,.0f}", speed)
         part.put(f"{name}: MFU", f"{flops / took / peak:.1%}" if peak else "peak unknown", use)
         if part.cuda:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.models.build import build_gpt
+from autoregressive.models.trunk import Trunk
 from utils.distributed import Distributed
 
 
@@ -30,11 +31,11 @@ def bandwidth(device: torch.device) -> float:
     return 2 * len(source) / min(timed(lambda: target.copy_(source), device) for _ in range(5))
 
 
-def random_gpt(name: str, tokens: int, device: torch.device, **changes: int) -> Transformer:
+def random_gpt(name: str, tokens: int, device: torch.device, **changes: int) -> Trunk:
     """Return a model with random weights, those of the output layer too, which are zeros at first."""
     torch.manual_seed(0)
     with device:
-        model = GPT_models[name](block_size=tokens, **changes)
+        model = build_gpt(name, block_size=tokens, **changes)
         torch.nn.init.normal_(model.output.weight, std=0.02)
     return model
 
@@ -45,7 +46,7 @@ def random_batch(images: int, tokens: int, device: torch.device) -> tuple[Tensor
     return codes, torch.randint(1000, (images,), device=device)
 
 
-def project_step(model: Transformer, precision: str, dist: Distributed) -> Callable[[Tensor, Tensor], None]:
+def project_step(model: Trunk, precision: str, dist: Distributed) -> Callable[[Tensor, Tensor], None]:
     """Return a training step on codes and labels, as the training scripts take it."""
     from autoregressive.train.loss import TokenLoss
     from utils.training.optim import adamw

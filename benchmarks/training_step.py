@@ -30,7 +30,7 @@ MIB = 2**20
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from autoregressive.models.gpt import GPT_models
+    from autoregressive.models.build import build_gpt
     from autoregressive.train.flops import training_flops_per_image
     from utils.distributed import start
     from utils.flops import peak_flops
@@ -38,9 +38,9 @@ def main(args: argparse.Namespace) -> None:
     device = start(args.device).device
     grid = grid_size(args.image_size, args.downsample_size)
     with torch.device("meta"):
-        model = GPT_models[args.gpt_model](block_size=grid**2)
+        model = build_gpt(args.gpt_model, block_size=grid**2)
     peak = peak_flops(device, args.mixed_precision)
-    tokens, flops = args.batch_size * grid**2, args.batch_size * training_flops_per_image(model.args)
+    tokens, flops = args.batch_size * grid**2, args.batch_size * training_flops_per_image(model)
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     print(
         f"{args.gpt_model}, {grid}x{grid} tokens, batch {args.batch_size}, {args.mixed_precision}, {device.type}{threads}, "

@@ -178,13 +178,10 @@ def gpt_args(settings: Mapping[str, Any]) -> "ModelArgs":
 
     if settings["gpt_model"] not in GPT_SIZES:
         raise ValueError(f"--gpt-model {settings['gpt_model']} is in no table; known are {', '.join(GPT_SIZES)}")
-    layers, heads, dim = GPT_SIZES[settings["gpt_model"]]
     special = settings.get("spe_token_num")
     group = settings.get("ar_token_num") or (1 if special is None else special + 1)
     return ModelArgs(
-        dim=dim,
-        n_layer=layers,
-        n_head=heads,
+        **GPT_SIZES[settings["gpt_model"]].fields,
         vocab_size=settings["codebook_size"] or 16384,
         block_size=grid_size(settings["image_size"], settings["downsample_size"]) ** 2,
         num_classes=settings["num_classes"] or 1000,

@@ -4,7 +4,9 @@ import json
 import re
 import socket
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -43,10 +45,16 @@ def golden_tokenizer_state(meta: dict) -> dict:
     return state
 
 
-def golden_state(shapes: dict[str, list[int]], seed: int, gain: float = 1.0, keep: tuple[str, ...] = ()) -> dict:
-    """A state dict for the recorded `shapes`, without the names that contain one of `keep`."""
+def golden_state(
+    shapes: dict[str, list[int]],
+    seed: int,
+    gain: float = 1.0,
+    keep: tuple[str, ...] = (),
+    gains: Mapping[str, float] = MappingProxyType({}),
+) -> dict:
+    """A state dict for the recorded `shapes`, without the names that contain one of `keep`; gains: further ones by name."""
     return {
-        name: golden_tensor(name, tuple(shape), seed, gain)
+        name: golden_tensor(name, tuple(shape), seed, gain) * gains.get(name, 1)
         for name, shape in shapes.items()
         if not any(part in name for part in keep)
     }

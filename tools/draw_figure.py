@@ -99,14 +99,14 @@ def read_result(path: Path) -> Result:
     """Return one report. Raises ValueError, KeyError or TypeError for a file that is none, or none of samples."""
     import torch
 
-    from autoregressive.models.gpt import Transformer
+    from autoregressive.models.build import build_model
 
     report = json.loads(path.read_text())
     samples = report["protocol"]["samples"]
     settings = samples["settings"]
     series = (settings["gpt_ckpt"]["file"], samples["count"], *(settings.get(name) for name in APART))
     with torch.device("meta"):
-        parameters = Transformer(gpt_args(settings)).num_parameters
+        parameters = build_model(gpt_args(settings)).num_parameters
     figures = {name: report.get(name) for name in FIGURES}
     return Result(series, parameters, float(settings["cfg_scale"]), figures, not report.get("warnings"))
 

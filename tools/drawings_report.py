@@ -21,7 +21,7 @@ from utils.cli import flag_parser, run_script
 if TYPE_CHECKING:
     import numpy as np
 
-    from autoregressive.models.gpt import Transformer
+    from autoregressive.models.trunk import Trunk
     from tokenizer.base import Tokenizer
 
 COLUMNS = 12  # of samples.png
@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> None:
     print(in_words(report, output, args))
 
 
-def of_classes(args: argparse.Namespace, gpt: "Transformer", judge: "Judge") -> tuple["np.ndarray", dict]:
+def of_classes(args: argparse.Namespace, gpt: "Trunk", judge: "Judge") -> tuple["np.ndarray", dict]:
     """Return samples by class, uint8 (n, H, W, 3), and their figures; draws samples.png, one of each class."""
     import numpy as np
 

@@ -25,7 +25,7 @@ from utils.cli import (
 )
 
 if TYPE_CHECKING:
-    from autoregressive.models.gpt import ModelArgs
+    from autoregressive.models.trunk import ModelArgs
 
 GIB = 2**30
 # The driver's context, the workspaces of cuBLAS and NCCL, and what the allocator cannot join (assumed).
@@ -104,10 +104,10 @@ def parameters_of(args: "ModelArgs") -> tuple[int, int]:
     """Return the numbers of a model's parameters, and of one block's."""
     import torch
 
-    from autoregressive.models.gpt import Transformer
+    from autoregressive.models.build import build_model
 
     with torch.device("meta"):
-        model = Transformer(args)
+        model = build_model(args)
     return model.num_parameters, sum(p.numel() for p in model.layers[0].parameters())
 
 
@@ -175,7 +175,7 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     if args.images < args.global_batch_size:
         raise ValueError(f"--images {args.images} are fewer than --global-batch-size {args.global_batch_size}")
     memory, room = training_memory(model.args, setup), int((args.gpu_memory_gib or card.memory) * GIB)
-    flops = training_flops_per_image(model.args)
+    flops = training_flops_per_image(model)
     seconds = args.global_batch_size * flops / (args.gpus * peak * args.mfu)
     steps = args.images // args.global_batch_size
     return {

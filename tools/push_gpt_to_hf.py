@@ -42,12 +42,16 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("--gpt-ckpt is needed: a file, a run's folder, or a released file's name")
     path = find_checkpoint(args.gpt_ckpt)
     gpt = load_gpt_of_flags(args, path, PRECISIONS[args.precision])
+    if gpt.args.trunk != "llama":
+        raise ValueError(
+            f"{path} is of the trunk {gpt.args.trunk!r}; the hub's TransformerHF is of llama: save a pipeline's folder"
+        )
     if args.vq_ckpt is not None:
         known = {**tokenizer_beliefs(args), "fingerprint": gpt.file_config.get("tokenizer")}
         ImagePipeline(gpt, load_tokenizer(find_checkpoint(args.vq_ckpt), **known))  # raises where they do not fit
 
     # The feed-forward width by the rule of the table of sizes, where it is that.
-    ruled = replace(gpt.args, multiple_of=256, ffn_dim_multiplier=None)
+    ruled = replace(gpt.args, ffn_width=None)
     if ruled.ffn_dim == gpt.args.ffn_dim:
         gpt.args = gpt.config = ruled
     checkpoint = read_checkpoint(path)

@@ -267,6 +267,9 @@ def add_gpt_flags(
         add_flag(group, "--layout", default=None, help=help, **named)
         help = "a further registered condition, read from the data by its name; repeatable"
         add_flag(group, "--condition", default=[], help=help, action="append", **named)
+        help = "each sample in an order of its own, fewer of them from epoch START on and none from END on (RAR: 200 300 of 400)"
+        more: dict[str, Any] = {"nargs": 2, "metavar": ("START", "END")}
+        add_flag(group, "--random-orders", nonnegative_float, None, help, **more)
     why = "rotary tables are made for the grid of --image-size, as those of the released models"
     add_flag(group, "--rescale-rope", None, argparse.SUPPRESS, "not used", action=_Unused, nargs="?", const=why)
     if training:
@@ -495,6 +498,7 @@ def add_training_flags(
     add_flag(group, "--lr-schedule", None, "constant", help, choices=["constant", "cosine", "steps"])
     add_flag(group, "--min-lr", nonnegative_float, 0.0, "where the cosine ends")
     add_flag(group, "--warmup-steps", nonnegative_int, 0, "steps of linear warm-up")
+    add_store_true(group, "--warmup-from-zero", "the first step of a warm-up has the rate 0, as in RAR and LPD")
     if decays:
         add_flag(group, "--weight-decay", nonnegative_float, 0.05, "of tensors with two or more dimensions")
     else:

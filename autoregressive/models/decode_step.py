@@ -22,7 +22,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
@@ -30,11 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoregressive.models.gpt import Rows, Transformer
 from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.layouts import Layout, Reader
 from autoregressive.models.machine import attention_bias
 from autoregressive.models.sampling import NOISE, SamplingConfig, choose, draw_race, guide, race, spread
+from autoregressive.models.trunk import Rows, Trunk
 
 Decode = Callable[..., Tensor]  # as decode_rows
 Drafter = Callable[["DecodeState", Tensor, Tensor], Tensor]
@@ -221,18 +221,21 @@ class DecodeState:
     cursor: int64 (B,), the step that each image is at. tokens: int64 (B, N + 1), in the layout's order and one to spare; those
     from the cursor's step on are drafts. noise: (B, N + 1). seen: bool (samples of the cache, rows), false where
     a condition row is padding. limits: int64 (steps + 1,), as in Window.
-    numbers: config.numbers of each image, float32 (B, 3). groups: settings and the images whose operations on logits they
+    numbers: config.numbers of each image, float32 (B, 2). groups: settings and the images whose operations on logits they
     fix. spread: float32 (B, N + 1), that of the logits each token was drawn from.
-    guided: bool (B, N + 1). known: int64 (B, N + 1), tokens that are not drawn but given, -1 elsewhere. added: (samples of the
+    guided: bool (B, N + 1). scales: float32 (B, N + 1), those of guidance. known: int64 (B, N + 1), tokens that are not drawn but given, -1 elsewhere. added: (samples of the
     cache, N + 1, dim), what is added to the row that predicts each token; None for a model without such conditions. All in the
-    layout's order. draw: draw_race, or compiled_race().
+    layout's order. context: (samples of the cache, dim), what Trunk.context made of the conditions; None where there is none.
+    orders: int64 (B, N), the raster index at each sequence position of each image; `ordered` where these are not the layout's.
+    draw: draw_race, or compiled_race().
     """
 
-    OF_IMAGES = ("cursor", "tokens", "numbers", "spread", "guided", "known")
+    OF_IMAGES = ("cursor", "tokens", "numbers", "spread", "guided", "scales", "known", "orders")
 
-    def __init__(self, model: Transformer, cache: StaticCache, batch: int):
+    def __init__(self, model: Trunk, cache: StaticCache, batch: int):
         layout, device = model.layout, cache.keys[0].device
         self.order = layout.order.to(device)
+        self.orders, self.ordered = self.order.repeat(batch, 1), False
         self.cache, self.batch = cache, batch
         self.steps = step_tables(layout, cache.rows, device)
         self.cursor = torch.zeros(batch, dtype=torch.long, device=device)
@@ -240,17 +243,22 @@ class DecodeState:
         self.tokens = torch.zeros(batch, layout.tokens + 1, dtype=torch.long, device=device)
         self.noise = {draw: torch.zeros_like(self.tokens, dtype=dtype) for draw, dtype in NOISE.items()}
         self.seen = torch.ones(len(cache.keys[0]), cache.rows, dtype=torch.bool, device=device)
-        self.numbers = torch.zeros(batch, 3, device=device)
+        self.numbers = torch.zeros(batch, 2, device=device)
         self.groups: Sequence[tuple[SamplingConfig, slice | Tensor]] = ()
         self.draw: Callable[[Tensor, Tensor], Tensor] = draw_race
         self.spread = torch.zeros_like(self.tokens, dtype=torch.float32)
         self.guided = torch.zeros_like(self.tokens, dtype=torch.bool)
+        self.scales = torch.ones_like(self.spread)
         self.known = torch.full_like(self.tokens, -1)
         self.added: Tensor | None = None
         if any(not condition.rows for condition in model.conditions.values()):
             assert self.steps.readers is None, "a condition per token needs a row for each token drawn"
             shape = len(self.seen), layout.tokens + 1, model.args.dim
             self.added = torch.zeros(shape, dtype=cache.keys[0].dtype, device=device)
+        dtype = model.tok_embeddings.weight.dtype
+        self.context = (
+            torch.zeros(len(self.seen), model.args.dim, dtype=dtype, device=device) if model.has_context else None
+        )
         self.count = torch.arange(cache.rows, device=device)
 
     def begin(
@@ -261,22 +269,27 @@ class DecodeState:
         known: Tensor | None = None,
         added: Tensor | None = None,
         drafter: Drafter | None = None,
+        orders: Tensor | None = None,
     ) -> None:
         """Set out for new images.
 
         noise: (B, N), or as much as is needed of it. prefix_mask: (R, T), nonzero where the condition row is real.
-        known, added: (B, N) and (R, N, dim) in raster order.
+        known, added: (B, N) and (R, N, dim) in raster order. orders: (B, N), the layout's where not given.
         """
         self.groups, self.drafter = [(plan.config, slice(None))], drafter or draft_from_last
+        self.ordered = orders is not None
+        self.orders.copy_(self.order if orders is None else orders)
         self.known.fill_(-1)
         if known is not None:
-            self.known[:, :-1].copy_(known[:, self.order])
+            self.known[:, :-1].copy_(known.gather(1, self.orders))
         if self.added is not None and added is not None:
-            self.added[: len(added), :-1] = added[:, self.order].to(self.added.dtype)
+            at = both(self.orders, len(added) // self.batch)[..., None].expand_as(added)
+            self.added[: len(added), :-1] = added.gather(1, at).to(self.added.dtype)
         if plan.window:
             self.limits.copy_(torch.tensor(plan.window.limits))
             self.guided.copy_(self.guided_tokens(plan.layout, plan.config))
         self.numbers.copy_(torch.tensor(plan.config.numbers))
+        self.scales[:, :-1].copy_(torch.tensor(plan.config.scales(plan.layout.tokens)))
         self.noise[plan.config.draw][:, : noise.shape[1]].copy_(noise)
         self.cursor.fill_(1)
         self.tokens.zero_()
@@ -294,10 +307,18 @@ class DecodeState:
         """Return the state of the last `count` images, over the same memory."""
         part, samples = copy(self), slice(self.batch - count, self.batch + count)
         part.batch, part.seen, part.cache = count, self.seen[samples], self.cache.part(samples)
+        part.context = None if self.context is None else self.context[samples]
         for name in self.OF_IMAGES:
             setattr(part, name, getattr(self, name)[self.batch - count :])
         part.noise = {draw: noise[self.batch - count :] for draw, noise in self.noise.items()}
         return part
+
+    def rows(self, positions: Tensor, length: int) -> Rows:
+        """Return the places of a pass's rows, (R, s)."""
+        samples = len(positions)
+        orders = both(self.orders, samples // self.batch) if self.ordered else None
+        context = None if self.context is None else self.context[:samples]
+        return Rows(self.cache, positions, length, orders=orders, context=context)
 
     def places(self, first: Tensor, count: int) -> Tensor:
         """Return `count` places of tokens from first (B,) on, (B, count); what is past the end has the spare place."""
@@ -314,7 +335,7 @@ def in_order(logits: Tensor, images: int) -> Tensor:
     return logits if len(logits) == images else torch.cat([logits[:images], logits[images:].flip(0)])
 
 
-def take_pass(model: Transformer, state: DecodeState, kind: PassKind, decode: Decode) -> None:
+def take_pass(model: Trunk, state: DecodeState, kind: PassKind, decode: Decode) -> None:
     """Draws the tokens of each image's window into state.tokens, and moves its cursor past the steps that are done."""
     steps, samples = state.steps, kind.streams * state.batch
     first_row, first = steps.first[state.cursor].unbind(1)
@@ -337,7 +358,7 @@ def take_pass(model: Transformer, state: DecodeState, kind: PassKind, decode: De
     logits = decode(
         model,
         both(state.tokens, kind.streams).gather(1, fed),
-        Rows(state.cache, places, kind.length),
+        state.rows(places, kind.length),
         mask,
         vectors if steps.has_vectors else None,
         queries if steps.has_queries else None,
@@ -362,7 +383,8 @@ def draw_tokens(logits: Tensor, state: DecodeState, guided: bool | None, outputs
     """
     conditional = logits[: state.batch]
     if guided is not False:
-        mixed = guide(conditional, logits[state.batch : 2 * state.batch], state.numbers[:, :1, None])
+        scales = state.scales.gather(1, outputs)[..., None]
+        mixed = guide(conditional, logits[state.batch : 2 * state.batch], scales)
         conditional = mixed if guided else torch.where(state.guided.gather(1, outputs)[..., None], mixed, conditional)
     tokens, known = pick(conditional, state, outputs), state.known.gather(1, outputs)
     state.tokens.scatter_(1, outputs, torch.where(known >= 0, known, tokens))
@@ -396,7 +418,7 @@ def as_drafted(state: DecodeState, logits: Tensor, places: Tensor) -> Tensor:
 
 
 def decode_rows(
-    model: Transformer,
+    model: Trunk,
     tokens: Tensor,
     rows: Rows,
     mask: Tensor | None,
@@ -440,24 +462,29 @@ def compiled_decode_rows() -> Decode:
     config.recompile_limit = max(config.recompile_limit, 64)
     compiled = torch.compile(decode_rows_up_to, dynamic=False)
 
-    def decode(model: Transformer, tokens: Tensor, rows: Rows, mask: Tensor | None, *more: Any) -> Tensor:
+    def decode(model: Trunk, tokens: Tensor, rows: Rows, mask: Tensor | None, *more: Any) -> Tensor:
         up_to = torch.empty(rows.length, 0)  # a size that may change; a plain number would be compiled in
         torch._dynamo.mark_dynamic(up_to, 0)
         if mask is not None:
             torch._dynamo.mark_dynamic(mask, 3)
-        return compiled(model, tokens, rows.cache, rows.positions, up_to, mask, *more)
+        return compiled(model, tokens, replace(rows, length=0), up_to, mask, *more)
 
     return decode
 
 
 def decode_rows_up_to(
-    model: Transformer,
+    model: Trunk,
     tokens: Tensor,
-    cache: StaticCache,
-    positions: Tensor,
+    rows: Rows,
     up_to: Tensor,
     mask: Tensor | None,
     *more: Any,
 ) -> Tensor:
     """Compute decode_rows with as many rows to attend to as `up_to` has."""
-    return decode_rows(model, tokens, Rows(cache, positions, up_to.shape[0]), mask, *more)
+    return decode_rows(
+        model,
+        tokens,
+        Rows(rows.cache, rows.positions, up_to.shape[0], rows.layout, rows.orders, rows.context),
+        mask,
+        *more,
+    )

@@ -21,22 +21,22 @@ from torch import Tensor
 
 from autoregressive.models import decode_step
 from autoregressive.models.decode_step import DecodeState, Drafter, Plan, as_drafted, window_of
-from autoregressive.models.gpt import Conditions, Rows, Transformer
 from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.layouts import Layout
 from autoregressive.models.machine import machine
 from autoregressive.models.on_cpu import packed, release
 from autoregressive.models.on_cuda import StepGraphs
 from autoregressive.models.sampling import NOISE, NotFiniteLogits, SamplingConfig, draw_race
+from autoregressive.models.trunk import Conditions, Trunk
 
 log = logging.getLogger(__name__)
 
-_caches: WeakKeyDictionary[Transformer, StaticCache] = WeakKeyDictionary()
-_graphs: WeakKeyDictionary[Transformer, StepGraphs] = WeakKeyDictionary()
-_without_windows: WeakSet[Transformer] = WeakSet()  # models of which a line said so
+_caches: WeakKeyDictionary[Trunk, StaticCache] = WeakKeyDictionary()
+_graphs: WeakKeyDictionary[Trunk, StepGraphs] = WeakKeyDictionary()
+_without_windows: WeakSet[Trunk] = WeakSet()  # models of which a line said so
 
 
-def cache_for(model: Transformer, batch: int, device: torch.device, dtype: torch.dtype) -> StaticCache:
+def cache_for(model: Trunk, batch: int, device: torch.device, dtype: torch.dtype) -> StaticCache:
     """The model's cache, made anew only where the last one is too small or of another kind."""
     cache = _caches.get(model)
     if cache is None or not cache.fits(batch, device, dtype):
@@ -52,7 +52,7 @@ def cache_for(model: Transformer, batch: int, device: torch.device, dtype: torch
     return cache
 
 
-def graphs_for(model: Transformer, cache: StaticCache, batch: int) -> StepGraphs:
+def graphs_for(model: Trunk, cache: StaticCache, batch: int) -> StepGraphs:
     """The model's recorded steps, begun anew where those that are there are for another cache, batch or other weights."""
     graphs = _graphs.get(model)
     if graphs is None or not graphs.serve(model, cache, batch):
@@ -61,7 +61,7 @@ def graphs_for(model: Transformer, cache: StaticCache, batch: int) -> StepGraphs
     return graphs
 
 
-def release_cache(model: Transformer) -> None:
+def release_cache(model: Trunk) -> None:
     """Gives the memory of the model's cache, its recorded steps and its laid-out weights back."""
     _graphs.pop(model, None)
     _caches.pop(model, None)
@@ -69,7 +69,7 @@ def release_cache(model: Transformer) -> None:
 
 
 @contextmanager
-def sampling_mode(model: Transformer) -> Iterator[None]:
+def sampling_mode(model: Trunk) -> Iterator[None]:
     """Puts the model in eval mode for the block; on a CPU its linear layers use laid-out weights (on_cpu.py)."""
     was_training = model.training
     model.eval()
@@ -82,7 +82,7 @@ def sampling_mode(model: Transformer) -> Iterator[None]:
 
 @torch.inference_mode()
 def generate(
-    model: Transformer,
+    model: Trunk,
     cond: Conditions,
     max_new_tokens: int | None = None,
     emb_masks: Tensor | None = None,
@@ -90,10 +90,11 @@ def generate(
     negative: Conditions | None = None,
     negative_masks: Tensor | None = None,
     known: Tensor | None = None,
+    orders: Tensor | None = None,
     noise: Tensor | None = None,
     window: int | str = 0,
     drafter: Drafter | None = None,
-    draft_model: Transformer | None = None,
+    draft_model: Trunk | None = None,
     compile: bool = False,
     on_step: Callable[[int, Tensor], None] | None = None,
     **settings: Any,
@@ -111,6 +112,8 @@ def generate(
             num_classes, "no class". Without guidance they change nothing.
         negative_masks: (B, T), which rows of a negative caption are real (default: emb_masks).
         known: int64 (B, N) in raster order, tokens that are given and not drawn; -1 for those to draw.
+        orders: int64 (B, N), the raster index at each sequence position of each image, where these are not the layout's order;
+            of a model that was trained in several orders.
         noise: (B, N), a number per token of the layout's order: int64 keys, or float32 in [0, 1) where the setting `draw` is
             "cdf" (utils/rng.py:image_noise). Drawn from torch's global generator where not given.
         window: tokens that a pass computes, the later ones from drafts; 0 for one decode step a pass. "auto" chooses by device
@@ -120,14 +123,14 @@ def generate(
         draft_model: a smaller model of the same codes, layout and conditions, whose draws are the drafts of windows.
         compile: run the steps through torch.compile; pays off on a GPU, and on a CPU after some images.
         on_step: called after each pass with the number of tokens done in every image and the tokens, int64 (B, N) in the
-            layout's order, of which those after that number may be drafts. Later passes write into the same tensor.
+            layout's order or in `orders`, of which those after that number may be drafts. Later passes write into the same tensor.
 
     Returns:
         int64 (B, max_new_tokens), the tokens drawn, in raster order.
 
     Raises:
-        ValueError: for settings out of range (SamplingConfig), a condition or known tokens that the model does not have,
-            noise of another type than the draw's, a max_new_tokens at which no decode step ends, a window for a layout
+        ValueError: for settings out of range (SamplingConfig), a condition, orders or known tokens that the model does not
+            have, noise of another type than the draw's, a max_new_tokens at which no decode step ends, a window for a layout
             that cannot have one, or a draft model that does not fit.
         NotFiniteLogits: where images were drawn from logits that are not finite.
     """
@@ -155,6 +158,8 @@ def generate(
                 f"{known.dtype} of shape {tuple(known.shape)}"
             )
         known = known.to(device)
+    if orders is not None:
+        orders = model.as_orders(orders, batch)
     if noise is None:
         shape = batch, layout.tokens
         noise = (
@@ -192,7 +197,7 @@ def generate(
         state = graphs.state if graphs else DecodeState(model, cache, batch)
         negatives = {} if negative is None else {k: v.to(device) for k, v in model.by_name(negative).items()}
         conditions, added = model.embed_conditions(with_nulls(model, values, negatives) if config.guided else values)
-        state.begin(plan, noise, emb_masks, known, added, as_drafted if draft_model else drafter)
+        state.begin(plan, noise, emb_masks, known, added, as_drafted if draft_model else drafter, orders)
         decode = decode_step.compiled_decode_rows() if compile else decode_step.decode_rows
         state.draw = decode_step.compiled_race() if compile else draw_race
         sequence = state.tokens[:, :-1]
@@ -209,7 +214,7 @@ def generate(
             drafts = None
             if plan.window and draft_model:
                 own = with_nulls(draft_model, values, negatives) if config.guided else values
-                drafts = ModelDrafts(draft_model, plan, samples, own, noise, emb_masks, known)
+                drafts = ModelDrafts(draft_model, plan, samples, own, noise, emb_masks, known, orders)
                 drafts.redraw(state, least, most)
             if on_step:
                 on_step(first, sequence)
@@ -233,8 +238,8 @@ def generate(
                     least = most = least + 1
                 if on_step:
                     on_step(layout.passes[least - 1].outputs.stop, sequence)
-            places = layout.order[:total].argsort().to(device)  # of the tokens drawn, by their place in the image
-            tokens = sequence[:, places]
+            places = state.orders[:, :total].argsort(1)  # of the tokens drawn, by their place in the image
+            tokens = sequence.gather(1, places)
             finite = state.spread[:, :total].isfinite()
             broken = not finite.all()  # the one place that waits for the device
             if broken and not plan.window:
@@ -243,12 +248,12 @@ def generate(
             cache.clear()
             return generate(
                 model, cond, max_new_tokens, given_masks, negative=negative, negative_masks=negative_masks, known=known,
-                noise=noise, compile=compile, on_step=on_step, **vars(config),
+                orders=orders, noise=noise, compile=compile, on_step=on_step, **vars(config),
             )  # fmt: skip
     return tokens
 
 
-def with_nulls(model: Transformer, values: dict[str, Tensor], negatives: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_nulls(model: Trunk, values: dict[str, Tensor], negatives: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the conditions of both streams of guidance: the values, then what it leads away from, in reversed order."""
     nulls = {name: model.conditions[name].null(value) for name, value in values.items()} | negatives
     return {name: torch.cat([value, nulls[name].flip(0)]) for name, value in values.items()}
@@ -263,7 +268,7 @@ def masks_with_nulls(emb_masks: Tensor | None, negative_masks: Tensor | None) ->
     return torch.cat([emb_masks, (emb_masks if negative_masks is None else negative_masks).flip(0)])
 
 
-def check_draft_model(draft: Transformer, model: Transformer) -> None:
+def check_draft_model(draft: Trunk, model: Trunk) -> None:
     """Raise ValueError where a model cannot draft for another one."""
     for name, own, needed in (
         ("codes", draft.args.vocab_size, model.args.vocab_size),
@@ -286,19 +291,20 @@ class ModelDrafts:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Trunk,
         plan: Plan,
         samples: int,
         values: dict[str, Tensor],
         noise: Tensor,
         emb_masks: Tensor | None,
         known: Tensor | None,
+        orders: Tensor | None,
     ):
         self.model, self.plan = model, plan
         self.cache = cache_for(model, samples, noise.device, model.tok_embeddings.weight.dtype)
         self.state = DecodeState(model, self.cache, len(noise))
         conditions, added = model.embed_conditions(values)
-        self.state.begin(plan, noise, emb_masks, known, added)
+        self.state.begin(plan, noise, emb_masks, known, added, None, orders)
         self.cache.lay_out(self.cache.rows)
         prefill(model, conditions, self.state, emb_masks)
         steps = plan.layout.steps
@@ -322,10 +328,9 @@ class ModelDrafts:
         state.tokens.copy_(own.tokens)
 
 
-def with_window(plan: Plan, size: int | str, model: Transformer, samples: int, compile: bool) -> Plan:
+def with_window(plan: Plan, size: int | str, model: Trunk, samples: int, compile: bool) -> Plan:
     """Return the plan with the window that `generate` is asked for, where it can have one and needs it."""
-    weight, args = model.tok_embeddings.weight, model.args
-    here, auto = machine(weight.device), size == "auto"
+    here, auto = machine(model.tok_embeddings.weight.device), size == "auto"
     if auto:
         size = here.auto_window(samples, compile)
     if not isinstance(size, int) or size < 0:
@@ -333,8 +338,7 @@ def with_window(plan: Plan, size: int | str, model: Transformer, samples: int, c
     if size == 0 or plan.end == 1 or (auto and 2 * max(plan.layout.groups) > size):
         return plan
     window = window_of(plan.layout, size, plan.end)
-    head = here.cache_width(args.dim // args.n_head)
-    if not here.rows_agree(model, compile, head, args.ffn_dim, plan.longest, plan.stride, weight.dtype):
+    if not here.rows_agree(model, compile, plan.longest, plan.stride):
         if model not in _without_windows:
             log.warning(
                 "windows are off: here a row of a pass is rounded by the rows beside it" + ", compiled" * compile
@@ -362,7 +366,7 @@ def broken_steps(finite: list[list[bool]], layout: Layout) -> list[int | None]:
     return [step_of[row.index(False)] if False in row else None for row in finite]
 
 
-def prefill(model: Transformer, conditions: Tensor, state: DecodeState, emb_masks: Tensor | None) -> Tensor:
+def prefill(model: Trunk, conditions: Tensor, state: DecodeState, emb_masks: Tensor | None) -> Tensor:
     """Run the condition rows (R, prefix, dim) into the cache. Returns the logits of the first tokens, float32 (R, first, V)."""
     step = model.layout.passes[0]
     h = conditions.to(model.tok_embeddings.weight.dtype)
@@ -371,7 +375,10 @@ def prefill(model: Transformer, conditions: Tensor, state: DecodeState, emb_mask
     rows = h.shape[1]
     assert step.queries == 0, "the prefill computes condition rows alone"
     mask = None if emb_masks is None else model.attention_mask(rows, emb_masks, h.device)
-    positions = torch.arange(rows, device=h.device)
-    h = model.decode(h, Rows(state.cache, positions, rows), mask, causal=mask is None)
+    context = model.context(h)
+    if state.context is not None and context is not None:
+        state.context[: len(h)] = context
+    positions = torch.arange(rows, device=h.device).expand(len(h), -1)
+    h = model.decode(h, state.rows(positions, rows), mask, causal=mask is None)
     reads = None if step.reads is None else torch.tensor(step.reads, device=h.device).expand(len(h), -1, -1, -1)
     return decode_step.in_order(model.head(h, reads), state.batch)

@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from itertools import count
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from autoregressive.models.trunk import Trunk
 
 # Rows that the layout is made for. A constant, since a row's result must not depend on how many there are.
 ROWS = 16
@@ -64,7 +67,6 @@ def can_pack(model: nn.Module) -> bool:
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     return bool(layers) and all(
         type(layer) is nn.Linear
-        and layer.bias is None
         and type(layer.weight) in (Tensor, nn.Parameter)
         and layer.weight.device.type == "cpu"
         and layer.weight.dtype in DTYPES
@@ -116,7 +118,7 @@ def packed(model: nn.Module) -> Iterator[None]:
         release(model)
         weights = _packed[model] = PackedWeights(model)
     for layer, number in weights.layers.items():
-        layer.forward = partial(multiply, number=number, width=layer.out_features)
+        layer.forward = partial(multiply, number=number, width=layer.out_features, bias=layer.bias)
     try:
         yield
     finally:
@@ -139,11 +141,11 @@ def _identity(weight: Tensor) -> tuple:
     return weight.data_ptr(), version, weight.dtype, tuple(weight.shape), float(flat[:: max(1, len(flat) // 64)].sum())
 
 
-def multiply(x: Tensor, number: int, width: int) -> Tensor:
-    """Multiply x (…, in) by the packed weight of this number: (…, width)."""
-    if torch.compiler.is_compiling():
-        return packed_linear(x, number, width)  # an operation of its own, which a compiled step can call
-    return product(x, *_copies[number])
+def multiply(x: Tensor, number: int, width: int, bias: Tensor | None = None) -> Tensor:
+    """Multiply x (…, in) by the packed weight of this number, and add the bias (width,): (…, width)."""
+    compiling = torch.compiler.is_compiling()  # a compiled step can call an operation of its own
+    y = packed_linear(x, number, width) if compiling else product(x, *_copies[number])
+    return y if bias is None else y + bias
 
 
 def product(x: Tensor, laid_out: Tensor, at_once: int) -> Tensor:
@@ -255,23 +257,23 @@ def attention_agrees(dim: int, longest: int, stride: int, dtype: torch.dtype, th
 
 
 @cache
-def activation_agrees(width: int, dtype: torch.dtype) -> bool:
-    """Tell whether SiLU of a row does not depend on the rows beside it: what is left behind whole vectors is computed otherwise."""
+def activation_agrees(activation: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype) -> bool:
+    """Tell whether the activation of a row does not depend on the rows beside it: what is left behind whole vectors is computed otherwise."""
     x = torch.randn(64, width, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return torch.equal(F.silu(x), torch.cat([F.silu(row) for row in x.split(1)]))
+    return torch.equal(activation(x), torch.cat([activation(row) for row in x.split(1)]))
 
 
-def rows_agree(
-    model: nn.Module, compile: bool, dim: int, ffn_dim: int, longest: int, stride: int, dtype: torch.dtype
-) -> bool:
+def rows_agree(model: "Trunk", compile: bool, longest: int, stride: int) -> bool:
     """Tell whether the rows of a pass round alike whatever their number, so that windows draw the sequential image.
 
-    compile: compiled loops are made for a number of rows. dim: of a head. ffn_dim: of the feed-forward layers. longest,
-    stride: as attention_agrees takes them.
+    compile: compiled loops are made for a number of rows. longest, stride: as attention_agrees takes them.
     """
-    if compile or not can_pack(model) or not activation_agrees(ffn_dim, dtype):
+    dtype, head = model.tok_embeddings.weight.dtype, cache_width(model.args.dim // model.args.n_head)
+    if compile or not can_pack(model):
         return False
-    return attention_agrees(dim, longest, stride, dtype, torch.get_num_threads())
+    if not all(activation_agrees(activation, width, dtype) for activation, width in model.activations):
+        return False
+    return attention_agrees(head, longest, stride, dtype, torch.get_num_threads())
 
 
 # A CPU's passes take as long as the weights need to come from memory, up to so many rows; smaller windows may cost more than they save.

@@ -115,7 +115,7 @@ class StepGraphs:
 
     def run(self, kind: "PassKind", step: Callable[[], None]) -> None:
         """Takes the step, which is of this kind and reads and writes nothing but the state."""
-        key = (kind, self.state.groups[0][0].operations)
+        key = (kind, self.state.groups[0][0].operations, self.state.ordered)
         if key not in self.graphs:
             step()
             self.graphs[key] = None

@@ -163,13 +163,13 @@ def choose(
     Args:
         logits: (…, V).
         noise: (…), int64 keys for the draw "race1", uniform numbers in [0, 1) for "cdf".
-        numbers: float32 (3,) or (…, 3) on the logits' device, read in place of config.numbers: a recorded step follows what
+        numbers: float32 (2,) or (…, 2) on the logits' device, read in place of config.numbers: a recorded step follows what
             it holds, and each row may have its own.
         draw: draw_race, or what the compiler made of `race`.
     """
     if config.greedy:
         return logits.argmax(dim=-1)
-    _, temperature, top_p = config.numbers if numbers is None else numbers[..., None, :].unbind(-1)
+    temperature, top_p = config.numbers if numbers is None else numbers[..., None, :].unbind(-1)
     logits = logits.float() / temperature  # sums of half precision have too few steps for a codebook
     logits = filter_logits(logits, int(config.top_k), top_p if config.top_p < 1 else None)
     return draw(logits, noise) if config.draw == "race1" else draw_cdf(logits.softmax(dim=-1), noise)

@@ -5,7 +5,7 @@ config = SamplingConfig(cfg_scale=2.0, top_k=2000)
 
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
-from math import inf, isfinite, isnan
+from math import cos, inf, isfinite, isnan, pi
 from numbers import Real
 from reprlib import repr as shorten
 from typing import Any
@@ -18,7 +18,7 @@ def setting(default: Any, help: str, **metadata: Any) -> Any:
         default: value that changes nothing.
         help: one line for flags and the server's schema.
         metadata: `least`, the smallest value that a flag takes; `served`, the range of a server's requests; `page`, the range
-            and step on the page (a number box where there is no end); `switch`, the flag that turns a setting off that is on by default;
+            and step on the page (a number box where there is no end, a list for a name); `switch`, the flag that turns a setting off that is on by default;
             `choices`, the values of a setting that is a name.
     """
     return field(default=default, metadata={"help": help, "least": -inf, **metadata})
@@ -53,13 +53,27 @@ class SamplingConfig:
     draw: str = setting(
         "race1", "how noise picks a token: cdf repeats images of earlier editions", choices=("race1", "cdf")
     )
+    cfg_schedule: str = setting(
+        "constant",
+        "guidance scale by token: from 1 at the first towards --cfg-scale, linear (LPD) or by a power and a cosine (RAR)",
+        choices=("constant", "linear", "power-cosine"),
+        page=(),
+    )
+    cfg_power: float = setting(
+        1.0,
+        "power of the power-cosine schedule: higher guides later, 0 all tokens alike",
+        least=0,
+        served=(0, 100),
+        page=(0, 5, 0.05),
+    )
 
     def __post_init__(self) -> None:
         for each in fields(self):
             value, choices = getattr(self, each.name), each.metadata.get("choices")
             if choices:
                 if value not in choices:
-                    raise ValueError(f"--{each.name} must be {' or '.join(choices)}, got {shorten(value)}")
+                    flag = each.name.replace("_", "-")
+                    raise ValueError(f"--{flag} must be {' or '.join(choices)}, got {shorten(value)}")
                 continue
             is_number = isinstance(value, Real) and not (isinstance(value, bool) and each.type is not bool)
             if not is_number or (isinstance(value, int) and abs(int(value)) >= 2**63):
@@ -72,6 +86,8 @@ class SamplingConfig:
             raise ValueError(f"--top-k must be a whole number (0 or -1: every token), got {self.top_k}")
         if not isfinite(self.cfg_scale):
             raise ValueError(f"--cfg-scale must be a number (1 or less: no guidance), got {self.cfg_scale}")
+        if not (isfinite(self.cfg_power) and self.cfg_power >= 0):
+            raise ValueError(f"--cfg-power must be 0 or more, got {self.cfg_power}")
         if isnan(self.cfg_interval):
             raise ValueError("--cfg-interval must be a decode step, or -1 to guide all of them, got nan")
 
@@ -96,9 +112,22 @@ class SamplingConfig:
         return (True, 0, False, "") if self.greedy else (False, int(self.top_k), self.top_p < 1, self.draw)
 
     @property
-    def numbers(self) -> tuple[float, float, float]:
-        """Return the numbers of these operations: guidance scale, the temperature to divide by (above 0), top-p."""
-        return self.cfg_scale, max(self.temperature, 1e-5), self.top_p
+    def numbers(self) -> tuple[float, float]:
+        """Return the numbers of these operations: the temperature to divide by (above 0), top-p."""
+        return max(self.temperature, 1e-5), self.top_p
+
+    def scales(self, tokens: int) -> list[float]:
+        """Return the guidance scale of every token of an image, in the order in which they are drawn.
+
+        With t = 0 … tokens - 1 and s = cfg_scale: linear 1 + (s - 1) t / tokens (LPD, arXiv 2507.01957); power-cosine
+        1 + (s - 1) (1 - cos(pi (t / tokens)^cfg_power)) / 2 (RAR, arXiv 2411.00776). Both begin at 1 and do not reach s.
+        """
+        if self.cfg_schedule == "constant":
+            return [self.cfg_scale] * tokens
+        shares = [t / tokens for t in range(tokens)]
+        if self.cfg_schedule == "power-cosine":
+            shares = [(1 - cos(pi * share**self.cfg_power)) / 2 for share in shares]
+        return [1 + (self.cfg_scale - 1) * share for share in shares]
 
     def guides(self, step: int) -> bool:
         """Tell whether the decode step of this number is guided (see Layout.step_number)."""

@@ -1,15 +1,38 @@
-"""The published sizes of the transformer, apart from the model so that `--help` need not load torch."""
+"""The published sizes of the models, apart from these so that `--help` need not load torch."""
 
-# name: (layers, heads, dim). GPT-M is NAR's; GPT-XS, not a published one, is for 32x32 pictures and tests.
-GPT_SIZES: dict[str, tuple[int, int, int]] = {
-    "GPT-XS": (4, 4, 128),
-    "GPT-B": (12, 12, 768),
-    "GPT-M": (18, 16, 1024),
-    "GPT-L": (24, 16, 1024),
-    "GPT-XL": (36, 20, 1280),
-    "GPT-XXL": (48, 24, 1536),
-    "GPT-XXXL": (48, 40, 2560),
-    "GPT-1B": (22, 32, 2048),
-    "GPT-3B": (24, 32, 3200),
-    "GPT-7B": (32, 32, 4096),
+from typing import Any, NamedTuple
+
+
+class Size(NamedTuple):
+    """Shapes of a model. trunk: its registered name. ffn_width: of the feed-forward layers, where no rule of dim gives it."""
+
+    n_layer: int
+    n_head: int
+    dim: int
+    trunk: str = "llama"
+    ffn_width: int | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The size as fields of ModelArgs."""
+        return self._asdict()
+
+
+# GPT-M is NAR's. GPT-XS and RAR-XS, not published ones, are for 32x32 pictures and tests.
+GPT_SIZES = {
+    "GPT-XS": Size(4, 4, 128),
+    "GPT-B": Size(12, 12, 768),
+    "GPT-M": Size(18, 16, 1024),
+    "GPT-L": Size(24, 16, 1024),
+    "GPT-XL": Size(36, 20, 1280),
+    "GPT-XXL": Size(48, 24, 1536),
+    "GPT-XXXL": Size(48, 40, 2560),
+    "GPT-1B": Size(22, 32, 2048),
+    "GPT-3B": Size(24, 32, 3200),
+    "GPT-7B": Size(32, 32, 4096),
+    "RAR-XS": Size(4, 4, 128, "rar", 512),
+    "RAR-B": Size(24, 16, 768, "rar", 3072),
+    "RAR-L": Size(24, 16, 1024, "rar", 4096),
+    "RAR-XL": Size(32, 16, 1280, "rar", 5120),
+    "RAR-XXL": Size(40, 16, 1408, "rar", 6144),
 }

@@ -20,14 +20,14 @@ from torch import Tensor
 from autoregressive.models import decode_step
 from autoregressive.models.decode_step import DecodeState, Plan, as_drafted, decode_rows, draft_from_last
 from autoregressive.models.generate import masks_with_nulls, prefill, sampling_mode, with_nulls, with_window
-from autoregressive.models.gpt import Conditions, Transformer
 from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.machine import machine
 from autoregressive.models.sampling import SamplingConfig
+from autoregressive.models.trunk import Conditions, Trunk
 
 
 @torch.inference_mode()
-def plan_for_slots(model: Transformer) -> Plan | None:
+def plan_for_slots(model: Trunk) -> Plan | None:
     """Return the plan of passes of one step; None where images in slots could not be those of `generate`.
 
     That is so on an accelerator, where a CPU rounds a row by the rows beside it, and with a layout that has no windows.
@@ -61,7 +61,7 @@ class Slots:
     plan: of plan_for_slots. window: tokens of a pass as `generate` takes them; "auto" goes by the images in flight.
     """
 
-    def __init__(self, model: Transformer, count: int, plan: Plan, window: int | str = 0):
+    def __init__(self, model: Trunk, count: int, plan: Plan, window: int | str = 0):
         self.model, self.count, self.plan, self.window = model, count, plan, window
         self.plans = {1: plan}  # by window
         self.cache = self._new_cache(2 * count, plan.longest + (plan.stride == 1))
@@ -110,6 +110,7 @@ class Slots:
             self.configs[slot], self.last_guided[slot] = config, replace(self.plan, config=config).last_guided
             state.noise[config.draw][slot, :-1] = each
             state.numbers[slot] = torch.tensor(config.numbers)
+            state.scales[slot, :-1] = torch.tensor(config.scales(layout.tokens))
             state.guided[slot] = state.guided_tokens(layout, config)
         state.tokens[index], state.known[index], state.spread[index] = 0, -1, 0
         if known is not None:
@@ -125,6 +126,7 @@ class Slots:
         part.batch, part.cache = len(slots), self._new_cache(len(samples), layout.prefix)
         for name in DecodeState.OF_IMAGES:
             setattr(part, name, getattr(state, name)[index])
+        part.context = None if state.context is None else state.context[samples]
         part.noise = {draw: numbers[index] for draw, numbers in state.noise.items()}
         part.groups = groups(configs)
         conditions, _ = self.model.embed_conditions(with_nulls(self.model, values, negatives))
@@ -137,6 +139,8 @@ class Slots:
         part.drafter = draft_from_last
         decode_step.draft_tokens(logits, part, behind)
         state.tokens[index], state.spread[index], state.cursor[index] = part.tokens, part.spread, 1
+        if state.context is not None and part.context is not None:
+            state.context[samples] = part.context
         for mine, new in zip((*self.cache.keys, *self.cache.values), (*part.cache.keys, *part.cache.values)):
             mine[samples, :, : layout.prefix] = new
         for slot in slots:

@@ -15,7 +15,7 @@ import torch
 
 from autoregressive.class_names import class_choice, class_names, find_class
 from autoregressive.models.decode_step import can_compile
-from autoregressive.models.gpt import Transformer
+from autoregressive.models.trunk import Trunk
 from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt, tokenizer_of
 from autoregressive.quantization import quantize, require_torchao
 from autoregressive.released import flags_of
@@ -58,7 +58,7 @@ def extra_conditions(args: argparse.Namespace, numbers: Sequence[int]) -> dict[s
 
 
 def class_requests(
-    args: argparse.Namespace, gpt: Transformer, labels: Sequence[int], numbers: Sequence[int], seed: int
+    args: argparse.Namespace, gpt: Trunk, labels: Sequence[int], numbers: Sequence[int], seed: int
 ) -> list[Request]:
     """Return the requests that the flags make of labels, for the images with these numbers. Raises ValueError."""
     negative = {}
@@ -79,7 +79,7 @@ def requests_of(
     ]
 
 
-def labels_to_draw(args: argparse.Namespace, gpt: Transformer) -> tuple[list[int], list[str]]:
+def labels_to_draw(args: argparse.Namespace, gpt: Trunk) -> tuple[list[int], list[str]]:
     """Return --labels, or eight classes of the model's, and their names. Raises ValueError for an unknown name."""
     count = gpt.args.num_classes
     names = class_names(count, recorded=gpt.file_config.get("classes"))
@@ -89,7 +89,7 @@ def labels_to_draw(args: argparse.Namespace, gpt: Transformer) -> tuple[list[int
     return labels, [names[label] for label in labels]
 
 
-def write_grid(args: argparse.Namespace, gpt: Transformer, images: np.ndarray, names: Sequence[str]) -> None:
+def write_grid(args: argparse.Namespace, gpt: Trunk, images: np.ndarray, names: Sequence[str]) -> None:
     """Write images (B, H, W, 3) as one picture, --output: with their names, or without as published of published files."""
     named = bool(gpt.file_config) if args.names is None else args.names
     grid = labelled_grid(images, names, args.columns) if named else make_grid(images, columns=args.columns)
@@ -117,7 +117,7 @@ def has_bf16_units() -> bool:
 
 def load_gpt_of_flags(
     args: argparse.Namespace, path: Path, dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> Transformer:
+) -> Trunk:
     """Load the GPT of a file, compared with the flags that are given. Raises ValueError where they disagree.
 
     A published file that does not tell its image size is taken for the published one of its kind.

@@ -29,11 +29,11 @@ def open_gpt(path: str | Path, **flags) -> Transformer:
     Raises ValueError and FileNotFoundError as load_gpt does, ValueError for a layout or conditions that vLLM cannot draw.
     """
     gpt = load_gpt(path, dtype=None, **flags)
-    if not gpt.layout.is_raster or list(gpt.conditions.values()) != [gpt.cls_embedding]:
+    if not isinstance(gpt, Transformer) or not gpt.layout.is_raster or len(gpt.conditions) > 1:
         raise ValueError(
-            f"{path} is of the layout {gpt.layout.name!r} and the conditions {', '.join(gpt.conditions)}; vLLM decodes one "
-            "token a step in raster order, of a class or a caption. Serve it with `--engine native`, or draw with "
-            "autoregressive/sample/sample_c2i.py"
+            f"{path} is of the trunk {gpt.args.trunk!r}, the layout {gpt.layout.name!r} and the conditions "
+            f"{', '.join(gpt.conditions)}; vLLM decodes a llama one token a step in raster order, of a class or a caption. Serve "
+            "it with `--engine native`, or draw with autoregressive/sample/sample_c2i.py"
         )
     return gpt
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from autoregressive.class_names import class_names
-from autoregressive.models.gpt import Transformer
+from autoregressive.models.trunk import Trunk
 from autoregressive.request import Request
 
 
@@ -54,7 +54,7 @@ class Engine(Protocol):
         """Ends the engine; requests that run are ended with RuntimeError."""
 
 
-def model_info(gpt: Transformer, name: str, image_size: int) -> ModelInfo:
+def model_info(gpt: Trunk, name: str, image_size: int) -> ModelInfo:
     """Return the description of a GPT that is served under a name."""
     text, recorded = gpt.args.model_type == "t2i", gpt.file_config.get("classes", ())
     return ModelInfo(

@@ -38,6 +38,11 @@ class Drawing:
         """Tell whether the next token is guided: `cfg_interval` counts decode steps, of which the prefill is none."""
         return self.sampling.guides(len(self.tokens) - 1)
 
+    @property
+    def scale(self) -> float:
+        """Return the guidance scale of the next token."""
+        return self.sampling.scales(len(self.noise))[min(len(self.tokens), len(self.noise) - 1)]
+
 
 class GuidedDraw(LogitsProcessor):
     """Mixes and draws, a row a request. Does nothing in an engine with another model."""
@@ -84,7 +89,7 @@ class GuidedDraw(LogitsProcessor):
         guided = [row for row, drawing in self.rows.items() if row < len(conditional) and drawing.guided]
         if not guided:
             return conditional
-        scales = [self.rows[row].sampling.cfg_scale for row in guided]
+        scales = [self.rows[row].scale for row in guided]
         scales = torch.tensor(scales, dtype=torch.float32).to(self.device, non_blocking=True)
         rows = torch.tensor(guided).to(self.device, non_blocking=True)
         mixed = guide(conditional[rows], unconditional[rows], scales[:, None])

@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from autoregressive.models.gpt import Conditions
 from autoregressive.models.layouts import Layout
+from autoregressive.models.trunk import Conditions
 from autoregressive.train.next_patch import PatchSchedule
 from autoregressive.train.recipe import (
     Inputs,
@@ -50,7 +50,11 @@ def train_classes(args: argparse.Namespace) -> None:
     notes = fit_batch(args, len(data.train), dist.world_size, resumed)
     patches = patches.for_run(len(data.train), args)
     model = new_model(args, grid)
-    fit(args, plan, data, model, patches, notes=notes + order_in_words(patches, model.layout))
+    if args.patch_level > 1 and args.random_orders:
+        raise ValueError("--patch-level and --random-orders both say what a step reads by; give one")
+    orders = patches.layouts(model.layout) if args.patch_level > 1 else None
+    rate = patches.learning_rate if args.scheduler else None
+    fit(args, plan, data, model, orders, rate, notes=notes + order_in_words(patches, model.layout))
 
 
 def order_in_words(patches: PatchSchedule, layout: Layout) -> list[str]:

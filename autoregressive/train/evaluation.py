@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from autoregressive.models.gpt import Transformer
+from autoregressive.models.trunk import Trunk
 from autoregressive.train.loss import TokenLoss
 from utils.distributed import Distributed
 
@@ -20,7 +20,7 @@ def require_readable(dataset: Dataset, dist: Distributed) -> None:
 
 
 @torch.no_grad()
-def mean_loss(model: Transformer, dataset: Dataset, batch_size: int, dist: Distributed) -> float:
+def mean_loss(model: Trunk, dataset: Dataset, batch_size: int, dist: Distributed) -> float:
     """Return the cross-entropy over a whole data set of {"codes", "label"}, each process reading a share (nats per token)."""
     loss = TokenLoss(model)
 

@@ -1,6 +1,6 @@
 """Arithmetic of a training sample: the numerator of model FLOPs utilisation (MFU).
 
-flops = training_flops_per_image(model.args)             # per image, forward and backward
+flops = training_flops_per_image(model)                  # per image, forward and backward
 mfu = flops * images_per_second / (processes * peak_flops(device, "bf16"))
 
 Model FLOPs, not hardware FLOPs: what the mathematics asks for, whatever is recomputed or skipped. The convention is
@@ -10,25 +10,31 @@ causal mask leaves out half of it. Embedding look-ups, norms, activations and th
 head is.
 """
 
-from math import isqrt
+from collections.abc import Collection
 
-from autoregressive.models.gpt import ModelArgs
-from autoregressive.models.layouts import Layout, build_layout
+import torch.nn as nn
+
+from autoregressive.models.layouts import Layout
+from autoregressive.models.trunk import Trunk
 
 
-def training_flops_per_image(args: ModelArgs, layout: Layout | None = None) -> float:
+def training_flops_per_image(model: Trunk, layout: Layout | None = None) -> float:
     """Model FLOPs of one training sample, forward and backward.
 
     layout: what the sample is read by, where it is not the model's own (the patches of Next-Patch-Prediction).
     """
-    layout = layout or build_layout(args.layout_config, isqrt(args.block_size), args.cls_token_num)
+    layout = layout or model.layout
     rows = layout.fed(layout.tokens - layout.step_tokens)  # the last group, or patch, is predicted and never read
-    head_dim = args.dim // args.n_head
-    attention = args.dim * (args.n_head + 2 * args.n_kv_head) * head_dim + args.dim**2
-    products = args.blocks * (attention + 3 * args.dim * args.ffn_dim) * rows
-    products += (
-        layout.heads * args.vocab_size * args.dim * layout.rope_grid**2
-    )  # no logits of condition rows but the last
-    if args.model_type == "t2i":
-        products += (args.caption_dim * args.dim + args.dim**2) * layout.prefix
-    return 6.0 * products + 12.0 * args.blocks * args.dim * rows**2
+    products = model.projection()[0].numel() * layout.units  # no logits of condition rows but the last
+    apart: set[nn.Module] = {output for _, output in model.exits}
+    for condition in model.conditions.values():
+        apart |= {*condition.modules()}
+        products += matrices(condition) * (condition.rows or layout.tokens)
+    products += matrices(model, apart) * rows
+    return 6.0 * products + 12.0 * len(model.layers) * model.args.dim * rows**2
+
+
+def matrices(module: nn.Module, apart: Collection[nn.Module] = ()) -> int:
+    """Return the numbers in the weights of a module's linear layers, but for those `apart`."""
+    linear = {m for m in module.modules() if isinstance(m, nn.Linear)}
+    return sum(m.weight.numel() for m in linear - {*apart})

@@ -10,9 +10,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from autoregressive.models.gpt import Conditions, Transformer
 from autoregressive.models.layouts import Layout
-from autoregressive.models.layouts.patches import with_patches
+from autoregressive.models.trunk import Conditions, Trunk
 from autoregressive.train.objectives import Objective
 from autoregressive.train.objectives.chunked import chunked_loss, chunked_values
 from autoregressive.train.objectives.cross_entropy import cross_entropy
@@ -28,18 +27,19 @@ class TokenLoss(nn.Module):
     section 3).
     """
 
-    def __init__(self, model: Transformer, objective: Objective = cross_entropy, chunk_rows: int | None = None):
+    def __init__(self, model: Trunk, objective: Objective = cross_entropy, chunk_rows: int | None = None):
         super().__init__()
         self.model, self.objective, self.chunk_rows = model, objective, chunk_rows
-        self._layouts: dict[tuple[int, torch.device], tuple[Layout, Tensor]] = {}
+        self._orders: dict[tuple[Layout, torch.device], Tensor] = {}
 
-    def layout(self, patch_side: int, device: torch.device) -> tuple[Layout, Tensor]:
-        """Return the model's layout with patches of that side, and its order on the device."""
-        if (patch_side, device) not in self._layouts:
-            layout = with_patches(self.model.layout, patch_side)
+    def in_order(self, codes: Tensor, layout: Layout, orders: Tensor | None) -> Tensor:
+        """Put codes (B, N) into the order of a layout, or each sample's into its own."""
+        if orders is not None:
+            return codes.gather(1, orders)
+        if (layout, codes.device) not in self._orders:
             with torch.inference_mode(False):  # kept for training too, whoever asks first
-                self._layouts[patch_side, device] = layout, layout.order.to(device)
-        return self._layouts[patch_side, device]
+                self._orders[layout, codes.device] = layout.order.to(codes.device)
+        return codes[:, self._orders[layout, codes.device]]
 
     def forward(
         self,
@@ -49,21 +49,21 @@ class TokenLoss(nn.Module):
         drop: Tensor | None = None,
         prefix_mask: Tensor | None = None,
         valid: Tensor | None = None,
-        patch_side: int = 1,
+        layout: Layout | None = None,
+        orders: Tensor | None = None,
     ) -> Tensor:
         """Return the mean over all tokens, a float32 scalar.
 
         Args:
             codes: int64 (B, N) in raster order.
-            cond, drop, prefix_mask: as Transformer.forward takes them.
+            cond, drop, prefix_mask: as Trunk.forward takes them.
             valid: (B,), samples marked 0 are left out of the mean.
-            patch_side: side of the patches that are read and predicted.
-
-        Raises:
-            ValueError: the patches do not fit the model's layout.
+            layout: what the samples are read by, where it is not the model's layout.
+            orders: int64 (B, N), the raster index at each sequence position of each sample, where it is not the layout's.
         """
-        layout, order = self.layout(patch_side, codes.device)
-        hidden, targets = _predictions(self.model, layout, codes[:, order], cond, drop, prefix_mask)
+        layout = layout or self.model.layout
+        tokens = self.in_order(codes, layout, orders)
+        hidden, targets = _predictions(self.model, layout, tokens, cond, drop, prefix_mask, orders)
         row_weights = None if valid is None else valid.float().repeat_interleave(len(hidden) // len(codes))
         weight, bias = self.model.projection()
         return chunked_loss(
@@ -72,7 +72,7 @@ class TokenLoss(nn.Module):
 
 
 def token_log_probs(
-    model: Transformer,
+    model: Trunk,
     codes: Tensor,
     cond: Conditions,
     *,
@@ -92,18 +92,20 @@ def token_log_probs(
 
 
 def _predictions(
-    model: Transformer,
+    model: Trunk,
     layout: Layout,
     tokens: Tensor,
     cond: Conditions,
     drop: Tensor | None,
     prefix_mask: Tensor | None,
+    orders: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the model's outputs before the output layer, (R, D), and the tokens that each predicts, (R, P).
 
     tokens: int64 (B, N) in the layout's order. Rows go by samples, then by the order.
     """
-    hidden = model.hidden(tokens[:, : -layout.step_tokens], cond, layout=layout, drop=drop, prefix_mask=prefix_mask)
+    read = tokens[:, : -layout.step_tokens]
+    hidden = model.hidden(read, cond, layout=layout, orders=orders, drop=drop, prefix_mask=prefix_mask)
     return hidden.flatten(0, 1), tokens.view(-1, layout.patch_tokens)
 
 

@@ -6,7 +6,7 @@ fit(args, plan, data, new_model(args, grid))
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +16,16 @@ import torch.nn as nn
 from torch import Tensor
 
 from autoregressive.class_names import class_names
+from autoregressive.models.build import build_gpt
 from autoregressive.models.generate import generate, release_cache
-from autoregressive.models.gpt import Conditions, GPT_models, Transformer
-from autoregressive.models.layouts.patches import with_patches
 from autoregressive.models.sampling import SamplingConfig
+from autoregressive.models.trunk import Conditions, Trunk
 from autoregressive.released import find_identity, flags_of
 from autoregressive.train.evaluation import mean_over, require_readable
 from autoregressive.train.flops import training_flops_per_image
 from autoregressive.train.loss import TokenLoss, dropped_conditions
-from autoregressive.train.next_patch import PatchSchedule
 from autoregressive.train.objectives import OBJECTIVES
+from autoregressive.train.orders import OrderSchedule, training_orders
 from autoregressive.train.start import starting_point
 from dataset.arrays import condition_folders
 from dataset.codes import recorded_size
@@ -48,7 +48,7 @@ class Inputs:
 
     Args:
         codes: int64 (B, N) in raster order.
-        cond, prefix_mask: as Transformer.forward takes them.
+        cond, prefix_mask: as Trunk.forward takes them.
         valid: (B,), samples marked 0 do not count.
         share: factor that makes the mean of micro-batches that of all valid samples, see `share_of_valid`.
     """
@@ -109,11 +109,13 @@ def known_model(args: argparse.Namespace) -> dict[str, Any]:
         size = own[0].flags().get("gpt_model")
     elif path and given(args.gpt_model) is None:
         size = flags_of(find_identity(read_checkpoint(find_checkpoint(path))))["gpt_model"]
+    resumed = own[0].flags() if own else {}
     settle(args, gpt_model=size)
-    return own[0].flags() if own else {}
+    args.random_orders = args.random_orders or resumed.get("random_orders")
+    return resumed
 
 
-def new_model(args: argparse.Namespace, grid: int, **more: object) -> Transformer:
+def new_model(args: argparse.Namespace, grid: int, **more: object) -> Trunk:
     """Return the model that the flags describe, on the meta device. more: further fields of ModelArgs.
 
     Raises ValueError where the first group of --ar-token-num, whose tokens are read one by one, is the whole image.
@@ -131,7 +133,8 @@ def new_model(args: argparse.Namespace, grid: int, **more: object) -> Transforme
     drop_path_rate = getattr(args, "drop_path", 0) or args.drop_path_rate
     dropout = 0.0 if drop_path_rate > 0 else args.dropout_p  # stochastic depth replaces them
     with torch.device("meta"):
-        return GPT_models[args.gpt_model](
+        return build_gpt(
+            args.gpt_model,
             vocab_size=args.vocab_size,
             block_size=grid**2,
             num_classes=args.num_classes,
@@ -144,6 +147,7 @@ def new_model(args: argparse.Namespace, grid: int, **more: object) -> Transforme
             spe_token_num=spe_token_num or 0,
             ar_token_num=ar_token_num or 1,
             layout=args.layout,
+            target_positions=any(args.random_orders or ()),
             extra_conditions={one["name"]: {key: one[key] for key in one if key != "name"} for one in args.condition},
             **more,
         )
@@ -153,20 +157,21 @@ def fit(
     args: argparse.Namespace,
     plan: Parallel,
     data: Any,
-    model: Transformer,
-    patches: PatchSchedule | None = None,
+    model: Trunk,
+    orders: OrderSchedule | None = None,
+    rate: Callable[[int, int], float] | None = None,
     notes: Sequence[str] = (),
 ) -> None:
     """Train a model from the meta device.
 
     Args:
         data: a ClassData, a TextData, or an object with their attributes: what is read, and how a batch becomes Inputs.
+        orders: what each step reads by (default: the model's layout, or --random-orders).
+        rate: the learning rate as Job has it.
         notes: lines for the log.
     """
     dist = plan.dist
-    patches = patches or PatchSchedule(epochs=args.epochs)
-    sides = {stage.patch_side for stage in patches.stages}
-    layouts = {side: with_patches(model.layout, side) for side in sides}
+    orders = orders or training_orders(args, model.layout, len(data.train))
     wrapped = lay_out(model, plan, args)
     config = data.config | model.args.identity | {"objective": args.objective}
     initial, note = starting_point(args, dist, model, config)
@@ -176,14 +181,16 @@ def fit(
     job = Job(
         args.gpt_model,
         models={"model": model},
-        phases=[Phase("optimizer", wrapped, adamw(model, args), StepLoss(wrapped, model, data, args, patches))],
+        phases=[
+            Phase("optimizer", wrapped, adamw(model, args, model.decays), StepLoss(wrapped, model, data, args, orders))
+        ],
         dataset=data.train,
         initial=initial,
         validate=None if data.held_out is None else HeldOut(data, args, dist),
         sample=Preview(data.tokenizer, *shown, args, dist, names) if shown else None,
-        rate=patches.learning_rate if getattr(args, "scheduler", False) else None,
+        rate=rate,
         tokens=model.args.block_size,
-        flops=lambda step, epoch: training_flops_per_image(model.args, layouts[patches.side_at(step, epoch)]),
+        flops=lambda step, epoch: training_flops_per_image(model, orders(step, epoch, slice(0), 1)[0]),
         collate=data.collate,
         prepare=data.prepare,
         config=config,
@@ -195,7 +202,7 @@ def fit(
     dist.close()
 
 
-def lay_out(model: Transformer, plan: Parallel, args: argparse.Namespace) -> nn.Module:
+def lay_out(model: Trunk, plan: Parallel, args: argparse.Namespace) -> nn.Module:
     """Return the loss of a model from the meta device, laid over the processes, with initial weights."""
     if args.second_exit_only:
         if model.layout.heads == 1 or not (args.gpt_ckpt or args.resume):
@@ -216,23 +223,23 @@ def lay_out(model: Transformer, plan: Parallel, args: argparse.Namespace) -> nn.
 class StepLoss:
     """Loss of a micro-batch: some of its samples lose their condition, drawn by the step's number."""
 
-    def __init__(
-        self, wrapped: nn.Module, model: Transformer, data: Any, args: argparse.Namespace, patches: PatchSchedule
-    ):
-        self.wrapped, self.data, self.patches = wrapped, data, patches
+    def __init__(self, wrapped: nn.Module, model: Trunk, data: Any, args: argparse.Namespace, orders: OrderSchedule):
+        self.wrapped, self.data, self.orders = wrapped, data, orders
         self.seed, self.drop_probability = args.global_seed, model.args.class_dropout_prob
 
     def __call__(self, batch: Any, place: Micro) -> tuple[Tensor, dict[str, Tensor]]:
         inputs = self.data.inputs(batch)
         seed = item_seed(self.seed, place.step)
         drop = dropped_conditions(seed, place.global_batch, place.positions, self.drop_probability, inputs.codes.device)
+        layout, orders = self.orders(place.step, place.epoch, place.positions, place.global_batch)
         loss = self.wrapped(
             inputs.codes,
             inputs.cond,
             drop=drop,
             prefix_mask=inputs.prefix_mask,
             valid=inputs.valid,
-            patch_side=self.patches.side_at(place.step, place.epoch),
+            layout=layout,
+            orders=None if orders is None else orders.to(inputs.codes.device, non_blocking=True),
         )
         if inputs.share is not None:
             loss = loss * inputs.share
@@ -246,7 +253,7 @@ class HeldOut:
         self.data, self.dist = data, dist
         self.batch_size = max(args.global_batch_size // (dist.world_size * args.gradient_accumulation_steps), 1)
 
-    def __call__(self, model: Transformer) -> dict[str, float]:
+    def __call__(self, model: Trunk) -> dict[str, float]:
         loss = TokenLoss(model)
 
         def mean(items: list[Any]) -> tuple[Tensor, Tensor | int]:
@@ -276,7 +283,7 @@ class Preview:
         self.tokenizer, self.cond, self.emb_masks, self.names = tokenizer, cond, emb_masks, names
         self.cfg_scale, self.seed, self.device = args.sample_cfg_scale, args.global_seed, dist.device
 
-    def __call__(self, model: Transformer) -> dict[str, np.ndarray]:
+    def __call__(self, model: Trunk) -> dict[str, np.ndarray]:
         tokens = model.args.block_size
         first = next(iter(self.cond.values())) if isinstance(self.cond, Mapping) else self.cond
         noise = image_noise(self.seed, range(len(first)), tokens).to(self.device)

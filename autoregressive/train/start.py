@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from autoregressive.models.gpt import Transformer
+from autoregressive.models.trunk import Trunk
 from autoregressive.released import CLASS_TABLE, SECOND_EXIT, check_flags, find_identity, flags_of
 from utils.checkpoint import Checkpoint, read_checkpoint
 from utils.cli import layout_numbers
@@ -21,7 +21,7 @@ from utils.training.state import TrainingState
 
 
 def starting_point(
-    args: argparse.Namespace, dist: Distributed, model: Transformer, config: dict[str, Any]
+    args: argparse.Namespace, dist: Distributed, model: Trunk, config: dict[str, Any]
 ) -> tuple[Checkpoint | ShardedCheckpoint | None, str | None]:
     """Return what --gpt-ckpt holds for a new run, and a line for the log where it is fine-tuned.
 
@@ -88,14 +88,14 @@ def starting_point(
     return replace(_weights_alone(weights), config=config), "; ".join(note)
 
 
-def _other_layout(saved: Checkpoint | ShardedCheckpoint, model: Transformer) -> str | None:
+def _other_layout(saved: Checkpoint | ShardedCheckpoint, model: Trunk) -> str | None:
     """The name of a file's layout, where it is another one than the model's."""
     known = find_identity(saved) if isinstance(saved, Checkpoint) else saved.config
     name = known.get("layout", {}).get("name", model.layout.name)
     return None if name == model.layout.name else name
 
 
-def _second_exit(model: Transformer) -> dict[str, Tensor]:
+def _second_exit(model: Trunk) -> dict[str, Tensor]:
     """Return the model's own weights of its second exit, whole. Every process calls it together."""
     own = {name: tensor for name, tensor in model.state_dict().items() if model.of_second_exit(name)}
     return {name: _whole(tensor) for name, tensor in own.items()}
@@ -128,7 +128,7 @@ def _require_shape(args: argparse.Namespace, weights: Checkpoint, path: Any) -> 
 def _class_rows(
     rows: str,
     saved: Tensor,
-    model: Transformer,
+    model: Trunk,
     before: Sequence[str] | None,
     now: Sequence[str] | None,
     path: Any,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoregressive.models.gpt import Conditions
+from autoregressive.models.trunk import Conditions
 from autoregressive.train.extraction import encode_views
 from autoregressive.train.loss import share_of_valid
 from autoregressive.train.recipe import Inputs, agreed_tokenizer, further_conditions, model_sizes

@@ -44,7 +44,7 @@ def tiny(**more) -> Transformer:
 
 @pytest.mark.parametrize("name", GPT_SIZES)
 def test_cache_width_on_cuda_suits_fused_attention(name):
-    _, heads, dim = GPT_SIZES[name]
+    _, heads, dim, *_ = GPT_SIZES[name]
     width = cache_width(dim // heads)
     assert width % 8 == 0 and width - dim // heads in range(8)
     assert on_cpu.cache_width(dim // heads) == dim // heads
@@ -130,7 +130,7 @@ def test_record_uses_a_stream_of_the_models_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **more: asked.update(more) or contextlib.nullcontext())
     groups = [(SimpleNamespace(operations=()), slice(None))]
-    graphs = StepGraphs(tiny(), SimpleNamespace(groups=groups, tokens=SimpleNamespace(device=CUDA)))
+    graphs = StepGraphs(tiny(), SimpleNamespace(groups=groups, ordered=False, tokens=SimpleNamespace(device=CUDA)))
     for _ in range(2):
         graphs.run("a kind", lambda: None)
     assert asked["stream"] == "a stream of cuda:1"
@@ -212,7 +212,7 @@ def test_mask_of_training_becomes_one_bias_for_all_layers(autocast, monkeypatch)
     model, seen = tiny(ar_token_num=4).to("meta"), []
     for layer in model.layers:
         monkeypatch.setattr(
-            layer, "forward", lambda x, rope, mask, causal: seen.append((mask.dtype, id(mask), causal)) or x
+            layer, "forward", lambda x, rope, mask, causal, rows: seen.append((mask.dtype, id(mask), causal)) or x
         )
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: autocast)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)

@@ -65,7 +65,7 @@ def test_training_step_with_patches(side):
     layout = with_patches(model.layout, side)
     logits = model(codes[:, layout.order][:, : -layout.step_tokens], labels, layout=layout)
     assert_close(logits, arrays[f"p{side}/logits"])
-    loss = TokenLoss(model)(codes, labels, patch_side=side)
+    loss = TokenLoss(model)(codes, labels, layout=layout)
     assert_close(loss.double(), arrays[f"p{side}/loss"])
     loss.backward()
     assert_close(model.tok_embeddings.weight.grad, arrays[f"p{side}/grad/tok_embeddings.weight"])

@@ -363,14 +363,14 @@ def test_the_module_is_the_cross_entropy_of_the_models_logits(kind):
     expected = {None: -each.mean(), valid: -each[:2].mean()}
     token_loss = TokenLoss(model, chunk_rows=5)
     for flags, value in expected.items():
-        loss = token_loss(codes, cond, drop=drop, valid=flags, patch_side=side, **masks)
+        loss = token_loss(codes, cond, drop=drop, valid=flags, layout=layout, **masks)
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss, value)
         parameters = [p for p in model.parameters() if p is not None]
         mine, others = (torch.autograd.grad(v, parameters, retain_graph=True, allow_unused=True) for v in (loss, value))
         for name, one, other in zip(dict(model.named_parameters()), mine, others, strict=True):
             torch.testing.assert_close(one, other, msg=lambda m, name=name: f"{name}: {m}")
-    assert token_loss(codes, cond, drop=drop, valid=torch.zeros(3), patch_side=side, **masks) == 0
+    assert token_loss(codes, cond, drop=drop, valid=torch.zeros(3), layout=layout, **masks) == 0
 
 
 @pytest.mark.parametrize("kind", ["raster", "PAR", "NAR", "text"])
@@ -395,8 +395,8 @@ def test_a_loss_after_one_in_inference_mode():
     codes, cond, _ = batch(model)
     for side in (1, 2):
         with torch.inference_mode():
-            before = token_loss(codes, cond, patch_side=side)
-        loss = token_loss(codes, cond, patch_side=side)
+            before = token_loss(codes, cond, layout=with_patches(model.layout, side))
+        loss = token_loss(codes, cond, layout=with_patches(model.layout, side))
         loss.backward()
         assert torch.equal(loss, before)
 
@@ -411,6 +411,5 @@ def test_a_loss_after_one_in_inference_mode():
 )
 def test_patches_that_do_not_fit(more, side, message):
     model = Transformer(ModelArgs(**SIZES, **more))
-    codes, cond, _ = batch(model)
     with pytest.raises(ValueError, match=message):
-        TokenLoss(model)(codes, cond, patch_side=side)
+        with_patches(model.layout, side)

@@ -128,11 +128,7 @@ def test_what_cannot_be_packed():
         assert not can_pack(model)  # weights would be laid out for every step of training
     with torch.autocast("cpu", torch.bfloat16):
         assert not can_pack(model)
-    assert (
-        not can_pack(small_gpt(torch.float16))
-        and not can_pack(nn.Sequential(nn.Linear(3, 3)))
-        and not can_pack(nn.Sequential())
-    )
+    assert not can_pack(small_gpt(torch.float16)) and not can_pack(nn.Sequential())
     with torch.inference_mode(False):
         meta = nn.Sequential(nn.Linear(4, 4, bias=False, device="meta"))
     assert not can_pack(meta)

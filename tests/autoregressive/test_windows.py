@@ -14,9 +14,10 @@ from autoregressive.models import generate as generation
 from autoregressive.models.conditions import Condition, register_condition
 from autoregressive.models.decode_step import window_of
 from autoregressive.models.generate import generate
-from autoregressive.models.gpt import Conditions, ModelArgs, Transformer
+from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.layouts import Holds, Layout, Row, build_layout
 from autoregressive.models.sampling import NotFiniteLogits, draw_race
+from autoregressive.models.trunk import Conditions
 from tests.autoregressive.decoding import Pairs, Recording
 from tests.helpers import randomize
 

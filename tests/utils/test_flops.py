@@ -28,19 +28,20 @@ def by_hand(rows: int, outputs: int, captions: int = 0) -> float:
     ],
 )
 def test_a_sample_by_hand(args, rows, captions):
-    assert training_flops_per_image(args) == by_hand(rows, 64, captions)
+    assert training_flops_per_image(Transformer(args)) == by_hand(rows, 64, captions)
 
 
 def test_patches_shorten_the_sequence():
-    layout = with_patches(Transformer(ARGS).layout, 2)
-    assert training_flops_per_image(ARGS, layout) == by_hand(16, 16)
+    model = Transformer(ARGS)
+    layout = with_patches(model.layout, 2)
+    assert training_flops_per_image(model, layout) == by_hand(16, 16)
 
 
 def test_second_exit_adds_a_block_and_a_head():
     rows, outputs = 1 + 63, 2 * 64
     products = 4 * BLOCK * rows + 100 * 64 * outputs
     args = replace(ARGS, layout={"name": "neighbours"})
-    assert training_flops_per_image(args) == 6 * products + 12 * 4 * 64 * rows**2
+    assert training_flops_per_image(Transformer(args)) == 6 * products + 12 * 4 * 64 * rows**2
 
 
 @pytest.mark.parametrize("patch_side", [1, 2])
@@ -55,7 +56,7 @@ def test_training_flops_are_those_of_the_matrices_the_model_multiplies(patch_sid
     logits = model(tokens, torch.zeros(2, dtype=torch.long), layout=layout)
     products.append(logits.numel() * ARGS.dim)
     attention = 12 * 3 * 64 * (64 // patch_side**2) ** 2
-    assert training_flops_per_image(ARGS, layout) == 6 * sum(products) / 2 + attention
+    assert training_flops_per_image(model, layout) == 6 * sum(products) / 2 + attention
 
 
 @pytest.mark.parametrize(

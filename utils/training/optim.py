@@ -1,20 +1,28 @@
 """The optimizer of the GPTs and the learning rate by step."""
 
 from argparse import Namespace
+from collections.abc import Callable
 from math import cos, pi
 
 import torch
 import torch.nn as nn
 
 
-def adamw(model: nn.Module, args: Namespace) -> torch.optim.AdamW:
-    """AdamW that decays tensors with two or more dimensions only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    fused = all(p.device.type in ("cuda", "cpu") for p in parameters)
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Tell whether a parameter has two or more dimensions."""
+    return parameter.dim() >= 2
+
+
+def adamw(
+    model: nn.Module, args: Namespace, decays: Callable[[str, nn.Parameter], bool] = is_matrix
+) -> torch.optim.AdamW:
+    """AdamW that decays the parameters which `decays` tells, by default tensors with two or more dimensions."""
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decayed if decays(name, parameter) else others).append(parameter)
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    fused = all(p.device.type in ("cuda", "cpu") for p in (*decayed, *others))
     return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=fused)
 
 
@@ -23,9 +31,10 @@ def learning_rate(args: Namespace, step: int, total: int, steps_per_epoch: int =
 
     constant; cosine, which ends at --min-lr; or steps, times 0.2 after 1/2, 2/3 and 5/6 of the epochs, rounded down (NAR, arXiv
     2503.10696, section 4.1), or of the steps where there is one epoch, or --max-steps ends the run sooner.
+    The first step of a warm-up has the first part of the rate; with --warmup-from-zero it has none, and the next one has that.
     """
     if step < args.warmup_steps:
-        return args.lr * (step + 1) / args.warmup_steps
+        return args.lr * (step + (not args.warmup_from_zero)) / args.warmup_steps
     if args.lr_schedule == "cosine":
         done = (step - args.warmup_steps) / max(total - args.warmup_steps, 1)
         return args.min_lr + (args.lr - args.min_lr) * 0.5 * (1 + cos(pi * min(done, 1)))

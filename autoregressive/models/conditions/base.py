@@ -68,9 +68,11 @@ class Condition(nn.Module):
 
     def forward(self, value: Tensor, drop: Tensor | None = None) -> Tensor:
         """Embed the value, with the null in place of the samples that `drop`, bool (B,), marks."""
-        if drop is not None:
-            value = drop_samples(value, self.null(value), drop)
-        return self.embed(value)
+        return self.embed(self.dropped(value, drop))
+
+    def dropped(self, value: Tensor, drop: Tensor | None) -> Tensor:
+        """Return the value with the null in place of the samples that `drop`, bool (B,), marks."""
+        return value if drop is None else drop_samples(value, self.null(value), drop)
 
     def reset(self, normal: Callable[[Tensor, float], None], std: float) -> None:
         """Give parameters and buffers that are neither of a linear nor of an embedding layer their initial values."""

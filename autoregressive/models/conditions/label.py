@@ -1,4 +1,4 @@
-"""Class label: one row before the tokens (LlamaGen, arXiv 2406.06525, section 2.2)."""
+"""Class label: a row before the tokens (LlamaGen, arXiv 2406.06525, section 2.2)."""
 
 from operator import index
 from reprlib import repr as shorten
@@ -11,16 +11,15 @@ from torch import Tensor
 from autoregressive.models.conditions.base import Condition, register_condition
 
 
-@register_condition("label")
-class LabelEmbedder(Condition):
-    """Class embeddings; the row after the last class means "no class"."""
+class Label(Condition):
+    """Numbers of classes, num_classes for "no class"; for trunks that embed them by tables of their own.
 
-    rows = 1
+    rows: condition rows that the trunk makes of a label.
+    """
 
-    def __init__(self, dim: int, grid_size: int = 0, *, num_classes: int):
+    def __init__(self, num_classes: int, rows: int = 1):
         super().__init__()
-        self.num_classes = num_classes
-        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+        self.num_classes, self.rows = num_classes, rows
 
     @property
     def config(self) -> dict[str, Any]:
@@ -63,6 +62,15 @@ class LabelEmbedder(Condition):
 
     def null(self, value: Tensor) -> Tensor:
         return torch.full_like(value, self.num_classes, dtype=torch.long)
+
+
+@register_condition("label")
+class LabelEmbedder(Label):
+    """Class embeddings; the row after the last class means "no class"."""
+
+    def __init__(self, dim: int, grid_size: int = 0, *, num_classes: int):
+        super().__init__(num_classes)
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
 
     def embed(self, value: Tensor) -> Tensor:
         return self.embedding_table(value.long()).unsqueeze(1)

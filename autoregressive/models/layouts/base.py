@@ -284,13 +284,29 @@ class Layout:
         return (block[:, None] == block) | (kept & (block < block[:, None]))
 
     @cached_property
+    def cache_places(self) -> tuple[int, ...]:
+        """Place of every row in the cache; a row that is not kept is overwritten by the token it predicts."""
+        kept_before = [0, *accumulate(map(int, self.kept))]
+        return tuple(kept_before[i] if self.kept[i] else self.prefix + row.number for i, row in enumerate(self.content))
+
+    @cached_property
+    @torch.inference_mode(False)
+    def tokens_at(self) -> Tensor:
+        """The token at whose cell the row of each place in the cache stands, and the one read from it: int64 (places, 2), -1 for none."""
+        assert self.patch_side == 1, "a patch is at no one token's cell"
+        table = torch.full((max(self.cache_places) + 1, 2), -1, device="cpu")
+        for place, row in zip(self.cache_places, self.content):
+            if row.holds in (Holds.TOKEN, Holds.QUERY):
+                table[place, 0] = row.number
+        for token, readers in enumerate(self.readers):
+            for reader in readers:
+                table[self.cache_places[reader.row], 1] = token
+        return table
+
+    @cached_property
     def passes(self) -> tuple[DecodeStep, ...]:
         """Every decode step, the prefill first."""
         assert self.patch_side == 1, "patches are for training: a model trained with them decodes single tokens"
-        kept_before = [0, *accumulate(self.kept)]
-        place = [
-            kept_before[i] if self.kept[i] else self.prefix + self.content[i].number for i in range(self.rows)
-        ]  # a row that is not kept is overwritten by the token it predicts
         kept_rows = [i for i in range(self.rows) if self.kept[i]]
         cached, start, passes = 0, 0, []
         for size in self.groups:
@@ -302,11 +318,11 @@ class Layout:
                 computed.append(kept_rows[cached])
                 cached += 1
             computed += sorted(row for row in read if not self.kept[row])
-            passes.append(self._step(computed, place, outputs))
+            passes.append(self._step(computed, outputs))
             start += size
         return tuple(passes)
 
-    def _step(self, computed: list[int], place: list[int], outputs: slice) -> DecodeStep:
+    def _step(self, computed: list[int], outputs: slice) -> DecodeStep:
         kinds = [self.content[row].holds for row in computed]
         tokens = [self.content[row].number for row in computed if self.content[row].holds is Holds.TOKEN]
         at = {row: i for i, row in enumerate(computed)}
@@ -321,7 +337,7 @@ class Layout:
             tuple(self.block[r] == self.block[c] or (self.kept[c] and self.block[c] < self.block[r]) for c in computed)
             for r in computed
         )
-        places = [place[row] for row in computed]
+        places = [self.cache_places[row] for row in computed]
         return DecodeStep(
             rows=range(places[0], places[-1] + 1),
             inputs=slice(tokens[0], tokens[-1] + 1) if tokens else slice(0, 0),

@@ -191,16 +191,17 @@ def test_clipping_by_hand(tmp_path, precision):
 
 
 def test_learning_rates_by_hand():
-    args = SimpleNamespace(lr=0.8, warmup_steps=4, lr_schedule="constant")
+    own = {"min_lr": 0.0, "warmup_from_zero": False}
+    args = SimpleNamespace(lr=0.8, warmup_steps=4, lr_schedule="constant", **own)
     assert [learning_rate(args, step, 100) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
-    args = SimpleNamespace(lr=0.8, warmup_steps=0, lr_schedule="constant")
+    args = SimpleNamespace(lr=0.8, warmup_steps=0, lr_schedule="constant", **own)
     assert learning_rate(args, 0, 100) == 0.8
-    args = SimpleNamespace(lr=0.8, warmup_steps=2, lr_schedule="cosine", min_lr=0.0)
+    args = SimpleNamespace(lr=0.8, warmup_steps=2, lr_schedule="cosine", **own)
     half = 0.8 * (1 + math.cos(math.pi / 4)) / 2
     assert [learning_rate(args, step, 10) for step in (0, 1, 2, 4, 6, 10, 11)] == pytest.approx(
         [0.4, 0.8, 0.8, half, 0.4, 0, 0]
     )
-    args = SimpleNamespace(lr=1.0, warmup_steps=5, lr_schedule="cosine", min_lr=0.5)
+    args = SimpleNamespace(lr=1.0, warmup_steps=5, lr_schedule="cosine", **own | {"min_lr": 0.5})
     assert [learning_rate(args, step, total) for step, total in ((5, 5), (10, 10), (10, 15))] == [1, 0.5, 0.75]
 
 
@@ -214,7 +215,8 @@ def test_learning_rates_by_hand():
     ],
 )
 def test_learning_rate_of_steps_falls_at_published_epochs(epochs, total, ends):
-    args = SimpleNamespace(lr=1e-4, warmup_steps=0, lr_schedule="steps", epochs=epochs)
+    own = {"min_lr": 0.0, "warmup_from_zero": False}
+    args = SimpleNamespace(lr=1e-4, warmup_steps=0, lr_schedule="steps", epochs=epochs, **own)
     rates = [learning_rate(args, step, total, 7) for step in range(total)]
     expected = [1e-4 * 0.2 ** sum(step >= end for end in ends) for step in range(total)]
     assert rates == pytest.approx(expected)

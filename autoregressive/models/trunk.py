@@ -1,0 +1,577 @@
+"""Interface of trunks: what decoding, training and serving ask of a model, and what all models share.
+
+    @register_trunk("rar")
+    class RAR(Trunk): ...                                    # one file a model; its parameter names are the published ones
+
+    model = build_model(ModelArgs(trunk="rar", …))           # build.py
+
+Nothing here knows of sampling, files or training, nor of any order or condition by name. A model reads tokens in the
+order of its `layout` (layouts/): `tokens = codes[:, model.layout.order]`, or in that of another layout it is given.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import isqrt
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from autoregressive.models.conditions import CONDITIONS, Condition
+from autoregressive.models.kv_cache import StaticCache, widened
+from autoregressive.models.layouts import Holds, Layout, build_layout
+from autoregressive.models.machine import attention_bias
+from autoregressive.models.on_cpu import attend_on_cpu
+from utils.registry import Registry
+
+Conditions = Tensor | Mapping[str, Tensor]
+"""Values (B, …) of a model's conditions by name; a tensor is that of the model's first condition."""
+
+TRUNKS: Registry["type[Trunk]"] = Registry("trunk")
+
+
+def register_trunk(name: str) -> Callable[[type["Trunk"]], Any]:
+    """Register a subclass of Trunk under a name, as a decorator."""
+
+    def register(trunk: type[Trunk]) -> type[Trunk]:
+        TRUNKS.add(name, trunk)
+        return trunk
+
+    return register
+
+
+@dataclass
+class ModelArgs:
+    """Shapes and regularisation of a model.
+
+    model_type, num_classes, caption_dim, cls_token_num, spe_token_num and ar_token_num are the published way to say the
+    first condition and the layout. trunk: registered name of the model's class. layout: config of any other registered
+    layout, {"name": …, and its settings}. extra_conditions: settings of further conditions by their registered names.
+    target_positions: whether a llama has an embedding of the place of the token that a row predicts, for orders that differ
+    from sample to sample. ffn_width: hidden width of the feed-forward layer, in place of the rule of multiple_of and ffn_dim_multiplier.
+    """
+
+    dim: int = 4096
+    n_layer: int = 32
+    n_head: int = 32
+    n_kv_head: int | None = None
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+
+    token_dropout_p: float = 0.1
+    attn_dropout_p: float = 0.0
+    resid_dropout_p: float = 0.1
+    ffn_dropout_p: float = 0.1
+    drop_path_rate: float = 0.0
+
+    num_classes: int = 1000
+    caption_dim: int = 2048
+    class_dropout_prob: float = 0.1
+    model_type: str = "c2i"
+
+    vocab_size: int = 16384
+    cls_token_num: int = 1
+    block_size: int = 256
+    spe_token_num: int = 0
+    ar_token_num: int = 1
+
+    trunk: str = "llama"
+    target_positions: bool = False
+    ffn_width: int | None = None
+    layout: Mapping[str, Any] | None = None
+    extra_conditions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def layout_config(self) -> Mapping[str, Any]:
+        """Config of the layout."""
+        published = (
+            {"name": "raster"} if self.ar_token_num == 1 else {"name": "parallel", "group_size": self.ar_token_num}
+        )
+        return self.layout or published
+
+    @property
+    def conditions(self) -> dict[str, Mapping[str, Any]]:
+        """Settings of every condition by name, the published one first."""
+        if self.model_type == "c2i":
+            first: dict[str, Any] = {"label": {"num_classes": self.num_classes}}
+        else:
+            first = {"caption": {"caption_dim": self.caption_dim, "tokens": self.cls_token_num}}
+        return {**first, **self.extra_conditions}
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the trunk: n_layer, and one more for a layout's second head."""
+        return self.n_layer + build_layout(self.layout_config, isqrt(self.block_size)).heads - 1
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of the keys and values: those of the queries unless they are fewer."""
+        return self.n_kv_head or self.n_head
+
+    def __post_init__(self) -> None:
+        self.n_kv_head = self.kv_heads
+        if self.model_type not in ("c2i", "t2i"):
+            raise ValueError(f"model_type must be c2i or t2i, got {self.model_type!r}")
+        if self.dim % self.n_head or self.n_head % self.kv_heads:
+            raise ValueError(
+                f"{self.n_head} heads must divide dim {self.dim} and be divided by {self.n_kv_head} kv heads"
+            )
+        if isqrt(self.block_size) ** 2 != self.block_size:
+            raise ValueError(f"block_size is the number of tokens of a square grid, got {self.block_size}")
+        if self.model_type == "c2i" and self.cls_token_num != 1:
+            raise ValueError(f"a class takes one condition token, got --cls-token-num {self.cls_token_num}")
+        if self.ar_token_num == 1 and self.spe_token_num:
+            self.ar_token_num = self.spe_token_num + 1
+        if self.spe_token_num == 0:
+            self.spe_token_num = self.ar_token_num - 1
+        if self.spe_token_num != self.ar_token_num - 1:
+            raise ValueError(
+                f"{self.ar_token_num} tokens at a time take {self.ar_token_num - 1} special tokens, "
+                f"got --ar-token-num {self.ar_token_num} --spe-token-num {self.spe_token_num}"
+            )
+
+    @property
+    def ffn_dim(self) -> int:
+        """Hidden width of the feed-forward layer."""
+        if self.ffn_width is not None:
+            return self.ffn_width
+        hidden = int(2 * (4 * self.dim) / 3)
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        return -(-hidden // self.multiple_of) * self.multiple_of
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Entries `model`, `layout` and `conditions` of a file's config: all that from_identity builds the model from."""
+        names = ("dim", "n_layer", "n_head", "n_kv_head", "ffn_dim", "vocab_size", *TRUNKS[self.trunk].settings)
+        numbers = {name: getattr(self, name) for name in names}
+        return {
+            "model": {"trunk": self.trunk, **{name: value for name, value in numbers.items() if value is not False}},
+            "layout": {**self.layout_config, "grid_size": isqrt(self.block_size)},
+            "conditions": {name: dict(settings) for name, settings in self.conditions.items()},
+        }
+
+    @classmethod
+    def from_identity(cls, identity: Mapping[str, Any]) -> "ModelArgs":
+        """Return the arguments of the model that a config describes. Raises ValueError where a condition is not registered."""
+        model, layout, conditions = (dict(identity[part]) for part in ("model", "layout", "conditions"))
+        for name in conditions:
+            CONDITIONS[name]
+        label, caption = conditions.pop("label", None), conditions.pop("caption", None)
+        first = {"num_classes": label["num_classes"]} if label else {}
+        if caption:
+            first = {"caption_dim": caption["caption_dim"], "cls_token_num": caption["tokens"]}
+        ffn_dim, grid_size = model.pop("ffn_dim"), layout.pop("grid_size")
+        return cls(
+            ffn_width=ffn_dim,
+            block_size=grid_size**2,
+            model_type="t2i" if caption else "c2i",
+            ar_token_num=layout.get("group_size", 1) if layout["name"] == "parallel" else 1,
+            layout=None if layout["name"] in ("raster", "parallel") else layout,
+            extra_conditions=conditions,
+            **model,
+            **first,
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Places of a pass's rows.
+
+    Args:
+        cache: keys and values of earlier rows; None in training, where the rows are the whole sequence.
+        positions: int64 (s,) or (B, s), the places of the rows in the cache.
+        length: rows of the cache to attend to.
+        layout: the layout of the call; None for the model's own.
+        orders: int64 (B, N), the raster index at each sequence position of each sample; None for the layout's order.
+        context: (B, dim), what Trunk.context made of the conditions.
+    """
+
+    cache: StaticCache | None
+    positions: Tensor
+    length: int
+    layout: Layout | None = None
+    orders: Tensor | None = None
+    context: Tensor | None = None
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    layer: int,
+    rows: Rows | None,
+    dropout: float = 0,
+) -> Tensor:
+    """Attention of the rows of a pass, in training or over a layer's cache.
+
+    Args:
+        q, k, v: (B, H, s, D), (B, KV, s, D) twice; of earlier rows the cache has the others.
+        dropout: probability with which a weight is left out.
+
+    Returns (B, s, H * D).
+    """
+    head_dim, grouped, on_cpu = q.shape[-1], q.shape[1] != k.shape[1], False
+    if rows is not None and rows.cache is not None:
+        k, v = rows.cache.update(layer, rows.positions, k, v, rows.length)
+        q, on_cpu = widened(q, k.shape[-1]), q.device.type == "cpu"
+    scale = head_dim**-0.5
+    if on_cpu:
+        out = attend_on_cpu(q, k, v, mask, causal, scale)
+    else:
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, scale=scale, enable_gqa=grouped
+        )
+    return out[..., :head_dim].transpose(1, 2).flatten(2)
+
+
+def draw_normal(tensor: Tensor, std: float) -> None:
+    """Fills the tensor with draws from N(0, std²)."""
+    tensor.normal_(0, std)
+
+
+class Trunk(nn.Module):
+    """A GPT over image tokens and what they are asked for. Subclasses give the parts below and `decode`.
+
+    `layout` says in which order tokens are read and which of them one step predicts. Decoding always goes by it;
+    training may read by another one. `file_config` is the record of what the weights belong to (utils/origin.py), where
+    the file that they were read from has one.
+
+    Args:
+        args: the model's shapes.
+        first: the first condition, where it is not the registered one of its name.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Fields of ModelArgs that belong to a file's record of the trunk, beside its shapes."""
+
+    has_context: ClassVar[bool] = False
+    """Whether later rows need something of the conditions beside keys and values, as `context` returns it."""
+
+    any_order = False
+    """Whether the model reads tokens in orders that differ from sample to sample."""
+
+    layers: Any
+    """Blocks, an nn.ModuleList: what is compiled, sharded and recomputed one by one."""
+    tok_embeddings: Any
+    """Embedding of the codes; its device and dtype are the model's."""
+    norm: Any
+    """Norm of the hidden states that logits are projected from."""
+    output: Any
+    """Linear layer of the logits."""
+
+    def __init__(self, args: ModelArgs, first: Condition | None = None):
+        super().__init__()
+        self.file_config: dict[str, Any] = {}
+        self.args = self.config = args
+        grid_size = isqrt(args.block_size)
+        own, *others = args.conditions.items()
+        self.cls_embedding = first or CONDITIONS[own[0]](args.dim, grid_size, **own[1])
+        self.extra_conditions: nn.ModuleDict = nn.ModuleDict(
+            {name: CONDITIONS[name](args.dim, grid_size, **settings) for name, settings in others}
+        )
+        prefix = sum(condition.rows for condition in self.conditions.values())
+        self.layout = build_layout(args.layout_config, grid_size, prefix)
+        self.tok_dropout = nn.Dropout(args.token_dropout_p)
+        self._tables: dict[tuple[Layout, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+
+    # A trunk overrides from here …
+
+    def reset_parameters(self, normal: Callable[[Tensor, float], None] = draw_normal) -> None:
+        """Gives every parameter and buffer its initial value: a model moved off the meta device is complete after it.
+
+        normal: fills a tensor with draws of a standard deviation; it makes every draw, in a fixed order.
+        """
+        raise NotImplementedError
+
+    def decode(self, h: Tensor, rows: Rows, mask: Tensor | None, causal: bool) -> Tensor:
+        """Runs rows h (B, s, dim) over the cache, or in training over themselves.
+
+        Returns their last hidden states (B, s, dim), before `norm`.
+        """
+        raise NotImplementedError
+
+    def embed_condition(self, name: str, value: Tensor, drop: Tensor | None) -> Tensor:
+        """Embed the values of one condition, dropped where `drop`, bool (B,), says so; as Condition.forward."""
+        return self.conditions[name](value, drop)
+
+    def context(self, conditions: Tensor) -> Tensor | None:
+        """Return what every later row needs of the condition rows (B, prefix, dim), (B, dim); None for nothing."""
+        return None
+
+    def special(self) -> Tensor:
+        """Return the special vectors, (layout.special, dim). A trunk for layouts with such rows has some."""
+        raise NotImplementedError(
+            f"the layout {self.layout.name!r} has rows of special vectors, of which this trunk has none"
+        )
+
+    def queries(self, positions: Tensor) -> Tensor:
+        """Return the query vectors for sequence positions (Q,), (Q, dim). A trunk for layouts with queries has some."""
+        raise NotImplementedError(
+            f"the layout {self.layout.name!r} has query rows, for which this trunk has no vectors"
+        )
+
+    def of_second_exit(self, name: str) -> bool:
+        """Tell whether a parameter is of a second head alone."""
+        return False
+
+    @property
+    def activations(self) -> list[tuple[Callable[[Tensor], Tensor], int]]:
+        """Activation functions of the blocks and the width of the rows that each works on."""
+        return [(F.gelu, self.args.ffn_dim)]
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Tell whether weight decay takes hold of a parameter."""
+        return parameter.dim() >= 2
+
+    # … to here.
+
+    @property
+    def conditions(self) -> dict[str, Condition]:
+        """Conditions by name, the one of a plain tensor first."""
+        modules: tuple[Any, ...] = (self.cls_embedding, *self.extra_conditions.values())
+        return dict(zip(self.args.conditions, modules))
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable numbers in the model."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def exits(self) -> list[tuple[Any, nn.Linear]]:
+        """Norm and output layer of each head."""
+        return [(self.norm, self.output)]
+
+    def read(self, h: Tensor, layout: Layout, rows: int) -> Tensor:
+        """Return what logits are projected from, (B, tokens, D), of the last states of the first `rows` rows."""
+        return self.norm(h[:, layout.read_rows(rows)])
+
+    def projection(self) -> tuple[Tensor, Tensor | None]:
+        """Return the weight (V, D) that turns the rows of `hidden` into logits, and its bias (V,) where there is one."""
+        return self.output.weight, self.output.bias
+
+    def embed(self, tokens: Tensor, vectors: Tensor | None = None, queries: Tensor | None = None) -> Tensor:
+        """Embed the rows of a pass, (B, s, dim): tokens (B, s), or what stands in their place.
+
+        vectors, queries: int64 (B, s), numbers of special vectors and the sequence positions of queries, -1 for tokens.
+        """
+        h = self.tok_embeddings(tokens)
+        if vectors is not None:
+            own = self.special().to(h.dtype)[vectors.clamp(min=0)]
+            h = torch.where(vectors[..., None] >= 0, own, h)
+        if queries is not None:
+            own = self.queries(queries.clamp(min=0).flatten()).to(h.dtype).view_as(h)
+            h = torch.where(queries[..., None] >= 0, own, h)
+        return h
+
+    def vectors(self, holds: Holds, numbers: slice) -> Tensor:
+        """Return the model's own vectors of some rows, (rows, dim)."""
+        if holds is Holds.SPECIAL:
+            return self.special()[numbers]
+        return self.queries(torch.arange(numbers.start, numbers.stop, device=self.tok_embeddings.weight.device))
+
+    def cells(self, rows: Rows) -> Tensor:
+        """Return raster indices for the rows of a pass: of the cell where each stands, and of the token that it predicts.
+
+        Returns int64 (s, 2) or (B, s, 2), -1 for none.
+        """
+        device = rows.positions.device
+        tokens, cells, _ = self._tables_of(rows.layout or self.layout, device)
+        at = rows.positions.clamp(max=len(tokens) - 1)  # past the last one stands what is past an image's end
+        if rows.orders is None:
+            return cells[at]
+        tokens = tokens[at].expand(len(rows.orders), -1, -1)
+        cells = rows.orders.gather(1, tokens.clamp(min=0).flatten(1)).view_as(tokens)
+        return torch.where(tokens >= 0, cells, -1)
+
+    def layout_order(self, layout: Layout, device: torch.device) -> Tensor:
+        """Return the order of a layout on a device."""
+        return self._tables_of(layout, device)[2]
+
+    def _tables_of(self, layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Layout.tokens_at on a device, the same in raster indices of the layout's order, and that order."""
+        if (layout, device) not in self._tables:
+            with torch.inference_mode(False):  # kept for training too, whoever asks first
+                tokens = layout.tokens_at
+                cells = torch.where(tokens >= 0, layout.order[tokens], -1)
+                self._tables[layout, device] = tokens.to(device), cells.to(device), layout.order.to(device)
+        return self._tables[layout, device]
+
+    def as_conditions(self, cond: Conditions) -> dict[str, Tensor]:
+        """Return the values by condition name. Raises ValueError where a condition is missing or unknown."""
+        given = self.by_name(cond)
+        if set(given) != set(self.conditions):
+            asked, known = (", ".join(names) or "none" for names in (given, self.conditions))
+            raise ValueError(f"the model takes the conditions {known}; given were {asked}")
+        return {name: given[name] for name in self.conditions}
+
+    def by_name(self, cond: Conditions) -> Mapping[str, Tensor]:
+        """Return the values given, by condition name."""
+        return cond if isinstance(cond, Mapping) else {next(iter(self.conditions)): cond}
+
+    def check_conditions(self, cond: Conditions) -> None:
+        """Raise ValueError where a condition is not the model's, or of another number of samples than the others."""
+        values = self.as_conditions(cond)
+        for name, value in values.items():
+            self.conditions[name].check(value)
+        if len(counts := {len(value) for value in values.values()}) > 1:
+            raise ValueError(f"conditions are of one number of samples, got {sorted(counts)}")
+
+    def as_orders(self, orders: Tensor, batch: int) -> Tensor | None:
+        """Return the orders of a call on the model's device, int64 (batch, N); None where all are the layout's.
+
+        Raises ValueError for what are no orders of the image's tokens, or where the model knows the layout's order alone.
+        """
+        tokens = self.layout.tokens
+        each = torch.arange(tokens, device=orders.device)
+        if orders.shape != (batch, tokens) or orders.is_floating_point() or not (orders.sort(1).values == each).all():
+            raise ValueError(
+                f"orders are whole numbers of shape ({batch}, {tokens}), each row with all of 0 to {tokens - 1}; got "
+                f"{orders.dtype} of shape {tuple(orders.shape)}"
+            )
+        if (orders == self.layout.order.to(orders.device)).all():
+            return None
+        if not self.any_order:
+            raise ValueError(f"the model knows the order of its layout {self.layout.name!r} alone; leave `orders` out")
+        return orders.to(self.tok_embeddings.weight.device, torch.long)
+
+    def check_negatives(self, negative: Conditions, cond: Conditions) -> None:
+        """Raise ValueError where a negative condition is not the model's, or there is not one for each of the samples."""
+        samples = self.as_conditions(cond)
+        for name, value in self.by_name(negative).items():
+            self.conditions[name].check_negative(value)
+            if len(value) != len(samples[name]):
+                raise ValueError(f"{len(value)} negative conditions for {len(samples[name])} images: give one for each")
+
+    def embed_conditions(self, cond: Conditions, drop: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Embed the conditions: the rows before the tokens (B, prefix, dim), and what is added per token or None.
+
+        cond: values by name, (B, …) each. drop: bool (B,), whose conditions are dropped; drawn here in training where not
+        given. The second is (B, N, dim) in raster order.
+        """
+        values = self.as_conditions(cond)
+        first = next(iter(values.values()))
+        if drop is None and self.training and self.args.class_dropout_prob > 0:
+            drop = torch.rand(len(first), device=first.device) < self.args.class_dropout_prob
+        rows, added = [], []
+        for name, condition in self.conditions.items():
+            (rows if condition.rows else added).append(self.embed_condition(name, values[name], drop))
+        return torch.cat(rows, dim=1), sum(added[1:], added[0]) if added else None
+
+    def attention_mask(
+        self, rows: int, prefix_mask: Tensor | None, device: torch.device, layout: Layout | None = None
+    ) -> Tensor | None:
+        """Return which of the first `rows` rows of a layout (the model's own) sees which; None where plainly causal.
+
+        prefix_mask: (B, T), nonzero where the condition row is real. Padded rows are seen by none but themselves.
+        Returns bool, (rows, rows) or (B, 1, rows, rows).
+        """
+        layout = layout or self.layout
+        mask = layout.mask(rows, device)
+        if prefix_mask is None:
+            return mask
+        if mask is None:
+            mask = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
+        seen = F.pad(prefix_mask.to(device, torch.bool), (0, rows - layout.prefix), value=True)  # (B, rows)
+        return (mask & seen[:, None, None, :]) | torch.eye(rows, dtype=torch.bool, device=device)
+
+    def hidden(
+        self,
+        idx: Tensor,
+        cond_idx: Conditions,
+        *,
+        layout: Layout | None = None,
+        orders: Tensor | None = None,
+        drop: Tensor | None = None,
+        prefix_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the rows that `projection` turns into logits, (B, tokens, D), normalised. Arguments as `forward` takes them."""
+        layout = layout or self.layout
+        conditions, added = self.embed_conditions(cond_idx, drop)
+        tokens = self.tok_embeddings(idx)
+        if layout.patch_tokens > 1:
+            tokens = tokens.unflatten(1, (-1, layout.patch_tokens)).mean(2)  # (B, L / patch_tokens, dim)
+        rows = layout.fed(idx.shape[1])
+        parts = [tokens[:, :0]]  # the embedding has a gradient, of zeros, also where no token is read
+        for holds, numbers in layout.runs(rows):
+            if holds is Holds.CONDITION:
+                parts.append(conditions[:, numbers])
+            elif holds is Holds.TOKEN:
+                parts.append(tokens[:, numbers])
+            else:
+                parts.append(self.vectors(holds, numbers).expand(len(tokens), -1, -1))
+        h = torch.cat([part.to(tokens.dtype) for part in parts], dim=1)  # (B, rows, dim)
+        reads = layout.read_rows(rows)
+        if added is not None:
+            h = h + self.added_to_rows(added, layout, orders, reads, rows).to(h.dtype)
+        h = self.tok_dropout(h)
+        mask = self.attention_mask(rows, prefix_mask, h.device, layout)
+        if mask is not None:
+            device = h.device.type
+            mask = attention_bias(
+                mask, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+            )
+        positions = torch.arange(rows, device=h.device)
+        if not all(layout.kept[:rows]):
+            positions = torch.tensor(layout.cache_places[:rows], device=h.device)
+        places = Rows(None, positions, rows, layout, orders, self.context(conditions))
+        h = self.decode(h, places, mask, causal=mask is None)
+        return self.read(h, layout, rows)
+
+    def added_to_rows(
+        self, added: Tensor, layout: Layout, orders: Tensor | None, reads: slice | list[int], rows: int
+    ) -> Tensor:
+        """Put what is added per token (B, N, dim, raster order) at the rows that predict the tokens. Returns (B, rows, dim)."""
+        if orders is None:
+            added = added[:, layout.order.to(added.device)]
+        else:
+            added = added.gather(1, orders[..., None].expand_as(added))
+        units = added.unflatten(1, (-1, layout.patch_tokens)).mean(2)
+        at = torch.arange(rows, device=added.device)[reads]
+        return added.new_zeros(len(added), rows, added.shape[-1]).index_add(1, at, units[:, : len(at)])
+
+    def forward(
+        self,
+        idx: Tensor,
+        cond_idx: Conditions,
+        *,
+        layout: Layout | None = None,
+        orders: Tensor | None = None,
+        drop: Tensor | None = None,
+        prefix_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the logits of every next token, for training and scoring.
+
+        Args:
+            idx: int64 (B, L), tokens in the layout's order, without the last group or patch (L = N - step_tokens), or fewer
+                whole groups or patches, or some of the first tokens.
+            cond_idx: values of the conditions by name, or of the first one: int64 (B,) labels, (B, T, caption_dim) features.
+            layout: the order that the tokens are in, of the model's grid and prefix (its own where not given).
+            orders: int64 (B, N), the raster index at each sequence position of each sample, where these are not the layout's.
+            drop: bool (B,), whose conditions are dropped (drawn by the model in training where not given).
+            prefix_mask: (B, T), which condition rows are real.
+
+        Returns:
+            float32 (B, tokens, vocab_size); output i predicts token i of the layout's order. With patches there is one
+            output a patch, which predicts each of its tokens (NPP, arXiv 2412.15321, section 3).
+        """
+        hidden = self.hidden(idx, cond_idx, layout=layout, orders=orders, drop=drop, prefix_mask=prefix_mask)
+        return F.linear(hidden, *self.projection()).float()
+
+    def head(self, h: Tensor, reads: Tensor | None = None) -> Tensor:
+        """Project hidden states (B, s, dim) to float32 logits (B, tokens, vocab_size): the final norm, then the output layer.
+
+        reads: int64 (B, tokens, readers, 2), the row and head of each token's readers; None where
+        token i is read from row i.
+        """
+        if reads is not None:
+            assert reads.shape[2] == 1, "this trunk has one head"
+            h = h.gather(1, reads[:, :, 0, :1].expand(-1, -1, h.shape[-1]))
+        return self.output(self.norm(h)).float()

@@ -1,0 +1,49 @@
+"""Parts of LayerNorm transformers, by the names that timm gives them: RAR and LPD are made of these."""
+
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from autoregressive.models.trunk import ModelArgs, Rows, attend
+
+EPS = 1e-6
+
+
+class Attention(nn.Module):
+    """Attention with one fused projection with biases.
+
+    Args:
+        args: the model's shapes; resid_dropout_p is the dropout behind the projection.
+        layer: number of the block.
+        qk_norm: whether queries and keys are normalised, over each head's channels.
+        dropout: of attention weights.
+    """
+
+    def __init__(self, args: ModelArgs, layer: int, qk_norm: bool = False, dropout: float = 0.0):
+        super().__init__()
+        self.layer, self.n_head, self.dropout = layer, args.n_head, dropout
+        head_dim = args.dim // args.n_head
+        self.qkv = nn.Linear(args.dim, 3 * args.dim)
+        self.q_norm = nn.LayerNorm(head_dim, EPS) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_dim, EPS) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(args.dim, args.dim)
+        self.proj_drop = nn.Dropout(args.resid_dropout_p)
+
+    def forward(self, x: Tensor, mask: Tensor | None, causal: bool, rows: Rows | None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, H, s, D) each
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        out = attend(q, k, v, mask, causal, self.layer, rows, self.dropout if self.training else 0.0)
+        return self.proj_drop(self.proj(out))
+
+
+class Mlp(nn.Module):
+    """Feed-forward layer fc2(gelu(fc1(x))), the exact form of gelu, with biases; dropout behind both."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.fc1 = nn.Linear(args.dim, args.ffn_dim)
+        self.fc2 = nn.Linear(args.ffn_dim, args.dim)
+        self.dropout = nn.Dropout(args.ffn_dropout_p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))

@@ -1,0 +1,103 @@
+"""Schedules of what a step of training reads by: a layout, and for each sample an order of its tokens.
+
+    schedule = AnnealedOrders(model.layout, seed=0, start=125_000, end=187_500)
+    layout, orders = schedule(step, epoch, positions, global_batch)      # int64 (positions, N), or None for layout.order
+
+A schedule is asked once a micro-batch. Its draws are functions of the seed, the step and a sample's position in the global
+batch: the same for every number of processes, and after a run was resumed.
+"""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoregressive.models.layouts import Layout
+from utils.rng import item_seed
+
+# What item_seed hashes besides: the two draws of a sample are unrelated to each other and to other draws of the step.
+_WHETHER, _WHICH = 3, 4
+
+
+class OrderSchedule(Protocol):
+    """A schedule of what each step of training reads by."""
+
+    def __call__(self, step: int, epoch: int, positions: slice, global_batch: int) -> tuple[Layout, Tensor | None]:
+        """Return the layout of a step, and the orders of some samples of its global batch, int64 (positions, N).
+
+        Orders are raster indices at each sequence position; None where all samples have the layout's.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class AnnealedOrders:
+    """Random orders that give way to the layout's: RAR's recipe (arXiv 2411.00776, section 3.2).
+
+    A sample of a step has a uniformly random order with a probability of 1 before the step `start`, which falls evenly to 0
+    at the step `end`, and else the layout's.
+    """
+
+    layout: Layout
+    seed: int
+    start: float
+    end: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.end:
+            raise ValueError(
+                f"random orders end where they begin to be fewer or later, got {self.start:g} {self.end:g}"
+            )
+        rows = [reader.row for readers in self.layout.readers for reader in readers]
+        if self.layout.patch_side > 1 or len({*rows}) < len(rows):
+            raise ValueError(
+                f"a row of the layout {self.layout.name!r} predicts several tokens: it has no random orders"
+            )
+
+    def random_ratio(self, step: int) -> float:
+        """Return the probability of a random order at an optimizer step, from 0."""
+        if step < self.start:
+            return 1.0
+        return 0.0 if step >= self.end else 1 - (step - self.start) / (self.end - self.start)
+
+    def __call__(self, step: int, epoch: int, positions: slice, global_batch: int) -> tuple[Layout, Tensor | None]:
+        ratio = self.random_ratio(step)
+        samples = np.arange(*positions.indices(global_batch), dtype=np.uint64)
+        drawn = item_seed(self.seed, step, samples, _WHETHER).astype(np.float64) / 2.0**63 < ratio
+        if ratio == 0 or not drawn.any():
+            return self.layout, None
+        orders = self.layout.order.repeat(len(samples), 1)
+        orders[torch.from_numpy(drawn)] = random_orders(self.seed, step, samples[drawn], self.layout.tokens)
+        return self.layout, orders
+
+
+@dataclass(frozen=True)
+class OneLayout:
+    """The same layout in every step."""
+
+    layout: Layout
+
+    def __call__(self, step: int, epoch: int, positions: slice, global_batch: int) -> tuple[Layout, None]:
+        return self.layout, None
+
+
+def training_orders(args: Namespace, layout: Layout, samples: int) -> OrderSchedule:
+    """Return what the flags ask for: --random-orders, or the layout in every step. samples: of the data set.
+
+    Raises ValueError for orders that a layout cannot have.
+    """
+    if not any(args.random_orders or ()):
+        return OneLayout(layout)
+    steps = max(samples // args.global_batch_size, 1)
+    start, end = (epoch * steps for epoch in args.random_orders)
+    return AnnealedOrders(layout, args.global_seed, start, end)
+
+
+def random_orders(seed: int, step: int, samples: np.ndarray, tokens: int) -> Tensor:
+    """Draw a uniformly random order for samples of a step's global batch, int64 (samples, tokens)."""
+    places = np.arange(tokens, dtype=np.uint64)
+    keys = item_seed(seed, step, samples.astype(np.uint64)[:, None], places, _WHICH)
+    return torch.from_numpy(keys.argsort(axis=1, kind="stable"))
