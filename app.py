@@ -151,7 +151,7 @@ def models(args: argparse.Namespace) -> dict[str, Callable[[], "ImagePipeline"]]
     if args.quickstart:
         files = {name: quickstart_files(name, *found, needed=name == kind) for name, found in files.items()}
     names = ("gpt_model", "layout", "num_classes", "cls_token_num", "codebook_size", "downsample_size", "vq_model")
-    given = {name: getattr(args, name) for name in (*names, "codebook_embed_dim")}
+    given = {name: getattr(args, name) for name in (*names, "codebook_embed_dim", "quantizer")}
     given = {name: value for name, value in given.items() if value != parser.get_default(name)}
     if ar_token_num := layout_numbers(args)[0]:
         given["ar_token_num"] = ar_token_num

@@ -262,15 +262,16 @@ class ImagePipeline:
             vq_path = find(vq) if (folder / vq).exists() else find_checkpoint(vq)
         else:
             vq_path = find(vq)
+        of_tokenizer = ("vq_model", "codebook_embed_dim", "quantizer")
         tokenizer = load_tokenizer(
             vq_path,
             device=device,
             use_ema=(use_ema and has_averages(vq_path)) or None,
             decode_precision=decode_precision,
             fingerprint=read_checkpoint(gpt_path).config.get("tokenizer"),
-            **{name: beliefs.get(name) for name in ("vq_model", "codebook_size", "codebook_embed_dim")},
+            **{name: beliefs.get(name) for name in ("codebook_size", *of_tokenizer)},
         )
-        of_gpt = {name: value for name, value in beliefs.items() if name not in ("vq_model", "codebook_embed_dim")}
+        of_gpt = {name: value for name, value in beliefs.items() if name not in of_tokenizer}
         model = load_gpt(
             gpt_path,
             image_size=image_size,

@@ -302,6 +302,8 @@ def find_lpips(
 def run_settings(args: argparse.Namespace, dataset: ImageDataset, loaded: Loaded) -> dict[str, Any]:
     """Return what decides the images and the figures, as plain values."""
     settings = {key: value for key, value in vars(args).items() if key not in IMMATERIAL}
+    if settings.get("quantizer", "") is None:  # the file says it
+        del settings["quantizer"]
     settings |= dataset.reading.record()
     settings["image_size_eval"] = args.image_size_eval or args.image_size
     names, content = 0, hashlib.sha256()

@@ -102,7 +102,7 @@ def untold(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[str]:
     known = [known.shape for known in VQGAN_FROM_TAMING.values()]
     network, codes = config["network"], config["quantizer"]
     shape = (codes["codebook_size"], codes.get("codebook_embed_dim"), tuple(network.get("encoder_ch_mult", ())))
-    if taming(checkpoint) and codes["name"] == "vq" and network["attention"] and shape not in known:
+    if codes.get("l2_norm") is False and taming(checkpoint) and network["attention"] and shape not in known:
         lines.append(
             'read as a VQGAN, by the nearest row; an IBQ of two blocks a level needs quantizer="ibq" (--quantizer ibq)'
         )
