@@ -4,7 +4,8 @@ row = find_row("c2i_L_384"); row.fid, row.cfg_scale, row.flags()
 
 Class-conditional ImageNet: FID of 50,000 samples against the reference batch below. Tokenizers: FID of ImageNet's 50,000
 validation images, reconstructed, against themselves (rFID). The figures are those that LlamaGen (arXiv 2406.06525),
-Next-Patch-Prediction (2412.15321), PAR (2412.15119) and NAR (2503.10696) give for the weights they released.
+Next-Patch-Prediction (2412.15321), PAR (2412.15119), NAR (2503.10696) and Open-MAGVIT2 (2409.04410) give for the weights they
+released.
 """
 
 import difflib
@@ -39,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _LLAMAGEN = "FoundationVision/LlamaGen"
 _NPP = "pytttttt/LlamaGen-NPP"
 _PAR = "Epiphqny/PAR"
+_MAGVIT = "TencentARC/Open-MAGVIT2-Tokenizer"
 _PARAMETERS = {"B": 110_888_448, "L": 342_910_976, "XL": 774_699_520, "XXL": 1_410_972_672, "3B": 3_096_659_200}
 _VQ16, _VQ8 = f"{_LLAMAGEN}/vq_ds16_c2i.pt", f"{_LLAMAGEN}/vq_ds8_c2i.pt"
 
@@ -129,6 +131,13 @@ def _rows() -> Iterator[Row]:
         ("vq_ds8_c2i", _VQ8, 70_109_835, 256, 0.59),
     ):
         yield Row(name, "LlamaGen", fid, parameters, None, file, image_size)
+    for name, kind, file, parameters, fid in (
+        ("open_magvit2_256", "256-resolution", "imagenet_256_L.ckpt", 115_127_829, 1.17),
+        ("open_magvit2_128", "128-resolution", "imagenet_128_L.ckpt", 112_021_653, 0.34),
+        ("open_magvit2_16384", "16384-Pretrain", "pretrain256_16384.ckpt", 115_094_033, 2.55),
+        ("open_magvit2_262144", "262144-Pretrain", "pretrain256_262144.ckpt", 115_127_829, 1.67),
+    ):
+        yield Row(name, "Open-MAGVIT2", fid, parameters, None, f"{_MAGVIT}-{kind}/{file}", 256)
 
 
 ROWS: dict[str, Row] = {row.name: row for row in _rows()}

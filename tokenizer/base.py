@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -269,6 +270,13 @@ class Tokenizer(nn.Module):
             whole.update(name.encode())
             whole.update(_bytes(tensor))
         return first.hexdigest()[:16] + whole.hexdigest()[:16]
+
+
+def load_tokenizer(path: str | Path, **options: Any) -> Tokenizer:
+    """Build the tokenizer of a checkpoint of any family, as tokenizer/load.py does with these options."""
+    from tokenizer import load  # which imports every network, and they import this file
+
+    return load.load_tokenizer(path, **options)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

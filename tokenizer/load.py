@@ -16,6 +16,7 @@ import torch
 
 from tokenizer.base import NETWORKS, Tokenizer
 from tokenizer.maskgit import MaskGITTokenizer
+from tokenizer.open_magvit2 import OpenMagvit2
 from tokenizer.patches import PatchTokenizer
 from tokenizer.released import adapted, looks_like, recorded_l2_norm, untold
 from tokenizer.tokenizer_image.vq_model import VQModel
@@ -27,6 +28,7 @@ from utils.runs import newest_checkpoint
 NETWORKS.add("vqgan", VQModel)
 NETWORKS.add("patches", PatchTokenizer)
 NETWORKS.add("maskgit", MaskGITTokenizer)
+NETWORKS.add("open-magvit2", OpenMagvit2)
 logger = logging.getLogger(__name__)
 
 

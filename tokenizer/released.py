@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenizer.tokenizer_image.sizes import size_name
+from tokenizer.tokenizer_image.sizes import magvit_name, size_name
 from tokenizer.vqgan.sizes import VQGAN_FROM_TAMING
 from utils.checkpoint import Checkpoint, State
 
@@ -94,6 +94,22 @@ def maskgit(checkpoint: Checkpoint) -> Adapted | None:
     return {"family": "MaskGIT-VQGAN", "network": network, "quantizer": quantizer}, state
 
 
+def open_magvit2(checkpoint: Checkpoint) -> Adapted | None:
+    """Adapt Open-MAGVIT2's files, whose names are kept; the discriminator and LPIPS (`loss.…`) are dropped."""
+    if not {"encoder.mid_block.0.conv1.weight", "decoder.adaptive.0.gamma.weight"} <= checkpoint.model.keys():
+        return None
+    state = {name: tensor for name, tensor in checkpoint.model.items() if not name.startswith("loss.")}
+    shapes = Shapes(checkpoint, state)
+    network = {
+        "name": "open-magvit2",
+        "ch_mult": shapes.multipliers("encoder.down.{}.block.0.conv1.weight"),
+        "ch": shapes("encoder.conv_in.weight")[0],
+        "blocks": shapes.count("encoder.down.0.block.{}.conv1.weight"),
+    }
+    quantizer = {"name": "lfq", "codebook_size": 2 ** shapes("encoder.conv_out.weight")[0]}
+    return {"family": magvit_name(len(network["ch_mult"])), "network": network, "quantizer": quantizer}, state
+
+
 def untold(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[str]:
     """Return what the weights of a published file do not show and a caller may know, a line each."""
     lines = []
@@ -101,7 +117,11 @@ def untold(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[str]:
         lines.append("it has raw weights alone; IBQ's figures, and the codes of its GPTs, are of the averaged ones")
     known = [known.shape for known in VQGAN_FROM_TAMING.values()]
     network, codes = config["network"], config["quantizer"]
-    shape = (codes["codebook_size"], codes.get("codebook_embed_dim"), tuple(network.get("encoder_ch_mult", ())))
+    shape = (codes.get("codebook_size"), codes.get("codebook_embed_dim"), tuple(network.get("encoder_ch_mult", ())))
+    if config["family"].startswith("Open-MAGVIT2") and checkpoint.ema is not None:
+        lines.append(
+            "its raw weights are read, of which its GPTs' codes are; its published rFID is of the averaged ones (--use-ema)"
+        )
     if codes.get("l2_norm") is False and taming(checkpoint) and network["attention"] and shape not in known:
         lines.append(
             'read as a VQGAN, by the nearest row; an IBQ of two blocks a level needs quantizer="ibq" (--quantizer ibq)'
@@ -210,6 +230,7 @@ FAMILIES: dict[str, Callable[[Checkpoint], Adapted | None]] = {
     "llamagen": llamagen,
     "janus": janus,
     "maskgit": maskgit,
+    "open-magvit2": open_magvit2,
     "ibq": ibq,
     "taming": taming,
 }

@@ -195,11 +195,11 @@ def result_lines(result: dict[str, Any]) -> Iterator[str]:
 
 def table_of_rows() -> Iterator[str]:
     """Yield what --list prints."""
-    yield f"{'name':<17}{'system':<10}{'model':<9}{'parameters':>14}{'pixels':>8}{'guidance':>10}{'figure':>8}{'published':>11}"
+    yield f"{'name':<21}{'system':<14}{'model':<15}{'parameters':>14}{'pixels':>8}{'guidance':>10}{'figure':>8}{'published':>11}"
     for row in ROWS.values():
         scale = "" if row.cfg_scale is None else f"{row.cfg_scale:g}"
         yield (
-            f"{row.name:<17}{row.system:<10}{row.model:<9}{row.parameters:>14,}{row.image_size:>8}{scale:>10}"
+            f"{row.name:<21}{row.system:<14}{row.model:<15}{row.parameters:>14,}{row.image_size:>8}{scale:>10}"
             f"{row.figure:>8}{row.fid:>11.2f}"
         )
 

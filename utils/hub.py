@@ -23,6 +23,7 @@ _TEXT = "peizesun/llamagen_t2i"
 _PAR = "Epiphqny/PAR"
 _NPP = "pytttttt/LlamaGen-NPP"
 NAR_OWNERS = {"B": "chenfeng1271", "M": "yefly", "L": "chenfeng1271", "XL": "yefly", "XXL": "chenfeng1271"}
+_MAGVIT = "TencentARC/Open-MAGVIT2-Tokenizer"
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,10 @@ RELEASED: dict[str, Release] = {
         _gpt(_NPP, "c2i_XL_256.pt", "GPT-XL", 256, folder="LlamaGen-NPP/"),
         _gpt(_NPP, "c2i_XXL_256.pt", "GPT-XXL", 256, folder="LlamaGen-NPP/"),
         *(_nar(owner, size) for size, owner in NAR_OWNERS.items()),
+        _tokenizer(f"{_MAGVIT}-256-resolution", "imagenet_256_L.ckpt", "Open-MAGVIT2"),
+        _tokenizer(f"{_MAGVIT}-128-resolution", "imagenet_128_L.ckpt", "Open-MAGVIT2-8", downsample_size="8"),
+        _tokenizer(f"{_MAGVIT}-16384-Pretrain", "pretrain256_16384.ckpt", "Open-MAGVIT2"),
+        _tokenizer(f"{_MAGVIT}-262144-Pretrain", "pretrain256_262144.ckpt", "Open-MAGVIT2"),
         Release("google/flan-t5-xl", "", "t5-ckpt/flan-t5-xl"),
         _autoencoder("stabilityai/sd-vae-ft-mse", vae="sd-vae-ft-mse"),
         _autoencoder("stabilityai/sdxl-vae", vae="sdxl-vae"),

@@ -531,3 +531,9 @@ def test_published_flags():
     check_published_flags(vq_train, TRAIN_FLAGS, ("--cloud-save-path", "--codebook-l2-norm"))
     assert vq_train.flags().parse_args(["--data-path", "x"]).cloud_save_path is None
     check_published_flags(vq_demo, DEMO_FLAGS)
+
+
+def test_learning_rate_is_a_tenth_after_each_of_the_epochs_asked_for(images, tmp_path):
+    train(images, tmp_path, *NO_DISC, "--epochs", 3, "--lr-drop-epochs", 1, 2, "--warmup-steps", 2)
+    rates = metrics(tmp_path, "lr")
+    assert [rates[step] for step in (1, 2, 3, 4, 6, 7, 9)] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])

@@ -19,8 +19,9 @@ from evaluations import published
 from evaluations.published import REFERENCE, ROWS, find_file, find_row, gpt_args
 from tests.helpers import GOLDEN, ROOT
 from tests.training import run_here
+from tokenizer.load import build_tokenizer
 from tokenizer.tokenizer_image import reconstruction_vq_ddp
-from tokenizer.tokenizer_image.vq_model import VQ_models
+from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from tools import reproduce, steps, sweep_guidance
 from utils import hub
 from utils.hub import RELEASED
@@ -94,6 +95,8 @@ def test_rows_are_the_published_tables():
         "NAR-B": (4.65, 2.0), "NAR-M": (3.27, 2.0), "NAR-L": (3.06, 2.0), "NAR-XL": (2.70, 2.0), "NAR-XXL": (2.58, 2.0),
         "vq_ds16_c2i": (2.19, None), "vq_ds16_c2i_384": (0.94, None), "vq_ds16_c2i_512": (0.70, None),
         "vq_ds8_c2i": (0.59, None),
+        "open_magvit2_256": (1.17, None), "open_magvit2_128": (0.34, None), "open_magvit2_16384": (2.55, None),
+        "open_magvit2_262144": (1.67, None),
     }  # fmt: skip
     assert {name: (row.fid, row.cfg_scale) for name, row in ROWS.items()} == figures
     assert all(name == row.name and row.samples == 50_000 and row.image_size_eval == 256 for name, row in ROWS.items())
@@ -105,8 +108,12 @@ def test_a_row_has_released_files_and_flags_its_script_takes(row):
     words = [word for flag, value in flags.items() for word in ([flag, value] if value else [flag])]
     if row.gpt is None:
         args = reconstruction_vq_ddp.flags().parse_args([*words, "--data-path", "x"])
-        size = VQ_models[args.vq_model]
-        assert row.parameters == sum(p.numel() for p in size().parameters())
+        with torch.device("meta"):
+            network = {"name": "vqgan", **VQ_SIZES[args.vq_model]}
+            quantizer = network.pop("quantizer", {"name": "vq"})
+            quantizer = {**quantizer, **({"codebook_size": 2**14} if row.name == "open_magvit2_16384" else {})}
+            model = build_tokenizer({"network": network, "quantizer": quantizer})
+        assert row.parameters == sum(p.numel() for p in model.parameters())
     else:
         args = sample_c2i_ddp.flags().parse_args(words)
         assert (args.cfg_scale, args.top_k, args.top_p, args.temperature) == (row.cfg_scale, 0, 1.0, 1.0)

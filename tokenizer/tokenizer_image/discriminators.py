@@ -2,9 +2,11 @@
 
 logits = PatchGANDiscriminator()(images)  # (B, 3, H, W) in [-1, 1] -> (B, 1, H', W')
 logits = StyleGANDiscriminator(image_size=256)(images)  # (B, 3, 256, 256) -> (B, 1)
+logits = BlurDiscriminator()(images)  # (B, 3, H, W) -> (B, 1, H/8, W/8)
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -117,3 +119,43 @@ class StyleGANDiscriminator(nn.Module):
             x = block(x)
         x = self.final_conv(x)  # (B, C, 4, 4)
         return self.final_linear(x.flatten(1))
+
+
+class BlurPool(nn.Module):
+    """Normalised [1, 3, 3, 1] filter at stride 2, padded with zeros: (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2))."""
+
+    def __init__(self):
+        super().__init__()
+        line = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        self.register_buffer("kernel", torch.outer(line, line)[None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels, height, width = x.shape[1:]
+        padded = F.pad(x, (1, 1 + width % 2, 1, 1 + height % 2))
+        kernel = self.kernel.to(x.dtype).expand(channels, 1, 4, 4)
+        return F.conv2d(padded, kernel, stride=2, groups=channels)
+
+
+class BlurDiscriminator(nn.Module):
+    """Scores patches through three blurred halvings (Open-MAGVIT2, arXiv 2409.04410): `ndf`, 2*ndf and 4*ndf channels."""
+
+    def __init__(self, ndf: int = 128):
+        super().__init__()
+        widths = [ndf, ndf, 2 * ndf, 4 * ndf]
+        self.block_in = nn.Sequential(nn.Conv2d(3, ndf, 5, padding=2), nn.LeakyReLU(0.1))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(before, after, 3, padding=1), BlurPool(), nn.GroupNorm(32, after), nn.LeakyReLU(0.1)
+            )
+            for before, after in pairwise(widths)
+        )
+        self.to_logits = nn.Sequential(
+            nn.Conv2d(4 * ndf, 4 * ndf, 1), nn.LeakyReLU(0.1), nn.Conv2d(4 * ndf, 1, 5, padding=2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Score images (B, 3, H, W) -> logits (B, 1, H/8, W/8), rounded up."""
+        h = self.block_in(x)
+        for block in self.blocks:
+            h = block(h)
+        return self.to_logits(h)

@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizer.base import Tokenizer
 from tokenizer.maskgit import MaskGITConfig, MaskGITTokenizer
+from tokenizer.open_magvit2 import OpenMagvit2, OpenMagvitConfig
 from tokenizer.patches import PatchConfig, PatchTokenizer
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel, VQModelArgs
@@ -73,12 +74,31 @@ class MaskGITTokenizerHF(MaskGITTokenizer, _Described, library_name="pytorch", t
         self.file_config = origin(**self.identity)
 
 
+class OpenMagvit2HF(
+    OpenMagvit2,
+    _Described,
+    library_name="pytorch",
+    paper_url="https://arxiv.org/abs/2409.04410",
+    tags=["image-tokenizer", "lookup-free"],
+):
+    """An OpenMagvit2 with save_pretrained, push_to_hub and from_pretrained."""
+
+    def __init__(self, config: OpenMagvitConfig):
+        super().__init__(config)
+        self.file_config = origin(**self.identity)
+
+
 def for_hub(tokenizer: Tokenizer, *what: Any) -> HubModel:
     """Return a tokenizer's weights (not a copy) as a model for the hub; `what` as `HubModel.holding` takes it.
 
     Raises ValueError for a network that the hub has no model of.
     """
-    kinds: dict[str, type[HubModel]] = {"vqgan": VQModelHF, "patches": PatchTokenizerHF, "maskgit": MaskGITTokenizerHF}
+    kinds: dict[str, type[HubModel]] = {
+        "vqgan": VQModelHF,
+        "patches": PatchTokenizerHF,
+        "maskgit": MaskGITTokenizerHF,
+        "open-magvit2": OpenMagvit2HF,
+    }
     if tokenizer.network["name"] not in kinds:
         raise ValueError(
             f"the tokenizer is of the network {tokenizer.network['name']}; what can be saved is {', '.join(kinds)}"

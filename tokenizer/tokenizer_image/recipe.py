@@ -125,6 +125,12 @@ def new_losses(args: argparse.Namespace) -> VQLoss:
     return VQLoss(gen_adv_loss=args.gen_loss, **{name: getattr(args, name) for name in names})
 
 
+def dropping_rate(args: argparse.Namespace, batches: int, per_epoch: int) -> float:
+    """Return the learning rate after so many batches: --warmup-steps, and a tenth after each of --lr-drop-epochs."""
+    drops = sum(batches >= epoch * per_epoch for epoch in args.lr_drop_epochs)
+    return args.lr * 0.1**drops * min(1, (batches + 1) / max(args.warmup_steps, 1))
+
+
 def begin_anew(initial: Checkpoint, discriminator: nn.Module, args: argparse.Namespace) -> None:
     """Set a checkpoint back to step 0, for --finetune; without --keep-discriminator nothing but its tokenizer stays.
 

@@ -22,6 +22,16 @@ VQ_SIZES: dict[str, dict] = {
     "IBQ-8": {**_levels(1, 2, 2, 4), "blocks": 4, "quantizer": _codes("ibq", 16384)},
     "MaskGIT-VQGAN": {"name": "maskgit", "quantizer": _codes("vq_legacy", 1024)},
     "Chameleon": {**_levels(1, 1, 2, 2, 4), "attention": False, "quantizer": _codes("vq", 8192, l2_norm=False)},
+    "Open-MAGVIT2": {
+        "name": "open-magvit2",
+        "ch_mult": [1, 1, 2, 2, 4],
+        "quantizer": {"name": "lfq", "codebook_size": 2**18},
+    },
+    "Open-MAGVIT2-8": {
+        "name": "open-magvit2",
+        "ch_mult": [1, 2, 2, 4],
+        "quantizer": {"name": "lfq", "codebook_size": 2**18},
+    },
     "VQ-8-P": {"name": "patches", "patch": 4, "ch": 64, "depth": 2},
     "VQ-8-XS": {**_levels(1, 1, 2, 2), "ch": 32, "z_channels": 64},
     "VQ-4": {**_levels(1, 1, 2), "ch": 32, "z_channels": 64},
@@ -37,3 +47,8 @@ def size_name(network: Mapping[str, Any]) -> str | None:
     similar = {name: size for name, size in VQ_SIZES.items() if "name" not in size and kind(size) == kind(network)}
     same = [name for name, size in similar.items() if all(size[part] == network[part] for part in _levels())]
     return next(iter([*same, *similar]), None)
+
+
+def magvit_name(levels: int) -> str:
+    """Return the name of Open-MAGVIT2's network of so many levels."""
+    return "Open-MAGVIT2" if levels == 5 else f"Open-MAGVIT2-{2 ** (levels - 1)}"

@@ -93,8 +93,9 @@ class Strips:
             count += n
         deviation = torch.sqrt(squares / count + norm.eps)
         mean, deviation = (y.repeat_interleave(x.shape[1] // norm.num_groups, 1) for y in (mean, deviation))  # (B, C)
-        scale = (norm.weight.float() / deviation)[:, :, None, None]
-        shift = norm.bias.float()[:, None, None] - mean[:, :, None, None] * scale
+        weight, bias = (norm.weight.float(), norm.bias.float()) if norm.affine else (1, torch.zeros_like(mean[0]))
+        scale = (weight / deviation)[:, :, None, None]
+        shift = bias[:, None, None] - mean[:, :, None, None] * scale
 
         def apply(strip: Tensor) -> Tensor:
             return (strip.float() * scale + shift).to(strip.dtype)

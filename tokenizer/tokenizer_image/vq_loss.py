@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tokenizer.base import CodebookLosses
-from tokenizer.tokenizer_image.discriminators import PatchGANDiscriminator, StyleGANDiscriminator
+from tokenizer.tokenizer_image.discriminators import BlurDiscriminator, PatchGANDiscriminator, StyleGANDiscriminator
 from tokenizer.tokenizer_image.lpips import LPIPS
 
 
@@ -89,7 +89,7 @@ class VQLoss(nn.Module):
     generator's. lecam_weight scales LeCam beside the discriminator's loss.
     codebook_weight scales the quantiser's losses. With perceptual_weight 0 no LPIPS is built and no file is needed;
     `lpips` is a network to use in place of a new one.
-    image_size matters to the stylegan discriminator only, disc_dim to patchgan only.
+    image_size matters to the stylegan discriminator only, disc_dim (their first channels) to the others.
     Raises FileNotFoundError if the weights of LPIPS are missing.
     """
 
@@ -97,7 +97,7 @@ class VQLoss(nn.Module):
         self,
         disc_start: int,
         disc_loss: str = "hinge",
-        disc_dim: int = 64,
+        disc_dim: int | None = None,
         disc_type: str = "patchgan",
         image_size: int = 256,
         disc_weight: float = 1.0,
@@ -111,10 +111,11 @@ class VQLoss(nn.Module):
         lpips: nn.Module | None = None,
     ):
         super().__init__()
-        if disc_type == "patchgan":
-            self.discriminator = PatchGANDiscriminator(ndf=disc_dim)
-        else:
+        if disc_type == "stylegan":
             self.discriminator = StyleGANDiscriminator(image_size)
+        else:
+            kind, channels = {"patchgan": (PatchGANDiscriminator, 64), "blur": (BlurDiscriminator, 128)}[disc_type]
+            self.discriminator = kind(ndf=disc_dim or channels)
         self.disc_start = disc_start
         self.disc_weight = disc_weight
         self.gen_weight = disc_weight if gen_weight is None else gen_weight

@@ -34,7 +34,14 @@ def main(args: argparse.Namespace) -> None:
 
     from dataset.augmentation import random_view
     from dataset.build import build_dataset
-    from tokenizer.tokenizer_image.recipe import Adversaries, Comparison, begin_anew, new_losses, new_tokenizer
+    from tokenizer.tokenizer_image.recipe import (
+        Adversaries,
+        Comparison,
+        begin_anew,
+        dropping_rate,
+        new_losses,
+        new_tokenizer,
+    )
     from utils.checkpoint import read_checkpoint
     from utils.distributed import start
     from utils.logger import console_logger
@@ -67,6 +74,7 @@ def main(args: argparse.Namespace) -> None:
         initial=initial,
         sample=Comparison(dataset, args.image_size, dist.device),
         config=origin(**tokenizer.identity),
+        rate=partial(dropping_rate, args) if args.lr_drop_epochs else None,
     )
     trainer = Trainer(args, plan, job)
     if args.codebook_l2_norm is False:
@@ -145,7 +153,10 @@ def flags() -> argparse.ArgumentParser:
     help = "of LeCam, the discriminator's regularisation towards running means of its logits"
     group.add_argument("--lecam-weight", type=nonnegative_float, default=0.0, help=help)
     add_switch(group, "--disc-first", False, "in each step move the discriminator before the tokenizer")
-    group.add_argument("--disc-type", choices=["patchgan", "stylegan"], default="patchgan", help="discriminator")
+    kinds = ["patchgan", "stylegan", "blur"]
+    group.add_argument(
+        "--disc-type", choices=kinds, default="patchgan", help="discriminator; blur: Open-MAGVIT2's second"
+    )
     group.add_argument(
         "--disc-loss", choices=["hinge", "vanilla", "non-saturating"], default="hinge", help="discriminator's loss"
     )
@@ -156,6 +167,8 @@ def flags() -> argparse.ArgumentParser:
         help="generator's adversarial loss; -mean: of the mean of an image's logits",
     )
     parser.add_argument("--dropout-p", type=PROBABILITY, default=0.0, help="dropout in the tokenizer's residual blocks")
+    help = "epochs after which the learning rate is a tenth, in place of --lr-schedule"
+    parser.add_argument("--lr-drop-epochs", type=positive_int, nargs="+", default=[], help=help)
     add_switch(parser, "--compile", False, "torch.compile the tokenizer (on CUDA)")
     add_training_flags(
         parser, epochs=40, batch=128, results_dir="results_tokenizer_image", num_workers=16, decays=False
