@@ -12,6 +12,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import grid_size
@@ -42,6 +43,7 @@ _NPP = "pytttttt/LlamaGen-NPP"
 _PAR = "Epiphqny/PAR"
 _MAGVIT = "TencentARC/Open-MAGVIT2-Tokenizer"
 _PARAMETERS = {"B": 110_888_448, "L": 342_910_976, "XL": 774_699_520, "XXL": 1_410_972_672, "3B": 3_096_659_200}
+_RAR, _MASKGIT = "yucornetto/RAR", "fun-research/TiTok/maskgit-vqgan-imagenet-f16-256.bin"
 _VQ16, _VQ8 = f"{_LLAMAGEN}/vq_ds16_c2i.pt", f"{_LLAMAGEN}/vq_ds8_c2i.pt"
 
 
@@ -51,6 +53,7 @@ class Row:
 
     gpt: the released GPT; None for a row about the tokenizer alone, whose `fid` is then rFID.
     image_size: pixels a side that the models work at. image_size_eval: that the images are evaluated at.
+    drawing: further flags of sample_c2i_ddp.py.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Row:
     cfg_scale: float | None = None
     image_size_eval: int = 256
     samples: int = 50_000
+    drawing: Mapping[str, str] = MappingProxyType({})
 
     @property
     def model(self) -> str:
@@ -83,7 +87,7 @@ class Row:
             return tokenizer | sizes
         drawing = {"--cfg-scale": str(self.cfg_scale), "--top-k": "0", "--top-p": "1.0", "--temperature": "1.0"}
         gpt = {**RELEASED[self.gpt].flags, "--gpt-ckpt": self.gpt}
-        return gpt | tokenizer | sizes | drawing | {"--num-fid-samples": str(self.samples)}
+        return gpt | tokenizer | sizes | drawing | {**self.drawing} | {"--num-fid-samples": str(self.samples)}
 
 
 def _rows() -> Iterator[Row]:
@@ -124,6 +128,16 @@ def _rows() -> Iterator[Row]:
     ):
         file = f"{NAR_OWNERS[size]}/NAR-imagenet-256-{size}/last_version.pt"
         yield Row(f"NAR-{size}", "NAR", fid, parameters, file, _VQ16, 256, 2.0)
+    for size, parameters, cfg_scale, power, temperature, fid in (
+        ("B", 260_923_648, 16.0, "2.75", "1.0", 1.95),
+        ("L", 461_668_352, 15.5, "2.5", "1.02", 1.70),
+        ("XL", 955_425_024, 6.9, "1.5", "1.02", 1.50),
+        ("XXL", 1_498_520_704, 8.0, "1.2", "1.02", 1.48),
+    ):
+        drawing = {"--temperature": temperature, "--cfg-schedule": "power-cosine", "--cfg-power": power}
+        drawing |= {"--balanced": "", "--precision": "none"}
+        file = f"{_RAR}/rar_{size.lower()}.bin"
+        yield Row(f"RAR-{size}", "RAR", fid, parameters, file, _MASKGIT, 256, cfg_scale, drawing=drawing)
     for name, file, parameters, image_size, fid in (
         ("vq_ds16_c2i", _VQ16, 71_883_403, 256, 2.19),
         ("vq_ds16_c2i_384", _VQ16, 71_883_403, 384, 0.94),

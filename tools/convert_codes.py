@@ -1,13 +1,17 @@
 """Converts extracted codes between packed shards and the published layout of one small file per image.
 
     python tools/convert_codes.py --from imagenet_code_c2i_flip --to imagenet_code_c2i_flip_packed --image-size 256
+    python tools/convert_codes.py --from maskgitvq.jsonl --to maskgitvq_packed --image-size 256 --codebook-size 1024
 
-The layout of `--from` is recognised and `--to` gets the other one. A stopped conversion resumes where it was; what is
+The layout of `--from` is recognised and `--to` gets the other one. RAR's published codes, a .jsonl file with
+{"class_id": 207, "tokens": [256 numbers]} a line, become packed shards with one view a line. A stopped conversion resumes where it was; what is
 already in `--to` is compared with the source, and refused where it differs.
 """
 
 import argparse
+import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from utils.cli import flag_parser, positive_int, run_script
@@ -66,6 +70,62 @@ def published_to_packed(
             raise ValueError(f"shard {shard} in {target} is not of the codes in {source}: use another folder")
 
 
+def lines_to_packed(
+    source: str | Path,
+    target: str | Path,
+    image_size: int,
+    codebook_size: int | None = None,
+    num_classes: int | None = None,
+    vq_model: str | None = None,
+    shard_size: int = 4096,
+) -> None:
+    """Write packed shards of a .jsonl file, a sample of one view for each line.
+
+    Raises ValueError for a line that is no sample of as many tokens as the first, or where a shard that is already there is
+    not of this file.
+    """
+    import numpy as np
+    from tqdm import tqdm
+
+    from dataset.code_files import CodeSettings, CodeWriter
+
+    def samples(lines: list[str], first: int) -> tuple[np.ndarray, np.ndarray]:
+        codes, labels = np.empty((len(lines), 1, tokens), np.int64), np.empty(len(lines), np.int64)
+        for row, line in enumerate(lines):
+            try:
+                sample = json.loads(line)
+                codes[row, 0], labels[row] = sample["tokens"], sample["class_id"]
+            except (ValueError, TypeError, LookupError) as error:
+                wanted = f'{{"class_id": …, "tokens": [{tokens} numbers]}}'
+                raise ValueError(f"{source}, line {first + row + 1} is not {wanted}: {error}") from error
+        return codes, labels
+
+    with open(source, encoding="utf-8") as file:
+        count = sum(1 for _ in file)
+    with open(source, encoding="utf-8") as file:
+        tokens = len(json.loads(file.readline() or "{}").get("tokens", ()))
+        if not tokens:
+            raise ValueError(f'{source} does not begin with a line of codes, {{"class_id": …, "tokens": […]}}')
+        file.seek(0)
+        settings = CodeSettings(
+            dataset="imagenet", image_size=image_size, tokens=tokens, views=["view_0"], num_images=count,
+            codebook_size=codebook_size or 16384, num_classes=num_classes, vq_model=vq_model, shard_size=shard_size,
+            made_by="tools/convert_codes.py",
+        )  # fmt: skip
+        writer = CodeWriter(target, settings)
+        missing = set(writer.missing_shards())
+        for shard in tqdm(range(settings.num_shards), unit="shard"):
+            images = settings.images_of(shard)
+            lines = list(islice(file, len(images)))
+            if shard in missing:
+                writer.write_shard(shard, *samples(lines, images.start), np.asarray(images))
+                continue
+            there, labels_there, _ = writer.read_shard(shard)
+            first, label = samples(lines[:1], images.start)
+            if not (np.array_equal(there[:1], first) and labels_there[0] == label[0]):
+                raise ValueError(f"shard {shard} in {target} is not of the codes in {source}: use another folder")
+
+
 def packed_to_published(source: str | Path, target: str | Path, image_size: int) -> None:
     """Write the published layout of packed shards; the files are numbered by data set index.
 
@@ -109,6 +169,11 @@ def main(args: argparse.Namespace) -> None:
     from dataset.store import INDEX_FILE
 
     source, target = Path(args.source), Path(args.target)
+    given = args.image_size, args.codebook_size, args.num_classes, args.vq_model, args.shard_size
+    if source.is_file() and source.suffix == ".jsonl":
+        lines_to_packed(source, target, *given)
+        print(f"{target} holds the codes of {source}")
+        return
     if not source.is_dir():
         raise FileNotFoundError(f"the code folder {source} does not exist: check --from")
     if target.exists() and target.samefile(source):
@@ -119,9 +184,7 @@ def main(args: argparse.Namespace) -> None:
         if args.image_size not in sizes:
             there = ", ".join(map(str, sizes))
             raise ValueError(f"{source} holds codes of --image-size {there}, not {args.image_size}")
-        published_to_packed(
-            source, target, args.image_size, args.codebook_size, args.num_classes, args.vq_model, args.shard_size
-        )
+        published_to_packed(source, target, *given)
     else:
         raise ValueError(f"{source} holds no codes: neither {INDEX_FILE} nor imagenet{args.image_size}_codes/")
     print(f"{target} holds the codes of {source}")
@@ -130,7 +193,9 @@ def main(args: argparse.Namespace) -> None:
 def flags() -> argparse.ArgumentParser:
     """Return the script's flags."""
     parser = flag_parser(__doc__)
-    parser.add_argument("--from", dest="source", required=True, help="folder of codes in either layout")
+    parser.add_argument(
+        "--from", dest="source", required=True, help="folder of codes in either layout, or a .jsonl file of them"
+    )
     parser.add_argument("--to", dest="target", required=True, help="folder that gets the other layout")
     parser.add_argument("--image-size", type=positive_int, required=True, help="pixels, as given at extraction")
     help = "to packed: noted in the index (default: what --from records, or 16384)"

@@ -22,6 +22,7 @@ _LLAMAGEN = "FoundationVision/LlamaGen"
 _TEXT = "peizesun/llamagen_t2i"
 _PAR = "Epiphqny/PAR"
 _NPP = "pytttttt/LlamaGen-NPP"
+_RAR, _TITOK = "yucornetto/RAR", "fun-research/TiTok"
 NAR_OWNERS = {"B": "chenfeng1271", "M": "yefly", "L": "chenfeng1271", "XL": "yefly", "XXL": "chenfeng1271"}
 _MAGVIT = "TencentARC/Open-MAGVIT2-Tokenizer"
 
@@ -112,6 +113,8 @@ RELEASED: dict[str, Release] = {
         _tokenizer(f"{_MAGVIT}-128-resolution", "imagenet_128_L.ckpt", "Open-MAGVIT2-8", downsample_size="8"),
         _tokenizer(f"{_MAGVIT}-16384-Pretrain", "pretrain256_16384.ckpt", "Open-MAGVIT2"),
         _tokenizer(f"{_MAGVIT}-262144-Pretrain", "pretrain256_262144.ckpt", "Open-MAGVIT2"),
+        *(_gpt(_RAR, f"rar_{size.lower()}.bin", f"RAR-{size}", 256) for size in ("B", "L", "XL", "XXL")),
+        Release(_TITOK, "maskgit-vqgan-imagenet-f16-256.bin", "maskgit-vqgan-imagenet-f16-256.bin"),
         Release("google/flan-t5-xl", "", "t5-ckpt/flan-t5-xl"),
         _autoencoder("stabilityai/sd-vae-ft-mse", vae="sd-vae-ft-mse"),
         _autoencoder("stabilityai/sdxl-vae", vae="sdxl-vae"),

@@ -1,5 +1,6 @@
 """tools/convert_codes.py: both ways, stopped and resumed, and what it refuses."""
 
+import json
 import sys
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from dataset.codes import open_codes
 from tests import forkserver
 from tests.dataset.test_codes import SETTINGS, codes_of, publish, write
 from tests.helpers import ROOT
-from tools.convert_codes import flags, main, packed_to_published, published_to_packed
+from tools.convert_codes import flags, lines_to_packed, main, packed_to_published, published_to_packed
 
 pytestmark = pytest.mark.slow  # through whole scripts and servers
 
@@ -36,6 +37,43 @@ def test_there_and_back(tmp_path, views):
         assert one["label"] == other["label"]
     packed_to_published(tmp_path / "packed", tmp_path / "back", 64)
     assert files(tmp_path / "back") == files(tmp_path / "flip")
+
+
+def jsonl(path, count, tokens=4):
+    lines = [{"class_id": i % 3, "tokens": [(i + t) % 7 for t in range(tokens)]} for i in range(count)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+def test_lines_of_codes_become_packed_and_resume(tmp_path):
+    """RAR's published codes."""
+    path, target = tmp_path / "maskgitvq.jsonl", tmp_path / "packed"
+    lines = jsonl(path, 11)
+    words = f"--from {path} --to {target} --image-size 32 --codebook-size 8 --num-classes 3 --shard-size 4"
+    main(flags().parse_args(words.split()))
+    packed = open_codes(target)
+    packed.sources[0].verify()
+    assert packed.settings.codebook_size == 8 and packed.settings.num_classes == 3
+    for sample, line in zip(packed, lines, strict=True):
+        assert sample["codes"].tolist() == line["tokens"] and sample["label"] == line["class_id"]
+    whole = files(target)
+    (target / "shard-000001.json").unlink()
+    main(flags().parse_args(words.split()))
+    assert files(target) == whole
+
+
+def test_other_and_broken_lines_are_refused(tmp_path):
+    path, target = tmp_path / "codes.jsonl", tmp_path / "packed"
+    jsonl(path, 5)
+    lines_to_packed(path, target, 32, shard_size=4)
+    path.write_text(path.read_text().replace("[0, 1", "[1, 1", 1))
+    with pytest.raises(ValueError, match=r"shard 0 .* is not of the codes"):
+        lines_to_packed(path, target, 32, shard_size=4)
+    for broken in ('{"class_id": 1, "tokens": [1, 2]}', "no line", '{"tokens": [1, 2, 3, 4]}'):
+        jsonl(path, 2)
+        path.write_text(path.read_text() + broken + "\n")
+        with pytest.raises(ValueError, match="line 3 is not"):
+            lines_to_packed(path, tmp_path / "other", 32)
 
 
 def test_gaps_are_kept(tmp_path):
