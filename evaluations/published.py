@@ -10,9 +10,8 @@ released.
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import grid_size
@@ -66,7 +65,7 @@ class Row:
     cfg_scale: float | None = None
     image_size_eval: int = 256
     samples: int = 50_000
-    drawing: Mapping[str, str] = MappingProxyType({})
+    drawing: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def model(self) -> str:
