@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def bandwidth(device: torch.device) -> float:
     return 2 * len(source) / min(timed(lambda: target.copy_(source), device) for _ in range(5))
 
 
-def random_gpt(name: str, tokens: int, device: torch.device, **changes: int) -> Trunk:
+def random_gpt(name: str, tokens: int, device: torch.device, **changes: Any) -> Trunk:
     """Return a model with random weights, those of the output layer too, which are zeros at first."""
     torch.manual_seed(0)
     with device:

@@ -2,6 +2,7 @@
 
     python3 benchmarks/sampling.py --gpt-model GPT-B --precision bf16 --batches 1 8 32
     python3 benchmarks/sampling.py --gpt-model GPT-B --precision bf16 --batches 1 --groups 1 4 16      # PAR
+    python3 benchmarks/sampling.py --gpt-model GPT-B --precision bf16 --layouts neighbours --groups 1  # NAR, and raster
 
 Random weights, guidance 4 (twice as many rows as images), top-k 2000; tokens only. The floor applies each weight matrix
 once a step to that many rows, in the fastest way there is here, and does nothing else.
@@ -28,22 +29,23 @@ def main(args: argparse.Namespace) -> None:
     from utils.distributed import pick_device
 
     device = pick_device(args.device)
-    for group in args.groups:
-        model = random_gpt(args.gpt_model, args.tokens, torch.device("cpu"), ar_token_num=group)
+    orders = [{"ar_token_num": group} for group in args.groups] + [{"layout": {"name": name}} for name in args.layouts]
+    for order in orders:
+        model = random_gpt(args.gpt_model, args.tokens, torch.device("cpu"), **order)
         model = model.to(device, PRECISIONS[args.precision]).requires_grad_(False).eval()
         cuda, steps = device.type == "cuda", 1 + len(model.layout.steps)
         where = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} CPU threads"
         shape = f"{args.tokens} tokens in {steps} steps, {args.precision}"
-        print(f"\n{args.gpt_model}, {shape}, torch {torch.__version__}, {where}")
+        print(f"\n{args.gpt_model}, {model.layout.name}, {shape}, torch {torch.__version__}, {where}")
         if cuda:
             print(f"memory bandwidth: {bandwidth(device) / 1e9:.0f} GB/s")
         print("| images | way | s | steps/s | images/s | of the plain loop | of the floor | first call s |")
         print("|---|---|---|---|---|---|---|---|")
         for batch in args.batches:
-            measure(model, batch, group, steps, args)
+            measure(model, batch, steps, args)
 
 
-def measure(model: "Transformer", batch: int, group: int, steps: int, args: argparse.Namespace) -> None:
+def measure(model: "Transformer", batch: int, steps: int, args: argparse.Namespace) -> None:
     """Print the rows of a number of images: the floor, then each way."""
     import torch
 
@@ -53,10 +55,11 @@ def measure(model: "Transformer", batch: int, group: int, steps: int, args: argp
 
     device = model.tok_embeddings.weight.device
     labels, plain = torch.arange(batch, device=device) % 1000, None
+    group = -(-sum(len(step.rows) for step in model.layout.steps) // steps)  # rows of a step, on the average
     least = steps * floor(model, 2 * batch, group, args.passes)
     print(f"| {batch} | floor | {least:.2f} | {steps / least:.1f} | {batch / least:.3g} | | | |", flush=True)
     for way in args.ways:
-        if way == "plain" and group > 1:
+        if way == "plain" and not model.layout.is_raster:
             continue
         release_cache(model)
 
@@ -120,6 +123,8 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=positive_int, default=256, help="of an image, a square number")
     parser.add_argument("--batches", type=positive_int, nargs="+", default=[1, 8, 32], help="images at once")
     parser.add_argument("--groups", type=positive_int, nargs="+", default=[1], help="tokens of a step, as PAR has them")
+    help = "registered orders of tokens, after those of --groups"
+    parser.add_argument("--layouts", nargs="+", default=[], help=help)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="what to time")
     parser.add_argument("--precision", choices=["none", "fp16", "bf16"], default="bf16", help="of the weights")
     parser.add_argument("--repeats", type=positive_int, default=1, help="calls of each way; the fastest counts")

@@ -50,7 +50,8 @@ def add_gpt_training_flags(
     help = "start from this file or run: its weights, and where it has them optimizer and step"
     if gpt_type == "t2i":
         help += " if the image size is the same"
-    parser.add_argument("--gpt-ckpt", default=None, help=help)
+    names = ["--gpt-ckpt"] + ["--stage1-ckpt"] * (gpt_type == "t2i")  # NAR's name for it
+    parser.add_argument(*names, default=None, help=help)
     help = "data of a --condition, a folder that dataset/arrays.py wrote; repeatable"
     parser.add_argument("--condition-path", action="append", default=None, metavar="NAME=FOLDER", help=help)
     help = "the same of the held-out data"

@@ -315,7 +315,7 @@ def test_stage_2_begins_with_the_weights_of_stage_1(data, tmp_path):
     )
     for name, layout in layouts.items():
         large = ["--image-size", 20, "--max-steps", 1, "--lr", 1e-30, *EXACT, "--ema", *layout]
-        stage2 = train(data, tmp_path / f"{name}2", *large, "--gpt-ckpt", tmp_path / name, kind="images")
+        stage2 = train(data, tmp_path / f"{name}2", *large, "--stage1-ckpt", tmp_path / name, kind="images")
         assert same(weights(stage2), weights(tmp_path / name))
         assert list(metrics(stage2, "loss")) == [1]
         text = (run_folder(stage2) / "log.txt").read_text()
