@@ -1,16 +1,27 @@
 """Open-MAGVIT2 against the recorded runs: network, bits, losses, discriminators, and its published files."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import assert_close, golden_state, load_golden
+from autoregressive.train import extract_codes_c2i
+from dataset.augmentation import center_view
+from dataset.codes import open_codes
+from dataset.pixels import load_rgb
+from tests.helpers import assert_close, golden_state, load_golden, randomize
 from tests.tokenizer.taming import save_lightning
+from tests.training import load, make_images, metrics, run_folder, run_here, same
 from tokenizer import base
 from tokenizer.base import CodebookLosses
 from tokenizer.load import build_tokenizer
+from tokenizer.tokenizer_image import vq_train
 from tokenizer.tokenizer_image.quantizers.lfq import LookupFreeQuantizer, entropy_loss
 from tokenizer.tokenizer_image.vq_loss import VQLoss
+from tools import convert_codes
+from utils.checkpoint import save_checkpoint
+from utils.origin import origin
 
 IMAGES = {"rtol": 1e-3, "atol": 5e-5}  # decoders amplify a rounding, and the entropy's temperature the latents'
 
@@ -201,3 +212,70 @@ def test_averages_that_lack_a_weight_are_refused(recorded, tmp_path):
     assert base.load_tokenizer(tmp_path / "part.ckpt").codebook_size == 1024
     with pytest.raises(ValueError, match=r"has no entry 'encoder\.conv_in\.weight'"):
         base.load_tokenizer(tmp_path / "part.ckpt", use_ema=True)
+
+
+def test_open_magvit2_decodes_in_strips_and_in_bfloat16(tokenizer):
+    codes = torch.arange(2 * 2 * 3).view(2, 2, 3) * 83 % 1024
+    images = tokenizer.eval().to_pixels(codes)
+    latents = tokenizer.quantize.lookup(codes)
+    assert_close(tokenizer.decoder.in_strips(latents, numbers=5000), images, **IMAGES)
+    half = copy.deepcopy(tokenizer).decode_in_bfloat16()
+    for decode in (half.to_pixels, half.to_pixels_in_strips):
+        assert (decode(codes).float() - images).abs().mean() < 0.05 * images.abs().mean()
+    assert half.fingerprint() == tokenizer.fingerprint()
+
+
+# Training
+
+RECIPE = ["--reconstruction-loss", "l1", "--disc-start", 0, "--disc-weight", 1, "--gen-weight", 0.1]
+RECIPE += ["--gen-loss", "non-saturating-mean", "--lecam-weight", 0.05, "--ema", "--ema-decay", 0.5]
+RECIPE += ["--image-size", 32, "--global-batch-size", 4, "--num-workers", 0, "--mixed-precision", "none"]
+RECIPE += ["--log-every", 1, "--ckpt-every", 1, "--perceptual-weight", 0, "--device", "cpu"]
+SMALL = ["--network", "open-magvit2", "--vq-width", 32, "--network-options", '{"ch_mult": [1, 1, 2], "blocks": 1}']
+
+
+def train(images, results, *more):
+    run_here(vq_train, "--data-path", images, "--results-dir", results, *RECIPE, *more)
+    return max((run_folder(results) / "checkpoints").glob("*.pt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("discriminator", ["patchgan", "blur"])
+def test_open_magvit2_recipe_trains_and_resumes_bit_identically(tmp_path, discriminator):
+    images = make_images(tmp_path / "images", classes=2, per_class=4)
+    flags = [*SMALL, "--disc-type", discriminator]
+    path = train(images, tmp_path / "whole", *flags, "--max-steps", 3)
+    whole = load(path)
+    train(images, tmp_path / "parts", *flags, "--max-steps", 2)
+    parts = load(train(images, tmp_path / "parts", *flags[:2], *flags[-2:], "--max-steps", 3, "--resume"))
+    assert all(same(whole[key], parts[key]) for key in whole.keys() - {"args"})
+    assert (whole["args"].entropy_loss_ratio, whole["args"].commit_loss_beta) == (0.1, 0.25)
+    assert whole["config"]["quantizer"] == {"name": "lfq", "codebook_size": 2**18}
+    for line in metrics(tmp_path / "whole"):
+        parts = (
+            line["reconstruction_loss"] + 0.1 * line["adversarial_loss"] + line["commit_loss"] + line["entropy_loss"]
+        )
+        assert line["generator_loss"] == pytest.approx(parts, rel=1e-5) and line["lecam_loss"] > 0
+    for use_ema in (False, True):
+        found = base.load_tokenizer(path, use_ema=use_ema)
+        assert (found.family, found.codebook_size, found.downsample) == ("Open-MAGVIT2-4", 2**18, 4)
+    with pytest.raises(ValueError, match=r"--vq-model VQ-4 is of the network vqgan, not open-magvit2"):
+        train(images, tmp_path / "other", *SMALL, "--vq-model", "VQ-4")
+
+
+@pytest.mark.slow
+def test_codes_beyond_16_bits_are_stored_as_they_are(tmp_path):
+    """Packed and in the published layout, and read back for training."""
+    images = make_images(tmp_path / "images", classes=2, per_class=3, size=32)
+    network = {"name": "open-magvit2", "ch": 32, "ch_mult": [1, 1, 2], "blocks": 1}
+    made = randomize(build_tokenizer({"network": network, "quantizer": {"name": "lfq"}}))
+    save_checkpoint(tmp_path / "vq.pt", {"model": made.state_dict(), "config": origin(**made.identity)})
+    flags = ["--vq-ckpt", tmp_path / "vq.pt", "--image-size", 32, "--num-workers", 0, "--no-flip", "--device", "cpu"]
+    run_here(extract_codes_c2i, "--data-path", images, "--code-path", tmp_path / "codes", *flags)
+    run_here(convert_codes, "--from", tmp_path / "codes", "--to", tmp_path / "published", "--image-size", 32)
+    files = sorted(images.rglob("*.png"))
+    expected = torch.cat([made.to_codes(center_view(load_rgb(file), 32)[None]).flatten(1) for file in files])
+    assert expected.max() >= 2**16
+    for folder in ("codes", "published"):
+        codes = open_codes(tmp_path / folder, 32, 4, random_view=False)
+        assert torch.equal(torch.stack([codes[i]["codes"] for i in range(len(codes))]), expected)
