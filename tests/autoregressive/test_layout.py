@@ -194,10 +194,10 @@ def test_neighbours_by_hand(grid, prefix):
     [
         ({"name": "raster"}, [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4]),
         ({"name": "neighbours"}, [0] * 7 + [1] * 4 + [2] * 3 + [3, 3, 4]),
-        ({"name": "parallel", "group_size": 4}, [0] * 8 + [1] * 8 + [4]),
+        ({"name": "parallel", "group_size": 4}, [0] * 6 + [1] * 8 + [3, 3, 4]),
     ],
 )
 def test_whole_rows(layout, whole):
     layout = build_layout(layout, 4)
     assert [layout.whole_rows(tokens) for tokens in range(17)] == whole
-    assert layout.is_by_rows == (len(set(whole)) == 5)
+    assert layout.is_by_rows == (layout.name != "parallel")

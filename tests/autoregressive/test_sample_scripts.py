@@ -535,7 +535,7 @@ MISTAKES = {
     "raster for groups": (["--gpt-ckpt", "PAR", "--ar-token-num", 1], r"--ar-token-num 1 \(file: 4\).*Use: --gpt-model GPT-XS.*--ar-token-num 4 --spe-token-num 3"),
     "groups for raster": (["--ar-token-num", 4], r"--ar-token-num 4 \(file: 1\)"),
     "raster for neighbours": (["--layout", "neighbours"], r"--layout neighbours \(file: raster\).*have a second exit.*Use: "),
-    "neighbours for raster": (["--gpt-ckpt", "NAR", "--layout", "raster"], r"--layout raster \(file: neighbours\).*Use: "),
+    "neighbours for raster": (["--gpt-ckpt", "NAR", "--layout", "raster"], r"--layout raster \(file: neighbours\).*Use: .*--layout neighbours"),
     "groups and special tokens": (["--ar-token-num", 4, "--spe-token-num", 2], r"--ar-token-num 4 goes with --spe-token-num 3"),
     "device": (["--device", "cuda"], r"no CUDA device is available"),
 }  # fmt: skip
