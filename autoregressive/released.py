@@ -282,7 +282,11 @@ def check_flags(identity: Mapping[str, Any], checkpoint: Checkpoint, **flags: An
         problems.insert(0, f"--gpt-model {given['gpt_model']} (file: none of {', '.join(GPT_SIZES)})")
     if problems:
         codes = [name for name in ("vocab_size", "codebook_size") if name in given]  # training's word, and sampling's
-        named = [name for name in (*_DEFAULTS, *codes, *(name for name in wrong if name == "layout")) if held[name] is not None]
+        named = [
+            name
+            for name in (*_DEFAULTS, *codes, *(name for name in wrong if name == "layout"))
+            if held[name] is not None
+        ]
         fitting = {name: held[name] for name in named if name in wrong or held[name] != _DEFAULTS.get(name, 16384)}
         if size_in_name is not None:
             fitting.setdefault("image_size", size_in_name)
