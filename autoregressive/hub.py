@@ -9,7 +9,7 @@ tools/push_gpt_to_hf.py makes one of any checkpoint. A TransformerHF is a Transf
 from collections.abc import Callable
 from functools import partial
 
-from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.models.gpt import Transformer
 from autoregressive.models.sizes import GPT_SIZES
 from autoregressive.models.trunk import ModelArgs
 from autoregressive.released import describe
@@ -54,4 +54,6 @@ def build_gpt_for_hub(name: str, **overrides) -> TransformerHF:
     return TransformerHF(ModelArgs(**GPT_SIZES[name].fields | overrides))
 
 
-GPT_models_HF: dict[str, Callable[..., TransformerHF]] = {name: partial(build_gpt_for_hub, name) for name in GPT_models}
+GPT_models_HF: dict[str, Callable[..., TransformerHF]] = {
+    name: partial(build_gpt_for_hub, name) for name, size in GPT_SIZES.items() if size.trunk == "llama"
+}

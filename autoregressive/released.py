@@ -27,6 +27,7 @@ from utils.checkpoint import Checkpoint, parameter_count
 
 State = Mapping[str, torch.Tensor]
 CLASS_TABLE, NO_CAPTION = "cls_embedding.embedding_table.weight", "cls_embedding.uncond_embedding"
+RAR_TABLE = "embeddings.weight"
 SPECIAL_TABLE = "spe_tok_embeddings.special_embeddings.weight"
 BELOW_HEAD = "medusa_output.weight"
 SECOND_EXIT = "models of the layout neighbours alone have a second exit (medusa_norm, medusa_output and one more block)"
@@ -104,6 +105,25 @@ def rar_identity(state: State, path: str | Path, n_head: int | None = None) -> d
         "layout": {"name": "raster", "grid_size": isqrt(tokens)},
         "conditions": {"label": {"num_classes": len(state["embeddings.weight"]) - vocab_size - 2}},
     }
+
+
+def class_table(state: State) -> torch.Tensor:
+    """Return the rows of a model's classes and, the last one, of "no class", (classes + 1, dim)."""
+    if CLASS_TABLE in state:
+        return state[CLASS_TABLE]
+    if RAR_TABLE in state:  # behind those of the codes and of a mask that is never read
+        return state[RAR_TABLE][len(state["lm_head.weight"]) + 1 :]
+    return torch.cat([state["class_emb.weight"], state["fake_latent"]])
+
+
+def with_class_table(state: State, table: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return a state dict with another table of classes, as class_table returns it."""
+    if CLASS_TABLE in state:
+        return {**state, CLASS_TABLE: table}
+    if RAR_TABLE in state:
+        others = state[RAR_TABLE][: len(state["lm_head.weight"]) + 1]
+        return {**state, RAR_TABLE: torch.cat([others.to(table), table])}
+    return {**state, "class_emb.weight": table[:-1], "fake_latent": table[-1:]}
 
 
 def last_block(state: State, blocks: str = "layers") -> int:

@@ -202,9 +202,10 @@ def gpt_args(settings: Mapping[str, Any]) -> "ModelArgs":
         raise ValueError(f"--gpt-model {settings['gpt_model']} is in no table; known are {', '.join(GPT_SIZES)}")
     special = settings.get("spe_token_num")
     group = settings.get("ar_token_num") or (1 if special is None else special + 1)
+    size = GPT_SIZES[settings["gpt_model"]].fields
+    codes = settings["codebook_size"] or size.pop("vocab_size")
     return ModelArgs(
-        **GPT_SIZES[settings["gpt_model"]].fields,
-        vocab_size=settings["codebook_size"] or 16384,
+        **size | {"vocab_size": codes},
         block_size=grid_size(settings["image_size"], settings["downsample_size"]) ** 2,
         num_classes=settings["num_classes"] or 1000,
         cls_token_num=settings["cls_token_num"],

@@ -166,7 +166,11 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     from utils.flops import require_accelerator
 
     setup, card = setup_of(args), require_accelerator(args.gpu)
-    data = {"vocab_size": 16384, "num_classes": 1000, "cls_token_num": 1 if args.gpt_type == "c2i" else 120}
+    data = {
+        "vocab_size": GPT_SIZES[args.gpt_model].vocab_size,
+        "num_classes": 1000,
+        "cls_token_num": 1 if args.gpt_type == "c2i" else 120,
+    }
     named = argparse.Namespace(**vars(args) | {name: getattr(args, name) or value for name, value in data.items()})
     model = new_model(named, grid_size(args.image_size, args.downsample_size))
     peak = card.peak_flops(setup.precision)

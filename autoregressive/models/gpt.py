@@ -9,6 +9,8 @@ What it shares with other models is in trunk.py. LlamaGen (arXiv 2406.06525, sec
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -279,11 +281,9 @@ class Transformer(Trunk):
         return sum(parts[1:], parts[0])
 
 
-def build_gpt(name: str, **overrides) -> Transformer:
-    """A model of one of this trunk's sizes, with any field of ModelArgs overridden."""
-    return Transformer(ModelArgs(**GPT_SIZES[name].fields | overrides))
+def build_gpt(name: str, **overrides) -> Any:
+    """Build a model of a size in the table, with any field of ModelArgs overridden."""
+    return import_module("autoregressive.models.build").build_gpt(name, **overrides)  # which knows the other trunks
 
 
-GPT_models: dict[str, Callable[..., Transformer]] = {
-    name: partial(build_gpt, name) for name, size in GPT_SIZES.items() if size.trunk == "llama"
-}
+GPT_models: dict[str, Callable[..., Any]] = {name: partial(build_gpt, name) for name in GPT_SIZES}

@@ -4,13 +4,18 @@ from typing import Any, NamedTuple
 
 
 class Size(NamedTuple):
-    """Shapes of a model. trunk: its registered name. ffn_width: of the feed-forward layers, where no rule of dim gives it."""
+    """Shapes of a model.
+
+    trunk: its registered name. ffn_width: of the feed-forward layers, where no rule of dim gives it. vocab_size: codes of
+    the tokenizer that it is published with.
+    """
 
     n_layer: int
     n_head: int
     dim: int
     trunk: str = "llama"
     ffn_width: int | None = None
+    vocab_size: int = 16384
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -30,9 +35,9 @@ GPT_SIZES = {
     "GPT-1B": Size(22, 32, 2048),
     "GPT-3B": Size(24, 32, 3200),
     "GPT-7B": Size(32, 32, 4096),
-    "RAR-XS": Size(4, 4, 128, "rar", 512),
-    "RAR-B": Size(24, 16, 768, "rar", 3072),
-    "RAR-L": Size(24, 16, 1024, "rar", 4096),
-    "RAR-XL": Size(32, 16, 1280, "rar", 5120),
-    "RAR-XXL": Size(40, 16, 1408, "rar", 6144),
+    "RAR-XS": Size(4, 4, 128, "rar", 512, 1024),
+    "RAR-B": Size(24, 16, 768, "rar", 3072, 1024),
+    "RAR-L": Size(24, 16, 1024, "rar", 4096, 1024),
+    "RAR-XL": Size(32, 16, 1280, "rar", 5120, 1024),
+    "RAR-XXL": Size(40, 16, 1408, "rar", 6144, 1024),
 }

@@ -11,13 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from autoregressive.models.trunk import Trunk
-from autoregressive.released import CLASS_TABLE, SECOND_EXIT, check_flags, find_identity, flags_of
+from autoregressive.released import SECOND_EXIT, check_flags, class_table, find_identity, flags_of, with_class_table
 from utils.checkpoint import Checkpoint, read_checkpoint
 from utils.cli import layout_numbers
 from utils.distributed import Distributed
 from utils.runs import find_checkpoint, runs_in
 from utils.training.shards import ShardedCheckpoint
 from utils.training.state import TrainingState
+
+TARGET_PLACES = "target_embeddings.weight"  # of a llama that is trained in random orders
 
 
 def starting_point(
@@ -69,12 +71,16 @@ def starting_point(
         if model.layout.heads > 1:
             weights.model = {**weights.model, **_second_exit(model)}
             note.append("the second exit begins anew")
+    if TARGET_PLACES in weights.model and not args.random_orders:
+        weights.model = {name: tensor for name, tensor in weights.model.items() if name != TARGET_PLACES}
+        note.append("its places of targets are left out, since all samples are read in the layout's order")
+    elif TARGET_PLACES in (own := model.state_dict()) and TARGET_PLACES not in weights.model:
+        weights.model = {**weights.model, TARGET_PLACES: _whole(own[TARGET_PLACES])}
+        note.append("the places of targets begin anew")
     if args.gpt_type == "c2i":
         names = weights.config.get("classes"), config.get("classes")
-        weights.model = dict(weights.model)
-        weights.model[CLASS_TABLE], rows = _class_rows(
-            args.class_rows or "name", weights.model[CLASS_TABLE], model, *names, path
-        )
+        table, rows = _class_rows(args.class_rows or "name", class_table(weights.model), model, *names, path)
+        weights.model = with_class_table(weights.model, table)
         note.append(rows)
     for key in ("tokenizer", "text_encoder"):
         if (
@@ -138,7 +144,7 @@ def _class_rows(
     rows: --class-rows. saved: the file's table. before, now: names of the file's classes and of this run's. The last row,
     of "no class", stays the last.
     """
-    table = _whole(model.state_dict()[CLASS_TABLE])
+    table = class_table({name: _whole(tensor) for name, tensor in model.state_dict().items()})
     classes = len(table) - 1
     if rows == "name":
         if not (before and now):

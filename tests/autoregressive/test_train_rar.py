@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from autoregressive.pipeline import load_gpt
 from autoregressive.train import train_c2i
@@ -70,6 +71,29 @@ def test_no_random_orders_is_raster_to_the_bit(codes, tmp_path, name):
     none = train(codes, tmp_path / "none", name, "--random-orders", 0, 0, "--max-steps", 3)
     plain = train(codes, tmp_path / "plain", name, "--max-steps", 3)
     assert same(load(last(none))["model"], load(last(plain))["model"])
+
+
+@pytest.mark.slow
+def test_raster_file_begins_a_run_in_random_orders_and_the_reverse(codes, tmp_path):
+    still = ["--finetune", "--class-rows", "number", "--max-steps", 1, "--lr", 1e-12, "--weight-decay", 0]
+    raster = last(train(codes, tmp_path / "raster", "GPT-XS", "--max-steps", 2))
+    random = last(train(codes, tmp_path / "random", "GPT-XS", *ORDERS, *still, "--gpt-ckpt", raster))
+    back = last(train(codes, tmp_path / "back", "GPT-XS", *still, "--gpt-ckpt", random))
+    before, between, after = (load(path)["model"] for path in (raster, random, back))
+    assert between.keys() - before.keys() == {"target_embeddings.weight"} and after.keys() == before.keys()
+    assert all(torch.allclose(after[name], before[name], atol=1e-9) for name in before)
+
+
+@pytest.mark.slow
+def test_rar_finetuned_on_other_classes_keeps_rows_of_codes_and_of_no_class(codes, tmp_path):
+    begun = load(begin := last(train(codes, tmp_path / "begin", "RAR-XS", *ORDERS)))["model"]["embeddings.weight"]
+    still = ["--finetune", "--class-rows", "number", "--max-steps", 1, "--lr", 1e-12, "--num-classes", 12]
+    table = load(last(train(codes, tmp_path / "more", "RAR-XS", *still, "--gpt-ckpt", begin)))["model"][
+        "embeddings.weight"
+    ]
+    assert len(table) == len(begun) + 2
+    torch.testing.assert_close(table[: VOCAB + 1 + CLASSES], begun[:-1], rtol=0, atol=1e-9)
+    torch.testing.assert_close(table[-1], begun[-1], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(
