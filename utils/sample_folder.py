@@ -30,9 +30,12 @@ def folder_name(args: argparse.Namespace, gpt_path: Path, vq_path: Path, prompts
     checkpoint = folder.absolute().name if args.from_fsdp else gpt_path.stem
     size = getattr(args, "image_size_eval", args.image_size)  # images from prompts are saved as they are drawn
     asked = f"{prompts.partition('.')[0].lower()}-" if prompts else ""
+    power = f"-{args.cfg_power}" if args.cfg_schedule == "power-cosine" else ""
+    schedule = "" if args.cfg_schedule == "constant" else f"-{args.cfg_schedule}{power}"
     return (
         f"{args.gpt_model}-{checkpoint}-{asked}size-{args.image_size}-size-{size}-{args.vq_model}-"
-        f"topk-{args.top_k}-topp-{args.top_p}-temperature-{args.temperature}-cfg-{args.cfg_scale}-seed-{args.global_seed}"
+        f"topk-{args.top_k}-topp-{args.top_p}-temperature-{args.temperature}-cfg-{args.cfg_scale}{schedule}-"
+        f"seed-{args.global_seed}"
     )
 
 

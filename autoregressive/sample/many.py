@@ -54,6 +54,10 @@ def run_settings(
             settings[name] = None  # as in folders drawn before there was a choice, which do not say
     if sampling_config(args).greedy:
         settings["draw"] = None  # nothing is drawn
+    if args.cfg_schedule != "power-cosine":
+        settings["cfg_power"] = None  # not used
+    if args.cfg_schedule == "constant":
+        settings["cfg_schedule"] = None  # as in folders drawn before there was a choice
     if (
         args.window and pick_device(args.device).type != "cpu"
     ):  # where rounding goes by the number of rows; 0 is the default
