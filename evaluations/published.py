@@ -4,8 +4,8 @@ row = find_row("c2i_L_384"); row.fid, row.cfg_scale, row.flags()
 
 Class-conditional ImageNet: FID of 50,000 samples against the reference batch below. Tokenizers: FID of ImageNet's 50,000
 validation images, reconstructed, against themselves (rFID). The figures are those that LlamaGen (arXiv 2406.06525),
-Next-Patch-Prediction (2412.15321), PAR (2412.15119), NAR (2503.10696) and Open-MAGVIT2 (2409.04410) give for the weights they
-released.
+Next-Patch-Prediction (2412.15321), PAR (2412.15119), NAR (2503.10696), IBQ (2412.02692), Open-MAGVIT2 (2409.04410) and MaskGIT
+(2202.04200) give for the weights they released.
 """
 
 import difflib
@@ -144,6 +144,18 @@ def _rows() -> Iterator[Row]:
         ("vq_ds8_c2i", _VQ8, 70_109_835, 256, 0.59),
     ):
         yield Row(name, "LlamaGen", fid, parameters, None, file, image_size)
+    for name, file, parameters, fid in (
+        ("ibq_1024", "IBQ-Tokenizer-1024/imagenet256_1024.ckpt", 107_049_859, 2.24),
+        ("ibq_8192", "IBQ-Tokenizer-8192/imagenet256_8192.ckpt", 108_884_867, 1.87),
+        ("ibq_16384", "IBQ-Tokenizer-16384/imagenet256_16384.ckpt", 110_982_019, 1.37),
+        ("ibq_262144", "IBQ-Tokenizer-262144/imagenet256_262144.ckpt", 173_896_579, 1.00),
+        ("ibq_16384_pretrain", "IBQ-Tokenizer-16384-Pretrain/IBQ_pretrain_16384.ckpt", 110_982_019, 2.06),
+        ("ibq_262144_pretrain", "IBQ-Tokenizer-262144-Pretrain/IBQ_pretrain_262144.ckpt", 173_896_579, 1.53),
+    ):
+        yield Row(name, "IBQ", fid, parameters, None, f"TencentARC/{file}", 256)
+    yield Row(
+        "maskgit_vqgan", "MaskGIT", 2.28, 54_515_587, None, "fun-research/TiTok/maskgit-vqgan-imagenet-f16-256.bin", 256
+    )
     for name, kind, file, parameters, fid in (
         ("open_magvit2_256", "256-resolution", "imagenet_256_L.ckpt", 115_127_829, 1.17),
         ("open_magvit2_128", "128-resolution", "imagenet_128_L.ckpt", 112_021_653, 0.34),

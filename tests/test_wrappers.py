@@ -27,6 +27,10 @@ WRAPPERS = {
     "tokenizer/train_vq_finetune": "tokenizer/tokenizer_image/vq_train.py "
     f"--finetune --disc-start 0 {C2I} --dataset t2i_image",
     "tokenizer/train_vq_finetune_continue": "tokenizer/tokenizer_image/vq_train.py --disc-start 0 --dataset t2i_image",
+    "tokenizer/train_ibq": "tokenizer/tokenizer_image/vq_train.py --vq-model IBQ-16 --reconstruction-loss l1 --disc-start 0 "
+    "--disc-weight 1 --gen-weight 0.1 --gen-loss non-saturating-mean --lecam-weight 0.05 --disc-first --beta1 0.5 --beta2 0.9 "
+    "--max-grad-norm 0 --ema --ema-decay 0.999 --no-ema-warmup --no-flip --epochs 330 --lr-drop-epochs 250 300 "
+    "--global-batch-size 256",
     "tokenizer/train_open_magvit2": "tokenizer/tokenizer_image/vq_train.py --network open-magvit2 --reconstruction-loss l1 "
     "--disc-start 0 --disc-weight 1 --gen-weight 0.1 --gen-loss non-saturating-mean --lecam-weight 0.05 --beta1 0.5 "
     "--beta2 0.9 --max-grad-norm 0 --ema --ema-decay 0.999 --no-ema-warmup --no-flip --epochs 270 --lr-drop-epochs 200 250 "

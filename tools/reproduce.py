@@ -222,7 +222,7 @@ def describe_plan(
     for flag, name in (("--gpt-ckpt", row.gpt), ("--vq-ckpt", row.tokenizer)):
         if name and flag not in given:
             release = RELEASED[name]
-            parameters = row.parameters if name == row.gpt else 72e6
+            parameters = row.parameters if name == (row.gpt or row.tokenizer) else 72e6
             files[name] = on_disk(release.home, release.name), 4 * parameters, release.address
     absent = {name: found for name, found in files.items() if found[0] is None}
     for name, (_, size, address) in absent.items():

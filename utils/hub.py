@@ -24,7 +24,7 @@ _PAR = "Epiphqny/PAR"
 _NPP = "pytttttt/LlamaGen-NPP"
 _RAR, _TITOK = "yucornetto/RAR", "fun-research/TiTok"
 NAR_OWNERS = {"B": "chenfeng1271", "M": "yefly", "L": "chenfeng1271", "XL": "yefly", "XXL": "chenfeng1271"}
-_MAGVIT = "TencentARC/Open-MAGVIT2-Tokenizer"
+_MAGVIT, _IBQ = "TencentARC/Open-MAGVIT2-Tokenizer", "TencentARC/IBQ-Tokenizer"
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,14 @@ RELEASED: dict[str, Release] = {
         _gpt(_NPP, "c2i_XL_256.pt", "GPT-XL", 256, folder="LlamaGen-NPP/"),
         _gpt(_NPP, "c2i_XXL_256.pt", "GPT-XXL", 256, folder="LlamaGen-NPP/"),
         *(_nar(owner, size) for size, owner in NAR_OWNERS.items()),
+        *(_tokenizer(f"{_IBQ}-{size}", f"imagenet256_{size}.ckpt", "IBQ-16") for size in (1024, 8192, 16384, 262144)),
+        *(_tokenizer(f"{_IBQ}-{size}-Pretrain", f"IBQ_pretrain_{size}.ckpt", "IBQ-16") for size in (16384, 262144)),
         _tokenizer(f"{_MAGVIT}-256-resolution", "imagenet_256_L.ckpt", "Open-MAGVIT2"),
         _tokenizer(f"{_MAGVIT}-128-resolution", "imagenet_128_L.ckpt", "Open-MAGVIT2-8", downsample_size="8"),
         _tokenizer(f"{_MAGVIT}-16384-Pretrain", "pretrain256_16384.ckpt", "Open-MAGVIT2"),
         _tokenizer(f"{_MAGVIT}-262144-Pretrain", "pretrain256_262144.ckpt", "Open-MAGVIT2"),
         *(_gpt(_RAR, f"rar_{size.lower()}.bin", f"RAR-{size}", 256) for size in ("B", "L", "XL", "XXL")),
-        Release(_TITOK, "maskgit-vqgan-imagenet-f16-256.bin", "maskgit-vqgan-imagenet-f16-256.bin"),
+        _tokenizer(_TITOK, "maskgit-vqgan-imagenet-f16-256.bin", "MaskGIT-VQGAN"),
         Release("google/flan-t5-xl", "", "t5-ckpt/flan-t5-xl"),
         _autoencoder("stabilityai/sd-vae-ft-mse", vae="sd-vae-ft-mse"),
         _autoencoder("stabilityai/sdxl-vae", vae="sdxl-vae"),

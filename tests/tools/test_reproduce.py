@@ -95,6 +95,8 @@ def test_rows_are_the_published_tables():
         "NAR-B": (4.65, 2.0), "NAR-M": (3.27, 2.0), "NAR-L": (3.06, 2.0), "NAR-XL": (2.70, 2.0), "NAR-XXL": (2.58, 2.0),
         "vq_ds16_c2i": (2.19, None), "vq_ds16_c2i_384": (0.94, None), "vq_ds16_c2i_512": (0.70, None),
         "vq_ds8_c2i": (0.59, None),
+        "ibq_1024": (2.24, None), "ibq_8192": (1.87, None), "ibq_16384": (1.37, None), "ibq_262144": (1.00, None),
+        "ibq_16384_pretrain": (2.06, None), "ibq_262144_pretrain": (1.53, None), "maskgit_vqgan": (2.28, None),
         "open_magvit2_256": (1.17, None), "open_magvit2_128": (0.34, None), "open_magvit2_16384": (2.55, None),
         "open_magvit2_262144": (1.67, None),
     }  # fmt: skip
@@ -111,7 +113,8 @@ def test_a_row_has_released_files_and_flags_its_script_takes(row):
         with torch.device("meta"):
             network = {"name": "vqgan", **VQ_SIZES[args.vq_model]}
             quantizer = network.pop("quantizer", {"name": "vq"})
-            quantizer = {**quantizer, **({"codebook_size": 2**14} if row.name == "open_magvit2_16384" else {})}
+            size = re.search(r"_(\d+)\.ckpt$", row.tokenizer)
+            quantizer = {**quantizer, **({"codebook_size": int(size[1])} if size else {})}
             model = build_tokenizer({"network": network, "quantizer": quantizer})
         assert row.parameters == sum(p.numel() for p in model.parameters())
     else:
