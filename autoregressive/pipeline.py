@@ -30,7 +30,8 @@ from tqdm import tqdm
 from autoregressive.models.build import build_model
 from autoregressive.models.conditions import Condition
 from autoregressive.models.decode_step import can_compile
-from autoregressive.models.generate import check_draft_model, generate
+from autoregressive.models.generate import check_draft_model, generate, image_order
+from autoregressive.models.layouts import Layout
 from autoregressive.models.on_cpu import missing_rows
 from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
 from autoregressive.models.trunk import ModelArgs, Trunk
@@ -45,7 +46,7 @@ from utils.hub import is_released
 from utils.images import to_uint8
 from utils.origin import same_tokenizer
 from utils.overlap import one_behind
-from utils.rng import image_noise
+from utils.rng import image_noise, order_seed
 from utils.runs import find_checkpoint
 
 PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -82,7 +83,7 @@ def load_gpt(
     identity = gpt_identity(checkpoint, image_size=image_size, downsample_size=downsample_size, **flags)
     with torch.device("meta"):
         model = build_model(ModelArgs.from_identity(identity))
-    load_into(model, checkpoint.model, path, assign=True)
+    load_into(model, model.resized(checkpoint.model), path, assign=True)
     model.file_config = checkpoint.config
     # The model alone holds the weights now: each tensor that is cast or moved gives the memory of the old one back, and what
     # else the file has (an optimizer, averaged weights) goes at once.
@@ -348,6 +349,7 @@ class ImagePipeline:
         seed: int = 0,
         indices: Sequence[int] | None = None,
         known: Tensor | None = None,
+        orders: Tensor | None = None,
         negative_classes: int | Sequence[int | None] | None = None,
         negative_prompts: str | Sequence[str | None] | None = None,
         negative_features: Features | Sequence[Features | None] | None = None,
@@ -362,6 +364,7 @@ class ImagePipeline:
             seed: of the run.
             indices: each image's number in the run (0, 1, … by default).
             known: int64 (images, N) in raster order, tokens that are given, -1 for those to draw.
+            orders: int64 (images, N), the raster index at each sequence position, of models that draw in several orders.
             negative_classes, negative_prompts, negative_features: what guidance leads away from, in place of "no class" or
                 "no caption": one for all images, or one for each, None (or a blank prompt) for none.
             extra_conditions: values (images, …) of the model's further conditions, by name.
@@ -388,6 +391,7 @@ class ImagePipeline:
             "negatives": negatives,
             **columns,
             **({} if known is None else {"known": known}),
+            **({} if orders is None else {"orders": orders}),
         }
         for name, column in others.items():
             if len(column) != count:
@@ -400,6 +404,7 @@ class ImagePipeline:
                 int(seed),
                 numbers[i],
                 None if known is None else known[i],
+                None if orders is None else orders[i],
             )
             for i in range(count)
         ]
@@ -458,7 +463,7 @@ class ImagePipeline:
     def _drawn(self, requests: Sequence[Request], progress: bool) -> Iterator[tuple[list[int], Tensor]]:
         """One micro-batch at a time: the images' numbers, and their codes (n, N) in raster order."""
         total = len(requests) * self.gpt.layout.tokens
-        alike = [list(group) for _, group in groupby(requests, lambda request: request.sampling)]
+        alike = [list(group) for _, group in groupby(requests, self.kind)]
         parts = [group[i : i + self.batch_size] for group in alike for i in range(0, len(group), self.batch_size)]
         with tqdm(total=total, unit="tok", disable=not progress, desc=f"{len(requests)} images") as bar:
             for part in parts:
@@ -504,14 +509,15 @@ class ImagePipeline:
         return self.draw(self.read(self.requests(asked, **settings)), on_step=on_step)
 
     def draw(self, requests: Sequence[Request], *, on_step: OnStep | None = None, tokens: int | None = None) -> Tensor:
-        """Draw one micro-batch of codes, int64 (B, tokens) in raster order, for requests that `read` returned.
+        """Draw one micro-batch of codes, int64 (B, tokens) in raster order, for requests of one kind that `read` returned.
 
-        The requests have equal sampling settings. tokens: as generate's max_new_tokens.
+        tokens: as generate's max_new_tokens.
         Raises NotFiniteLogits where some of the images were drawn from logits that are not finite.
         """
         count = len(requests)
         rows = [*requests, *requests[-1:] * self._padding(count)]  # the last image fills the batch
-        sampling = requests[0].sampling
+        sampling, layout = self.kind(requests[0])
+        groups = None if layout == self.gpt.layout else layout.groups
         try:
             return generate(
                 self.gpt,
@@ -520,6 +526,7 @@ class ImagePipeline:
                 noise=torch.stack([self.noise(request) for request in rows]),
                 window=self.window,
                 draft_model=self.draft_gpt,
+                groups=groups,
                 compile=self.compile,
                 on_step=on_step,
                 **vars(sampling),
@@ -528,6 +535,28 @@ class ImagePipeline:
             if found := error.of(slice(count)):
                 raise found from None
             return error.tokens[:count]  # only the padding is broken
+
+    def layout(self, request: Request) -> Layout:
+        """Return the layout that a request's image is drawn by. Raises ValueError for settings that the model does not have."""
+        if not self.gpt.any_order and (request.order is not None or request.sampling.order == "random"):
+            raise ValueError(
+                f"the model knows the order of its layout {self.gpt.layout.name!r} alone: leave out --order random"
+            )
+        known = 0 if request.known is None else int((torch.as_tensor(request.known) >= 0).sum())
+        return self.gpt.layout.adapted(request.sampling.steps, request.sampling.repulsion, known)
+
+    def kind(self, request: Request) -> tuple[SamplingConfig, Layout]:
+        """Return what the requests of a micro-batch have in common."""
+        return request.sampling, self.layout(request)
+
+    def order(self, request: Request) -> Tensor | None:
+        """Return the order of a request's image, int64 (N,), a function of seed and index; None for the layout's own."""
+        if request.order is not None:
+            return torch.as_tensor(request.order)
+        if not (self.gpt.layout.own_orders or request.sampling.order == "random"):
+            return None
+        seed = order_seed(request.seed, request.index)
+        return image_order(self.layout(request), request.sampling, seed, request.known)
 
     def noise(self, request: Request) -> Tensor:
         """Return the noise of a request's image, (N,)."""
@@ -551,10 +580,15 @@ class ImagePipeline:
         if any(each.known is not None for each in requests):
             whole = torch.full((self.gpt.layout.tokens,), -1)
             known = torch.stack([whole if each.known is None else torch.as_tensor(each.known) for each in requests])
+        orders = [self.order(each) for each in requests]
+        ordered = any(order is not None for order in orders)
         return {
             "cond": values,
             "emb_masks": _prefix_mask(values, masks, self.gpt.conditions),
             "known": known,
+            "orders": torch.stack([self.gpt.layout.order if order is None else order for order in orders])
+            if ordered
+            else None,
             "negative": negatives or None,
             "negative_masks": _prefix_mask(values, negative_masks, self.gpt.conditions) if negatives else None,
         }

@@ -132,12 +132,48 @@ def last_block(state: State, blocks: str = "layers") -> int:
     return max((int(match[1]) for match in found if match), default=-1)
 
 
+def lpd_identity(state: State, path: str | Path, n_head: int | None = None) -> dict[str, Any]:
+    """Read the identity of an LPD off its shapes; its groups and their repulsion are those of the published runs.
+
+    n_head: heads of the attention, which shapes do not show; by default those of the size in the table, None if in none.
+    Raises ValueError where keys are missing.
+    """
+    needed = (
+        "class_emb.weight",
+        "token_emb.weight",
+        "pos_embed",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.mlp.fc1.weight",
+    )
+    if absent := [name for name in needed if name not in state]:
+        raise ValueError(f"{path} is not a GPT checkpoint: an LPD has {', '.join(absent)} too")
+    vocab_size, dim = state["token_emb.weight"].shape
+    n_layer = last_block(state, "blocks") + 1
+    size = size_name({"trunk": "lpd", "n_layer": n_layer, "dim": dim})
+    n_head = n_head or (GPT_SIZES[size].n_head if size else None)
+    grid_size = isqrt(state["pos_embed"].shape[1] - 1)
+    repulsion = 3 if size == "LPD-XXL" else 4 if grid_size == 32 else 2
+    return {
+        "model": {
+            "trunk": "lpd",
+            "dim": dim,
+            "n_layer": n_layer,
+            "n_head": n_head,
+            "ffn_dim": len(state["blocks.0.mlp.fc1.weight"]),
+            "vocab_size": vocab_size,
+        },
+        "layout": {"name": "queried", "repulsion": repulsion, "grid_size": grid_size},
+        "conditions": {"label": {"num_classes": len(state["class_emb.weight"])}},
+    }
+
+
 Recogniser = Callable[[State], bool]
 IdentityOf = Callable[[State, str | Path, int | None], dict[str, Any]]
 # For each released system its recogniser of keys, and the function from a state dict (and heads) to an identity.
 PUBLISHED: list[tuple[Recogniser, IdentityOf]] = [
     (lambda state: "target_aware_pos_embed" in state, rar_identity),
     (lambda state: BELOW_HEAD in state, nar_identity),
+    (lambda state: {"fake_latent", "mask_token"} <= state.keys(), lpd_identity),
     (lambda state: True, llamagen_identity),
 ]
 
@@ -185,6 +221,8 @@ def gpt_identity(
     """
     identity, path, recorded = find_identity(checkpoint, n_head), checkpoint.path, checkpoint.args or {}
     _require_registered(identity, checkpoint)
+    if TRUNKS[identity["model"]["trunk"]].resizes and image_size:
+        identity, image_size = _resized(identity, path, image_size, downsample_size or 16), None
     check_flags(identity, checkpoint, image_size=image_size, downsample_size=downsample_size, **flags)
     if identity["model"]["n_head"] is None:
         own = {name: size for name, size in GPT_SIZES.items() if size.trunk == identity["model"]["trunk"]}
@@ -208,6 +246,23 @@ def gpt_identity(
     if image_size % downsample_size:
         raise ValueError(f"--image-size {image_size} is not a multiple of --downsample-size {downsample_size}")
     return {**identity, "layout": {**identity["layout"], "grid_size": image_size // downsample_size}}
+
+
+def _resized(identity: dict[str, Any], path: Path, image_size: int, downsample_size: int) -> dict[str, Any]:
+    """Return an identity for another image size, with a warning where it is another one than the file's."""
+    before, now = identity["layout"]["grid_size"], image_size // downsample_size
+    if image_size % downsample_size:
+        raise ValueError(f"--image-size {image_size} is not a multiple of --downsample-size {downsample_size}")
+    if before == now:
+        return identity
+    side = before * downsample_size
+    warnings.warn(
+        f"{path} was trained at {side}x{side}: its table of places is resized for {image_size}x{image_size}, and its images "
+        f"will be poor before it is trained there; leave out --image-size for {side}",
+        stacklevel=3,
+    )
+    layout = {name: value for name, value in identity["layout"].items() if name != "group_sizes"}
+    return {**identity, "layout": {**layout, "grid_size": now}}
 
 
 def _require_registered(identity: Mapping[str, Any], checkpoint: Checkpoint) -> None:

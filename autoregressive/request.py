@@ -26,6 +26,7 @@ class Request:
     negative: values that guidance leads away from, by name, in place of "no class" or "no caption".
     seed, index: of the image's noise (utils/rng.py:image_noise): index is its number in a run of the seed.
     known: int64 (N,) in raster order, tokens that are given, -1 for those to draw.
+    order: int64 (N,), the raster index of the token at each sequence position, where the image has one of its own.
     """
 
     conditions: Mapping[str, Any]
@@ -34,6 +35,7 @@ class Request:
     seed: int = 0
     index: int = 0
     known: "Tensor | None" = None
+    order: "Tensor | None" = None
 
     def read(self, conditions: "Mapping[str, Condition]", encoded: "Mapping[str, Tensor] | None" = None) -> "Request":
         """Return the request with its values as the model's conditions read them. Raises ValueError, FileNotFoundError.

@@ -497,6 +497,8 @@ def add_training_flags(
     help = "after the warm-up; steps: times 0.2 after 1/2, 2/3 and 5/6 of the epochs"
     add_flag(group, "--lr-schedule", None, "constant", help, choices=["constant", "cosine", "steps"])
     add_flag(group, "--min-lr", nonnegative_float, 0.0, "where the cosine ends")
+    help = "epoch at which the cosine begins, if that is after the warm-up (LPD: 400 of 450)"
+    add_flag(group, "--lr-decay-start-epoch", nonnegative_float, 0.0, help)
     add_flag(group, "--warmup-steps", nonnegative_int, 0, "steps of linear warm-up")
     add_store_true(group, "--warmup-from-zero", "the first step of a warm-up has the rate 0, as in RAR and LPD")
     if decays:

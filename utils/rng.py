@@ -38,14 +38,19 @@ def image_noise(seed: int, indices: Sequence[int], tokens: int, draw: str = "rac
     Row i is a function of (seed, indices[i]) alone, whatever the batch, the process or the device.
 
     Args:
-        draw: SamplingConfig.draw. "race1": int64 keys, item_seed(seed, image, position, 2); image_label hashes a 1 in
-            place of the 2 and no position. "cdf": float32 in [0, 1).
+        draw: SamplingConfig.draw. "race1": int64 keys, item_seed(seed, image, position, 2); image_label and order_seed
+            hash a 1 and a 3 in place of the 2 and no position. "cdf": float32 in [0, 1).
     """
     if draw == "race1":
         images = np.array([index & _MASK for index in indices], np.uint64)[:, None]
         return torch.from_numpy(item_seed(seed, images, np.arange(tokens, dtype=np.uint64), 2).astype(np.int64))
     rows = [np.random.Generator(np.random.Philox(key=item_seed(seed, i))).random(tokens, np.float32) for i in indices]
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, tokens)
+
+
+def order_seed(seed: int, index: int) -> int:
+    """Return the seed of the order in which image `index` of a run is drawn, where it has one of its own."""
+    return item_seed(seed, index, 3)
 
 
 def image_label(seed: int, index: int, num_classes: int) -> int:

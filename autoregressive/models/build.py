@@ -4,7 +4,7 @@ model = build_model(ModelArgs.from_identity(identity))
 model = build_gpt("GPT-B", block_size=256)
 """
 
-from autoregressive.models import gpt, rar  # noqa: F401 - trunks register themselves
+from autoregressive.models import gpt, lpd, rar  # noqa: F401 - trunks register themselves
 from autoregressive.models.sizes import GPT_SIZES
 from autoregressive.models.trunk import TRUNKS, ModelArgs, Trunk
 

@@ -232,8 +232,8 @@ class DecodeState:
 
     OF_IMAGES = ("cursor", "tokens", "numbers", "spread", "guided", "scales", "known", "orders")
 
-    def __init__(self, model: Trunk, cache: StaticCache, batch: int):
-        layout, device = model.layout, cache.keys[0].device
+    def __init__(self, model: Trunk, layout: Layout, cache: StaticCache, batch: int):
+        self.layout, device = layout, cache.keys[0].device
         self.order = layout.order.to(device)
         self.orders, self.ordered = self.order.repeat(batch, 1), False
         self.cache, self.batch = cache, batch
@@ -430,7 +430,7 @@ def decode_rows(
     """Compute the model's part of a pass: tokens (R, s), or what stands in their place, to logits (R, outputs, V)."""
     h = model.embed(tokens, vectors, queries)
     h = h if added is None else h + added
-    return model.head(model.decode(h, rows, mask, causal=False), reads)
+    return model.logits(model.decode(h, rows, mask, causal=False), reads)
 
 
 def can_compile(device: torch.device) -> bool:

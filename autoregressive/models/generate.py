@@ -9,7 +9,7 @@ Caches are allocated once per model and used again by later calls. A token depen
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ from autoregressive.models import decode_step
 from autoregressive.models.decode_step import DecodeState, Drafter, Plan, as_drafted, window_of
 from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.layouts import Layout
-from autoregressive.models.machine import machine
+from autoregressive.models.machine import attention_bias, machine
 from autoregressive.models.on_cpu import packed, release
 from autoregressive.models.on_cuda import StepGraphs
 from autoregressive.models.sampling import NOISE, NotFiniteLogits, SamplingConfig, draw_race
@@ -45,19 +45,19 @@ def cache_for(model: Trunk, batch: int, device: torch.device, dtype: torch.dtype
         args, here = model.args, machine(device)
         # One row to spare for what is past an image's end, which compiled passes never read: the compiler takes the whole
         # cache for a fixed length.
-        rows = 1 + here.cache_rows(model.layout.rows - 1)
+        rows = 1 + here.cache_rows(model.layout.cache_rows)
         width = here.cache_width(args.dim // args.n_head)
         cache = StaticCache(len(model.layers), batch, args.kv_heads, rows, width, device, dtype)
         _caches[model] = cache
     return cache
 
 
-def graphs_for(model: Trunk, cache: StaticCache, batch: int) -> StepGraphs:
-    """The model's recorded steps, begun anew where those that are there are for another cache, batch or other weights."""
+def graphs_for(model: Trunk, layout: Layout, cache: StaticCache, batch: int) -> StepGraphs:
+    """The model's recorded steps, begun anew where those that are there are for another layout, cache, batch or other weights."""
     graphs = _graphs.get(model)
-    if graphs is None or not graphs.serve(model, cache, batch):
+    if graphs is None or not graphs.serve(model, layout, cache, batch):
         _graphs.pop(model, None)  # free the old ones before new ones are recorded
-        graphs = _graphs[model] = StepGraphs(model, DecodeState(model, cache, batch))
+        graphs = _graphs[model] = StepGraphs(model, DecodeState(model, layout, cache, batch))
     return graphs
 
 
@@ -91,6 +91,7 @@ def generate(
     negative_masks: Tensor | None = None,
     known: Tensor | None = None,
     orders: Tensor | None = None,
+    groups: Sequence[int] | int | None = None,
     noise: Tensor | None = None,
     window: int | str = 0,
     drafter: Drafter | None = None,
@@ -114,6 +115,7 @@ def generate(
         known: int64 (B, N) in raster order, tokens that are given and not drawn; -1 for those to draw.
         orders: int64 (B, N), the raster index at each sequence position of each image, where these are not the layout's order;
             of a model that was trained in several orders.
+        groups: tokens that each decode step draws, sum N, or how many steps; for layouts whose groups are free.
         noise: (B, N), a number per token of the layout's order: int64 keys, or float32 in [0, 1) where the setting `draw` is
             "cdf" (utils/rng.py:image_noise). Drawn from torch's global generator where not given.
         window: tokens that a pass computes, the later ones from drafts; 0 for one decode step a pass. "auto" chooses by device
@@ -130,20 +132,13 @@ def generate(
 
     Raises:
         ValueError: for settings out of range (SamplingConfig), a condition, orders or known tokens that the model does not
-            have, noise of another type than the draw's, a max_new_tokens at which no decode step ends, a window for a layout
+            have, groups that the layout cannot have, noise of another type than the draw's, a max_new_tokens at which no decode
+            step ends, a window for a layout
             that cannot have one, or a draft model that does not fit.
         NotFiniteLogits: where images were drawn from logits that are not finite.
     """
     config = SamplingConfig(*sampling, **settings)
-    layout, device = model.layout, model.tok_embeddings.weight.device
-    total = layout.tokens if max_new_tokens is None else max_new_tokens
-    ends = [step.outputs.stop for step in layout.passes]
-    if total not in ends:
-        raise ValueError(
-            f"max_new_tokens is {total}; the images have {layout.tokens} tokens, and no decode step of the layout "
-            f"{layout.name!r} ends after {total}"
-        )
-    end, given_masks = 1 + ends.index(total), emb_masks
+    device, tokens = model.tok_embeddings.weight.device, model.layout.tokens
     model.check_conditions(cond)
     if negative is not None:
         model.check_negatives(negative, cond)
@@ -152,16 +147,30 @@ def generate(
     values = {name: value.to(device) for name, value in model.as_conditions(cond).items()}
     batch = len(next(iter(values.values())))
     if known is not None:
-        if known.shape != (batch, layout.tokens) or known.is_floating_point() or known.max() >= model.args.vocab_size:
+        if known.shape != (batch, tokens) or known.is_floating_point() or known.max() >= model.args.vocab_size:
             raise ValueError(
-                f"known tokens are whole numbers of shape ({batch}, {layout.tokens}) below {model.args.vocab_size}, got "
+                f"known tokens are whole numbers of shape ({batch}, {tokens}) below {model.args.vocab_size}, got "
                 f"{known.dtype} of shape {tuple(known.shape)}"
             )
         known = known.to(device)
+    given = 0 if known is None else int((known >= 0).sum(1).min())
+    layout = model.layout.adapted(config.steps, config.repulsion, given)
+    layout = layout if groups is None else layout.with_groups(groups)
+    total = tokens if max_new_tokens is None else max_new_tokens
+    ends = [step.outputs.stop for step in layout.passes]
+    if total not in ends:
+        raise ValueError(
+            f"max_new_tokens is {total}; the images have {tokens} tokens, and no decode step of the layout "
+            f"{layout.name!r} ends after {total}"
+        )
+    end, given_masks = 1 + ends.index(total), emb_masks
+    if orders is None and (layout.own_orders or config.order == "random"):
+        seeds, own = torch.randint(2**63 - 1, (batch,)).tolist(), [None] * batch if known is None else known.cpu()
+        orders = torch.stack([image_order(layout, config, *each) for each in zip(seeds, own, strict=True)])
     if orders is not None:
         orders = model.as_orders(orders, batch)
     if noise is None:
-        shape = batch, layout.tokens
+        shape = batch, tokens
         noise = (
             torch.rand(shape, device=device) if config.draw == "cdf" else torch.randint(2**63 - 1, shape, device=device)
         )
@@ -193,8 +202,8 @@ def generate(
             compiled=compile,
         )
         plan = with_window(plan, window, model, samples, compile)
-        graphs = graphs_for(model, cache, batch) if recorded else None
-        state = graphs.state if graphs else DecodeState(model, cache, batch)
+        graphs = graphs_for(model, layout, cache, batch) if recorded else None
+        state = graphs.state if graphs else DecodeState(model, layout, cache, batch)
         negatives = {} if negative is None else {k: v.to(device) for k, v in model.by_name(negative).items()}
         conditions, added = model.embed_conditions(with_nulls(model, values, negatives) if config.guided else values)
         state.begin(plan, noise, emb_masks, known, added, as_drafted if draft_model else drafter, orders)
@@ -239,18 +248,30 @@ def generate(
                 if on_step:
                     on_step(layout.passes[least - 1].outputs.stop, sequence)
             places = state.orders[:, :total].argsort(1)  # of the tokens drawn, by their place in the image
-            tokens = sequence.gather(1, places)
+            drawn = sequence.gather(1, places)
             finite = state.spread[:, :total].isfinite()
             broken = not finite.all()  # the one place that waits for the device
             if broken and not plan.window:
-                raise NotFiniteLogits(broken_steps(finite.tolist(), layout), tokens, dtype)
+                raise NotFiniteLogits(broken_steps(finite.tolist(), layout), drawn, dtype)
         if broken:  # perhaps by a draft's NaN, which reaches the rows before it through their masks
             cache.clear()
             return generate(
                 model, cond, max_new_tokens, given_masks, negative=negative, negative_masks=negative_masks, known=known,
-                orders=orders, noise=noise, compile=compile, on_step=on_step, **vars(config),
+                orders=orders, groups=groups, noise=noise, compile=compile, on_step=on_step, **vars(config),
             )  # fmt: skip
-    return tokens
+    return drawn
+
+
+def image_order(layout: Layout, config: SamplingConfig, seed: int, known: Tensor | None = None) -> Tensor:
+    """Return the order of an image's tokens, int64 (N,); where it is drawn, known ones come first.
+
+    known: int64 (N,) in raster order, -1 for tokens to draw.
+    """
+    first = [] if known is None else torch.as_tensor(known).ge(0).nonzero().flatten().tolist()
+    if config.order == "random":
+        cells = torch.randperm(layout.tokens, generator=torch.Generator().manual_seed(seed)).tolist()
+        return torch.tensor([*first, *(cell for cell in cells if cell not in set(first))])
+    return layout.draw_order(seed, first)
 
 
 def with_nulls(model: Trunk, values: dict[str, Tensor], negatives: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -302,7 +323,7 @@ class ModelDrafts:
     ):
         self.model, self.plan = model, plan
         self.cache = cache_for(model, samples, noise.device, model.tok_embeddings.weight.dtype)
-        self.state = DecodeState(model, self.cache, len(noise))
+        self.state = DecodeState(model, plan.layout, self.cache, len(noise))
         conditions, added = model.embed_conditions(values)
         self.state.begin(plan, noise, emb_masks, known, added, None, orders)
         self.cache.lay_out(self.cache.rows)
@@ -335,7 +356,7 @@ def with_window(plan: Plan, size: int | str, model: Trunk, samples: int, compile
         size = here.auto_window(samples, compile)
     if not isinstance(size, int) or size < 0:
         raise ValueError(f"window is {size!r}: give a number of tokens, 0 for one decode step a pass, or 'auto'")
-    if size == 0 or plan.end == 1 or (auto and 2 * max(plan.layout.groups) > size):
+    if size == 0 or plan.end == 1 or (auto and (2 * max(plan.layout.groups) > size or not all(plan.layout.kept))):
         return plan
     window = window_of(plan.layout, size, plan.end)
     if not here.rows_agree(model, compile, plan.longest, plan.stride):
@@ -367,18 +388,25 @@ def broken_steps(finite: list[list[bool]], layout: Layout) -> list[int | None]:
 
 
 def prefill(model: Trunk, conditions: Tensor, state: DecodeState, emb_masks: Tensor | None) -> Tensor:
-    """Run the condition rows (R, prefix, dim) into the cache. Returns the logits of the first tokens, float32 (R, first, V)."""
-    step = model.layout.passes[0]
+    """Run the condition rows (R, prefix, dim), and the queries of the first tokens where these have some, into the cache.
+
+    Returns the logits of the first tokens, float32 (R, first, V).
+    """
+    layout, step = state.layout, state.layout.passes[0]
     h = conditions.to(model.tok_embeddings.weight.dtype)
     if state.added is not None:
         h = torch.cat([h[:, :-1], h[:, -1:] + state.added[: len(h), :1].to(h.dtype)], dim=1)
+    mask = None if emb_masks is None else model.attention_mask(h.shape[1], emb_masks, h.device, layout)
+    if step.queries:
+        assert mask is None, "no trunk has both captions and queries"
+        queries = model.queries(torch.arange(step.outputs.start, step.outputs.stop, device=h.device))
+        h = torch.cat([h, queries.to(h.dtype).expand(len(h), -1, -1)], dim=1)
+        mask = attention_bias(torch.tensor(step.sees, device=h.device), h.dtype)
     rows = h.shape[1]
-    assert step.queries == 0, "the prefill computes condition rows alone"
-    mask = None if emb_masks is None else model.attention_mask(rows, emb_masks, h.device)
     context = model.context(h)
     if state.context is not None and context is not None:
         state.context[: len(h)] = context
     positions = torch.arange(rows, device=h.device).expand(len(h), -1)
     h = model.decode(h, state.rows(positions, rows), mask, causal=mask is None)
     reads = None if step.reads is None else torch.tensor(step.reads, device=h.device).expand(len(h), -1, -1, -1)
-    return decode_step.in_order(model.head(h, reads), state.batch)
+    return decode_step.in_order(model.logits(h, reads), state.batch)

@@ -224,7 +224,7 @@ class Transformer(Trunk):
         return self.spe_tok_embeddings()
 
     def decode(self, h: Tensor, rows: Rows, mask: Tensor | None, causal: bool) -> Tensor:
-        """Run rows h (B, s, dim) through the blocks. Returns the states that `head` takes, (B, s, heads * dim)."""
+        """Run rows h (B, s, dim) through the blocks. Returns the states that `logits` takes, (B, s, heads * dim)."""
         if rows.orders is not None:
             h, rope = self.in_orders(h, rows)
         else:
@@ -261,7 +261,7 @@ class Transformer(Trunk):
                 self._reads[key] = read.to(device), layout.shares(rows, heads).t()[..., None].to(device)
         return self._reads[key]
 
-    def head(self, h: Tensor, reads: Tensor | None = None) -> Tensor:
+    def logits(self, h: Tensor, reads: Tensor | None = None) -> Tensor:
         """Project states (B, s, heads * dim) to float32 logits (B, tokens, vocab_size), each the mean of a token's readers.
 
         reads: int64 (B, tokens, readers, 2), the row and head of each token's readers, of which a head is one (or several

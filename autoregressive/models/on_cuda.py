@@ -19,6 +19,7 @@ from autoregressive.models.kv_cache import StaticCache
 
 if TYPE_CHECKING:
     from autoregressive.models.decode_step import DecodeState, PassKind
+    from autoregressive.models.layouts import Layout
 
 
 def read_stride(dtype: torch.dtype, compile: bool) -> int:
@@ -108,9 +109,10 @@ class StepGraphs:
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
         self.pool: Any = None  # of memory, one for all: no step needs what another left behind in it
 
-    def serve(self, model: nn.Module, cache: StaticCache, batch: int) -> bool:
-        """Tell whether the recordings are of this thread, these weights, this cache and so many images."""
+    def serve(self, model: nn.Module, layout: "Layout", cache: StaticCache, batch: int) -> bool:
+        """Tell whether the recordings are of this thread, these weights, this layout, this cache and so many images."""
         same = self.state.cache is cache and self.state.batch == batch and self.thread == threading.get_ident()
+        same = same and self.state.layout == layout
         return same and self.weights == addresses(model)
 
     def run(self, kind: "PassKind", step: Callable[[], None]) -> None:

@@ -66,6 +66,15 @@ class SamplingConfig:
         served=(0, 100),
         page=(0, 5, 0.05),
     )
+    steps: int = setting(
+        0, "decode steps of an LPD, whose groups are free, 0 for its own", least=0, served=(0, 10**6), page=(0, None, 1)
+    )
+    order: str = setting(
+        "own", "of an image's tokens: the model's, or random, of models trained so", choices=("own", "random")
+    )
+    repulsion: int = setting(
+        -1, "cells that tokens of one step keep apart in an LPD's order, -1 for its own", least=-1, served=(-1, 1000)
+    )
 
     def __post_init__(self) -> None:
         for each in fields(self):

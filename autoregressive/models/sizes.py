@@ -40,4 +40,8 @@ GPT_SIZES = {
     "RAR-L": Size(24, 16, 1024, "rar", 4096, 1024),
     "RAR-XL": Size(32, 16, 1280, "rar", 5120, 1024),
     "RAR-XXL": Size(40, 16, 1408, "rar", 6144, 1024),
+    "LPD-XS": Size(4, 4, 128, "lpd", 512),  # not a published one, as GPT-XS
+    "LPD-L": Size(24, 16, 1024, "lpd", 4096),
+    "LPD-XL": Size(36, 20, 1280, "lpd", 5120),
+    "LPD-XXL": Size(48, 24, 1536, "lpd", 6144),
 }

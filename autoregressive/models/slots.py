@@ -44,7 +44,7 @@ def plan_for_slots(model: Trunk) -> Plan | None:
         window=None,
         stride=stride,
         least_read=here.LEAST_READ,
-        longest=1 + here.cache_rows(layout.rows - 1) - (stride == 1),
+        longest=1 + here.cache_rows(layout.cache_rows) - (stride == 1),
         padded=True,
         static=False,
     )
@@ -65,11 +65,11 @@ class Slots:
         self.model, self.count, self.plan, self.window = model, count, plan, window
         self.plans = {1: plan}  # by window
         self.cache = self._new_cache(2 * count, plan.longest + (plan.stride == 1))
-        self.state = DecodeState(model, self.cache, count)
+        self.state = DecodeState(model, plan.layout, self.cache, count)
         self.configs: list[SamplingConfig | None] = [None] * count
         self.cursors, self.last_guided = [plan.end] * count, [0] * count
         self.state.cursor.fill_(plan.end)
-        self.places = model.layout.order.argsort()  # of the tokens, by their place in the image
+        self.state.ordered = model.any_order
 
     def _new_cache(self, samples: int, rows: int) -> StaticCache:
         weight, args = self.model.tok_embeddings.weight, self.model.args
@@ -98,6 +98,7 @@ class Slots:
         negative: Conditions | None = None,
         negative_masks: Tensor | None = None,
         known: Tensor | None = None,
+        orders: Tensor | None = None,
     ) -> None:
         """Prefill free slots and draw the first tokens of their images.
 
@@ -113,8 +114,9 @@ class Slots:
             state.scales[slot, :-1] = torch.tensor(config.scales(layout.tokens))
             state.guided[slot] = state.guided_tokens(layout, config)
         state.tokens[index], state.known[index], state.spread[index] = 0, -1, 0
+        state.orders[index] = layout.order if orders is None else orders
         if known is not None:
-            state.known[index, :-1] = known[:, layout.order]
+            state.known[index, :-1] = known.gather(1, state.orders[index])
         negatives = {} if negative is None else dict(self.model.by_name(negative))
         values, masks = dict(self.model.as_conditions(cond)), masks_with_nulls(emb_masks, negative_masks)
         samples = torch.cat([index, (2 * self.count - 1 - index).flip(0)])
@@ -184,7 +186,7 @@ class Slots:
 
     def tokens(self, slot: int) -> Tensor:
         """Return the tokens of a slot's image in raster order, int64 (N,), drafts where they are not drawn."""
-        return self.state.tokens[slot, self.places]
+        return self.state.tokens[slot, self.state.orders[slot].argsort()]
 
     def release(self, slot: int) -> bool:
         """Free a slot. Returns whether the logits of its image were finite."""

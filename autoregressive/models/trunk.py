@@ -90,7 +90,9 @@ class ModelArgs:
     def layout_config(self) -> Mapping[str, Any]:
         """Config of the layout."""
         published = (
-            {"name": "raster"} if self.ar_token_num == 1 else {"name": "parallel", "group_size": self.ar_token_num}
+            {"name": TRUNKS[self.trunk].default_layout}
+            if self.ar_token_num == 1
+            else {"name": "parallel", "group_size": self.ar_token_num}
         )
         return self.layout or published
 
@@ -255,6 +257,12 @@ class Trunk(nn.Module):
     has_context: ClassVar[bool] = False
     """Whether later rows need something of the conditions beside keys and values, as `context` returns it."""
 
+    default_layout: ClassVar[str] = "raster"
+    """Name of the layout where none is given."""
+
+    resizes: ClassVar[bool] = False
+    """Whether `resized` fits weights to another image size."""
+
     any_order = False
     """Whether the model reads tokens in orders that differ from sample to sample."""
 
@@ -326,6 +334,10 @@ class Trunk(nn.Module):
     def activations(self) -> list[tuple[Callable[[Tensor], Tensor], int]]:
         """Activation functions of the blocks and the width of the rows that each works on."""
         return [(F.gelu, self.args.ffn_dim)]
+
+    def resized(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return a state dict with tables of places made for the model's grid, where they are for another one."""
+        return state
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Tell whether weight decay takes hold of a parameter."""
@@ -565,7 +577,7 @@ class Trunk(nn.Module):
         hidden = self.hidden(idx, cond_idx, layout=layout, orders=orders, drop=drop, prefix_mask=prefix_mask)
         return F.linear(hidden, *self.projection()).float()
 
-    def head(self, h: Tensor, reads: Tensor | None = None) -> Tensor:
+    def logits(self, h: Tensor, reads: Tensor | None = None) -> Tensor:
         """Project hidden states (B, s, dim) to float32 logits (B, tokens, vocab_size): the final norm, then the output layer.
 
         reads: int64 (B, tokens, readers, 2), the row and head of each token's readers; None where

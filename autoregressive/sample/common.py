@@ -5,6 +5,7 @@ requests = class_requests(args, pipeline.gpt, labels, range(len(labels)), args.s
 """
 
 import argparse
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,11 +73,37 @@ def requests_of(
     args: argparse.Namespace, name: str, values: Sequence, negative: dict, numbers: Sequence[int], seed: int
 ) -> list[Request]:
     """Return the requests that the flags make of values of the first condition, for the images with these numbers."""
-    config, others = sampling_config(args), extra_conditions(args, numbers)
+    config, others, orders = sampling_config(args), extra_conditions(args, numbers), orders_of(args, numbers)
     return [
-        Request({name: value, **{other: rows[i] for other, rows in others.items()}}, negative, config, seed, number)
+        Request(
+            {name: value, **{other: rows[i] for other, rows in others.items()}},
+            negative,
+            config,
+            seed,
+            number,
+            order=None if orders is None else orders[i],
+        )
         for i, (value, number) in enumerate(zip(values, numbers, strict=True))
     ]
+
+
+def orders_of(args: argparse.Namespace, numbers: Sequence[int]) -> torch.Tensor | None:
+    """Read the orders of the images with these numbers from --order-file, int64 (images, N); None without the flag.
+
+    Raises ValueError for what is no list of equally many whole numbers for each image, FileNotFoundError.
+    """
+    if args.order_file is None:
+        return None
+    try:
+        listed = json.loads(Path(args.order_file).read_bytes())
+        if numbers and max(numbers) >= len(listed):
+            raise ValueError(f"it has {len(listed)} orders, and image {max(numbers)} is to be drawn")
+        orders = np.array([listed[number] for number in numbers])
+        if orders.ndim != 2 or orders.dtype.kind != "i":
+            raise ValueError("an order is a list of whole numbers, all of one length")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"--order-file {args.order_file}: {error}") from error
+    return torch.from_numpy(orders)
 
 
 def labels_to_draw(args: argparse.Namespace, gpt: Trunk) -> tuple[list[int], list[str]]:

@@ -42,6 +42,8 @@ def add_sampling_flags(parser: Flags, *, negative: str | None = None, **defaults
         add_flag(group, f"--negative-{negative}", None, None, help)
         help = "values of a further condition, an array whose row i is image i's; repeatable (docs/extending.md)"
         group.add_argument("--condition-file", action="append", default=None, metavar="NAME=FILE.npy", help=help)
+        help = "a JSON list of orders, of which image i takes item i, for models that draw in several orders (docs/sampling.md)"
+        add_flag(group, "--order-file", None, None, help)
     for name, field in SamplingConfig.fields().items():
         help, switch, choices = field.metadata["help"], field.metadata.get("switch"), field.metadata.get("choices")
         if switch:

@@ -63,13 +63,16 @@ def run_settings(
     ):  # where rounding goes by the number of rows; 0 is the default
         more["window"] = args.window
     files = {name: file_identity(file) for name, file in condition_files(args).items()}
+    if args.order_file:
+        more["order_file"] = file_identity(Path(args.order_file))
     own = {"gpt_ckpt": file_identity(gpt_path), "vq_ckpt": file_identity(vq_path), "condition_file": files or None}
     return {**settings, **own, **more}
 
 
 def unrecorded(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of folders that an earlier edition drew, which do not record them."""
-    return {"layout": args.layout} | ({} if sampling_config(args).greedy else {"draw": "cdf"})
+    defaults = {name: field.default for name, field in SamplingConfig.fields().items() if name in args}
+    return {"layout": args.layout, **defaults, "draw": None if sampling_config(args).greedy else "cdf"}
 
 
 def draw_missing(

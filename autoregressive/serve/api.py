@@ -32,6 +32,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from autoregressive.serve.body import Asked, ImageBody, ask, invalid_body, unknown_model
+from autoregressive.serve.engine import NOT_DRAWN
 from autoregressive.serve.errors import REFUSED, ErrorBody, RequestError
 from autoregressive.serve.service import Job, Service
 
@@ -346,10 +347,12 @@ async def events(service: Service, job: Job, drawing: asyncio.Task, fields: dict
             for i in tuple(left):
                 # All that were asked for come, however fast the tokens did.
                 for rows in asked.partial[shown[i] :]:
-                    if len(job.tokens[i]) < rows * grid:
+                    if job.drawn[i] < rows * grid:
                         break
                     index, shown[i] = shown[i], shown[i] + 1
-                    tokens = job.tokens[i][: rows * grid]
+                    tokens = job.tokens[i]
+                    if service.info.raster and NOT_DRAWN not in tokens:
+                        tokens = tokens[: rows * grid]
                     try:
                         file = await service.decoder.file(tokens, asked.size, asked.format, asked.quality)
                     except (RuntimeError, ValueError):  # the whole image, which comes the same way, will tell

@@ -317,11 +317,7 @@ def _partial_rows(body: ImageBody, info: ModelInfo) -> tuple[int, ...]:
         if getattr(body, param) is not None and not body.stream:
             raise refuse(param, f"{param} is for streams: give stream too")
     rows = round(info.tokens**0.5)
-    if not body.stream or not info.raster:
-        if count:
-            raise refuse(
-                "partial_images", f"{info.name} draws no row of an image before the others: partial_images is 0"
-            )
+    if not body.stream:
         return ()
     if every is not None:
         return tuple(range(every, rows, every))

@@ -1,19 +1,21 @@
 """From tokens to pictures beside the event loop: what comes while a batch is decoded is decoded together after it.
 
 decoder = Decoder(tokenizer, grid_size=24)
-image = await decoder.decode(tokens)                    # uint8 (384, 384, 3); of fewer tokens the first rows, the rest grey
+image = await decoder.decode(tokens)                    # uint8 (384, 384, 3); grey where no tokens are
 jpeg = await decoder.file(tokens, 256, "jpeg", 90)      # bytes
 """
 
 import asyncio
 import io
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 
 import numpy as np
 import torch
 from PIL import Image
 
 from autoregressive.pipeline import decode_codes
+from autoregressive.serve.engine import NOT_DRAWN
 from tokenizer.base import Tokenizer
 from utils.errors import NotFiniteError
 
@@ -40,8 +42,15 @@ class Decoder:
     async def decode(self, tokens: list[int]) -> np.ndarray:
         """Return tokens in raster order as uint8 (side, side, 3), as ImagePipeline decodes them.
 
-        Of fewer than an image's the whole rows are decoded and the rest is grey.
+        Of fewer than an image's the whole rows are decoded and the rest is grey, as is each cell that is NOT_DRAWN: those are
+        decoded as the token before them, which the cells beside them see.
         """
+        if NOT_DRAWN in tokens:
+            before = accumulate(tokens, lambda last, token: last if token == NOT_DRAWN else token)
+            image = await self.decode([max(token, 0) for token in before])
+            drawn = (np.array(tokens) != NOT_DRAWN).reshape(self.grid_size, self.grid_size)
+            pixels = np.kron(drawn, np.ones((self.tokenizer.downsample,) * 2, bool))
+            return np.where(pixels[..., None], image, np.uint8(GREY))
         rows = len(tokens) // self.grid_size
         canvas = np.full((self.image_size, self.image_size, 3), GREY, np.uint8)
         if rows:

@@ -14,6 +14,8 @@ from autoregressive.class_names import class_names
 from autoregressive.models.trunk import Trunk
 from autoregressive.request import Request
 
+NOT_DRAWN = -1  # in place of a token
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -27,7 +29,7 @@ class ModelInfo:
     image_size: int
     tokens: int  # of an image
     num_classes: int  # 0 where it draws from prompts
-    raster: bool  # rows become whole one after another, so that the first ones of an image can be shown
+    raster: bool  # tokens are drawn in raster order
     classes: tuple[str, ...] = ()
 
 
@@ -46,8 +48,8 @@ class Engine(Protocol):
     def generate(self, request: Request) -> AsyncIterator[list[int]]:
         """Yields the tokens so far, in raster order, growing; the last has all. Closing it early gives the place up.
 
-        An engine that is not `raster` yields nothing, [], as long as it draws. Raises RuntimeError where the engine has died,
-        NotFiniteError where the image's logits are NaN or infinite.
+        An engine that is not `raster` yields N numbers, NOT_DRAWN where no token stands yet. Raises RuntimeError where the
+        engine has died, NotFiniteError where the image's logits are NaN or infinite.
         """
 
     async def close(self) -> None:
@@ -63,6 +65,6 @@ def model_info(gpt: Trunk, name: str, image_size: int) -> ModelInfo:
         image_size=image_size,
         tokens=gpt.layout.tokens,
         num_classes=0 if text else gpt.args.num_classes,
-        raster=gpt.layout.is_by_rows,
+        raster=gpt.layout.is_raster,
         classes=() if text else tuple(class_names(gpt.args.num_classes, recorded=recorded)),
     )

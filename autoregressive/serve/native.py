@@ -16,15 +16,17 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
+from autoregressive.models.layouts import Layout
 from autoregressive.models.sampling import NotFiniteLogits
 from autoregressive.models.slots import Slots, plan_for_slots
 from autoregressive.pipeline import ImagePipeline, OnStep
 from autoregressive.request import Request
-from autoregressive.serve.engine import model_info
+from autoregressive.serve.engine import NOT_DRAWN, model_info
 
 log = logging.getLogger(__name__)
 
@@ -74,18 +76,20 @@ class NativeEngine:
 
     def check(self, request: Request) -> None:
         """Raise ValueError for a label, features or a setting that the model cannot take."""
-        request.read(self.pipeline.gpt.conditions)
+        self.pipeline.layout(request.read(self.pipeline.gpt.conditions))
 
     async def generate(self, request: Request) -> AsyncIterator[list[int]]:
-        """Yield the tokens so far after each row of the image; none until all are there where rows do not come one after another."""
-        job = _Job(request.read(self.pipeline.gpt.conditions))
+        """Yield the tokens so far after every so many as a row of the image has."""
+        self.check(request)
+        request = request.read(self.pipeline.gpt.conditions)
+        job = _Job(replace(request, order=self.pipeline.order(request)))
         if self.dead:
             raise RuntimeError("the engine is closed")
         self._waiting.append(job)
         self._gathering = self._gathering or asyncio.create_task(self._draw_what_waits())
         try:
             tokens: list[int] = []
-            while len(tokens) < self.info.tokens:
+            while len(tokens) < self.info.tokens or NOT_DRAWN in tokens:
                 tokens = await job.news.get()
                 if isinstance(tokens, Exception):
                     raise tokens
@@ -113,8 +117,9 @@ class NativeEngine:
         while self._waiting and not self.dead:
             if len(self._waiting) < self.pipeline.batch_size:
                 await asyncio.sleep(self._gather)
-            # The first in the line, and those behind it that want the same settings.
-            same = [job for job in self._waiting if job.request.sampling == self._waiting[0].request.sampling]
+            # The first in the line, and those behind it that can be drawn with it.
+            kind = self.pipeline.kind(self._waiting[0].request)
+            same = [job for job in self._waiting if self.pipeline.kind(job.request) == kind]
             batch = same[: self.pipeline.batch_size]
             self._waiting = [job for job in self._waiting if job not in batch]
             if batch and not self.dead:
@@ -163,11 +168,10 @@ class NativeEngine:
                 slots.admit([*entering], configs, noise, **self.pipeline.inputs(requests))
             if not jobs:
                 break
-            before = {slot: layout.whole_rows(slots.done(slot)) for slot in jobs}
+            before = {slot: slots.done(slot) // layout.grid_size for slot in jobs}
             slots.take_pass()
             for slot, job in list(jobs.items()):
-                done = slots.done(slot)
-                rows = layout.whole_rows(done)
+                done, rows = slots.done(slot), slots.done(slot) // layout.grid_size
                 if job.closed or done == self.info.tokens:
                     tokens = slots.tokens(slot).tolist()
                     del jobs[slot]
@@ -175,8 +179,8 @@ class NativeEngine:
                         broken.append(job)
                     elif not job.closed:
                         tell(job, tokens)
-                elif rows > before[slot] or not layout.is_by_rows:
-                    tell(job, slots.tokens(slot)[: rows * layout.grid_size].tolist() if layout.is_by_rows else [])
+                elif rows > before[slot]:
+                    tell(job, so_far(slots.state.tokens[slot], done, layout, job.request.order))
         return [job for job in broken if not job.closed]
 
     def _draw(self, batch: list[_Job], loop: asyncio.AbstractEventLoop) -> list[list[int] | Exception]:
@@ -190,13 +194,12 @@ class NativeEngine:
             if self.dead or all(job.closed for job in batch):
                 raise _Abandoned
             # A whole row is what can be shown; reading each token would have an accelerator wait at every step.
-            rows = layout.whole_rows(done)
-            if done < self.info.tokens and (rows > rows_shown or not layout.is_by_rows):
+            rows = done // layout.grid_size
+            if done < self.info.tokens and rows > rows_shown:
                 rows_shown = rows
-                places = layout.raster[: rows * layout.grid_size if layout.is_by_rows else 0]
-                shown = tokens[: len(batch), places.to(tokens.device)].tolist()
-                for job, so_far in zip(batch, shown):
-                    loop.call_soon_threadsafe(job.news.put_nowait, so_far)
+                for job, sequence in zip(batch, tokens.cpu()):
+                    shown = so_far(sequence, done, layout, job.request.order)
+                    loop.call_soon_threadsafe(job.news.put_nowait, shown)
 
         return self._results(batch, on_step)
 
@@ -212,3 +215,14 @@ class NativeEngine:
         except Exception as error:  # whatever it is, the next batch may do well
             log.exception("a micro-batch failed")
             return [RuntimeError(f"drawing failed: {error}")] * len(batch)
+
+
+def so_far(sequence: Tensor, done: int, layout: Layout, order: Tensor | None = None) -> list[int]:
+    """Return the first `done` tokens of a sequence (N or more,) as an engine yields them, of a raster image its whole rows.
+
+    order: of the image, where that is not the layout's.
+    """
+    if layout.is_raster and order is None:
+        return sequence[: done - done % layout.grid_size].tolist()
+    image = torch.full((layout.tokens,), NOT_DRAWN)
+    return image.scatter(0, (layout.order if order is None else order)[:done], sequence[:done]).tolist()

@@ -20,7 +20,7 @@ from typing import NoReturn
 from autoregressive.request import Request
 from autoregressive.serve.body import Asked, Limits
 from autoregressive.serve.decoder import Decoder
-from autoregressive.serve.engine import Engine
+from autoregressive.serve.engine import NOT_DRAWN, Engine
 from autoregressive.serve.errors import RequestError
 from autoregressive.serve.metrics import Metrics
 from autoregressive.serve.prompts import PromptEncoder
@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 class Job:
     """An accepted request, and how far it is. It holds its place in the queue until it is closed.
 
-    tokens: of each image, those so far. files: of each image, or None. news: set when one of these changes.
+    tokens: of each image, those so far as the engine yields them; drawn: how many. files: of each image, or None. news: set
+    when one of these changes.
     text_tokens: of its condition. warnings: what the client should know of its request.
     """
 
@@ -41,6 +42,7 @@ class Job:
         self.asked = asked
         self.accepted_at = time.monotonic()
         self.tokens: list[list[int]] = [[] for _ in range(count)]
+        self.drawn = [0] * count
         self.files: list[bytes | None] = [None] * count
         self.news = asyncio.Event()
         self.text_tokens, self.warnings = 1, []
@@ -142,7 +144,7 @@ class Service:
         queued, room = self.queued_images, self.limits.max_queue
         if queued + len(asked.seeds) > room:
             # Half of the queue is drawn by then; nothing is known where no image's tokens have come yet.
-            left = sum(self.info.tokens - len(tokens) for job in self._jobs for tokens in job.tokens)
+            left = sum(self.info.tokens - drawn for job in self._jobs for drawn in job.drawn)
             seconds = min(60, max(1, ceil(left / 2 / self._rate))) if self._rate else 1
             message = f"{queued} images wait or are being drawn, and there is room for {room}: try again in {seconds} s"
             raise RequestError(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
@@ -217,8 +219,8 @@ class Service:
                         metrics.in_flight.inc()
                         metrics.waiting.observe(begun_at - job.accepted_at)
                     self._note(job, i, tokens)
-            if len(job.tokens[i]) != self.info.tokens:
-                raise RuntimeError(f"the engine ended after {len(job.tokens[i])} of {self.info.tokens} tokens")
+            if job.drawn[i] != self.info.tokens:
+                raise RuntimeError(f"the engine ended after {job.drawn[i]} of {self.info.tokens} tokens")
             for earlier in self._drawings[: self._drawings.index(drawing)]:
                 earlier.since = earlier.since or self._heard_at  # passed over
             self._drawings.remove(drawing)
@@ -236,13 +238,13 @@ class Service:
 
     def _note(self, job: Job, i: int, tokens: list[int]) -> None:
         """Count an image's new tokens, and show them to whoever waits."""
-        done, row = len(job.tokens[i]), self.decoder.grid_size
-        if done < row <= len(tokens):
+        before, now, row = job.drawn[i], len(tokens) - tokens.count(NOT_DRAWN), self.decoder.grid_size
+        if before < row <= now:
             self.metrics.first_row.observe(self._heard_at - job.accepted_at)
-        self.metrics.tokens.inc(len(tokens) - done)
-        self._tokens += len(tokens) - done
+        self.metrics.tokens.inc(now - before)
+        self._tokens += now - before
         self._rate = self._tokens / max(self._heard_at - self._busy_since, 1e-3)
-        job.tokens[i] = tokens
+        job.tokens[i], job.drawn[i] = tokens, now
         job.news.set()
 
     async def close(self) -> None:

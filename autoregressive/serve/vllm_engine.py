@@ -88,6 +88,11 @@ class ServedModel:
     def check(self, request: Request) -> None:
         """Raises ValueError, with what is wrong, for a request that the model cannot take."""
         request.read(self._conditions)
+        self.gpt.layout.adapted(request.sampling.steps, request.sampling.repulsion)
+        if request.order is not None or request.sampling.order == "random":
+            raise ValueError(
+                "vLLM draws in raster order alone: leave out --order and --order-file, or give --engine native"
+            )
 
     @torch.inference_mode()
     def prompt(self, request: Request) -> dict:

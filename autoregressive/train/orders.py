@@ -9,6 +9,7 @@ batch: the same for every number of processes, and after a run was resumed.
 
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from autoregressive.models.layouts import Layout
+from autoregressive.models.layouts.group_sizes import training_sizes
 from utils.rng import item_seed
 
 # What item_seed hashes besides: the two draws of a sample are unrelated to each other and to other draws of the step.
-_WHETHER, _WHICH = 3, 4
+_WHETHER, _WHICH, _GROUPS = 3, 4, 5
 
 
 class OrderSchedule(Protocol):
@@ -84,11 +86,37 @@ class OneLayout:
         return self.layout, None
 
 
+@dataclass(frozen=True)
+class RandomGroups:
+    """A random order for each sample, and one list of group sizes for each step: LPD's recipe (arXiv 2507.01957, section 4.1)."""
+
+    layout: Layout
+    seed: int
+
+    @cached_property
+    def layouts(self) -> list[Layout]:
+        """Return the layouts that steps choose from, each as likely."""
+        return [self.layout.with_groups(sizes) for sizes in training_sizes(self.layout.tokens)]
+
+    def __call__(self, step: int, epoch: int, positions: slice, global_batch: int) -> tuple[Layout, Tensor]:
+        layout = self.layouts[item_seed(self.seed, step, _GROUPS) % len(self.layouts)]
+        samples = np.arange(*positions.indices(global_batch), dtype=np.uint64)
+        return layout, random_orders(self.seed, step, samples, layout.tokens)
+
+
 def training_orders(args: Namespace, layout: Layout, samples: int) -> OrderSchedule:
-    """Return what the flags ask for: --random-orders, or the layout in every step. samples: of the data set.
+    """Return what the flags ask for: --random-orders, or the layout in every step, of LPD with random orders and groups.
+
+    samples: of the data set.
 
     Raises ValueError for orders that a layout cannot have.
     """
+    if layout.own_orders:
+        if args.random_orders:
+            raise ValueError(
+                f"the layout {layout.name!r} has a random order for each sample anyway: leave out --random-orders"
+            )
+        return RandomGroups(layout, args.global_seed)
     if not any(args.random_orders or ()):
         return OneLayout(layout)
     steps = max(samples // args.global_batch_size, 1)

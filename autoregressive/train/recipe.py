@@ -35,7 +35,7 @@ from utils.checkpoint import read_checkpoint
 from utils.cli import given, layout_numbers, settle, tokenizer_beliefs
 from utils.distributed import Distributed, start
 from utils.images import labelled_grid, make_grid, to_uint8
-from utils.rng import image_noise, item_seed
+from utils.rng import image_noise, item_seed, order_seed
 from utils.runs import find_checkpoint, runs_in
 from utils.training.optim import adamw
 from utils.training.parallel import Parallel, materialize
@@ -258,7 +258,10 @@ class HeldOut:
 
         def mean(items: list[Any]) -> tuple[Tensor, Tensor | int]:
             inputs = self.data.held_out_inputs(items)
-            value = loss(inputs.codes, inputs.cond, prefix_mask=inputs.prefix_mask, valid=inputs.valid)
+            orders = None
+            if model.layout.own_orders:  # one for all: the loss does not depend on how they are split
+                orders = model.layout.draw_order(0).to(inputs.codes.device).expand_as(inputs.codes)
+            value = loss(inputs.codes, inputs.cond, prefix_mask=inputs.prefix_mask, valid=inputs.valid, orders=orders)
             return value, len(items) if inputs.valid is None else inputs.valid.sum()
 
         return {"val_loss": mean_over(mean, self.data.held_out, self.batch_size, self.dist)}
@@ -287,8 +290,11 @@ class Preview:
         tokens = model.args.block_size
         first = next(iter(self.cond.values())) if isinstance(self.cond, Mapping) else self.cond
         noise = image_noise(self.seed, range(len(first)), tokens).to(self.device)
+        found = [model.layout.draw_order(order_seed(self.seed, i)) for i in range(len(first))]
+        settings: dict[str, Any] = {"cfg_scale": self.cfg_scale, "noise": noise}
+        settings["orders"] = torch.stack(found) if model.layout.own_orders else None
         try:
-            drawn = generate(model, self.cond, tokens, emb_masks=self.emb_masks, cfg_scale=self.cfg_scale, noise=noise)
+            drawn = generate(model, self.cond, tokens, emb_masks=self.emb_masks, **settings)
         finally:
             release_cache(model)
         grid = model.layout.grid_size

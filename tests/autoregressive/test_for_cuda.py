@@ -139,11 +139,11 @@ def test_record_uses_a_stream_of_the_models_device(monkeypatch):
 def test_recordings_are_not_served_to_another_thread():
     model = tiny()
     cache = cache_for(model, 4, CPU, torch.float32)
-    graphs, answers = StepGraphs(model, DecodeState(model, cache, 4)), []
-    thread = threading.Thread(target=lambda: answers.append(graphs.serve(model, cache, 4)))
+    graphs, answers = StepGraphs(model, DecodeState(model, model.layout, cache, 4)), []
+    thread = threading.Thread(target=lambda: answers.append(graphs.serve(model, model.layout, cache, 4)))
     thread.start()
     thread.join()
-    assert graphs.serve(model, cache, 4) and answers == [False]
+    assert graphs.serve(model, model.layout, cache, 4) and answers == [False]
 
 
 def test_addresses_of_weights_without_memory_are_their_objects():

@@ -186,18 +186,3 @@ def test_neighbours_by_hand(grid, prefix):
     assert [step.number for step in layout.passes] == [step.outputs.start for step in layout.passes]
     assert all(step.sees is None for step in layout.steps)
     assert sum(len(step.rows) for step in layout.steps) == grid**2 - 1, "the last token is never fed"
-    assert layout.row_ends == tuple(1 + sum(sum(cell) < r + grid - 1 for cell in cells) for r in range(grid))
-
-
-@pytest.mark.parametrize(
-    "layout, whole",
-    [
-        ({"name": "raster"}, [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4]),
-        ({"name": "neighbours"}, [0] * 7 + [1] * 4 + [2] * 3 + [3, 3, 4]),
-        ({"name": "parallel", "group_size": 4}, [0] * 6 + [1] * 8 + [3, 3, 4]),
-    ],
-)
-def test_whole_rows(layout, whole):
-    layout = build_layout(layout, 4)
-    assert [layout.whole_rows(tokens) for tokens in range(17)] == whole
-    assert layout.is_by_rows == (layout.name != "parallel")

@@ -254,7 +254,7 @@ def test_learning_rate_and_decay_are_those_of_the_published_recipe():
     arrays, _ = load_golden("rar")
     args = Namespace(
         lr=4e-4, min_lr=1e-5, warmup_steps=62_500, warmup_from_zero=True, lr_schedule="cosine", weight_decay=0.03,
-        beta1=0.9, beta2=0.96,
+        beta1=0.9, beta2=0.96, lr_decay_start_epoch=0.0,
     )  # fmt: skip
     rates = [learning_rate(args, int(step), 250_000) for step in arrays["schedule/step"]]
     np.testing.assert_allclose(rates, arrays["schedule/lr"], rtol=1e-9, atol=1e-15)

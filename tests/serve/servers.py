@@ -19,13 +19,13 @@ from autoregressive.serve.api import IMAGES, create_app
 from autoregressive.serve.body import Limits
 from autoregressive.serve.decoder import Decoder
 from autoregressive.serve.draining import DrainingServer
-from autoregressive.serve.engine import ModelInfo
+from autoregressive.serve.engine import NOT_DRAWN, ModelInfo
 from autoregressive.serve.service import Service
 from tests.serve.small import image
 
 
 class ScriptedEngine:
-    """Draws 8x8 tokens that are a function of the request, a row at a time.
+    """Draws 8x8 tokens that are a function of the request, a row at a time, from the last row up where not in raster order.
 
     gate: where set, nothing is drawn beyond `rows_before` rows until it opens. open: requests that are being drawn.
     """
@@ -51,12 +51,13 @@ class ScriptedEngine:
         self.asked.append(request)
         self.open += 1
         try:
-            for rows in range(1, 9) if self.info.raster else [8]:
+            for rows in range(1, 9):
                 if self.gate is not None and rows > self.rows_before:
                     await self.gate.wait()
                 if self.error:
                     raise self.error
-                yield self.tokens(request)[: 8 * rows]
+                tokens, count = self.tokens(request), 8 * rows
+                yield tokens[:count] if self.info.raster else [NOT_DRAWN] * (64 - count) + tokens[64 - count :]
                 await asyncio.sleep(0)
         finally:
             self.open -= 1

@@ -75,7 +75,7 @@ def test_served_model_leaves_the_folders_of_earlier_editions_alone(small_files, 
 
 
 def test_open_gpt_of_what_vllm_cannot_draw_raises(small_files, tmp_path):
-    with pytest.raises(ValueError, match=r"the layout .* vLLM decodes one token a step.*--engine native"):
+    with pytest.raises(ValueError, match=r"the layout .* vLLM decodes a llama one token a step.*--engine native"):
         open_gpt(small_files.par)
     with pytest.raises(ValueError, match=r"the layout 'neighbours'.*--engine native"):
         open_gpt(small_files.nar, image_size=32, downsample_size=4)

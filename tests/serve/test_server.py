@@ -179,12 +179,15 @@ def test_stream_that_waits_is_kept_alive_by_comments(tokenizer, monkeypatch):
     with_client(tokenizer, work, engine)
 
 
-def test_a_stream_of_an_image_that_comes_all_at_once(tokenizer):
+def test_stream_in_another_order_shows_tokens_where_they_stand(tokenizer):
     async def work(client, service):
-        ((name, whole),) = events(await post(client, prompt="2", seed=3, stream=True))
+        *partial, (name, whole) = events(await post(client, prompt="2", seed=3, stream=True))
         assert name == "image_generation.completed" and np.array_equal(pixels(whole), picture(tokenizer, 2, 3))
-        refused = await post(client, prompt="2", stream=True, partial_images=2)
-        assert refused.status_code == 400 and refused.json()["error"]["param"] == "partial_images"
+        assert [data["rows"] for _, data in partial] == [2, 4, 6]
+        for _, data in partial:
+            end = 32 - 4 * data["rows"]
+            assert (pixels(data)[:end] == GREY).all() and pixels(data)[end:].std() > 1
+        assert "\nimage_tokens_total" in service.metrics.text()
 
     with_client(tokenizer, work, ScriptedEngine(raster=False))
 

@@ -1,6 +1,12 @@
 """Token layouts, one file a kind; see base.py."""
 
-from autoregressive.models.layouts import neighbours, parallel, patches, raster  # noqa: F401 - these register themselves
+from autoregressive.models.layouts import (  # noqa: F401 - these register themselves
+    neighbours,
+    parallel,
+    patches,
+    queried,
+    raster,
+)
 from autoregressive.models.layouts.base import (
     LAYOUTS,
     DecodeStep,

@@ -12,8 +12,7 @@ step of a group computes the rows that the group is read from, and every kept ro
 A new layout is a subclass in one file: `places` alone gives another order of single tokens (examples/spiral_order.py).
 """
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from functools import cached_property
@@ -92,6 +91,8 @@ class Layout:
     grid_size: int
     prefix: int = 1
     name: ClassVar[str]
+    own_orders: ClassVar[bool] = False
+    """Whether each image is drawn in an order of its own, of `draw_order`."""
 
     def __post_init__(self) -> None:
         if self.grid_size < 1:
@@ -138,6 +139,26 @@ class Layout:
         """Return the number of the decode step that draws the token at `start` first, as `cfg_interval` counts."""
         return start - 1
 
+    def with_groups(self, groups: Sequence[int] | int) -> "Layout":
+        """Return the layout with other groups, as sizes or how many. Raises ValueError where they are not free."""
+        raise ValueError(f"the layout {self.name!r} fixes its groups: leave out groups")
+
+    def adapted(self, steps: int = 0, repulsion: int = -1, known: int = 0) -> "Layout":
+        """Return the layout to draw by with settings of the sampling, 0 and -1 for the layout's own.
+
+        known: tokens that are given. Raises ValueError for settings that the layout does not have.
+        """
+        if steps or repulsion >= 0:
+            raise ValueError(f"the layout {self.name!r} fixes its steps and order: leave out --steps and --repulsion")
+        return self
+
+    def draw_order(self, seed: int, known: Sequence[int] = ()) -> Tensor:
+        """Return the order of one image, int64 (N,): drawn where images have orders of their own.
+
+        seed: from 0 to 2**63 - 1. known: raster indices of the tokens that are given, which come first in a drawn order.
+        """
+        return self.order
+
     # … to here. The rest follows.
 
     @property
@@ -176,6 +197,11 @@ class Layout:
         """Rows of the whole sequence."""
         return len(self.content)
 
+    @property
+    def cache_rows(self) -> int:
+        """Rows of the cache that decoding fills at most."""
+        return self.rows - 1
+
     @cached_property
     def special(self) -> int:
         """Special vectors in the sequence."""
@@ -203,21 +229,6 @@ class Layout:
     def raster(self) -> Tensor:
         """The sequence position of the token at each raster index, int64 (N,): the inverse of `order`."""
         return torch.argsort(self.order)
-
-    @cached_property
-    def row_ends(self) -> tuple[int, ...]:
-        """Tokens of the sequence that are drawn when each row of the image, and every row above it, is whole."""
-        last = self.raster.view(self.grid_size, self.grid_size).amax(1) + 1
-        return tuple(last.cummax(0).values.tolist())
-
-    @cached_property
-    def is_by_rows(self) -> bool:
-        """Tell whether the rows of an image become whole one after another, so that the first ones can be shown."""
-        return len(set(self.row_ends)) == self.grid_size
-
-    def whole_rows(self, tokens: int) -> int:
-        """Return how many of an image's first rows are whole once so many tokens of the sequence are drawn."""
-        return bisect_right(self.row_ends, tokens)
 
     @cached_property
     @torch.inference_mode(False)

@@ -191,7 +191,7 @@ def test_clipping_by_hand(tmp_path, precision):
 
 
 def test_learning_rates_by_hand():
-    own = {"min_lr": 0.0, "warmup_from_zero": False}
+    own = {"min_lr": 0.0, "warmup_from_zero": False, "lr_decay_start_epoch": 0.0}
     args = SimpleNamespace(lr=0.8, warmup_steps=4, lr_schedule="constant", **own)
     assert [learning_rate(args, step, 100) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
     args = SimpleNamespace(lr=0.8, warmup_steps=0, lr_schedule="constant", **own)
@@ -215,7 +215,7 @@ def test_learning_rates_by_hand():
     ],
 )
 def test_learning_rate_of_steps_falls_at_published_epochs(epochs, total, ends):
-    own = {"min_lr": 0.0, "warmup_from_zero": False}
+    own = {"min_lr": 0.0, "warmup_from_zero": False, "lr_decay_start_epoch": 0.0}
     args = SimpleNamespace(lr=1e-4, warmup_steps=0, lr_schedule="steps", epochs=epochs, **own)
     rates = [learning_rate(args, step, total, 7) for step in range(total)]
     expected = [1e-4 * 0.2 ** sum(step >= end for end in ends) for step in range(total)]
