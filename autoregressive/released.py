@@ -386,5 +386,5 @@ def image_size_in_name(name: str) -> int | None:
     """Return the image size that a released file's name tells, in pixels."""
     if name.startswith("PAR-"):
         return 384
-    match = re.match(r"(?:c2i|t2i)_.+_(256|384|512)\.", name)
+    match = re.match(r"(?:c2i|t2i)_.+_(256|384|512)[._]", name)
     return int(match[1]) if match else None

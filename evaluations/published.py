@@ -4,8 +4,8 @@ row = find_row("c2i_L_384"); row.fid, row.cfg_scale, row.flags()
 
 Class-conditional ImageNet: FID of 50,000 samples against the reference batch below. Tokenizers: FID of ImageNet's 50,000
 validation images, reconstructed, against themselves (rFID). The figures are those that LlamaGen (arXiv 2406.06525),
-Next-Patch-Prediction (2412.15321), PAR (2412.15119), NAR (2503.10696), IBQ (2412.02692), Open-MAGVIT2 (2409.04410) and MaskGIT
-(2202.04200) give for the weights they released.
+Next-Patch-Prediction (2412.15321), PAR (2412.15119), NAR (2503.10696), CCA (2410.09347, its repository), IBQ (2412.02692),
+Open-MAGVIT2 (2409.04410) and MaskGIT (2202.04200) give for the weights they released.
 """
 
 import difflib
@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _LLAMAGEN = "FoundationVision/LlamaGen"
 _NPP = "pytttttt/LlamaGen-NPP"
 _PAR = "Epiphqny/PAR"
+_CCA = "ChenDRAG/CCA_LlamaGen/CCA_LlamaGen_Guidance_Free"
 _MAGVIT = "TencentARC/Open-MAGVIT2-Tokenizer"
 _PARAMETERS = {"B": 110_888_448, "L": 342_910_976, "XL": 774_699_520, "XXL": 1_410_972_672, "3B": 3_096_659_200}
 _RAR, _MASKGIT = "yucornetto/RAR", "fun-research/TiTok/maskgit-vqgan-imagenet-f16-256.bin"
@@ -118,6 +119,9 @@ def _rows() -> Iterator[Row]:
         yield Row(
             f"PAR-{size}-{group}x", "PAR", fid, parameters, f"{_PAR}/PAR-{size}-{group}x.pt", _VQ16, 384, cfg_scale
         )
+    for size, fid in (("B", 7.04), ("L", 3.43), ("XL", 3.10), ("XXL", 3.12), ("3B", 2.69)):
+        file = f"{_CCA}/c2i_{size}_384_CCA_0005000.pt"
+        yield Row(f"CCA-{size}", "CCA", fid, _PARAMETERS[size], file, _VQ16, 384, 1.0)
     for size, parameters, fid in (
         ("B", 130_551_552, 4.65),
         ("M", 295_453_696, 3.27),

@@ -147,7 +147,7 @@ def own_paths(words: list[str], files: Path, work: Path) -> list[str]:
     gpt = files / f"{kind}{group}" / "consolidated.pth" if kind == "fsdp" else files / f"gpt{group}.pt"
     result, flag = [], ""
     for word in words:
-        if flag == "--gpt-ckpt" and RELEASED_FILE.fullmatch(word):
+        if flag in ("--gpt-ckpt", "--cca-reference") and RELEASED_FILE.fullmatch(word):
             word = str(files / "t2i.pt" if Path(word).name.startswith("t2i_") else gpt)
         elif flag == "--vq-ckpt" and RELEASED_FILE.fullmatch(word):
             word = str(files / "vq.pt")

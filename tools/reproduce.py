@@ -121,7 +121,7 @@ def departures(row: Row, args: argparse.Namespace, given: dict[str, str]) -> lis
     for flag, value in given.items():
         if flag in ("--gpt-ckpt", "--vq-ckpt"):
             released = RELEASED[row.tokenizer if flag == "--vq-ckpt" else row.gpt or row.tokenizer].filename
-            if Path(value).name != released:
+            if Path(value).name != Path(released).name:
                 found.append(f"the weights {value} instead of {released}")
         elif flag not in NEUTRAL and not same_value(value, own.get(flag)):
             found.append(f"{flag} {value} instead of {own.get(flag, 'none')}")
@@ -259,7 +259,7 @@ def describe_time(row: Row, gpu: str | None, count: int, processes: int) -> str:
         return "time: name an accelerator by --gpu for an estimate"
     card, group = require_accelerator(gpu), int(row.flags().get("--ar-token-num", 1))
     # Two FLOPs a weight and token, with guidance twice; a step of several tokens reads the weights once for all of them.
-    flops = 2 * 2 * row.parameters * (row.image_size // 16) ** 2
+    flops = 2 * (1 if row.cfg_scale == 1 else 2) * row.parameters * (row.image_size // 16) ** 2
     peak = card.peak_flops("bf16") or card.peak_flops("fp16")
     hours = count * flops / (peak * UTILISATION * group * processes) / 3600
     share = f"{UTILISATION * group:.0%} of the peak (assumed)"

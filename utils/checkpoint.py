@@ -8,6 +8,7 @@ Nothing in a file is ever run: pickles are read with `weights_only=True`, which 
 
 import argparse
 import difflib
+import hashlib
 import json
 import pickle
 import re
@@ -396,6 +397,16 @@ def load_into(
             f"{path} has whole numbers for weights ({_listing(whole)}): give the weights before quantisation"
         )
     model.load_state_dict(state, strict=True, assign=assign or any(tensor.is_meta for tensor in own.values()))
+
+
+def weights_fingerprint(state: Mapping[str, torch.Tensor]) -> str:
+    """Return 32 hexadecimal digits of weights: of their names, shapes and up to 256 numbers of each, which training changes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
+        flat = tensor.detach().flatten()
+        digest.update(flat[:: max(len(flat) // 256, 1)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def require_fit(own: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]], path: str | Path) -> None:

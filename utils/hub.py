@@ -22,6 +22,7 @@ _LLAMAGEN = "FoundationVision/LlamaGen"
 _TEXT = "peizesun/llamagen_t2i"
 _PAR = "Epiphqny/PAR"
 _NPP = "pytttttt/LlamaGen-NPP"
+_CCA, _CCA_FOLDER = "ChenDRAG/CCA_LlamaGen", "CCA_LlamaGen_Guidance_Free"
 _RAR, _TITOK = "yucornetto/RAR", "fun-research/TiTok"
 NAR_OWNERS = {"B": "chenfeng1271", "M": "yefly", "L": "chenfeng1271", "XL": "yefly", "XXL": "chenfeng1271"}
 _MAGVIT, _IBQ = "TencentARC/Open-MAGVIT2-Tokenizer", "TencentARC/IBQ-Tokenizer"
@@ -75,6 +76,11 @@ def _nar(owner: str, size: str) -> Release:
     return Release(f"{owner}/{repository}", filename, f"{repository}/{filename}", flags, bare=False)
 
 
+def _cca(size: str, **more: str) -> Release:
+    flags, name = _flags(gpt_model=f"GPT-{size}", **more, image_size="384"), f"c2i_{size}_384_CCA_0005000.pt"
+    return Release(_CCA, f"{_CCA_FOLDER}/{name}", name, flags)
+
+
 def _tokenizer(repo_id: str, filename: str, vq_model: str, **more: str) -> Release:
     return Release(repo_id, filename, filename, _flags(vq_model=vq_model, **more))
 
@@ -108,6 +114,8 @@ RELEASED: dict[str, Release] = {
         _gpt(_NPP, "c2i_L_256.pt", "GPT-L", 256, folder="LlamaGen-NPP/"),
         _gpt(_NPP, "c2i_XL_256.pt", "GPT-XL", 256, folder="LlamaGen-NPP/"),
         _gpt(_NPP, "c2i_XXL_256.pt", "GPT-XXL", 256, folder="LlamaGen-NPP/"),
+        *(_cca(size) for size in ("B", "L", "XL")),
+        *(_cca(size, from_fsdp="") for size in ("XXL", "3B")),
         *(_nar(owner, size) for size, owner in NAR_OWNERS.items()),
         *(_tokenizer(f"{_IBQ}-{size}", f"imagenet256_{size}.ckpt", "IBQ-16") for size in (1024, 8192, 16384, 262144)),
         *(_tokenizer(f"{_IBQ}-{size}-Pretrain", f"IBQ_pretrain_{size}.ckpt", "IBQ-16") for size in (16384, 262144)),
@@ -199,7 +207,7 @@ def weights_folders() -> list[Path]:
 
 
 def _unknown(name: str | Path, path: Path) -> str:
-    names = list(dict.fromkeys((r.filename if r.bare else r.name) or r.repo_id for r in RELEASED.values()))
+    names = list(dict.fromkeys((Path(r.filename).name if r.bare else r.name) or r.repo_id for r in RELEASED.values()))
     close = [path.name] if path.name in names else difflib.get_close_matches(path.name, names, n=3)
     known = (
         f"did you mean the released {' or '.join(close)}" if close else f"{WEIGHTS}/README.md lists the released ones"

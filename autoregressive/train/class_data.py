@@ -8,6 +8,7 @@ from torch import Tensor
 
 from autoregressive.models.layouts import Layout
 from autoregressive.models.trunk import Conditions
+from autoregressive.train.contrast import check_contrast
 from autoregressive.train.next_patch import PatchSchedule
 from autoregressive.train.recipe import (
     Inputs,
@@ -43,6 +44,7 @@ def train_classes(args: argparse.Namespace) -> None:
         )
     patches = PatchSchedule.from_args(args)
     patches.check_grid(grid)
+    check_contrast(args)
 
     dist, plan = join(args)
     resumed = known_model(args)

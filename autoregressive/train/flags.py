@@ -6,6 +6,7 @@ from autoregressive.models.sizes import GPT_SIZES
 from utils.cli import (
     CFG_SCALE,
     PORTION,
+    PROBABILITY,
     RESULTS,
     SHARE,
     add_flag,
@@ -17,6 +18,7 @@ from utils.cli import (
     flag_parser,
     nonnegative_float,
     nonnegative_int,
+    positive_float,
     positive_int,
 )
 
@@ -33,6 +35,13 @@ def class_flags(description: str | None, *, sharded: bool = False) -> argparse.A
     add_gpt_training_flags(parser, "c2i", sample_cfg_scale=2.0, wandb_project="c2i_fsdp" if sharded else None)
     add_image_size_flags(parser, 256, of_file=True)
     add_parallel_flags(parser, "fsdp" if sharded else "ddp")
+    group = parser.add_argument_group("condition contrastive alignment (docs/training.md)")
+    help = "train by contrast with this frozen model, from its weights unless --gpt-ckpt is given: sampling then needs no guidance"
+    add_flag(group, "--cca-reference", None, None, help, metavar="FILE")
+    help = "weight of the negatives (default: as published 300 for GPT-L, 500 for GPT-3B, else 1000); more: as more guidance"
+    add_flag(group, "--cca-lambda", nonnegative_float, None, help)
+    add_flag(group, "--cca-beta", positive_float, None, "scale of the log-ratios (default: 0.02)")
+    add_flag(group, "--cca-uncond", PROBABILITY, None, "probability that a sample loses its class (default: 0.1)")
     group = parser.add_argument_group("next-patch prediction")
     add_flag(group, "--patch-level", positive_int, 1, "stages of coarser to finer patches, 1 for none (NPP's own: 2)")
     add_flag(group, "--epoch-rate", PORTION, 0.5, "share of the epochs left at which a stage of patches ends")
@@ -65,7 +74,11 @@ def add_gpt_training_flags(
     group = parser.add_argument_group("fine-tuning")
     help = "take only the weights of --gpt-ckpt, and begin at step 0: other data, classes or image size"
     group.add_argument("--finetune", action="store_true", help=help)
-    group.add_argument("--use-ema", action="store_true", help="with --finetune: begin with the file's averaged weights")
+    group.add_argument(
+        "--use-ema",
+        action="store_true",
+        help="begin with the averaged weights of --finetune's or --cca-reference's file",
+    )
     if gpt_type == "c2i":
         help = (
             "with --finetune, whose row a class begins with: that of the class of its name (the default), of its number, or a "

@@ -78,17 +78,20 @@ def token_log_probs(
     *,
     drop: Tensor | None = None,
     prefix_mask: Tensor | None = None,
+    layout: Layout | None = None,
+    orders: Tensor | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
     """Return the log-probability of every token given those before its group, float32 (B, N) in raster order.
 
     Differentiable, and without all logits at once; the backward pass computes them again. Arguments as for `TokenLoss`.
     """
-    order = model.layout.order.to(codes.device)
-    hidden, targets = _predictions(model, model.layout, codes[:, order], cond, drop, prefix_mask)
+    layout = layout or model.layout
+    order = layout.order.to(codes.device).expand_as(codes) if orders is None else orders
+    hidden, targets = _predictions(model, layout, codes.gather(1, order), cond, drop, prefix_mask, orders)
     weight, bias = model.projection()
     values = -chunked_values(hidden, weight, targets, bias=bias, chunk_rows=chunk_rows).view(codes.shape)
-    return values[:, order.argsort()]
+    return values.gather(1, order.argsort(1))
 
 
 def _predictions(

@@ -21,6 +21,7 @@ from autoregressive.models.generate import generate, release_cache
 from autoregressive.models.sampling import SamplingConfig
 from autoregressive.models.trunk import Conditions, Trunk
 from autoregressive.released import find_identity, flags_of
+from autoregressive.train.contrast import STEP_FLOPS, Contrast, ContrastLoss, ContrastStep, NegativesOfNext
 from autoregressive.train.evaluation import mean_over, require_readable
 from autoregressive.train.flops import training_flops_per_image
 from autoregressive.train.loss import TokenLoss, dropped_conditions
@@ -172,27 +173,33 @@ def fit(
     """
     dist = plan.dist
     orders = orders or training_orders(args, model.layout, len(data.train))
-    wrapped = lay_out(model, plan, args)
+    contrast = Contrast.from_args(args)
     config = data.config | model.args.identity | {"objective": args.objective}
+    if contrast:
+        config |= contrast.config(config)
+    wrapped = lay_out(model, plan, args, contrast)
     initial, note = starting_point(args, dist, model, config)
     shown, names = data.shown(), data.config.get("classes")
     if data.held_out is not None:
         require_readable(data.held_out, dist)
+    if contrast:
+        step = ContrastStep(wrapped, data, contrast, orders, args.global_seed)
+        prepare, cost, notes = NegativesOfNext([*model.conditions], dist), STEP_FLOPS, [*notes, contrast.describe()]
+    else:
+        step, prepare, cost = StepLoss(wrapped, model, data, args, orders), data.prepare, 1.0
     job = Job(
         args.gpt_model,
         models={"model": model},
-        phases=[
-            Phase("optimizer", wrapped, adamw(model, args, model.decays), StepLoss(wrapped, model, data, args, orders))
-        ],
+        phases=[Phase("optimizer", wrapped, adamw(model, args, model.decays), step)],
         dataset=data.train,
         initial=initial,
         validate=None if data.held_out is None else HeldOut(data, args, dist),
         sample=Preview(data.tokenizer, *shown, args, dist, names) if shown else None,
         rate=rate,
         tokens=model.args.block_size,
-        flops=lambda step, epoch: training_flops_per_image(model, orders(step, epoch, slice(0), 1)[0]),
+        flops=lambda step, epoch: cost * training_flops_per_image(model, orders(step, epoch, slice(0), 1)[0]),
         collate=data.collate,
-        prepare=data.prepare,
+        prepare=prepare,
         config=config,
     )
     trainer = Trainer(args, plan, job)
@@ -202,7 +209,7 @@ def fit(
     dist.close()
 
 
-def lay_out(model: Trunk, plan: Parallel, args: argparse.Namespace) -> nn.Module:
+def lay_out(model: Trunk, plan: Parallel, args: argparse.Namespace, contrast: Contrast | None = None) -> nn.Module:
     """Return the loss of a model from the meta device, laid over the processes, with initial weights."""
     if args.second_exit_only:
         if model.layout.heads == 1 or not (args.gpt_ckpt or args.resume):
@@ -211,12 +218,19 @@ def lay_out(model: Trunk, plan: Parallel, args: argparse.Namespace) -> nn.Module
             )
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(model.of_second_exit(name))
-    loss = TokenLoss(model, OBJECTIVES[args.objective])
+    loss = contrast.loss(model) if contrast else TokenLoss(model, OBJECTIVES[args.objective])
+    blocks = [*model.layers, *(loss.reference.layers if isinstance(loss, ContrastLoss) else ())]
+
+    def begin() -> None:
+        materialize(model, plan.dist.device, args.global_seed)
+        if isinstance(loss, ContrastLoss):
+            contrast.materialize(loss, plan.dist.device)
+
     if not plan.sharded:
-        materialize(model, plan.dist.device, args.global_seed)
-    wrapped = plan.apply(loss, blocks=model.layers)
+        begin()
+    wrapped = plan.apply(loss, blocks=blocks)
     if plan.sharded:  # only now, so that no process ever holds the whole model
-        materialize(model, plan.dist.device, args.global_seed)
+        begin()
     return wrapped
 
 

@@ -27,16 +27,17 @@ def starting_point(
 ) -> tuple[Checkpoint | ShardedCheckpoint | None, str | None]:
     """Return what --gpt-ckpt holds for a new run, and a line for the log where it is fine-tuned.
 
-    Without --finetune that is all of a training state; of a text-conditional run of another --image-size the weights alone,
-    since the next stage begins at its own first step. A run that --resume continues needs nothing: None.
+    Without --finetune that is all of a training state; of the reference of CCA and of a text-conditional run of another
+    --image-size the weights alone, since these begin at their own first step. A run that --resume continues needs nothing: None.
     config: what the weights of this run belong to. Every process calls it together.
     Raises ValueError where the file is of no GPT or of another than the flags describe.
     """
     name = getattr(args, "gpt_resume", None) or args.gpt_ckpt
     if args.gpt_ckpt not in (None, name):
         raise ValueError(f"--gpt-resume {name} and --gpt-ckpt {args.gpt_ckpt} mean the same: give one of them")
+    reference = getattr(args, "cca_reference", None)
     for flag in ("finetune", "use_ema", "class_rows"):
-        if getattr(args, flag, None) and not (name and args.finetune):
+        if getattr(args, flag, None) and not (name and args.finetune) and not (flag == "use_ema" and reference):
             raise ValueError(f"--{flag.replace('_', '-')} needs --{'finetune' if name else 'gpt-ckpt'} too")
     resumed = runs_in(args.results_dir, args.gpt_model)[:1] if args.resume else []
     if not name or (resumed and resumed[0].checkpoints()):
@@ -53,6 +54,8 @@ def starting_point(
                     else f"; {SECOND_EXIT}"
                 )
             )
+        if name == reference:
+            return _weights_alone(read_checkpoint(path, prefer_ema=args.use_ema)), None
         if args.gpt_type == "c2i" or (saved.args or {}).get("image_size", args.image_size) == args.image_size:
             return saved, None
     weights = read_checkpoint(path)

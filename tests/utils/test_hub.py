@@ -329,6 +329,6 @@ def test_the_table_and_the_readme_agree():
     rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in readme.splitlines() if "|" in line]
     listed = {(row[2], row[0]): row[3] for row in rows if len(row) == 4}
     for release in hub.RELEASED.values():
-        file = release.filename or release.home + "/"
+        file = Path(release.filename).name or release.home + "/"
         flags = " ".join(f"{flag} {value}".strip() for flag, value in release.flags.items())
         assert listed[release.repo_id, file] == flags

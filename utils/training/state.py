@@ -12,7 +12,7 @@ that is changed when all is there, and hold checksums.
 
 import shutil
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -128,9 +128,9 @@ class TrainingState:
         for name, model in self.models.items():
             if states.get(name) is not None:
                 own = model.state_dict()
-                self._fill(own, own, states[name], saved.path)
+                fill(own, own, states[name], saved.path)
         if self.ema:
-            self._fill(self.ema.averages, self.ema.state_dict(), saved.ema or saved.model, saved.path)
+            fill(self.ema.averages, self.ema.state_dict(), saved.ema or saved.model, saved.path)
         if any(states.get(key) is None for key in self.optimizers):
             return False
         for key, (_, optimizer) in self.optimizers.items():
@@ -142,13 +142,6 @@ class TrainingState:
         if trainer.get("scaler"):
             self.scaler.load_state_dict(trainer["scaler"])
         return True
-
-    @staticmethod
-    def _fill(targets: dict[str, Tensor], all_: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
-        """Copy what was found into `targets`, some of `all_`, which it has to fit."""
-        require_fit(all_, {name: tensor.shape for name, tensor in found.items()}, path)
-        for name, tensor in targets.items():
-            copy_rows(tensor, found[name])
 
     def _take_folder(self, saved: ShardedCheckpoint) -> None:
         entries: dict[str, Any] = SafeReader(saved.path).read_metadata().state_dict_metadata
@@ -168,6 +161,13 @@ class TrainingState:
         self.step, self.samples_seen = saved.record["steps"], saved.record["samples_seen"]
         if saved.record["scaler"]:
             self.scaler.load_state_dict(saved.record["scaler"])
+
+
+def fill(targets: dict[str, Tensor], all_: dict[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:
+    """Copy what was found at `path` into `targets`, some of `all_`, which it has to fit; each process its shards."""
+    require_fit(all_, {name: tensor.shape for name, tensor in found.items()}, path)
+    for name, tensor in targets.items():
+        copy_rows(tensor, found[name])
 
 
 class Saver:
