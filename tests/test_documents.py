@@ -88,6 +88,7 @@ ALL = [(document, words) for document in DOCUMENTS for words in commands(documen
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
     """A folder with images, codes, and small models under the names of released ones."""
+    from autoregressive.models.build import build_gpt
     from autoregressive.models.gpt import GPT_models
     from tests.evaluations.test_t2i import make_small_clip
     from tests.language.small_t5 import make_small_t5
@@ -113,6 +114,8 @@ def files(tmp_path_factory) -> Path:
         save_checkpoint(folder / f"fsdp{n}" / "consolidated.pth", state)
     model = GPT_models["GPT-XS"](vocab_size=64, num_classes=2, block_size=64, layout={"name": "neighbours"})
     save_checkpoint(folder / "nar.pt", {"model": model.state_dict()})
+    model = build_gpt("RAR-XS", vocab_size=64, num_classes=2, block_size=64)
+    save_checkpoint(folder / "rar.pt", model.state_dict())
     text = {"model_type": "t2i", "cls_token_num": 120, "caption_dim": 32}
     model = GPT_models["GPT-XS"](vocab_size=64, block_size=64, **text)
     save_checkpoint(folder / "t2i.pt", {"model": model.state_dict(), "steps": 1, "args": args})
@@ -132,7 +135,8 @@ def with_released(files: Path, work: Path) -> None:
     (home / "t5-ckpt" / "flan-t5-xl").symlink_to(files / "flan-t5-xl")
     (home / "clip-vit-base-patch32").symlink_to(files / "clip-vit-base-patch32")
     for small, names in {
-        "gpt1.pt": ["c2i_L_384.pt"], "t2i.pt": ["t2i_XL_stage2_512.pt"], "vq.pt": ["vq_ds16_c2i.pt", "vq_ds16_t2i.pt"],
+        "gpt1.pt": ["c2i_L_384.pt"], "t2i.pt": ["t2i_XL_stage2_512.pt"], "vq.pt": ["vq_ds16_c2i.pt", "vq_ds16_t2i.pt", "maskgit-vqgan-imagenet-f16-256.bin"],
+        "rar.pt": ["rar_b.bin"],
         "nar.pt": ["NAR-imagenet-256-B/last_version.pt"],
     }.items():  # fmt: skip
         for name in names:
@@ -234,6 +238,8 @@ def run_small(words: list[str], files: Path, work: Path) -> None:
     elif "train_c2i" in script:
         codes_at(Path(flags[flags.index("--code-path") + 1]), files, published=False)
     keep = ("--num-classes",) if script.startswith("tools/") and "push_" not in script else ()
+    if "rar_b.bin" in flags:
+        keep = (*keep, "--gpt-model")
     own = small(parser, keep)
     if "sample/" in script and "--vq-ckpt" not in flags and any(map(RELEASED_FILE.fullmatch, words)):
         own += ["--vq-ckpt", str(files / "vq.pt")]  # by its own name a released GPT's tokenizer is known
