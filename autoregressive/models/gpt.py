@@ -122,14 +122,17 @@ class Transformer(Trunk):
     """The Llama architecture: RMSNorm, SwiGLU and 2D RoPE."""
 
     settings = ("rope_base", "norm_eps", "target_positions")
+    most_heads = 2
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)
         per_token = [name for name, condition in self.conditions.items() if not condition.rows]
+        if args.target_positions:
+            per_token.append("the place of --random-orders")
         if per_token and self.layout.heads > 1:
             raise ValueError(
-                f"the layout {self.layout.name!r} predicts two tokens from a row, and {', '.join(per_token)} is added for one: "
-                "give another --layout or leave the condition out"
+                f"the layout {self.layout.name!r} predicts two tokens from a row, and {' and '.join(per_token)} is added for one: "
+                "give one of the two"
             )
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.spe_tok_embeddings = SpecialTokens(self.layout.special, args.dim) if self.layout.special else None

@@ -263,6 +263,9 @@ class Trunk(nn.Module):
     resizes: ClassVar[bool] = False
     """Whether `resized` fits weights to another image size."""
 
+    most_heads: ClassVar[int] = 1
+    """Heads that a layout may have its tokens read by."""
+
     any_order = False
     """Whether the model reads tokens in orders that differ from sample to sample."""
 
@@ -287,6 +290,11 @@ class Trunk(nn.Module):
         )
         prefix = sum(condition.rows for condition in self.conditions.values())
         self.layout = build_layout(args.layout_config, grid_size, prefix)
+        if self.layout.heads > self.most_heads:
+            raise ValueError(
+                f"the layout {self.layout.name!r} has tokens read by {self.layout.heads} heads, and the trunk {args.trunk!r} has "
+                f"{self.most_heads}: give another --layout or a --gpt-model of another trunk"
+            )
         self.tok_dropout = nn.Dropout(args.token_dropout_p)
         self._tables: dict[tuple[Layout, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
 

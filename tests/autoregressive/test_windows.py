@@ -11,6 +11,7 @@ import torch
 
 from autoregressive.models import decode_step, on_cpu
 from autoregressive.models import generate as generation
+from autoregressive.models.build import build_model
 from autoregressive.models.conditions import Condition, register_condition
 from autoregressive.models.decode_step import window_of
 from autoregressive.models.generate import generate
@@ -200,6 +201,19 @@ def test_drafts_of_another_model_draw_the_sequential_tokens(name):
         assert len(passes) == least
         if not model.args.extra_conditions:
             assert torch.equal(generate(model, condition, window=8, draft_model=other, **settings), expected)
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"extra_conditions": {"map of a test": {}}}, "predicts two tokens from a row, and map of a test is added for one"),
+        ({"target_positions": True}, "and the place of --random-orders is added for one"),
+        ({"trunk": "rar"}, "tokens read by 2 heads, and the trunk 'rar' has 1"),
+    ],
+)  # fmt: skip
+def test_two_heads_with_what_is_added_for_one_token_or_another_trunk_are_refused(more, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(ModelArgs(**{**TINY, **more, "layout": {"name": "neighbours"}}))
 
 
 def test_draft_model_of_other_codes_or_layout_is_refused():
