@@ -8,13 +8,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.base import Tokenizer, build_quantizer
-from tokenizer.pointwise import PointwiseConv
+from tokenizer.pointwise import PointwiseConv, elementwise
 
 _NORM_GROUPS = 8
+
+
+def silu(x: Tensor) -> Tensor:
+    """Return x * sigmoid(x)."""
+    return elementwise(lambda x, out=None: F.silu(x) if out is None else torch.ops.aten.silu.out(x, out=out), x)
+
+
+class SiLU(nn.SiLU):
+    """SiLU with the same bits on a CPU for any number of threads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return silu(x)
 
 
 class ResidualBlock(nn.Module):
@@ -27,8 +40,8 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(silu(self.norm1(x)))
+        return x + self.conv2(silu(self.norm2(h)))
 
 
 def _blocks(channels: int, depth: int) -> list[nn.Module]:
@@ -67,12 +80,12 @@ class PatchTokenizer(Tokenizer):
         self.encoder = nn.Sequential(
             nn.Conv2d(3, ch, patch, stride=patch), *_blocks(ch, depth),
             nn.Conv2d(ch, 2 * ch, 3, stride=2, padding=1), *_blocks(2 * ch, depth),
-            nn.GroupNorm(_NORM_GROUPS, 2 * ch), nn.SiLU(), PointwiseConv(2 * ch, width),
+            nn.GroupNorm(_NORM_GROUPS, 2 * ch), SiLU(), PointwiseConv(2 * ch, width),
         )  # fmt: skip
         self.decoder = nn.Sequential(
             nn.Conv2d(width, 2 * ch, 3, padding=1), *_blocks(2 * ch, depth),
             nn.Upsample(scale_factor=2), nn.Conv2d(2 * ch, ch, 3, padding=1), *_blocks(ch, depth),
-            nn.GroupNorm(_NORM_GROUPS, ch), nn.SiLU(), nn.Conv2d(ch, 3 * patch**2, 3, padding=1), nn.PixelShuffle(patch),
+            nn.GroupNorm(_NORM_GROUPS, ch), SiLU(), nn.Conv2d(ch, 3 * patch**2, 3, padding=1), nn.PixelShuffle(patch),
         )  # fmt: skip
 
     @classmethod

@@ -1,10 +1,14 @@
-"""The 1x1 convolution of tokenizers, which a CPU can compute alike for any number of threads."""
+"""The 1x1 convolution and the elementwise functions of tokenizers, which a CPU computes alike for any number of threads."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Elements that torch gives a thread at least, and a multiple of those that a loop over vectors takes at once.
+GRAIN, VECTORS = 2**15, 64
 
 
 class PointwiseConv(nn.Conv2d):
@@ -35,3 +39,22 @@ def independent_of_threads(model: nn.Module) -> Iterator[None]:
     finally:
         for module in convolutions:
             module.as_product = False
+
+
+def elementwise(function: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """Apply an elementwise function to (B, C, H, W), on a CPU with the same bits for any number of threads.
+
+    The end of a thread's share, which fills no vector, is rounded otherwise than vectors are: here shares are whole vectors, and
+    what is left comes by itself. function: takes `out=` too. With gradients it is applied as it is.
+    """
+    strided = x if x.is_contiguous() else x.movedim(1, -1)
+    if x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad) or not strided.is_contiguous():
+        return function(x)
+    out = torch.empty_like(x)
+    source, target = strided.flatten(), (out if strided is x else out.movedim(1, -1)).flatten()
+    whole = len(source)
+    while rest := whole % (VECTORS * max(1, min(torch.get_num_threads(), -(-whole // GRAIN)))):
+        whole -= rest
+    function(source[:whole], out=target[:whole])
+    function(source[whole:], out=target[whole:])
+    return out

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.pointwise import PointwiseConv
+from tokenizer.pointwise import PointwiseConv, elementwise
 
 NORM_GROUPS = 32
 
@@ -23,7 +23,7 @@ def swish(x: Tensor) -> Tensor:
     """Return x * sigmoid(x)."""
     # The fused kernel saves a tensor per call. On the CPU the two operations meet the recorded figures to the last bit:
     # the difference is a rounding, but group norm in channels-last amplifies it there to the size of the tolerance.
-    return x * torch.sigmoid(x) if x.device.type == "cpu" else F.silu(x)
+    return x * elementwise(torch.sigmoid, x) if x.device.type == "cpu" else F.silu(x)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
