@@ -158,9 +158,11 @@ class Transformer(Trunk):
             exits.append((self.medusa_norm, self.medusa_output))
         return exits
 
-    def of_second_exit(self, name: str) -> bool:
-        """Tell whether a parameter is of the second head alone: the head, its norm and the block before it."""
-        return name.startswith(("medusa_", f"layers.{self.args.n_layer}."))
+    def of_second_exit(self, name: str) -> str | None:
+        last, before = (f"layers.{number}." for number in (self.args.n_layer, self.args.n_layer - 1))
+        if name.startswith(("medusa_", last)):
+            return name.replace(last, before).removeprefix("medusa_")
+        return None
 
     def projection(self) -> tuple[Tensor, Tensor | None]:
         """Return the weight (V, D) that turns the rows of `hidden` into logits, and its bias (V,) where there is one."""

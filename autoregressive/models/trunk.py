@@ -334,9 +334,9 @@ class Trunk(nn.Module):
             f"the layout {self.layout.name!r} has query rows, for which this trunk has no vectors"
         )
 
-    def of_second_exit(self, name: str) -> bool:
-        """Tell whether a parameter is of a second head alone."""
-        return False
+    def of_second_exit(self, name: str) -> str | None:
+        """Return the first head's parameter that one of the second head corresponds to; None for any other parameter."""
+        return None
 
     @property
     def activations(self) -> list[tuple[Callable[[Tensor], Tensor], int]]:

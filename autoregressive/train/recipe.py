@@ -217,7 +217,7 @@ def lay_out(model: Trunk, plan: Parallel, args: argparse.Namespace, contrast: Co
                 "--second-exit-only trains what a raster file lacks: give --layout neighbours and --gpt-ckpt FILE"
             )
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(model.of_second_exit(name))
+            parameter.requires_grad_(model.of_second_exit(name) is not None)
     loss = contrast.loss(model) if contrast else TokenLoss(model, OBJECTIVES[args.objective])
     blocks = [*model.layers, *(loss.reference.layers if isinstance(loss, ContrastLoss) else ())]
 

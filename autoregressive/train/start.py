@@ -72,8 +72,9 @@ def starting_point(
             raise ValueError(f"{path} is of the layout {before}, and this run of {model.layout.name}: {SECOND_EXIT}")
         note.append(f"its layout was {before}, now {model.layout.name}")
         if model.layout.heads > 1:
-            weights.model = {**weights.model, **_second_exit(model)}
-            note.append("the second exit begins anew")
+            begun = {name: model.of_second_exit(name) for name in model.state_dict()}
+            weights.model = {**weights.model, **{name: weights.model[first] for name, first in begun.items() if first}}
+            note.append("the second exit begins as a copy of the first")
     if TARGET_PLACES in weights.model and not args.random_orders:
         weights.model = {name: tensor for name, tensor in weights.model.items() if name != TARGET_PLACES}
         note.append("its places of targets are left out, since all samples are read in the layout's order")
@@ -102,12 +103,6 @@ def _other_layout(saved: Checkpoint | ShardedCheckpoint, model: Trunk) -> str | 
     known = find_identity(saved) if isinstance(saved, Checkpoint) else saved.config
     name = known.get("layout", {}).get("name", model.layout.name)
     return None if name == model.layout.name else name
-
-
-def _second_exit(model: Trunk) -> dict[str, Tensor]:
-    """Return the model's own weights of its second exit, whole. Every process calls it together."""
-    own = {name: tensor for name, tensor in model.state_dict().items() if model.of_second_exit(name)}
-    return {name: _whole(tensor) for name, tensor in own.items()}
 
 
 def _whole(tensor: Tensor) -> Tensor:
