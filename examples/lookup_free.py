@@ -5,8 +5,8 @@
     python3 autoregressive/train/extract_codes_c2i.py --import examples/lookup_free.py --vq-ckpt results_tokenizer_image \\
         --data-path images --code-path codes
 
-Lookup-free quantisation (MAGVIT-v2, arXiv 2310.05737, section 3.1). The tokenizer's file records its quantiser; without
---import it is refused.
+Lookup-free quantisation (MAGVIT-v2, arXiv 2310.05737, section 3.1), shorter than the project's own `--quantizer lfq`. The
+tokenizer's file records its quantiser; without --import it is refused.
 """
 
 import torch
