@@ -28,7 +28,7 @@ FORBIDDEN = {
     "tokenizer/base.py": ("dataset", "utils"), "tokenizer/tokenizer_image/vq_model.py": ("dataset", "utils"),
     "tokenizer/tokenizer_image/quantizers": ("dataset", "utils"),
 }  # fmt: skip
-ALLOWED = {"utils.precision", "utils.errors", "utils.registry"}  # no file, no flag
+ALLOWED = {"utils.precision", "utils.errors", "utils.registry", "utils.rng"}  # no file, no flag
 # Prints what comes with each module's `flags()` that --help is not to wait for.
 HELP = """
 import importlib, sys

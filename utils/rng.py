@@ -53,6 +53,19 @@ def order_seed(seed: int, index: int) -> int:
     return item_seed(seed, index, 3)
 
 
+def particle_noise(seed: int, index: int, tokens: int, particles: int, draw: str = "race1") -> Tensor:
+    """Return the noise of an image's particles, (particles, tokens): the first has image_noise's, the others keys of their own.
+
+    That of token j of particle k > 0 is item_seed(seed, index, j, 3, k). One particle may have another draw than race1.
+    """
+    first = image_noise(seed, [index], tokens, draw)
+    if particles == 1:
+        return first
+    numbers = np.arange(1, particles, dtype=np.uint64)[:, None]
+    others = item_seed(seed, index, np.arange(tokens, dtype=np.uint64), 3, numbers)
+    return torch.cat([first, torch.from_numpy(others.astype(np.int64))])
+
+
 def image_label(seed: int, index: int, num_classes: int) -> int:
     """Return the class of image `index` of a run where classes are drawn at random."""
     return item_seed(seed, index, 1) % num_classes

@@ -227,6 +227,7 @@ class DecodeState:
     cache, N + 1, dim), what is added to the row that predicts each token; None for a model without such conditions. All in the
     layout's order. context: (samples of the cache, dim), what Trunk.context made of the conditions; None where there is none.
     orders: int64 (B, N), the raster index at each sequence position of each image; `ordered` where these are not the layout's.
+    likelihood: float32 (B, N + 1), the log-probability of each token in the unfiltered distribution, where it `weighs`.
     draw: draw_race, or compiled_race().
     """
 
@@ -250,6 +251,7 @@ class DecodeState:
         self.guided = torch.zeros_like(self.tokens, dtype=torch.bool)
         self.scales = torch.ones_like(self.spread)
         self.known = torch.full_like(self.tokens, -1)
+        self.likelihood, self.weighs = torch.zeros_like(self.spread), False
         self.added: Tensor | None = None
         if any(not condition.rows for condition in model.conditions.values()):
             assert self.steps.readers is None, "a condition per token needs a row for each token drawn"
@@ -387,7 +389,11 @@ def draw_tokens(logits: Tensor, state: DecodeState, guided: bool | None, outputs
         mixed = guide(conditional, logits[state.batch : 2 * state.batch], scales)
         conditional = mixed if guided else torch.where(state.guided.gather(1, outputs)[..., None], mixed, conditional)
     tokens, known = pick(conditional, state, outputs), state.known.gather(1, outputs)
-    state.tokens.scatter_(1, outputs, torch.where(known >= 0, known, tokens))
+    tokens = torch.where(known >= 0, known, tokens)
+    state.tokens.scatter_(1, outputs, tokens)
+    if state.weighs:
+        unfiltered = (conditional.float() / state.numbers[:, :1, None]).log_softmax(-1)
+        state.likelihood.scatter_(1, outputs, unfiltered.gather(2, tokens[..., None])[..., 0])
     state.spread.scatter_(1, outputs, spread(conditional))
     return conditional
 

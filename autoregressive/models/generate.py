@@ -147,11 +147,7 @@ def generate(
     values = {name: value.to(device) for name, value in model.as_conditions(cond).items()}
     batch = len(next(iter(values.values())))
     if known is not None:
-        if known.shape != (batch, tokens) or known.is_floating_point() or known.max() >= model.args.vocab_size:
-            raise ValueError(
-                f"known tokens are whole numbers of shape ({batch}, {tokens}) below {model.args.vocab_size}, got "
-                f"{known.dtype} of shape {tuple(known.shape)}"
-            )
+        check_known(known, batch, model)
         known = known.to(device)
     given = 0 if known is None else int((known >= 0).sum(1).min())
     layout = model.layout.adapted(config.steps, config.repulsion, given)
@@ -287,6 +283,16 @@ def masks_with_nulls(emb_masks: Tensor | None, negative_masks: Tensor | None) ->
     if emb_masks is None:
         return None
     return torch.cat([emb_masks, (emb_masks if negative_masks is None else negative_masks).flip(0)])
+
+
+def check_known(known: Tensor, batch: int, model: Trunk) -> None:
+    """Raise ValueError where known tokens are not those of `batch` images of a model."""
+    shape, codes = (batch, model.layout.tokens), model.args.vocab_size
+    if tuple(known.shape) != shape or known.is_floating_point() or known.max() >= codes:
+        raise ValueError(
+            f"known tokens are whole numbers of shape {shape} below {codes}, got {known.dtype} of shape "
+            f"{tuple(known.shape)}"
+        )
 
 
 def check_draft_model(draft: Trunk, model: Trunk) -> None:
