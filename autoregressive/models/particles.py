@@ -26,6 +26,7 @@ from autoregressive.models.generate import (
     cache_for,
     check_known,
     cleared_after_errors,
+    image_order,
     masks_with_nulls,
     prefill,
     sampling_mode,
@@ -35,7 +36,7 @@ from autoregressive.models.generate import (
 from autoregressive.models.machine import machine
 from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig, race
 from autoregressive.models.trunk import Conditions, Trunk
-from utils.rng import item_seed, particle_noise
+from utils.rng import item_seed, order_seed, particle_noise
 
 PARTICLES = 16
 # Rows of all particles that a pass over known tokens computes at most; their logits are kept at once.
@@ -95,7 +96,7 @@ def fill(
             of range.
         NotFiniteLogits: where images were drawn from logits that are not finite.
     """
-    config, layout, weight = SamplingConfig(**settings), model.layout, model.tok_embeddings.weight
+    config, weight = SamplingConfig(**settings), model.tok_embeddings.weight
     check_particles(particles, config)
     model.check_conditions(cond)
     if negative is not None:
@@ -103,6 +104,10 @@ def fill(
     device, batch = weight.device, len(images)
     check_known(known, batch, model)
     known = known.to(device)
+    layout = model.layout.adapted(config.steps, config.repulsion, int((known >= 0).sum(1).min()))
+    if orders is None and (layout.own_orders or config.order == "random"):  # known tokens come first
+        each = zip(images, known.cpu(), strict=True)
+        orders = torch.stack([image_order(layout, config, order_seed(*image), own) for image, own in each])
     given = None if orders is None else model.as_orders(orders, batch)
     sequence = layout.order.to(device).repeat(batch, 1) if given is None else given
     holes = (known.gather(1, sequence) < 0).tolist()
@@ -140,7 +145,7 @@ def fill(
 
         def begun(copies: int) -> DecodeState:
             """Return the state of so many particles of each image, in which known tokens stand."""
-            state, own = DecodeState(model, cache, batch * copies), torch.arange(batch, device=device)
+            state, own = DecodeState(model, layout, cache, batch * copies), torch.arange(batch, device=device)
             own = own.repeat_interleave(copies)
             rows = samples_of(own, batch, streams)
             real, more = (None if x is None else x[rows] for x in (masks, added))

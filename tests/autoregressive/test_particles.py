@@ -9,13 +9,13 @@ import torch
 
 from autoregressive.models import generate as generation
 from autoregressive.models.build import build_model
-from autoregressive.models.generate import generate
+from autoregressive.models.generate import generate, image_order
 from autoregressive.models.particles import effective_sizes, fill, resampled
-from autoregressive.models.sampling import NotFiniteLogits, filter_logits
+from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig, filter_logits
 from autoregressive.models.trunk import ModelArgs
 from tests.autoregressive.test_windows import LAYOUTS, asked, poison, tiny
 from tests.helpers import randomize
-from utils.rng import image_noise, particle_noise
+from utils.rng import image_noise, order_seed, particle_noise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -183,6 +183,23 @@ def test_rar_is_filled_in_raster_order():
     )
     assert torch.equal(one.tokens[known >= 0], known[known >= 0])
     assert equal(one, other)
+
+
+@pytest.mark.parametrize("order", ["own", "random"])
+def test_models_of_any_order_read_known_tokens_first_and_need_one_particle(order):
+    trunk = {"own": {"trunk": "lpd", "ffn_width": 32}, "random": {"target_positions": True}}[order]
+    model = randomize(build_model(ModelArgs(**{**SMALL, **trunk, "vocab_size": 8, "block_size": 16})), gain=2.0)
+    known = torch.arange(16).remainder(8).masked_fill(torch.arange(16) % 4 == 1, -1).repeat(2, 1)
+    images = [(3, 0), (3, 9)]
+    filled = fill(model, torch.tensor([1, 2]), known, images, cfg_scale=2.0, order=order)
+    config = SamplingConfig(order=order)
+    layout = model.layout.adapted(known=12)
+    orders = torch.stack([image_order(layout, config, order_seed(*image), known[0]) for image in images])
+    noise = torch.cat([image_noise(seed, [index], 16) for seed, index in images])
+    drawn = generate(model, torch.tensor([1, 2]), known=known, orders=orders, noise=noise, cfg_scale=2.0, order=order)
+    assert torch.equal(filled.tokens, drawn)
+    assert torch.equal(drawn[known >= 0], known[known >= 0])
+    assert (filled.particles, filled.effective) == (1, [1.0, 1.0])
 
 
 def test_hole_over_the_whole_image_is_the_ordinary_image():
