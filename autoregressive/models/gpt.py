@@ -273,9 +273,7 @@ class Transformer(Trunk):
         equal ones); None where token i is read from row i.
         """
         if len(self.exits) == 1:
-            if reads is not None:
-                h = h.gather(1, reads[:, :, 0, :1].expand(-1, -1, h.shape[-1]))
-            return self.output(self.norm(h)).float()
+            return super().logits(h, reads)
         assert reads is not None, "with two heads a token has its readers"
         parts = []
         for head, ((norm, output), state) in enumerate(zip(self.exits, h.chunk(len(self.exits), dim=-1), strict=True)):
