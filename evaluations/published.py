@@ -21,12 +21,16 @@ from utils.hub import NAR_OWNERS, RELEASED, WEIGHTS
 if TYPE_CHECKING:
     from autoregressive.models.gpt import ModelArgs
 
-REFERENCE, REFERENCE_IMAGES = "VIRTUAL_imagenet256_labeled.npz", 10_000
+REFERENCE, REFERENCE_512, REFERENCE_IMAGES = "VIRTUAL_imagenet256_labeled.npz", "VIRTUAL_imagenet512.npz", 10_000
 GRAPH = "classify_image_graph_def.pb"
 _BATCHES = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
 # Addresses and sizes in bytes; the reference has its images and their statistics.
-URLS = {REFERENCE: f"{_BATCHES}/imagenet/256/{REFERENCE}", GRAPH: f"{_BATCHES}/{GRAPH}"}
-BYTES = {REFERENCE: 2.03e9, GRAPH: 0.096e9}
+URLS = {
+    REFERENCE: f"{_BATCHES}/imagenet/256/{REFERENCE}",
+    REFERENCE_512: f"{_BATCHES}/imagenet/512/{REFERENCE_512}",
+    GRAPH: f"{_BATCHES}/{GRAPH}",
+}
+BYTES = {REFERENCE: 2.03e9, REFERENCE_512: 7.93e9, GRAPH: 0.096e9}  # the second from its images' size, not seen
 FIGURES = {
     "fid": "FID",
     "sfid": "sFID",
@@ -72,6 +76,11 @@ class Row:
     def model(self) -> str:
         """The size, as --gpt-model or --vq-model names it."""
         return RELEASED[self.gpt].flags["--gpt-model"] if self.gpt else RELEASED[self.tokenizer].flags["--vq-model"]
+
+    @property
+    def reference(self) -> str:
+        """Name of the reference batch that images are compared with."""
+        return REFERENCE_512 if self.image_size_eval == 512 else REFERENCE
 
     @property
     def figure(self) -> str:
@@ -141,6 +150,21 @@ def _rows() -> Iterator[Row]:
         drawing |= {"--balanced": "", "--precision": "none"}
         file = f"{_RAR}/rar_{size.lower()}.bin"
         yield Row(f"RAR-{size}", "RAR", fid, parameters, file, _MASKGIT, 256, cfg_scale, drawing=drawing)
+    for size, image_size, parameters, steps, cfg_scale, fid in (
+        ("L", 256, 337_157_120, 20, 4.8, 2.40),
+        ("XL", 256, 751_947_520, 20, 4.9, 2.10),
+        ("XXL", 256, 1_412_184_576, 20, 5.9, 2.00),
+        ("L", 256, 337_157_120, 32, 5.4, 2.29),
+        ("XL", 256, 751_947_520, 32, 5.0, 1.92),
+        ("L", 512, 337_943_552, 48, 7.3, 2.54),
+        ("XL", 512, 752_930_560, 48, 6.0, 2.10),
+    ):
+        file = f"lpd_{size.lower()}_{image_size}"
+        drawing = {"--steps": str(steps), "--cfg-schedule": "linear", "--balanced": ""}
+        yield Row(
+            f"LPD-{size}-{image_size}-{steps}", "LPD", fid, parameters, f"mit-han-lab/{file}/{file}.pth", _VQ16, image_size,
+            cfg_scale, image_size, drawing=drawing,
+        )  # fmt: skip
     for name, file, parameters, image_size, fid in (
         ("vq_ds16_c2i", _VQ16, 71_883_403, 256, 2.19),
         ("vq_ds16_c2i_384", _VQ16, 71_883_403, 384, 0.94),

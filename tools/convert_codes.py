@@ -4,15 +4,18 @@
     python tools/convert_codes.py --from maskgitvq.jsonl --to maskgitvq_packed --image-size 256 --codebook-size 1024
 
 The layout of `--from` is recognised and `--to` gets the other one. RAR's published codes, a .jsonl file with
-{"class_id": 207, "tokens": [256 numbers]} a line, become packed shards with one view a line. A stopped conversion resumes where it was; what is
+{"class_id": 207, "tokens": [256 numbers]} a line, become packed shards with one view a line, and LPD's, class folders of .npz files, such with
+two. A stopped conversion resumes where it was; what is
 already in `--to` is compared with the source, and refused where it differs.
 """
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from utils.cli import flag_parser, positive_int, run_script
 
@@ -85,11 +88,11 @@ def lines_to_packed(
     not of this file.
     """
     import numpy as np
-    from tqdm import tqdm
 
-    from dataset.code_files import CodeSettings, CodeWriter
-
-    def samples(lines: list[str], first: int) -> tuple[np.ndarray, np.ndarray]:
+    def read(images: range) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal at
+        lines = list(islice(file, images.start - at, images.stop - at))
+        at = images.stop
         codes, labels = np.empty((len(lines), 1, tokens), np.int64), np.empty(len(lines), np.int64)
         for row, line in enumerate(lines):
             try:
@@ -97,33 +100,81 @@ def lines_to_packed(
                 codes[row, 0], labels[row] = sample["tokens"], sample["class_id"]
             except (ValueError, TypeError, LookupError) as error:
                 wanted = f'{{"class_id": …, "tokens": [{tokens} numbers]}}'
-                raise ValueError(f"{source}, line {first + row + 1} is not {wanted}: {error}") from error
+                raise ValueError(f"{source}, line {images[row] + 1} is not {wanted}: {error}") from error
         return codes, labels
 
     with open(source, encoding="utf-8") as file:
         count = sum(1 for _ in file)
     with open(source, encoding="utf-8") as file:
-        tokens = len(json.loads(file.readline() or "{}").get("tokens", ()))
+        tokens, at = len(json.loads(file.readline() or "{}").get("tokens", ())), 0
         if not tokens:
             raise ValueError(f'{source} does not begin with a line of codes, {{"class_id": …, "tokens": […]}}')
         file.seek(0)
-        settings = CodeSettings(
-            dataset="imagenet", image_size=image_size, tokens=tokens, views=["view_0"], num_images=count,
-            codebook_size=codebook_size or 16384, num_classes=num_classes, vq_model=vq_model, shard_size=shard_size,
-            made_by="tools/convert_codes.py",
-        )  # fmt: skip
-        writer = CodeWriter(target, settings)
-        missing = set(writer.missing_shards())
-        for shard in tqdm(range(settings.num_shards), unit="shard"):
-            images = settings.images_of(shard)
-            lines = list(islice(file, len(images)))
-            if shard in missing:
-                writer.write_shard(shard, *samples(lines, images.start), np.asarray(images))
-                continue
-            there, labels_there, _ = writer.read_shard(shard)
-            first, label = samples(lines[:1], images.start)
-            if not (np.array_equal(there[:1], first) and labels_there[0] == label[0]):
-                raise ValueError(f"shard {shard} in {target} is not of the codes in {source}: use another folder")
+        sizes = {"tokens": tokens, "views": ["view_0"], "num_images": count, "image_size": image_size}
+        sizes |= {"codebook_size": codebook_size or 16384, "num_classes": num_classes}
+        _write_packed(source, target, read, vq_model=vq_model, shard_size=shard_size, **sizes)
+
+
+def archives_to_packed(
+    source: str | Path,
+    target: str | Path,
+    image_size: int,
+    codebook_size: int | None = None,
+    num_classes: int | None = None,
+    vq_model: str | None = None,
+    shard_size: int = 4096,
+) -> None:
+    """Write packed shards of LPD's codes: class folders with an .npz of `indices` and `indices_flip` for each image.
+
+    Raises ValueError for a file without these, or where a shard that is already there is not of this folder.
+    """
+    import numpy as np
+
+    from dataset.augmentation import FLIP_VIEWS
+
+    names = sorted(folder.name for folder in Path(source).iterdir() if folder.is_dir())
+    files = [(file, label) for label, name in enumerate(names) for file in sorted(Path(source, name).glob("*.npz"))]
+
+    def codes_of(file: Path) -> np.ndarray:
+        try:
+            with np.load(file) as archive:
+                return np.stack([archive[name].ravel() for name in ("indices", "indices_flip")]).astype(np.int64)
+        except (ValueError, KeyError, OSError) as error:
+            raise ValueError(f"{file} has no indices and indices_flip of one length: {error}") from error
+
+    def read(images: range) -> tuple[np.ndarray, np.ndarray]:
+        found = [codes_of(file) for file, _ in files[images.start : images.stop]]
+        return np.stack(found), np.array([label for _, label in files[images.start : images.stop]])
+
+    sizes = {"tokens": codes_of(files[0][0]).shape[1], "views": list(FLIP_VIEWS), "num_images": len(files)}
+    sizes |= {
+        "codebook_size": codebook_size or 16384,
+        "num_classes": num_classes or len(names),
+        "image_size": image_size,
+    }
+    _write_packed(source, target, read, classes=names, vq_model=vq_model, shard_size=shard_size, **sizes)
+
+
+def _write_packed(
+    source: str | Path, target: str | Path, read: Callable[[range], tuple[Any, Any]], **settings: Any
+) -> None:
+    """Write the shards that are missing, of codes and labels that `read` returns of some images, and compare the others."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from dataset.code_files import CodeSettings, CodeWriter
+
+    writer = CodeWriter(target, CodeSettings(dataset="imagenet", made_by="tools/convert_codes.py", **settings))
+    missing = set(writer.missing_shards())
+    for shard in tqdm(range(writer.settings.num_shards), unit="shard"):
+        images = writer.settings.images_of(shard)
+        if shard in missing:
+            writer.write_shard(shard, *read(images), np.asarray(images))
+            continue
+        there, labels_there, _ = writer.read_shard(shard)
+        first, label = read(images[:1])
+        if not (np.array_equal(there[:1], first) and labels_there[0] == label[0]):
+            raise ValueError(f"shard {shard} in {target} is not of the codes in {source}: use another folder")
 
 
 def packed_to_published(source: str | Path, target: str | Path, image_size: int) -> None:
@@ -185,6 +236,8 @@ def main(args: argparse.Namespace) -> None:
             there = ", ".join(map(str, sizes))
             raise ValueError(f"{source} holds codes of --image-size {there}, not {args.image_size}")
         published_to_packed(source, target, *given)
+    elif next(source.glob("*/*.npz"), None):
+        archives_to_packed(source, target, *given)
     else:
         raise ValueError(f"{source} holds no codes: neither {INDEX_FILE} nor imagenet{args.image_size}_codes/")
     print(f"{target} holds the codes of {source}")

@@ -21,7 +21,6 @@ from evaluations.published import (
     BYTES,
     FIGURES,
     GRAPH,
-    REFERENCE,
     REFERENCE_IMAGES,
     ROWS,
     URLS,
@@ -57,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
         return
     steps.require_evaluator()
     graph = find_file(GRAPH, args.graph)
-    reference = find_file(REFERENCE, args.reference) if row.gpt else None
+    reference = find_file(row.reference, args.reference) if row.gpt else None
     for script, words, _ in commands:
         steps.run(script, words, processes)
     samples, *cropped = (steps.newest(folder) for *_, folder in commands)
@@ -125,8 +124,8 @@ def departures(row: Row, args: argparse.Namespace, given: dict[str, str]) -> lis
                 found.append(f"the weights {value} instead of {released}")
         elif flag not in NEUTRAL and not same_value(value, own.get(flag)):
             found.append(f"{flag} {value} instead of {own.get(flag, 'none')}")
-    if args.reference is not None and Path(args.reference).name != REFERENCE:
-        found.append(f"the reference {args.reference} instead of {REFERENCE}")
+    if args.reference is not None and Path(args.reference).name != row.reference:
+        found.append(f"the reference {args.reference} instead of {row.reference}")
     return found
 
 
@@ -232,7 +231,7 @@ def describe_plan(
         yield "  " + steps.describe(script, words, processes)
     samples, *cropped = (folder / "*.npz" for *_, folder in commands)
     reference, graph = (
-        Path(files[name][0] or Path(WEIGHTS, name)) if name in files else None for name in (REFERENCE, GRAPH)
+        Path(files[name][0] or Path(WEIGHTS, name)) if name in files else None for name in (row.reference, GRAPH)
     )
     judging = steps.evaluation_words(reference or cropped[0], samples, graph, task_of(row), given.get("--device"))
     yield "  " + steps.describe(steps.EVALUATOR, judging, processes)
@@ -248,7 +247,7 @@ def describe_plan(
 
 def judged_by(row: Row, args: argparse.Namespace) -> list[tuple[str, str | None]]:
     """Return the evaluator's files, each with the path that was given."""
-    return [(REFERENCE, args.reference)] * bool(row.gpt) + [(GRAPH, args.graph)]
+    return [(row.reference, args.reference)] * bool(row.gpt) + [(GRAPH, args.graph)]
 
 
 def describe_time(row: Row, gpu: str | None, count: int, processes: int) -> str:
@@ -257,9 +256,10 @@ def describe_time(row: Row, gpu: str | None, count: int, processes: int) -> str:
 
     if gpu is None:
         return "time: name an accelerator by --gpu for an estimate"
-    card, group = require_accelerator(gpu), int(row.flags().get("--ar-token-num", 1))
+    flags, tokens = row.flags(), (row.image_size // 16) ** 2
+    group = tokens / int(flags["--steps"]) if "--steps" in flags else int(flags.get("--ar-token-num", 1))
     # Two FLOPs a weight and token, with guidance twice; a step of several tokens reads the weights once for all of them.
-    flops = 2 * (1 if row.cfg_scale == 1 else 2) * row.parameters * (row.image_size // 16) ** 2
+    card, flops = require_accelerator(gpu), 2 * (1 if row.cfg_scale == 1 else 2) * row.parameters * tokens
     peak = card.peak_flops("bf16") or card.peak_flops("fp16")
     hours = count * flops / (peak * UTILISATION * group * processes) / 3600
     share = f"{UTILISATION * group:.0%} of the peak (assumed)"

@@ -81,6 +81,11 @@ def _cca(size: str, **more: str) -> Release:
     return Release(_CCA, f"{_CCA_FOLDER}/{name}", name, flags)
 
 
+def _lpd(size: str, image_size: int) -> Release:
+    name = f"lpd_{size.lower()}_{image_size}"
+    return _gpt(f"mit-han-lab/{name}", f"{name}.pth", f"LPD-{size}", image_size)
+
+
 def _tokenizer(repo_id: str, filename: str, vq_model: str, **more: str) -> Release:
     return Release(repo_id, filename, filename, _flags(vq_model=vq_model, **more))
 
@@ -123,6 +128,8 @@ RELEASED: dict[str, Release] = {
         _tokenizer(f"{_MAGVIT}-128-resolution", "imagenet_128_L.ckpt", "Open-MAGVIT2-8", downsample_size="8"),
         _tokenizer(f"{_MAGVIT}-16384-Pretrain", "pretrain256_16384.ckpt", "Open-MAGVIT2"),
         _tokenizer(f"{_MAGVIT}-262144-Pretrain", "pretrain256_262144.ckpt", "Open-MAGVIT2"),
+        *(_lpd(size, 256) for size in ("L", "XL", "XXL")),
+        *(_lpd(size, 512) for size in ("L", "XL")),
         *(_gpt(_RAR, f"rar_{size.lower()}.bin", f"RAR-{size}", 256) for size in ("B", "L", "XL", "XXL")),
         _tokenizer(_TITOK, "maskgit-vqgan-imagenet-f16-256.bin", "MaskGIT-VQGAN"),
         Release("google/flan-t5-xl", "", "t5-ckpt/flan-t5-xl"),

@@ -75,6 +75,9 @@ def starting_point(
             begun = {name: model.of_second_exit(name) for name in model.state_dict()}
             weights.model = {**weights.model, **{name: weights.model[first] for name, first in begun.items() if first}}
             note.append("the second exit begins as a copy of the first")
+    weights.model, before = model.resized(weights.model), weights.model
+    if weights.model is not before:
+        note.append("its table of places is resized for this image size")
     if TARGET_PLACES in weights.model and not args.random_orders:
         weights.model = {name: tensor for name, tensor in weights.model.items() if name != TARGET_PLACES}
         note.append("its places of targets are left out, since all samples are read in the layout's order")

@@ -62,6 +62,35 @@ def test_lines_of_codes_become_packed_and_resume(tmp_path):
     assert files(target) == whole
 
 
+def test_archives_in_class_folders_become_packed_and_resume(tmp_path):
+    """LPD's codes."""
+    source, target = tmp_path / "cached", tmp_path / "packed"
+    rng, written = np.random.default_rng(0), []
+    for label, name in enumerate(("n01", "n02")):
+        (source / name).mkdir(parents=True)
+        for image in range(3):
+            views = rng.integers(8, size=(2, 16))
+            np.savez(source / name / f"{image}.npz", indices=views[0].reshape(4, 4), indices_flip=views[1])
+            written.append((views.tolist(), label))
+    words = f"--from {source} --to {target} --image-size 64 --codebook-size 8 --shard-size 4"
+    main(flags().parse_args(words.split()))
+    packed = open_codes(target)
+    packed.sources[0].verify()
+    settings = packed.settings
+    assert (settings.num_classes, list(settings.classes)) == (2, ["n01", "n02"])
+    stored = [
+        (codes.tolist(), label) for part in packed.sources[0].parts() for codes, label in zip(*part[:2], strict=True)
+    ]
+    assert stored == written
+    whole = files(target)
+    (target / "shard-000001.json").unlink()
+    main(flags().parse_args(words.split()))
+    assert files(target) == whole
+    np.savez(source / "n01" / "0.npz", indices=np.zeros(16, int))
+    with pytest.raises(ValueError, match=r"0\.npz has no indices and indices_flip"):
+        main(flags().parse_args([*words.split()[:2], "--to", str(tmp_path / "other"), *words.split()[4:]]))
+
+
 def test_other_and_broken_lines_are_refused(tmp_path):
     path, target = tmp_path / "codes.jsonl", tmp_path / "packed"
     jsonl(path, 5)

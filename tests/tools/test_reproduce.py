@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from autoregressive.models.gpt import Transformer
+from autoregressive.models.build import build_model
 from autoregressive.sample import sample_c2i_ddp
 from evaluations import published
 from evaluations.published import REFERENCE, ROWS, find_file, find_row, gpt_args
@@ -94,6 +94,9 @@ def test_rows_are_the_published_tables():
         "PAR-XL-4x": (2.61, 1.5), "PAR-XXL-4x": (2.35, 1.435), "PAR-3B-4x": (2.29, 1.345), "PAR-3B-16x": (2.88, 1.5),
         "NAR-B": (4.65, 2.0), "NAR-M": (3.27, 2.0), "NAR-L": (3.06, 2.0), "NAR-XL": (2.70, 2.0), "NAR-XXL": (2.58, 2.0),
         "CCA-B": (7.04, 1.0), "CCA-L": (3.43, 1.0), "CCA-XL": (3.10, 1.0), "CCA-XXL": (3.12, 1.0), "CCA-3B": (2.69, 1.0),
+        "RAR-B": (1.95, 16.0), "RAR-L": (1.70, 15.5), "RAR-XL": (1.50, 6.9), "RAR-XXL": (1.48, 8.0),
+        "LPD-L-256-20": (2.40, 4.8), "LPD-XL-256-20": (2.10, 4.9), "LPD-XXL-256-20": (2.00, 5.9), "LPD-L-256-32": (2.29, 5.4),
+        "LPD-XL-256-32": (1.92, 5.0), "LPD-L-512-48": (2.54, 7.3), "LPD-XL-512-48": (2.10, 6.0),
         "vq_ds16_c2i": (2.19, None), "vq_ds16_c2i_384": (0.94, None), "vq_ds16_c2i_512": (0.70, None),
         "vq_ds8_c2i": (0.59, None),
         "ibq_1024": (2.24, None), "ibq_8192": (1.87, None), "ibq_16384": (1.37, None), "ibq_262144": (1.00, None),
@@ -102,7 +105,8 @@ def test_rows_are_the_published_tables():
         "open_magvit2_262144": (1.67, None),
     }  # fmt: skip
     assert {name: (row.fid, row.cfg_scale) for name, row in ROWS.items()} == figures
-    assert all(name == row.name and row.samples == 50_000 and row.image_size_eval == 256 for name, row in ROWS.items())
+    assert all(name == row.name and row.samples == 50_000 for name, row in ROWS.items())
+    assert {row.image_size_eval for row in ROWS.values() if row.name[-7:] != "-512-48"} == {256}
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=list(ROWS))
@@ -120,16 +124,17 @@ def test_a_row_has_released_files_and_flags_its_script_takes(row):
         assert row.parameters == sum(p.numel() for p in model.parameters())
     else:
         args = sample_c2i_ddp.flags().parse_args(words)
-        assert (args.cfg_scale, args.top_k, args.top_p, args.temperature) == (row.cfg_scale, 0, 1.0, 1.0)
+        temperature = float(row.drawing.get("--temperature", 1.0))
+        assert (args.cfg_scale, args.top_k, args.top_p, args.temperature) == (row.cfg_scale, 0, 1.0, temperature)
         assert args.num_fid_samples == 50_000 and args.gpt_ckpt == row.gpt in RELEASED
         assert row.parameters == parameters_of(vars(args))
-        assert args.image_size == 384 or row.name.endswith("_256") or row.system == "NAR"
-    assert args.vq_ckpt == row.tokenizer in RELEASED and args.image_size_eval == 256
+        assert args.image_size == 384 or row.name.endswith("_256") or row.system in ("NAR", "RAR", "LPD", "CCA")
+    assert args.vq_ckpt == row.tokenizer in RELEASED and args.image_size_eval == row.image_size_eval
 
 
 def parameters_of(settings) -> int:
     with torch.device("meta"):
-        return Transformer(gpt_args(settings)).num_parameters
+        return build_model(gpt_args(settings)).num_parameters
 
 
 def test_an_unknown_row_is_answered_with_close_ones(capsys):
