@@ -168,7 +168,7 @@ def flags() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dropout-p", type=PROBABILITY, default=0.0, help="dropout in the tokenizer's residual blocks")
     help = "epochs after which the learning rate is a tenth, in place of --lr-schedule"
-    parser.add_argument("--lr-drop-epochs", type=positive_int, nargs="+", default=[], help=help)
+    parser.add_argument("--lr-drop-epochs", type=positive_int, nargs="*", default=[], help=help)
     add_switch(parser, "--compile", False, "torch.compile the tokenizer (on CUDA)")
     add_training_flags(
         parser, epochs=40, batch=128, results_dir="results_tokenizer_image", num_workers=16, decays=False
