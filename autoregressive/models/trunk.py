@@ -295,6 +295,12 @@ class Trunk(nn.Module):
                 f"the layout {self.layout.name!r} has tokens read by {self.layout.heads} heads, and the trunk {args.trunk!r} has "
                 f"{self.most_heads}: give another --layout or a --gpt-model of another trunk"
             )
+        asks = any(row.holds is Holds.QUERY for row in self.layout.content)
+        if asks and type(self).queries is Trunk.queries:
+            raise ValueError(
+                f"the layout {self.layout.name!r} reads tokens from queries, of which the trunk {args.trunk!r} has none: give "
+                "another --layout or a --gpt-model with queries (LPD-L)"
+            )
         self.tok_dropout = nn.Dropout(args.token_dropout_p)
         self._tables: dict[tuple[Layout, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
 

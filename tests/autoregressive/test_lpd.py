@@ -27,6 +27,7 @@ from autoregressive.serve.native import NativeEngine
 from autoregressive.train import train_c2i
 from autoregressive.train.loss import TokenLoss
 from autoregressive.train.orders import training_orders
+from tests.autoregressive.decoding import Recording
 from tests.helpers import assert_close, golden_state, load_golden, randomize
 from tests.training import make_codes, metrics, repetitive_codes, run_folder, run_here, run_script, same
 from tokenizer.load import load_tokenizer
@@ -146,6 +147,15 @@ def test_orders_are_drawn_anew_and_by_the_seed_of_torch(model):
     assert torch.equal(generate(model, LABELS), one) and not torch.equal(one, other)
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_recorded_steps_draw_the_same_for_other_orders_and_groups(model, recording, scale):
+    for groups in (GROUPS, GROUPS, [1] * 12 + [4] * 6, GROUPS):
+        orders = torch.rand(3, 36).argsort(1)
+        asked = {"orders": orders, "groups": groups, "noise": image_noise(5, range(3), 36), "cfg_scale": scale}
+        assert torch.equal(generate(model, LABELS, compile=True, **asked), generate(model, LABELS, **asked))
+    assert Recording.made > 5
+
+
 def test_a_window_is_refused_and_auto_takes_none(model):
     with pytest.raises(ValueError, match=r"overwrites rows of its queries.*--window 0"):
         generate(model, LABELS, window=4)
@@ -168,13 +178,15 @@ def test_sizes_have_the_published_parameters(name, pixels, millions):
     [
         ({"model_type": "t2i", "cls_token_num": 4}, "an LPD is of classes alone"),
         ({"layout": {"name": "raster"}}, "reads each token from a query.*--layout queried"),
+        ({"trunk": "llama", "ffn_width": None, "layout": {"name": "queried"}}, "the trunk 'llama' has none"),
+        ({"trunk": "rar", "layout": {"name": "queried"}}, "the trunk 'rar' has none"),
         ({"drop_path_rate": 0.1}, "no stochastic depth"),
         ({"n_kv_head": 2}, "as many kv heads as heads"),
     ],
 )
 def test_what_an_lpd_cannot_be_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
-        build_model(ModelArgs(**SIZES, block_size=36, **wrong))
+        build_model(ModelArgs(**{**SIZES, "block_size": 36, **wrong}))
 
 
 def test_initial_weights_are_the_published_kind():
