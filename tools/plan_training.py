@@ -79,7 +79,7 @@ def training_memory(args: "ModelArgs", setup: Setup) -> dict[str, int]:
     waits = sharded and setup.accumulation > 1 and not setup.sync_every_micro_batch
     fixed = {WEIGHTS: 4 * held, MOMENTS: 8 * held, AVERAGE: 4 * held * setup.ema}
 
-    rows = setup.micro_batch * (args.block_size + args.cls_token_num - 1)
+    rows = setup.micro_batch * (args.block_size + queries_of(args) + args.cls_token_num - 1)
     of_block, backward = rows * block_bytes(args, setup), COMPILED if setup.compiled else EAGER
     stream = rows * args.dim * width
     logits = 8 * min(CHUNK, setup.micro_batch * args.block_size * args.vocab_size)
@@ -109,6 +109,13 @@ def parameters_of(args: "ModelArgs") -> tuple[int, int]:
     with torch.device("meta"):
         model = build_model(args)
     return model.num_parameters, sum(p.numel() for p in model.layers[0].parameters())
+
+
+def queries_of(args: "ModelArgs") -> int:
+    """Return the query rows of a sample, a row for each token where a layout has such."""
+    from autoregressive.models.layouts import LAYOUTS
+
+    return args.block_size if LAYOUTS[args.layout_config["name"]].own_orders else 0
 
 
 def block_bytes(args: "ModelArgs", setup: Setup) -> int:

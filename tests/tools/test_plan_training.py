@@ -237,3 +237,10 @@ def test_script_prints_and_writes_the_plan(tmp_path, capsys):
 def test_mistakes(words, message):
     with pytest.raises(ValueError, match=message):
         main(arguments(*SIXTEEN, *words))
+
+
+def test_queries_take_the_memory_of_rows():
+    rar, lpd = (ModelArgs(**GPT_SIZES[name].fields) for name in ("RAR-XS", "LPD-XS"))
+    assert (memory.queries_of(rar), memory.queries_of(lpd)) == (0, 256)
+    one, other = (training_memory(args, Setup(micro_batch=8))[memory.ACTIVATIONS] for args in (rar, lpd))
+    assert other == pytest.approx(2 * one, rel=0.01)
