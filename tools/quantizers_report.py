@@ -1,6 +1,6 @@
 """Figures of tokenizers that differ in their quantiser alone, as a table: what scripts/compare_quantizers.sh ends with.
 
-    python3 tools/quantizers_report.py --images quickstart/drawings/held_out --runs quickstart/quantizers/vq \\
+    python3 tools/quantizers_report.py --images quickstart/tiny/digits/held_out --runs quickstart/quantizers/vq \\
         quickstart/quantizers/lfq --output quickstart/quantizers
 
 Each run's folder has tokenizer/, codes_train/ and gpt/. PSNR is of the images given, usage of the training images' codes,

@@ -181,6 +181,12 @@ def test_published_file_and_its_copies_are_one_tokenizer(family, form, tmp_path)
         assert load(tmp_path / "copy")["config"]["quantizer"].get("l2_norm") == normalised
     copy = load_tokenizer(tmp_path / "copy")
     assert copy.fingerprint() == tokenizer.fingerprint() and copy.identity == tokenizer.identity
+    codes = tokenizer.to_codes(pixels(64)[:1, :, :32, :64])
+    assert codes.shape == (1, 32 // tokenizer.downsample, 64 // tokenizer.downsample)
+    assert torch.equal(copy.to_pixels(codes), tokenizer.to_pixels(codes))
+    recons, losses = copy.train().requires_grad_()(pixels(64)[:1, :, :32, :64])
+    (recons.square().mean() + losses.total).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in copy.parameters())
 
 
 class Halves(Quantizer):
