@@ -2,7 +2,7 @@
 # Makes .venv in the project root and installs requirements.txt and what is named; a second call with nothing changed is instant.
 #
 #   bash scripts/setup.sh              # what draws pictures from classes
-#   bash scripts/setup.sh train eval   # extras of pyproject.toml: text, train, eval, baselines, demo, quickstart, dev (all of them)
+#   bash scripts/setup.sh train eval   # extras of pyproject.toml: text, train, lora, eval, baselines, demo, quickstart, dev (all of them)
 #   bash scripts/setup.sh serve        # .venv-serve, an environment of its own for vLLM (scripts/serve.sh calls it)
 #   bash scripts/setup.sh serve-dev    # the same, with what tests/serve/ needs
 #
@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 venv=.venv lock=main extras=() more=()
 for word in "$@"; do
     case "$word" in
-        text | train | eval | baselines | demo | quickstart | dev) extras+=("$word") ;;
+        text | train | lora | eval | baselines | demo | quickstart | dev) extras+=("$word") ;;
         serve | serve-dev)
             [ $# = 1 ] || { echo "error: $word is an environment of its own; set it up in a call of its own" >&2 && exit 2; }
             device=${SERVE_DEVICE:-$(if nvidia-smi -L >/dev/null 2>&1; then echo gpu; else echo cpu; fi)}
@@ -32,7 +32,7 @@ for word in "$@"; do
             if [ "$word" = serve-dev ]; then extras+=(test-serve); fi
             ;;
         *)
-            echo "error: '$word' is nothing to set up; there are text, train, eval, baselines, demo, quickstart, dev, serve and serve-dev" >&2
+            echo "error: '$word' is nothing to set up; there are text, train, lora, eval, baselines, demo, quickstart, dev, serve and serve-dev" >&2
             exit 2
             ;;
     esac

@@ -4,7 +4,8 @@
 
 Reads a sharded checkpoint's folder, a file in any published format, or a run's folder (its newest checkpoint), without
 the processes that wrote it. Formats: `pt` (the published layout with model, ema, steps and args), `consolidated` (a bare
-state dict, for --from-fsdp) and `safetensors`. Each keeps the record of what the weights belong to.
+state dict, for --from-fsdp) and `safetensors`. Each keeps the record of what the weights belong to. Of a run with
+--lora-rank these have the sum of base and adapter, and `peft` is a folder of the adapter alone, in peft's format.
 """
 
 import argparse
@@ -12,21 +13,28 @@ from pathlib import Path
 
 from utils.cli import flag_parser, run_script
 
-SUFFIX = {"pt": ".pt", "consolidated": ".pth", "safetensors": ".safetensors"}
+SUFFIX = {"pt": ".pt", "consolidated": ".pth", "safetensors": ".safetensors", "peft": "-peft"}
 
 
 def main(args: argparse.Namespace) -> None:
     import torch
 
     from tokenizer.load import kept
-    from utils.checkpoint import save_bare_weights, save_checkpoint, save_safetensors
+    from utils import lora
+    from utils.checkpoint import read_checkpoint, save_bare_weights, save_checkpoint, save_safetensors
     from utils.distributed import Distributed
     from utils.runs import find_checkpoint
     from utils.training.shards import ShardedCheckpoint, whole_weights
     from utils.training.state import TrainingState
 
-    read = TrainingState.read(find_checkpoint(args.checkpoint), Distributed(torch.device("cpu")))
+    found = find_checkpoint(args.checkpoint)
+    read = TrainingState.read(found, Distributed(torch.device("cpu")))
     source = read.path
+    if args.format == "peft":
+        if "lora" not in read.config:
+            raise ValueError(f"{source} is no adapter: --format peft is of runs with --lora-rank")
+    elif "lora" in read.config:
+        read = read_checkpoint(found)
     if isinstance(read, ShardedCheckpoint):
         model, ema = whole_weights(source, "model"), whole_weights(source, "ema") or None
         steps, flags, config = read.record["steps"], read.record["args"], read.record.get("config", {})
@@ -48,6 +56,12 @@ def main(args: argparse.Namespace) -> None:
         save_checkpoint(target, {"model": model, **averaged, "steps": steps, "args": flags, "config": config})
     elif args.format == "consolidated":
         save_bare_weights(target, model, config)
+    elif args.format == "peft":
+        target.mkdir(parents=True, exist_ok=True)
+        whole = [name.rpartition(".")[0] for name in model if ".lora_" not in name]
+        lora.write_settings(target, config["lora"], config["base_file"]["path"], whole)
+        named = {lora.in_file(name): tensor for name, tensor in model.items()}
+        save_safetensors(target / lora.WEIGHTS_FILE, named, {"args": flags, "steps": steps, "config": config})
     else:
         known = {"args": flags, "steps": steps, "config": config}
         save_safetensors(target, model, {key: value for key, value in known.items() if value is not None})

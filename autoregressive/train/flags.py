@@ -87,5 +87,11 @@ def add_gpt_training_flags(
         group.add_argument("--class-rows", choices=["name", "number", "new"], default=None, help=help)
     help = "train the second exit of --layout neighbours alone, the first stage after --finetune of a raster file (docs/training.md)"
     group.add_argument("--second-exit-only", action="store_true", help=help)
+    help = (
+        "train additions of this rank to the frozen model's attention and feed-forward matrices (LoRA), and the classes"
+    )
+    add_flag(group, "--lora-rank", positive_int, None, help)
+    add_flag(group, "--lora-alpha", positive_float, None, "the additions count alpha / rank (default: 2 ranks)")
+    add_flag(group, "--lora-dropout", PROBABILITY, 0.0, "dropout of the additions' inputs")
     add_gpt_flags(parser, GPT_SIZES, training=True, gpt_type=gpt_type)
     add_training_flags(parser, epochs=300, batch=256, results_dir=RESULTS, num_workers=24, wandb_project=wandb_project)

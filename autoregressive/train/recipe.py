@@ -24,6 +24,7 @@ from autoregressive.released import find_identity, flags_of
 from autoregressive.train.contrast import STEP_FLOPS, Contrast, ContrastLoss, ContrastStep, NegativesOfNext
 from autoregressive.train.evaluation import mean_over, require_readable
 from autoregressive.train.flops import training_flops_per_image
+from autoregressive.train.lora import Lora
 from autoregressive.train.loss import TokenLoss, dropped_conditions
 from autoregressive.train.objectives import OBJECTIVES
 from autoregressive.train.orders import OrderSchedule, training_orders
@@ -173,12 +174,17 @@ def fit(
     """
     dist = plan.dist
     orders = orders or training_orders(args, model.layout, len(data.train))
-    contrast = Contrast.from_args(args)
+    contrast, lora = Contrast.from_args(args), Lora.from_args(args)
     config = data.config | model.args.identity | {"objective": args.objective}
     if contrast:
         config |= contrast.config(config)
+    if lora:
+        config |= lora.config(lora.add(model))
     wrapped = lay_out(model, plan, args, contrast)
     initial, note = starting_point(args, dist, model, config)
+    if lora:
+        lora.take(model, initial, args.global_seed)
+        initial = None
     shown, names = data.shown(), data.config.get("classes")
     if data.held_out is not None:
         require_readable(data.held_out, dist)

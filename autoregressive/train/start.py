@@ -45,6 +45,10 @@ def starting_point(
     path = find_checkpoint(name)
     if not args.finetune:
         saved = TrainingState.read(path, dist, whole=False)
+        if "lora" in saved.config:
+            raise ValueError(
+                f"{path} is an adapter (--lora-rank): --resume continues its run, --finetune begins with the merged weights"
+            )
         if before := _other_layout(saved, model):
             raise ValueError(
                 f"{path} is of the layout {before}, and this run of {model.layout.name}: give --layout {before}"

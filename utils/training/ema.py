@@ -28,14 +28,16 @@ def warmed_up(decay: float, step: int) -> float:
 
 
 class EMA:
-    """`averages` has a tensor for every parameter of `model`, by name; buffers are those of the model."""
+    """`averages` has a tensor for every trained parameter of `model`, by name; what is frozen, and buffers, are the model's."""
 
     def __init__(self, model: nn.Module, decay: float = 0.9999):
         self.model, self.decay = model, decay
-        self.averages = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.averages = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [local(t) for t in self.averages.values()], [local(p.detach()) for p in self.model.parameters()]
+        return [local(t) for t in self.averages.values()], [
+            local(p.detach()) for p in self.model.parameters() if p.requires_grad
+        ]
 
     @torch.no_grad()
     def update(self, decay: float | None = None) -> None:

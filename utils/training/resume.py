@@ -52,7 +52,9 @@ def resume(state: TrainingState, run: Run, args: Namespace, dist: Distributed, l
         flags = f"the flags it began with (other now: {changed or 'none'})"
         _require_same(saved, state, (*_ORIGIN, "codes"), args, "give the run's own data, or leave out --resume", log)
         remedy = f"give {flags}, or leave out --resume"
-        _require_same(saved, state, ("layout", "conditions", "objective", "reference"), None, remedy, log)
+        _require_same(
+            saved, state, ("layout", "conditions", "objective", "reference", "lora", "base"), None, remedy, log
+        )
         try:
             _take(saved, state, args, log)
         except ValueError as error:

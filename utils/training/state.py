@@ -113,7 +113,7 @@ class TrainingState:
         if not (path / ".metadata").is_file():
             if whole and (path / RECORD_FILE).is_file():  # what else is there are weights alone
                 raise ValueError(f"{path} is damaged (its .metadata is missing).")
-            return read_checkpoint(path, mmap=not whole)
+            return read_checkpoint(path, mmap=not whole, merge=False)
         return open_folder(path, dist.rank, dist.world_size)
 
     def take(self, saved: Checkpoint | ShardedCheckpoint, global_batch: int) -> bool:

@@ -1,0 +1,111 @@
+"""LoRA: fine-tuning of low-rank additions to a frozen model's attention and feed-forward matrices, by peft.
+
+    lora = Lora.from_args(args)            # None without --lora-rank
+    lora.add(model)                        # before it is sharded; then only the adapter is in model.state_dict()
+
+The table of the classes is trained and kept too, since new data has other classes. LoRA (arXiv 2106.09685).
+"""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from autoregressive.models.trunk import Trunk
+from autoregressive.released import CLASS_TABLE
+from utils.checkpoint import Checkpoint, read_checkpoint, weights_fingerprint
+from utils.hub import is_released
+from utils.rng import item_seed
+from utils.runs import find_checkpoint
+from utils.training.parallel import SeededNormal
+from utils.training.state import fill
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter as the flags ask for it. path: of the base."""
+
+    name: str
+    rank: int
+    alpha: float
+    dropout: float
+    use_ema: bool
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "Lora | None":
+        """Return what --lora-rank and the flags beside it ask for; None without it. Raises ValueError for flags it needs."""
+        if args.lora_rank is None:
+            for flag in ("lora_alpha", "lora_dropout"):
+                if getattr(args, flag):
+                    raise ValueError(f"--{flag.replace('_', '-')} needs --lora-rank")
+            return None
+        name = getattr(args, "gpt_resume", None) or args.gpt_ckpt
+        if not (args.finetune and name) or args.second_exit_only:
+            raise ValueError("--lora-rank adapts a model: give --finetune --gpt-ckpt FILE, and no --second-exit-only")
+        return cls(name, args.lora_rank, args.lora_alpha or 2.0 * args.lora_rank, args.lora_dropout, args.use_ema)
+
+    @cached_property
+    def path(self) -> Path:
+        """The base's file."""
+        return find_checkpoint(self.name)
+
+    def base(self) -> Checkpoint:
+        """Read the base, `model` being the weights that are adapted."""
+        return read_checkpoint(self.path, prefer_ema=self.use_ema)
+
+    def add(self, model: Trunk) -> list[str]:
+        """Add the adapter to a model on the meta device, whose state dict is then the adapter's. Returns names of matrices."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        matrices = {one for block in model.layers for one in block.modules() if isinstance(one, nn.Linear)}
+        names = {name.rpartition(".")[2] for name, one in model.named_modules() if one in matrices}
+        modules = sorted(name for name in names if not name.isdigit())  # a number: layers of a modulation
+        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=modules)
+        inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".lora_" in name or name == CLASS_TABLE)
+        model.register_state_dict_post_hook(_adapter_alone)
+        return modules
+
+    def config(self, modules: list[str]) -> dict[str, Any]:
+        """Return what a run's config records of the adapter and its base."""
+        base = self.name if is_released(self.name) else str(self.path.resolve())
+        return {
+            "lora": {"rank": self.rank, "alpha": self.alpha, "modules": modules},
+            "base": weights_fingerprint(self.base().model),
+            "base_file": {"path": base, "averaged": self.use_ema},
+        }
+
+    def take(self, model: Trunk, start: Checkpoint | None, seed: int) -> None:
+        """Fill a model: the frozen weights, and at a run's start the adapter, which adds nothing at first.
+
+        start: the base as --finetune begins with it; None for a run that is resumed. Every process calls it together.
+        """
+        frozen, own = {}, {}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if ".lora_" not in name:
+                (own if name == CLASS_TABLE else frozen)[name.replace(".base_layer.", ".")] = tensor.detach()
+        weights = (start or self.base()).model
+        if start is None:
+            weights, own = {name: tensor for name, tensor in weights.items() if name != CLASS_TABLE}, {}
+        fill(frozen | own, frozen | own, weights, self.path)
+        normal = SeededNormal(item_seed(seed, 5))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".lora_A." in name:
+                    normal(parameter, (3 * parameter.shape[1]) ** -0.5)
+                elif ".lora_B." in name:
+                    parameter.zero_()
+
+
+def _adapter_alone(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Mapping[str, Any]) -> None:
+    """Leave in a state dict what is trained."""
+    trained = {prefix + name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    for name in [name for name in state if name not in trained]:
+        del state[name]

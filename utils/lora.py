@@ -1,0 +1,102 @@
+"""Adapters: low-rank additions to a model's matrices (LoRA), their files in peft's format, and their sum with the base.
+
+    folder/adapter_config.json          rank, alpha, which matrices, and where the base is
+    folder/adapter_model.safetensors    base_model.model.layers.0.attention.wqkv.lora_A.weight, …
+
+A checkpoint of training holds the same tensors under the model's own names, and its `config` has `lora` and `base`.
+LoRA (arXiv 2106.09685, section 4.1).
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.files import write_json
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX, _FIRST, _SECOND = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+# Settings of peft's that change what is added, with their plain values.
+_PLAIN = {
+    "bias": ("none",),
+    "use_dora": (False,),
+    "fan_in_fan_out": (False,),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "layers_to_transform": (None,),
+    "lora_bias": (False,),
+}
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Read a folder's settings: {"rank", "alpha"}, and the path of the base as "base".
+
+    Raises ValueError for a damaged file, an adapter of another kind, or one with settings that this project does not add up.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        found = dict(json.loads(file.read_bytes()))
+        kind, rank, alpha = found["peft_type"], int(found["r"]), float(found["lora_alpha"])
+        base = found["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged or no adapter's ({type(error).__name__}: {error})") from error
+    other = [f"{name} {found[name]}" for name, plain in _PLAIN.items() if name in found and found[name] not in plain]
+    if kind != "LORA" or other:
+        raise ValueError(
+            f"{file}: {'; '.join(other) or f'an adapter of kind {kind}'} is not known here: merge it with peft first"
+        )
+    if not base:
+        raise ValueError(
+            f"{file} does not say of what it is an adapter: write the base's path as base_model_name_or_path"
+        )
+    return {"rank": rank, "alpha": alpha * rank**0.5 if found.get("use_rslora") else alpha, "base": base}
+
+
+def write_settings(folder: Path, lora: Mapping[str, Any], base: str, whole: list[str]) -> None:
+    """Write a folder's adapter_config.json. whole: names of the modules that the adapter replaces."""
+    settings = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "r": lora["rank"],
+        "lora_alpha": lora["alpha"],
+        "lora_dropout": 0.0,
+        "target_modules": list(lora["modules"]),
+        "modules_to_save": whole or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    write_json(folder / CONFIG_FILE, settings)
+
+
+def in_file(name: str) -> str:
+    """Return the name that a file of peft's has for a weight of a model that trains an adapter."""
+    return _PREFIX + name.removeprefix(_PREFIX).replace(".default.", ".")
+
+
+def merged(
+    base: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor], scale: float
+) -> dict[str, torch.Tensor]:
+    """Return the base's weights W + scale * B @ A, and in place of its own those that the adapter has whole.
+
+    adapter: under the names of a file or of a model in training. Sums are taken in float32, results have the base's dtype.
+    Raises ValueError where the adapter has no place in the base.
+    """
+    found = {in_file(name).removeprefix(_PREFIX): tensor for name, tensor in adapter.items()}
+    result = dict(base)
+    for name, tensor in found.items():
+        if name.endswith(_SECOND):
+            continue
+        if not name.endswith(_FIRST):
+            result[name] = tensor
+            continue
+        target, second = name.removesuffix(_FIRST) + ".weight", found.get(name.removesuffix(_FIRST) + _SECOND)
+        weight = base.get(target)
+        if weight is None or second is None or weight.shape != (len(second), tensor.shape[1]):
+            of = "none" if weight is None else f"one of {tuple(weight.shape)}"
+            raise ValueError(f"the adapter adds to {target}, and the base has {of}: give the base it was trained on")
+        result[target] = weight.float().addmm(second.float(), tensor.float(), alpha=scale).to(weight.dtype)
+    return result
