@@ -39,7 +39,9 @@ def flags() -> argparse.ArgumentParser:
     parser = flag_parser(__doc__)
     parser.add_argument("base", help="the model to improve: a file, a run, a released name")
     parser.add_argument("tuned", help="that model, fine-tuned on its own samples")
-    parser.add_argument("--weight", type=Number(float, least=-1), required=True, help="how far to go, in ways from TUNED to BASE")
+    parser.add_argument(
+        "--weight", type=Number(float, least=-1), required=True, help="how far to go, in ways from TUNED to BASE"
+    )
     parser.add_argument("--output", required=True, help="the file to write")
     add_store_true(parser, "--use-ema", "the averaged weights of both")
     return parser
