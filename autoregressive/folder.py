@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from autoregressive.hub import TransformerHF
+from autoregressive.hub import hub_class
 from autoregressive.pipeline import ImagePipeline
 from tokenizer.tokenizer_image.hub import for_hub
 from utils.files import atomic_write
@@ -65,7 +65,7 @@ def save(pipeline: ImagePipeline, folder: str | Path, *, name: str | None = None
         raise ValueError("the tokenizer decodes in bfloat16: load the pipeline with decode_precision='none' to save it")
     text = _text_encoder(pipeline) if pipeline.text else None
 
-    parts: dict[str, HubModel] = {"gpt": TransformerHF.holding(gpt), "tokenizer": for_hub(tokenizer)}
+    parts: dict[str, HubModel] = {"gpt": hub_class(gpt.args.trunk).holding(gpt), "tokenizer": for_hub(tokenizer)}
     belongs = {"tokenizer": tokenizer.fingerprint()}
     parts["gpt"].file_config = {**gpt.file_config, **origin(**gpt.args.identity, **belongs)}
     for part, model in parts.items():

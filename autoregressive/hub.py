@@ -7,27 +7,20 @@ tools/push_gpt_to_hf.py makes one of any checkpoint. A TransformerHF is a Transf
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from types import new_class
+from typing import Any
 
+from autoregressive.models.build import TRUNKS
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.sizes import GPT_SIZES
-from autoregressive.models.trunk import ModelArgs
+from autoregressive.models.trunk import ModelArgs, Trunk
 from autoregressive.released import describe
 from utils.pretrained import HubModel
 
 
-class TransformerHF(
-    Transformer,
-    HubModel,
-    library_name="pytorch",
-    license="mit",
-    paper_url="https://arxiv.org/abs/2406.06525",
-    tags=["image-generation", "autoregressive"],
-):
-    """A Transformer with save_pretrained, push_to_hub and from_pretrained."""
-
-    def __init__(self, config: ModelArgs):
-        super().__init__(config)
+class GPTForHub(Trunk, HubModel):
+    """A trunk with save_pretrained, push_to_hub and from_pretrained; comes after the trunk among the bases."""
 
     def describe(self) -> str:
         side, found = self.layout.grid_size, describe(self.args.identity, self.state_dict())
@@ -35,18 +28,50 @@ class TransformerHF(
         return f"{found}, {side}x{side} image tokens, weights in {dtype}."
 
     def how_to_load(self, name: str) -> str:
+        llama = isinstance(self, TransformerHF)
+        imported, made = ("TransformerHF",) * 2 if llama else ("hub_class", f'hub_class("{self.args.trunk}")')
         asked = "[0]" if self.args.model_type == "c2i" else '["a red lantern"]'
         return "\n".join(
             [
-                "from autoregressive.hub import TransformerHF",
+                f"from autoregressive.hub import {imported}",
                 "from autoregressive.pipeline import ImagePipeline",
                 "from tokenizer.load import load_tokenizer",
                 "",
-                f'gpt = TransformerHF.from_pretrained("{name}")',
+                f'gpt = {made}.from_pretrained("{name}")',
                 'pipeline = ImagePipeline(gpt, load_tokenizer("the tokenizer it was trained with"))',
                 f"pipeline({asked}, cfg_scale=4.0, seed=0)[0].save('image.png')",
             ]
         )
+
+
+HUB = {
+    "library_name": "pytorch",
+    "license": "mit",
+    "paper_url": "https://arxiv.org/abs/2406.06525",
+    "tags": ["image-generation", "autoregressive"],
+}
+
+
+class TransformerHF(Transformer, GPTForHub, **HUB):
+    """A Transformer with save_pretrained, push_to_hub and from_pretrained."""
+
+    def __init__(self, config: ModelArgs):
+        super().__init__(config)
+
+
+@cache
+def hub_class(trunk: str) -> type[GPTForHub]:
+    """Return the class of a trunk's models on the hub. Raises ValueError for a trunk that is not registered."""
+    if trunk == "llama":
+        return TransformerHF
+
+    def init(self: Any, config: ModelArgs) -> None:
+        super(made, self).__init__(config)
+
+    made = new_class(
+        f"{TRUNKS[trunk].__name__}HF", (TRUNKS[trunk], GPTForHub), HUB, lambda own: own.update(__init__=init)
+    )
+    return made
 
 
 def build_gpt_for_hub(name: str, **overrides) -> TransformerHF:

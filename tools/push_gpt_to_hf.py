@@ -29,7 +29,7 @@ from utils.cli import (
 def main(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from autoregressive.hub import TransformerHF
+    from autoregressive.hub import hub_class
     from autoregressive.pipeline import PRECISIONS, ImagePipeline
     from autoregressive.sample.common import load_gpt_of_flags
     from tokenizer.load import load_tokenizer
@@ -42,10 +42,6 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("--gpt-ckpt is needed: a file, a run's folder, or a released file's name")
     path = find_checkpoint(args.gpt_ckpt)
     gpt = load_gpt_of_flags(args, path, PRECISIONS[args.precision])
-    if gpt.args.trunk != "llama":
-        raise ValueError(
-            f"{path} is of the trunk {gpt.args.trunk!r}; the hub's TransformerHF is of llama: save a pipeline's folder"
-        )
     if args.vq_ckpt is not None:
         known = {**tokenizer_beliefs(args), "fingerprint": gpt.file_config.get("tokenizer")}
         ImagePipeline(gpt, load_tokenizer(find_checkpoint(args.vq_ckpt), **known))  # raises where they do not fit
@@ -57,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(path)
     known = {name: given(getattr(args, name)) for name in ("gpt_model", "image_size", "downsample_size")}
     known = {name: value for name, value in known.items() if value is not None}
-    model = TransformerHF.holding(gpt, {**(checkpoint.args or {}), **known}, checkpoint.steps)
+    model = hub_class(gpt.args.trunk).holding(gpt, {**(checkpoint.args or {}), **known}, checkpoint.steps)
     send(model, args.repo_id, args.output, private=args.private, license=args.license)
 
 

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from autoregressive.hub import hub_class
 from autoregressive.models.build import build_gpt
+from autoregressive.models.generate import generate
 from autoregressive.models.sampling import SamplingConfig
-from autoregressive.pipeline import ImagePipeline
+from autoregressive.pipeline import ImagePipeline, load_gpt
 from autoregressive.request import Request
 from autoregressive.sample import sample_c2i, sample_c2i_ddp
 from autoregressive.serve.convert import open_gpt
@@ -95,8 +97,6 @@ def test_server_shows_rows_and_gives_the_pipelines_tokens(pipeline):
     ],
 )
 def test_beliefs_that_the_file_contradicts_are_refused(files, flags, message):
-    from autoregressive.pipeline import load_gpt
-
     with pytest.raises(ValueError, match=message):
         load_gpt(files / "rar_xs.bin", **flags)
 
@@ -107,10 +107,30 @@ def test_vllm_refuses_a_rar_by_name(files):
 
 
 def test_file_without_some_of_its_tensors_is_refused(files, tmp_path):
-    from autoregressive.pipeline import load_gpt
-
     state = torch.load(files / "rar_xs.bin")
     for name, message in (("lm_head.weight", "no whole RAR"), ("blocks.1.norm1.bias", r"blocks\.1\.norm1\.bias")):
         torch.save({key: value for key, value in state.items() if key != name}, tmp_path / "rar.bin")
         with pytest.raises(ValueError, match=message):
             load_gpt(tmp_path / "rar.bin")
+
+
+def test_saved_pipeline_and_hub_class_give_the_same_model(pipeline, tmp_path):
+    expected = pipeline([2, 5], seed=1, progress=False, output_type="np")
+    pipeline.save_pretrained(tmp_path / "saved")
+    again = ImagePipeline.from_pretrained(tmp_path / "saved", device="cpu")
+    assert again.gpt.args.trunk == "rar"
+    assert np.array_equal(again([2, 5], seed=1, progress=False, output_type="np"), expected)
+    made = hub_class("rar").holding(pipeline.gpt)
+    made.save_pretrained(tmp_path / "hub")
+    loaded = hub_class("rar").from_pretrained(tmp_path / "hub")
+    assert all(torch.equal(w, loaded.state_dict()[name]) for name, w in pipeline.gpt.state_dict().items())
+    assert 'hub_class("rar").from_pretrained' in (tmp_path / "hub" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_compiled_steps_draw_the_same_tokens(pipeline, ordered):
+    labels, generator = torch.tensor([1, 8]), torch.Generator().manual_seed(3)
+    orders = torch.stack([torch.randperm(16, generator=generator) for _ in range(2)]) if ordered else None
+    noise = torch.randint(2**62, (2, 16), generator=generator)
+    drawn = [generate(pipeline.gpt, labels, orders=orders, noise=noise, compile=c, **SCHEDULE) for c in (False, True)]
+    assert torch.equal(*drawn)
