@@ -14,6 +14,7 @@ number of threads, on an accelerator for one batch size.
 import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from itertools import groupby
 from math import isqrt
@@ -33,6 +34,7 @@ from autoregressive.models.decode_step import can_compile
 from autoregressive.models.generate import check_draft_model, generate, image_order
 from autoregressive.models.layouts import Layout
 from autoregressive.models.on_cpu import missing_rows
+from autoregressive.models.particles import PARTICLES, Filled, fill
 from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
 from autoregressive.models.trunk import ModelArgs, Trunk
 from autoregressive.released import find_identity, flags_of, gpt_identity, released_tokenizer
@@ -350,6 +352,7 @@ class ImagePipeline:
         indices: Sequence[int] | None = None,
         known: Tensor | None = None,
         orders: Tensor | None = None,
+        particles: int = 1,
         negative_classes: int | Sequence[int | None] | None = None,
         negative_prompts: str | Sequence[str | None] | None = None,
         negative_features: Features | Sequence[Features | None] | None = None,
@@ -365,6 +368,7 @@ class ImagePipeline:
             indices: each image's number in the run (0, 1, … by default).
             known: int64 (images, N) in raster order, tokens that are given, -1 for those to draw.
             orders: int64 (images, N), the raster index at each sequence position, of models that draw in several orders.
+            particles: drawn for each image where tokens are known, see `fill`.
             negative_classes, negative_prompts, negative_features: what guidance leads away from, in place of "no class" or
                 "no caption": one for all images, or one for each, None (or a blank prompt) for none.
             extra_conditions: values (images, …) of the model's further conditions, by name.
@@ -405,6 +409,7 @@ class ImagePipeline:
                 numbers[i],
                 None if known is None else known[i],
                 None if orders is None else orders[i],
+                particles,
             )
             for i in range(count)
         ]
@@ -463,8 +468,7 @@ class ImagePipeline:
     def _drawn(self, requests: Sequence[Request], progress: bool) -> Iterator[tuple[list[int], Tensor]]:
         """One micro-batch at a time: the images' numbers, and their codes (n, N) in raster order."""
         total = len(requests) * self.gpt.layout.tokens
-        alike = [list(group) for _, group in groupby(requests, self.kind)]
-        parts = [group[i : i + self.batch_size] for group in alike for i in range(0, len(group), self.batch_size)]
+        parts = self.micro_batches(requests)
         with tqdm(total=total, unit="tok", disable=not progress, desc=f"{len(requests)} images") as bar:
             for part in parts:
 
@@ -514,9 +518,11 @@ class ImagePipeline:
         tokens: as generate's max_new_tokens.
         Raises NotFiniteLogits where some of the images were drawn from logits that are not finite.
         """
+        if requests[0].particles > 1:
+            return self.fill(requests, on_step=on_step).tokens
         count = len(requests)
         rows = [*requests, *requests[-1:] * self._padding(count)]  # the last image fills the batch
-        sampling, layout = self.kind(requests[0])
+        sampling, layout, *_ = self.kind(requests[0])
         groups = None if layout == self.gpt.layout else layout.groups
         try:
             return generate(
@@ -536,6 +542,41 @@ class ImagePipeline:
                 raise found from None
             return error.tokens[:count]  # only the padding is broken
 
+    def fill(self, requests: Sequence[Request], *, on_step: OnStep | None = None) -> Filled:
+        """Fill the holes of one micro-batch with each request's particles (models/particles.py), as `draw` draws codes."""
+        count, at_once = len(requests), self._at_once(requests[0])
+        padding = max(at_once - count, 0) if self.device.type != "cpu" else missing_rows(self.gpt, count)
+        rows, first = [*requests, *requests[-1:] * padding], requests[0]
+        inputs = self.inputs(rows)
+        whole = torch.full((len(rows), self.gpt.layout.tokens), -1)
+        try:
+            filled = fill(
+                self.gpt,
+                **inputs | {"known": whole if inputs["known"] is None else inputs["known"]},
+                images=[(request.seed, request.index) for request in rows],
+                particles=first.particles,
+                window=self.window,
+                on_step=on_step,
+                **vars(first.sampling),
+            )
+        except NotFiniteLogits as error:
+            raise error.of(slice(count)) or error from None
+        kept = {name: getattr(filled, name)[:count] for name in ("tokens", "scores", "log_evidence", "effective")}
+        return replace(filled, **kept)
+
+    def micro_batches(self, requests: Sequence[Request]) -> list[list[Request]]:
+        """Cut requests into micro-batches, in their order."""
+        alike = [list(group) for _, group in groupby(requests, self.kind)]
+        return [
+            group[i : i + self._at_once(group[0])]
+            for group in alike
+            for i in range(0, len(group), self._at_once(group[0]))
+        ]
+
+    def _at_once(self, request: Request) -> int:
+        """Return how many requests of a kind a micro-batch has."""
+        return max(1, self.batch_size // request.particles)
+
     def layout(self, request: Request) -> Layout:
         """Return the layout that a request's image is drawn by. Raises ValueError for settings that the model does not have."""
         if not self.gpt.any_order and (request.order is not None or request.sampling.order == "random"):
@@ -545,9 +586,12 @@ class ImagePipeline:
         known = 0 if request.known is None else int((torch.as_tensor(request.known) >= 0).sum())
         return self.gpt.layout.adapted(request.sampling.steps, request.sampling.repulsion, known)
 
-    def kind(self, request: Request) -> tuple[SamplingConfig, Layout]:
-        """Return what the requests of a micro-batch have in common."""
-        return request.sampling, self.layout(request)
+    def kind(self, request: Request) -> tuple[SamplingConfig, Layout, int, bytes]:
+        """Return what the requests of a micro-batch have in common; with particles the hole is a part of it."""
+        hole = b""
+        if request.particles > 1 and request.known is not None:
+            hole = (torch.as_tensor(request.known) < 0).numpy().tobytes()
+        return request.sampling, self.layout(request), request.particles, hole
 
     def order(self, request: Request) -> Tensor | None:
         """Return the order of a request's image, int64 (N,), a function of seed and index; None for the layout's own."""
@@ -599,6 +643,18 @@ class ImagePipeline:
         square = ImageOps.fit(image.convert("RGB"), (self.image_size, self.image_size), Image.Resampling.BICUBIC)
         scaled = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float() / 127.5 - 1
         return self.tokenizer.to_codes(scaled.to(self.tokenizer.device)).flatten(1)
+
+    def edit(
+        self, image: Image.Image, mask: Any = None, asked: Any = None, *, particles: int = PARTICLES, **settings: Any
+    ) -> list[Image.Image]:
+        """Fill a hole in a picture with a class or a prompt; what is kept decides too. See editing.py:edit."""
+        return import_module("autoregressive.editing").edit(self, image, mask, asked, particles=particles, **settings)
+
+    def extend(
+        self, image: Image.Image, asked: Any = None, *, particles: int = PARTICLES, **settings: Any
+    ) -> list[Image.Image]:
+        """Draw a picture's surroundings: left=, right=, up=, down= in pixels. See editing.py:extend."""
+        return import_module("autoregressive.editing").extend(self, image, asked, particles=particles, **settings)
 
     @torch.inference_mode()
     def decode(self, codes: Tensor, size: int | None = None) -> np.ndarray:

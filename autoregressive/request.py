@@ -27,6 +27,7 @@ class Request:
     seed, index: of the image's noise (utils/rng.py:image_noise): index is its number in a run of the seed.
     known: int64 (N,) in raster order, tokens that are given, -1 for those to draw.
     order: int64 (N,), the raster index of the token at each sequence position, where the image has one of its own.
+    particles: drawn for the image, of which one is taken by how likely it makes known tokens (models/particles.py).
     """
 
     conditions: Mapping[str, Any]
@@ -36,6 +37,7 @@ class Request:
     index: int = 0
     known: "Tensor | None" = None
     order: "Tensor | None" = None
+    particles: int = 1
 
     def read(self, conditions: "Mapping[str, Condition]", encoded: "Mapping[str, Tensor] | None" = None) -> "Request":
         """Return the request with its values as the model's conditions read them. Raises ValueError, FileNotFoundError.
@@ -49,6 +51,7 @@ class Request:
         for name, number in (("seed", self.seed), ("index", self.index)):
             if isinstance(number, bool) or not isinstance(number, int) or not -(2**63) <= number < 2**63:
                 raise ValueError(f"{name} must be a whole number of 64 bits, got {shorten(number)}")
+        self.sampling.check_particles(self.particles)
         features = encoded or {}
 
         def value(name: str, given: Any) -> Any:

@@ -97,7 +97,7 @@ def fill(
         NotFiniteLogits: where images were drawn from logits that are not finite.
     """
     config, weight = SamplingConfig(**settings), model.tok_embeddings.weight
-    check_particles(particles, config)
+    config.check_particles(particles)
     model.check_conditions(cond)
     if negative is not None:
         model.check_negatives(negative, cond)
@@ -294,14 +294,6 @@ class _Loop:
         if self.on_step:
             tokens = self.state.tokens[:: self.state.batch // self.images, :-1]
             self.on_step(self.plan.layout.passes[step - 1].outputs.stop, tokens)
-
-
-def check_particles(particles: Any, config: SamplingConfig) -> None:
-    """Raise ValueError for particles that are no whole number from 1 on, or more than one with the draw cdf."""
-    if isinstance(particles, bool) or not isinstance(particles, int) or particles < 1:
-        raise ValueError(f"particles is {particles!r}: give a whole number, 1 or more")
-    if particles > 1 and config.draw != "race1":
-        raise ValueError(f"--draw {config.draw} has noise for one particle: give --draw race1, or --particles 1")
 
 
 def samples_of(images: Tensor, count: int, streams: int) -> Tensor:

@@ -138,6 +138,13 @@ class SamplingConfig:
             shares = [(1 - cos(pi * share**self.cfg_power)) / 2 for share in shares]
         return [1 + (self.cfg_scale - 1) * share for share in shares]
 
+    def check_particles(self, particles: Any) -> None:
+        """Raise ValueError for particles that are no whole number from 1 on, or several with the draw cdf."""
+        if isinstance(particles, bool) or not isinstance(particles, int) or particles < 1:
+            raise ValueError(f"particles is {shorten(particles)}: give a whole number, 1 or more")
+        if particles > 1 and self.draw != "race1":
+            raise ValueError(f"--draw {self.draw} has noise for one particle: give --draw race1, or --particles 1")
+
     def guides(self, step: int) -> bool:
         """Tell whether the decode step of this number is guided (see Layout.step_number)."""
         return self.guided and (self.cfg_interval < 0 or step <= self.cfg_interval)

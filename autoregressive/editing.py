@@ -1,0 +1,326 @@
+"""Pictures edited: a hole filled, surroundings drawn; what is kept of a picture decides what is drawn.
+
+    filled, = pipeline.edit(Image.open("dog.png"), mask, 207, cfg_scale=2.0)      # mask: what to fill
+    filled.info["effective"]                                                      # of 16 particles; below 2 it is luck
+    wide, = pipeline.extend(Image.open("dog.png"), 207, left=64)
+
+Tokens with a pixel in the hole are drawn (models/particles.py), the others are those of the picture. A tokenizer's codes
+depend on the whole picture: around a grey hole they are none that a model has seen. So the hole is first filled with a
+guess, that part of the ordinary image of the same seed; the picture is encoded, its hole drawn, and so once more with what
+was drawn. In the end the picture's own pixels come back outside the hole, behind a feather.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from autoregressive.models.particles import PARTICLES
+from autoregressive.pipeline import Features, ImagePipeline
+from autoregressive.request import Request
+from utils.rng import item_seed
+
+Box = Sequence[int]
+"""Left, top, right and bottom in a picture's pixels, as PIL counts them."""
+
+
+ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Hole:
+    """A picture with a hole, as a model sees it.
+
+    pixels: uint8 (S, S, 3), continued smoothly in the hole. hole: bool (S, S), the pixels to fill. tokens: bool (N,) in
+    raster order, the tokens to draw. feather: pixels within which drawn ones fade into the picture's own.
+    """
+
+    pixels: np.ndarray
+    hole: np.ndarray
+    tokens: Tensor
+    feather: int
+
+    def filled(self, drawn: np.ndarray) -> np.ndarray:
+        """Return the picture with its hole from a drawn one, uint8 (S, S, 3)."""
+        share = feathered(self.hole, self.feather)[..., None]
+        mixed = self.pixels * (1 - share) + drawn * share
+        return np.where(share == 0, self.pixels, np.where(share == 1, drawn, mixed.round())).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A filled picture, uint8 (S, S, 3), and how well it fits.
+
+    log_evidence: the estimated log-probability of what is kept. effective: the effective sample size, of `particles`.
+    """
+
+    pixels: np.ndarray
+    log_evidence: float
+    effective: float
+    particles: int
+
+    @property
+    def warning(self) -> str | None:
+        """The warning of a fill that is one particle's luck."""
+        if self.particles <= 2 or self.effective >= 2:
+            return None
+        return (
+            f"the effective sample size is {self.effective:.1f} of {self.particles} particles: what is drawn is one "
+            "particle's luck; more particles fit better"
+        )
+
+
+def edit(
+    pipeline: ImagePipeline,
+    image: Image.Image,
+    mask: Image.Image | np.ndarray | None = None,
+    asked: int | str | None = None,
+    *,
+    box: Box | None = None,
+    features: Features | None = None,
+    n: int = 1,
+    particles: int = PARTICLES,
+    rounds: int = ROUNDS,
+    ring: int = 0,
+    keep_pixels: bool = True,
+    **settings: Any,
+) -> list[Image.Image]:
+    """Fill a hole in a picture, which is resized and cropped to the model's size.
+
+    Args:
+        mask: the hole, of the picture's size: transparent pixels, or white ones of a picture without transparency, or True
+            in an array. Where neither mask nor box is given, the picture's own transparent pixels.
+        asked: the class or the prompt of the whole picture.
+        box: the hole, in place of a mask.
+        features: in place of a prompt, as ImagePipeline.requests takes them.
+        n: pictures, image i of the seed each.
+        particles: of each picture; more make what is drawn fit what is kept, and take longer.
+        rounds: times that the picture is encoded and its hole drawn, each with what the one before drew.
+        ring: tokens around the hole that are drawn too: those beside it still know something of what was in it.
+        keep_pixels: put the picture's own pixels back outside the hole.
+        settings: as ImagePipeline.requests takes them (seed, cfg_scale, negative_classes, …).
+
+    Returns:
+        Pictures, each with its `info`: `log_evidence`, the estimated log-probability of what is kept, and `effective`, the
+        effective sample size of its particles.
+
+    Raises:
+        ValueError: for a hole that does not fit the picture, settings out of range, a class or prompt the model cannot take.
+    """
+    image = ImageOps.exif_transpose(image)
+    found = hole_in(image, mask, box)
+    if not found.any():
+        warnings.warn("the mask is empty: nothing is drawn, and the picture stays as it is", stacklevel=3)
+    hole = holed(pipeline, np.asarray(image.convert("RGB")), found, ring)
+    requests = requests_for(pipeline, asked, features, n, particles, **settings)
+    drawn = fill_holes(pipeline, [hole] * n, requests, rounds=rounds, keep_pixels=keep_pixels)
+    for warning in dict.fromkeys(each.warning for each in drawn if each.warning):
+        warnings.warn(warning, stacklevel=3)
+    return [told(each.pixels, each.log_evidence, each.effective) for each in drawn]
+
+
+def extend(
+    pipeline: ImagePipeline,
+    image: Image.Image,
+    asked: int | str | None = None,
+    *,
+    left: int = 0,
+    right: int = 0,
+    up: int = 0,
+    down: int = 0,
+    features: Features | None = None,
+    n: int = 1,
+    particles: int = PARTICLES,
+    rounds: int = ROUNDS,
+    seed: int = 0,
+    **settings: Any,
+) -> list[Image.Image]:
+    """Draw a picture's surroundings. The picture, resized and cropped to the model's size, keeps its pixels.
+
+    The model knows one size: windows of that size, of which a part is drawn already, are filled one after another.
+
+    Args:
+        left, right, up, down: pixels to add, whole tokens.
+        asked, features, n, particles, rounds, settings: as `edit` takes them. seed: of the first window.
+
+    Raises:
+        ValueError: for margins that are no whole tokens or none, and as `edit` does.
+    """
+    side, unit = pipeline.image_size, pipeline.tokenizer.downsample
+    margins = {"left": left, "right": right, "up": up, "down": down}
+    for name, margin in margins.items():
+        if isinstance(margin, bool) or not isinstance(margin, int) or margin < 0 or margin % unit:
+            raise ValueError(f"{name} is {margin!r}: give whole tokens of {unit} pixels, such as {unit}")
+    if not any(margins.values()):
+        raise ValueError("nothing is to be added: give left, right, up or down")
+    square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+    known = np.zeros((up + side + down, left + side + right), bool)
+    requests = requests_for(pipeline, asked, features, n, particles, seed=seed, **settings)
+    canvases = np.zeros((n, *known.shape, 3), np.uint8)
+    canvases[:, up : up + side, left : left + side] = np.asarray(square)
+    known[up : up + side, left : left + side] = True
+    evidence, effective, window = np.zeros(n), np.full(n, np.inf), 0
+    while not known.all():
+        place = next_window(known, side, unit)
+        holes = [replace(holed(pipeline, canvas[place], ~known[place]), feather=0) for canvas in canvases]
+        if window:
+            requests = [replace(request, seed=item_seed(seed, window, 6)) for request in requests]
+        for i, drawn in enumerate(fill_holes(pipeline, holes, requests, rounds=rounds)):
+            canvases[i][place] = drawn.pixels
+            evidence[i] += drawn.log_evidence
+            effective[i] = min(effective[i], drawn.effective)
+            if drawn.warning:
+                warnings.warn(drawn.warning, stacklevel=3)
+        known[place] = True
+        window += 1
+    return [told(*each) for each in zip(canvases, evidence.tolist(), effective.tolist(), strict=True)]
+
+
+def requests_for(
+    pipeline: ImagePipeline, asked: int | str | None, features: Features | None, n: int, particles: int, **settings: Any
+) -> list[Request]:
+    """Return a request, read, for each of n pictures of one class or prompt. Raises ValueError as ImagePipeline does."""
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"n is {n!r}: give a whole number of pictures, at least 1")
+    if asked is None and features is None:
+        raise ValueError(f"give what the picture shows: a {'prompt' if pipeline.text else 'class'}")
+    what = {"features": [features] * n} if features is not None else {"asked": [asked] * n}
+    return pipeline.read(pipeline.requests(particles=particles, **what, **settings))
+
+
+def fill_holes(
+    pipeline: ImagePipeline,
+    holes: Sequence[Hole],
+    requests: Sequence[Request],
+    *,
+    rounds: int = ROUNDS,
+    keep_pixels: bool = True,
+) -> list[Edited]:
+    """Fill holes of one shape, one for each request, which `read` returned. keep_pixels, rounds: as `edit` takes them."""
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"rounds is {rounds!r}: give a whole number, at least 1")
+    hole, found = holes[0].tokens, []
+    for part in pipeline.micro_batches(requests):
+        own = holes[len(found) : len(found) + len(part)]
+        pictures = [each.pixels for each in own]
+        if hole.any() and not hole.all():
+            guess = pipeline.decode(pipeline.draw([replace(request, particles=1) for request in part]))
+            pictures = [each.filled(drawn) for each, drawn in zip(own, guess, strict=True)]
+        codes = filled = drawn = None
+        for _ in range(rounds):
+            encoded = [pipeline.encode_image(Image.fromarray(picture))[0].cpu() for picture in pictures]
+            known = torch.stack([each.masked_fill(hole, -1) for each in encoded])
+            if codes is not None and known.equal(codes):
+                break
+            codes = known
+            filled = pipeline.fill([replace(one, known=own_codes) for one, own_codes in zip(part, known, strict=True)])
+            drawn = pipeline.decode(filled.tokens)
+            pictures = [each.filled(one) for each, one in zip(own, drawn, strict=True)]
+        reports = zip(filled.log_evidence, filled.effective, strict=True)
+        shown = pictures if keep_pixels else drawn
+        found += [Edited(pixels, *report, filled.particles) for pixels, report in zip(shown, reports, strict=True)]
+    return found
+
+
+def told(pixels: np.ndarray, log_evidence: float, effective: float) -> Image.Image:
+    """Return a picture that tells of its filling in its `info`."""
+    image = Image.fromarray(pixels)
+    image.info |= {"log_evidence": log_evidence, "effective": effective}
+    return image
+
+
+def hole_in(image: Image.Image, mask: Image.Image | np.ndarray | None = None, box: Box | None = None) -> np.ndarray:
+    """Return the pixels of a picture to fill, bool (height, width). Raises ValueError where the hole does not fit it."""
+    width, height = image.size
+    if box is not None:
+        if mask is not None:
+            raise ValueError("the hole is given twice, as a mask and as a box: give one")
+        left, top, right, bottom = box
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            raise ValueError(
+                f"the box {left} {top} {right} {bottom} is no part of a picture of {width}x{height} pixels"
+            )
+        hole = np.zeros((height, width), bool)
+        hole[top:bottom, left:right] = True
+        return hole
+    if isinstance(mask, np.ndarray):
+        hole = mask.astype(bool)
+    elif mask is None or has_alpha(mask):
+        if mask is None and not has_alpha(image):
+            raise ValueError("nothing says what to fill: give a mask, a box, or a picture with transparent pixels")
+        hole = np.asarray((image if mask is None else mask).convert("RGBA").getchannel("A")) < 128
+    else:
+        hole = np.asarray(mask.convert("L")) > 127
+    if hole.shape != (height, width):
+        size = "x".join(map(str, hole.shape[::-1]))
+        raise ValueError(
+            f"the mask has {size} pixels and the picture {width}x{height}: give a mask of the picture's size"
+        )
+    return hole
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Tell whether a picture may have transparent pixels."""
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def holed(pipeline: ImagePipeline, pixels: np.ndarray, hole: np.ndarray, ring: int = 0) -> Hole:
+    """Return a picture (height, width, 3) with a hole, bool (height, width), as the model sees it."""
+    side, unit = pipeline.image_size, pipeline.tokenizer.downsample
+    smooth = Image.fromarray(continued(pixels, hole))
+    square = np.asarray(ImageOps.fit(smooth, (side, side), Image.Resampling.BICUBIC))
+    whole = ImageOps.fit(Image.fromarray(hole.astype(np.uint8) * 255), (side, side), Image.Resampling.BOX)
+    fitted = np.asarray(whole) > 0
+    grid = torch.from_numpy(fitted).view(side // unit, unit, side // unit, unit).any(3).any(1)
+    if ring:
+        grid = F.max_pool2d(grid[None].float(), 2 * ring + 1, 1, ring)[0] > 0
+    return Hole(square, fitted, grid.flatten(), unit // 2)
+
+
+def continued(pixels: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """Return a picture uint8 (H, W, 3) whose hole, bool (H, W), has the colours of its border, the smoother the farther in.
+
+    Halves the picture until no hole is left, and fills each size from the next smaller one.
+    """
+    if not hole.any():
+        return pixels
+    values, weight = (
+        torch.tensor(pixels).permute(2, 0, 1)[None].float(),
+        torch.from_numpy(~hole)[None, None].float(),
+    )
+    if hole.all():
+        values, weight = torch.full_like(values, 128.0), torch.ones_like(weight)
+
+    def filled(values: Tensor, weight: Tensor) -> Tensor:
+        if weight.min() == 1:
+            return values
+        sums, share = (F.avg_pool2d(x, 2, ceil_mode=True) for x in (values * weight, weight))
+        smaller = filled(sums / share.clamp(min=1e-6), (share > 0).float())
+        larger = F.interpolate(smaller, size=values.shape[2:], mode="bilinear")
+        return torch.where(weight > 0, values, larger)
+
+    return filled(values, weight)[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
+
+
+def feathered(hole: np.ndarray, feather: int) -> np.ndarray:
+    """Return the share of drawn pixels, float32 (H, W): 1 in the hole, falling to 0 within `feather` pixels of it."""
+    own = torch.from_numpy(hole)[None, None].float()
+    grown = [F.max_pool2d(own, 2 * r + 1, 1, r) for r in range(max(feather, 1))]
+    return torch.stack(grown).mean(0)[0, 0].numpy()
+
+
+def next_window(known: np.ndarray, side: int, unit: int) -> tuple[slice, slice]:
+    """Return the window of `side` pixels, a part of which is to be drawn, of which most is known already."""
+    step = max(side // unit // 2, 1) * unit
+
+    def starts(length: int) -> list[int]:
+        return sorted({*range(0, length - side, step), length - side})
+
+    windows = [(slice(y, y + side), slice(x, x + side)) for y in starts(known.shape[0]) for x in starts(known.shape[1])]
+    return max((place for place in windows if not known[place].all()), key=lambda place: known[place].mean())
