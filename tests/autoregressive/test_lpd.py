@@ -322,6 +322,47 @@ def test_training_losses_do_not_depend_on_the_processes(codes, tmp_path):
         assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] < losses[0][0]
 
 
+@pytest.mark.slow
+def test_a_model_is_fine_tuned_at_twice_the_image_size(codes, tmp_path):
+    first = train(codes, tmp_path / "first", "--epochs", 1)
+    array = repetitive_codes(32, 1, 64, 64)
+    larger = make_codes(tmp_path / "larger", array, np.arange(32) % 10, image_size=32, vocab=64, classes=10)
+    more = ["--finetune", "--gpt-ckpt", first, "--class-rows", "number", "--epochs", 1, "--lr", 0]
+    second = train(larger, tmp_path / "second", "--image-size", 32, "--downsample-size", 4, *more)
+    small, large = (load_gpt(max((run_folder(results) / "checkpoints").glob("*.pt"))) for results in (first, second))
+    assert (small.layout.grid_size, large.layout.grid_size) == (4, 8)
+    expected = large.resized(small.state_dict())
+    assert all(torch.equal(large.state_dict()[name], tensor) for name, tensor in expected.items())
+    with pytest.raises(ValueError, match="fit"):
+        train(
+            larger, tmp_path / "third", "--image-size", 32, "--downsample-size", 4, "--gpt-ckpt", first, "--epochs", 3
+        )
+
+
+@pytest.mark.slow
+def test_processes_draw_the_images_of_one(file, small_files, tmp_path):
+    words = [
+        "--gpt-ckpt",
+        file,
+        "--vq-ckpt",
+        small_files.vq,
+        "--image-size",
+        32,
+        "--image-size-eval",
+        32,
+        "--vq-model",
+        "VQ-4",
+    ]
+    words += ["--codebook-size", 64, "--precision", "none", "--device", "cpu", "--downsample-size", 4]
+    words += ["--num-fid-samples", 5, "--per-proc-batch-size", 2, "--steps", 12]
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        run_script("autoregressive.sample.sample_c2i_ddp", *words, "--sample-dir", folder, processes=processes)
+        found.append([path.read_bytes() for path in sorted(folder.glob("*/*.png"))])
+    assert len(found[0]) == 5 and found[0] == found[1]
+
+
 # Files, pipeline, server
 
 
