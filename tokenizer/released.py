@@ -212,11 +212,12 @@ def vqgan_config(
     )
     levels = {"encoder_ch_mult": encoder, "decoder_ch_mult": decoder[::-1]}
     codebook_size, width = shapes("quantize.embedding.weight")
+    attended = [i for i in range(len(encoder)) if f"encoder.conv_blocks.{i}.attn.0.q.weight" in state]
     inside = {
         "z_channels": shapes("encoder.conv_out.weight")[0],
         "ch": shapes("encoder.conv_in.weight")[0],
         "blocks": shapes.count("encoder.conv_blocks.0.res.{}.conv1.weight"),
-        "attention": f"encoder.conv_blocks.{len(encoder) - 1}.attn.0.q.weight" in state,
+        "attention": [-1] if attended == [len(encoder) - 1] else attended,
     }
     network = {"name": "vqgan", **levels, **inside}
     if quantizer == "vq":

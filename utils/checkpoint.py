@@ -156,20 +156,18 @@ def _take_averages(checkpoint: Checkpoint) -> None:
     """Take the averaged weights out of a state dict that has them beside the raw ones, as those of latent diffusion and IBQ do.
 
     Their names are "model_ema." and the raw name without its dots. The entries as they were become `extra["model_ema"]`.
-    Raises ValueError where two raw names are one without their dots.
+    Raises ValueError where two raw names are that of one average without their dots.
     """
     entries = {name: tensor for name, tensor in checkpoint.model.items() if name.startswith(_AVERAGED)}
     if not entries:
         return
     raw = {name: tensor for name, tensor in checkpoint.model.items() if name not in entries}
-    plain = {name.replace(".", ""): name for name in raw}
-    if len(plain) < len(raw):
-        raise ValueError(
-            f"{checkpoint.path}: some of its weights have the same name without dots, as averaged ones have"
-        )
-    averages = {plain.get(name.removeprefix(_AVERAGED)): tensor for name, tensor in entries.items()}
+    averages = {name.removeprefix(_AVERAGED): tensor for name, tensor in entries.items()}
+    meant = {name: plain for name in raw if (plain := name.replace(".", "")) in averages}
+    if len({*meant.values()}) < len(meant):
+        raise ValueError(f"{checkpoint.path}: two of its weights have the name of one average without their dots")
     checkpoint.model, checkpoint.extra["model_ema"] = raw, entries
-    checkpoint.ema = {name: averages[name] for name in raw if name in averages} or checkpoint.ema
+    checkpoint.ema = {name: averages[plain] for name, plain in meant.items()} or checkpoint.ema
 
 
 def _add_companions(checkpoint: Checkpoint, mmap: bool) -> None:

@@ -17,9 +17,15 @@ F16, F8 = (1, 1, 2, 2, 4), (1, 2, 2, 4)
 
 
 def taming_shapes(
-    codes: int, embed_dim: int, mults: tuple[int, ...], z: int, ch: int = 32, blocks: int = 2, attend: bool = True
+    codes: int,
+    embed_dim: int,
+    mults: tuple[int, ...],
+    z: int,
+    ch: int = 32,
+    blocks: int = 2,
+    attend: tuple[int, ...] = (-1,),
 ) -> dict[str, tuple]:
-    """The names and shapes of a VQGAN; `attend`: with attention at the coarsest level, not in the middle alone."""
+    """The names and shapes of a VQGAN; `attend`: the levels with attention, -1 the coarsest."""
     shapes: dict[str, tuple] = {}
 
     def conv(name: str, cin: int, cout: int, size: int) -> None:
@@ -53,7 +59,7 @@ def taming_shapes(
         for j in range(blocks):
             block(f"encoder.down.{i}.block.{j}", width, ch * mult)
             width = ch * mult
-            if i == last and attend:
+            if i in attend or i - len(mults) in attend:
                 attention(f"encoder.down.{i}.attn.{j}", width)
         if i != last:
             conv(f"encoder.down.{i}.downsample.conv", width, width, 3)
@@ -66,7 +72,7 @@ def taming_shapes(
         for j in range(blocks + 1):
             block(f"decoder.up.{i}.block.{j}", width, ch * mults[i])
             width = ch * mults[i]
-            if i == last and attend:
+            if i in attend or i - len(mults) in attend:
                 attention(f"decoder.up.{i}.attn.{j}", width)
         if i != 0:
             conv(f"decoder.up.{i}.upsample.conv", width, width, 3)

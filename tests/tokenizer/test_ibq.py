@@ -7,7 +7,7 @@ import torch
 
 from tests.helpers import assert_close, golden_state, golden_tokenizer_state, load_golden
 from tests.tokenizer.taming import F8, TamingByHand, save_lightning, taming_state, with_averages
-from tests.training import load, make_images, metrics, run_folder, run_here, same
+from tests.training import live, load, make_images, metrics, run_folder, run_here, same
 from tokenizer.base import CodebookLosses, build_quantizer
 from tokenizer.codecs import vqgan
 from tokenizer.load import build_tokenizer, load_tokenizer
@@ -174,6 +174,15 @@ def test_ibq_lightning_file_gives_the_codes_of_its_averages_unless_told(tmp_path
     assert load_tokenizer(path, fingerprint=fingerprint).fingerprint() == fingerprint
 
 
+def test_ibq_names_that_are_one_without_dots_are_refused_where_an_average_has_them(tmp_path):
+    raw, averaged = small_states()
+    state = with_averages({**raw, "loss.a.b": torch.zeros(1), "loss.ab": torch.zeros(1)}, averaged)
+    assert load_tokenizer(save_lightning(tmp_path / "last.ckpt", state)).family == "IBQ-8"
+    path = save_lightning(tmp_path / "twice.ckpt", {**state, "model_ema.lossab": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"twice\.ckpt: two of its weights have the name of one average"):
+        load_tokenizer(path)
+
+
 def test_ibq_file_without_averages_says_so_and_is_refused_where_they_are_asked_for(tmp_path, caplog):
     raw, _ = small_states()
     path = save_lightning(tmp_path / "last.ckpt", raw)
@@ -210,6 +219,19 @@ def test_ibq_in_the_place_of_a_vqgan_is_refused(tmp_path):
     path = save_lightning(tmp_path / "last.ckpt", with_averages(*small_states()))
     with pytest.raises(ValueError, match=r"last\.ckpt: quantizer ibq takes .*got .*l2_norm"):
         vqgan(path)
+
+
+@pytest.mark.parametrize("attend", [(), (1, 2)])
+def test_ibq_attention_is_where_the_file_has_it(tmp_path, attend):
+    """Where it stands followed from the nominal size in training."""
+    state = taming_state(64, 6, F8, 32, blocks=4, attend=attend)
+    found = load_tokenizer(save_lightning(tmp_path / "last.ckpt", state))
+    assert (found.family, found.network["attention"]) == ("IBQ-8", list(attend))
+    assert torch.equal(found.to_codes(pixels()), codes_by_hand(state))
+    codes = torch.arange(10).view(1, 2, 5)
+    images = TamingByHand(state, F8, 4).images(codes)
+    assert_close(found.to_pixels(codes), images, rtol=1e-3, atol=1e-3 * images.abs().max().item())
+    assert build_tokenizer(found.identity).identity == found.identity
 
 
 @pytest.mark.parametrize("blocks", [2, 4])
@@ -295,6 +317,30 @@ def test_ibq_recipe_trains_and_resumes_bit_identically(images, tmp_path):
             and line["lecam_loss"] > 0
             and line["discriminator_loss"] > 0
         )
+
+
+@pytest.mark.slow
+def test_ibq_recipe_of_two_processes_gives_the_losses_of_one(images, tmp_path):
+    """With the stylegan discriminator, which has no batch statistics; means of logits are over both processes."""
+    words = [
+        *PLAIN,
+        *SMALL,
+        *RECIPE,
+        "--disc-type",
+        "stylegan",
+        "--image-size",
+        8,
+        "--max-steps",
+        3,
+        "--entropy-loss-ratio",
+        0,
+    ]
+    train(images, tmp_path / "one", *words)
+    more = ["--data-path", images, "--results-dir", tmp_path / "two", *words]
+    live({"module": "tokenizer.tokenizer_image.vq_train", "args": list(map(str, more)), "world": 2})
+    for name in ("reconstruction_loss", "quant_loss", "adversarial_loss", "discriminator_loss", "lecam_loss"):
+        single, double = metrics(tmp_path / "one", name), metrics(tmp_path / "two", name)
+        assert list(single) == [1, 2, 3] and double == pytest.approx(single, rel=1e-3, abs=5e-4), name
 
 
 @pytest.mark.slow

@@ -83,10 +83,10 @@ def test_file_with_a_part_of_a_tokenizer_is_refused(tmp_path, part):
 
 
 def test_chameleon_has_no_attention_in_its_levels(tmp_path):
-    state = taming_state(48, 16, F16, 32, attend=False)
+    state = taming_state(48, 16, F16, 32, attend=())
     by_hand = TamingByHand(state, F16)
     found = load_tokenizer(save_lightning(tmp_path / "vqgan.ckpt", state))
-    assert (found.family, found.network["attention"], found.quantize.l2_norm) == ("Chameleon", False, False)
+    assert (found.family, found.network["attention"], found.quantize.l2_norm) == ("Chameleon", [], False)
     images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
     codes = found.to_codes(images)
     assert torch.equal(codes, by_hand.codes(by_hand.latents(images)))

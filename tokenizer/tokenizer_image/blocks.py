@@ -129,7 +129,8 @@ def _middle(channels: int, dropout_p: float) -> nn.ModuleList:
 class Encoder(nn.Module):
     """(B, 3, H, W) -> (B, z_channels, H/f, W/f) with f = 2^(levels - 1).
 
-    blocks: residual blocks of a level. attention: after each of those of the deepest level; the middle has some always.
+    blocks: residual blocks of a level. attention: numbers of the levels that have it after each block, counted
+    from the image, -1 the deepest; the middle always has some.
     """
 
     def __init__(
@@ -139,14 +140,15 @@ class Encoder(nn.Module):
         z_channels: int = 256,
         dropout_p: float = 0.0,
         blocks: int = 2,
-        attention: bool = True,
+        attention: Sequence[int] = (-1,),
     ):
         super().__init__()
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
         channels, deepest = ch, len(ch_mult) - 1
+        attended = {level % len(ch_mult) for level in attention}
         for i, mult in enumerate(ch_mult):
-            level = Level(channels, ch * mult, blocks, attention and i == deepest, dropout_p)
+            level = Level(channels, ch * mult, blocks, i in attended, dropout_p)
             channels = ch * mult
             if i != deepest:
                 level.downsample = Downsample(channels)
@@ -178,15 +180,15 @@ class Decoder(nn.Module):
         z_channels: int = 256,
         dropout_p: float = 0.0,
         blocks: int = 2,
-        attention: bool = True,
+        attention: Sequence[int] = (-1,),
     ):
         super().__init__()
-        channels, deepest = ch * ch_mult[-1], len(ch_mult) - 1
+        channels, attended = ch * ch_mult[-1], {level % len(ch_mult) for level in attention}
         self.conv_in = nn.Conv2d(z_channels, channels, 3, padding=1)
         self.mid = _middle(channels, dropout_p)
         self.conv_blocks = nn.ModuleList()
         for i, mult in reversed(list(enumerate(ch_mult))):
-            level = Level(channels, ch * mult, blocks + 1, attention and i == deepest, dropout_p)
+            level = Level(channels, ch * mult, blocks + 1, i in attended, dropout_p)
             channels = ch * mult
             if i != 0:
                 level.upsample = Upsample(channels)

@@ -21,7 +21,7 @@ VQ_SIZES: dict[str, dict] = {
     "IBQ-16": {**_levels(1, 1, 2, 2, 4), "blocks": 4, "quantizer": _codes("ibq", 16384)},
     "IBQ-8": {**_levels(1, 2, 2, 4), "blocks": 4, "quantizer": _codes("ibq", 16384)},
     "MaskGIT-VQGAN": {"name": "maskgit", "quantizer": _codes("vq_legacy", 1024)},
-    "Chameleon": {**_levels(1, 1, 2, 2, 4), "attention": False, "quantizer": _codes("vq", 8192, l2_norm=False)},
+    "Chameleon": {**_levels(1, 1, 2, 2, 4), "attention": [], "quantizer": _codes("vq", 8192, l2_norm=False)},
     "Open-MAGVIT2": {
         "name": "open-magvit2",
         "ch_mult": [1, 1, 2, 2, 4],
@@ -42,11 +42,14 @@ def size_name(network: Mapping[str, Any]) -> str | None:
     """Return the name of a VQGAN of these levels, or else of this downsampling, whatever the width; None for neither."""
 
     def kind(size: Mapping[str, Any]) -> tuple:
-        return len(size["encoder_ch_mult"]), size.get("blocks", 2), size.get("attention", True)
+        return len(size["encoder_ch_mult"]), size.get("blocks", 2)
 
-    similar = {name: size for name, size in VQ_SIZES.items() if "name" not in size and kind(size) == kind(network)}
-    same = [name for name, size in similar.items() if all(size[part] == network[part] for part in _levels())]
-    return next(iter([*same, *similar]), None)
+    def likeness(name: str) -> tuple:
+        size = {"attention": [-1], **VQ_SIZES[name]}
+        return size["attention"] == network["attention"], all(size[part] == network[part] for part in _levels())
+
+    similar = [name for name, size in VQ_SIZES.items() if "name" not in size and kind(size) == kind(network)]
+    return max(similar, key=likeness, default=None)
 
 
 def magvit_name(levels: int) -> str:

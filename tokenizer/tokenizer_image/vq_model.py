@@ -37,7 +37,8 @@ class VQModelArgs:
     """The shape of a tokenizer. The channel multipliers, one per level from the image down, set the downsampling.
 
     commit_loss_beta, entropy_loss_ratio: weights of the quantiser's losses; None for its own.
-    blocks: residual blocks of a level of the encoder; the decoder has one more. attention: in the deepest level.
+    blocks: residual blocks of a level of the encoder; the decoder has one more. attention: levels that have
+    some, counted from the image; -1 is the deepest.
     quantizer: the config of another quantiser than the published one of the `codebook_…` fields.
     """
 
@@ -54,7 +55,7 @@ class VQModelArgs:
     ch: int = 128
     dropout_p: float = 0.0
     blocks: int = 2
-    attention: bool = True
+    attention: list[int] = field(default_factory=lambda: [-1])
     quantizer: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -120,7 +121,7 @@ class VQModel(Tokenizer):
             "z_channels": config.z_channels,
             "ch": config.ch,
             "blocks": config.blocks,
-            "attention": config.attention,
+            "attention": list(config.attention),
         }
         return {"name": "vqgan", **levels, **inside}
 
