@@ -123,6 +123,8 @@ def block_bytes(args: "ModelArgs", setup: Setup) -> int:
     sharded, half = setup.strategy != "ddp", setup.precision in ("fp16", "bf16")
     width = 2 if half else 4
     dim, ffn, dropout = args.dim, args.ffn_dim, bool(args.resid_dropout_p) + bool(args.ffn_dropout_p)
+    if args.trunk == "rar":
+        return modulated_bytes(args, width, half and not sharded)
     kept = (2 if half and sharded else 4) * dim  # the residual stream between attention and feed-forward
     kept += width * 2 * dim  # after the two norms
     kept += width * (1 + 2 * args.kv_heads / args.n_head) * dim  # queries, keys, values as they are projected
@@ -132,6 +134,19 @@ def block_bytes(args: "ModelArgs", setup: Setup) -> int:
     if not setup.compiled:  # what a compiled block computes again
         kept += 8 * dim + width * ffn + (4 * dim if half and not sharded else 0)
     return int(kept)
+
+
+def modulated_bytes(args: "ModelArgs", width: int, autocast: bool) -> int:
+    """Return the bytes that a block of RAR keeps for its backward pass of one row, computed operation by operation.
+
+    width: of activations. autocast: whether the residual stream and the norms are float32 beside narrower activations.
+    """
+    wide, dropped = 4 if autocast else width, bool(args.resid_dropout_p)
+    kept = 4 * wide + 4 * width  # the stream before and after attention, norms, scales and what they make
+    kept += 5 * width + 2 * wide * autocast  # queries, keys, values; normalised queries and keys, of float32 inputs
+    kept += 2 * width + 2 * (width + dropped)  # attention's result twice, those of both branches, dropout's masks
+    kept += 7 * width  # the row's condition after SiLU, and its six vectors
+    return kept * args.dim + (2 * width + bool(args.ffn_dropout_p)) * args.ffn_dim
 
 
 def setup_of(args: argparse.Namespace) -> Setup:

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from autoregressive.models.build import build_model
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.sizes import GPT_SIZES
 from autoregressive.train.flops import training_flops_per_image
 from autoregressive.train.loss import TokenLoss
 from tools import plan_training as memory
-from tools.plan_training import GIB, Setup, flags, main, make_plan, parameters_of, training_memory
+from tools.plan_training import GIB, Setup, block_bytes, flags, main, make_plan, parameters_of, training_memory
 from utils.distributed import Distributed, start
 from utils.training.ema import EMA
 from utils.training.optim import adamw
@@ -136,6 +137,29 @@ def test_training_memory_is_what_was_counted_storage_by_storage(name, setup, cou
     assert total(training_memory(args, setup)) / GIB == pytest.approx(counted, rel=0.06)
 
 
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "sharded bf16"])
+def test_memory_of_a_rar_is_what_its_blocks_save(half):
+    """Counted by autograd's hooks, without the matrices of attention and the copies of queries and keys that a CPU makes."""
+    args = ModelArgs(dim=96, n_head=4, ffn_width=384, trunk="rar", vocab_size=64, block_size=256)
+    width, saved = (2 if half else 4), []
+    for layers in (2, 3):
+        model = build_model(replace(args, n_layer=layers)).train().to(torch.bfloat16 if half else torch.float32)
+        owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor, owned=owned, kept=kept):
+            if tensor.shape[-2:] != (257, 257) and tensor.untyped_storage().data_ptr() not in owned:
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            _hidden = model.hidden(torch.zeros(1, 255, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+        saved.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+    counted = (saved[1] - saved[0]) / 257 - 2 * width * args.dim
+    setup = Setup("fsdp" if half else "ddp", "bf16" if half else "none")
+    assert block_bytes(args, setup) == pytest.approx(counted, rel=0.12)
+
+
 def test_shards_by_hand():
     args = ModelArgs(dim=64, n_layer=4, n_head=2, vocab_size=100, num_classes=10, block_size=64, multiple_of=32)
     hidden = 192  # int(2 * 256 / 3) = 170, rounded up to a multiple of 32
@@ -240,7 +264,8 @@ def test_mistakes(words, message):
 
 
 def test_queries_take_the_memory_of_rows():
-    rar, lpd = (ModelArgs(**GPT_SIZES[name].fields) for name in ("RAR-XS", "LPD-XS"))
-    assert (memory.queries_of(rar), memory.queries_of(lpd)) == (0, 256)
-    one, other = (training_memory(args, Setup(micro_batch=8))[memory.ACTIVATIONS] for args in (rar, lpd))
+    lpd = ModelArgs(**GPT_SIZES["LPD-XS"].fields)
+    raster = replace(lpd, trunk="llama")
+    assert (memory.queries_of(raster), memory.queries_of(lpd)) == (0, 256)
+    one, other = (training_memory(args, Setup(micro_batch=8))[memory.ACTIVATIONS] for args in (raster, lpd))
     assert other == pytest.approx(2 * one, rel=0.01)
