@@ -125,8 +125,11 @@ def test_adapters_alone_know_published_names_of_weights():
 
 
 def test_seams_are_asked_by_their_base_alone():
-    """Decode loop, trainer, server and data do not know which layouts, conditions and quantisers there are."""
+    """Decode loop, trainer, server and data do not know which trunks, layouts, conditions and quantisers there are."""
     kinds = (
+        "autoregressive.models.gpt",
+        "autoregressive.models.rar",
+        "autoregressive.models.lpd",
         "autoregressive.models.layouts.",
         "autoregressive.models.conditions.",
         "tokenizer.tokenizer_image.quantizers.",

@@ -138,6 +138,21 @@ def test_decoding_in_random_orders_equals_the_full_forward_pass(trunk, calls):
     assert_close(torch.cat(calls, dim=1), logits, **CLOSE)
 
 
+@pytest.mark.parametrize("more", [{}, {"ar_token_num": 4}], ids=["raster", "PAR-4"])
+def test_text_model_in_random_orders_decodes_as_its_full_forward_pass(more, calls):
+    text = {"model_type": "t2i", "cls_token_num": 3, "caption_dim": 6, "target_positions": True}
+    model, orders = small("llama", **text, **more), shuffled(2)
+    features = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(2))
+    masks = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    drawn = generate(model, features, emb_masks=masks, orders=orders)
+    tokens = drawn.gather(1, orders)[:, : -model.layout.step_tokens]
+    logits = model(tokens, features, orders=orders, prefix_mask=masks)
+    assert_close(torch.cat(calls, dim=1), logits, **CLOSE)
+    loss = TokenLoss(model)(drawn, features, orders=orders, prefix_mask=masks)
+    wanted = -logits.log_softmax(-1).gather(2, drawn.gather(1, orders)[..., None]).mean()
+    assert_close(loss, wanted)
+
+
 @pytest.mark.parametrize("trunk", ["rar", "llama"])
 def test_known_tokens_stay_in_random_orders(trunk):
     model, orders = small(trunk, target_positions=True), shuffled(2)
@@ -196,6 +211,15 @@ def test_rar_in_windows_and_slots_draws_what_one_step_a_pass_draws(window):
         while any(slots.done(slot) < 16 for slot in range(3)):
             slots.take_pass()
     assert torch.equal(torch.stack([slots.tokens(slot) for slot in (2, 0, 1)]), expected)
+
+
+def test_guidance_of_rar_leads_away_from_another_class():
+    model, noise = small("rar"), torch.randint(2**62, (2, 16), generator=torch.Generator().manual_seed(1))
+    labels, none = torch.tensor([1, 2]), torch.tensor([5, 5])
+    drawn = [
+        generate(model, labels, noise=noise, cfg_scale=4.0, negative=n) for n in (None, none, torch.tensor([3, 0]))
+    ]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
 def test_guidance_schedules_by_hand():
