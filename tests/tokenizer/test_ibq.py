@@ -5,13 +5,16 @@ import logging
 import pytest
 import torch
 
+from autoregressive.sample import sample_c2i
+from autoregressive.train import extract_codes_c2i, train_c2i
+from dataset.codes import open_codes
 from tests.helpers import assert_close, golden_state, golden_tokenizer_state, load_golden
 from tests.tokenizer.taming import F8, TamingByHand, save_lightning, taming_state, with_averages
 from tests.training import live, load, make_images, metrics, run_folder, run_here, same
 from tokenizer.base import CodebookLosses, build_quantizer
 from tokenizer.codecs import vqgan
 from tokenizer.load import build_tokenizer, load_tokenizer
-from tokenizer.tokenizer_image import vq_train
+from tokenizer.tokenizer_image import reconstruction_vq_ddp, vq_train
 from tokenizer.tokenizer_image.hub import VQModelHF, for_hub
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from tokenizer.tokenizer_image.vq_loss import VQLoss
@@ -254,6 +257,39 @@ def test_ibq_copies_give_the_codes_of_its_file(tmp_path, blocks):
     assert load(tmp_path / "names.pt")["model"].keys() == state.keys()
     with pytest.raises(ValueError, match=r"has the quantizer ibq, not vq"):
         load_tokenizer(tmp_path / "pt", quantizer="vq")
+
+
+@pytest.mark.slow
+def test_ibq_codes_are_extracted_trained_on_and_drawn(images, tmp_path):
+    """No script knows the family; all take the averages."""
+    path = save_lightning(tmp_path / "imagenet256_64.ckpt", with_averages(*small_states()))
+    fingerprint, common = load_tokenizer(path).fingerprint(), ["--vq-ckpt", path, "--device", "cpu"]
+    folder = tmp_path / "codes"
+    words = ["--data-path", images, "--code-path", folder, "--image-size", 32, "--num-workers", 0, "--no-flip"]
+    run_here(extract_codes_c2i, *common, *words)
+    settings = open_codes(folder, 32, 8).settings
+    assert (settings.tokenizer, settings.codebook_size, settings.vq_model) == (fingerprint, 64, "IBQ-8")
+    words = [
+        "--code-path",
+        folder,
+        "--gpt-model",
+        "GPT-XS",
+        "--max-steps",
+        1,
+        "--global-batch-size",
+        4,
+        "--num-workers",
+        0,
+    ]
+    run_here(train_c2i, *common, *words, "--mixed-precision", "none", "--results-dir", tmp_path / "results")
+    gpt = max((run_folder(tmp_path / "results") / "checkpoints").glob("*.pt"))
+    assert load(gpt)["config"]["tokenizer"] == fingerprint
+    run_here(sample_c2i, *common, "--gpt-ckpt", gpt, "--precision", "none", "--output", tmp_path / "sample.png")
+    assert (tmp_path / "sample.png").stat().st_size > 0
+    words = ["--data-path", images, "--image-size", 32, "--image-size-eval", 32, "--num-workers", 0, "--no-lpips"]
+    run_here(reconstruction_vq_ddp, *common, *words, "--sample-dir", tmp_path / "reconstructions")
+    (results,) = (tmp_path / "reconstructions").glob("*_results.json")
+    assert results.name.startswith("IBQ-8-imagenet-size-32-size-32-codebook-size-64-dim-6")
 
 
 # Training
