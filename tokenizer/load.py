@@ -59,7 +59,7 @@ def described(checkpoint: Checkpoint, quantizer: str | None = None) -> tuple[dic
     kind = config["quantizer"]
     if quantizer in (None, kind["name"]):
         return found
-    if "network" in checkpoint.config:
+    if "network" in checkpoint.config or kind["name"] not in ("vq", "ibq"):
         raise ValueError(f"{checkpoint.path} has the quantizer {kind['name']}, not {quantizer}: leave --quantizer out")
     size = {name: kind[name] for name in ("codebook_size", "codebook_embed_dim")}
     plain = {"l2_norm": False, "show_usage": False} if quantizer == "vq" else {}

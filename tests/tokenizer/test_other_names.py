@@ -8,7 +8,8 @@ import torch
 
 from tests.helpers import randomize
 from tests.tokenizer.taming import F16, TamingByHand, save_lightning, taming_state
-from tokenizer.load import load_tokenizer
+from tokenizer.load import build_tokenizer, load_tokenizer
+from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 from utils.checkpoint import save_safetensors
 
@@ -71,6 +72,16 @@ def test_janus_tokenizer_taken_out_of_transformers_is_known_by_its_levels(tmp_pa
     """Without a prefix the order of the decoder's levels tells it from taming's."""
     save_safetensors(tmp_path / "vq.safetensors", transformers_names(model().state_dict()))
     require_same(tmp_path / "vq.safetensors", model())
+
+
+@pytest.mark.parametrize("family", ["MaskGIT-VQGAN", "Open-MAGVIT2"])
+def test_quantiser_that_the_weights_show_is_not_another(tmp_path, family):
+    size = {"ch": 32, **VQ_SIZES[family], "ch_mult": [1, 2]}
+    quantizer = {**size.pop("quantizer"), "codebook_size": 16}
+    torch.save(build_tokenizer({"network": size, "quantizer": quantizer}).state_dict(), tmp_path / "vq.bin")
+    assert load_tokenizer(tmp_path / "vq.bin", quantizer=quantizer["name"]).codebook_size == 16
+    with pytest.raises(ValueError, match=rf"has the quantizer {quantizer['name']}, not ibq: leave --quantizer out"):
+        load_tokenizer(tmp_path / "vq.bin", quantizer="ibq")
 
 
 @pytest.mark.parametrize("part", ["decoder.", "quantize."])
