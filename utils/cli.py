@@ -97,7 +97,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 def flag_parser(description: str | None, added: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Return a parser whose help shows the defaults. added: published flags that its published form lacks."""
     parser = _Parser(description=description, formatter_class=_Formatter, added=added)
-    help = "a file of your own that registers layouts, conditions, objectives or quantisers (docs/extending.md); repeatable"
+    help = "a file of your own that registers layouts, conditions, objectives, rewards or quantisers (docs/extending.md); repeatable"
     parser.add_argument("--import", dest="import", metavar="FILE.py", action="append", default=[], help=help)
     return parser
 

@@ -110,9 +110,7 @@ def drawn_log_probs(
         return torch.cat([log_probs.gather(-1, targets), entropy], dim=1)
 
     weight, bias = model.projection()
-    found = chunked_values(
-        hidden.flatten(0, 1), weight, read.reshape(-1, 1), bias=bias, objective=log_prob_and_entropy
-    )
+    found = chunked_values(hidden.flatten(0, 1), weight, read.reshape(-1, 1), bias=bias, objective=log_prob_and_entropy)
     log_probs, entropy = found.view(batch, -1, 2).unbind(-1)
     return log_probs, entropy.detach()
 
@@ -154,5 +152,7 @@ class PolicyLoss(nn.Module):
             with torch.no_grad():
                 known, _ = drawn_log_probs(self.reference, codes, cond, self.settings, prefix_mask)
         loss, figures = policy_loss(log_probs, log_probs.detach(), known, advantages, self.settings)
-        kept = {name: value for name, value in figures.items() if not name.startswith("clipped")}  # 0 with one update a draw
+        kept = {
+            name: value for name, value in figures.items() if not name.startswith("clipped")
+        }  # 0 with one update a draw
         return loss, {**kept, "entropy": entropy.mean()}

@@ -108,12 +108,12 @@ def rewards_of(rewards: Sequence[Reward], images: np.ndarray, asked: Asked) -> n
 
 @reward("clip")
 def clip(images: np.ndarray, asked: Asked, model: str = "ViT-B/32", folder: str | None = None) -> np.ndarray:
-    """Return the cosines of images and their texts in CLIP's space (Hessel et al., arXiv 2104.08718, without their factor 2.5).
+    """Return the cosines of images and their texts in CLIP's space, the texts as they are (AR-GRPO, arXiv 2508.06924).
 
     model: a name of evaluations/t2i/clip.py. folder: where it is, if not in pretrained_models/ or the hub's cache.
     """
     judge = _clip(model, folder)
-    return (judge.images(images) * judge.texts(asked["text"])).sum(1)
+    return (judge.images(images) * judge.texts(asked["text"], prefix="")).sum(1)
 
 
 @features("clip")

@@ -110,9 +110,9 @@ class CLIP:
         return _unit(self._see(normalised(images, self.size, MEAN, STD).to(self.device)))
 
     @torch.inference_mode()
-    def texts(self, captions: Sequence[str]) -> np.ndarray:
+    def texts(self, captions: Sequence[str], prefix: str = PREFIX) -> np.ndarray:
         """Return unit vectors of captions, given without the prefix → float32 (B, dim)."""
-        return _unit(self._read([PREFIX + caption for caption in captions]))
+        return _unit(self._read([prefix + caption for caption in captions]))
 
     def _see(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)

@@ -1,5 +1,7 @@
 """GRPO's loss against the recorded run, and its properties."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -96,13 +98,17 @@ def test_policy_loss_of_equal_rewards_is_the_penalty_alone():
 
 def test_penalty_of_a_token_that_left_the_reference_has_a_bounded_gradient():
     log_probs = torch.tensor([[-2.0, -KL_CAP - 2, -80.0]], requires_grad=True)
-    loss, figures = policy_loss(log_probs, log_probs, torch.full((1, 3), -2.0), torch.zeros(1), PolicySettings(beta=1.0))
+    loss, figures = policy_loss(
+        log_probs, log_probs, torch.full((1, 3), -2.0), torch.zeros(1), PolicySettings(beta=1.0)
+    )
     loss.backward()
     assert_close(log_probs.grad * 3, torch.tensor([[0.0, 1, 1]]) * (1 - np.exp(KL_CAP)), atol=1e-4)
     assert figures["kl_max"] == 78
 
 
-@pytest.mark.parametrize("layout", [{}, {"ar_token_num": 4}, {"layout": {"name": "neighbours"}}], ids=["raster", "PAR", "NAR"])
+@pytest.mark.parametrize(
+    "layout", [{}, {"ar_token_num": 4}, {"layout": {"name": "neighbours"}}], ids=["raster", "PAR", "NAR"]
+)
 def test_log_probs_of_a_layout_are_those_of_training_and_guided_ones_of_the_mixed_logits(layout):
     model = randomize(Transformer(ModelArgs(64, 2, 2, vocab_size=32, block_size=16, num_classes=3, **layout)), 1)
     codes, labels = torch.randint(32, (4, 16), generator=torch.manual_seed(0)), torch.tensor([0, 1, 2, 1])
@@ -121,7 +127,9 @@ def test_log_probs_of_a_layout_are_those_of_training_and_guided_ones_of_the_mixe
 @pytest.mark.parametrize("beta", [0.0, 100.0])
 def test_policy_of_two_tokens_goes_to_its_optimum_and_a_large_penalty_holds_it(beta):
     """The reward counts code 0: without the penalty its probability rises to 1 step by step."""
-    args = ModelArgs(16, 1, 1, vocab_size=4, block_size=4, num_classes=1, token_dropout_p=0, resid_dropout_p=0, ffn_dropout_p=0)
+    args = ModelArgs(
+        16, 1, 1, vocab_size=4, block_size=4, num_classes=1, token_dropout_p=0, resid_dropout_p=0, ffn_dropout_p=0
+    )
     policy, reference = (randomize(Transformer(args), 1) for _ in range(2))
     module = PolicyLoss(policy, reference if beta else None, PolicySettings(beta=beta))
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
@@ -141,4 +149,4 @@ def test_policy_of_two_tokens_goes_to_its_optimum_and_a_large_penalty_holds_it(b
     if beta:
         assert max(abs(value - seen[0]) for value in seen) < 0.01
     else:
-        assert all(later > before for before, later in zip(seen, seen[1:])) and seen[-1] > 0.9
+        assert all(later > before for before, later in pairwise(seen)) and seen[-1] > 0.9

@@ -1,46 +1,39 @@
-"""examples/reward.py: its file is an ordinary one, which the sampling scripts and training take."""
-
-import sys
+"""examples/reward.py through train_grpo.py: its file is an ordinary one, which the sampling scripts take."""
 
 import pytest
-import torch
 from PIL import Image
 
 from autoregressive.sample import sample_c2i
-from autoregressive.train import train_c2i
+from autoregressive.train import train_c2i, train_grpo
 from tests.examples.conftest import SAMPLE, TRAIN
 from tests.helpers import ROOT
-from tests.training import load, run_folder, run_here
-from utils.registry import import_file
+from tests.training import load, metrics, run_folder, run_here
 
-pytestmark = pytest.mark.slow  # through whole scripts and servers
+pytestmark = pytest.mark.slow  # through whole scripts
 
-
-@pytest.fixture(scope="module")
-def run(digits, tmp_path_factory):
-    results = tmp_path_factory.mktemp("run")
-    run_here(train_c2i, "--code-path", digits / "codes", "--results-dir", results, *TRAIN, "--max-steps", 2)
-    return results
+FILE = ROOT / "examples/reward.py"
 
 
-def reward(digits, run, output, *more):
-    import_file(ROOT / "examples/reward.py")
-    script = sys.modules["imported_reward"]
-    files = ["--gpt-ckpt", run, "--vq-ckpt", digits / "vq.pt", "--output", output, "--device", "cpu"]
-    run_here(script, *files, "--batch-size", 20, *more)
-    return load(output)
-
-
-def test_rewarded_model_repeats_and_is_an_ordinary_file(digits, run, tmp_path, capsys):
-    first = reward(digits, run, tmp_path / "a.pt", "--steps", 2, "--lr", 1e-3)
-    assert capsys.readouterr().out.count("reward 0.") == 2
-    again = reward(digits, run, tmp_path / "b.pt", "--steps", 2, "--lr", 1e-3)
-    start = load(max((run_folder(run) / "checkpoints").glob("*.pt")))["model"]
-    name = "layers.0.attention.wqkv.weight"
-    assert torch.equal(first["model"][name], again["model"][name]) and not torch.equal(
-        first["model"][name], start[name]
-    )
-    assert first["config"]["layout"] == {"name": "raster", "grid_size": 8} and first["config"]["tokenizer"]
+def test_rewarded_model_is_an_ordinary_file(digits, tmp_path):
+    base, results = tmp_path / "base", tmp_path / "results"
+    run_here(train_c2i, "--code-path", digits / "codes", "--results-dir", base, *TRAIN, "--max-steps", 2)
+    paths = ["--gpt-ckpt", base, "--vq-ckpt", digits / "vq.pt", "--results-dir", results]
+    rewards = [
+        "--import",
+        FILE,
+        "--reward",
+        "read_as_asked",
+        "--reward",
+        "ink,weight=0.1",
+        "--recall-features",
+        "digits",
+    ]
+    small = ["--group-size", 4, "--global-batch-size", 2, "--max-steps", 2, "--val-images", 8, "--cfg-scale", 1]
+    machine = ["--mixed-precision", "none", "--log-every", 1, "--device", "cpu"]
+    run_here(train_grpo, *paths, *rewards, *small, *machine, "--val-code-path", digits / "codes")
+    assert 0 < metrics(results, "reward_read_as_asked")[2] < 1 and metrics(results, "val_recall").keys() == {0, 2}
+    saved = load(run_folder(results) / "checkpoints/0000002.pt")
+    assert saved["config"]["layout"] == {"name": "raster", "grid_size": 8} and str(FILE) in saved["config"]["imports"]
     output = tmp_path / "x.png"
-    run_here(sample_c2i, "--gpt-ckpt", tmp_path / "a.pt", "--vq-ckpt", digits / "vq.pt", *SAMPLE, "--output", output)
+    run_here(sample_c2i, "--gpt-ckpt", results, "--vq-ckpt", digits / "vq.pt", *SAMPLE, "--output", output)
     assert Image.open(output).size[0] > 32

@@ -1,0 +1,321 @@
+"""Images that a model in training draws of itself, and what rewards find in them: GRPO's data, its step, its held-out figures.
+
+    studio = Studio(wrapped, model, tokenizer, plan, asked, settings)
+    with studio.open(): images = studio.draw(items, numbers)
+    step = GroupStep(studio, …)                                     # Phase.loss
+    held_out = HeldOutRewards(studio, …)                            # Job.validate
+
+Image i of step s is drawn with the noise of (seed, s · images a step + i): the same on any number of processes and after a resume.
+"""
+
+import json
+import os
+import shutil
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from autoregressive.models.generate import release_cache
+from autoregressive.models.sampling import SamplingConfig
+from autoregressive.models.trunk import Trunk
+from autoregressive.pipeline import ImagePipeline, decode_codes
+from autoregressive.request import Request
+from autoregressive.train.policy import group_advantages
+from autoregressive.train.rewards import FEATURES, Reward, rewards_of
+from dataset.codes import open_codes
+from evaluations.metrics import precision_recall
+from language.prompts import PromptFeatures, read_prompts
+from tokenizer.base import Tokenizer
+from utils.files import write_json
+from utils.images import make_grid
+from utils.rng import item_seed
+from utils.runs import checkpoints_in
+from utils.training.parallel import Parallel
+from utils.training.trainer import Micro, Trainer
+
+# What item_seed hashes besides, for held-out images.
+_HELD_OUT = 6
+SHOWN = 16
+
+
+class Asked(Protocol):
+    """Things that images are asked for, by number; a data set whose items are these numbers."""
+
+    def __len__(self) -> int: ...
+
+    def conditions(self, item: int) -> dict[str, Any]:
+        """Return the values of a model's conditions, as Request takes them."""
+        ...
+
+    def told(self, items: Sequence[int]) -> dict[str, Any]:
+        """Return what rewards are told: `text`, and what else they may look at."""
+        ...
+
+
+class Numbered:
+    """Data set whose items are their numbers."""
+
+    def __getitem__(self, item: int) -> int:
+        return item
+
+
+class Classes(Numbered):
+    """Classes in turn, each as often as any other. names: by label. least: items that there are at least."""
+
+    def __init__(self, names: Sequence[str], least: int = 1):
+        self.names, self.size = names, len(names) * -(-least // len(names))
+
+    def __len__(self) -> int:
+        return self.size
+
+    def conditions(self, item: int) -> dict[str, Any]:
+        return {"label": item % len(self.names)}
+
+    def told(self, items: Sequence[int]) -> dict[str, Any]:
+        labels = np.array(items) % len(self.names)
+        return {"text": [f"a photo of {self.names[label]}" for label in labels], "label": labels}
+
+
+class Prompts(Numbered):
+    """Prompts of a file with their features. Raises as read_prompts and PromptFeatures do."""
+
+    def __init__(self, file: str | Path, features: str | Path, dim: int):
+        self.prompts = read_prompts(file)
+        self.features = PromptFeatures(features, file, self.prompts, dim)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def conditions(self, item: int) -> dict[str, Any]:
+        return {"caption": self.features[item]}
+
+    def told(self, items: Sequence[int]) -> dict[str, Any]:
+        return {"text": [self.prompts[item] for item in items]}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Images drawn. codes: int64 (B, N). pixels: uint8 (B, H, W, 3). cond, prefix_mask: as Trunk.forward takes them."""
+
+    codes: Tensor
+    pixels: np.ndarray
+    cond: dict[str, Tensor]
+    prefix_mask: Tensor | None
+
+
+@dataclass
+class Studio:
+    """Drawing with a model in training, by the project's own decode loop.
+
+    wrapped: the model's loss, laid over the processes by `plan`. asked: what there is to draw.
+    """
+
+    wrapped: nn.Module
+    model: Trunk
+    tokenizer: Tokenizer
+    plan: Parallel
+    sampling: SamplingConfig
+    _begun: bool = False
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Gather the weights for drawing. Every process enters and leaves it together."""
+        if self.plan.sharded and not self._begun:  # the first forward pass tells FSDP which module is the outermost
+            self._begun = True
+            codes = torch.zeros(1, self.model.layout.tokens, dtype=torch.long, device=self.plan.dist.device)
+            cond = {name: _nothing(condition) for name, condition in self.model.conditions.items()}
+            cond = {name: value.to(codes.device) for name, value in cond.items()}
+            with torch.no_grad():
+                self.wrapped(codes, cond, torch.zeros(1, device=codes.device))
+        with torch.no_grad(), self.plan.gathered(self.wrapped):
+            yield
+
+    def draw(self, asked: Asked, items: Sequence[int], seed: int, numbers: Sequence[int]) -> Drawn:
+        """Draw an image for each item. seed, numbers: of the images' noise."""
+        device = self.plan.dist.device
+        # Blocks are compiled for training's shapes.
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.compiler.set_stance("force_eager"):
+            pipeline = ImagePipeline(self.model, self.tokenizer, batch_size=len(items))
+            requests = [
+                Request(asked.conditions(item), {}, self.sampling, seed, number)
+                for item, number in zip(items, numbers, strict=True)
+            ]
+            requests = pipeline.read(requests)
+            inputs = pipeline.inputs(requests)
+            try:
+                codes = pipeline.draw(requests).clone()
+            finally:
+                release_cache(self.model)
+            return Drawn(codes, pipeline.decode(codes), inputs["cond"], inputs["emb_masks"])
+
+
+def _nothing(condition: Any) -> Tensor:
+    return condition.read(condition.example())[None]
+
+
+class GroupStep:
+    """Loss of a micro-batch of items, each drawn `group_size` times: Phase.loss. Every process calls it together."""
+
+    def __init__(self, studio: Studio, asked: Asked, rewards: Sequence[Reward], args: Namespace):
+        self.studio, self.asked, self.rewards = studio, asked, rewards
+        self.group_size, self.scale, self.seed = args.group_size, args.scale_rewards, args.global_seed
+
+    def __call__(self, batch: Tensor, place: Micro) -> tuple[Tensor, dict[str, Tensor]]:
+        size, dist = self.group_size, self.studio.plan.dist
+        items = np.repeat(batch.cpu().numpy(), size).tolist()
+        first = (place.step * place.global_batch + place.positions.start) * size
+        with self.studio.open(), dist.together():
+            drawn = self.studio.draw(self.asked, items, self.seed, range(first, first + len(items)))
+        with dist.together():
+            found = torch.from_numpy(rewards_of(self.rewards, drawn.pixels, self.asked.told(items)))
+        weights = torch.tensor([reward.weight for reward in self.rewards], dtype=torch.float64)
+        total = (found * weights).nansum(1)
+        advantages = group_advantages(total, size, self.scale).float().to(drawn.codes.device)
+        loss, figures = self.studio.wrapped(drawn.codes, drawn.cond, advantages, prefix_mask=drawn.prefix_mask)
+        spread = total.view(-1, size).std(1)
+        figures |= {
+            "reward": total.mean(),
+            "reward_sd": spread.mean(),
+            "groups_without_spread": (spread == 0).float().mean(),
+            "diversity": torch.tensor(diversity(drawn.pixels, size)),
+        }
+        if len(self.rewards) > 1:
+            means = found.nanmean(0).nan_to_num()
+            figures |= {f"reward_{one.name}": mean for one, mean in zip(self.rewards, means, strict=True)}
+        return loss, {"loss": loss} | {name: value.to(loss.device) for name, value in figures.items()}
+
+
+def diversity(pixels: np.ndarray, group_size: int) -> float:
+    """Return the root mean square distance of two images of a group, a pixel's range being 1; the mean over groups."""
+    groups = pixels.reshape(-1, group_size, pixels[0].size).astype(np.float32) / 255
+    # Mean squared distances of all pairs are twice the variance.
+    return float(np.sqrt(2 * groups.var(1, ddof=1).mean(1)).mean())
+
+
+class HeldOutRewards:
+    """Rewards, diversity and recall of images drawn with noise that training does not see: Job.validate.
+
+    Copies the checkpoint with the highest reward to `best/` among the checkpoints.
+    """
+
+    def __init__(self, studio: Studio, asked: Asked, rewards: Sequence[Reward], args: Namespace):
+        self.studio, self.asked, self.rewards, self.args = studio, asked, rewards, args
+        self.dist, self.size = studio.plan.dist, args.group_size
+        self.groups = -(-args.val_images // self.size)
+        self.at_once = max(args.global_batch_size // (self.dist.world_size * args.gradient_accumulation_steps), 1)
+        self.seed, self.trainer = item_seed(args.global_seed, _HELD_OUT), cast(Trainer, None)
+        self.real: np.ndarray | None = None
+        if args.val_code_path:
+            self.real = self._features(self._real_images(args.val_code_path))
+
+    def begin(self, trainer: Trainer) -> None:
+        """Measure the model that a new run begins with. Every process calls it together."""
+        self.trainer = trainer
+        if trainer.step:
+            return
+        with self.studio.open():
+            values = self.figures()
+        words = ", ".join(f"{name}: {value:.4f}" for name, value in values.items())
+        trainer.log.info(f"(step=0000000) {words}, before training")
+        trainer.log.scalars(0, values)
+        self._record(0, values["val_reward"])
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        values = self.figures()
+        self._keep_best(values["val_reward"])
+        return values
+
+    def figures(self) -> dict[str, float]:
+        """Return the figures of the model's present weights, the same on every process. Every process calls it together."""
+        with self.dist.together():
+            mine = self._measure_share()
+        parts = [part for of_process in self.dist.gather(mine) for part in of_process]
+        rewards = np.concatenate([part[0] for part in parts])
+        weights = np.array([reward.weight for reward in self.rewards])
+        values = {"val_reward": float(np.nansum(rewards * weights, axis=1).mean())}
+        if len(self.rewards) > 1:
+            means = torch.from_numpy(rewards).nanmean(0).nan_to_num().tolist()
+            values |= {f"val_reward_{reward.name}": mean for reward, mean in zip(self.rewards, means, strict=True)}
+        values["val_diversity"] = float(np.average([part[1] for part in parts], weights=[len(p[0]) for p in parts]))
+        if self.real is not None:
+            seen = np.concatenate([part[2] for part in parts])
+            values["val_precision"], values["val_recall"] = precision_recall(self.real, seen)
+        return values
+
+    def _measure_share(self) -> list[tuple[np.ndarray, float, np.ndarray | None]]:
+        """Return rewards (b, K), diversity and features (b, D) of each batch of this process's groups."""
+        found, stride = [], self.at_once * self.dist.world_size
+        # As many passes on every process: sharded weights are exchanged by the number of passes a process has made.
+        for start in range(self.dist.rank * self.at_once, -(-self.groups // stride) * stride, stride):
+            groups = range(start, min(start + self.at_once, self.groups))
+            images = [group * self.size + i for group in groups or [0] for i in range(self.size)]
+            items = [image // self.size % len(self.asked) for image in images]
+            drawn = self.studio.draw(self.asked, items, self.seed, images)
+            if groups:
+                rewards = rewards_of(self.rewards, drawn.pixels, self.asked.told(items))
+                features = None if self.real is None else self._features(drawn.pixels)
+                found.append((rewards, diversity(drawn.pixels, self.size), features))
+        return found
+
+    def pictures(self, model: nn.Module) -> dict[str, np.ndarray]:
+        """Return a grid of the first held-out images: Job.sample."""
+        items = list(range(min(SHOWN, len(self.asked))))
+        drawn = self.studio.draw(self.asked, items, self.seed, [item * self.args.group_size for item in items])
+        return {"samples": make_grid(drawn.pixels, columns=4)}
+
+    def _features(self, images: np.ndarray) -> np.ndarray:
+        return np.asarray(FEATURES[self.args.recall_features](images))
+
+    def _real_images(self, path: str) -> np.ndarray:
+        """Return held-out images as the tokenizer gives them back, at most as many as are drawn."""
+        data = open_codes(path, random_view=False)
+        places = np.linspace(0, len(data) - 1, min(len(data), self.args.val_images)).round().astype(int)
+        codes = torch.stack([torch.as_tensor(data[int(place)]["codes"]) for place in places])
+        return decode_codes(self.studio.tokenizer, codes)
+
+    # The best checkpoint
+
+    @property
+    def _file(self) -> Path:
+        return self.trainer.run.folder / "best.json"
+
+    def _record(self, step: int, value: float) -> None:
+        if self.dist.is_main:
+            write_json(self._file, {"step": step, "val_reward": value})
+
+    def _keep_best(self, value: float) -> None:
+        """Copy the checkpoint of this step where its reward is the highest so far. Every process calls it together."""
+        trainer = self.trainer
+        trainer.saver.wait()  # until it is written
+        if not self.dist.is_main or json.loads(self._file.read_text())["val_reward"] >= value:
+            return
+        store = trainer.run.stores[0]
+        for path in checkpoints_in(store):
+            if int(path.stem) == trainer.step:
+                keep_copy(path, store / "best")
+                self._record(trainer.step, value)
+                trainer.log.info(f"best so far: {store / 'best'} (val_reward {value:.4f})")
+
+
+def keep_copy(path: Path, folder: Path) -> None:
+    """Make `folder` hold a checkpoint alone, which shares its disk space with the one at `path`."""
+    unfinished, old = folder.with_name(".best.tmp"), folder.with_name(".best.removed.tmp")
+    for leftover in (unfinished, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    unfinished.mkdir()
+    if path.is_dir():
+        shutil.copytree(path, unfinished / path.name, copy_function=os.link)
+    else:
+        os.link(path, unfinished / path.name)
+    if folder.exists():
+        folder.rename(old)
+    unfinished.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
