@@ -103,12 +103,13 @@ class Prompts(Numbered):
 
 @dataclass(frozen=True)
 class Drawn:
-    """Images drawn. codes: int64 (B, N). pixels: uint8 (B, H, W, 3). cond, prefix_mask: as Trunk.forward takes them."""
+    """Images drawn. codes: int64 (B, N). pixels: uint8 (B, H, W, 3). cond, prefix_mask, orders: as Trunk.forward takes them."""
 
     codes: Tensor
     pixels: np.ndarray
     cond: dict[str, Tensor]
     prefix_mask: Tensor | None
+    orders: Tensor | None
 
 
 @dataclass
@@ -154,7 +155,8 @@ class Studio:
                 codes = pipeline.draw(requests).clone()
             finally:
                 release_cache(self.model)
-            return Drawn(codes, pipeline.decode(codes), inputs["cond"], inputs["emb_masks"])
+            orders = None if inputs["orders"] is None else inputs["orders"].to(device)
+            return Drawn(codes, pipeline.decode(codes), inputs["cond"], inputs["emb_masks"], orders)
 
 
 def _nothing(condition: Any) -> Tensor:
@@ -179,7 +181,9 @@ class GroupStep:
         weights = torch.tensor([reward.weight for reward in self.rewards], dtype=torch.float64)
         total = (found * weights).nansum(1)
         advantages = group_advantages(total, size, self.scale).float().to(drawn.codes.device)
-        loss, figures = self.studio.wrapped(drawn.codes, drawn.cond, advantages, prefix_mask=drawn.prefix_mask)
+        loss, figures = self.studio.wrapped(
+            drawn.codes, drawn.cond, advantages, prefix_mask=drawn.prefix_mask, orders=drawn.orders
+        )
         spread = total.view(-1, size).std(1)
         figures |= {
             "reward": total.mean(),

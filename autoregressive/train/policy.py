@@ -85,20 +85,26 @@ def policy_loss(
 
 
 def drawn_log_probs(
-    model: Trunk, codes: Tensor, cond: Conditions, settings: PolicySettings, prefix_mask: Tensor | None = None
+    model: Trunk,
+    codes: Tensor,
+    cond: Conditions,
+    settings: PolicySettings,
+    prefix_mask: Tensor | None = None,
+    orders: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the log-probability of every token and the entropy of its distribution, each float32 (B, N) in the layout's order.
+    """Return the log-probability of every token and the entropy of its distribution, each float32 (B, N) in the order of drawing.
 
-    Differentiable, without all logits at once. codes: int64 (B, N) in raster order. cond, prefix_mask: as Trunk.forward.
+    Differentiable, without all logits at once. codes: int64 (B, N) in raster order. cond, prefix_mask, orders: as Trunk.forward.
     """
     layout, batch = model.layout, len(codes)
-    read = codes[:, model.layout_order(layout, codes.device)]
+    read = codes[:, model.layout_order(layout, codes.device)] if orders is None else codes.gather(1, orders)
     fed, drop = read[:, : -layout.step_tokens], torch.zeros(batch, dtype=torch.bool, device=codes.device)
     if settings.scales is not None:
         cond = {name: torch.cat([value, value]) for name, value in model.as_conditions(cond).items()}
         fed, drop = torch.cat([fed, fed]), torch.cat([drop, ~drop])
         prefix_mask = None if prefix_mask is None else torch.cat([prefix_mask, prefix_mask])
-    hidden = model.hidden(fed, cond, drop=drop, prefix_mask=prefix_mask)
+        orders = None if orders is None else torch.cat([orders, orders])
+    hidden = model.hidden(fed, cond, orders=orders, drop=drop, prefix_mask=prefix_mask)
     if settings.scales is not None:  # logits are linear in the hidden states, and so is guidance in the logits
         scales = torch.tensor(settings.scales, device=codes.device)[:, None]
         hidden = guide(*hidden.float().chunk(2), scales)
@@ -137,20 +143,27 @@ class PolicyLoss(nn.Module):
         self.reference = None if reference is None else reference.requires_grad_(False)
 
     def forward(
-        self, codes: Tensor, cond: Conditions, advantages: Tensor, *, prefix_mask: Tensor | None = None
+        self,
+        codes: Tensor,
+        cond: Conditions,
+        advantages: Tensor,
+        *,
+        prefix_mask: Tensor | None = None,
+        orders: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and figures to log: those of `policy_loss`, and `entropy` (nats a token).
 
         Args:
             codes: int64 (B, N) in raster order, drawn with the model's present weights.
-            cond, prefix_mask: as Trunk.forward takes them.
+            cond, prefix_mask, orders: as Trunk.forward takes them.
             advantages: (B,).
         """
-        log_probs, entropy = drawn_log_probs(self.model, codes, cond, self.settings, prefix_mask)
+        given = codes, cond, self.settings, prefix_mask, orders
+        log_probs, entropy = drawn_log_probs(self.model, *given)
         known = None
         if self.reference is not None:
             with torch.no_grad():
-                known, _ = drawn_log_probs(self.reference, codes, cond, self.settings, prefix_mask)
+                known, _ = drawn_log_probs(self.reference, *given)
         loss, figures = policy_loss(log_probs, log_probs.detach(), known, advantages, self.settings)
         kept = {
             name: value for name, value in figures.items() if not name.startswith("clipped")

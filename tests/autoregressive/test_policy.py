@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from autoregressive.models.build import build_gpt
 from autoregressive.models.gpt import ModelArgs, Transformer
-from autoregressive.models.sampling import SamplingConfig
+from autoregressive.models.sampling import SamplingConfig, draw_race, guide
+from autoregressive.train.draws import Classes, Studio
 from autoregressive.train.loss import token_log_probs
 from autoregressive.train.policy import (
     KL_CAP,
@@ -19,6 +21,10 @@ from autoregressive.train.policy import (
     policy_loss,
 )
 from tests.helpers import assert_close, golden_state, load_golden, randomize
+from tokenizer.tokenizer_image.vq_model import VQ_models
+from utils.distributed import Distributed
+from utils.rng import image_noise
+from utils.training.parallel import Parallel
 
 GROUP = 4
 
@@ -106,22 +112,33 @@ def test_penalty_of_a_token_that_left_the_reference_has_a_bounded_gradient():
     assert figures["kl_max"] == 78
 
 
-@pytest.mark.parametrize(
-    "layout", [{}, {"ar_token_num": 4}, {"layout": {"name": "neighbours"}}], ids=["raster", "PAR", "NAR"]
-)
-def test_log_probs_of_a_layout_are_those_of_training_and_guided_ones_of_the_mixed_logits(layout):
-    model = randomize(Transformer(ModelArgs(64, 2, 2, vocab_size=32, block_size=16, num_classes=3, **layout)), 1)
+KINDS = {
+    "raster": ("GPT-XS", {}),
+    "PAR": ("GPT-XS", {"ar_token_num": 4}),
+    "NAR": ("GPT-XS", {"layout": {"name": "neighbours"}}),
+    "RAR": ("RAR-XS", {}),
+    "LPD": ("LPD-XS", {}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_probs_of_a_layout_are_those_of_training_and_guided_ones_of_the_mixed_logits(kind):
+    size, more = KINDS[kind]
+    model = randomize(build_gpt(size, vocab_size=32, block_size=16, num_classes=3, **more), 1)
     codes, labels = torch.randint(32, (4, 16), generator=torch.manual_seed(0)), torch.tensor([0, 1, 2, 1])
-    order, keep = model.layout.order, torch.zeros(4, dtype=torch.bool)
-    plain, _ = drawn_log_probs(model, codes, labels, PolicySettings())
-    assert_close(plain, token_log_probs(model, codes, labels)[:, order])
+    orders = torch.stack([torch.randperm(16) for _ in range(4)]) if model.any_order else None
+    order = model.layout.order.expand(4, -1) if orders is None else orders
+    given, keep = {"orders": orders}, torch.zeros(4, dtype=torch.bool)
+    plain, _ = drawn_log_probs(model, codes, labels, PolicySettings(), **given)
+    assert_close(plain, token_log_probs(model, codes, labels, **given).gather(1, order), atol=1e-4)
     scales = guidance_scales(model.layout, SamplingConfig(cfg_scale=3.0, cfg_interval=4, cfg_schedule="linear"))
     assert scales[0] == 1 and max(scales) > 1 and scales[-1] == 1
-    guided, _ = drawn_log_probs(model, codes, labels, PolicySettings(scales=scales, temperature=0.7))
-    tokens = codes[:, order][:, : -model.layout.step_tokens]
-    own, none = (model(tokens, labels, drop=drop) for drop in (keep, ~keep))
+    guided, _ = drawn_log_probs(model, codes, labels, PolicySettings(scales=scales, temperature=0.7), **given)
+    tokens = codes.gather(1, order)[:, : -model.layout.step_tokens]
+    own, none = (model(tokens, labels, drop=drop, **given) for drop in (keep, ~keep))
     mixed = (none + (own - none) * torch.tensor(scales)[:, None]) / 0.7
-    assert_close(guided, mixed.log_softmax(-1).gather(-1, codes[:, order, None]).squeeze(-1))
+    expected = mixed.log_softmax(-1).gather(-1, codes.gather(1, order)[..., None]).squeeze(-1)
+    assert_close(guided, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("beta", [0.0, 100.0])
@@ -150,3 +167,24 @@ def test_policy_of_two_tokens_goes_to_its_optimum_and_a_large_penalty_holds_it(b
         assert max(abs(value - seen[0]) for value in seen) < 0.01
     else:
         assert all(later > before for before, later in pairwise(seen)) and seen[-1] > 0.9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_drawn_are_those_that_the_losss_distribution_draws(kind):
+    """The same noise picks the same codes of the logits of a whole forward pass, in the order in which they were drawn."""
+    size, more = KINDS[kind]
+    model = randomize(build_gpt(size, vocab_size=64, block_size=16, num_classes=3, **more), 1)
+    tokenizer = randomize(VQ_models["VQ-4"](codebook_size=64), 2)
+    plan, sampling = Parallel(Distributed(torch.device("cpu"))), SamplingConfig(cfg_scale=2.0)
+    studio = Studio(model, model, tokenizer, plan, sampling)
+    items, numbers = [0, 1, 2, 0], range(5, 9)
+    drawn = studio.draw(Classes(["a", "b", "c"]), items, 3, numbers)
+    assert drawn.pixels.shape == (4, 16, 16, 3) and drawn.cond["label"].tolist() == items
+    order = model.layout.order.expand(4, -1) if drawn.orders is None else drawn.orders
+    tokens = drawn.codes.gather(1, order)
+    read, given = tokens[:, : -model.layout.step_tokens], {"orders": drawn.orders}
+    with torch.no_grad():
+        own, none = (model(read, drawn.cond, drop=torch.full((4,), drop), **given) for drop in (False, True))
+    scales = torch.tensor(guidance_scales(model.layout, sampling))[:, None]
+    assert torch.equal(draw_race(guide(own, none, scales), image_noise(3, numbers, 16)), tokens)
+    assert (drawn.orders is not None) == model.layout.own_orders
