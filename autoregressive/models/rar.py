@@ -61,7 +61,7 @@ class FinalNorm(nn.Module):
 class RAR(Trunk):
     """The published architecture. Dropouts are those of ModelArgs, resid_dropout_p also that of attention weights; tokens have none.
 
-    Raises ValueError for conditions other than one class.
+    Raises ValueError for conditions other than one class, and for what the published architecture does not have.
     """
 
     has_context = any_order = True
@@ -69,6 +69,10 @@ class RAR(Trunk):
     def __init__(self, args: ModelArgs):
         if args.model_type != "c2i":
             raise ValueError("a RAR is of classes: give --gpt-type c2i, or another --gpt-model")
+        if args.drop_path_rate:
+            raise ValueError(f"a RAR has no stochastic depth: leave out --drop-path-rate {args.drop_path_rate:g}")
+        if args.kv_heads != args.n_head:
+            raise ValueError(f"a RAR has as many kv heads as heads, got {args.kv_heads} for {args.n_head}")
         super().__init__(args, Label(args.num_classes, rows=2))
         if self.layout.prefix != 2:
             raise ValueError("a RAR has the rows of one class before its tokens; leave out the --condition with rows")

@@ -301,6 +301,11 @@ class Trunk(nn.Module):
                 f"the layout {self.layout.name!r} reads tokens from queries, of which the trunk {args.trunk!r} has none: give "
                 "another --layout or a --gpt-model with queries (LPD-L)"
             )
+        if self.layout.special and type(self).special is Trunk.special:
+            raise ValueError(
+                f"the layout {self.layout.name!r} has special tokens, of which the trunk {args.trunk!r} has none: give another "
+                "--layout, --ar-token-num 1, or a --gpt-model of another trunk"
+            )
         self.tok_dropout = nn.Dropout(args.token_dropout_p)
         self._tables: dict[tuple[Layout, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
 

@@ -315,6 +315,17 @@ def build_model_again(model) -> dict:
         return build_model(ModelArgs.from_identity(model.args.identity)).args.identity
 
 
-def test_rar_of_captions_is_refused():
-    with pytest.raises(ValueError, match="a RAR is of classes"):
-        build_model(ModelArgs(**{**RAR, "model_type": "t2i"}))
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"model_type": "t2i"}, "a RAR is of classes"),
+        ({"drop_path_rate": 0.1}, "no stochastic depth"),
+        ({"n_kv_head": 2}, "as many kv heads as heads"),
+        ({"ar_token_num": 4}, "'parallel' has special tokens, of which the trunk 'rar' has none"),
+        ({"layout": {"name": "neighbours"}}, "'neighbours' has tokens read by 2 heads"),
+        ({"layout": {"name": "queried"}}, "'queried' reads tokens from queries"),
+    ],
+)
+def test_rar_of_what_it_does_not_have_is_refused(more, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(ModelArgs(**{**RAR, **more}))
