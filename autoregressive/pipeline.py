@@ -31,7 +31,7 @@ from tqdm import tqdm
 from autoregressive.models.build import build_model
 from autoregressive.models.conditions import Condition
 from autoregressive.models.decode_step import can_compile
-from autoregressive.models.generate import check_draft_model, generate, image_order
+from autoregressive.models.generate import check_draft_model, generate, image_order, known_first
 from autoregressive.models.layouts import Layout
 from autoregressive.models.on_cpu import missing_rows
 from autoregressive.models.particles import PARTICLES, Filled, fill
@@ -583,8 +583,9 @@ class ImagePipeline:
             raise ValueError(
                 f"the model knows the order of its layout {self.gpt.layout.name!r} alone: leave out --order random"
             )
-        known = 0 if request.known is None else int((torch.as_tensor(request.known) >= 0).sum())
-        return self.gpt.layout.adapted(request.sampling.steps, request.sampling.repulsion, known)
+        known, order = (None if x is None else torch.as_tensor(x)[None] for x in (request.known, request.order))
+        first = known_first(known, order)
+        return self.gpt.layout.adapted(request.sampling.steps, request.sampling.repulsion, first)
 
     def kind(self, request: Request) -> tuple[SamplingConfig, Layout, int, bytes]:
         """Return what the requests of a micro-batch have in common; with particles the hole is a part of it."""

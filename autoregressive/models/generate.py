@@ -149,8 +149,8 @@ def generate(
     if known is not None:
         check_known(known, batch, model)
         known = known.to(device)
-    given = 0 if known is None else int((known >= 0).sum(1).min())
-    layout = model.layout.adapted(config.steps, config.repulsion, given)
+    given = None if orders is None else model.as_orders(orders, batch)
+    layout = model.layout.adapted(config.steps, config.repulsion, known_first(known, orders))
     layout = layout if groups is None else layout.with_groups(groups)
     total = tokens if max_new_tokens is None else max_new_tokens
     ends = [step.outputs.stop for step in layout.passes]
@@ -162,9 +162,9 @@ def generate(
     end, given_masks = 1 + ends.index(total), emb_masks
     if orders is None and (layout.own_orders or config.order == "random"):
         seeds, own = torch.randint(2**63 - 1, (batch,)).tolist(), [None] * batch if known is None else known.cpu()
-        orders = torch.stack([image_order(layout, config, *each) for each in zip(seeds, own, strict=True)])
-    if orders is not None:
-        orders = model.as_orders(orders, batch)
+        drawn = torch.stack([image_order(layout, config, *each) for each in zip(seeds, own, strict=True)])
+        given = model.as_orders(drawn, batch)
+    orders = given
     if noise is None:
         shape = batch, tokens
         noise = (
@@ -256,6 +256,15 @@ def generate(
                 orders=orders, groups=groups, noise=noise, compile=compile, on_step=on_step, **vars(config),
             )  # fmt: skip
     return drawn
+
+
+def known_first(known: Tensor | None, orders: Tensor | None) -> int:
+    """Return how many known tokens come first in every image: all of them where orders are still to be drawn."""
+    if known is None:
+        return 0
+    if orders is None:
+        return int((known >= 0).sum(1).min())
+    return int((known.gather(1, orders.to(known.device, torch.long)) >= 0).cumprod(1).sum(1).min())
 
 
 def image_order(layout: Layout, config: SamplingConfig, seed: int, known: Tensor | None = None) -> Tensor:

@@ -27,6 +27,7 @@ from autoregressive.models.generate import (
     check_known,
     cleared_after_errors,
     image_order,
+    known_first,
     masks_with_nulls,
     prefill,
     sampling_mode,
@@ -104,7 +105,7 @@ def fill(
     device, batch = weight.device, len(images)
     check_known(known, batch, model)
     known = known.to(device)
-    layout = model.layout.adapted(config.steps, config.repulsion, int((known >= 0).sum(1).min()))
+    layout = model.layout.adapted(config.steps, config.repulsion, known_first(known, orders))
     if orders is None and (layout.own_orders or config.order == "random"):  # known tokens come first
         each = zip(images, known.cpu(), strict=True)
         orders = torch.stack([image_order(layout, config, order_seed(*image), own) for image, own in each])

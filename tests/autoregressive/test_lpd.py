@@ -134,6 +134,14 @@ def test_known_tokens_are_kept_and_come_first(model, calls):
     assert calls[0].shape[1] == least and len(calls) < len(GROUPS)
 
 
+def test_known_tokens_behind_others_in_a_given_order_leave_the_groups_alone(model, calls):
+    first = ORDERS[:, :1]
+    known = CODES.scatter(1, first, -1)
+    drawn = generate(model, LABELS, known=known, orders=ORDERS, sample_logits=False)
+    assert len(calls) == 7 and torch.equal(drawn.scatter(1, first, 0), CODES.scatter(1, first, 0))
+    assert_close(calls[0], GOLDEN["generate/cfg1/logits"][:3, :1], atol=1e-4)
+
+
 def test_orders_and_known_tokens_that_are_all_given(model):
     assert torch.equal(generate(model, LABELS, known=CODES), CODES)
     with pytest.raises(ValueError, match="orders are whole numbers of shape"):
