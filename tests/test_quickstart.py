@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from autoregressive.sample import sample_c2i, sample_t2i
+from autoregressive.train import train_c2i
 from tests import forkserver
 from tests.helpers import ROOT
 from tests.training import run_here
-from tools import draw_rows
+from tools import draw_rows, orders_report
 
 pytestmark = pytest.mark.slow
 
@@ -76,6 +77,28 @@ def test_quickstart_of_drawings_makes_pictures_and_a_report(recipe):
     for script in (sample_c2i, draw_rows):
         run_here(script, *given, "--output", out / "drawn.gif")
         assert Image.open(out / "drawn.gif").size[0] > 64
+
+
+@pytest.mark.timeout(1000)
+def test_orders_are_compared_on_the_drawings(recipe):
+    """One training line of compare_orders.sh with few steps, and its table with the quickstart's own model beside it."""
+    out, run = recipe
+    if not (out / "gpt").exists():
+        run()
+    words = (ROOT / "scripts" / "compare_orders.sh").read_text()
+    flags = re.search(r"(--epochs 32 [^\n]*) \\\n *(--num-workers[^$]*)--results-dir", words)
+    line = re.search(r"^train LPD (.*)$", words, re.MULTILINE)[1].split()
+    codes = ["--code-path", out / "codes_train", "--val-code-path", out / "codes_held_out"]
+    flags = [*flags[1].split(), *flags[2].replace("\\", "").split()]
+    run_here(train_c2i, *codes, *flags, *line, "--max-steps", 2, "--results-dir", out / "orders" / "LPD", "--device", "cpu")
+    given = ["--drawings", out / "drawings", "--codes", out / "codes_held_out", "--vq-ckpt", out / "tokenizer"]
+    few = ["--images-per-class", 1, "--batch-size", 76, "--output", out / "orders"]
+    run_here(orders_report, "--runs", out / "gpt", out / "orders" / "LPD", *given, *few)
+    report = json.loads((out / "orders" / "report.json").read_text())
+    assert [(name, each["passes"]) for name, each in report.items()] == [("gpt", 64), ("LPD", 10)]
+    assert all(0 <= each["as_asked_plain"] <= 1 and each["images_per_second_guided"] > 0 for each in report.values())
+    assert report["LPD"]["nll_held_out"] == pytest.approx(np.log(1024), abs=0.5)  # hardly trained
+    assert Image.open(out / "orders" / "orders.png").size[0] > 100
 
 
 @pytest.mark.timeout(1000)

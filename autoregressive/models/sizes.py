@@ -23,9 +23,10 @@ class Size(NamedTuple):
         return self._asdict()
 
 
-# GPT-M is NAR's. GPT-XS and RAR-XS, not published ones, are for 32x32 pictures and tests.
+# GPT-M is NAR's. The sizes XS, not published ones, are for 32x32 pictures and tests.
 GPT_SIZES = {
     "GPT-XS": Size(4, 4, 128),
+    "NAR-XS": Size(3, 4, 128),  # with its second exit about the parameters of GPT-XS
     "GPT-B": Size(12, 12, 768),
     "GPT-M": Size(18, 16, 1024),
     "GPT-L": Size(24, 16, 1024),
@@ -40,7 +41,7 @@ GPT_SIZES = {
     "RAR-L": Size(24, 16, 1024, "rar", 4096, 1024),
     "RAR-XL": Size(32, 16, 1280, "rar", 5120, 1024),
     "RAR-XXL": Size(40, 16, 1408, "rar", 6144, 1024),
-    "LPD-XS": Size(4, 4, 128, "lpd", 512),  # not a published one, as GPT-XS
+    "LPD-XS": Size(5, 4, 128, "lpd", 512),  # no published one, of about the parameters of GPT-XS
     "LPD-L": Size(24, 16, 1024, "lpd", 4096),
     "LPD-XL": Size(36, 20, 1280, "lpd", 5120),
     "LPD-XXL": Size(48, 24, 1536, "lpd", 6144),
