@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tools.drawings_report import Judge
 
 # The model's own distribution, and the sharper one of the quickstart's drawings.
-SETTINGS = {"plain": {}, "guided": {"cfg_scale": 1.5, "temperature": 0.6}}
+SETTINGS: dict[str, dict[str, Any]] = {"plain": {}, "guided": {"cfg_scale": 1.5, "temperature": 0.6}}
 
 
 def main(args: argparse.Namespace) -> None:
