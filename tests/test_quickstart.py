@@ -90,7 +90,9 @@ def test_orders_are_compared_on_the_drawings(recipe):
     line = re.search(r"^train LPD (.*)$", words, re.MULTILINE)[1].split()
     codes = ["--code-path", out / "codes_train", "--val-code-path", out / "codes_held_out"]
     flags = [*flags[1].split(), *flags[2].replace("\\", "").split()]
-    run_here(train_c2i, *codes, *flags, *line, "--max-steps", 2, "--results-dir", out / "orders" / "LPD", "--device", "cpu")
+    run_here(
+        train_c2i, *codes, *flags, *line, "--max-steps", 2, "--results-dir", out / "orders" / "LPD", "--device", "cpu"
+    )
     given = ["--drawings", out / "drawings", "--codes", out / "codes_held_out", "--vq-ckpt", out / "tokenizer"]
     few = ["--images-per-class", 1, "--batch-size", 76, "--output", out / "orders"]
     run_here(orders_report, "--runs", out / "gpt", out / "orders" / "LPD", *given, *few)
