@@ -101,7 +101,7 @@ def test_rar_finetuned_on_other_classes_keeps_rows_of_codes_and_of_no_class(code
     [
         (["--random-orders", 3, 1], "random orders end where they begin to be fewer or later"),
         (["--random-orders", 1, 2, "--patch-level", 2], "both say what a step reads by"),
-        (["--random-orders", 1, 2, "--layout", "neighbours"], "has no random orders"),
+        (["--random-orders", 1, 2, "--layout", "neighbours"], "predicts two tokens from a row"),
     ],
 )
 def test_orders_that_do_not_fit_are_refused(codes, tmp_path, more, message):
