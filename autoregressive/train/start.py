@@ -65,7 +65,8 @@ def starting_point(
     weights = read_checkpoint(path)
     find_identity(weights)  # refuses what is no GPT
     if not args.finetune:
-        return _weights_alone(weights), None
+        weights, notes = _with_target_places(weights, model)
+        return _weights_alone(weights), "; ".join(notes) or None
     if args.use_ema and weights.ema is None:
         raise ValueError(f"{path} has no averaged weights: leave out --use-ema")
     weights = replace(weights, model=weights.ema if args.use_ema else weights.model, ema=None)
@@ -82,12 +83,8 @@ def starting_point(
     weights.model, before = model.resized(weights.model), weights.model
     if weights.model is not before:
         note.append("its table of places is resized for this image size")
-    if TARGET_PLACES in weights.model and not args.random_orders:
-        weights.model = {name: tensor for name, tensor in weights.model.items() if name != TARGET_PLACES}
-        note.append("its places of targets are left out, since all samples are read in the layout's order")
-    elif TARGET_PLACES in (own := model.state_dict()) and TARGET_PLACES not in weights.model:
-        weights.model = {**weights.model, TARGET_PLACES: _whole(own[TARGET_PLACES])}
-        note.append("the places of targets begin anew")
+    weights, notes = _with_target_places(weights, model)
+    note += notes
     if args.gpt_type == "c2i":
         names = weights.config.get("classes"), config.get("classes")
         table, rows = _class_rows(args.class_rows or "name", class_table(weights.model), model, *names, path)
@@ -110,6 +107,21 @@ def _other_layout(saved: Checkpoint | ShardedCheckpoint, model: Trunk) -> str | 
     known = find_identity(saved) if isinstance(saved, Checkpoint) else saved.config
     name = known.get("layout", {}).get("name", model.layout.name)
     return None if name == model.layout.name else name
+
+
+def _with_target_places(weights: Checkpoint, model: Trunk) -> tuple[Checkpoint, list[str]]:
+    """Give weights the places of targets that the model has, and no others. Returns them and lines about it.
+
+    Every process calls it together.
+    """
+    saved, own = weights.model.get(TARGET_PLACES), model.state_dict().get(TARGET_PLACES)
+    if (own is None and saved is None) or (own is not None and saved is not None and own.shape == saved.shape):
+        return weights, []
+    others = {name: tensor for name, tensor in weights.model.items() if name != TARGET_PLACES}
+    if own is None:
+        note = "its places of targets are left out, since all samples are read in the layout's order"
+        return replace(weights, model=others), [note]
+    return replace(weights, model={**others, TARGET_PLACES: _whole(own)}), ["the places of targets begin anew"]
 
 
 def _whole(tensor: Tensor) -> Tensor:

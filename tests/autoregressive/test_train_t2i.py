@@ -471,3 +471,18 @@ def test_a_map_stored_for_each_pair_reaches_the_model(data, tmp_path, kind):
         ValueError, match="--val-condition-path gives nothing; this model takes --val-condition-path depth="
     ):
         train(data, tmp_path / "results", *flags, *held_out(data), kind=kind)
+
+
+def test_random_orders_learn_resume_and_go_on_at_another_image_size(data, tmp_path):
+    orders = ["--random-orders", 1, 2, "--epochs", 3, *EXACT]
+    whole = train(data, tmp_path / "whole", *orders)
+    losses = list(metrics(whole, "loss").values())
+    assert losses[-1] < losses[0]
+    parts = train(data, tmp_path / "parts", *orders, "--max-steps", 4)
+    train(data, parts, "--epochs", 3, *EXACT, "--resume")
+    assert same(weights(parts), weights(whole))
+    more = ["--gpt-ckpt", last(whole), "--image-size", 8, "--max-steps", 1]
+    other = train(data, tmp_path / "other", *orders, *more, kind="images")
+    assert len(weights(other)["target_embeddings.weight"]) == 4
+    plain = train(data, tmp_path / "plain", *EXACT, *more, kind="images")
+    assert "target_embeddings.weight" not in weights(plain)
