@@ -63,7 +63,8 @@ def order_in_words(patches: PatchSchedule, layout: Layout) -> list[str]:
     """Return lines on what is predicted together and when, beside what PAR's and NPP's own scripts do without a flag."""
     if not layout.is_raster:
         most, steps = max(layout.groups), len(layout.groups)
-        return [f"layout {layout.config['name']}: {most} tokens a step at most, {steps} steps"]
+        words = f"layout {layout.config['name']}: {most} tokens a step at most, {steps} steps"
+        return [f"{words} where it draws; trained in random orders and groups" if layout.own_orders else words]
     if patches.patch_level > 1:
         skipped = [
             f"patches of {side}x{side} tokens get no part of the training: --patch-level {patches.patch_level} skips them"
