@@ -38,6 +38,7 @@ SMALL = {
     "--image-size-eval": "32",
     "--downsample-size": "4",
     "--num-fid-samples": "5",
+    "--num-samples": "8",
     "--per-proc-batch-size": "2",
     "--global-batch-size": "4",
     "--epochs": "2",
