@@ -14,6 +14,7 @@ from autoregressive.pipeline import tokenizer_of
 from autoregressive.released import flags_of, gpt_identity
 from autoregressive.train.draws import Asked, Classes, GroupStep, HeldOutRewards, Prompts, Studio
 from autoregressive.train.flops import training_flops_per_image
+from autoregressive.train.lora import Lora
 from autoregressive.train.policy import PolicyLoss, PolicySettings, guidance_scales
 from autoregressive.train.rewards import FEATURES, Reward
 from tokenizer.base import Tokenizer
@@ -42,6 +43,7 @@ def train_by_rewards(args: argparse.Namespace) -> None:
     if len({reward.name for reward in rewards}) < len(rewards):
         raise ValueError("--reward is given twice with one name: give it once, with weight=… to count it more")
     FEATURES[args.recall_features]  # refuses one that is not registered
+    lora = lora_of(args)
     dist = start(args.device, args.data_parallel != "ddp", args.timeout_minutes, args.deterministic)
     plan = Parallel.from_args(args, dist, compile=not args.no_compile)
     with dist.main_first():
@@ -60,25 +62,31 @@ def train_by_rewards(args: argparse.Namespace) -> None:
         scales=guidance_scales(model.layout, sampling) if args.guidance_in_policy else None,
     )
     reference = None
-    if args.beta:
+    if args.beta and not lora:
         reference = saved if reference_path == path else weights_of(reference_path, False)
         require_same(
             saved.config, reference.config, ("tokenizer",), (str(path), str(reference_path)), "give one of them"
         )
-    wrapped = lay_out(model, reference, settings, plan)
-    studio = Studio(wrapped, model, tokenizer, plan, sampling)
-    held_out = HeldOutRewards(studio, held_out_asked, rewards, args)
     config = {**saved.config, **origin(tokenizer=tokenizer.fingerprint()), **model.args.identity, "objective": "grpo"}
     config.pop("reference", None)
     if reference:
         config["reference"] = weights_fingerprint(reference.model)
-    flops = training_flops_per_image(model) * (WITH_REFERENCE if reference else 1) * (2 if settings.scales else 1)
+    if lora:
+        config |= lora.config(lora.add(model))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".lora_" in name)  # without the adapter the model is the reference
+    wrapped = lay_out(model, reference, settings, plan, adapter=bool(lora))
+    if lora:
+        lora.take(model, saved, args.global_seed)
+    studio = Studio(wrapped, model, tokenizer, plan, sampling)
+    held_out = HeldOutRewards(studio, held_out_asked, rewards, args)
+    flops = training_flops_per_image(model) * (WITH_REFERENCE if args.beta else 1) * (2 if settings.scales else 1)
     job = Job(
         args.gpt_model,
         models={"model": model},
         phases=[Phase("optimizer", wrapped, adamw(model, args, model.decays), GroupStep(studio, asked, rewards, args))],
         dataset=asked,
-        initial=replace(saved, ema=None, optimizer=None, steps=None, extra={}, config=config),
+        initial=None if lora else replace(saved, ema=None, optimizer=None, steps=None, extra={}, config=config),
         validate=held_out,
         sample=held_out.pictures,
         tokens=model.args.block_size,
@@ -87,7 +95,7 @@ def train_by_rewards(args: argparse.Namespace) -> None:
     )
     trainer = Trainer(args, plan, job)
     trainer.meter.samples *= args.group_size  # a sample of the data is a group of images
-    for line in (*notes, describe(args, rewards, sampling, str(reference_path) if reference else None)):
+    for line in (*notes, describe(args, rewards, sampling, str(reference_path) if args.beta else None)):
         trainer.log.info(line)
     held_out.begin(trainer)
     trainer.fit()
@@ -198,13 +206,29 @@ def set_length(args: argparse.Namespace, asked: Asked, dist: Distributed) -> lis
     return notes
 
 
-def lay_out(model: Trunk, reference: Checkpoint | None, settings: PolicySettings, plan: Parallel) -> PolicyLoss:
-    """Return the loss of a model from the meta device, laid over the processes, the reference with its weights."""
+def lora_of(args: argparse.Namespace) -> Lora | None:
+    """Return the adapter that --lora-rank asks for; None without it. Raises ValueError for flags that do not go with it."""
+    if args.lora_rank is None:
+        if args.lora_alpha:
+            raise ValueError("--lora-alpha needs --lora-rank")
+        return None
+    if args.reference:
+        raise ValueError("--lora-rank has the model without its additions as reference: leave out --reference")
+    return Lora(args.gpt_ckpt, args.lora_rank, args.lora_alpha or 2.0 * args.lora_rank, 0.0, args.use_ema)
+
+
+def lay_out(
+    model: Trunk, reference: Checkpoint | None, settings: PolicySettings, plan: Parallel, adapter: bool
+) -> PolicyLoss:
+    """Return the loss of a model from the meta device, laid over the processes, the reference with its weights.
+
+    adapter: the model trains one, and without it is the reference.
+    """
     frozen = None
     if reference is not None:
         with torch.device("meta"):
             frozen = build_model(model.args)
-    loss = PolicyLoss(model, frozen, settings)
+    loss = PolicyLoss(model, model if adapter and settings.beta else frozen, settings)
 
     def begin() -> None:
         for one in filter(None, (model, frozen)):

@@ -7,7 +7,8 @@ The table of the classes is trained and kept too, since new data has other class
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -102,6 +103,20 @@ class Lora:
                     normal(parameter, (3 * parameter.shape[1]) ** -0.5)
                 elif ".lora_B." in name:
                     parameter.zero_()
+
+
+@contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """Compute as the base does in the block; parameters and what is trained stay as they are."""
+    layers: list[Any] = [one for one in model.modules() if hasattr(one, "lora_A") and hasattr(one, "scaling")]
+    scales = [layer.scaling for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling = dict.fromkeys(layer.scaling, 0.0)
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling = scale
 
 
 def _adapter_alone(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ reference is a penalty. DeepSeekMath (arXiv 2402.03300, section 4.1); of image t
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from autoregressive.models.layouts import Layout
 from autoregressive.models.sampling import SamplingConfig, guide
 from autoregressive.models.trunk import Conditions, Trunk
+from autoregressive.train.lora import without_adapter
 from autoregressive.train.objectives.chunked import chunked_values
 
 # Distance of the log-probabilities from which on the penalty's gradient no longer grows: it is e^10 there.
@@ -134,13 +136,15 @@ def guidance_scales(layout: Layout, sampling: SamplingConfig) -> list[float] | N
 class PolicyLoss(nn.Module):
     """Loss of drawn images. A module around policy and reference, so that sharding sees every pass.
 
-    reference: frozen, of the model's shape; None where beta is 0.
+    reference: frozen, of the model's shape; the model itself where it trains an adapter (LoRA), without which it is the
+    reference; None where beta is 0.
     """
 
     def __init__(self, model: Trunk, reference: Trunk | None, settings: PolicySettings):
         super().__init__()
         self.model, self.settings = model, settings
-        self.reference = None if reference is None else reference.requires_grad_(False)
+        self.own = reference is model
+        self.reference = None if reference is None or self.own else reference.requires_grad_(False)
 
     def forward(
         self,
@@ -159,11 +163,11 @@ class PolicyLoss(nn.Module):
             advantages: (B,).
         """
         given = codes, cond, self.settings, prefix_mask, orders
-        log_probs, entropy = drawn_log_probs(self.model, *given)
         known = None
-        if self.reference is not None:
-            with torch.no_grad():
-                known, _ = drawn_log_probs(self.reference, *given)
+        with torch.no_grad(), without_adapter(self.model) if self.own else nullcontext():
+            if self.own or self.reference is not None:
+                known, _ = drawn_log_probs(self.model if self.own else self.reference, *given)
+        log_probs, entropy = drawn_log_probs(self.model, *given)
         loss, figures = policy_loss(log_probs, log_probs.detach(), known, advantages, self.settings)
         kept = {
             name: value for name, value in figures.items() if not name.startswith("clipped")

@@ -23,6 +23,7 @@ from utils.cli import (
     flag_parser,
     named_settings,
     nonnegative_float,
+    positive_float,
     positive_int,
     run_script,
 )
@@ -57,6 +58,9 @@ def flags() -> argparse.ArgumentParser:
     add_flag(parser, "--reference", None, None, "GPT to stay near (default: that of --gpt-ckpt)")
     help = "train the guided distribution that images are drawn from, not the conditional one: twice the rows"
     add_switch(parser, "--guidance-in-policy", False, help)
+    help = "train additions of this rank to the frozen model's matrices (LoRA); without them it is the reference, with no second copy"
+    add_flag(parser, "--lora-rank", positive_int, None, help)
+    add_flag(parser, "--lora-alpha", positive_float, None, "the additions count alpha / rank (default: 2 ranks)")
     parser.add_argument(
         "--no-compile", action="store_true", help="do not torch.compile each block (it is only on CUDA)"
     )

@@ -81,12 +81,12 @@ def newest(results):
 
 
 def test_run_raises_its_reward_keeps_the_best_and_leaves_an_ordinary_file(files, tmp_path):
-    more = ["--max-steps", 12, "--ckpt-every", 4, "--keep-last", 1, "--val-code-path", files / "codes", "--beta", 0.01]
+    more = ["--max-steps", 6, "--ckpt-every", 2, "--keep-last", 1, "--val-code-path", files / "codes", "--beta", 0.01]
     more += ["--group-size", 12, "--lr", 3e-3, "--val-images", 48]
     path = train(files, tmp_path, *more, rewards=("bright,power=1.5,weight=2", "constant"))
     lines = metrics(tmp_path)
     held_out = {line["step"]: line["val_reward"] for line in lines if "val_reward" in line}
-    assert held_out.keys() == {0, 4, 8, 12} and held_out[12] > held_out[0]
+    assert held_out.keys() == {0, 2, 4, 6} and held_out[6] > held_out[0] + 0.1
     for name in (
         "reward_bright",
         "reward_constant",
@@ -97,11 +97,11 @@ def test_run_raises_its_reward_keeps_the_best_and_leaves_an_ordinary_file(files,
         "entropy",
         "diversity",
     ):
-        assert len(metrics(tmp_path, name)) == 12, name
+        assert len(metrics(tmp_path, name)) == 6, name
     for name in ("val_reward_bright", "val_reward_constant", "val_diversity", "val_precision", "val_recall"):
         assert len(metrics(tmp_path, name)) == 4, name
     assert (
-        metrics(tmp_path, "reward_constant")[5] == 0.5 and metrics(tmp_path, "kl")[1] == 0 < metrics(tmp_path, "kl")[12]
+        metrics(tmp_path, "reward_constant")[5] == 0.5 and metrics(tmp_path, "kl")[1] == 0 < metrics(tmp_path, "kl")[6]
     )
     assert lines[1]["images_per_second"] == pytest.approx(48 * lines[1]["steps_per_second"])
 
@@ -172,6 +172,20 @@ def test_reference_and_guidance_in_the_policy_change_what_is_trained(files, tmp_
     assert not same(inside["model"], outside["model"])
 
 
+def test_adapter_is_trained_against_the_model_without_it_and_merges_as_it_is_read(files, tmp_path):
+    pytest.importorskip("peft")
+    more = ["--lora-rank", 4, "--lr", 1e-2, "--val-images", 4]
+    path = train(files, tmp_path / "whole", *more, "--max-steps", 3)
+    assert all(".lora_" in name for name in load(path)["model"])
+    kl = metrics(tmp_path / "whole", "kl")
+    assert kl[1] == 0 < kl[3] and read_checkpoint(path).model.keys() == load(files / "gpt.pt")["model"].keys()
+    train(files, tmp_path / "parts", *more, "--max-steps", 2)
+    parts = train(files, tmp_path / "parts", *more, "--max-steps", 3, "--resume")
+    assert same(load(parts)["model"], load(path)["model"])
+    again = train(files, tmp_path / "again", "--max-steps", 1, "--reference", files / "gpt.pt", gpt=path)
+    assert load(again)["config"]["objective"] == "grpo" and metrics(tmp_path / "again", "kl")[1] > 0
+
+
 def test_text_model_is_trained_by_clip_on_prompts(files, tmp_path):
     clip = make_small_clip(tmp_path / "clip")
     prompts = ["--prompt-csv", files / "prompts.txt", "--t5-feat-path", files / "features"]
@@ -213,6 +227,8 @@ def test_reward_that_does_not_do_its_part_ends_the_run_in_one_line(files, tmp_pa
         (["--recall-features", "dino"], "no kind of features is called 'dino'"),
         (["--reward", "bright"], "--reward is given twice with one name"),
         (["--use-ema"], "has no averaged weights"),
+        (["--lora-alpha", 4], "--lora-alpha needs --lora-rank"),
+        (["--lora-rank", 4, "--reference", "x.pt"], "leave out --reference"),
         (["--val-code-path", "nowhere"], "the code folder nowhere does not exist"),
     ],
 )
