@@ -43,7 +43,7 @@ class AdaptiveNorm(nn.Module):
         return linear(self.gamma, torch.sqrt(variance + 1e-6)), linear(self.beta, mean)
 
     def forward(self, x: Tensor, latents: Tensor, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """norm: the group norm, where x is a strip of the map that it takes its statistics from."""
+        """Normalise a map by the latents of its images. norm: the group norm, where x is a strip of the map."""
         normed = (norm or self.norm)(x)
         scale, shift = self.affine(latents)
         return scale.to(normed.dtype) * normed + shift.to(normed.dtype)
