@@ -12,6 +12,7 @@ import sys
 COMMANDS = {
     "train": ("autoregressive.train.train_c2i", "a GPT on the codes of images and their classes"),
     "train text": ("autoregressive.train.train_t2i", "a GPT on images or codes and captions"),
+    "train rewards": ("autoregressive.train.train_grpo", "a GPT by rewards of the images it draws"),
     "train tokenizer": ("tokenizer.tokenizer_image.vq_train", "an image tokenizer"),
     "extract": ("autoregressive.train.extract_codes_c2i", "codes of class folders"),
     "extract text": ("autoregressive.train.extract_codes_t2i", "codes of image-text pairs"),

@@ -1,5 +1,6 @@
 """Training by rewards through the script: figures, files, resuming, processes, and what is refused."""
 
+import contextlib
 import json
 from argparse import Namespace
 from collections import Counter
@@ -80,6 +81,7 @@ def newest(results):
     return max((run_folder(results) / "checkpoints").glob("0*"), key=lambda path: int(path.stem))
 
 
+@pytest.mark.slow
 def test_run_raises_its_reward_keeps_the_best_and_leaves_an_ordinary_file(files, tmp_path):
     more = ["--max-steps", 6, "--ckpt-every", 2, "--keep-last", 1, "--val-code-path", files / "codes", "--beta", 0.01]
     more += ["--group-size", 12, "--lr", 3e-3, "--val-images", 48]
@@ -159,6 +161,7 @@ def test_reward_that_applies_to_some_images_counts_0_for_the_others(files, tmp_p
     assert metrics(tmp_path, "reward_of_even_classes")[1] == 1
 
 
+@pytest.mark.slow
 def test_reference_and_guidance_in_the_policy_change_what_is_trained(files, tmp_path):
     start = train(files, tmp_path / "start", "--max-steps", 2)
     train(files, tmp_path / "near", "--max-steps", 1, "--reference", start)
@@ -172,6 +175,7 @@ def test_reference_and_guidance_in_the_policy_change_what_is_trained(files, tmp_
     assert not same(inside["model"], outside["model"])
 
 
+@pytest.mark.slow
 def test_adapter_is_trained_against_the_model_without_it_and_merges_as_it_is_read(files, tmp_path):
     pytest.importorskip("peft")
     more = ["--lora-rank", 4, "--lr", 1e-2, "--val-images", 4]
@@ -301,3 +305,33 @@ def test_killed_shards_resume_to_the_same_bits(files, tmp_path):
 def test_reward_that_fails_on_one_process_ends_all_of_them(files, tmp_path):
     output = live(life(files, tmp_path, "--reward", "of_even_classes", "--reward", "raises", world=2, fails=True))
     assert "AgreedError: the reward raises failed" in output and "lost the others" not in output
+
+
+@pytest.mark.slow
+def test_adapters_and_prompts_in_shards_learn_as_on_one_process(files, tmp_path):
+    prompts = [
+        "--gpt-ckpt",
+        files / "text.pt",
+        "--prompt-csv",
+        files / "prompts.txt",
+        "--t5-feat-path",
+        files / "features",
+    ]
+    kinds = {"text": [*prompts, "--global-batch-size", 2, "--cfg-scale", 2, "--guidance-in-policy"]}
+    with contextlib.suppress(ImportError):
+        import peft  # noqa: F401
+
+        kinds["lora"] = ["--lora-rank", 4]
+    sharded = ["--data-parallel", "fsdp"]
+    live(
+        *(life(files, tmp_path / name, *more, "--max-steps", 2) for name, more in kinds.items()),
+        *(
+            life(files, tmp_path / f"{name}2", *more, *sharded, "--max-steps", 2, world=2)
+            for name, more in kinds.items()
+        ),
+    )
+    for name in kinds:
+        one, two = (read_checkpoint(newest(tmp_path / folder)).model for folder in (name, f"{name}2"))
+        for key, tensor in two.items():
+            torch.testing.assert_close(tensor, one[key], rtol=1e-3, atol=1e-4, msg=f"{name} {key}")
+        assert metrics(tmp_path / f"{name}2", "kl")[2] == pytest.approx(metrics(tmp_path / name, "kl")[2], rel=0.01)
