@@ -143,6 +143,14 @@ def test_run_with_a_reference_learns_to_tell_classes_apart_and_resumes_to_the_bi
     assert "condition contrastive alignment" in log and "starting from" in log
 
 
+def test_rar_in_random_orders_is_contrasted_in_them(codes, tmp_path):
+    model = ["--gpt-model", "RAR-XS", "--random-orders", 1, 2]
+    train(codes, tmp_path / "base", *model, "--max-steps", 2)
+    file = train(codes, tmp_path / "cca", *model, "--cca-reference", tmp_path / "base", *CCA, *EXACT, "--max-steps", 2)
+    assert metrics(tmp_path / "cca", "cca_gap")[1] == pytest.approx(0, abs=1e-4), "both read by the same orders"
+    assert load(file)["config"]["objective"] == "cca"
+
+
 def test_run_begins_with_the_references_weights_or_its_averages(codes, base, tmp_path):
     saved = load(newest(base))
     for name, more in (("model", []), ("ema", ["--use-ema"])):
