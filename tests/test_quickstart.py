@@ -99,7 +99,7 @@ def test_orders_are_compared_on_the_drawings(recipe):
     report = json.loads((out / "orders" / "report.json").read_text())
     assert [(name, each["passes"]) for name, each in report.items()] == [("gpt", 64), ("LPD", 10)]
     assert all(0 <= each["as_asked_plain"] <= 1 and each["images_per_second_guided"] > 0 for each in report.values())
-    assert report["LPD"]["nll_held_out"] == pytest.approx(np.log(1024), abs=0.5)  # hardly trained
+    assert report["LPD"]["nll_held_out"] == pytest.approx(np.log(1024), abs=1)  # hardly trained
     assert Image.open(out / "orders" / "orders.png").size[0] > 100
 
 
