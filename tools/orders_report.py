@@ -16,7 +16,7 @@ from utils.cli import flag_parser, positive_int, run_script
 
 if TYPE_CHECKING:
     from autoregressive.pipeline import ImagePipeline
-    from tools.drawings_report import Judge
+    from tools.drawings import Judge
 
 # The model's own distribution, and the sharper one of the quickstart's drawings.
 SETTINGS: dict[str, dict[str, Any]] = {"plain": {}, "guided": {"cfg_scale": 1.5, "temperature": 0.6}}
@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> None:
     from autoregressive.train.evaluation import mean_loss
     from dataset.codes import open_codes
     from tokenizer.load import load_tokenizer
-    from tools.drawings_report import Judge
+    from tools.drawings import Judge
     from utils.distributed import start
     from utils.files import write_json
     from utils.runs import find_checkpoint

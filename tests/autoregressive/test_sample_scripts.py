@@ -479,7 +479,7 @@ def test_published_flags(script, text):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_that_argparse_refuses(script, capsys):
-    for words in (["--image-size", "0"], ["--gpt-model", "GPT-M"], ["--precision", "int8"], ["--top", "5"]):
+    for words in (["--image-size", "0"], ["--gpt-model", "GPT-S"], ["--precision", "int8"], ["--top", "5"]):
         with pytest.raises(SystemExit) as ended:
             script.flags().parse_args(words)
         assert ended.value.code == 2 and words[0] in capsys.readouterr().err

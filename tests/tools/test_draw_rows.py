@@ -53,7 +53,7 @@ def test_labels_stand_below_their_images():
 
 
 def test_reports_of_the_quickstart_need_nothing_but_its_extra():
-    for name in ("digits_report", "drawings_report", "stages"):
+    for name in ("digits_report", "drawings", "drawings_report", "stages"):
         text = (ROOT / "tools" / f"{name}.py").read_text()
         assert "tokenizer.reconstruction" not in text and "skimage" not in text, "scikit-image is of the extra `eval`"
 
