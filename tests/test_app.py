@@ -405,7 +405,7 @@ def visitor(page: Page, **settings):
 
 
 def asked(asked="3", count=1, seed=0, fresh=False) -> list:
-    return [asked, count, seed, fresh, 2.0, -1, 1.0, 0, 1.0]
+    return [asked, count, seed, fresh, 2.0, -1, 1.0, 0, 1.0, "constant", 1.0, 0]
 
 
 def test_visitor_gets_pictures_captions_and_a_seed(page):
