@@ -185,8 +185,8 @@ def test_stream_in_another_order_shows_tokens_where_they_stand(tokenizer):
         assert name == "image_generation.completed" and np.array_equal(pixels(whole), picture(tokenizer, 2, 3))
         assert [data["rows"] for _, data in partial] == [2, 4, 6]
         for _, data in partial:
-            end = 32 - 4 * data["rows"]
-            assert (pixels(data)[:end] == GREY).all() and pixels(data)[end:].std() > 1
+            grey = (pixels(data) == GREY).all(axis=(1, 2))  # what was drawn by the time it was decoded is shown too
+            assert grey.sum() <= 32 - 4 * data["rows"] and grey[: grey.sum()].all()
         assert "\nimage_tokens_total" in service.metrics.text()
 
     with_client(tokenizer, work, ScriptedEngine(raster=False))
