@@ -29,7 +29,7 @@ from autoregressive.models.trunk import Trunk
 from autoregressive.pipeline import ImagePipeline, decode_codes
 from autoregressive.request import Request
 from autoregressive.train.policy import group_advantages
-from autoregressive.train.rewards import FEATURES, Reward, rewards_of
+from autoregressive.train.rewards import Reward, features_of, rewards_of
 from dataset.codes import open_codes
 from evaluations.metrics import precision_recall
 from language.prompts import PromptFeatures, read_prompts
@@ -207,7 +207,7 @@ def diversity(pixels: np.ndarray, group_size: int) -> float:
 class HeldOutRewards:
     """Rewards, diversity and recall of images drawn with noise that training does not see: Job.validate.
 
-    Copies the checkpoint with the highest reward to `best/` among the checkpoints.
+    A checkpoint with a higher reward than all before it, the beginning included, is copied to `best/` among the checkpoints.
     """
 
     def __init__(self, studio: Studio, asked: Asked, rewards: Sequence[Reward], args: Namespace):
@@ -276,7 +276,7 @@ class HeldOutRewards:
         return {"samples": make_grid(drawn.pixels, columns=4)}
 
     def _features(self, images: np.ndarray) -> np.ndarray:
-        return np.asarray(FEATURES[self.args.recall_features](images))
+        return features_of(self.args.recall_features, images)
 
     def _real_images(self, path: str) -> np.ndarray:
         """Return held-out images as the tokenizer gives them back, at most as many as are drawn."""
@@ -304,21 +304,32 @@ class HeldOutRewards:
         store = trainer.run.stores[0]
         for path in checkpoints_in(store):
             if int(path.stem) == trainer.step:
-                keep_copy(path, store / "best")
-                self._record(trainer.step, value)
-                trainer.log.info(f"best so far: {store / 'best'} (val_reward {value:.4f})")
+                try:
+                    keep_copy(path, store / "best")
+                    self._record(trainer.step, value)
+                except OSError as error:
+                    trainer.log.warning(f"could not keep {path} as {store / 'best'} ({error}); training continues")
+                else:
+                    trainer.log.info(f"best so far: {store / 'best'} (val_reward {value:.4f})")
 
 
 def keep_copy(path: Path, folder: Path) -> None:
-    """Make `folder` hold a checkpoint alone, which shares its disk space with the one at `path`."""
+    """Make `folder` hold a checkpoint alone, which shares its disk space with the one at `path` where files can."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:  # a file system without hard links
+            shutil.copy2(source, target)
+
     unfinished, old = folder.with_name(".best.tmp"), folder.with_name(".best.removed.tmp")
     for leftover in (unfinished, old):
         shutil.rmtree(leftover, ignore_errors=True)
     unfinished.mkdir()
     if path.is_dir():
-        shutil.copytree(path, unfinished / path.name, copy_function=os.link)
+        shutil.copytree(path, unfinished / path.name, copy_function=link)
     else:
-        os.link(path, unfinished / path.name)
+        link(str(path), str(unfinished / path.name))
     if folder.exists():
         folder.rename(old)
     unfinished.rename(folder)

@@ -103,6 +103,19 @@ def rewards_of(rewards: Sequence[Reward], images: np.ndarray, asked: Asked) -> n
     return found
 
 
+def features_of(name: str, images: np.ndarray) -> np.ndarray:
+    """Return a registered kind of features of images, (B, D). Raises ValueError where the function fails or returns something else."""
+    try:
+        found = np.asarray(FEATURES[name](images), np.float64)
+    except Exception as error:  # a user's code raises whatever it meets
+        raise ValueError(f"the features {name} failed: {error} ({type(error).__name__})") from error
+    if found.ndim != 2 or len(found) != len(images):
+        raise ValueError(
+            f"the features {name} have the shape {found.shape} for {len(images)} images: return a row for each"
+        )
+    return found
+
+
 # Built in
 
 

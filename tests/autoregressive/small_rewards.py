@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from autoregressive.train.rewards import reward
+from autoregressive.train.rewards import features, reward
 
 
 @reward("bright")
@@ -29,3 +29,8 @@ def constant(images, asked, value=0.5):
 @reward("of_even_classes")
 def of_even_classes(images, asked):
     return np.where(asked["label"] % 2 == 0, 1.0, np.nan)
+
+
+@features("flat")
+def flat(images):
+    return images.mean((1, 2, 3))

@@ -266,6 +266,11 @@ def test_rewards_of_several_functions_stand_side_by_side():
     np.testing.assert_equal(found, [[0.5, 1], [0.5, np.nan]])
 
 
+def test_features_that_are_no_rows_end_the_run_in_one_line(files, tmp_path):
+    with pytest.raises(ValueError, match=r"the features flat have the shape \(8,\) for 8 images"):
+        train(files, tmp_path, "--recall-features", "flat", "--val-code-path", files / "codes")
+
+
 def life(files, results, *more, world=1, **when):
     flags = ["--import", REWARDS, "--gpt-ckpt", files / "gpt.pt", "--vq-ckpt", files / "vq.pt", "--reward", "bright"]
     args = [*flags, *BASE, "--results-dir", results, "--max-steps", 4, *more]
