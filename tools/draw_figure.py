@@ -10,6 +10,7 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +29,7 @@ APART = (
     "precision",
     "use_ema",
 )
-MARKERS = {"LlamaGen 256": "o", "LlamaGen 384": "s", "NPP 256": "^", "PAR 384": "D"}
+MARKERS = "os^DvP*Xh<>p"  # of the published systems in their order
 GREY = {"color": "0.45", "markerfacecolor": "white", "markersize": 7, "linewidth": 0.9}
 
 
@@ -140,12 +141,12 @@ def draw_published(axes: "Sequence[Axes]", rows: Sequence[Row]) -> None:
     kinds = defaultdict(list)
     for row in sorted(rows, key=lambda row: row.parameters):
         kinds[f"{row.system} {row.image_size}"].append(row)
-    for kind, group in kinds.items():
-        figures, marker = [row.fid for row in group], MARKERS[kind]
+    for marker, (kind, group) in zip(cycle(MARKERS), kinds.items()):
+        figures = [row.fid for row in group]
         axes[0].plot([row.parameters for row in group], figures, "--", marker=marker, **GREY)
         axes[1].plot([row.cfg_scale for row in group], figures, marker, label=f"{kind}, published", **GREY)
         for row in group:
-            text = row.model.removeprefix("GPT-") + " 16x" * row.name.endswith("16x")
+            text = row.model.split("-", 1)[1] + " 16x" * row.name.endswith("16x")
             axes[1].annotate(text, (row.cfg_scale, row.fid), (6, 3), textcoords="offset points", fontsize=7.5)
 
 
