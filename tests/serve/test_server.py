@@ -187,7 +187,7 @@ def test_stream_in_another_order_shows_tokens_where_they_stand(tokenizer):
         for _, data in partial:
             grey = (pixels(data) == GREY).all(axis=(1, 2))  # what was drawn by the time it was decoded is shown too
             assert grey.sum() <= 32 - 4 * data["rows"] and grey[: grey.sum()].all()
-        assert "\nimage_tokens_total" in service.metrics.text()
+        assert b"\nimage_tokens_total" in service.metrics.text()
 
     with_client(tokenizer, work, ScriptedEngine(raster=False))
 
