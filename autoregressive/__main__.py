@@ -21,6 +21,8 @@ COMMANDS = {
     "sample text": ("autoregressive.sample.sample_t2i", "a grid of images of prompts"),
     "sample many": ("autoregressive.sample.sample_c2i_ddp", "images of classes for FID, on any number of processes"),
     "sample many text": ("autoregressive.sample.sample_t2i_ddp", "images of a table of prompts, likewise"),
+    "edit": ("autoregressive.sample.edit_c2i", "a picture of a class, its hole filled or its surroundings drawn"),
+    "edit text": ("autoregressive.sample.edit_t2i", "a picture of a prompt, likewise"),
     "reconstruct": (
         "tokenizer.tokenizer_image.reconstruction_vq_ddp",
         "images through a tokenizer, with rFID's images",

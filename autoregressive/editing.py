@@ -108,7 +108,7 @@ def edit(
 
     Returns:
         Pictures, each with its `info`: `log_evidence`, the estimated log-probability of what is kept, and `effective`, the
-        effective sample size of its particles.
+        effective sample size of its `particles` (1 where nothing that is kept comes after the hole).
 
     Raises:
         ValueError: for a hole that does not fit the picture, settings out of range, a class or prompt the model cannot take.
@@ -122,7 +122,7 @@ def edit(
     drawn = fill_holes(pipeline, [hole] * n, requests, rounds=rounds, keep_pixels=keep_pixels)
     for warning in dict.fromkeys(each.warning for each in drawn if each.warning):
         warnings.warn(warning, stacklevel=3)
-    return [told(each.pixels, each.log_evidence, each.effective) for each in drawn]
+    return [told(each.pixels, each) for each in drawn]
 
 
 def extend(
@@ -165,21 +165,22 @@ def extend(
     canvases = np.zeros((n, *known.shape, 3), np.uint8)
     canvases[:, up : up + side, left : left + side] = np.asarray(square)
     known[up : up + side, left : left + side] = True
-    evidence, effective, window = np.zeros(n), np.full(n, np.inf), 0
+    last: list[Edited] = []
+    window = 0
     while not known.all():
         place = next_window(known, side, unit)
         holes = [replace(holed(pipeline, canvas[place], ~known[place]), feather=0) for canvas in canvases]
         if window:
             requests = [replace(request, seed=item_seed(seed, window, 6)) for request in requests]
-        for i, drawn in enumerate(fill_holes(pipeline, holes, requests, rounds=rounds)):
-            canvases[i][place] = drawn.pixels
-            evidence[i] += drawn.log_evidence
-            effective[i] = min(effective[i], drawn.effective)
-            if drawn.warning:
-                warnings.warn(drawn.warning, stacklevel=3)
+        drawn = fill_holes(pipeline, holes, requests, rounds=rounds)
+        for canvas, each in zip(canvases, drawn, strict=True):
+            canvas[place] = each.pixels
+        last = [worse(*pair) for pair in zip(last, drawn, strict=True)] if last else drawn
         known[place] = True
         window += 1
-    return [told(*each) for each in zip(canvases, evidence.tolist(), effective.tolist(), strict=True)]
+    for warning in dict.fromkeys(each.warning for each in last if each.warning):
+        warnings.warn(warning, stacklevel=3)
+    return [told(*each) for each in zip(canvases, last, strict=True)]
 
 
 def requests_for(
@@ -228,10 +229,16 @@ def fill_holes(
     return found
 
 
-def told(pixels: np.ndarray, log_evidence: float, effective: float) -> Image.Image:
+def worse(one: Edited, other: Edited) -> Edited:
+    """Return what there is to tell of two windows of a picture: evidence of both, particles of the one with fewer effective ones."""
+    least = min(one, other, key=lambda each: each.effective / each.particles)
+    return replace(least, log_evidence=one.log_evidence + other.log_evidence)
+
+
+def told(pixels: np.ndarray, edited: Edited) -> Image.Image:
     """Return a picture that tells of its filling in its `info`."""
     image = Image.fromarray(pixels)
-    image.info |= {"log_evidence": log_evidence, "effective": effective}
+    image.info |= {name: getattr(edited, name) for name in ("log_evidence", "effective", "particles")}
     return image
 
 

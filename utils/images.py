@@ -6,13 +6,17 @@ save_png(make_grid(arrays, columns=4), "grid.png")
 
 import io
 import math
+import struct
 import textwrap
+import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from utils.errors import NotFiniteError
@@ -67,6 +71,34 @@ def labelled_grid(images: np.ndarray, labels: Sequence[str], columns: int, side:
             place = x + width / 2, y + height + (size + 2) * (line + 0.5)
             draw.text(place, text, fill="black", font=font, anchor="mm")
     return np.asarray(grid)
+
+
+# Pixels of a picture that is read to be edited: more fit no model, and a small file may unpack to any number.
+MOST_PIXELS = 64 * 2**20
+
+
+def open_picture(file: str | Path | IO[bytes], name: str = "", most_pixels: int = MOST_PIXELS) -> Image.Image:
+    """Read a picture to edit, turned as its EXIF says.
+
+    Args:
+        name: of the file, for messages.
+
+    Raises ValueError for what is no picture, a damaged one, or one of too many pixels; FileNotFoundError.
+    """
+    name = name or str(file)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+            image = Image.open(file)
+        if image.width * image.height > most_pixels:
+            size = f"{image.width}x{image.height}"
+            raise ValueError(f"{name} has {size} pixels: give a picture of at most {most_pixels:,}")
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} is no picture that can be read ({error}): give a PNG, JPEG or WebP file") from error
 
 
 ANIMATIONS = (".gif", ".png", ".webp")

@@ -39,7 +39,9 @@ def prompts_to_draw(args: argparse.Namespace) -> tuple[list[str], list[torch.Ten
     Raises ValueError for flags that do not go together, and for a prompt of which nothing would be read.
     """
     if args.gpt_type != "t2i":
-        raise ValueError("sample_t2i.py draws from text-conditional models; for classes there is sample_c2i.py")
+        raise ValueError(
+            "--gpt-type t2i draws from text-conditional models; for classes there are sample_c2i.py and edit_c2i.py"
+        )
     if args.t5_feat_path and (args.prompt or not args.prompt_file):
         raise ValueError(
             f"--t5-feat-path {args.t5_feat_path} has features of a file's prompts: give that file as --prompt-file, and no "

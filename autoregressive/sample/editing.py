@@ -1,0 +1,132 @@
+"""Common part of the scripts that edit a picture: their flags, the edit, and the sheet of before and after.
+
+parser = editing_flags(__doc__, "edit_c2i.png", "class")
+image, hole = picture_to_edit(args)
+write_edits(args, pipeline, image, hole, asked=207)
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoregressive.sample.flags import drawing_flags, sampling_config
+from utils.cli import (
+    SEED,
+    add_batch_size_flag,
+    add_draft_flag,
+    add_flag,
+    add_quantize_flag,
+    add_switch,
+    add_window_flag,
+    nonnegative_int,
+    positive_int,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from autoregressive.pipeline import ImagePipeline
+
+MARGINS = ("left", "right", "up", "down")
+
+
+def editing_flags(description: str | None, output: str, asks: str) -> argparse.ArgumentParser:
+    """Return the flags of a script that edits a picture. output: the sheet's default name. asks: "class" or "prompt"."""
+    parser = drawing_flags(description, asks, cfg_scale=4.0, top_k=2000)
+    add_window_flag(parser)
+    add_draft_flag(parser)
+    add_batch_size_flag(parser)
+    add_quantize_flag(parser)
+    group = parser.add_argument_group("edit")
+    group.add_argument("--image", required=True, help="the picture, resized and cropped to the model's size")
+    help = "the hole: a picture of the same size, transparent where to fill, or white if it has no transparency"
+    add_flag(group, "--mask", None, None, help)
+    help = "the hole, in the picture's pixels; without mask and box the picture's own transparent pixels are filled"
+    group.add_argument("--box", type=nonnegative_int, nargs=4, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"), help=help)
+    for side in MARGINS:
+        add_flag(group, f"--{side}", nonnegative_int, 0, f"pixels to draw {side} of the picture, whole tokens")
+    add_flag(group, "--num-images", positive_int, 1, "pictures to draw")
+    help = "drawn for each picture, of which one is taken by how well it fits what is kept"
+    add_flag(group, "--particles", positive_int, 16, help)
+    help = "times that the picture is encoded and its hole drawn, each with what the one before drew"
+    add_flag(group, "--rounds", positive_int, 2, help)
+    add_flag(group, "--ring", nonnegative_int, 0, "tokens around the hole that are drawn too")
+    add_switch(group, "--keep-pixels", True, "put the picture's own pixels back outside the hole")
+    add_flag(group, "--seed", SEED, 0, f"picture i is a function of the seed, i, the picture, the hole and its {asks}")
+    add_switch(
+        group, "--sheet", True, "write the picture, its hole and the results side by side; else the results alone"
+    )
+    add_flag(group, "--output", None, output, "the picture to write; of several alone NAME-0.png, NAME-1.png, …")
+    return parser
+
+
+def picture_to_edit(args: argparse.Namespace) -> "tuple[Image.Image, np.ndarray | None]":
+    """Read --image, and the pixels to fill, bool (height, width), None where surroundings are drawn.
+
+    Raises ValueError for what is no picture, no hole, or a hole and margins at once; FileNotFoundError.
+    """
+    from autoregressive.editing import hole_in
+    from utils.images import open_picture
+
+    sampling_config(args)  # refuses settings before files are read
+    image, margins = open_picture(args.image), [side for side in MARGINS if getattr(args, side)]
+    if margins:
+        of_holes = {
+            "--mask": args.mask,
+            "--box": args.box,
+            "--ring": args.ring,
+            "--no-keep-pixels": not args.keep_pixels,
+        }
+        if given := [flag for flag, value in of_holes.items() if value]:
+            raise ValueError(f"{given[0]} is of a hole, and --{margins[0]} extends the picture: give one of them")
+        return image, None
+    hole = hole_in(image, None if args.mask is None else open_picture(args.mask), args.box)
+    if not hole.any():
+        raise ValueError(f"nothing is to be filled: {args.mask or args.image} has no transparent or white pixels")
+    return image, hole
+
+
+def write_edits(
+    args: argparse.Namespace, pipeline: "ImagePipeline", image: "Image.Image", hole: "np.ndarray | None", **asked: Any
+) -> None:
+    """Edit or extend a picture as the flags say, write the results, and print how well they fit.
+
+    asked: class or prompt, as ImagePipeline.edit takes it. Raises ValueError as it does.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    from autoregressive.sample.common import extra_conditions, orders_of
+    from utils.images import make_grid, save_png
+
+    numbers = range(args.num_images)
+    settings = {
+        **vars(sampling_config(args)),
+        **asked,
+        "n": args.num_images,
+        "particles": args.particles,
+        "rounds": args.rounds,
+        "seed": args.seed,
+        "extra_conditions": extra_conditions(args, numbers) or None,
+        "orders": orders_of(args, numbers),
+    }
+    before = []
+    if hole is None:
+        results = pipeline.extend(image, **{side: getattr(args, side) for side in MARGINS}, **settings)
+    else:
+        results = pipeline.edit(image, hole, ring=args.ring, keep_pixels=args.keep_pixels, **settings)
+        shown = np.where(hole[..., None], np.uint8(128), np.asarray(image.convert("RGB")))
+        before = [image.convert("RGB"), Image.fromarray(shown)]
+    for i, result in enumerate(results):
+        told = f"log-evidence {result.info['log_evidence']:.1f}, effective particles {result.info['effective']:.1f}"
+        print(f"{i}: {told} of {result.info['particles']}")
+    output, size = Path(args.output), results[0].size
+    if args.sheet:
+        pictures = [*(ImageOps.fit(each, size, Image.Resampling.BICUBIC) for each in before), *results]
+        save_png(make_grid(np.stack([np.asarray(each) for each in pictures]), len(pictures)), output)
+    else:
+        names = [output] if len(results) == 1 else [output.with_stem(f"{output.stem}-{i}") for i in numbers]
+        for name, result in zip(names, results, strict=True):
+            save_png(result, name)
+    print(f"wrote {args.output}: {len(results)} of {size[0]}x{size[1]}")
