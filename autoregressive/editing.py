@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from autoregressive.models.particles import PARTICLES
-from autoregressive.pipeline import Features, ImagePipeline
+from autoregressive.pipeline import Features, ImagePipeline, OnStep
 from autoregressive.request import Request
 from utils.rng import item_seed
 
@@ -55,12 +55,13 @@ class Hole:
 
 @dataclass(frozen=True)
 class Edited:
-    """A filled picture, uint8 (S, S, 3), and how well it fits.
+    """A filled picture, uint8 (S, S, 3), its codes int64 (N,) in raster order, and how well it fits.
 
     log_evidence: the estimated log-probability of what is kept. effective: the effective sample size, of `particles`.
     """
 
     pixels: np.ndarray
+    tokens: Tensor
     log_evidence: float
     effective: float
     particles: int
@@ -117,7 +118,8 @@ def edit(
     found = hole_in(image, mask, box)
     if not found.any():
         warnings.warn("the mask is empty: nothing is drawn, and the picture stays as it is", stacklevel=3)
-    hole = holed(pipeline, np.asarray(image.convert("RGB")), found, ring)
+    sizes = pipeline.image_size, pipeline.tokenizer.downsample
+    hole = holed(*sizes, np.asarray(image.convert("RGB")), found, ring)
     requests = requests_for(pipeline, asked, features, n, particles, **settings)
     drawn = fill_holes(pipeline, [hole] * n, requests, rounds=rounds, keep_pixels=keep_pixels)
     for warning in dict.fromkeys(each.warning for each in drawn if each.warning):
@@ -169,7 +171,7 @@ def extend(
     window = 0
     while not known.all():
         place = next_window(known, side, unit)
-        holes = [replace(holed(pipeline, canvas[place], ~known[place]), feather=0) for canvas in canvases]
+        holes = [replace(holed(side, unit, canvas[place], ~known[place]), feather=0) for canvas in canvases]
         if window:
             requests = [replace(request, seed=item_seed(seed, window, 6)) for request in requests]
         drawn = fill_holes(pipeline, holes, requests, rounds=rounds)
@@ -202,8 +204,12 @@ def fill_holes(
     *,
     rounds: int = ROUNDS,
     keep_pixels: bool = True,
+    on_step: OnStep | None = None,
 ) -> list[Edited]:
-    """Fill holes of one shape, one for each request, which `read` returned. keep_pixels, rounds: as `edit` takes them."""
+    """Fill holes of one shape, one for each request, which `read` returned.
+
+    keep_pixels, rounds: as `edit` takes them. on_step: called after each decode pass, as ImagePipeline.draw does.
+    """
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds is {rounds!r}: give a whole number, at least 1")
     hole, found = holes[0].tokens, []
@@ -211,7 +217,7 @@ def fill_holes(
         own = holes[len(found) : len(found) + len(part)]
         pictures = [each.pixels for each in own]
         if hole.any() and not hole.all():
-            guess = pipeline.decode(pipeline.draw([replace(request, particles=1) for request in part]))
+            guess = pipeline.decode(pipeline.draw([replace(request, particles=1) for request in part], on_step=on_step))
             pictures = [each.filled(drawn) for each, drawn in zip(own, guess, strict=True)]
         codes = filled = drawn = None
         for _ in range(rounds):
@@ -220,12 +226,13 @@ def fill_holes(
             if codes is not None and known.equal(codes):
                 break
             codes = known
-            filled = pipeline.fill([replace(one, known=own_codes) for one, own_codes in zip(part, known, strict=True)])
+            given = [replace(request, known=each) for request, each in zip(part, known, strict=True)]
+            filled = pipeline.fill(given, on_step=on_step)
             drawn = pipeline.decode(filled.tokens)
             pictures = [each.filled(one) for each, one in zip(own, drawn, strict=True)]
-        reports = zip(filled.log_evidence, filled.effective, strict=True)
         shown = pictures if keep_pixels else drawn
-        found += [Edited(pixels, *report, filled.particles) for pixels, report in zip(shown, reports, strict=True)]
+        each = zip(shown, filled.tokens.cpu(), filled.log_evidence, filled.effective, strict=True)
+        found += [Edited(*one, filled.particles) for one in each]
     return found
 
 
@@ -277,9 +284,11 @@ def has_alpha(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
-def holed(pipeline: ImagePipeline, pixels: np.ndarray, hole: np.ndarray, ring: int = 0) -> Hole:
-    """Return a picture (height, width, 3) with a hole, bool (height, width), as the model sees it."""
-    side, unit = pipeline.image_size, pipeline.tokenizer.downsample
+def holed(side: int, unit: int, pixels: np.ndarray, hole: np.ndarray, ring: int = 0) -> Hole:
+    """Return a picture (height, width, 3) with a hole, bool (height, width), as a model sees it.
+
+    side, unit: pixels a side of the model's images and of a token. ring: as `edit` takes it.
+    """
     smooth = Image.fromarray(continued(pixels, hole))
     square = np.asarray(ImageOps.fit(smooth, (side, side), Image.Resampling.BICUBIC))
     whole = ImageOps.fit(Image.fromarray(hole.astype(np.uint8) * 255), (side, side), Image.Resampling.BOX)

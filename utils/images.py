@@ -77,22 +77,27 @@ def labelled_grid(images: np.ndarray, labels: Sequence[str], columns: int, side:
 MOST_PIXELS = 64 * 2**20
 
 
-def open_picture(file: str | Path | IO[bytes], name: str = "", most_pixels: int = MOST_PIXELS) -> Image.Image:
+def open_picture(
+    file: str | Path | IO[bytes], name: str = "", most_pixels: int = MOST_PIXELS, formats: Sequence[str] | None = None
+) -> Image.Image:
     """Read a picture to edit, turned as its EXIF says.
 
     Args:
         name: of the file, for messages.
+        formats: Pillow's names of those that are read (default: all it knows).
 
-    Raises ValueError for what is no picture, a damaged one, or one of too many pixels; FileNotFoundError.
+    Raises ValueError for what is no picture, a damaged one, one of too many pixels, or of other than 8 bits; FileNotFoundError.
     """
     name = name or str(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            image = Image.open(file)
+            image = Image.open(file, formats=formats)
         if image.width * image.height > most_pixels:
             size = f"{image.width}x{image.height}"
             raise ValueError(f"{name} has {size} pixels: give a picture of at most {most_pixels:,}")
+        if image.mode[0] in "IF":
+            raise ValueError(f"{name} has pixels of mode {image.mode}: give a picture of 8 bits a channel")
         image.load()
         return ImageOps.exif_transpose(image)
     except FileNotFoundError:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from autoregressive.class_names import class_names
+from autoregressive.editing import Edited, Hole
 from autoregressive.models.trunk import Trunk
 from autoregressive.request import Request
 
@@ -37,6 +38,7 @@ class Engine(Protocol):
     """Draws tokens for many requests at once. `check` is cheap and comes first; `generate` may wait for a place."""
 
     info: ModelInfo
+    edits: bool  # whether there is `edit`
 
     @property
     def dead(self) -> bool:
@@ -50,6 +52,12 @@ class Engine(Protocol):
 
         An engine that is not `raster` yields N numbers, NOT_DRAWN where no token stands yet. Raises RuntimeError where the
         engine has died, NotFiniteError where the image's logits are NaN or infinite.
+        """
+
+    def edit(self, request: Request, hole: Hole, rounds: int, keep_pixels: bool) -> AsyncIterator[list[int] | Edited]:
+        """Fill the hole of a picture: yields [] as long as it draws, then the picture. Raises as `generate` does.
+
+        The request has the number of particles. rounds, keep_pixels: as editing.py:edit takes them.
         """
 
     async def close(self) -> None:
