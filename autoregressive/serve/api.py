@@ -3,6 +3,7 @@
     app = create_app(service, api_keys=["…"])        # an ASGI application; server.py runs it
 
     POST /v1/images/generations    body.py tells the fields; JSON, a file (Accept: image/png) or server-sent events
+    POST /v1/images/edits          a form with a picture and its mask
     GET  /v1/models, /v1/models/{name}, /health, /metrics, /openapi.json
 
 Every refusal has OpenAI's form of an error (errors.py).
@@ -31,15 +32,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from autoregressive.serve.body import Asked, ImageBody, ask, invalid_body, unknown_model
+from autoregressive.serve.body import Asked, EditBody, ImageBody, ask, ask_edit, invalid_body, unknown_model
 from autoregressive.serve.engine import NOT_DRAWN
-from autoregressive.serve.errors import REFUSED, ErrorBody, RequestError
+from autoregressive.serve.errors import REFUSED, ErrorBody, RequestError, refuse
 from autoregressive.serve.service import Job, Service
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-IMAGES = "/v1/images/generations"
+IMAGES, EDITS = "/v1/images/generations", "/v1/images/edits"
 CLIENT_GONE = 499  # for the log and the metrics; nobody is there to be answered
 MAX_HEADERS = 32 * 1024  # bytes, the address among them
 SECONDS_TO_SEND_A_BODY = 30
@@ -157,6 +158,24 @@ def create_app(
         """Draws images. An image is a function of its seed and what it is of, whatever else the server does."""
         accept = request.headers.get("accept", "")
         asked = ask(body, service.info, service.limits, models=service.models, accept=accept)
+        return await answer(request, asked)
+
+    @v1.post(EDITS.removeprefix("/v1"), responses=answers, response_model=None, openapi_extra=EDIT_FORM)
+    async def edits(request: Request) -> Response:
+        """Fills the transparent part of a picture, as a multipart form asks: what is kept decides what is drawn."""
+        if not service.engine.edits:
+            raise RequestError(
+                400, "this server's engine fills no holes: start it with --engine native", code="unsupported"
+            )
+        fields, files = await read_form(request)
+        accept = request.headers.get("accept", "")
+        token = service.decoder.tokenizer.downsample
+        asked = await asyncio.to_thread(
+            ask_edit, fields, files, service.info, service.limits, token, models=service.models, accept=accept
+        )
+        return await answer(request, asked)
+
+    async def answer(request: Request, asked: Asked) -> Response:
         label = None if isinstance(asked.what, str) else asked.what  # prompts are private
         request.scope["log"] |= {"n": len(asked.seeds), "seed": asked.seeds[0], "label": label}
         job = service.accept(asked)
@@ -169,14 +188,14 @@ def create_app(
             headers["X-Warning"] = "; ".join(job.warnings)
         if asked.raw:
             return Response(files[0], media_type=f"image/{asked.format}", headers=headers)
-        answer = {
+        told = {
             "created": int(time.time()),
             "data": [{"b64_json": _base64(file), "seed": seed} for file, seed in zip(files, asked.seeds)],
             **about(asked),
             "usage": usage(service, job, len(files)),
             "warnings": job.warnings,
         }
-        return Json(answer, headers=headers)
+        return Json(told, headers=headers)
 
     started = int(time.time())
 
@@ -253,7 +272,8 @@ class Watched:
                 raise RequestError(408, message, code="timeout") from None
             gone = gone or (message["type"] == "http.disconnect" and not ended)
             size += len(message.get("body", b""))
-            if size > (most := self.service.limits.max_body):
+            limits = self.service.limits
+            if size > (most := limits.max_upload if path == EDITS else limits.max_body):
                 raise RequestError(
                     413, f"the body has more than the {most:,} bytes that are read", code="body_too_large"
                 )
@@ -280,7 +300,7 @@ class Watched:
                 await error_response(BROKEN)(scope, receiving, sending)
         finally:
             status = CLIENT_GONE if gone or not ended else fields.pop("ended", status)
-            if path == IMAGES:
+            if path in (IMAGES, EDITS):
                 self.service.metrics.requests(str(status)).inc()
             told = {"id": number.decode(), "method": method, "path": path[:200], "status": status}
             log.info("answered", extra={"fields": {**told, "seconds": round(time.monotonic() - began, 4), **fields}})
@@ -297,6 +317,53 @@ class Watched:
             return None
         message = f"{'wrong' if given else 'no'} API key: send it as 'Authorization: Bearer …'"
         return RequestError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+# The form of an edit, for /openapi.json.
+_PICTURE = {"type": "string", "format": "binary"}
+_SCHEMA = EditBody.model_json_schema()
+_SCHEMA["properties"] = {
+    "image": {**_PICTURE, "description": "A square PNG, JPEG or WebP file."},
+    "mask": {
+        **_PICTURE,
+        "description": "A PNG of its size whose transparent pixels are filled; else the image's own are.",
+    },
+    **_SCHEMA["properties"],
+}
+_SCHEMA["required"] = ["image"]
+EDIT_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _SCHEMA}}}}
+
+
+async def read_form(request: Request) -> tuple[dict[str, str], dict[str, bytes]]:
+    """Return the fields and the files of a form by name. Raises RequestError for anything else, and for a form without image."""
+    given = request.headers.get("content-type", "")
+    if not given.lower().startswith("multipart/form-data"):
+        message = f"the body's type is {given[:100] or 'not told'}: send multipart/form-data"
+        raise RequestError(415, message, code="unsupported_media_type")
+    fields: dict[str, str] = {}
+    files: dict[str, bytes] = {}
+    try:
+        async with request.form(max_files=4, max_fields=64, max_part_size=64 * 1024) as form:
+            for name, value in form.multi_items():
+                param = name.removesuffix("[]")[:100]
+                if param in fields or param in files:
+                    raise refuse(param, f"{param} is given twice: send one")
+                if isinstance(value, str):
+                    fields[param] = value
+                elif param in ("image", "mask"):
+                    files[param] = await value.read()
+                else:
+                    raise refuse(param, f"{param} is a file: the files of an edit are image and mask")
+    except RequestError:
+        raise
+    except HTTPException as error:
+        raise RequestError(400, f"the form cannot be read: {error.detail}", code="invalid_form") from error
+    for param in ("image", "mask"):
+        if param in fields:
+            raise refuse(param, f"{param} is a text: send it as a file, with a file name")
+    if "image" not in files:
+        raise refuse("image", "image is missing: send the picture to edit as a file", "missing_image")
+    return fields, files
 
 
 def stream(service: Service, job: Job, fields: dict) -> Response:

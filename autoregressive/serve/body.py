@@ -6,20 +6,25 @@
 Raises RequestError for what a client got wrong.
 """
 
+import io
 import json
 import re
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, create_model
+import numpy as np
+from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from autoregressive.class_names import find_class
+from autoregressive.editing import ROUNDS, Hole, has_alpha, hole_in, holed
+from autoregressive.models.particles import PARTICLES
 from autoregressive.models.settings import SamplingConfig
 from autoregressive.serve.engine import ModelInfo
 from autoregressive.serve.errors import REFUSED, RequestError, refuse
+from utils.images import open_picture
 
 MAX_SEED = 2**63 - 1
 MAX_SIDE, MAX_ENLARGED = 2048, 4  # pixels a side, and how many times the model's
@@ -33,7 +38,7 @@ class Limits:
     """Limits of what a server accepts.
 
     max_queue: images accepted and not yet drawn. max_n: images of a request. max_prompt: its characters.
-    max_body: bytes. timeout: seconds from accepting a request to its pictures. stall: seconds without a token after which
+    max_body: bytes; max_upload: bytes of a body with pictures, max_pixels: of each. timeout: seconds from accepting a request to its pictures. stall: seconds without a token after which
     an engine that draws counts as hanging.
     """
 
@@ -41,6 +46,8 @@ class Limits:
     max_n: int = 8
     max_prompt: int = 4000
     max_body: int = 64 * 1024
+    max_upload: int = 16 * 2**20
+    max_pixels: int = 4096 * 4096
     timeout: float = 600.0
     stall: float = 120.0
 
@@ -110,12 +117,44 @@ class ImageBody(_Settings):
     safety_identifier: Ignored = None
 
 
+class EditBody(ImageBody):
+    """Fields of an edit, beside the pictures `image` and `mask`."""
+
+    model_config = ConfigDict(title="ImageEditRequest", strict=False)
+
+    particles: int | None = Field(
+        None,
+        ge=1,
+        le=256,
+        description=f"Fills of which one is taken by how well it fits what is kept. Default {PARTICLES}.",
+    )
+    rounds: int | None = Field(
+        None, ge=1, le=8, description=f"Times that the picture is encoded and its hole drawn. Default {ROUNDS}."
+    )
+    ring: int | None = Field(None, ge=0, le=8, description="Tokens around the hole that are drawn too. Default 0.")
+    keep_pixels: bool | None = Field(
+        None, description="Put the picture's own pixels back outside the hole. Default true."
+    )
+    input_fidelity: Ignored = None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A picture to edit. particles, rounds, keep_pixels: as editing.py:edit takes them."""
+
+    hole: Hole
+    particles: int
+    rounds: int
+    keep_pixels: bool
+
+
 @dataclass(frozen=True)
 class Asked:
     """A request as the server carries it out.
 
     what: a label, or a prompt. negative: what guidance leads away from. seeds: one an image. size: pixels a side.
     format, quality: of the files. raw: the answer is the file itself. partial: rows of tokens after which partial images come.
+    edit: the picture to edit, where there is one.
     """
 
     what: int | str
@@ -128,6 +167,7 @@ class Asked:
     raw: bool = False
     stream: bool = False
     partial: tuple[int, ...] = ()
+    edit: Edit | None = None
 
 
 def ask(
@@ -169,6 +209,61 @@ def ask(
     )
 
 
+def ask_edit(
+    fields: Mapping[str, str], files: Mapping[str, bytes], info: ModelInfo, limits: Limits, token: int, **more: Any
+) -> Asked:
+    """Return what the fields and files of a form ask of the model.
+
+    Args:
+        fields, files: of the form, by name.
+        token: pixels a side of a token.
+        more: models and accept, as `ask` takes them.
+
+    Raises:
+        RequestError: as `ask` does, and for what are no pictures of one size with a hole.
+    """
+    try:
+        body = EditBody.model_validate(dict(fields))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise invalid_body({**first, "loc": ("body", *first["loc"])}, EditBody) from error
+    if body.stream or body.partial_images or body.partial_rows:
+        raise refuse("stream", "an edit comes whole: leave out stream, partial_images and partial_rows")
+    asked = ask(body, info, limits, **more)
+    try:
+        asked.sampling.check_particles(particles := body.particles or PARTICLES)
+    except ValueError as error:
+        raise refuse("particles", str(error)) from error
+    hole = _hole(files, info.image_size, token, body.ring or 0, limits.max_pixels)
+    return replace(asked, edit=Edit(hole, particles, body.rounds or ROUNDS, body.keep_pixels is not False))
+
+
+def _hole(files: Mapping[str, bytes], side: int, token: int, ring: int, most_pixels: int) -> Hole:
+    pictures = {}
+    for param, file in files.items():
+        try:
+            pictures[param] = open_picture(io.BytesIO(file), param, most_pixels, ("PNG", "JPEG", "WEBP"))
+        except ValueError as error:
+            raise refuse(param, str(error), "invalid_image") from error
+    image, mask = pictures["image"], pictures.get("mask")
+    width, height = image.size
+    if width != height:
+        raise refuse("image", f"image has {width}x{height} pixels: send a square one", "invalid_image")
+    if mask is not None and not has_alpha(mask):
+        message = f"mask is of mode {mask.mode}: its transparent pixels are filled, so send a PNG with an alpha channel"
+        raise refuse("mask", message, "invalid_image")
+    if mask is None and not has_alpha(image):
+        raise refuse("mask", "mask is missing: send one, or an image with transparent pixels to fill", "missing_mask")
+    try:
+        hole = hole_in(image, mask)
+    except ValueError as error:
+        raise refuse("mask", str(error), "invalid_image") from error
+    if not hole.any():
+        param = "image" if mask is None else "mask"
+        raise refuse(param, f"{param} has no transparent pixels: there is nothing to fill", "invalid_image")
+    return holed(side, token, np.asarray(image.convert("RGB")), hole, ring)
+
+
 def unknown_model(name: str, models: Sequence[str]) -> RequestError:
     """Return the answer to a request for another model."""
     served = " and ".join(map(repr, models))
@@ -177,7 +272,7 @@ def unknown_model(name: str, models: Sequence[str]) -> RequestError:
     )
 
 
-def invalid_body(first: dict) -> RequestError:
+def invalid_body(first: dict, body: type[ImageBody] = ImageBody) -> RequestError:
     """Return the refusal of a body, from the first of pydantic's errors."""
     kind, value, where = first["type"], first.get("input"), first["loc"][1:]
     if kind == "json_invalid":
@@ -190,8 +285,8 @@ def invalid_body(first: dict) -> RequestError:
     name = str(where[0])
     hint = REFUSED.get(name) or REFUSED.get(f"{name}: {value}")
     if kind == "extra_forbidden":
-        near = get_close_matches(name[:50], ImageBody.model_fields, n=1)
-        hint = hint or (f"did you mean {near[0]}?" if near else f"there are {', '.join(ImageBody.model_fields)}")
+        near = get_close_matches(name[:50], body.model_fields, n=1)
+        hint = hint or (f"did you mean {near[0]}?" if near else f"there are {', '.join(body.model_fields)}")
         return refuse(name[:100], f"unknown parameter {shown(name)}; {hint}", "unknown_parameter")
     why = hint or f"it should be {first['msg'].removeprefix('Input should be ')}"
     return refuse(name, f"{name} is {shown(value)}: {why}")

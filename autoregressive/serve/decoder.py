@@ -65,7 +65,12 @@ class Decoder:
         self, tokens: list[int], size: int | None = None, kind: str = "png", quality: int | None = None
     ) -> bytes:
         """Return the bytes of a picture's file, of `size` pixels a side."""
-        image = await self.decode(tokens)
+        return await self.write(await self.decode(tokens), size, kind, quality)
+
+    async def write(
+        self, image: np.ndarray, size: int | None = None, kind: str = "png", quality: int | None = None
+    ) -> bytes:
+        """Return the bytes of the file of a picture of the model's size, resized to `size` pixels a side."""
         if size in (None, self.image_size):
             return await asyncio.to_thread(file_bytes, image, None, kind, quality)
         async with self._resizing:

@@ -19,8 +19,7 @@ REFUSED = {
     "frame_count": "the model draws still pictures: leave it out",
     "frame_duration_ms": "the model draws still pictures: leave it out",
     "complexity": "a picture always has the model's number of tokens: leave it out",
-    "/v1/images/edits": "the model draws from nothing: ask for pictures at /v1/images/generations",
-    "/v1/images/variations": "the model draws from nothing: give another seed at /v1/images/generations",
+    "/v1/images/variations": "the model varies no whole picture: fill a part of it at /v1/images/edits, or give another seed",
     "/docs": "such a page loads its scripts from elsewhere: the interface's description is /openapi.json",
     "/redoc": "such a page loads its scripts from elsewhere: the interface's description is /openapi.json",
 }

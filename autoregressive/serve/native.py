@@ -21,12 +21,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from autoregressive.editing import ROUNDS, Edited, Hole, fill_holes
 from autoregressive.models.layouts import Layout
 from autoregressive.models.sampling import NotFiniteLogits
 from autoregressive.models.slots import Slots, plan_for_slots
 from autoregressive.pipeline import ImagePipeline, OnStep
 from autoregressive.request import Request
 from autoregressive.serve.engine import NOT_DRAWN, model_info
+from utils.errors import NotFiniteError
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +57,11 @@ class NativeEngine:
 
     name: of the model. gather: seconds that a request waits for others to be drawn with, where there are no slots. thread: the
     worker. slots: None where a batch is drawn to its end. A request that is closed early is not begun, or leaves its slot
-    before the next pass; of a micro-batch that runs, the rest is skipped once all are closed.
+    before the next pass; of a micro-batch that runs, the rest is skipped once all are closed. An edit is drawn alone, between
+    the passes of others, which wait for it.
     """
+
+    edits = True
 
     def __init__(self, pipeline: ImagePipeline, name: str = "native", gather: float = 0.005):
         if extra := ", ".join(pipeline.gpt.args.extra_conditions):
@@ -98,6 +103,47 @@ class NativeEngine:
             job.closed = True
             with suppress(ValueError):  # the worker took it
                 self._waiting.remove(job)
+
+    async def edit(
+        self, request: Request, hole: Hole, rounds: int = ROUNDS, keep_pixels: bool = True
+    ) -> AsyncIterator[list[int] | Edited]:
+        """Yield [] after each pass of an edit, then the picture."""
+        request = request.read(self.pipeline.gpt.conditions)
+        if self.dead:
+            raise RuntimeError("the engine is closed")
+        loop, job = asyncio.get_running_loop(), _Job(request)
+
+        def on_step(done: int, tokens: Tensor) -> None:
+            if self.dead or job.closed:
+                raise _Abandoned
+            loop.call_soon_threadsafe(job.news.put_nowait, [])
+
+        def draw() -> Edited | Exception:
+            try:
+                on_step(0, torch.empty(0))
+                return fill_holes(
+                    self.pipeline, [hole], [request], rounds=rounds, keep_pixels=keep_pixels, on_step=on_step
+                )[0]
+            except _Abandoned:
+                return RuntimeError("the engine was closed")
+            except NotFiniteError as error:
+                return error
+            except Exception as error:  # whatever it is, the next one may do well
+                log.exception("an edit failed")
+                return RuntimeError(f"drawing failed: {error}")
+
+        def tell(done: asyncio.Future) -> None:
+            job.news.put_nowait(RuntimeError("the engine was closed") if done.cancelled() else done.result())
+
+        loop.run_in_executor(self.thread, draw).add_done_callback(tell)
+        try:
+            while isinstance(news := await job.news.get(), list):
+                yield news
+            if isinstance(news, Exception):
+                raise news
+            yield news
+        finally:
+            job.closed = True
 
     async def close(self) -> None:
         """End the worker, after the decode step or the call that it is at."""

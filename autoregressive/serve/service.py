@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import NoReturn
 
+from autoregressive.editing import Edited
 from autoregressive.request import Request
 from autoregressive.serve.body import Asked, Limits
 from autoregressive.serve.decoder import Decoder
@@ -200,17 +201,28 @@ class Service:
                 if param == "prompt":
                     job.text_tokens = len(value)
             values[param] = {} if value is None else {name: value}
-        return [Request(values["prompt"], values["negative_prompt"], asked.sampling, seed) for seed in asked.seeds]
+        particles = asked.edit.particles if asked.edit else 1
+        return [
+            Request(values["prompt"], values["negative_prompt"], asked.sampling, seed, particles=particles)
+            for seed in asked.seeds
+        ]
 
     async def _image(self, job: Job, i: int, request: Request) -> bytes:
-        metrics, begun_at = self.metrics, None
+        metrics, begun_at, edit, edited = self.metrics, None, job.asked.edit, None
         if not self._drawings:
             self._heard_at = time.monotonic()
         drawing = _Drawing()
         self._drawings.append(drawing)
         try:
-            async with aclosing(self.engine.generate(request)) as tokens_so_far:
+            drawn = (
+                self.engine.edit(request, edit.hole, edit.rounds, edit.keep_pixels)
+                if edit
+                else self.engine.generate(request)
+            )
+            async with aclosing(drawn) as tokens_so_far:
                 async for tokens in tokens_so_far:
+                    if isinstance(tokens, Edited):
+                        edited, tokens = tokens, tokens.tokens.tolist()
                     drawing.since = self._heard_at = time.monotonic()
                     if not drawing.begun:
                         drawing.begun, begun_at = True, self._heard_at
@@ -225,7 +237,13 @@ class Service:
                 earlier.since = earlier.since or self._heard_at  # passed over
             self._drawings.remove(drawing)
             asked = job.asked
-            file = job.files[i] = await self.decoder.file(job.tokens[i], asked.size, asked.format, asked.quality)
+            how = asked.size, asked.format, asked.quality
+            if edited:
+                file = await self.decoder.write(edited.pixels, *how)
+                job.warnings += [f"image {i}: {edited.warning}"] if edited.warning else []
+            else:
+                file = await self.decoder.file(job.tokens[i], *how)
+            job.files[i] = file
             metrics.images.inc()
             metrics.drawing.observe(time.monotonic() - begun_at)
             job.news.set()

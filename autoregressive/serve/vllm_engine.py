@@ -136,6 +136,8 @@ class ServedModel:
 class VllmEngine:
     """serve/engine.py's Engine over vLLM's AsyncLLM. Made by `start`."""
 
+    edits = False
+
     def __init__(self, model: ServedModel, engine: Any):
         self.info = model.info
         self._model, self._engine, self._numbers, self._closed = model, engine, count(), False

@@ -30,7 +30,7 @@ class ScriptedEngine:
     gate: where set, nothing is drawn beyond `rows_before` rows until it opens. open: requests that are being drawn.
     """
 
-    dead = False
+    dead = edits = False
 
     def __init__(self, num_classes: int = 10, raster: bool = True):
         self.info = ModelInfo("small", "c2i", 32, 64, num_classes, raster, tuple(class_names(num_classes)))
