@@ -168,7 +168,7 @@ def own_paths(words: list[str], files: Path, work: Path) -> list[str]:
             word = str(work / Path(word).name)
         elif flag == "--prompt-csv":
             word = str(files / "prompts.tsv")
-        elif flag == "--image-path":
+        elif flag in ("--image-path", "--image"):
             word = str(ROOT / word)
         elif word == "VIRTUAL_imagenet256_labeled.npz":
             word = str(GOLDEN / "evaluator/reference_batch.npz")

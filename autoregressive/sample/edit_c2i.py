@@ -5,7 +5,8 @@ python3 autoregressive/sample/edit_c2i.py --gpt-ckpt c2i_L_384.pt --image dog.pn
 
 import argparse
 
-from autoregressive.sample.editing import editing_flags, picture_to_edit, write_edits
+from autoregressive.sample.editing import picture_to_edit, write_edits
+from autoregressive.sample.flags import editing_flags
 from utils.cli import run_script
 
 

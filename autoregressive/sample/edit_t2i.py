@@ -7,7 +7,8 @@ With --t5-feat-path, features that were made of --prompt-file, no T5 is needed.
 
 import argparse
 
-from autoregressive.sample.editing import editing_flags, picture_to_edit, write_edits
+from autoregressive.sample.editing import picture_to_edit, write_edits
+from autoregressive.sample.flags import editing_flags
 from utils.cli import add_flag, run_script
 
 

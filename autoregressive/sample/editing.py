@@ -1,6 +1,5 @@
-"""Common part of the scripts that edit a picture: their flags, the edit, and the sheet of before and after.
+"""Common part of the scripts that edit a picture: what is wrong with files, the edit, and the sheet of before and after.
 
-parser = editing_flags(__doc__, "edit_c2i.png", "class")
 image, hole = picture_to_edit(args)
 write_edits(args, pipeline, image, hole, asked=207)
 """
@@ -9,56 +8,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoregressive.sample.flags import drawing_flags, sampling_config
-from utils.cli import (
-    SEED,
-    add_batch_size_flag,
-    add_draft_flag,
-    add_flag,
-    add_quantize_flag,
-    add_switch,
-    add_window_flag,
-    nonnegative_int,
-    positive_int,
-)
+from autoregressive.sample.flags import MARGINS, sampling_config
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
     from autoregressive.pipeline import ImagePipeline
-
-MARGINS = ("left", "right", "up", "down")
-
-
-def editing_flags(description: str | None, output: str, asks: str) -> argparse.ArgumentParser:
-    """Return the flags of a script that edits a picture. output: the sheet's default name. asks: "class" or "prompt"."""
-    parser = drawing_flags(description, asks, cfg_scale=4.0, top_k=2000)
-    add_window_flag(parser)
-    add_draft_flag(parser)
-    add_batch_size_flag(parser)
-    add_quantize_flag(parser)
-    group = parser.add_argument_group("edit")
-    group.add_argument("--image", required=True, help="the picture, resized and cropped to the model's size")
-    help = "the hole: a picture of the same size, transparent where to fill, or white if it has no transparency"
-    add_flag(group, "--mask", None, None, help)
-    help = "the hole, in the picture's pixels; without mask and box the picture's own transparent pixels are filled"
-    group.add_argument("--box", type=nonnegative_int, nargs=4, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"), help=help)
-    for side in MARGINS:
-        add_flag(group, f"--{side}", nonnegative_int, 0, f"pixels to draw {side} of the picture, whole tokens")
-    add_flag(group, "--num-images", positive_int, 1, "pictures to draw")
-    help = "drawn for each picture, of which one is taken by how well it fits what is kept"
-    add_flag(group, "--particles", positive_int, 16, help)
-    help = "times that the picture is encoded and its hole drawn, each with what the one before drew"
-    add_flag(group, "--rounds", positive_int, 2, help)
-    add_flag(group, "--ring", nonnegative_int, 0, "tokens around the hole that are drawn too")
-    add_switch(group, "--keep-pixels", True, "put the picture's own pixels back outside the hole")
-    add_flag(group, "--seed", SEED, 0, f"picture i is a function of the seed, i, the picture, the hole and its {asks}")
-    add_switch(
-        group, "--sheet", True, "write the picture, its hole and the results side by side; else the results alone"
-    )
-    add_flag(group, "--output", None, output, "the picture to write; of several alone NAME-0.png, NAME-1.png, …")
-    return parser
 
 
 def picture_to_edit(args: argparse.Namespace) -> "tuple[Image.Image, np.ndarray | None]":

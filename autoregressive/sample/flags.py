@@ -15,6 +15,7 @@ from utils.cli import (
     SEED,
     Flags,
     Number,
+    add_batch_size_flag,
     add_decode_precision_flag,
     add_draft_flag,
     add_flag,
@@ -29,8 +30,12 @@ from utils.cli import (
     add_tokenizer_flags,
     add_window_flag,
     flag_parser,
+    nonnegative_int,
     positive_int,
 )
+
+# Of a picture, in the order of flags and of ImagePipeline.extend.
+MARGINS = ("left", "right", "up", "down")
 
 
 def add_sampling_flags(parser: Flags, *, negative: str | None = None, **defaults: float) -> None:
@@ -135,4 +140,34 @@ def many_flags(description: str | None, asks: str, *, folder: str, images: int, 
     depends = "the seed, i and its prompt" if text else "the seed and i"
     add_flag(parser, "--global-seed", SEED, 0, f"image i is a function of {depends}")
     add_switch(parser, "--npz", npz, "gather the images into one .npz")
+    return parser
+
+
+def editing_flags(description: str | None, output: str, asks: str) -> argparse.ArgumentParser:
+    """Return the flags of a script that edits a picture. output: the sheet's default name. asks: "class" or "prompt"."""
+    parser = drawing_flags(description, asks, cfg_scale=4.0, top_k=2000)
+    add_window_flag(parser)
+    add_draft_flag(parser)
+    add_batch_size_flag(parser)
+    add_quantize_flag(parser)
+    group = parser.add_argument_group("edit")
+    group.add_argument("--image", required=True, help="the picture, resized and cropped to the model's size")
+    help = "the hole: a picture of the same size, transparent where to fill, or white if it has no transparency"
+    add_flag(group, "--mask", None, None, help)
+    help = "the hole, in the picture's pixels; without mask and box the picture's own transparent pixels are filled"
+    group.add_argument("--box", type=nonnegative_int, nargs=4, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"), help=help)
+    for side in MARGINS:
+        add_flag(group, f"--{side}", nonnegative_int, 0, f"pixels to draw {side} of the picture, whole tokens")
+    add_flag(group, "--num-images", positive_int, 1, "pictures to draw")
+    help = "drawn for each picture, of which one is taken by how well it fits what is kept"
+    add_flag(group, "--particles", positive_int, 16, help)
+    help = "times that the picture is encoded and its hole drawn, each with what the one before drew"
+    add_flag(group, "--rounds", positive_int, 2, help)
+    add_flag(group, "--ring", nonnegative_int, 0, "tokens around the hole that are drawn too")
+    add_switch(group, "--keep-pixels", True, "put the picture's own pixels back outside the hole")
+    add_flag(group, "--seed", SEED, 0, f"picture i is a function of the seed, i, the picture, the hole and its {asks}")
+    add_switch(
+        group, "--sheet", True, "write the picture, its hole and the results side by side; else the results alone"
+    )
+    add_flag(group, "--output", None, output, "the picture to write; of several alone NAME-0.png, NAME-1.png, …")
     return parser
