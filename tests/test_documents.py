@@ -51,6 +51,8 @@ SMALL = {
     "--device": "cpu",
     "--t5-feature-dim": "32",
     "--eval_res": "16",
+    "--group-size": "2",
+    "--val-images": "4",
     "--graph": str(GOLDEN / "evaluator/standin_graph.pb"),
 }
 
