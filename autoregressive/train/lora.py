@@ -30,7 +30,7 @@ from utils.training.state import fill
 
 @dataclass(frozen=True)
 class Lora:
-    """An adapter as the flags ask for it. path: of the base."""
+    """An adapter as the flags ask for it. name: of the base, as --gpt-ckpt gives it. use_ema: adapt its averaged weights."""
 
     name: str
     rank: int
