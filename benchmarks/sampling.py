@@ -2,7 +2,7 @@
 
     python3 benchmarks/sampling.py --gpt-model GPT-B --precision bf16 --batches 1 8 32
     python3 benchmarks/sampling.py --gpt-model GPT-B --precision bf16 --batches 1 --groups 1 4 16      # PAR
-    python3 benchmarks/sampling.py --gpt-model GPT-B --precision bf16 --layouts neighbours --groups 1  # NAR, and raster
+    python3 benchmarks/sampling.py --gpt-model GPT-B --precision bf16 --layouts neighbours queried     # NAR and LPD
 
 Random weights, guidance 4 (twice as many rows as images), top-k 2000; tokens only. The floor applies each weight matrix
 once a step to that many rows, in the fastest way there is here, and does nothing else.
@@ -29,7 +29,9 @@ def main(args: argparse.Namespace) -> None:
     from utils.distributed import pick_device
 
     device = pick_device(args.device)
-    orders = [{"ar_token_num": group} for group in args.groups] + [{"layout": {"name": name}} for name in args.layouts]
+    queries = {"trunk": "lpd", "ffn_width": 4 * GPT_SIZES[args.gpt_model].dim}  # an LPD of that size, which has them
+    orders = [{"ar_token_num": group} for group in args.groups]
+    orders += [{"layout": {"name": name}, **(queries if name == "queried" else {})} for name in args.layouts]
     for order in orders:
         model = random_gpt(args.gpt_model, args.tokens, torch.device("cpu"), **order)
         model = model.to(device, PRECISIONS[args.precision]).requires_grad_(False).eval()

@@ -91,7 +91,7 @@ def row(name: str, of: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw passes against drawings as asked for."""
+    """Draw a row of dots a model: drawings as asked for, held-out loss, images a second."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -99,15 +99,18 @@ def draw(report: dict[str, dict[str, Any]], path: Path) -> None:
 
     from utils.files import atomic_write
 
-    figure, axes = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
-    for marker, setting in zip("os", SETTINGS, strict=True):
-        for name, of in report.items():
-            x, y = of["passes"], 100 * of[f"as_asked_{setting}"]
-            axes.plot(x, y, marker, color="C0" if setting == "plain" else "C1", label=setting)
-            axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 3), fontsize=8)
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(handles.values(), handles.keys(), frameon=False, loc="lower right")
-    axes.set(xlabel="passes for 64 tokens", ylabel="drawings as asked for, %", xlim=(0, None))
+    figure, axes = plt.subplots(1, 3, figsize=(9, 2.6), sharey=True, layout="constrained", width_ratios=(2, 1, 1))
+    rows = range(len(report), 0, -1)
+    for color, setting in zip(("C0", "C1"), SETTINGS, strict=True):
+        axes[0].plot([100 * of[f"as_asked_{setting}"] for of in report.values()], rows, "o", color=color, label=setting)
+    axes[1].plot([of["nll_held_out"] for of in report.values()], rows, "o", color="0.3")
+    axes[2].plot([of["images_per_second_guided"] for of in report.values()], rows, "o", color="0.3")
+    axes[0].set_yticks(rows, [f"{name}, {of['passes']} passes" for name, of in report.items()])
+    axes[0].legend(frameon=False, loc="lower left")
+    titles = ("drawings as asked for, %", "held-out loss, nats a token", "images a second")
+    for axis, title, left in zip(axes, titles, (0, None, 0), strict=True):
+        axis.set(xlabel=title, xlim=(left, None))
+        axis.grid(axis="y", color="0.9")
     with atomic_write(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
 
