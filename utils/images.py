@@ -78,7 +78,7 @@ MOST_PIXELS = 64 * 2**20
 
 
 def open_picture(
-    file: str | Path | IO[bytes], name: str = "", most_pixels: int = MOST_PIXELS, formats: Sequence[str] | None = None
+    file: str | Path | IO[bytes], name: str = "", most_pixels: int = MOST_PIXELS, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
     """Read a picture to edit, turned as its EXIF says.
 
