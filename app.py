@@ -11,6 +11,7 @@ compared with it.
 
 import argparse
 import asyncio
+import base64
 import logging
 import os
 import re
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from autoregressive.pipeline import ImagePipeline
 
 QUICKSTART = Path("quickstart")
+BRUSH = Path(__file__).resolve().parent / "autoregressive" / "brush.js"
 TITLE = "Autoregressive image generation"
 CSS = """
 .status progress { width: 100%; height: .6em; display: block; margin-bottom: .4em }
@@ -62,6 +64,13 @@ CSS = """
 background: none; border: 0; font-size: .8em; opacity: .85 }
 .gallery .thumbnail-lg { aspect-ratio: auto; height: auto; overflow: visible; align-self: start }
 .gallery .thumbnail-lg img { aspect-ratio: 1; height: auto }
+.brush canvas { width: 100%; max-width: 384px; border: 1px solid #8888; touch-action: none; cursor: crosshair }
+.brush label, .brush button { margin-right: 1em } .brush button { text-decoration: underline }
+"""
+BRUSH_HTML = """
+<div class="brush"><canvas></canvas><div>
+<label>Picture <input type="file" accept="image/*"></label> <button type="button" class="take">Take the first drawn one</button>
+<label>Brush <input type="range" min="1" max="50" value="12"></label> <button type="button" class="clear">Clear</button></div></div>
 """
 SHARP = ".gallery img { image-rendering: pixelated }"  # pictures of a few pixels are shown as they are
 # Settings where the flags say nothing: as published for text, and as the quickstart samples.
@@ -78,7 +87,7 @@ LARGEST_SEED = 2**53 - 1  # a browser's numbers are exact up to it
 
 MOST_WAITING = 64  # clicks that wait for a place among the open ones
 MOST_OPEN = 512  # clicks that are answered at once; the server's queue says which of them draw
-MOST_BODY = 64 * 1024
+MOST_BODY = 4 * 2**20  # a picture to edit, as text
 SECONDS_TO_LISTEN = 5  # for whoever asked to come for the answer
 SECONDS_KEPT = 3600  # of a picture's file
 
@@ -350,6 +359,7 @@ async def respond(
     seed: float | None,
     fresh: bool,
     settings: dict[str, float],
+    drawing: str | None = None,
 ) -> AsyncIterator[tuple[list, str, int]]:
     """Yield what the page shows from a click on: files with captions, a line of HTML, the seed. Raises nothing.
 
@@ -357,6 +367,7 @@ async def respond(
         folder: where a folder is made for the files. An unfinished picture's file goes with the drawing.
         fresh: takes a new seed.
         settings: fields of the server's requests.
+        drawing: a picture with a hole, as the brush gives it.
     """
     from autoregressive.demo import error_html
 
@@ -364,7 +375,8 @@ async def respond(
     try:
         folder.mkdir(exist_ok=True)
         made = Path(mkdtemp(dir=folder))
-        async with aclosing(painter.draw(asked, count=int(count or 0), seed=int(seed), **settings)) as views:
+        hole = None if drawing is None else brushed(drawing)
+        async with aclosing(painter.draw(asked, count=int(count or 0), seed=int(seed), hole=hole, **settings)) as views:
             async for view in views:
                 for name, png, _ in view.pictures:
                     if not (made / name).exists():
@@ -382,6 +394,14 @@ async def respond(
             asyncio.get_running_loop().call_later(SECONDS_TO_LISTEN, lambda: [file.unlink(True) for file in previews])
 
 
+def brushed(drawing: str) -> bytes:
+    """Return the PNG of a data address, as a canvas gives it. Raises ValueError for anything else."""
+    kind, _, text = drawing.partition(",")
+    if kind != "data:image/png;base64":
+        raise ValueError("open a picture, and paint over what is to be filled")
+    return base64.b64decode(text, validate=True)
+
+
 def build_page(
     painters: dict[str, "Painter"],
     problems: dict[str, str],
@@ -389,7 +409,7 @@ def build_page(
     folder: Path,
     here: Counter[str],
 ) -> "gradio.Blocks":
-    """Return the page with its two tabs. problems: by tab, the HTML of why its model could not be loaded."""
+    """Return the page with its tabs, two a model. problems: by tab, the HTML of why its model could not be loaded."""
     import gradio as gr
 
     with gr.Blocks(title=TITLE, delete_cache=(SECONDS_KEPT // 10, SECONDS_KEPT)) as page:
@@ -403,6 +423,9 @@ def build_page(
                 missing = f"No text-conditional model is loaded: {how} brings one."
                 with gr.Tab(kind.title(), id=kind):
                     gr.Markdown(problems.get(kind, missing), elem_id=f"{kind}-missing")
+        for kind in painters:
+            with gr.Tab(f"Edit by {kind}", id=f"edit-{kind}"):
+                editing_tab(kind, painters[kind], args, folder, here)
     page.max_threads = MOST_OPEN
     return page.queue(max_size=MOST_WAITING, default_concurrency_limit=None, api_open=False)
 
@@ -413,26 +436,15 @@ def drawing_tab(
     """Lay out a tab: what is asked for and the settings at the left, the gallery at the right."""
     import gradio as gr
 
-    from autoregressive.class_names import class_choice
     from autoregressive.demo import MOST_IMAGES
 
     at = settings_for(kind, args)
     kept = (
         {} if args.draw == flags().get_default("draw") else {"draw": args.draw}
     )  # servers of earlier editions take none
-    if kind == "class":
-        choices = [class_choice(i, name) for i, name in enumerate(painter.info.classes)]
-        examples = [choices[i] for i in CLASSES] if len(choices) == 1000 else choices[:8]
-    else:
-        examples = QUICKSTART_PROMPTS if args.quickstart else PROMPTS
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
-            name = f"{kind}-asked"
-            if kind == "class":
-                label = "Class (type to search)"
-                asked = gr.Dropdown(choices, value=examples[0], allow_custom_value=True, label=label, elem_id=name)
-            else:
-                asked = gr.Textbox(examples[0], label="Prompt", lines=2, elem_id=name)
+            asked, examples = question(kind, painter, args, f"{kind}-asked")
             gr.Examples([[example] for example in examples], asked, elem_id=f"{kind}-examples")
             with gr.Row():
                 button = gr.Button("Generate", variant="primary", elem_id=f"{kind}-generate")
@@ -480,6 +492,83 @@ def drawing_tab(
         [gallery, status, seed],
         show_progress="hidden",  # the status has it, and the previews stay to be seen
         api_name=f"draw_{kind}",
+    )
+    stop.click(lambda: "<div class='status'>stopped</div>", None, status, cancels=[click], queue=False)
+
+
+def question(
+    kind: str, painter: "Painter", args: argparse.Namespace, elem_id: str
+) -> "tuple[gradio.Dropdown | gradio.Textbox, list[str]]":
+    """Return the field for a class or a prompt, and examples of it."""
+    import gradio as gr
+
+    from autoregressive.class_names import class_choice
+
+    if kind == "text":
+        examples = QUICKSTART_PROMPTS if args.quickstart else PROMPTS
+        return gr.Textbox(examples[0], label="Prompt", lines=2, elem_id=elem_id), examples
+    choices = [class_choice(i, name) for i, name in enumerate(painter.info.classes)]
+    examples = [choices[i] for i in CLASSES] if len(choices) == 1000 else choices[:8]
+    label = "Class (type to search)"
+    return gr.Dropdown(choices, value=examples[0], allow_custom_value=True, label=label, elem_id=elem_id), examples
+
+
+def editing_tab(kind: str, painter: "Painter", args: argparse.Namespace, folder: Path, here: Counter[str]) -> None:
+    """Lay out a tab in which a brush marks what of a picture is filled. The picture comes as text: the page takes no files."""
+    import gradio as gr
+
+    from autoregressive.demo import MOST_IMAGES
+    from autoregressive.editing import ROUNDS
+    from autoregressive.models.particles import PARTICLES
+
+    at = settings_for(kind, args)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            gr.HTML(
+                html_template=BRUSH_HTML,
+                js_on_load=BRUSH.read_text(),
+                elem_id=f"edit-{kind}-brush",
+                side=painter.info.image_size,
+                gallery=f"{kind}-gallery",
+            )
+            asked, _ = question(kind, painter, args, f"edit-{kind}-asked")
+            with gr.Row():
+                button = gr.Button("Fill", variant="primary", elem_id=f"edit-{kind}-generate")
+                stop = gr.Button("Stop")
+            count = gr.Slider(1, MOST_IMAGES, value=2, step=1, label="Pictures")
+            particles = gr.Slider(
+                1, 64, value=PARTICLES, step=1, label="Particles", info="more fit better, and take longer"
+            )
+            rounds = gr.Slider(1, 8, value=ROUNDS, step=1, label="Rounds", info="times that the hole is drawn")
+            with gr.Row():
+                seed = gr.Number(args.seed, precision=0, minimum=0, maximum=LARGEST_SEED, label="Seed")
+                fresh = gr.Checkbox(args.seed is None, label="A new seed each time")
+            controls = [control(name, value) for name, value in at.items()]
+            drawing = gr.Textbox(visible="hidden")
+        with gr.Column(scale=3, min_width=320):
+            status = gr.HTML(elem_id=f"edit-{kind}-status")
+            gallery = gr.Gallery(
+                show_label=False, columns=4, object_fit="contain", format="png", height="auto", interactive=False,
+                elem_id=f"edit-{kind}-gallery", elem_classes="gallery",
+            )  # fmt: skip
+
+    async def fill(request: gr.Request, picture: str, *values: Any) -> AsyncIterator[tuple[list, str, int]]:
+        if await is_here(here, request):
+            names = ("particles", "rounds", *at)
+            settings = dict(zip(names, values[4:], strict=True))
+            async with aclosing(respond(painter, folder / "pictures", *values[:4], settings, picture or "")) as shown:
+                async for update in shown:
+                    if not here[request.session_hash]:
+                        break
+                    yield update
+
+    click = button.click(
+        fill,
+        [drawing, asked, count, seed, fresh, particles, rounds, *controls],
+        [gallery, status, seed],
+        js=f"(_, ...others) => [document.querySelector('#edit-{kind}-brush canvas').picture(), ...others]",
+        show_progress="hidden",
+        api_name=f"edit_{kind}",
     )
     stop.click(lambda: "<div class='status'>stopped</div>", None, status, cancels=[click], queue=False)
 

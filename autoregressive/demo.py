@@ -76,11 +76,14 @@ class Painter:
             raise ConnectionError(f"{url} is no server of this project: its v1/models lists no such model") from error
         return cls(client, ModelInfo(model["id"], kind, image_size, tokens, num_classes, True, tuple(classes)))
 
-    async def draw(self, asked: object, *, count: int = 1, seed: int = 0, **settings: float) -> AsyncIterator[View]:
+    async def draw(
+        self, asked: object, *, count: int = 1, seed: int = 0, hole: bytes | None = None, **settings: float
+    ) -> AsyncIterator[View]:
         """Draw `count` images of a class or a prompt, with the seeds `seed`, `seed + 1`, …; the last view is complete.
 
         Args:
             asked: a class, as find_class reads it, or a prompt.
+            hole: a PNG whose transparent pixels are to be filled, in place of a whole image.
             settings: fields of the server's requests (SamplingConfig).
 
         Raises:
@@ -97,9 +100,12 @@ class Painter:
             label = find_class(asked, self.info.classes)
             what, body = class_choice(label, self.info.classes[label]), {"class_label": label}
         rows = max(1, round(isqrt(self.info.tokens) / PREVIEWS))
-        body |= {"stream": True, "partial_rows": rows, **settings}
+        if hole is None:
+            body |= {"stream": True, "partial_rows": rows}
+        body |= settings
         began, pictures = time.monotonic(), [Picture(seed + i) for i in range(count)]
-        tasks = [asyncio.create_task(self._image(picture, {**body, "seed": picture.seed})) for picture in pictures]
+        each = [(picture, {**body, "seed": picture.seed}, hole) for picture in pictures]
+        tasks = [asyncio.create_task(self._image(*one)) for one in each]
         try:
             while True:
                 done, left = await asyncio.wait(
@@ -117,12 +123,26 @@ class Painter:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _image(self, picture: Picture, body: dict[str, Any]) -> None:
+    async def _image(self, picture: Picture, body: dict[str, Any], hole: bytes | None) -> None:
         began = time.monotonic()
-        while wait := await self._try(picture, body):
+        while wait := await (self._try(picture, body) if hole is None else self._try_to_fill(picture, body, hole)):
             picture.waits = True
             await asyncio.sleep(wait)
         picture.seconds = time.monotonic() - began
+
+    async def _try_to_fill(self, picture: Picture, body: dict[str, Any], hole: bytes) -> float:
+        """Have the server fill a picture's hole, as `_try` has it draw one."""
+        fields, files = {name: str(value) for name, value in body.items()}, {"image": ("image.png", hole, "image/png")}
+        timeout = httpx.Timeout(10, read=None)  # it answers when it is done
+        answer = await self.client.post("v1/images/edits", data=fields, files=files, timeout=timeout)
+        if answer.status_code == 429:
+            return max(1.0, float(answer.headers.get("retry-after", 5)))
+        if answer.status_code != 200:
+            raise ValueError(refusal(answer.content))
+        told = answer.json()
+        picture.png, picture.waits = base64.b64decode(told["data"][0]["b64_json"]), False
+        picture.rows, picture.warnings = picture.of_rows, tuple(told["warnings"])
+        return 0
 
     async def _try(self, picture: Picture, body: dict[str, Any]) -> float:
         """Have the server draw the picture. Returns 0, or the seconds after which to ask again where it has no room."""

@@ -1,6 +1,7 @@
 """app.py: its flags, what it loads and what it says where it cannot; its page in a process of its own, under attack and in a browser."""
 
 import asyncio
+import base64
 import json
 import os
 import re
@@ -417,6 +418,25 @@ def test_visitor_gets_pictures_captions_and_a_seed(page):
     assert again != other
 
 
+def test_visitor_fills_a_hole(page, small_files):
+    pipeline = ImagePipeline(load_gpt(small_files.gpt), load_tokenizer(small_files.vq), batch_size=1)
+    picture = pipeline([4], seed=3, progress=False)[0].convert("RGBA")
+    picture.paste((0, 0, 0, 0), (8, 4, 20, 16))
+    file = BytesIO()
+    picture.save(file, "png")
+    text = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    front, settings = asked(count=2, seed=5)[:4], asked()[4:]
+    guest = visitor(page)
+    gallery, status, seed = guest.predict(text, *front, 4, 2, *settings, api_name="/edit_class")
+    assert seed == 5 and "data-done" in status and "particles 4" in gallery[0]["caption"]
+    for i, item in enumerate(gallery):
+        (expected,) = pipeline.edit(picture, None, 3, seed=5 + i, particles=4, cfg_scale=2.0)
+        assert np.array_equal(np.asarray(Image.open(item["image"]["path"]).convert("RGB")), np.asarray(expected))
+    for wrong in ("", "http://elsewhere/a.png", "data:image/png;base64,???", "data:image/png;base64,AAAA"):
+        _, status, _ = guest.predict(wrong, *front, 4, 2, *settings, api_name="/edit_class")
+        assert "class='error'" in status, wrong
+
+
 def test_page_opens_with_a_picture_that_is_drawn_once(page):
     import httpx
 
@@ -456,7 +476,7 @@ def test_page_takes_no_files(page):
     with HTTPServer(("127.0.0.1", 0), Trap) as server, httpx.Client(base_url=page.address, timeout=60) as client:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         before = len(page.temporary_files())
-        large = b"x" * 2**20
+        large = b"x" * (app.MOST_BODY + 1)
         for path in ("upload", "upload?upload_id=x", "component_server", "stream/x", "process_recording", "vibe-edit"):
             answer = client.post(f"/gradio_api/{path}", files={"files": ("a.png", large)})
             assert answer.status_code in (404, 413), (path, answer.status_code)
@@ -627,5 +647,31 @@ def test_the_page_in_a_browser(page, browser):
         error = wait(browser, f"#{kind}-status .error")
         assert message in error.text
         assert "Traceback" not in browser.page_source
+    if "SCREENSHOT" in os.environ:
+        browser.save_screenshot(os.environ["SCREENSHOT"])
+
+
+@pytest.mark.timeout(300)
+def test_brush_in_a_browser_fills_what_it_painted_over(page, browser):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    browser.get(page.address)
+    wait(browser, "#class-status [data-done]")
+    (opening,) = pictures(browser, "class")
+    wait(browser, "button[role=tab]:nth-of-type(3)").click()
+    canvas = wait(browser, "#edit-class-brush canvas")
+    wait(browser, "#edit-class-generate").click()
+    assert "Open a picture" in wait(browser, "#edit-class-status .error").text
+    wait(browser, "#edit-class-brush .take").click()
+    alpha = "return document.querySelector('#edit-class-brush canvas').picture().length"
+    WebDriverWait(browser, 20).until(lambda _: browser.execute_script(alpha) > 100)
+    ActionChains(browser).move_to_element(canvas).click_and_hold().move_by_offset(40, 0).release().perform()
+    browser.execute_script("document.querySelectorAll('[data-done]').forEach(e => e.removeAttribute('data-done'))")
+    wait(browser, "#edit-class-generate").click()
+    wait(browser, "#edit-class-status [data-done]")
+    WebDriverWait(browser, 20).until(lambda _: len(pictures(browser, "edit-class")) == 2)
+    for filled in pictures(browser, "edit-class"):
+        assert np.array_equal(filled[:8], opening[:8]) and not np.array_equal(filled, opening)
     if "SCREENSHOT" in os.environ:
         browser.save_screenshot(os.environ["SCREENSHOT"])

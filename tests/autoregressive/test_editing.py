@@ -6,9 +6,15 @@ import torch
 from PIL import Image
 
 from autoregressive.editing import continued, feathered, hole_in, next_window
-from autoregressive.pipeline import ImagePipeline
+from autoregressive.models.build import build_model
+from autoregressive.models.trunk import ModelArgs
+from autoregressive.pipeline import ImagePipeline, load_gpt
+from tests.helpers import randomize
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:the effective sample size"),
+]
 
 BOX = (8, 4, 20, 16)
 
@@ -37,6 +43,21 @@ def test_edit_keeps_the_pixels_outside_the_hole_and_its_feather(pipeline, pictur
     far[BOX[1] - unit // 2 : BOX[3] + unit // 2, BOX[0] - unit // 2 : BOX[2] + unit // 2] = False
     assert np.array_equal(edited[far], np.asarray(picture)[far])
     assert not np.array_equal(edited, np.asarray(picture))
+
+
+@pytest.mark.parametrize("name", ["par", "nar", "lpd"])
+def test_models_of_other_layouts_edit_and_extend(name, small_files, pipeline, picture):
+    if name == "lpd":
+        shape = {"trunk": "lpd", "dim": 16, "n_layer": 1, "n_head": 1, "ffn_width": 32, "num_classes": 10}
+        gpt = randomize(build_model(ModelArgs(**shape, vocab_size=64, block_size=64)))
+    else:
+        gpt = load_gpt(getattr(small_files, name), image_size=32, downsample_size=4)
+    other = ImagePipeline(gpt, pipeline.tokenizer)
+    edited = other.edit(picture, None, 2, box=BOX, particles=4, cfg_scale=2.0)[0]
+    assert edited.crop((0, 20, 32, 32)).tobytes() == picture.crop((0, 20, 32, 32)).tobytes()
+    assert edited.info["particles"] == (1 if name == "lpd" else 4)
+    wide = other.extend(picture, 2, right=8, particles=2)[0]
+    assert wide.size == (40, 32) and wide.crop((0, 0, 32, 32)).tobytes() == picture.tobytes()
 
 
 def test_edit_without_keeping_pixels_is_the_model_s_own_decoding(pipeline, picture):
@@ -83,6 +104,7 @@ def test_edits_are_the_same_in_every_batch(small_files, pipeline, picture):
     assert len({image.tobytes() for image in several}) > 1
 
 
+@pytest.mark.filterwarnings("default:the effective sample size")
 def test_edit_tells_of_the_luck_of_one_particle(pipeline, picture):
     with pytest.warns(UserWarning, match=r"effective sample size is 1\.\d of 4 particles"):
         images = [

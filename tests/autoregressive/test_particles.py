@@ -110,9 +110,9 @@ def test_guidance_and_filters_have_the_target_that_is_told():
     assert abs(ratio.mean() - 1) < 3 * ratio.std() / runs**0.5
 
 
-def call(name: str, rng: random.Random, batch: int):
+def call(name: str, rng: random.Random, batch: int, dtype: torch.dtype = torch.float32):
     """Return a model, conditions and settings of a random call, known tokens with one hole among them."""
-    model = tiny(**LAYOUTS[name], seed=rng.randrange(99))
+    model = tiny(**LAYOUTS[name], seed=rng.randrange(99)).to(dtype)
     condition, settings = asked(rng, model, batch)
     settings = {key: value for key, value in settings.items() if key not in ("noise", "known", "draw")}
     known = torch.randint(24, (batch, model.layout.tokens), generator=torch.Generator().manual_seed(rng.randrange(99)))
@@ -133,11 +133,12 @@ def equal(one, other, images=slice(None)) -> bool:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "large"])
-def test_image_is_the_same_in_every_batch_and_window(name):
-    rng = random.Random(name)
+def test_image_is_the_same_in_every_batch_and_window(name, dtype):
+    rng = random.Random(f"{name} {dtype}")
     for particles in (1, 5):
-        model, condition, known, settings = call(name, rng, 3)
+        model, condition, known, settings = call(name, rng, 3, dtype)
         images = [(1, 4), (2**40, 0), (1, -3)]
         whole = fill(model, condition, known, images, particles=particles, **settings)
         assert torch.equal(whole.tokens[known >= 0], known[known >= 0])
