@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autoregressive.models.build import build_model
-from autoregressive.models.conditions import Condition
+from autoregressive.models.conditions import Condition, ControlImage
 from autoregressive.models.decode_step import can_compile
 from autoregressive.models.generate import check_draft_model, generate, image_order, known_first
 from autoregressive.models.layouts import Layout
@@ -37,7 +37,7 @@ from autoregressive.models.on_cpu import missing_rows
 from autoregressive.models.particles import PARTICLES, Filled, fill
 from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
 from autoregressive.models.trunk import ModelArgs, Trunk
-from autoregressive.released import find_identity, flags_of, gpt_identity, released_tokenizer
+from autoregressive.released import find_identity, flags_of, gpt_identity, named_as, released_tokenizer
 from autoregressive.request import Request
 from tokenizer.base import Tokenizer
 from tokenizer.load import find_tokenizer, load_tokenizer
@@ -45,7 +45,7 @@ from utils.checkpoint import has_averages, load_into, read_checkpoint
 from utils.distributed import pick_device
 from utils.errors import is_out_of_memory
 from utils.hub import is_released
-from utils.images import to_uint8
+from utils.images import open_picture, to_uint8
 from utils.origin import same_tokenizer
 from utils.overlap import one_behind
 from utils.rng import image_noise, order_seed
@@ -85,7 +85,7 @@ def load_gpt(
     identity = gpt_identity(checkpoint, image_size=image_size, downsample_size=downsample_size, **flags)
     with torch.device("meta"):
         model = build_model(ModelArgs.from_identity(identity))
-    load_into(model, model.resized(checkpoint.model), path, assign=True)
+    load_into(model, model.resized(named_as(model.state_dict(), checkpoint.model)), path, assign=True)
     model.file_config = checkpoint.config
     # The model alone holds the weights now: each tensor that is cast or moved gives the memory of the old one back, and what
     # else the file has (an optimizer, averaged weights) goes at once.
@@ -139,6 +139,9 @@ class TextEncoder(Protocol):
 
 Features = Tensor | np.ndarray | str | Path
 """A caption's features (length, caption_dim) or (1, length, caption_dim), or the .npy file that has them."""
+
+Picture = Image.Image | str | Path | Tensor
+"""A picture, its file, or uint8 pixels (3, H, W) of the model's size."""
 
 OnStep = Callable[[int, Tensor], None]
 """Called after each pass with the number of tokens done and the tokens (B, N) in the layout's order; later ones are drafts."""
@@ -356,7 +359,9 @@ class ImagePipeline:
         negative_classes: int | Sequence[int | None] | None = None,
         negative_prompts: str | Sequence[str | None] | None = None,
         negative_features: Features | Sequence[Features | None] | None = None,
-        extra_conditions: Mapping[str, Tensor] | None = None,
+        extra_conditions: Mapping[str, Sequence] | None = None,
+        control_images: Picture | Sequence[Picture] | None = None,
+        control_type: str | None = None,
         **sampling,
     ) -> list[Request]:
         """Return a request for each label or prompt.
@@ -372,6 +377,8 @@ class ImagePipeline:
             negative_classes, negative_prompts, negative_features: what guidance leads away from, in place of "no class" or
                 "no caption": one for all images, or one for each, None (or a blank prompt) for none.
             extra_conditions: values (images, …) of the model's further conditions, by name.
+            control_images: pictures or their files, one for all images or one for each, of models with control images.
+            control_type: kind of control that is made of them, where that is not the model's (conditions/control.py).
             sampling: the fields of SamplingConfig.
 
         Raises:
@@ -389,7 +396,7 @@ class ImagePipeline:
         if negative_features is not None:
             negatives = list(map(_feature_file, negatives))
         first, config = next(iter(self.gpt.conditions)), SamplingConfig(**sampling)
-        columns = {first: values, **(extra_conditions or {})}
+        columns = {first: values, **(extra_conditions or {}), **control_column(control_images, control_type, count)}
         others = {
             "image numbers": numbers,
             "negatives": negatives,
@@ -711,6 +718,24 @@ def _decode_so_many(
     return np.concatenate(arrays)
 
 
+def control_column(
+    pictures: Picture | Sequence[Picture] | None, kind: str | None, count: int
+) -> dict[str, list[ControlImage]]:
+    """Return the control images of `count` images by the name of their condition; nothing where none are given."""
+    if pictures is None:
+        if kind is not None:
+            raise ValueError(f"--control-type {kind} is of a control image: give --control-image too")
+        return {}
+    if isinstance(pictures, str | Path | Image.Image):
+        return {"control": [control_of(pictures, kind)] * count}
+    return {"control": [control_of(picture, kind) for picture in pictures]}
+
+
+def control_of(picture: Picture, kind: str | None = None) -> ControlImage:
+    """Return a picture, or that of a file, as a control image. Raises FileNotFoundError, ValueError for what is no picture."""
+    return ControlImage(open_picture(picture) if isinstance(picture, str | Path) else picture, kind)
+
+
 def as_list(asked: Any) -> list:
     """Return the items of a list, an array or a tensor."""
     if isinstance(asked, str | Path) or not (hasattr(asked, "__len__") and hasattr(asked, "__getitem__")):
@@ -735,7 +760,7 @@ def repeated(asked: Any, settings: Mapping[str, Any], times: int) -> tuple[list 
 
     lists = {"features"} | {
         name
-        for name in ("negative_classes", "negative_prompts", "negative_features")
+        for name in ("negative_classes", "negative_prompts", "negative_features", "control_images")
         if isinstance(settings.get(name), list | tuple)
     }
     found = {name: repeat(value) if name in lists and value is not None else value for name, value in settings.items()}

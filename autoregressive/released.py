@@ -10,7 +10,7 @@ tree looks at the names or shapes of a GPT's weights.
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -167,10 +167,78 @@ def lpd_identity(state: State, path: str | Path, n_head: int | None = None) -> d
     }
 
 
+CONTROL_MLP = "adapter_mlp.fc1.weight"
+CONTROL_PARTS = ("adapter.", "adapter_mlp.", "condition_mlp.", "condition_layers.")
+OWN_CONTROL = "extra_conditions.control."
+NEVER_USED = ("condition_embeddings.weight", "condition_norm.weight", "condition_mlp.uncond_embedding")
+# What release 5 of transformers calls weights of an encoder for what release 4 did, in the order of replacing.
+NEWER_NAMES = {
+    "encoder.layer.": "layers.",
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+ENCODER_HEADS = {384: 6, 768: 12, 1024: 16}
+
+
+def controlar_identity(state: State, path: str | Path, n_head: int | None = None) -> dict[str, Any]:
+    """Read the identity of a GPT of ControlAR: LlamaGen's and its control, whose kind the file's name tells. As llamagen_identity.
+
+    Without the encoder's weights it is a model of features.
+    """
+    own = {name: tensor for name, tensor in state.items() if not name.startswith(CONTROL_PARTS)}
+    identity = llamagen_identity(own, path, n_head)
+    kinds = {"depth": "depth", "hed": "hed", "seg": "seg", "lineart": "lineart"}
+    kind = next((kind for word, kind in kinds.items() if word in Path(path).name), "canny")
+    control: dict[str, Any] = {"encoder": None, "width": state[CONTROL_MLP].shape[1], "kind": kind}
+    start = "adapter.model."
+    encoder = {common_name(name.removeprefix(start)): state[name] for name in state if name.startswith(start)}
+    if "embeddings.patch_embeddings.projection.weight" in encoder:
+        width, _, _, patch = encoder["embeddings.patch_embeddings.projection.weight"].shape
+        control |= {
+            "encoder": "dinov2" if "layers.0.layer_scale1.lambda1" in encoder else "vit",
+            "layers": last_block(encoder) + 1,
+            "heads": ENCODER_HEADS.get(width, max(width // 64, 1)),
+            "positions": isqrt(encoder["embeddings.position_embeddings"].shape[1] - 1),
+            "patch": patch,
+        }
+    layout = identity["layout"]
+    if NEVER_USED[2] in state:  # it has a row for each token
+        layout = {**layout, "grid_size": isqrt(len(state[NEVER_USED[2]]))}
+    return {**identity, "layout": layout, "conditions": {**identity["conditions"], "control": control}}
+
+
+def common_name(name: str) -> str:
+    """Return one name for what releases 4 and 5 of transformers call a weight of an encoder."""
+    for before, now in NEWER_NAMES.items():
+        name = name.replace(before, now)
+    return name
+
+
+def named_as(own: Iterable[str], state: State) -> dict[str, torch.Tensor]:
+    """Return weights by the names that a model's state dict has (`own`); others keep theirs.
+
+    So a ControlAR's file fits, and an encoder that another release of transformers named. What ControlAR never uses is left out.
+    """
+    names = {common_name(name): name for name in own}
+    found = {}
+    for name, tensor in state.items():
+        if CONTROL_MLP in state:
+            if name in NEVER_USED or ".mask_token" in name or ".pooler." in name:
+                continue
+            name = OWN_CONTROL + name if name.startswith(CONTROL_PARTS) else name
+        found[names.get(common_name(name), name)] = tensor
+    return found
+
+
 Recogniser = Callable[[State], bool]
 IdentityOf = Callable[[State, str | Path, int | None], dict[str, Any]]
 # For each released system its recogniser of keys, and the function from a state dict (and heads) to an identity.
 PUBLISHED: list[tuple[Recogniser, IdentityOf]] = [
+    (lambda state: CONTROL_MLP in state, controlar_identity),
     (lambda state: "target_aware_pos_embed" in state, rar_identity),
     (lambda state: BELOW_HEAD in state, nar_identity),
     (lambda state: {"fake_latent", "mask_token"} <= state.keys(), lpd_identity),
@@ -223,6 +291,10 @@ def gpt_identity(
     _require_registered(identity, checkpoint)
     if TRUNKS[identity["model"]["trunk"]].resizes and image_size:
         identity, image_size = _resized(identity, path, image_size, downsample_size or 16), None
+    if image_size and "control" in identity["conditions"] and "_MR" in Path(path).name:  # of several resolutions
+        side, layout = image_size // (downsample_size or 16), identity["layout"]
+        model = {**identity["model"], "rope_grid": layout.get("grid_size", side)}
+        identity, image_size = {**identity, "model": model, "layout": {**layout, "grid_size": side}}, None
     check_flags(identity, checkpoint, image_size=image_size, downsample_size=downsample_size, **flags)
     if identity["model"]["n_head"] is None:
         own = {name: size for name, size in GPT_SIZES.items() if size.trunk == identity["model"]["trunk"]}

@@ -48,6 +48,11 @@ class Request:
             known, asked = (", ".join(names) or "none" for names in (conditions, {**self.conditions, **self.negative}))
             raise ValueError(f"the model takes the conditions {known}; given were {asked}")
         require_guidance(self.sampling, self.negative)
+        if self.sampling.control_strength != 1 and conditions and all(each.rows for each in conditions.values()):
+            raise ValueError(
+                f"--control-strength {self.sampling.control_strength:g} is for models with control images; this one takes "
+                f"{', '.join(conditions)}: leave it out"
+            )
         for name, number in (("seed", self.seed), ("index", self.index)):
             if isinstance(number, bool) or not isinstance(number, int) or not -(2**63) <= number < 2**63:
                 raise ValueError(f"{name} must be a whole number of 64 bits, got {shorten(number)}")

@@ -175,6 +175,7 @@ SEED = Number(int, least=-(2**63), most=2**63 - 1)
 PORT = Number(int, least=0, most=2**16 - 1)
 # Guidance is off at 1 and below; published command lines also write 0 or -1 for that.
 CFG_SCALE = Number(float, least=-1)
+CONTROL_TYPES = ("canny", "seg", "depth", "hed", "lineart")  # of control images (ControlAR)
 
 
 def colour(text: str) -> str:

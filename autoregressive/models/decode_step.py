@@ -224,7 +224,7 @@ class DecodeState:
     numbers: config.numbers of each image, float32 (B, 2). groups: settings and the images whose operations on logits they
     fix. spread: float32 (B, N + 1), that of the logits each token was drawn from.
     guided: bool (B, N + 1). scales: float32 (B, N + 1), those of guidance. known: int64 (B, N + 1), tokens that are not drawn but given, -1 elsewhere. added: (samples of the
-    cache, N + 1, dim), what is added to the row that predicts each token; None for a model without such conditions. All in the
+    cache, N + 1, Trunk.added_width), what is added to the row that predicts each token; None for a model without such conditions. All in the
     layout's order. context: (samples of the cache, dim), what Trunk.context made of the conditions; None where there is none.
     orders: int64 (B, N), the raster index at each sequence position of each image; `ordered` where these are not the layout's.
     likelihood: float32 (B, N + 1), the log-probability of each token in the unfiltered distribution, where it `weighs`.
@@ -255,7 +255,7 @@ class DecodeState:
         self.added: Tensor | None = None
         if any(not condition.rows for condition in model.conditions.values()):
             assert self.steps.readers is None, "a condition per token needs a row for each token drawn"
-            shape = len(self.seen), layout.tokens + 1, model.args.dim
+            shape = len(self.seen), layout.tokens + 1, model.added_width
             self.added = torch.zeros(shape, dtype=cache.keys[0].dtype, device=device)
         dtype = model.tok_embeddings.weight.dtype
         self.context = (
@@ -276,7 +276,7 @@ class DecodeState:
         """Set out for new images.
 
         noise: (B, N), or as much as is needed of it. prefix_mask: (R, T), nonzero where the condition row is real.
-        known, added: (B, N) and (R, N, dim) in raster order. orders: (B, N), the layout's where not given.
+        known, added: (B, N) and (R, N, added_width) in raster order; added counts control_strength times. orders: (B, N), the layout's where not given.
         """
         self.groups, self.drafter = [(plan.config, slice(None))], drafter or draft_from_last
         self.ordered = orders is not None
@@ -286,7 +286,7 @@ class DecodeState:
             self.known[:, :-1].copy_(known.gather(1, self.orders))
         if self.added is not None and added is not None:
             at = both(self.orders, len(added) // self.batch)[..., None].expand_as(added)
-            self.added[: len(added), :-1] = added.gather(1, at).to(self.added.dtype)
+            self.added[: len(added), :-1] = added.gather(1, at) * plan.config.control_strength
         if plan.window:
             self.limits.copy_(torch.tensor(plan.window.limits))
             self.guided.copy_(self.guided_tokens(plan.layout, plan.config))
@@ -434,8 +434,8 @@ def decode_rows(
     added: Tensor | None = None,
 ) -> Tensor:
     """Compute the model's part of a pass: tokens (R, s), or what stands in their place, to logits (R, outputs, V)."""
-    h = model.embed(tokens, vectors, queries)
-    h = h if added is None else h + added
+    h, before_blocks = model.split_added(model.embed(tokens, vectors, queries), added)
+    rows = Rows(rows.cache, rows.positions, rows.length, rows.layout, rows.orders, rows.context, before_blocks)
     return model.logits(model.decode(h, rows, mask, causal=False), reads)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive.models import decode_step
@@ -408,9 +409,10 @@ def prefill(model: Trunk, conditions: Tensor, state: DecodeState, emb_masks: Ten
     Returns the logits of the first tokens, float32 (R, first, V).
     """
     layout, step = state.layout, state.layout.passes[0]
-    h = conditions.to(model.tok_embeddings.weight.dtype)
-    if state.added is not None:
-        h = torch.cat([h[:, :-1], h[:, -1:] + state.added[: len(h), :1].to(h.dtype)], dim=1)
+    h, added = conditions.to(model.tok_embeddings.weight.dtype), state.added
+    if added is not None:  # to the last row, which predicts the first token
+        added = F.pad(added[: len(h), :1], (0, 0, h.shape[1] - 1, 0))
+    h, before_blocks = model.split_added(h, added)
     mask = None if emb_masks is None else model.attention_mask(h.shape[1], emb_masks, h.device, layout)
     if step.queries:
         assert mask is None, "no trunk has both captions and queries"
@@ -422,6 +424,6 @@ def prefill(model: Trunk, conditions: Tensor, state: DecodeState, emb_masks: Ten
     if state.context is not None and context is not None:
         state.context[: len(h)] = context
     positions = torch.arange(rows, device=h.device).expand(len(h), -1)
-    h = model.decode(h, state.rows(positions, rows), mask, causal=mask is None)
+    h = model.decode(h, replace(state.rows(positions, rows), added=before_blocks), mask, causal=mask is None)
     reads = None if step.reads is None else torch.tensor(step.reads, device=h.device).expand(len(h), -1, -1, -1)
     return decode_step.in_order(model.logits(h, reads), state.batch)

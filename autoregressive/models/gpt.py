@@ -121,11 +121,16 @@ class SpecialTokens(nn.Module):
 class Transformer(Trunk):
     """The Llama architecture: RMSNorm, SwiGLU and 2D RoPE."""
 
-    settings = ("rope_base", "norm_eps", "target_positions")
-    most_heads = 2
+    settings = ("rope_base", "norm_eps", "target_positions", "rope_grid")
+    most_heads, adds_before_blocks = 2, True
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)
+        if args.rope_grid and args.rope_grid < self.layout.grid_size:
+            raise ValueError(
+                f"the rotary table of {args.rope_grid}x{args.rope_grid} tokens has no places for {self.layout.grid_size}x"
+                f"{self.layout.grid_size}: give a smaller --image-size"
+            )
         per_token = [name for name, condition in self.conditions.items() if not condition.rows]
         if args.target_positions:
             per_token.append("the place of --random-orders")
@@ -193,7 +198,8 @@ class Transformer(Trunk):
         layout = layout or self.layout
         if (layout, device) not in self._rope:
             with torch.inference_mode(False):  # kept for training too, whoever asks first
-                table = rope_table_2d(layout.rope_grid, self.args.dim // self.args.n_head, self.args.rope_base)
+                side = self.args.rope_grid or layout.rope_grid
+                table = rope_table_2d(side, self.args.dim // self.args.n_head, self.args.rope_base)
                 self._rope[layout, device] = layout.rope_rows(table).to(device)
         return self._rope[layout, device]
 
@@ -239,6 +245,8 @@ class Transformer(Trunk):
                 h = h + 0 * self.target_embeddings.weight[0]  # a gradient of zeros, which DDP waits for
         exits = []
         for number, layer in enumerate(self.layers, start=1):
+            if rows.added is not None and number - 1 in rows.added:
+                h = h + rows.added[number - 1]
             h = layer(h, rope, mask, causal, rows if rows.cache is not None else None)
             if number >= self.args.n_layer:
                 exits.append(h)

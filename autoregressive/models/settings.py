@@ -76,6 +76,13 @@ class SamplingConfig:
         -1, "cells that tokens of one step keep apart in an LPD's order, -1 for its own", least=-1, served=(-1, 1000)
     )
 
+    control_strength: float = setting(
+        1.0,
+        "how much control images, and other conditions of single tokens, count: 0 for not at all",
+        least=0,
+        served=(0, 100),
+    )
+
     def __post_init__(self) -> None:
         for each in fields(self):
             value, choices = getattr(self, each.name), each.metadata.get("choices")
@@ -97,6 +104,8 @@ class SamplingConfig:
             raise ValueError(f"--cfg-scale must be a number (1 or less: no guidance), got {self.cfg_scale}")
         if not (isfinite(self.cfg_power) and self.cfg_power >= 0):
             raise ValueError(f"--cfg-power must be 0 or more, got {self.cfg_power}")
+        if not (isfinite(self.control_strength) and self.control_strength >= 0):
+            raise ValueError(f"--control-strength must be 0 or more, got {self.control_strength}")
         if isnan(self.cfg_interval):
             raise ValueError("--cfg-interval must be a decode step, or -1 to guide all of them, got nan")
 

@@ -31,6 +31,9 @@ Conditions = Tensor | Mapping[str, Tensor]
 
 TRUNKS: Registry["type[Trunk]"] = Registry("trunk")
 
+EMBEDDING = -1
+"""Number of the block before which conditions are added to the embeddings of the rows, ahead of their dropout."""
+
 
 def register_trunk(name: str) -> Callable[[type["Trunk"]], Any]:
     """Register a subclass of Trunk under a name, as a decorator."""
@@ -51,6 +54,8 @@ class ModelArgs:
     layout, {"name": …, and its settings}. extra_conditions: settings of further conditions by their registered names.
     target_positions: whether a llama has an embedding of the place of the token that a row predicts, for orders that differ
     from sample to sample. ffn_width: hidden width of the feed-forward layer, in place of the rule of multiple_of and ffn_dim_multiplier.
+    rope_grid: tokens a side of the grid whose rotary table a llama reads by the number of a token, where that is another one
+    than the image's (ControlAR's models of several resolutions).
     """
 
     dim: int = 4096
@@ -83,6 +88,7 @@ class ModelArgs:
     trunk: str = "llama"
     target_positions: bool = False
     ffn_width: int | None = None
+    rope_grid: int | None = None
     layout: Mapping[str, Any] | None = None
     extra_conditions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -153,7 +159,10 @@ class ModelArgs:
         names = ("dim", "n_layer", "n_head", "n_kv_head", "ffn_dim", "vocab_size", *TRUNKS[self.trunk].settings)
         numbers = {name: getattr(self, name) for name in names}
         return {
-            "model": {"trunk": self.trunk, **{name: value for name, value in numbers.items() if value is not False}},
+            "model": {
+                "trunk": self.trunk,
+                **{name: value for name, value in numbers.items() if value is not False and value is not None},
+            },
             "layout": {**self.layout_config, "grid_size": isqrt(self.block_size)},
             "conditions": {name: dict(settings) for name, settings in self.conditions.items()},
         }
@@ -192,6 +201,7 @@ class Rows:
         layout: the layout of the call; None for the model's own.
         orders: int64 (B, N), the raster index at each sequence position of each sample; None for the layout's order.
         context: (B, dim), what Trunk.context made of the conditions.
+        added: (B, s, dim) by block, what conditions add to the rows before it.
     """
 
     cache: StaticCache | None
@@ -200,6 +210,7 @@ class Rows:
     layout: Layout | None = None
     orders: Tensor | None = None
     context: Tensor | None = None
+    added: Mapping[int, Tensor] | None = None
 
 
 def attend(
@@ -266,9 +277,14 @@ class Trunk(nn.Module):
     most_heads: ClassVar[int] = 1
     """Heads that a layout may have its tokens read by."""
 
+    adds_before_blocks: ClassVar[bool] = False
+    """Whether `decode` adds what Rows.added has."""
+
     any_order = False
     """Whether the model reads tokens in orders that differ from sample to sample."""
 
+    added_at: list[int]
+    """Blocks before which conditions are added to rows, in order; EMBEDDING for the embeddings of the rows."""
     layers: Any
     """Blocks, an nn.ModuleList: what is compiled, sharded and recomputed one by one."""
     tok_embeddings: Any
@@ -288,6 +304,15 @@ class Trunk(nn.Module):
         self.extra_conditions: nn.ModuleDict = nn.ModuleDict(
             {name: CONDITIONS[name](args.dim, grid_size, **settings) for name, settings in others}
         )
+        added = [condition for condition in self.conditions.values() if not condition.rows]
+        for condition in added:
+            condition.place(args.n_layer)
+        self.added_at = sorted({block for condition in added for block in condition.blocks or (EMBEDDING,)})
+        if self.added_at not in ([], [EMBEDDING]) and not self.adds_before_blocks:
+            raise ValueError(
+                f"the trunk {args.trunk!r} has no conditions that are added before its blocks: give a --gpt-model of another "
+                "trunk"
+            )
         prefix = sum(condition.rows for condition in self.conditions.values())
         self.layout = build_layout(args.layout_config, grid_size, prefix)
         if self.layout.heads > self.most_heads:
@@ -485,16 +510,38 @@ class Trunk(nn.Module):
         """Embed the conditions: the rows before the tokens (B, prefix, dim), and what is added per token or None.
 
         cond: values by name, (B, …) each. drop: bool (B,), whose conditions are dropped; drawn here in training where not
-        given. The second is (B, N, dim) in raster order.
+        given. The second is (B, N, added_width) in raster order, see `split_added`.
         """
         values = self.as_conditions(cond)
         first = next(iter(values.values()))
         if drop is None and self.training and self.args.class_dropout_prob > 0:
             drop = torch.rand(len(first), device=first.device) < self.args.class_dropout_prob
-        rows, added = [], []
+        rows: list[Tensor] = []
+        added: dict[int, Tensor] = {}
         for name, condition in self.conditions.items():
-            (rows if condition.rows else added).append(self.embed_condition(name, values[name], drop))
-        return torch.cat(rows, dim=1), sum(added[1:], added[0]) if added else None
+            embedded = self.embed_condition(name, values[name], drop)
+            if condition.rows:
+                rows.append(embedded)
+                continue
+            for block, part in zip(condition.blocks or (EMBEDDING,), embedded.split(self.args.dim, -1), strict=True):
+                added[block] = added[block] + part if block in added else part
+        return torch.cat(rows, dim=1), torch.cat([added[block] for block in self.added_at], -1) if added else None
+
+    @property
+    def added_width(self) -> int:
+        """Numbers that conditions add per token, dim for each of `added_at`."""
+        return len(self.added_at) * self.args.dim
+
+    def split_added(self, h: Tensor, added: Tensor | None) -> tuple[Tensor, dict[int, Tensor] | None]:
+        """Add to embedded rows h (B, s, dim) what belongs there of (B, s, added_width).
+
+        Returns the rows, and what is added before each block, by its number; None for nothing.
+        """
+        if added is None:
+            return h, None
+        parts = dict(zip(self.added_at, added.to(h.dtype).split(self.args.dim, -1)))
+        first = parts.pop(EMBEDDING, None)
+        return h if first is None else h + first, parts or None
 
     def attention_mask(
         self, rows: int, prefix_mask: Tensor | None, device: torch.device, layout: Layout | None = None
@@ -541,7 +588,8 @@ class Trunk(nn.Module):
         h = torch.cat([part.to(tokens.dtype) for part in parts], dim=1)  # (B, rows, dim)
         reads = layout.read_rows(rows)
         if added is not None:
-            h = h + self.added_to_rows(added, layout, orders, reads, rows).to(h.dtype)
+            added = self.added_to_rows(added, layout, orders, reads, rows)
+        h, before_blocks = self.split_added(h, added)
         h = self.tok_dropout(h)
         mask = self.attention_mask(rows, prefix_mask, h.device, layout)
         if mask is not None:
@@ -552,14 +600,14 @@ class Trunk(nn.Module):
         positions = torch.arange(rows, device=h.device)
         if not all(layout.kept[:rows]):
             positions = torch.tensor(layout.cache_places[:rows], device=h.device)
-        places = Rows(None, positions, rows, layout, orders, self.context(conditions))
+        places = Rows(None, positions, rows, layout, orders, self.context(conditions), before_blocks)
         h = self.decode(h, places, mask, causal=mask is None)
         return self.read(h, layout, rows)
 
     def added_to_rows(
         self, added: Tensor, layout: Layout, orders: Tensor | None, reads: slice | list[int], rows: int
     ) -> Tensor:
-        """Put what is added per token (B, N, dim, raster order) at the rows that predict the tokens. Returns (B, rows, dim)."""
+        """Put what is added per token (B, N, width, raster order) at the rows that predict the tokens. Returns (B, rows, width)."""
         if orders is None:
             added = added[:, layout.order.to(added.device)]
         else:

@@ -17,7 +17,7 @@ import torch
 from autoregressive.class_names import class_choice, class_names, find_class
 from autoregressive.models.decode_step import can_compile
 from autoregressive.models.trunk import Trunk
-from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_gpt, tokenizer_of
+from autoregressive.pipeline import PRECISIONS, ImagePipeline, control_column, load_gpt, tokenizer_of
 from autoregressive.quantization import quantize, require_torchao
 from autoregressive.released import flags_of
 from autoregressive.request import Request
@@ -32,6 +32,7 @@ from utils.runs import find_checkpoint, newest_checkpoint
 IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]
 # On a CPU, where that takes longer than drawing some images does.
 IMAGES_WORTH_COMPILING = 5000
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def condition_files(args: argparse.Namespace) -> dict[str, Path]:
@@ -42,9 +43,22 @@ def condition_files(args: argparse.Namespace) -> dict[str, Path]:
     return {name: Path(file) for name, _, file in named}
 
 
-def extra_conditions(args: argparse.Namespace, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+def control_files(args: argparse.Namespace) -> list[Path]:
+    """Return the files of --control-image. Raises FileNotFoundError for a folder without pictures."""
+    files = []
+    for place in map(Path, args.control_image or ()):
+        inside = (
+            sorted(file for file in place.glob("*") if file.suffix.lower() in PICTURES) if place.is_dir() else [place]
+        )
+        if not inside:
+            raise FileNotFoundError(f"--control-image {place} is a folder without pictures")
+        files += inside
+    return files
+
+
+def extra_conditions(args: argparse.Namespace, numbers: Sequence[int]) -> dict[str, Any]:
     """Read the further conditions of the images with these numbers. Raises FileNotFoundError, ValueError for too few rows."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, file in condition_files(args).items():
         try:
             rows = np.load(file, allow_pickle=False)
@@ -55,7 +69,14 @@ def extra_conditions(args: argparse.Namespace, numbers: Sequence[int]) -> dict[s
                 f"--condition-file {name}={file} has {len(rows)} rows, and image {max(numbers)} is to be drawn"
             )
         found[name] = torch.from_numpy(np.ascontiguousarray(rows[list(numbers)]))
-    return found
+    files = control_files(args)
+    if len(files) > 1 and numbers and max(numbers) >= len(files):
+        raise ValueError(
+            f"--control-image gives {len(files)} pictures, and image {max(numbers)} is to be drawn: give one for all images, "
+            "or one for each"
+        )
+    of_images = [files[number] for number in numbers] if len(files) > 1 else files[0] if files else None
+    return found | control_column(of_images, args.control_type, len(numbers))
 
 
 def class_requests(

@@ -11,6 +11,7 @@ from autoregressive.models.sizes import GPT_SIZES
 from autoregressive.request import require_guidance
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
+    CONTROL_TYPES,
     RESULTS,
     SEED,
     Flags,
@@ -47,6 +48,10 @@ def add_sampling_flags(parser: Flags, *, negative: str | None = None, **defaults
         add_flag(group, f"--negative-{negative}", None, None, help)
         help = "values of a further condition, an array whose row i is image i's; repeatable (docs/extending.md)"
         group.add_argument("--condition-file", action="append", default=None, metavar="NAME=FILE.npy", help=help)
+        help = "pictures to draw by, of models with control images: one for all images, one for each, or a folder of them in order"
+        group.add_argument("--control-image", nargs="+", default=None, metavar="FILE", help=help)
+        help = "what is taken from them (default: what the model was trained by): canny for edges, else the pictures as they are"
+        add_flag(group, "--control-type", None, None, help, choices=CONTROL_TYPES)
         help = "a JSON list of orders, of which image i takes item i, for models that draw in several orders (docs/sampling.md)"
         add_flag(group, "--order-file", None, None, help)
     for name, field in SamplingConfig.fields().items():

@@ -24,7 +24,7 @@ from autoregressive.models.generate import release_cache
 from autoregressive.models.settings import SamplingConfig
 from autoregressive.pipeline import ImagePipeline
 from autoregressive.request import Request
-from autoregressive.sample.common import condition_files
+from autoregressive.sample.common import condition_files, control_files
 from autoregressive.sample.flags import sampling_config
 from utils.distributed import Distributed, pick_device
 from utils.errors import is_out_of_memory
@@ -66,6 +66,7 @@ def run_settings(
     if args.order_file:
         more["order_file"] = file_identity(Path(args.order_file))
     own = {"gpt_ckpt": file_identity(gpt_path), "vq_ckpt": file_identity(vq_path), "condition_file": files or None}
+    own["control_image"] = [file_identity(file)["content"] for file in control_files(args)] or None
     return {**settings, **own, **more}
 
 

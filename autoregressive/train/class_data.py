@@ -9,6 +9,7 @@ from torch import Tensor
 from autoregressive.models.layouts import Layout
 from autoregressive.models.trunk import Conditions
 from autoregressive.train.contrast import check_contrast
+from autoregressive.train.control import ask_control
 from autoregressive.train.next_patch import PatchSchedule
 from autoregressive.train.recipe import (
     Inputs,
@@ -42,6 +43,7 @@ def train_classes(args: argparse.Namespace) -> None:
         raise ValueError(
             "--scheduler is a learning-rate schedule of its own: leave out --lr-schedule and --warmup-steps"
         )
+    ask_control(args)
     patches = PatchSchedule.from_args(args)
     patches.check_grid(grid)
     check_contrast(args)

@@ -1,10 +1,12 @@
 """Flags that the scripts which train a GPT share, beside those of utils/cli.py."""
 
 import argparse
+from typing import Any
 
 from autoregressive.models.sizes import GPT_SIZES
 from utils.cli import (
     CFG_SCALE,
+    CONTROL_TYPES,
     PORTION,
     PROBABILITY,
     RESULTS,
@@ -16,11 +18,17 @@ from utils.cli import (
     add_switch,
     add_training_flags,
     flag_parser,
+    named_settings,
     nonnegative_float,
     nonnegative_int,
     positive_float,
     positive_int,
 )
+
+
+def encoder_or_name(text: str) -> Any:
+    """Return the settings of an encoder that is drawn anew, or the name of another one: an argparse type."""
+    return named_settings(text) if text.split(",")[0] in ("vit", "dinov2") else text
 
 
 def class_flags(description: str | None, *, sharded: bool = False) -> argparse.ArgumentParser:
@@ -65,6 +73,20 @@ def add_gpt_training_flags(
     parser.add_argument("--condition-path", action="append", default=None, metavar="NAME=FOLDER", help=help)
     help = "the same of the held-out data"
     parser.add_argument("--val-condition-path", action="append", default=None, metavar="NAME=FOLDER", help=help)
+    group = parser.add_argument_group("control images (ControlAR; docs/training.md)")
+    help = (
+        "a folder of control images or their features (tools/make_controls.py); --dataset t2i can do without, for edges"
+    )
+    add_flag(group, "--control-path", None, None, help)
+    add_flag(group, "--val-control-path", None, None, "the same of the held-out data")
+    help = "kind of the control images (default: canny)"
+    add_flag(group, "--control-type", None, None, help, choices=CONTROL_TYPES)
+    help = (
+        "what reads them: a DINOv2 or ViT of transformers, by folder or name, which begins with its weights; or one drawn anew, "
+        "as vit,width=64,layers=2,heads=2"
+    )
+    add_flag(group, "--control-encoder", encoder_or_name, None, help)
+    parser.set_defaults(control_of_images=False)
     help = "what each token is trained by (autoregressive/train/objectives/); held-out losses are the cross-entropy"
     parser.add_argument("--objective", default="cross_entropy", help=help)
     help = "do not torch.compile each block (it is only on CUDA)"

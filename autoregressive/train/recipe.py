@@ -22,6 +22,7 @@ from autoregressive.models.sampling import SamplingConfig
 from autoregressive.models.trunk import Conditions, Trunk
 from autoregressive.released import find_identity, flags_of
 from autoregressive.train.contrast import STEP_FLOPS, Contrast, ContrastLoss, ContrastStep, NegativesOfNext
+from autoregressive.train.control import condition_settings
 from autoregressive.train.evaluation import mean_over, require_readable
 from autoregressive.train.flops import training_flops_per_image
 from autoregressive.train.lora import Lora
@@ -72,8 +73,9 @@ def further_conditions(args: argparse.Namespace, held_out: str | None) -> list[s
         ("condition", args.condition_path),
         ("val-condition", args.val_condition_path if held_out else None),
     ):
-        if sorted(condition_folders(words)) != sorted(names) and (held_out or flag == "condition"):
-            wanted = " ".join(f"--{flag}-path {name}=FOLDER" for name in names) or f"no --{flag}-path"
+        stored = [name for name in names if not (name == "control" and args.control_of_images)]
+        if sorted(condition_folders(words)) != sorted(stored) and (held_out or flag == "condition"):
+            wanted = " ".join(f"--{flag}-path {name}=FOLDER" for name in stored) or f"no --{flag}-path"
             raise ValueError(f"--{flag}-path gives {', '.join(words or ()) or 'nothing'}; this model takes {wanted}")
     return names
 
@@ -150,7 +152,7 @@ def new_model(args: argparse.Namespace, grid: int, **more: object) -> Trunk:
             ar_token_num=ar_token_num or 1,
             layout=args.layout,
             target_positions=any(args.random_orders or ()),
-            extra_conditions={one["name"]: {key: one[key] for key in one if key != "name"} for one in args.condition},
+            extra_conditions=condition_settings(args),
             **more,
         )
 

@@ -6,12 +6,14 @@ initial, note = starting_point(args, dist, model, config)
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from autoregressive.models.trunk import Trunk
 from autoregressive.released import SECOND_EXIT, check_flags, class_table, find_identity, flags_of, with_class_table
+from autoregressive.train.control import whole, with_control
 from utils.checkpoint import Checkpoint, read_checkpoint
 from utils.cli import layout_numbers
 from utils.distributed import Distributed
@@ -40,8 +42,11 @@ def starting_point(
         if getattr(args, flag, None) and not (name and args.finetune) and not (flag == "use_ema" and reference):
             raise ValueError(f"--{flag.replace('_', '-')} needs --{'finetune' if name else 'gpt-ckpt'} too")
     resumed = runs_in(args.results_dir, args.gpt_model)[:1] if args.resume else []
-    if not name or (resumed and resumed[0].checkpoints()):
+    if resumed and resumed[0].checkpoints():
         return None, None
+    if not name:
+        begun, notes = with_control(args, None, model)
+        return begun and replace(begun, config=config), "; ".join(notes) or None
     path = find_checkpoint(name)
     if not args.finetune:
         saved = TrainingState.read(path, dist, whole=False)
@@ -49,6 +54,8 @@ def starting_point(
             raise ValueError(
                 f"{path} is an adapter (--lora-rank): --resume continues its run, --finetune begins with the merged weights"
             )
+        if "control" in model.conditions and "control" not in _conditions(saved):
+            raise ValueError(f"{path} has no control images: give --finetune too, to begin with its weights")
         if before := _other_layout(saved, model):
             raise ValueError(
                 f"{path} is of the layout {before}, and this run of {model.layout.name}: give --layout {before}"
@@ -83,8 +90,9 @@ def starting_point(
     weights.model, before = model.resized(weights.model), weights.model
     if weights.model is not before:
         note.append("its table of places is resized for this image size")
-    weights, notes = _with_target_places(weights, model)
-    note += notes
+    for complete in (_with_target_places, partial(with_control, args)):
+        weights, notes = complete(weights, model)
+        note += notes
     if args.gpt_type == "c2i":
         names = weights.config.get("classes"), config.get("classes")
         table, rows = _class_rows(args.class_rows or "name", class_table(weights.model), model, *names, path)
@@ -109,6 +117,11 @@ def _other_layout(saved: Checkpoint | ShardedCheckpoint, model: Trunk) -> str | 
     return None if name == model.layout.name else name
 
 
+def _conditions(saved: Checkpoint | ShardedCheckpoint) -> Any:
+    """The conditions of a file's model by name."""
+    return find_identity(saved)["conditions"] if isinstance(saved, Checkpoint) else saved.config.get("conditions", {})
+
+
 def _with_target_places(weights: Checkpoint, model: Trunk) -> tuple[Checkpoint, list[str]]:
     """Give weights the places of targets that the model has, and no others. Returns them and lines about it.
 
@@ -121,12 +134,7 @@ def _with_target_places(weights: Checkpoint, model: Trunk) -> tuple[Checkpoint, 
     if own is None:
         note = "its places of targets are left out, since all samples are read in the layout's order"
         return replace(weights, model=others), [note]
-    return replace(weights, model={**others, TARGET_PLACES: _whole(own)}), ["the places of targets begin anew"]
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """Return a copy of a tensor or of all its shards, float32 on the CPU."""
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().float().cpu().clone()
+    return replace(weights, model={**others, TARGET_PLACES: whole(own)}), ["the places of targets begin anew"]
 
 
 def _weights_alone(saved: Checkpoint) -> Checkpoint:
@@ -161,7 +169,7 @@ def _class_rows(
     rows: --class-rows. saved: the file's table. before, now: names of the file's classes and of this run's. The last row,
     of "no class", stays the last.
     """
-    table = class_table({name: _whole(tensor) for name, tensor in model.state_dict().items()})
+    table = class_table({name: whole(tensor) for name, tensor in model.state_dict().items()})
     classes = len(table) - 1
     if rows == "name":
         if not (before and now):

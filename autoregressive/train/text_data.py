@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from autoregressive.models.trunk import Conditions
+from autoregressive.train.control import edges_of
 from autoregressive.train.extraction import encode_views
 from autoregressive.train.loss import share_of_valid
 from autoregressive.train.recipe import Inputs, agreed_tokenizer, further_conditions, model_sizes
@@ -101,7 +102,8 @@ class TextData:
         if not self.on_the_fly:
             return batch
         precision = self.args.mixed_precision if self.args.half_tokenizer else "none"
-        return {**batch, "codes": encode(self.tokenizer, batch["image"], precision)}
+        edges = {"control": edges_of(batch["image"])} if self.args.control_of_images else {}
+        return {**batch, **edges, "codes": encode(self.tokenizer, batch["image"], precision)}
 
     def _require_same_kind(self, fingerprint: str | None) -> None:
         """Raise ValueError where held-out pairs are of another text encoder, or their codes of another tokenizer."""

@@ -32,6 +32,7 @@ from utils.cli import (
 
 
 def main(args: argparse.Namespace) -> None:
+    from autoregressive.train.control import ask_control
     from autoregressive.train.recipe import fit, join, known_model, known_sizes, new_model
     from autoregressive.train.text_data import TextData, check_flags
 
@@ -40,6 +41,7 @@ def main(args: argparse.Namespace) -> None:
     if args.gpt_type != "t2i":
         raise ValueError("train_t2i.py trains text-conditional models; for classes there is train_c2i.py")
     check_flags(args)
+    ask_control(args)
 
     dist, plan = join(args)
     data = TextData(args, dist, resumed=known_model(args))

@@ -334,6 +334,17 @@ def test_two_processes_encode_images_and_draw_pictures(data, tmp_path):
     assert not (run_folder(tmp_path / "one") / "samples").exists()
 
 
+def test_edges_are_drawn_of_the_images_that_are_encoded(data, tmp_path):
+    control = ["--control-type", "canny", "--control-encoder", "vit,width=16,layers=1,heads=2,positions=4"]
+    train(data, tmp_path / "run", *control, "--max-steps", 2, kind="images")
+    conditions = load(last(tmp_path / "run"))["config"]["conditions"]
+    assert [*conditions] == ["caption", "control"] and conditions["control"]["pixels"] == 4
+    with pytest.raises(ValueError, match="--control-path is needed"):
+        train(data, tmp_path, "--control-type", "depth", *control[2:], kind="images")
+    with pytest.raises(ValueError, match="--control-path is needed"):
+        train(data, tmp_path, *control)
+
+
 def test_half_precision_and_stochastic_depth(data, tmp_path):
     flags = ["--mixed-precision", "bf16", "--half-tokenizer", "--drop-path", 0.2, "--max-steps", 3]
     train(data, tmp_path, *flags, kind="images")

@@ -24,6 +24,7 @@ class Condition(nn.Module):
 
     rows = 0  # rows before the tokens; 0 for a condition that is added per token
     text_dim = 0  # numbers of a text feature, where a text encoder makes the values
+    blocks: Sequence[int] = ()  # before which a condition without rows is added; none: to the row's embedding
 
     @property
     def config(self) -> dict[str, Any]:
@@ -51,6 +52,9 @@ class Condition(nn.Module):
         """Return a value of one image to try a model with."""
         raise ValueError(f"{type(self).__name__} has no example value; give the number of images at once")
 
+    def place(self, blocks: int) -> None:
+        """Choose `blocks` in a model of so many blocks. Raises ValueError where they do not fit."""
+
     def check(self, value: Tensor) -> None:
         """Raise ValueError where the value (B, …) is not of this condition."""
 
@@ -63,7 +67,10 @@ class Condition(nn.Module):
         raise NotImplementedError
 
     def embed(self, value: Tensor) -> Tensor:
-        """Return the rows (B, rows, dim); of a condition without rows one row a token in raster order, (B, N, dim)."""
+        """Return the rows (B, rows, dim); of a condition without rows one row a token in raster order, (B, N, dim).
+
+        With `blocks` the rows of each block stand side by side, (B, N, len(blocks) * dim).
+        """
         raise NotImplementedError
 
     def forward(self, value: Tensor, drop: Tensor | None = None) -> Tensor:

@@ -1,0 +1,158 @@
+"""Control images in training: what --control-path, --control-type and --control-encoder ask for (ControlAR, arXiv 2410.02705).
+
+ask_control(args)                                  # the condition "control" among --condition, its data in --condition-path
+weights, notes = with_control(args, weights, model)          # its weights, where a file to begin with has none
+"""
+
+import argparse
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoregressive.models.canny import canny
+from autoregressive.models.conditions.control import PATCHES
+from autoregressive.models.trunk import Trunk
+from autoregressive.released import OWN_CONTROL, common_name, named_as
+from dataset.store import INDEX_FILE, read_record
+from utils.checkpoint import Checkpoint
+
+ENCODER = OWN_CONTROL + "adapter.model."
+UNREAD = ("pooler", "mask_token")  # of an encoder
+
+
+def ask_control(args: argparse.Namespace) -> None:
+    """Add the condition that --control-path, --control-type and --control-encoder describe to --condition, once.
+
+    Without --control-path the edges of the images themselves are the control, in training that encodes these on the device.
+    Raises ValueError for flags that do not go together, FileNotFoundError for a folder without control images.
+    """
+    flags = (args.control_path, args.control_type, args.control_encoder)
+    if all(flag is None for flag in (*flags, args.val_control_path)):
+        return
+    if any(one["name"] == "control" for one in args.condition):
+        raise ValueError("--condition control and --control-… describe the same condition: give one of them")
+    if args.lora_rank:
+        raise ValueError("--lora-rank trains a model without its control images: leave out one of the two")
+    args.control_of_images = args.control_path is None
+    kind = args.control_type or "canny"
+    shape = None
+    if args.control_path:
+        shape = stored_shape(args.control_path)
+        args.condition_path = [*(args.condition_path or ()), f"control={args.control_path}"]
+        if args.val_control_path:
+            args.val_condition_path = [*(args.val_condition_path or ()), f"control={args.val_control_path}"]
+    elif kind != "canny" or getattr(args, "dataset", None) != "t2i":
+        raise ValueError(
+            "--control-path is needed: a folder of control images (tools/make_controls.py); edges alone are drawn while training, "
+            "of --dataset t2i"
+        )
+    settings: dict[str, Any] = {"name": "control", "kind": kind}
+    if shape and len(shape) == 2:
+        if args.control_encoder:
+            raise ValueError(f"--control-path {args.control_path} holds features already: leave out --control-encoder")
+        settings |= {"encoder": None, "width": shape[1]}
+    elif args.control_encoder is None:
+        raise ValueError(
+            "--control-encoder is needed: a DINOv2 or ViT of transformers by folder or name, or one drawn anew, as "
+            "vit,width=64,layers=2,heads=2"
+        )
+    elif isinstance(args.control_encoder, dict):
+        settings |= {**args.control_encoder, "name": "control", "encoder": args.control_encoder["name"]}
+    else:
+        settings |= encoder_settings(args.control_encoder)
+    args.condition = [*args.condition, settings]
+
+
+def condition_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return the settings of --condition by name; those of control have the pixels of a token."""
+    found = {one["name"]: {key: one[key] for key in one if key != "name"} for one in args.condition}
+    if "control" in found:
+        found["control"].setdefault("pixels", int(args.downsample_size))
+        if found["control"].get("encoder") == "vit" and isinstance(args.control_encoder, dict):
+            found["control"].setdefault("patch", found["control"]["pixels"])
+    return found
+
+
+def stored_shape(folder: str | Path) -> list[int]:
+    """Return the shape of each array that a folder holds, of pairs that of the first file's. Raises FileNotFoundError."""
+    places = [Path(folder), *sorted(place for place in Path(folder).glob("*") if place.is_dir())]
+    there = [place for place in places if (place / INDEX_FILE).exists()]
+    if not there:
+        raise FileNotFoundError(f"{folder} has no control images: tools/make_controls.py writes such a folder")
+    record = read_record(there[0] / INDEX_FILE)
+    return record["shape"][len(record["views"]) > 1 :] if "shape" in record else []
+
+
+def edges_of(pixels: Tensor) -> Tensor:
+    """Return the edges of images (B, 3, H, W) in [-1, 1], uint8 (B, 1, H, W)."""
+    return canny(((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
+
+
+def encoder_settings(name: str) -> dict[str, Any]:
+    """Return the settings of a pretrained encoder of transformers. Raises ValueError for what is no DINOv2 or ViT."""
+    try:
+        config = import_module("transformers").AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--control-encoder {name} is no model of transformers: {_first_line(error)}") from error
+    if config.model_type not in PATCHES:
+        raise ValueError(f"--control-encoder {name} is a {config.model_type}: give a {' or a '.join(PATCHES)}")
+    return {
+        "encoder": config.model_type,
+        "width": config.hidden_size,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "positions": config.image_size // config.patch_size,
+        "patch": config.patch_size,
+    }
+
+
+def encoder_weights(name: str) -> dict[str, Tensor]:
+    """Return the weights of a pretrained encoder. Raises ValueError where some are missing."""
+    try:
+        loaded, told = import_module("transformers").AutoModel.from_pretrained(name, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--control-encoder {name} has no weights: {_first_line(error)}") from error
+    missing = sorted(key for key in told["missing_keys"] if not any(word in key for word in UNREAD))
+    if missing:
+        raise ValueError(f"--control-encoder {name} lacks {len(missing)} of its weights, as {missing[0]}")
+    return loaded.state_dict()
+
+
+def with_control(
+    args: argparse.Namespace, weights: Checkpoint | None, model: Trunk
+) -> tuple[Checkpoint | None, list[str]]:
+    """Give weights to begin with the parts of the control that they lack. Every process calls it together.
+
+    weights: of a file, None for a run that begins anew.
+    Returns them, None where the model's own are to stay, and lines about it.
+    """
+    name = args.control_encoder if isinstance(args.control_encoder, str) else None
+    if "control" not in model.conditions or (weights is None and name is None):
+        return weights, []
+    own = model.state_dict()
+    before = {} if weights is None else named_as(own, weights.model)
+    wanted = [key for key in own if key not in before and (weights is None or key.startswith(OWN_CONTROL))]
+    found = before | {key: whole(own[key]) for key in wanted}
+    notes = []
+    if any(key.startswith(OWN_CONTROL) for key in wanted):
+        notes = ["the control begins anew"]
+    if name and any(key.startswith(ENCODER) for key in wanted):
+        trained = {common_name(ENCODER + key): weight for key, weight in encoder_weights(name).items()}
+        found |= {key: trained[common_name(key)].float() for key in own if key.startswith(ENCODER)}
+        notes = [f"the control begins anew, its encoder as {name}"]
+    if weights is not None:
+        return replace(weights, model=found), notes
+    return Checkpoint(Path(name or ""), found, None, None, None, None, "ddp"), notes
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor or of all its shards, float32 on the CPU."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().float().cpu().clone()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,90 @@
+"""Judges a model of control images on held-out pictures: whether what it draws has the edges that were asked for.
+
+    python3 tools/edges_report.py --data-path quickstart/drawings/held_out --gpt-ckpt quickstart/control \\
+        --vq-ckpt quickstart/tokenizer --output quickstart/control_report
+
+Each picture's class is drawn by its edges, and with the same noise without them (strength 0). An edge pixel is right where
+one of the other picture's is at most a pixel away; F1 is the harmonic mean of the right shares of both. What it is of the
+tokenizer's reconstructions is the bound. Writes report.json and edges.png: pictures, edges, drawn by them, drawn without.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autoregressive.sample.flags import add_sampling_flags, sampling_config
+from utils.cli import SEED, add_flag, flag_parser, positive_int, run_script
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def main(args: argparse.Namespace) -> None:
+    import numpy as np
+    import torch
+
+    from autoregressive.models.canny import canny
+    from autoregressive.pipeline import ImagePipeline
+    from dataset.augmentation import center_view
+    from dataset.folders import class_folders
+    from dataset.pixels import load_rgb
+    from tools.stages import reconstruct
+    from utils.files import write_json
+    from utils.images import make_grid, save_png
+
+    pipeline = ImagePipeline.from_pretrained(args.gpt_ckpt, vq=args.vq_ckpt)
+    images = class_folders(args.data_path, classes=pipeline.gpt.file_config.get("classes"))
+    count = min(args.images, len(images))
+    chosen = np.linspace(0, len(images) - 1, count).astype(int).tolist()
+    views = torch.stack([center_view(load_rgb(images.paths[i]), pipeline.image_size) for i in chosen])
+    pictures = ((views + 1) * 127.5).round().to(torch.uint8)  # (n, 3, H, W)
+    edges, labels = canny(pictures), [images.label(i) for i in chosen]
+    settings = {**vars(sampling_config(args)), "seed": args.seed, "control_images": list(edges)}
+    drawn = {
+        name: np.stack([np.asarray(image) for image in pipeline(labels, **settings | {"control_strength": strength})])
+        for name, strength in (("with", args.control_strength), ("without", 0.0))
+    }
+    originals = pictures.permute(0, 2, 3, 1).numpy()
+    judged = {**drawn, "reconstructions": reconstruct(pipeline.tokenizer, originals)[0]}
+    f1 = {name: edge_f1(canny(torch.from_numpy(each).permute(0, 3, 1, 2)), edges) for name, each in judged.items()}
+    report = {"images": count, "settings": vars(sampling_config(args)), "edge_f1": f1}
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    lines = edges.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    shown = np.linspace(0, count - 1, min(count, args.columns)).astype(int)
+    rows = np.concatenate([each[shown] for each in (originals, lines, *drawn.values())])
+    save_png(make_grid(rows, columns=len(shown)), output / "edges.png")
+    write_json(output / "report.json", report)
+    print(json.dumps(report, indent=2))
+
+
+def edge_f1(drawn: "Tensor", asked: "Tensor", reach: int = 1) -> float:
+    """Return the mean F1 of edges, uint8 (n, 1, H, W) twice, that may be `reach` pixels off; 1 where neither has any."""
+    import torch.nn.functional as F
+
+    one, other = ((each > 0).float() for each in (drawn, asked))
+    near = [F.max_pool2d(each, 2 * reach + 1, stride=1, padding=reach) for each in (one, other)]
+    right = (one * near[1]).sum((1, 2, 3)), (other * near[0]).sum((1, 2, 3))
+    there = one.sum((1, 2, 3)), other.sum((1, 2, 3))
+    precision, recall = (a / b.clamp(min=1) for a, b in zip(right, there, strict=True))
+    f1 = 2 * precision * recall / (precision + recall).clamp(min=1e-9)
+    return float(f1.where((there[0] + there[1]) > 0, 1.0).mean())
+
+
+def flags() -> argparse.ArgumentParser:
+    """Return the script's flags."""
+    parser = flag_parser(__doc__)
+    parser.add_argument("--data-path", required=True, help="class folders of pictures that were held out")
+    parser.add_argument("--gpt-ckpt", required=True, help="a model of control images: its file or run")
+    parser.add_argument("--vq-ckpt", required=True, help="its tokenizer")
+    parser.add_argument("--output", required=True, help="folder to write report.json and edges.png to")
+    add_flag(parser, "--images", positive_int, 200, "pictures to draw, spread over the folder")
+    add_flag(parser, "--columns", positive_int, 12, "of edges.png")
+    add_flag(parser, "--seed", SEED, 0, "image i is a function of the seed, i, its class and its edges")
+    add_sampling_flags(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, flags())
