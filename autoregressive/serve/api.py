@@ -206,7 +206,10 @@ def create_app(
             "object": "model",
             "created": started,
             "owned_by": "local",
-            **{field: getattr(info, field) for field in ("kind", "image_size", "tokens", "num_classes", "classes")},
+            **{
+                field: getattr(info, field)
+                for field in ("kind", "image_size", "tokens", "num_classes", "classes", "control")
+            },
         }
 
     @v1.get("/models")
@@ -273,7 +276,8 @@ class Watched:
             gone = gone or (message["type"] == "http.disconnect" and not ended)
             size += len(message.get("body", b""))
             limits = self.service.limits
-            if size > (most := limits.max_upload if path == EDITS else limits.max_body):
+            pictures = path == EDITS or self.service.info.control is not None
+            if size > (most := limits.max_upload if pictures else limits.max_body):
                 raise RequestError(
                     413, f"the body has more than the {most:,} bytes that are read", code="body_too_large"
                 )

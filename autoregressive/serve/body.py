@@ -6,6 +6,7 @@
 Raises RequestError for what a client got wrong.
 """
 
+import base64
 import io
 import json
 import re
@@ -20,10 +21,12 @@ from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from autoregressive.class_names import find_class
 from autoregressive.editing import ROUNDS, Hole, has_alpha, hole_in, holed
+from autoregressive.models.conditions import ControlImage
 from autoregressive.models.particles import PARTICLES
 from autoregressive.models.settings import SamplingConfig
 from autoregressive.serve.engine import ModelInfo
 from autoregressive.serve.errors import REFUSED, RequestError, refuse
+from utils.cli import CONTROL_TYPES
 from utils.images import open_picture
 
 MAX_SEED = 2**63 - 1
@@ -85,6 +88,12 @@ class ImageBody(_Settings):
     )
     negative_class: int | str | None = Field(
         None, description="Class-conditional models: the class that guidance leads away from, in place of none."
+    )
+    control_image: str | None = Field(
+        None, description="Models with control images: the picture to draw by, a PNG, JPEG or WebP file in base64."
+    )
+    control_type: Literal[CONTROL_TYPES] | None = Field(
+        None, description="What is taken of control_image, where that is not what the model was trained by."
     )
     model: str | None = Field(None, description="The served model's name, as /v1/models has it.")
     n: int | None = Field(None, ge=1, description="Images; image i has the seed `seed + i`. Default 1.")
@@ -154,7 +163,7 @@ class Asked:
 
     what: a label, or a prompt. negative: what guidance leads away from. seeds: one an image. size: pixels a side.
     format, quality: of the files. raw: the answer is the file itself. partial: rows of tokens after which partial images come.
-    edit: the picture to edit, where there is one.
+    edit: the picture to edit, where there is one. control: the picture to draw by, where the model takes one.
     """
 
     what: int | str
@@ -168,6 +177,7 @@ class Asked:
     stream: bool = False
     partial: tuple[int, ...] = ()
     edit: Edit | None = None
+    control: ControlImage | None = None
 
 
 def ask(
@@ -205,6 +215,7 @@ def ask(
         size=_side(body.size, info),
         stream=bool(body.stream),
         partial=_partial_rows(body, info),
+        control=_control(body, info, limits),
         **_file(body, accept, count),
     )
 
@@ -236,6 +247,29 @@ def ask_edit(
         raise refuse("particles", str(error)) from error
     hole = _hole(files, info.image_size, token, body.ring or 0, limits.max_pixels)
     return replace(asked, edit=Edit(hole, particles, body.rounds or ROUNDS, body.keep_pixels is not False))
+
+
+def _control(body: ImageBody, info: ModelInfo, limits: Limits) -> ControlImage | None:
+    """Return the picture that the model draws by, None for a model without control images."""
+    given = [
+        param for param in ("control_image", "control_type", "control_strength") if getattr(body, param) is not None
+    ]
+    if info.control is None:
+        if given:
+            raise refuse(given[0], f"{info.name} takes no control image: leave out {given[0]}")
+        return None
+    if body.control_image is None:
+        raise refuse("control_image", f"{info.name} draws by a control image: send one in base64", "missing_image")
+    encoded = body.control_image.rpartition(",")[2]  # "data:image/png;base64," may stand first
+    try:
+        file = base64.b64decode(encoded, validate=True)
+    except ValueError as error:
+        raise refuse("control_image", f"control_image is not base64 ({error})", "invalid_image") from error
+    try:
+        picture = open_picture(io.BytesIO(file), "control_image", limits.max_pixels, ("PNG", "JPEG", "WEBP"))
+    except ValueError as error:
+        raise refuse("control_image", str(error), "invalid_image") from error
+    return ControlImage(picture.convert("RGB"), body.control_type)
 
 
 def _hole(files: Mapping[str, bytes], side: int, token: int, ring: int, most_pixels: int) -> Hole:

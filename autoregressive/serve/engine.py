@@ -22,7 +22,7 @@ NOT_DRAWN = -1  # in place of a token
 class ModelInfo:
     """Description of a server's model. name: as `GET /v1/models` has it. kind: "c2i" or "t2i".
 
-    classes: their names, by label.
+    classes: their names, by label. control: kind of the control images that it draws by, None where it takes none.
     """
 
     name: str
@@ -32,6 +32,7 @@ class ModelInfo:
     num_classes: int  # 0 where it draws from prompts
     raster: bool  # tokens are drawn in raster order
     classes: tuple[str, ...] = ()
+    control: str | None = None
 
 
 class Engine(Protocol):
@@ -75,4 +76,5 @@ def model_info(gpt: Trunk, name: str, image_size: int) -> ModelInfo:
         num_classes=0 if text else gpt.args.num_classes,
         raster=gpt.layout.is_raster,
         classes=() if text else tuple(class_names(gpt.args.num_classes, recorded=recorded)),
+        control=gpt.conditions["control"].config["kind"] if "control" in gpt.conditions else None,
     )

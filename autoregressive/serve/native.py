@@ -64,9 +64,9 @@ class NativeEngine:
     edits = True
 
     def __init__(self, pipeline: ImagePipeline, name: str = "native", gather: float = 0.005):
-        if extra := ", ".join(pipeline.gpt.args.extra_conditions):
+        if extra := ", ".join(name for name in pipeline.gpt.args.extra_conditions if name != "control"):
             raise ValueError(
-                f"the server draws from a class or a prompt alone; this model is conditioned on {extra} too"
+                f"the server draws from a class or a prompt, and a control image; this model is conditioned on {extra} too"
             )
         self.info = model_info(pipeline.gpt, name, pipeline.image_size)
         self.pipeline = pipeline
@@ -81,12 +81,24 @@ class NativeEngine:
 
     def check(self, request: Request) -> None:
         """Raise ValueError for a label, features or a setting that the model cannot take."""
-        self.pipeline.layout(request.read(self.pipeline.gpt.conditions))
+        known, given = self.pipeline.gpt.conditions, request.conditions
+        if "control" in known and "control" in given:  # it is encoded in the worker, where it is drawn
+            request = replace(request, conditions={**given, "control": known["control"].example()})
+        self.pipeline.layout(request.read(known))
+
+    async def _read(self, request: Request) -> Request:
+        """Return a request with its values read, its control image in the worker."""
+        known = self.pipeline.gpt.conditions
+        if "control" not in known:
+            return request.read(known)
+        return await asyncio.get_running_loop().run_in_executor(self.thread, request.read, known)
 
     async def generate(self, request: Request) -> AsyncIterator[list[int]]:
         """Yield the tokens so far after every so many as a row of the image has."""
         self.check(request)
-        request = request.read(self.pipeline.gpt.conditions)
+        if self.dead:
+            raise RuntimeError("the engine is closed")
+        request = await self._read(request)
         job = _Job(replace(request, order=self.pipeline.order(request)))
         if self.dead:
             raise RuntimeError("the engine is closed")
@@ -108,9 +120,9 @@ class NativeEngine:
         self, request: Request, hole: Hole, rounds: int = ROUNDS, keep_pixels: bool = True
     ) -> AsyncIterator[list[int] | Edited]:
         """Yield [] after each pass of an edit, then the picture."""
-        request = request.read(self.pipeline.gpt.conditions)
         if self.dead:
             raise RuntimeError("the engine is closed")
+        request = await self._read(request)
         loop, job = asyncio.get_running_loop(), _Job(request)
 
         def on_step(done: int, tokens: Tensor) -> None:

@@ -202,8 +202,9 @@ class Service:
                     job.text_tokens = len(value)
             values[param] = {} if value is None else {name: value}
         particles = asked.edit.particles if asked.edit else 1
+        control = {} if asked.control is None else {"control": asked.control}
         return [
-            Request(values["prompt"], values["negative_prompt"], asked.sampling, seed, particles=particles)
+            Request(values["prompt"] | control, values["negative_prompt"], asked.sampling, seed, particles=particles)
             for seed in asked.seeds
         ]
 
