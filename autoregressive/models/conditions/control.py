@@ -48,7 +48,7 @@ def control_pixels(picture: Image.Image, kind: str, size: int) -> Tensor:
     Of kind canny the edges in the picture; the picture itself where it is of black and white alone, and of other kinds.
     """
     picture = picture.convert("RGB")
-    drawn = kind == "canny" and set(np.unique(picture)) <= {0, 255}
+    drawn = kind == "canny" and set(np.unique(np.array(picture))) <= {0, 255}
     how = Image.Resampling.NEAREST if kind == "seg" else Image.Resampling.BICUBIC
     pixels = torch.from_numpy(np.array(ImageOps.fit(picture, (size, size), how))).permute(2, 0, 1)
     if drawn:
