@@ -28,6 +28,10 @@ from utils.cli import (
 
 def encoder_or_name(text: str) -> Any:
     """Return the settings of an encoder that is drawn anew, or the name of another one: an argparse type."""
+    if not text or text.startswith("-"):
+        raise argparse.ArgumentTypeError(
+            f"must be an encoder's folder or name, or vit,key=value,…, got {text or 'nothing'}"
+        )
     return named_settings(text) if text.split(",")[0] in ("vit", "dinov2") else text
 
 
