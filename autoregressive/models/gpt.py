@@ -189,6 +189,8 @@ class Transformer(Trunk):
                 module.weight.fill_(1)
             elif isinstance(module, Condition):
                 module.reset(normal, self.args.initializer_range)
+        for condition in self.conditions.values():
+            condition.rescale()
 
     def rope(self, device: torch.device, layout: Layout | None = None) -> Tensor:
         """The rotary table of every row of a layout (the model's own), float32 (rows, head_dim/2, 2).

@@ -166,6 +166,16 @@ def test_drop_takes_label_and_control_together():
         assert torch.equal(images[drop], model(codes[:, :-1], nothing)[drop])
 
 
+def test_initial_weights_let_the_control_through_a_narrow_model():
+    model = build_gpt("GPT-XS", block_size=16, num_classes=10, extra_conditions={"control": ENCODERS["vit"]})
+    control = model.conditions["control"]
+    assert control(inputs()["control"]).std() > 1e-3
+    wide = Control(1280, 4, encoder=None, width=384)
+    before = wide.adapter_mlp.fc1.weight.clone()
+    wide.rescale()
+    assert torch.equal(wide.adapter_mlp.fc1.weight, before)
+
+
 def test_strength_counts_without_guidance_and_is_a_number_from_zero_on():
     model, cond = small(), inputs()
     codes = [generate(model, cond, sample_logits=False, control_strength=s) for s in (1.0, 0.5)]

@@ -84,6 +84,9 @@ class Condition(nn.Module):
     def reset(self, normal: Callable[[Tensor, float], None], std: float) -> None:
         """Give parameters and buffers that are neither of a linear nor of an embedding layer their initial values."""
 
+    def rescale(self) -> None:
+        """Scale linear layers whose initial weights are too small or too large for the condition."""
+
 
 def drop_samples(value: Tensor, null: Tensor, drop: Tensor) -> Tensor:
     """Return `value` with `null` where `drop`, bool (B,), is set."""

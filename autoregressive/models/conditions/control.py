@@ -24,6 +24,7 @@ from autoregressive.models.conditions.base import Condition, register_condition
 from autoregressive.models.conditions.caption import CaptionProjection
 from autoregressive.models.on_cpu import packed
 
+NARROW = 384  # inputs of a linear layer
 PARTS = 3  # of the blocks; the control is added before each
 # Kinds of control images, and how each is resized to the patches of the encoder.
 RESIZES = {"canny": "nearest", "seg": "nearest", "depth": "bicubic", "hed": "bicubic", "lineart": "bicubic"}
@@ -224,3 +225,13 @@ class Control(Condition):
                 parameter.fill_(1)
             elif parameter.dim() > 2:
                 normal(parameter, std)
+
+    def rescale(self) -> None:
+        """Give narrow layers the gain that the published initial weights have at 1,280 numbers.
+
+        Six in a row would else let nothing of the control through. Of NARROW numbers and more they stay as published.
+        """
+        for part in (self.adapter_mlp, self.condition_mlp, self.condition_layers):
+            for layer in part.modules():
+                if isinstance(layer, nn.Linear) and layer.in_features < NARROW:
+                    layer.weight.mul_((1280 / layer.in_features) ** 0.5)
