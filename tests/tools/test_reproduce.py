@@ -247,7 +247,7 @@ def test_processes_come_from_the_environment(monkeypatch):
 def test_mistakes_in_a_sweep(scales, words, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_here(sweep_guidance, "--scales", scales, *JUDGE, "--", *words)
-    assert sweep_guidance.read_scales("1.5, 2 1.50") == [1.5, 2.0]
+    assert sweep_guidance.read_numbers("--scales", "1.5, 2 1.50") == [1.5, 2.0]
 
 
 # Whole runs
@@ -321,6 +321,21 @@ def test_a_sweep(small_files, run_quickly):
     table = (folder / "sweep.md").read_text()
     assert f"| **{best['cfg_scale']:g}** | {best['fid']:.4g} |" in table and "NOT COMPARABLE" in table
     assert Image.open(folder / "sweep.png").size[0] > 600
+
+
+def test_sweep_over_scales_and_powers(small_files, run_quickly):
+    words = [*JUDGE, "--", *small(small_files), "--num-fid-samples", 6]
+    run_quickly("sweep_guidance", "--scales", "3 2", "--powers", "2.75 1", *words)
+    (folder,) = Path("samples").glob("*-cfg-sweep-*")
+    rows = json.loads((folder / "sweep.json").read_text())
+    settings = [(row["cfg_power"], row["cfg_scale"]) for row in rows]
+    assert settings == [(1.0, 2.0), (1.0, 3.0), (2.75, 2.0), (2.75, 3.0)]
+    for power, row in zip((1.0, 1.0, 2.75, 2.75), rows, strict=True):
+        drawn = json.loads(Path(row["report"]).read_text())["protocol"]["samples"]["settings"]
+        assert (drawn["cfg_schedule"], drawn["cfg_power"]) == ("power-cosine", power)
+    assert "| guidance scale | power |" in (folder / "sweep.md").read_text()
+    with pytest.raises(ValueError, match="--cfg-power comes from --powers: leave it out behind --"):
+        run_quickly("sweep_guidance", "--scales", "2", "--powers", "1", *words, "--cfg-power", 2)
 
 
 def test_reproduce_names_the_script_that_fails(small_files, monkeypatch):
