@@ -119,6 +119,8 @@ def files(tmp_path_factory) -> Path:
     save_checkpoint(folder / "nar.pt", {"model": model.state_dict()})
     model = build_gpt("RAR-XS", vocab_size=64, num_classes=2, block_size=64)
     save_checkpoint(folder / "rar.pt", model.state_dict())
+    model = build_gpt("LPD-XS", vocab_size=64, num_classes=2, block_size=64)
+    save_checkpoint(folder / "lpd.pt", {"model": model.state_dict()})
     text = {"model_type": "t2i", "cls_token_num": 120, "caption_dim": 32}
     model = GPT_models["GPT-XS"](vocab_size=64, block_size=64, **text)
     save_checkpoint(folder / "t2i.pt", {"model": model.state_dict(), "steps": 1, "args": args})
@@ -140,6 +142,7 @@ def with_released(files: Path, work: Path) -> None:
     for small, names in {
         "gpt1.pt": ["c2i_L_384.pt"], "t2i.pt": ["t2i_XL_stage2_512.pt"], "vq.pt": ["vq_ds16_c2i.pt", "vq_ds16_t2i.pt", "maskgit-vqgan-imagenet-f16-256.bin"],
         "rar.pt": ["rar_b.bin"],
+        "lpd.pt": ["lpd_l_256.pth"],
         "nar.pt": ["NAR-imagenet-256-B/last_version.pt"],
     }.items():  # fmt: skip
         for name in names:
@@ -241,7 +244,7 @@ def run_small(words: list[str], files: Path, work: Path) -> None:
     elif "train_c2i" in script:
         codes_at(Path(flags[flags.index("--code-path") + 1]), files, published=False)
     keep = ("--num-classes",) if script.startswith("tools/") and "push_" not in script else ()
-    if "rar_b.bin" in flags:
+    if {"rar_b.bin", "lpd_l_256.pth"} & {*flags}:
         keep = (*keep, "--gpt-model")
     own = small(parser, keep)
     if "sample/" in script and "--vq-ckpt" not in flags and any(map(RELEASED_FILE.fullmatch, words)):

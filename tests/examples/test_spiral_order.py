@@ -8,6 +8,7 @@ from PIL import Image
 from autoregressive.models.layouts import build_layout
 from autoregressive.pipeline import ImagePipeline, load_gpt
 from autoregressive.sample import sample_c2i
+from autoregressive.serve.engine import NOT_DRAWN
 from autoregressive.train import train_c2i
 from tests.examples.conftest import SAMPLE, SIZE, TRAIN
 from tests.helpers import ROOT
@@ -132,6 +133,8 @@ def test_spiral_images_of_the_native_engine_are_the_pipelines(digits, trained):
     pipeline = ImagePipeline.from_pretrained(trained, vq=digits / "vq.pt", device="cpu", batch_size=2)
     requests = [image(label=label, seed=4, cfg_scale=2.0) for label in (1, 2, 3)]
     for request, tokens in zip(requests, serve(pipeline, requests), strict=True):
-        assert not any(tokens[:-1])  # no rows before the image is whole
+        shown = np.array(tokens)  # growing: each number is a token where it stands, or NOT_DRAWN
+        assert all(((row == NOT_DRAWN) | (row == shown[-1])).all() for row in shown) and NOT_DRAWN in shown[0]
+        assert (np.diff((shown != NOT_DRAWN).sum(1)) >= 0).all() and NOT_DRAWN not in shown[-1]
         drawn = pipeline([request.conditions["label"]], seed=4, cfg_scale=2.0, progress=False)[0]
         assert np.array_equal(np.asarray(drawn), decoded(pipeline, tokens[-1]))

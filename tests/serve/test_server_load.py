@@ -68,14 +68,14 @@ def expected(gpt_file, small_files) -> dict[tuple[int, int, float, int], np.ndar
             )
         }
 
-    images, head = draw(), Transformer.head
+    images, head = draw(), Transformer.logits
     steady, generator = set(images), torch.Generator().manual_seed(0)
 
     def moved(model: Transformer, h: torch.Tensor, *more: object) -> torch.Tensor:
         logits = head(model, h, *more)
         return logits * (1 + 1e-6 * torch.randn(logits.shape, generator=generator))
 
-    with patch.object(Transformer, "head", moved):
+    with patch.object(Transformer, "logits", moved):
         for _ in range(2):
             steady &= {asked for asked, image in draw().items() if np.array_equal(image, images[asked])}
     assert len(images) - len(steady) <= 3
