@@ -266,22 +266,22 @@ class Trunk(nn.Module):
     """Fields of ModelArgs that belong to a file's record of the trunk, beside its shapes."""
 
     has_context: ClassVar[bool] = False
-    """Whether later rows need something of the conditions beside keys and values, as `context` returns it."""
+    """Tell whether later rows need something of the conditions beside keys and values, as `context` returns it."""
 
     default_layout: ClassVar[str] = "raster"
     """Name of the layout where none is given."""
 
     resizes: ClassVar[bool] = False
-    """Whether `resized` fits weights to another image size."""
+    """Tell whether `resized` fits weights to another image size."""
 
     most_heads: ClassVar[int] = 1
     """Heads that a layout may have its tokens read by."""
 
     adds_before_blocks: ClassVar[bool] = False
-    """Whether `decode` adds what Rows.added has."""
+    """Tell whether `decode` adds what Rows.added has."""
 
     any_order = False
-    """Whether the model reads tokens in orders that differ from sample to sample."""
+    """Tell whether the model reads tokens in orders that differ from sample to sample."""
 
     added_at: list[int]
     """Blocks before which conditions are added to rows, in order; EMBEDDING for the embeddings of the rows."""

@@ -454,7 +454,7 @@ def test_recorded_compiled_steps_change_nothing(recording_compiled):
 
 
 def test_compiled_passes_of_many_sizes_are_of_a_few(monkeypatch):
-    """Of eleven diagonals of one to six rows."""
+    """Compile few sizes of passes for eleven diagonals of one to six rows."""
     monkeypatch.setattr(decode_step, "compiled_decode_rows", lambda: decode_step.decode_rows)
     monkeypatch.setattr(decode_step, "compiled_race", lambda: draw_race)
     model, kinds, noise = tiny(**KINDS["NAR"]), set(), noise_for(4, 36)

@@ -184,7 +184,7 @@ def test_request_that_comes_during_a_drawing_is_not_kept_waiting(raster, monkeyp
 
 
 def test_a_closed_request_gives_its_slot_up(raster, monkeypatch):
-    """Of requests that are closed early, waiting ones are not begun, and one that runs leaves its slot."""
+    """Close requests early: waiting ones are not begun, and one that runs leaves its slot."""
     admitted, passes = [], []
     admit, take_pass = Slots.admit, Slots.take_pass
     monkeypatch.setattr(

@@ -92,7 +92,7 @@ class Layout:
     prefix: int = 1
     name: ClassVar[str]
     own_orders: ClassVar[bool] = False
-    """Whether each image is drawn in an order of its own, of `draw_order`."""
+    """Tell whether each image is drawn in an order of its own, of `draw_order`."""
 
     def __post_init__(self) -> None:
         if self.grid_size < 1:
