@@ -8,7 +8,6 @@ python tests/forkserver.py SOCKET                            # the server, start
 
 import atexit
 import functools
-import gc
 import importlib
 import json
 import os
@@ -44,7 +43,9 @@ def serve(address: str) -> None:
     sys.path.insert(0, str(ROOT))
     for name in NEEDED:
         importlib.import_module(name)
-    gc.freeze()  # forked processes then share what was imported
+    from tests.helpers import ready_to_fork
+
+    ready_to_fork()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)

@@ -1,6 +1,8 @@
 """What several tests share: the recorded figures and weights rebuilt by name (see tests/golden/README.md)."""
 
+import gc
 import json
+import os
 import re
 import socket
 import zlib
@@ -72,6 +74,15 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def ready_to_fork() -> None:
+    """Share what was imported with forked processes, and give each a thread pool of its own at once.
+
+    PyTorch replaces the pool at its first use after a fork, and fails where two threads use it at that moment.
+    """
+    gc.freeze()
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(torch.get_num_threads()))
 
 
 def randomize(model: torch.nn.Module, seed: int = 0, gain: float = 1.0) -> torch.nn.Module:

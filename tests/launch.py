@@ -5,7 +5,6 @@
 The first process that fails ends the others, and the launcher with code 1.
 """
 
-import gc
 import importlib
 import os
 import runpy
@@ -23,9 +22,9 @@ def main(processes: int, script: str, flags: list[str]) -> int:
     sys.path.insert(0, str(ROOT))
     for name in NEEDED:
         importlib.import_module(name)
-    from tests.helpers import free_port
+    from tests.helpers import free_port, ready_to_fork
 
-    gc.freeze()  # forked processes then share what was imported
+    ready_to_fork()
     port, left = free_port(), set()
     for rank in range(processes):
         child = os.fork()

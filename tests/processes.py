@@ -9,7 +9,6 @@ joins its group through the environment, as under torchrun.
 """
 
 import contextlib
-import gc
 import glob
 import importlib
 import json
@@ -120,6 +119,8 @@ def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
     import torch
 
+    from tests.helpers import ready_to_fork
+
     torch.set_num_threads(1)
     # What takes long to import, once: the scripts import it where they need it.
     sys.modules.setdefault("tensorboard.compat.notf", type(sys)("tensorboard.compat.notf"))
@@ -133,7 +134,7 @@ def main() -> None:
     needed += ["autoregressive.train.class_data", "autoregressive.train.text_data"]
     for name in [*needed, *(name for life in plan for name in [life["module"], *life.get("imports", ())])]:
         importlib.import_module(name)
-    gc.freeze()  # forked processes then share what was imported
+    ready_to_fork()
     for life in plan:
         live(life)
 

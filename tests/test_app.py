@@ -475,7 +475,7 @@ def test_page_takes_no_files(page):
 
     with HTTPServer(("127.0.0.1", 0), Trap) as server, httpx.Client(base_url=page.address, timeout=60) as client:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        before = len(page.temporary_files())
+        before = page.temporary_files()
         large = b"x" * (app.MOST_BODY + 1)
         for path in ("upload", "upload?upload_id=x", "component_server", "stream/x", "process_recording", "vibe-edit"):
             answer = client.post(f"/gradio_api/{path}", files={"files": ("a.png", large)})
@@ -498,7 +498,7 @@ def test_page_takes_no_files(page):
             assert answer.status_code == 404, answer.text
         for body in ([], "x", {"data": {}}, {"data": None}):
             assert 400 <= client.post("/gradio_api/queue/join", json=body).status_code < 500
-        assert len(page.temporary_files()) == before and not fetched
+        assert set(page.temporary_files()) <= set(before) and not fetched  # those of earlier visitors may go meanwhile
         server.shutdown()
 
 
