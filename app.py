@@ -19,12 +19,13 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from secrets import randbelow, token_urlsafe
 from tempfile import TemporaryDirectory, mkdtemp
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from autoregressive.models.settings import SamplingConfig
@@ -33,6 +34,7 @@ from autoregressive.sample.flags import add_sampling_flags
 from autoregressive.serve.server import Signals, bound_socket, is_public, load_pipeline, native_service, url_path
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
+    CONTROL_TYPES,
     PORT,
     Number,
     add_batch_size_flag,
@@ -67,11 +69,19 @@ background: none; border: 0; font-size: .8em; opacity: .85 }
 .brush canvas { width: 100%; max-width: 384px; border: 1px solid #8888; touch-action: none; cursor: crosshair }
 .brush label, .brush button { margin-right: 1em } .brush button { text-decoration: underline }
 """
+# What a tab's pictures are, by the server's name, and what is said where one is missing.
+PICTURES = {
+    "image": "open a picture, and paint over what is to be filled",
+    "control_image": "open a control image: a picture to take the edges of, or a map",
+}
 BRUSH_HTML = """
-<div class="brush"><canvas></canvas><div>
-<label>Picture <input type="file" accept="image/*"></label> <button type="button" class="take">Take the first drawn one</button>
-<label>Brush <input type="range" min="1" max="50" value="12"></label> <button type="button" class="clear">Clear</button></div></div>
+<label>Brush <input type="range" min="1" max="50" value="12"></label> <button type="button" class="clear">Clear</button>
 """
+PICTURE_HTML = """
+<div class="brush"><canvas></canvas><div><label>{} <input type="file" accept="image/*"></label>
+<button type="button" class="take">Take the first drawn one</button>{}</div></div>
+"""
+PICTURE_PARTS = {"image": ("Picture", BRUSH_HTML), "control_image": ("Control image", "")}
 SHARP = ".gallery img { image-rendering: pixelated }"  # pictures of a few pixels are shown as they are
 # Settings where the flags say nothing: as published for text, and as the quickstart samples.
 TEXT_SETTINGS = {"cfg_scale": 7.5, "top_k": 1000}
@@ -211,14 +221,18 @@ def describe(pipeline: "ImagePipeline") -> str:
     return f"{describe(pipeline.gpt.args.identity, pipeline.gpt.state_dict())}, {side}x{side} pixels, on {device}"
 
 
-def settings_for(kind: str, args: argparse.Namespace) -> dict[str, float]:
-    """Return a tab's first settings: the flags' values, and where those are at their defaults what suits the models."""
+def settings_for(kind: str, args: argparse.Namespace, control: bool = False) -> dict[str, Any]:
+    """Return a tab's first settings: the flags' values, and where those are at their defaults what suits the models.
+
+    control: of a model with control images.
+    """
     parser = flags()
-    values = {name: getattr(args, name) for name in SETTINGS}
+    values = {name: getattr(args, name) for name in SETTINGS if control or name != "control_strength"}
     own = QUICKSTART_SETTINGS[kind] if args.quickstart else TEXT_SETTINGS if kind == "text" else {}
     values = {name: own.get(name, v) if v == parser.get_default(name) else v for name, v in values.items()}
     # A control ends where a value stops to matter.
-    for name, field in SETTINGS.items():
+    for name in values:
+        field = SETTINGS[name]
         if "choices" not in field.metadata:
             values[name] = min(max(values[name], field.metadata["page"][0]), field.metadata["served"][1])
     return values | ({"temperature": 0} if args.greedy else {})
@@ -358,8 +372,8 @@ async def respond(
     count: float,
     seed: float | None,
     fresh: bool,
-    settings: dict[str, float],
-    drawing: str | None = None,
+    settings: dict[str, Any],
+    pictures: Mapping[str, str | None] = MappingProxyType({}),
 ) -> AsyncIterator[tuple[list, str, int]]:
     """Yield what the page shows from a click on: files with captions, a line of HTML, the seed. Raises nothing.
 
@@ -367,7 +381,7 @@ async def respond(
         folder: where a folder is made for the files. An unfinished picture's file goes with the drawing.
         fresh: takes a new seed.
         settings: fields of the server's requests.
-        drawing: a picture with a hole, as the brush gives it.
+        pictures: by name in PICTURES, data addresses as the canvas gives them.
     """
     from autoregressive.demo import error_html
 
@@ -375,8 +389,9 @@ async def respond(
     try:
         folder.mkdir(exist_ok=True)
         made = Path(mkdtemp(dir=folder))
-        hole = None if drawing is None else brushed(drawing)
-        async with aclosing(painter.draw(asked, count=int(count or 0), seed=int(seed), hole=hole, **settings)) as views:
+        given = {name: picture_file(name, address) for name, address in pictures.items()}
+        drawing = painter.draw(asked, count=int(count or 0), seed=int(seed), pictures=given, **settings)
+        async with aclosing(drawing) as views:
             async for view in views:
                 for name, png, _ in view.pictures:
                     if not (made / name).exists():
@@ -394,11 +409,11 @@ async def respond(
             asyncio.get_running_loop().call_later(SECONDS_TO_LISTEN, lambda: [file.unlink(True) for file in previews])
 
 
-def brushed(drawing: str) -> bytes:
-    """Return the PNG of a data address, as a canvas gives it. Raises ValueError for anything else."""
-    kind, _, text = drawing.partition(",")
-    if kind != "data:image/png;base64":
-        raise ValueError("open a picture, and paint over what is to be filled")
+def picture_file(name: str, address: str | None) -> bytes:
+    """Return the file of a data address. Raises ValueError for anything else."""
+    kind, _, text = (address or "").partition(",")
+    if not re.fullmatch("data:image/(png|jpeg|webp);base64", kind):
+        raise ValueError(PICTURES[name])
     return base64.b64decode(text, validate=True)
 
 
@@ -416,7 +431,8 @@ def build_page(
         gr.Markdown(f"# {TITLE}")
         for kind in ("class", "text"):
             if kind in painters:
-                with gr.Tab(kind.title(), id=kind):
+                title = kind.title() + (" and control image" if painters[kind].info.control else "")
+                with gr.Tab(title, id=kind):
                     drawing_tab(page, kind, painters[kind], args, folder, here)
             elif kind in problems or (kind == "text" and not args.server):
                 how = "`bash scripts/quickstart.sh text`" if args.quickstart else "`--text-gpt-ckpt`"
@@ -425,51 +441,96 @@ def build_page(
                     gr.Markdown(problems.get(kind, missing), elem_id=f"{kind}-missing")
         for kind in painters:
             with gr.Tab(f"Edit by {kind}", id=f"edit-{kind}"):
-                editing_tab(kind, painters[kind], args, folder, here)
+                drawing_tab(None, kind, painters[kind], args, folder, here)
     page.max_threads = MOST_OPEN
     return page.queue(max_size=MOST_WAITING, default_concurrency_limit=None, api_open=False)
 
 
 def drawing_tab(
-    page: "gradio.Blocks", kind: str, painter: "Painter", args: argparse.Namespace, folder: Path, here: Counter[str]
+    page: "gradio.Blocks | None",
+    kind: str,
+    painter: "Painter",
+    args: argparse.Namespace,
+    folder: Path,
+    here: Counter[str],
 ) -> None:
-    """Lay out a tab: what is asked for and the settings at the left, the gallery at the right."""
+    """Lay out a tab: what is asked for and the settings at the left, the gallery at the right.
+
+    page: opens with this tab's first example. None for a tab in which a brush marks what of a picture is filled.
+    """
     import gradio as gr
 
     from autoregressive.demo import MOST_IMAGES
+    from autoregressive.editing import ROUNDS
+    from autoregressive.models.particles import PARTICLES
 
-    at = settings_for(kind, args)
-    kept = (
-        {} if args.draw == flags().get_default("draw") else {"draw": args.draw}
-    )  # servers of earlier editions take none
+    editing, control = page is None, painter.info.control
+    tab = f"edit-{kind}" if editing else kind
+    at = settings_for(kind, args, control is not None)
+    # Servers of earlier editions take no draw.
+    kept = {} if editing or args.draw == flags().get_default("draw") else {"draw": args.draw}
+    sent = (["image"] if editing else []) + (["control_image"] if control else [])
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
-            asked, examples = question(kind, painter, args, f"{kind}-asked")
-            gr.Examples([[example] for example in examples], asked, elem_id=f"{kind}-examples")
+            for name in sent:
+                gr.HTML(
+                    html_template=PICTURE_HTML.format(*PICTURE_PARTS[name]),
+                    js_on_load=BRUSH.read_text(),
+                    elem_id=f"{tab}-{name}",
+                    side=painter.info.image_size,
+                    gallery=f"{kind}-gallery",
+                )
+            more: dict[str, Any] = {}
+            if control:
+                help = "of canny the picture's edges count, or the picture itself where it is black and white; else it is the map"
+                more["control_type"] = gr.Dropdown(list(CONTROL_TYPES), value=control, label="Control", info=help)
+            asked, examples = question(kind, painter, args, f"{tab}-asked")
+            if not editing:
+                gr.Examples([[example] for example in examples], asked, elem_id=f"{tab}-examples")
             with gr.Row():
-                button = gr.Button("Generate", variant="primary", elem_id=f"{kind}-generate")
-                stop = gr.Button("Stop", elem_id=f"{kind}-stop")
-            count = gr.Slider(1, MOST_IMAGES, value=4, step=1, label="Images")
+                button = gr.Button("Fill" if editing else "Generate", variant="primary", elem_id=f"{tab}-generate")
+                stop = gr.Button("Stop", elem_id=f"{tab}-stop")
+            count = gr.Slider(1, MOST_IMAGES, value=2 if editing else 4, step=1, label="Images")
+            if editing:
+                help = "more fit better, and take longer"
+                more["particles"] = gr.Slider(1, 64, value=PARTICLES, step=1, label="Particles", info=help)
+                help = "times that the hole is drawn"
+                more["rounds"] = gr.Slider(1, 8, value=ROUNDS, step=1, label="Rounds", info=help)
             with gr.Row():
-                name, most = f"{kind}-seed", LARGEST_SEED
+                name, most = f"{tab}-seed", LARGEST_SEED
                 seed = gr.Number(args.seed, precision=0, minimum=0, maximum=most, label="Seed", elem_id=name)
-                fresh = gr.Checkbox(args.seed is None, label="A new seed each time", elem_id=f"{kind}-fresh")
-            controls = [control(name, value) for name, value in at.items()]
+                fresh = gr.Checkbox(args.seed is None, label="A new seed each time", elem_id=f"{tab}-fresh")
+            more |= {name: setting_control(name, value) for name, value in at.items()}
+            pictures = [gr.Textbox(visible="hidden") for _ in sent]
         with gr.Column(scale=3, min_width=320):
-            status = gr.HTML(elem_id=f"{kind}-status")
+            status = gr.HTML(elem_id=f"{tab}-status")
             gallery = gr.Gallery(
                 show_label=False, columns=4, object_fit="contain", format="png", height="auto", interactive=False,
-                elem_id=f"{kind}-gallery", elem_classes="gallery",
+                elem_id=f"{tab}-gallery", elem_classes="gallery",
             )  # fmt: skip
 
     async def draw(request: gr.Request, *values: Any) -> AsyncIterator[tuple[list, str, int]]:
         if await is_here(here, request):
-            *given, settings = *values[:4], kept | dict(zip(at, values[4:], strict=True))
-            async with aclosing(respond(painter, folder / "pictures", *given, settings)) as shown:
+            addresses, values = dict(zip(sent, values)), values[len(sent) :]
+            settings = kept | dict(zip(more, values[4:], strict=True))
+            async with aclosing(respond(painter, folder / "pictures", *values[:4], settings, addresses)) as shown:
                 async for update in shown:
                     if not here[request.session_hash]:
                         break
                     yield update
+
+    canvases = [f"await document.querySelector('#{tab}-{name} canvas').picture()" for name in sent]
+    click = button.click(
+        draw,
+        [*pictures, asked, count, seed, fresh, *more.values()],
+        [gallery, status, seed],
+        js=f"async (...values) => [{', '.join(canvases)}, ...values.slice({len(sent)})]" if sent else None,
+        show_progress="hidden",  # the status has it, and the previews stay to be seen
+        api_name=f"{'edit' if editing else 'draw'}_{kind}",
+    )
+    stop.click(lambda: "<div class='status'>stopped</div>", None, status, cancels=[click], queue=False)
+    if editing or control:
+        return
 
     async def draw_first() -> tuple[list, str]:
         values = (examples[0], 1, args.seed or 0, False, kept | at)
@@ -486,14 +547,6 @@ def drawing_tab(
 
     gr.set_static_paths([folder / "opening"])
     page.load(opening, None, [gallery, status], api_visibility="private", show_progress="hidden")
-    click = button.click(
-        draw,
-        [asked, count, seed, fresh, *controls],
-        [gallery, status, seed],
-        show_progress="hidden",  # the status has it, and the previews stay to be seen
-        api_name=f"draw_{kind}",
-    )
-    stop.click(lambda: "<div class='status'>stopped</div>", None, status, cancels=[click], queue=False)
 
 
 def question(
@@ -513,67 +566,7 @@ def question(
     return gr.Dropdown(choices, value=examples[0], allow_custom_value=True, label=label, elem_id=elem_id), examples
 
 
-def editing_tab(kind: str, painter: "Painter", args: argparse.Namespace, folder: Path, here: Counter[str]) -> None:
-    """Lay out a tab in which a brush marks what of a picture is filled. The picture comes as text: the page takes no files."""
-    import gradio as gr
-
-    from autoregressive.demo import MOST_IMAGES
-    from autoregressive.editing import ROUNDS
-    from autoregressive.models.particles import PARTICLES
-
-    at = settings_for(kind, args)
-    with gr.Row():
-        with gr.Column(scale=2, min_width=320):
-            gr.HTML(
-                html_template=BRUSH_HTML,
-                js_on_load=BRUSH.read_text(),
-                elem_id=f"edit-{kind}-brush",
-                side=painter.info.image_size,
-                gallery=f"{kind}-gallery",
-            )
-            asked, _ = question(kind, painter, args, f"edit-{kind}-asked")
-            with gr.Row():
-                button = gr.Button("Fill", variant="primary", elem_id=f"edit-{kind}-generate")
-                stop = gr.Button("Stop")
-            count = gr.Slider(1, MOST_IMAGES, value=2, step=1, label="Pictures")
-            particles = gr.Slider(
-                1, 64, value=PARTICLES, step=1, label="Particles", info="more fit better, and take longer"
-            )
-            rounds = gr.Slider(1, 8, value=ROUNDS, step=1, label="Rounds", info="times that the hole is drawn")
-            with gr.Row():
-                seed = gr.Number(args.seed, precision=0, minimum=0, maximum=LARGEST_SEED, label="Seed")
-                fresh = gr.Checkbox(args.seed is None, label="A new seed each time")
-            controls = [control(name, value) for name, value in at.items()]
-            drawing = gr.Textbox(visible="hidden")
-        with gr.Column(scale=3, min_width=320):
-            status = gr.HTML(elem_id=f"edit-{kind}-status")
-            gallery = gr.Gallery(
-                show_label=False, columns=4, object_fit="contain", format="png", height="auto", interactive=False,
-                elem_id=f"edit-{kind}-gallery", elem_classes="gallery",
-            )  # fmt: skip
-
-    async def fill(request: gr.Request, picture: str, *values: Any) -> AsyncIterator[tuple[list, str, int]]:
-        if await is_here(here, request):
-            names = ("particles", "rounds", *at)
-            settings = dict(zip(names, values[4:], strict=True))
-            async with aclosing(respond(painter, folder / "pictures", *values[:4], settings, picture or "")) as shown:
-                async for update in shown:
-                    if not here[request.session_hash]:
-                        break
-                    yield update
-
-    click = button.click(
-        fill,
-        [drawing, asked, count, seed, fresh, particles, rounds, *controls],
-        [gallery, status, seed],
-        js=f"(_, ...others) => [document.querySelector('#edit-{kind}-brush canvas').picture(), ...others]",
-        show_progress="hidden",
-        api_name=f"edit_{kind}",
-    )
-    stop.click(lambda: "<div class='status'>stopped</div>", None, status, cancels=[click], queue=False)
-
-
-def control(name: str, value: Any) -> "gradio.Slider | gradio.Number | gradio.Dropdown":
+def setting_control(name: str, value: Any) -> "gradio.Slider | gradio.Number | gradio.Dropdown":
     """Return the page's control of a setting that stands at a value."""
     import gradio as gr
 

@@ -9,10 +9,11 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from math import isqrt
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -70,20 +71,27 @@ class Painter:
             raise ConnectionError(f"the server at {url} answers {answer.status_code}: {refusal(answer.content)}")
         try:
             model = answer.json()["data"][0]
-            names = ("kind", "image_size", "tokens", "num_classes", "classes")
-            kind, image_size, tokens, num_classes, classes = (model[name] for name in names)
+            fields = {name: model[name] for name in ("kind", "image_size", "tokens", "num_classes")}
+            classes, control = tuple(model["classes"]), model.get("control")  # which earlier editions do not tell
         except (ValueError, LookupError, TypeError) as error:
             raise ConnectionError(f"{url} is no server of this project: its v1/models lists no such model") from error
-        return cls(client, ModelInfo(model["id"], kind, image_size, tokens, num_classes, True, tuple(classes)))
+        return cls(client, ModelInfo(model["id"], **fields, raster=True, classes=classes, control=control))
 
     async def draw(
-        self, asked: object, *, count: int = 1, seed: int = 0, hole: bytes | None = None, **settings: float
+        self,
+        asked: object,
+        *,
+        count: int = 1,
+        seed: int = 0,
+        pictures: Mapping[str, bytes] = MappingProxyType({}),
+        **settings: Any,
     ) -> AsyncIterator[View]:
         """Draw `count` images of a class or a prompt, with the seeds `seed`, `seed + 1`, …; the last view is complete.
 
         Args:
             asked: a class, as find_class reads it, or a prompt.
-            hole: a PNG whose transparent pixels are to be filled, in place of a whole image.
+            pictures: files by name, `control_image` of a model that draws by one; `image`, whose transparent pixels are to
+                be filled in place of a whole image.
             settings: fields of the server's requests (SamplingConfig).
 
         Raises:
@@ -100,11 +108,12 @@ class Painter:
             label = find_class(asked, self.info.classes)
             what, body = class_choice(label, self.info.classes[label]), {"class_label": label}
         rows = max(1, round(isqrt(self.info.tokens) / PREVIEWS))
-        if hole is None:
+        if "image" not in pictures:
             body |= {"stream": True, "partial_rows": rows}
+            body |= {name: base64.b64encode(file).decode() for name, file in pictures.items()}
         body |= settings
-        began, pictures = time.monotonic(), [Picture(seed + i) for i in range(count)]
-        each = [(picture, {**body, "seed": picture.seed}, hole) for picture in pictures]
+        began, drawn = time.monotonic(), [Picture(seed + i) for i in range(count)]
+        each = [(picture, {**body, "seed": picture.seed}, pictures) for picture in drawn]
         tasks = [asyncio.create_task(self._image(*one)) for one in each]
         try:
             while True:
@@ -113,7 +122,7 @@ class Painter:
                 )
                 for task in done:
                     task.result()
-                yield view(pictures, what, settings, time.monotonic() - began)
+                yield view(drawn, what, settings, time.monotonic() - began)
                 if not left:
                     return
         except httpx.HTTPError as error:
@@ -123,16 +132,16 @@ class Painter:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _image(self, picture: Picture, body: dict[str, Any], hole: bytes | None) -> None:
-        began = time.monotonic()
-        while wait := await (self._try(picture, body) if hole is None else self._try_to_fill(picture, body, hole)):
+    async def _image(self, picture: Picture, body: dict[str, Any], files: Mapping[str, bytes]) -> None:
+        began, filling = time.monotonic(), "image" in files
+        while wait := await (self._try_to_fill(picture, body, files) if filling else self._try(picture, body)):
             picture.waits = True
             await asyncio.sleep(wait)
         picture.seconds = time.monotonic() - began
 
-    async def _try_to_fill(self, picture: Picture, body: dict[str, Any], hole: bytes) -> float:
+    async def _try_to_fill(self, picture: Picture, body: dict[str, Any], files: Mapping[str, bytes]) -> float:
         """Have the server fill a picture's hole, as `_try` has it draw one."""
-        fields, files = {name: str(value) for name, value in body.items()}, {"image": ("image.png", hole, "image/png")}
+        fields = {name: str(value) for name, value in body.items()}
         timeout = httpx.Timeout(10, read=None)  # it answers when it is done
         answer = await self.client.post("v1/images/edits", data=fields, files=files, timeout=timeout)
         if answer.status_code == 429:
@@ -201,7 +210,8 @@ def words(settings: dict[str, Any]) -> str:
     if settings.get("temperature") == 0:
         return " · ".join([*told, "greedy"])
     others = {name: value for name, value in settings.items() if not name.startswith("cfg_")}
-    told += [f"{name.replace('_', '-')} {value if name == 'draw' else f'{value:g}'}" for name, value in others.items()]
+    shown = {name: value if isinstance(value, str) else f"{value:g}" for name, value in others.items()}
+    told += [f"{name.replace('_', '-')} {value}" for name, value in shown.items()]
     return " · ".join(told).replace("top-k 0", "top-k all")
 
 

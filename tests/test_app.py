@@ -26,6 +26,7 @@ from PIL import Image
 
 import app
 from autoregressive.demo import Painter, View
+from autoregressive.models.build import build_gpt
 from autoregressive.models.gpt import GPT_models
 from autoregressive.pipeline import ImagePipeline, load_gpt
 from autoregressive.serve.engine import ModelInfo
@@ -208,6 +209,8 @@ def test_where_the_sliders_stand():
     assert app.settings_for("text", parse()) | {"cfg_scale": 7.5, "top_k": 1000} == app.settings_for("text", parse())
     assert app.settings_for("text", parse("--cfg-scale", 3))["cfg_scale"] == 3
     assert app.settings_for("class", parse("--quickstart"))["temperature"] == 0.6
+    assert "control_strength" not in app.settings_for("class", parse())
+    assert app.settings_for("class", parse("--control-strength", 0.4), control=True)["control_strength"] == 0.4
     assert app.settings_for("text", parse("--quickstart"))["temperature"] == 0.4
     ends = app.settings_for("class", parse("--cfg-scale", 0.5, "--top-k", -1, "--top-p", 3, "--temperature", 0))
     assert [ends[name] for name in ("cfg_scale", "top_k", "top_p", "temperature")] == [1, 0, 1, 0]
@@ -422,9 +425,7 @@ def test_visitor_fills_a_hole(page, small_files):
     pipeline = ImagePipeline(load_gpt(small_files.gpt), load_tokenizer(small_files.vq), batch_size=1)
     picture = pipeline([4], seed=3, progress=False)[0].convert("RGBA")
     picture.paste((0, 0, 0, 0), (8, 4, 20, 16))
-    file = BytesIO()
-    picture.save(file, "png")
-    text = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    text = address_of(picture)
     front, settings = asked(count=2, seed=5)[:4], asked()[4:]
     guest = visitor(page)
     gallery, status, seed = guest.predict(text, *front, 4, 2, *settings, api_name="/edit_class")
@@ -435,6 +436,72 @@ def test_visitor_fills_a_hole(page, small_files):
     for wrong in ("", "http://elsewhere/a.png", "data:image/png;base64,???", "data:image/png;base64,AAAA"):
         _, status, _ = guest.predict(wrong, *front, 4, 2, *settings, api_name="/edit_class")
         assert "class='error'" in status, wrong
+
+
+def address_of(picture: Image.Image, kind: str = "png") -> str:
+    """Return a picture as the page's canvas gives it."""
+    file = BytesIO()
+    picture.save(file, kind)
+    return f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode()
+
+
+CONTROL = {"encoder": "vit", "width": 32, "layers": 1, "heads": 2, "positions": 8, "patch": 4, "pixels": 4}
+
+
+@pytest.fixture(scope="module")
+def control_page(small_files, tmp_path_factory):
+    """The demo with a GPT of classes that draws by depth maps, and that model's pipeline."""
+    folder = tmp_path_factory.mktemp("control")
+    args = {"block_size": 64, "vocab_size": 64, "num_classes": 10}
+    model = randomize(build_gpt("GPT-XS", **args, extra_conditions={"control": CONTROL | {"kind": "depth"}}), gain=1.5)
+    save_checkpoint(folder / "gpt.pt", {"model": model.state_dict(), "config": model.args.identity})
+    words = ["--gpt-ckpt", folder / "gpt.pt", "--vq-ckpt", small_files.vq, "--precision", "none", "--seed", 5]
+    page = Page(folder / "page", *words).wait()
+    yield page, ImagePipeline(load_gpt(folder / "gpt.pt"), load_tokenizer(small_files.vq), batch_size=1)
+    assert page.end() == 0 and "Traceback" not in page.log.read_text()
+
+
+def noise(*shape: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+
+
+@pytest.mark.timeout(300)
+def test_page_of_a_model_with_control_images_draws_and_fills_by_them(control_page):
+    page, pipeline = control_page
+    guest, picture, drawn = visitor(page), noise(48, 64), {}
+    front, settings = asked(count=2, seed=5)[:4], [*asked()[4:], 0.5]
+    for kind in ("depth", "canny"):
+        values = [address_of(picture), *front, kind, *settings]
+        gallery, status, _ = guest.predict(*values, api_name="/draw_class")
+        assert "data-done" in status and f"control-type {kind} · " in gallery[0]["caption"]
+        drawn[kind] = [np.asarray(Image.open(item["image"]["path"])) for item in gallery]
+        control = {"control_images": picture, "control_type": kind, "control_strength": 0.5}
+        for i, image in enumerate(drawn[kind]):
+            (expected,) = pipeline([3], seed=5 + i, cfg_scale=2.0, progress=False, **control)
+            assert np.array_equal(image, np.asarray(expected))
+    assert not np.array_equal(drawn["depth"], drawn["canny"])
+
+    holed = noise(32, 32).convert("RGBA")
+    holed.paste((0, 0, 0, 0), (8, 4, 20, 16))
+    values = [address_of(holed), address_of(picture, "webp"), *front, "canny", 4, 2, *settings]
+    gallery, status, _ = guest.predict(*values, api_name="/edit_class")
+    assert "data-done" in status and "particles 4" in gallery[0]["caption"]
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("", "Open a control image"),
+        ("http://elsewhere/a.png", "Open a control image"),
+        ("data:image/gif;base64,AAAA", "Open a control image"),
+        ("data:image/png;base64,AAAA", "Control_image is no picture that can be read"),
+        ("data:image/png;base64,?", "base64"),
+    ],
+)
+def test_what_is_no_control_image_is_told_in_one_line(control_page, address, message):
+    values = [address, *asked()[:4], "depth", *asked()[4:], 1.0]
+    _, status, _ = visitor(control_page[0]).predict(*values, api_name="/draw_class")
+    assert status.startswith("<div class='error'") and message in status and "\n" not in status
 
 
 def test_page_opens_with_a_picture_that_is_drawn_once(page):
@@ -577,6 +644,13 @@ def wait(driver, selector: str, seconds: float = 90):
     return WebDriverWait(driver, seconds, ignored_exceptions=[Exception]).until(found, f"no {selector}")
 
 
+def wait_until(holds, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def type_into(driver, selector: str, text: str) -> None:
     from selenium.webdriver.common.keys import Keys
 
@@ -652,6 +726,26 @@ def test_the_page_in_a_browser(page, browser):
 
 
 @pytest.mark.timeout(300)
+def test_control_image_opened_in_a_browser_is_sent_as_its_file_and_a_large_one_smaller(control_page, browser, tmp_path):
+    page, pipeline = control_page
+    picture = noise(48, 64)
+    picture.save(tmp_path / "small.png")
+    noise(1500, 2500).save(tmp_path / "large.png")
+    browser.get(page.address)
+    wait(browser, "#class-generate").click()
+    assert "Open a control image" in wait(browser, "#class-status .error").text
+    assert "Class and control image" in [e.text for e in browser.find_elements("css selector", "button[role=tab]")]
+    script = "return document.querySelector('#class-control_image canvas').picture()"
+    for name, kind in (("large", "jpeg"), ("small", "png")):
+        wait(browser, "#class-control_image [type=file]").send_keys(str(tmp_path / f"{name}.png"))
+        wait_until(lambda kind=kind: browser.execute_script(script).startswith(f"data:image/{kind}"))
+        shown, seed = drawn(browser, "class")
+        assert seed == 5
+    (expected,) = pipeline([0], seed=5, cfg_scale=4.0, top_k=2000, control_images=picture, progress=False)
+    assert np.array_equal(shown[0], np.asarray(expected))
+
+
+@pytest.mark.timeout(300)
 def test_brush_in_a_browser_fills_what_it_painted_over(page, browser):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.support.ui import WebDriverWait
@@ -660,12 +754,12 @@ def test_brush_in_a_browser_fills_what_it_painted_over(page, browser):
     wait(browser, "#class-status [data-done]")
     (opening,) = pictures(browser, "class")
     wait(browser, "button[role=tab]:nth-of-type(3)").click()
-    canvas = wait(browser, "#edit-class-brush canvas")
+    canvas = wait(browser, "#edit-class-image canvas")
     wait(browser, "#edit-class-generate").click()
     assert "Open a picture" in wait(browser, "#edit-class-status .error").text
-    wait(browser, "#edit-class-brush .take").click()
-    alpha = "return document.querySelector('#edit-class-brush canvas').picture().length"
-    WebDriverWait(browser, 20).until(lambda _: browser.execute_script(alpha) > 100)
+    wait(browser, "#edit-class-image .take").click()
+    picture = "return document.querySelector('#edit-class-image canvas').picture()"
+    WebDriverWait(browser, 20).until(lambda _: len(browser.execute_script(picture)) > 100)
     ActionChains(browser).move_to_element(canvas).click_and_hold().move_by_offset(40, 0).release().perform()
     browser.execute_script("document.querySelectorAll('[data-done]').forEach(e => e.removeAttribute('data-done'))")
     wait(browser, "#edit-class-generate").click()

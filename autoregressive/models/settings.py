@@ -81,6 +81,7 @@ class SamplingConfig:
         "how much control images, and other conditions of single tokens, count: 0 for not at all",
         least=0,
         served=(0, 100),
+        page=(0, 2, 0.05),
     )
 
     def __post_init__(self) -> None:

@@ -167,7 +167,7 @@ def create_app(
             raise RequestError(
                 400, "this server's engine fills no holes: start it with --engine native", code="unsupported"
             )
-        fields, files = await read_form(request)
+        fields, files = await read_form(request, service.limits.max_upload)
         accept = request.headers.get("accept", "")
         token = service.decoder.tokenizer.downsample
         asked = await asyncio.to_thread(
@@ -338,8 +338,11 @@ _SCHEMA["required"] = ["image"]
 EDIT_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _SCHEMA}}}}
 
 
-async def read_form(request: Request) -> tuple[dict[str, str], dict[str, bytes]]:
-    """Return the fields and the files of a form by name. Raises RequestError for anything else, and for a form without image."""
+async def read_form(request: Request, most: int) -> tuple[dict[str, str], dict[str, bytes]]:
+    """Return the fields and the files of a form by name. Raises RequestError for anything else, and for a form without image.
+
+    most: bytes of a field, which may be a picture in base64.
+    """
     given = request.headers.get("content-type", "")
     if not given.lower().startswith("multipart/form-data"):
         message = f"the body's type is {given[:100] or 'not told'}: send multipart/form-data"
@@ -347,17 +350,19 @@ async def read_form(request: Request) -> tuple[dict[str, str], dict[str, bytes]]
     fields: dict[str, str] = {}
     files: dict[str, bytes] = {}
     try:
-        async with request.form(max_files=4, max_fields=64, max_part_size=64 * 1024) as form:
+        async with request.form(max_files=4, max_fields=64, max_part_size=most) as form:
             for name, value in form.multi_items():
                 param = name.removesuffix("[]")[:100]
                 if param in fields or param in files:
                     raise refuse(param, f"{param} is given twice: send one")
                 if isinstance(value, str):
                     fields[param] = value
+                elif param == "control_image":
+                    fields[param] = _base64(await value.read())
                 elif param in ("image", "mask"):
                     files[param] = await value.read()
                 else:
-                    raise refuse(param, f"{param} is a file: the files of an edit are image and mask")
+                    raise refuse(param, f"{param} is a file: the files of an edit are image, mask and control_image")
     except RequestError:
         raise
     except HTTPException as error:

@@ -90,7 +90,8 @@ class ImageBody(_Settings):
         None, description="Class-conditional models: the class that guidance leads away from, in place of none."
     )
     control_image: str | None = Field(
-        None, description="Models with control images: the picture to draw by, a PNG, JPEG or WebP file in base64."
+        None,
+        description="Models with control images: the picture to draw by, a PNG, JPEG or WebP file in base64, in a form also as a file.",
     )
     control_type: Literal[CONTROL_TYPES] | None = Field(
         None, description="What is taken of control_image, where that is not what the model was trained by."

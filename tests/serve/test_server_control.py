@@ -14,6 +14,7 @@ from PIL import Image
 
 from autoregressive.models.build import build_gpt
 from autoregressive.pipeline import ImagePipeline, load_gpt
+from autoregressive.serve.api import EDITS
 from autoregressive.serve.native import NativeEngine
 from tests.helpers import randomize
 from tests.serve.servers import pixels, post, with_client
@@ -41,10 +42,14 @@ def noise(size: int = 200) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8))
 
 
-def encoded(picture: Image.Image) -> str:
+def png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "png")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def encoded(picture: Image.Image) -> str:
+    return base64.b64encode(png(picture)).decode()
 
 
 def test_control_images_are_drawn_by_as_the_pipeline_does(tokenizer, pipeline):
@@ -61,6 +66,27 @@ def test_control_images_are_drawn_by_as_the_pipeline_does(tokenizer, pipeline):
     for i, image in enumerate(drawn):
         expected = pipeline([2], seed=5 + i, control_images=noise(), **settings)[0]
         assert np.array_equal(image, np.asarray(expected))
+
+
+@pytest.mark.filterwarnings("ignore:the effective sample size")
+@pytest.mark.parametrize("sent", ["file", "field"])
+def test_edit_by_a_control_image_is_that_of_the_pipeline(tokenizer, pipeline, sent):
+    image = noise(32).convert("RGBA")
+    image.paste((0, 0, 0, 0), (8, 4, 20, 16))
+    files, fields = {"image": ("image.png", png(image), "image/png")}, {"class_label": 2, "seed": 5, "particles": 3}
+    if sent == "file":
+        files["control_image"] = ("control.png", png(noise()), "image/png")
+    else:
+        fields["control_image"] = encoded(noise())
+
+    async def work(client, service):
+        answer = await client.post(EDITS, data=fields | {"guidance_scale": 2, "top_k": 0}, files=files)
+        assert answer.status_code == 200, answer.text
+        return pixels(answer.json()["data"][0])
+
+    drawn = with_client(tokenizer, work, NativeEngine(pipeline, "small"))
+    (expected,) = pipeline.edit(image, None, 2, seed=5, particles=3, cfg_scale=2.0, control_images=noise())
+    assert np.array_equal(drawn, np.asarray(expected))
 
 
 @pytest.mark.parametrize(
