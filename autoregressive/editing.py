@@ -13,6 +13,7 @@ was drawn. In the end the picture's own pixels come back outside the hole, behin
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from torch import Tensor
 from autoregressive.models.particles import PARTICLES
 from autoregressive.pipeline import Features, ImagePipeline, OnStep
 from autoregressive.request import Request
+from utils.errors import require_whole
+from utils.images import require_eight_bits
 from utils.rng import item_seed
 
 Box = Sequence[int]
@@ -114,7 +117,7 @@ def edit(
     Raises:
         ValueError: for a hole that does not fit the picture, settings out of range, a class or prompt the model cannot take.
     """
-    image = ImageOps.exif_transpose(image)
+    image = upright(image, "the picture")
     found = hole_in(image, mask, box)
     if not found.any():
         warnings.warn("the mask is empty: nothing is drawn, and the picture stays as it is", stacklevel=3)
@@ -157,11 +160,12 @@ def extend(
     side, unit = pipeline.image_size, pipeline.tokenizer.downsample
     margins = {"left": left, "right": right, "up": up, "down": down}
     for name, margin in margins.items():
-        if isinstance(margin, bool) or not isinstance(margin, int) or margin < 0 or margin % unit:
+        require_whole(name, margin, 0)
+        if margin % unit:
             raise ValueError(f"{name} is {margin!r}: give whole tokens of {unit} pixels, such as {unit}")
     if not any(margins.values()):
         raise ValueError("nothing is to be added: give left, right, up or down")
-    square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+    square = ImageOps.fit(upright(image, "the picture").convert("RGB"), (side, side), Image.Resampling.BICUBIC)
     known = np.zeros((up + side + down, left + side + right), bool)
     requests = requests_for(pipeline, asked, features, n, particles, seed=seed, **settings)
     canvases = np.zeros((n, *known.shape, 3), np.uint8)
@@ -189,8 +193,7 @@ def requests_for(
     pipeline: ImagePipeline, asked: int | str | None, features: Features | None, n: int, particles: int, **settings: Any
 ) -> list[Request]:
     """Return a request, read, for each of n pictures of one class or prompt. Raises ValueError as ImagePipeline does."""
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"n is {n!r}: give a whole number of pictures, at least 1")
+    require_whole("n", n)
     if asked is None and features is None:
         raise ValueError(f"give what the picture shows: a {'prompt' if pipeline.text else 'class'}")
     what = {"features": [features] * n} if features is not None else {"asked": [asked] * n}
@@ -210,8 +213,7 @@ def fill_holes(
 
     keep_pixels, rounds: as `edit` takes them. on_step: called after each decode pass, as ImagePipeline.draw does.
     """
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise ValueError(f"rounds is {rounds!r}: give a whole number, at least 1")
+    require_whole("rounds", rounds)
     hole, found = holes[0].tokens, []
     for part in pipeline.micro_batches(requests):
         own = holes[len(found) : len(found) + len(part)]
@@ -249,13 +251,22 @@ def told(pixels: np.ndarray, edited: Edited) -> Image.Image:
     return image
 
 
+def upright(image: Image.Image, name: str) -> Image.Image:
+    """Return a picture turned as its EXIF says. Raises ValueError for one of other than 8 bits. name: for messages."""
+    require_eight_bits(image, name)
+    return ImageOps.exif_transpose(image)
+
+
 def hole_in(image: Image.Image, mask: Image.Image | np.ndarray | None = None, box: Box | None = None) -> np.ndarray:
     """Return the pixels of a picture to fill, bool (height, width). Raises ValueError where the hole does not fit it."""
     width, height = image.size
     if box is not None:
         if mask is not None:
             raise ValueError("the hole is given twice, as a mask and as a box: give one")
-        left, top, right, bottom = box
+        try:
+            left, top, right, bottom = map(index, box)
+        except (TypeError, ValueError):
+            raise ValueError(f"the box is {box!r}: give left, top, right and bottom in whole pixels") from None
         if not (0 <= left < right <= width and 0 <= top < bottom <= height):
             raise ValueError(
                 f"the box {left} {top} {right} {bottom} is no part of a picture of {width}x{height} pixels"
@@ -263,12 +274,19 @@ def hole_in(image: Image.Image, mask: Image.Image | np.ndarray | None = None, bo
         hole = np.zeros((height, width), bool)
         hole[top:bottom, left:right] = True
         return hole
-    if isinstance(mask, np.ndarray):
-        hole = mask.astype(bool)
-    elif mask is None or has_alpha(mask):
-        if mask is None and not has_alpha(image):
+    if mask is None:
+        if not has_alpha(image):
             raise ValueError("nothing says what to fill: give a mask, a box, or a picture with transparent pixels")
-        hole = np.asarray((image if mask is None else mask).convert("RGBA").getchannel("A")) < 128
+        mask = image
+    elif isinstance(mask, Image.Image):
+        mask = upright(mask, "the mask")
+    if not isinstance(mask, Image.Image):
+        hole = np.asarray(mask)
+        if hole.ndim != 2:
+            raise ValueError(f"the mask has the shape {hole.shape}: give a picture, or an array (height, width)")
+        hole = hole.astype(bool)
+    elif has_alpha(mask):
+        hole = np.asarray(mask.convert("RGBA").getchannel("A")) < 128
     else:
         hole = np.asarray(mask.convert("L")) > 127
     if hole.shape != (height, width):
@@ -288,11 +306,15 @@ def holed(side: int, unit: int, pixels: np.ndarray, hole: np.ndarray, ring: int 
     """Return a picture (height, width, 3) with a hole, bool (height, width), as a model sees it.
 
     side, unit: pixels a side of the model's images and of a token. ring: as `edit` takes it.
+    Raises ValueError for a hole of which nothing is left where the picture is cropped to a square.
     """
+    require_whole("ring", ring, 0)
     smooth = Image.fromarray(continued(pixels, hole))
     square = np.asarray(ImageOps.fit(smooth, (side, side), Image.Resampling.BICUBIC))
     whole = ImageOps.fit(Image.fromarray(hole.astype(np.uint8) * 255), (side, side), Image.Resampling.BOX)
     fitted = np.asarray(whole) > 0
+    if hole.any() and not fitted.any():
+        raise ValueError("the hole is outside the middle square to which the picture is cropped: crop it yourself first")
     grid = torch.from_numpy(fitted).view(side // unit, unit, side // unit, unit).any(3).any(1)
     if ring:
         grid = F.max_pool2d(grid[None].float(), 2 * ring + 1, 1, ring)[0] > 0

@@ -43,9 +43,9 @@ from tokenizer.base import Tokenizer
 from tokenizer.load import find_tokenizer, load_tokenizer
 from utils.checkpoint import has_averages, load_into, read_checkpoint
 from utils.distributed import pick_device
-from utils.errors import is_out_of_memory
+from utils.errors import is_out_of_memory, require_whole
 from utils.hub import is_released
-from utils.images import open_picture, to_uint8
+from utils.images import open_picture, require_eight_bits, to_uint8
 from utils.origin import same_tokenizer
 from utils.overlap import one_behind
 from utils.rng import image_noise, order_seed
@@ -647,7 +647,11 @@ class ImagePipeline:
 
     @torch.inference_mode()
     def encode_image(self, image: Image.Image) -> Tensor:
-        """Encode a picture, resized and cropped to the model's size, to codes int64 (1, N) in raster order."""
+        """Encode a picture, resized and cropped to the model's size, to codes int64 (1, N) in raster order.
+
+        Raises ValueError for a picture of other than 8 bits.
+        """
+        require_eight_bits(image, "the picture")
         square = ImageOps.fit(image.convert("RGB"), (self.image_size, self.image_size), Image.Resampling.BICUBIC)
         scaled = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float() / 127.5 - 1
         return self.tokenizer.to_codes(scaled.to(self.tokenizer.device)).flatten(1)
@@ -748,8 +752,7 @@ def repeated(asked: Any, settings: Mapping[str, Any], times: int) -> tuple[list 
 
     Raises ValueError for a number below 1, and beside settings that are of single images.
     """
-    if isinstance(times, bool) or not isinstance(times, int) or times < 1:
-        raise ValueError(f"num_images_per_prompt is {times!r}: give a whole number, at least 1")
+    require_whole("num_images_per_prompt", times)
     if single := [name for name in ("indices", "known", "extra_conditions") if settings.get(name) is not None]:
         raise ValueError(
             f"{single[0]} has an item for each image: leave num_images_per_prompt out, and repeat the prompts"

@@ -1,6 +1,9 @@
 """Errors that several parts of the project raise and catch, and what an error says to a user."""
 
 import re
+from numbers import Integral
+from reprlib import repr as shorten
+from typing import Any
 
 from utils.extras import explain
 
@@ -16,6 +19,12 @@ class AgreedError(ValueError):
 
 class NotFiniteError(ValueError):
     """Raised for images whose logits or pixels are NaN or infinite."""
+
+
+def require_whole(name: str, value: Any, least: int = 1) -> None:
+    """Raise ValueError for anything but a whole number from `least` on."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} is {shorten(value)}: give a whole number, at least {least}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -96,14 +96,19 @@ def open_picture(
         if image.width * image.height > most_pixels:
             size = f"{image.width}x{image.height}"
             raise ValueError(f"{name} has {size} pixels: give a picture of at most {most_pixels:,}")
-        if image.mode[0] in "IF":
-            raise ValueError(f"{name} has pixels of mode {image.mode}: give a picture of 8 bits a channel")
+        require_eight_bits(image, name)
         image.load()
         return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} is no picture that can be read ({error}): give a PNG, JPEG or WebP file") from error
+
+
+def require_eight_bits(image: Image.Image, name: str) -> None:
+    """Raise ValueError for pixels of 16 or 32 bits, which Pillow does not scale to 8."""
+    if image.mode[0] in "IF":
+        raise ValueError(f"{name} has pixels of mode {image.mode}: give a picture of 8 bits a channel")
 
 
 ANIMATIONS = (".gif", ".png", ".webp")

@@ -10,6 +10,8 @@ from numbers import Real
 from reprlib import repr as shorten
 from typing import Any
 
+from utils.errors import require_whole
+
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
     """Declare a setting.
@@ -150,8 +152,7 @@ class SamplingConfig:
 
     def check_particles(self, particles: Any) -> None:
         """Raise ValueError for particles that are no whole number from 1 on, or several with the draw cdf."""
-        if isinstance(particles, bool) or not isinstance(particles, int) or particles < 1:
-            raise ValueError(f"particles is {shorten(particles)}: give a whole number, 1 or more")
+        require_whole("particles", particles)
         if particles > 1 and self.draw != "race1":
             raise ValueError(f"--draw {self.draw} has noise for one particle: give --draw race1, or --particles 1")
 

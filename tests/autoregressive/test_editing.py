@@ -183,18 +183,31 @@ def test_feather_falls_from_the_hole_to_the_pixels_around_it():
         ({"box": BOX, "particles": 0}, "particles is 0"),
         ({"box": BOX, "rounds": 0}, "rounds is 0"),
         ({"box": BOX, "n": 0}, "n is 0"),
+        ({"box": BOX, "ring": -1}, "ring is -1"),
+        ({"box": BOX, "ring": 1.5}, "ring is 1.5"),
+        ({"box": (4, 8, 12)}, r"the box is \(4, 8, 12\): give left"),
+        ({"box": (4, 8, 12.5, 16)}, "in whole pixels"),
+        ({"mask": np.ones((32, 32, 3), bool)}, r"the mask has the shape \(32, 32, 3\)"),
+        ({"mask": Image.fromarray(np.zeros((32, 32), np.uint16))}, "the mask has pixels of mode I;16"),
+        ({"image": Image.fromarray(np.zeros((32, 32), np.uint16)), "box": BOX}, "the picture has pixels of mode I;16"),
+        ({"image": Image.new("RGB", (32, 96)), "box": (4, 4, 12, 20)}, "outside the middle square"),
         ({"box": BOX, "asked": None}, "give what the picture shows: a class"),
         ({"box": BOX, "asked": 99}, "label 99 is out of range"),
     ],
 )
 def test_edit_of_what_is_no_hole_raises(pipeline, picture, given, message):
     with pytest.raises(ValueError, match=message):
-        pipeline.edit(picture, **{"asked": 2, **given})
+        pipeline.edit(**{"image": picture, "asked": 2, **given})
+
+
+def test_picture_of_16_bits_is_not_clipped_to_white(pipeline):
+    with pytest.raises(ValueError, match="mode I;16: give a picture of 8 bits"):
+        pipeline.encode_image(Image.fromarray(np.full((32, 32), 300, np.uint16)))
 
 
 @pytest.mark.parametrize("margins", [{}, {"left": 5}, {"down": -4}, {"up": 4.0}])
 def test_extend_by_no_whole_tokens_raises(pipeline, picture, margins):
-    with pytest.raises(ValueError, match=r"nothing is to be added|whole tokens of 4 pixels"):
+    with pytest.raises(ValueError, match=r"nothing is to be added|whole tokens of 4 pixels|a whole number, at least 0"):
         pipeline.extend(picture, 2, **margins)
 
 
