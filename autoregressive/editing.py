@@ -314,7 +314,9 @@ def holed(side: int, unit: int, pixels: np.ndarray, hole: np.ndarray, ring: int 
     whole = ImageOps.fit(Image.fromarray(hole.astype(np.uint8) * 255), (side, side), Image.Resampling.BOX)
     fitted = np.asarray(whole) > 0
     if hole.any() and not fitted.any():
-        raise ValueError("the hole is outside the middle square to which the picture is cropped: crop it yourself first")
+        raise ValueError(
+            "the hole is outside the middle square to which the picture is cropped: crop it yourself first"
+        )
     grid = torch.from_numpy(fitted).view(side // unit, unit, side // unit, unit).any(3).any(1)
     if ring:
         grid = F.max_pool2d(grid[None].float(), 2 * ring + 1, 1, ring)[0] > 0
