@@ -20,8 +20,7 @@ import torch
 from autoregressive.models.build import TRUNKS
 from autoregressive.models.conditions import CONDITIONS
 from autoregressive.models.layouts import LAYOUTS
-from autoregressive.models.rar import SPARE_PLACES
-from autoregressive.models.sizes import GPT_SIZES
+from autoregressive.models.sizes import GPT_SIZES, SPARE_PLACES
 from tokenizer.released import looks_like
 from utils.checkpoint import Checkpoint, parameter_count
 

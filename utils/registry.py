@@ -2,40 +2,57 @@
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Kind = TypeVar("Kind")
+Implementation = TypeVar("Implementation", bound=Any)
 
 
 class Registry(Generic[Kind]):
-    """Implementations by name. kind: what they are called in an error, such as "layout"."""
+    """Implementations by name.
 
-    def __init__(self, kind: str):
+    kind: what they are called in an error, such as "layout". modules: of implementations by name, each imported when its
+    name is first asked for.
+    """
+
+    def __init__(self, kind: str, modules: Mapping[str, str] | None = None):
         self.kind = kind
+        self._modules = dict(modules or {})
         self._known: dict[str, Kind] = {}
 
     def add(self, name: str, implementation: Kind) -> None:
         """Register an implementation. Raises ValueError where the name is taken."""
-        if name in self._known:
+        if name in self._known or self._modules.get(name, implementation.__module__) != implementation.__module__:
             raise ValueError(f"the {self.kind} {name!r} is registered already; give this one another name")
         self._known[name] = implementation
 
+    def register(self, name: str) -> Callable[[Implementation], Implementation]:
+        """Return the decorator that registers an implementation under a name."""
+
+        def register(implementation: Implementation) -> Implementation:
+            self.add(name, implementation)
+            return implementation
+
+        return register
+
     def __getitem__(self, name: str) -> Kind:
         """Return the implementation. Raises ValueError where the name is not registered."""
+        if name not in self._known and name in self._modules:
+            importlib.import_module(self._modules[name])
         if name not in self._known:
-            known = ", ".join(self._known)
+            known = ", ".join(self)
             raise ValueError(
                 f"no {self.kind} is called {name!r}; known are {known}; --import FILE.py registers those of a file"
             )
         return self._known[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._known
+        return name in {*self}
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._known)
+        return iter(dict.fromkeys([*self._modules, *self._known]))
 
 
 # Files that --import has run, as they were named.

@@ -1,10 +1,9 @@
-"""Models of every trunk: the one place that knows them all.
+"""Models of every registered trunk.
 
 model = build_model(ModelArgs.from_identity(identity))
 model = build_gpt("GPT-B", block_size=256)
 """
 
-from autoregressive.models import gpt, lpd, rar  # noqa: F401 - trunks register themselves
 from autoregressive.models.sizes import GPT_SIZES
 from autoregressive.models.trunk import TRUNKS, ModelArgs, Trunk
 

@@ -9,7 +9,6 @@ What it shares with other models is in trunk.py. LlamaGen (arXiv 2406.06525, sec
 
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from autoregressive.models.build import build_gpt
 from autoregressive.models.conditions import Condition
 from autoregressive.models.layouts import Layout
 from autoregressive.models.rope import apply_rope, rope_table_2d
@@ -292,11 +292,6 @@ class Transformer(Trunk):
             logits = output(norm(state.gather(1, row.expand(-1, -1, state.shape[-1])))).float()
             parts.append(logits * own.float().mean(-1, keepdim=True))
         return sum(parts[1:], parts[0])
-
-
-def build_gpt(name: str, **overrides) -> Any:
-    """Build a model of a size in the table, with any field of ModelArgs overridden."""
-    return import_module("autoregressive.models.build").build_gpt(name, **overrides)  # which knows the other trunks
 
 
 GPT_models: dict[str, Callable[..., Any]] = {name: partial(build_gpt, name) for name in GPT_SIZES}

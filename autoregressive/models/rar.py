@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive.models.conditions.label import Label
+from autoregressive.models.sizes import SPARE_PLACES
 from autoregressive.models.trunk import ModelArgs, Rows, Trunk, draw_normal, register_trunk
 from autoregressive.models.vit import EPS, Attention, Mlp
 
-# Rows that the published tables have to spare.
-SPARE_PLACES, SPARE_NUMBERS = 1024, 100
+SPARE_NUMBERS = 100  # rows that the published table has to spare
 
 
 def modulation(dim: int, parts: int) -> nn.Sequential:

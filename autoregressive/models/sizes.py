@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+SPARE_PLACES = 1024  # rows that the published tables of RAR's places have to spare
+
 
 class Size(NamedTuple):
     """Shapes of a model.

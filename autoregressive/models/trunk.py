@@ -10,7 +10,8 @@ order of its `layout` (layouts/): `tokens = codes[:, model.layout.order]`, or in
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate
 from math import isqrt
 from typing import Any, ClassVar
 
@@ -19,17 +20,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from autoregressive.models.args import TRUNKS, ModelArgs
 from autoregressive.models.conditions import CONDITIONS, Condition
 from autoregressive.models.kv_cache import StaticCache, widened
 from autoregressive.models.layouts import Holds, Layout, build_layout
 from autoregressive.models.machine import attention_bias
 from autoregressive.models.on_cpu import attend_on_cpu
-from utils.registry import Registry
 
 Conditions = Tensor | Mapping[str, Tensor]
 """Values (B, …) of a model's conditions by name; a tensor is that of the model's first condition."""
-
-TRUNKS: Registry["type[Trunk]"] = Registry("trunk")
 
 EMBEDDING = -1
 """Number of the block before which conditions are added to the embeddings of the rows, ahead of their dropout."""
@@ -43,151 +42,6 @@ def register_trunk(name: str) -> Callable[[type["Trunk"]], Any]:
         return trunk
 
     return register
-
-
-@dataclass
-class ModelArgs:
-    """Shapes and regularisation of a model.
-
-    model_type, num_classes, caption_dim, cls_token_num, spe_token_num and ar_token_num are the published way to say the
-    first condition and the layout. trunk: registered name of the model's class. layout: config of any other registered
-    layout, {"name": …, and its settings}. extra_conditions: settings of further conditions by their registered names.
-    target_positions: whether a llama has an embedding of the place of the token that a row predicts, for orders that differ
-    from sample to sample. ffn_width: hidden width of the feed-forward layer, in place of the rule of multiple_of and ffn_dim_multiplier.
-    rope_grid: tokens a side of the grid whose rotary table a llama reads by the number of a token, where that is another one
-    than the image's (ControlAR's models of several resolutions).
-    """
-
-    dim: int = 4096
-    n_layer: int = 32
-    n_head: int = 32
-    n_kv_head: int | None = None
-    multiple_of: int = 256
-    ffn_dim_multiplier: float | None = None
-    rope_base: float = 10000.0
-    norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-
-    token_dropout_p: float = 0.1
-    attn_dropout_p: float = 0.0
-    resid_dropout_p: float = 0.1
-    ffn_dropout_p: float = 0.1
-    drop_path_rate: float = 0.0
-
-    num_classes: int = 1000
-    caption_dim: int = 2048
-    class_dropout_prob: float = 0.1
-    model_type: str = "c2i"
-
-    vocab_size: int = 16384
-    cls_token_num: int = 1
-    block_size: int = 256
-    spe_token_num: int = 0
-    ar_token_num: int = 1
-
-    trunk: str = "llama"
-    target_positions: bool = False
-    ffn_width: int | None = None
-    rope_grid: int | None = None
-    layout: Mapping[str, Any] | None = None
-    extra_conditions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    @property
-    def layout_config(self) -> Mapping[str, Any]:
-        """Config of the layout."""
-        published = (
-            {"name": TRUNKS[self.trunk].default_layout}
-            if self.ar_token_num == 1
-            else {"name": "parallel", "group_size": self.ar_token_num}
-        )
-        return self.layout or published
-
-    @property
-    def conditions(self) -> dict[str, Mapping[str, Any]]:
-        """Settings of every condition by name, the published one first."""
-        if self.model_type == "c2i":
-            first: dict[str, Any] = {"label": {"num_classes": self.num_classes}}
-        else:
-            first = {"caption": {"caption_dim": self.caption_dim, "tokens": self.cls_token_num}}
-        return {**first, **self.extra_conditions}
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of the trunk: n_layer, and one more for a layout's second head."""
-        return self.n_layer + build_layout(self.layout_config, isqrt(self.block_size)).heads - 1
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads of the keys and values: those of the queries unless they are fewer."""
-        return self.n_kv_head or self.n_head
-
-    def __post_init__(self) -> None:
-        self.n_kv_head = self.kv_heads
-        if self.model_type not in ("c2i", "t2i"):
-            raise ValueError(f"model_type must be c2i or t2i, got {self.model_type!r}")
-        if self.dim % self.n_head or self.n_head % self.kv_heads:
-            raise ValueError(
-                f"{self.n_head} heads must divide dim {self.dim} and be divided by {self.n_kv_head} kv heads"
-            )
-        if isqrt(self.block_size) ** 2 != self.block_size:
-            raise ValueError(f"block_size is the number of tokens of a square grid, got {self.block_size}")
-        if self.model_type == "c2i" and self.cls_token_num != 1:
-            raise ValueError(f"a class takes one condition token, got --cls-token-num {self.cls_token_num}")
-        if self.ar_token_num == 1 and self.spe_token_num:
-            self.ar_token_num = self.spe_token_num + 1
-        if self.spe_token_num == 0:
-            self.spe_token_num = self.ar_token_num - 1
-        if self.spe_token_num != self.ar_token_num - 1:
-            raise ValueError(
-                f"{self.ar_token_num} tokens at a time take {self.ar_token_num - 1} special tokens, "
-                f"got --ar-token-num {self.ar_token_num} --spe-token-num {self.spe_token_num}"
-            )
-
-    @property
-    def ffn_dim(self) -> int:
-        """Hidden width of the feed-forward layer."""
-        if self.ffn_width is not None:
-            return self.ffn_width
-        hidden = int(2 * (4 * self.dim) / 3)
-        if self.ffn_dim_multiplier is not None:
-            hidden = int(self.ffn_dim_multiplier * hidden)
-        return -(-hidden // self.multiple_of) * self.multiple_of
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Entries `model`, `layout` and `conditions` of a file's config: all that from_identity builds the model from."""
-        names = ("dim", "n_layer", "n_head", "n_kv_head", "ffn_dim", "vocab_size", *TRUNKS[self.trunk].settings)
-        numbers = {name: getattr(self, name) for name in names}
-        return {
-            "model": {
-                "trunk": self.trunk,
-                **{name: value for name, value in numbers.items() if value is not False and value is not None},
-            },
-            "layout": {**self.layout_config, "grid_size": isqrt(self.block_size)},
-            "conditions": {name: dict(settings) for name, settings in self.conditions.items()},
-        }
-
-    @classmethod
-    def from_identity(cls, identity: Mapping[str, Any]) -> "ModelArgs":
-        """Return the arguments of the model that a config describes. Raises ValueError where a condition is not registered."""
-        model, layout, conditions = (dict(identity[part]) for part in ("model", "layout", "conditions"))
-        for name in conditions:
-            CONDITIONS[name]
-        label, caption = conditions.pop("label", None), conditions.pop("caption", None)
-        first = {"num_classes": label["num_classes"]} if label else {}
-        if caption:
-            first = {"caption_dim": caption["caption_dim"], "cls_token_num": caption["tokens"]}
-        ffn_dim, grid_size = model.pop("ffn_dim"), layout.pop("grid_size")
-        return cls(
-            ffn_width=ffn_dim,
-            block_size=grid_size**2,
-            model_type="t2i" if caption else "c2i",
-            ar_token_num=layout.get("group_size", 1) if layout["name"] == "parallel" else 1,
-            layout=None if layout["name"] in ("raster", "parallel") else layout,
-            extra_conditions=conditions,
-            **model,
-            **first,
-        )
 
 
 @dataclass(frozen=True)
@@ -315,22 +169,17 @@ class Trunk(nn.Module):
             )
         prefix = sum(condition.rows for condition in self.conditions.values())
         self.layout = build_layout(args.layout_config, grid_size, prefix)
-        if self.layout.heads > self.most_heads:
-            raise ValueError(
-                f"the layout {self.layout.name!r} has tokens read by {self.layout.heads} heads, and the trunk {args.trunk!r} has "
-                f"{self.most_heads}: give another --layout or a --gpt-model of another trunk"
-            )
-        asks = any(row.holds is Holds.QUERY for row in self.layout.content)
-        if asks and type(self).queries is Trunk.queries:
-            raise ValueError(
-                f"the layout {self.layout.name!r} reads tokens from queries, of which the trunk {args.trunk!r} has none: give "
-                "another --layout or a --gpt-model with queries (LPD-L)"
-            )
-        if self.layout.special and type(self).special is Trunk.special:
-            raise ValueError(
-                f"the layout {self.layout.name!r} has special tokens, of which the trunk {args.trunk!r} has none: give another "
-                "--layout, --ar-token-num 1, or a --gpt-model of another trunk"
-            )
+        queried = any(row.holds is Holds.QUERY for row in self.layout.content)
+        for needs, lacks, has in (
+            (f"tokens read by {self.layout.heads} heads", self.layout.heads > self.most_heads, self.most_heads),
+            ("tokens read from queries", queried and type(self).queries is Trunk.queries, "none"),
+            ("special tokens", self.layout.special and type(self).special is Trunk.special, "none"),
+        ):
+            if lacks:
+                raise ValueError(
+                    f"the layout {self.layout.name!r} has {needs}, and the trunk {args.trunk!r} has {has}: give another --layout "
+                    "(or --ar-token-num 1), or a --gpt-model of another trunk"
+                )
         self.tok_dropout = nn.Dropout(args.token_dropout_p)
         self._tables: dict[tuple[Layout, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -360,15 +209,11 @@ class Trunk(nn.Module):
 
     def special(self) -> Tensor:
         """Return the special vectors, (layout.special, dim). A trunk for layouts with such rows has some."""
-        raise NotImplementedError(
-            f"the layout {self.layout.name!r} has rows of special vectors, of which this trunk has none"
-        )
+        raise NotImplementedError
 
     def queries(self, positions: Tensor) -> Tensor:
         """Return the query vectors for sequence positions (Q,), (Q, dim). A trunk for layouts with queries has some."""
-        raise NotImplementedError(
-            f"the layout {self.layout.name!r} has query rows, for which this trunk has no vectors"
-        )
+        raise NotImplementedError
 
     def of_second_exit(self, name: str) -> str | None:
         """Return the first head's parameter that one of the second head corresponds to; None for any other parameter."""
@@ -426,12 +271,6 @@ class Trunk(nn.Module):
             own = self.queries(queries.clamp(min=0).flatten()).to(h.dtype).view_as(h)
             h = torch.where(queries[..., None] >= 0, own, h)
         return h
-
-    def vectors(self, holds: Holds, numbers: slice) -> Tensor:
-        """Return the model's own vectors of some rows, (rows, dim)."""
-        if holds is Holds.SPECIAL:
-            return self.special()[numbers]
-        return self.queries(torch.arange(numbers.start, numbers.stop, device=self.tok_embeddings.weight.device))
 
     def cells(self, rows: Rows) -> Tensor:
         """Return raster indices for the rows of a pass: of the cell where each stands, and of the token that it predicts.
@@ -577,15 +416,18 @@ class Trunk(nn.Module):
         if layout.patch_tokens > 1:
             tokens = tokens.unflatten(1, (-1, layout.patch_tokens)).mean(2)  # (B, L / patch_tokens, dim)
         rows = layout.fed(idx.shape[1])
-        parts = [tokens[:, :0]]  # the embedding has a gradient, of zeros, also where no token is read
-        for holds, numbers in layout.runs(rows):
-            if holds is Holds.CONDITION:
-                parts.append(conditions[:, numbers])
-            elif holds is Holds.TOKEN:
-                parts.append(tokens[:, numbers])
-            else:
-                parts.append(self.vectors(holds, numbers).expand(len(tokens), -1, -1))
-        h = torch.cat([part.to(tokens.dtype) for part in parts], dim=1)  # (B, rows, dim)
+        sources = {Holds.CONDITION: conditions, Holds.TOKEN: tokens}
+        if layout.special:
+            sources[Holds.SPECIAL] = self.special().expand(len(tokens), -1, -1)
+        if any(row.holds is Holds.QUERY for row in layout.content):
+            sources[Holds.QUERY] = self.queries(torch.arange(layout.units, device=idx.device)).expand(
+                len(tokens), -1, -1
+            )
+        h = torch.cat([source.to(tokens.dtype) for source in sources.values()], dim=1)
+        starts = dict(zip(sources, accumulate((source.shape[1] for source in sources.values()), initial=0)))
+        places = [starts[holds] + number for holds, number in layout.content[:rows]]
+        if places != list(range(h.shape[1])):
+            h = h[:, places]  # (B, rows, dim)
         reads = layout.read_rows(rows)
         if added is not None:
             added = self.added_to_rows(added, layout, orders, reads, rows)
@@ -594,15 +436,13 @@ class Trunk(nn.Module):
         mask = self.attention_mask(rows, prefix_mask, h.device, layout)
         if mask is not None:
             device = h.device.type
-            mask = attention_bias(
-                mask, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
-            )
+            autocast = torch.is_autocast_enabled(device)
+            mask = attention_bias(mask, torch.get_autocast_dtype(device) if autocast else h.dtype)
         positions = torch.arange(rows, device=h.device)
         if not all(layout.kept[:rows]):
             positions = torch.tensor(layout.cache_places[:rows], device=h.device)
-        places = Rows(None, positions, rows, layout, orders, self.context(conditions), before_blocks)
-        h = self.decode(h, places, mask, causal=mask is None)
-        return self.read(h, layout, rows)
+        whole = Rows(None, positions, rows, layout, orders, self.context(conditions), before_blocks)
+        return self.read(self.decode(h, whole, mask, causal=mask is None), layout, rows)
 
     def added_to_rows(
         self, added: Tensor, layout: Layout, orders: Tensor | None, reads: slice | list[int], rows: int

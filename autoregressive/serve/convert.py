@@ -66,6 +66,7 @@ def engine_config(gpt: Transformer) -> dict:
         "grid_size": gpt.layout.grid_size,
         "prefix": gpt.layout.prefix,
         "rope_base": args.rope_base,
+        "rope_grid": args.rope_grid or gpt.layout.grid_size,
     }
     if text:
         # Has vLLM ask the model for positions: a caption's rows end where the image begins, however few they are.
@@ -80,7 +81,7 @@ def engine_weights(gpt: Transformer) -> dict[str, Tensor]:
 
     What else conditions are made of is for the process that takes the requests.
     """
-    embeddings = ("cls_embedding.", "tok_embeddings.")
+    embeddings = ("cls_embedding.", "tok_embeddings.", "target_embeddings.")  # the last are of other orders than raster
     state = {name: weight for name, weight in gpt.state_dict().items() if not name.startswith(embeddings)}
     embed = gpt.tok_embeddings.weight
     if gpt.args.model_type == "c2i":

@@ -117,7 +117,7 @@ class GuidedLayers(nn.Module):
         )
         self.norm = RMSNorm(dim, config.rms_norm_eps)
         layout = RasterLayout(config.grid_size, config.prefix)
-        table = layout.rope_rows(rope_table_2d(config.grid_size, config.own_head_dim, config.rope_base))
+        table = layout.rope_rows(rope_table_2d(config.rope_grid, config.own_head_dim, config.rope_base))
         self.register_buffer("rope", table.to(self.norm.weight.device), persistent=False)  # float32 in any dtype
 
     def embed_streams(self, ids: Tensor) -> Tensor:

@@ -321,9 +321,9 @@ def build_model_again(model) -> dict:
         ({"model_type": "t2i"}, "a RAR is of classes"),
         ({"drop_path_rate": 0.1}, "no stochastic depth"),
         ({"n_kv_head": 2}, "as many kv heads as heads"),
-        ({"ar_token_num": 4}, "'parallel' has special tokens, of which the trunk 'rar' has none"),
+        ({"ar_token_num": 4}, "'parallel' has special tokens, and the trunk 'rar' has none"),
         ({"layout": {"name": "neighbours"}}, "'neighbours' has tokens read by 2 heads"),
-        ({"layout": {"name": "queried"}}, "'queried' reads tokens from queries"),
+        ({"layout": {"name": "queried"}}, "'queried' has tokens read from queries"),
     ],
 )
 def test_rar_of_what_it_does_not_have_is_refused(more, message):

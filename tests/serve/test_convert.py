@@ -33,6 +33,12 @@ def test_config_and_weights_of_a_class_conditional_file_name_its_classes(small_f
     assert torch.equal(weights["layers.2.attention.wqkv.weight"], gpt.layers[2].attention.wqkv.weight)
 
 
+def test_weights_of_a_model_of_random_orders_are_those_that_raster_order_reads():
+    shape = {"vocab_size": 64, "block_size": 16, "num_classes": 10, "target_positions": True, "rope_grid": 8}
+    gpt = randomize(GPT_models["GPT-XS"](**shape))
+    assert engine_config(gpt)["rope_grid"] == 8 and "target_embeddings.weight" not in engine_weights(gpt)
+
+
 def test_config_of_a_text_conditional_file_has_room_beside_the_heads(t2i_file):
     gpt = open_gpt(t2i_file)
     config = engine_config(gpt)

@@ -8,6 +8,7 @@ arXiv 2207.12598).
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from utils.registry import Registry
 
-CONDITIONS: Registry["type[Condition]"] = Registry("condition")
+KINDS = ("label", "caption", "control")
+CONDITIONS: Registry["type[Condition]"] = Registry("condition", {name: f"{__package__}.{name}" for name in KINDS})
 
 
 class Condition(nn.Module):
@@ -86,6 +88,18 @@ class Condition(nn.Module):
 
     def rescale(self) -> None:
         """Scale linear layers whose initial weights are too small or too large for the condition."""
+
+
+@dataclass(frozen=True)
+class ControlImage:
+    """A picture to draw by.
+
+    picture: a PIL image of any size; or an image of the model's size, uint8 (3, H, W) or (1, H, W), or features.
+    kind: of the control that is made of it, where that is not the model's.
+    """
+
+    picture: Any
+    kind: str | None = None
 
 
 def drop_samples(value: Tensor, null: Tensor, drop: Tensor) -> Tensor:

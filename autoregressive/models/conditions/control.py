@@ -8,7 +8,6 @@ is no control. Names of parameters are the published ones, behind "extra_conditi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -20,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from autoregressive.models.canny import canny
-from autoregressive.models.conditions.base import Condition, register_condition
+from autoregressive.models.conditions.base import Condition, ControlImage, register_condition
 from autoregressive.models.conditions.caption import CaptionProjection
 from autoregressive.models.on_cpu import packed
 
@@ -29,18 +28,6 @@ PARTS = 3  # of the blocks; the control is added before each
 # Kinds of control images, and how each is resized to the patches of the encoder.
 RESIZES = {"canny": "nearest", "seg": "nearest", "depth": "bicubic", "hed": "bicubic", "lineart": "bicubic"}
 PATCHES = {"dinov2": 14, "vit": 16}  # pixels a side
-
-
-@dataclass(frozen=True)
-class ControlImage:
-    """A picture to draw by.
-
-    picture: a PIL image of any size; or an image of the model's size, uint8 (3, H, W) or (1, H, W), or features.
-    kind: of the control that is made of it, where that is not the model's.
-    """
-
-    picture: Any
-    kind: str | None = None
 
 
 def control_pixels(picture: Image.Image, kind: str, size: int) -> Tensor:

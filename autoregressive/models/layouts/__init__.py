@@ -1,12 +1,5 @@
 """Token layouts, one file a kind; see base.py."""
 
-from autoregressive.models.layouts import (  # noqa: F401 - these register themselves
-    neighbours,
-    parallel,
-    patches,
-    queried,
-    raster,
-)
 from autoregressive.models.layouts.base import (
     LAYOUTS,
     DecodeStep,

@@ -12,11 +12,11 @@ step of a group computes the rows that the group is read from, and every kept ro
 A new layout is a subclass in one file: `places` alone gives another order of single tokens (examples/spiral_order.py).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import torch
@@ -76,7 +76,8 @@ class DecodeStep:
     sees: tuple[tuple[bool, ...], ...] | None = None
 
 
-LAYOUTS: Registry["type[Layout]"] = Registry("layout")
+KINDS = ("raster", "parallel", "patches", "neighbours", "queried")
+LAYOUTS: Registry["type[Layout]"] = Registry("layout", {name: f"{__package__}.{name}" for name in KINDS})
 
 
 @dataclass(frozen=True)
@@ -252,17 +253,6 @@ class Layout:
         units = tokens // self.patch_tokens
         rows = (i for i, (holds, number) in enumerate(self.content) if holds is Holds.TOKEN and number >= units)
         return next(rows, self.rows)
-
-    def runs(self, rows: int) -> Iterator[tuple[Holds, slice]]:
-        """Yield the content of the first `rows` rows as runs of consecutive numbers: what they hold, and the numbers."""
-        starts = [0] + [
-            i
-            for i, (one, other) in enumerate(pairwise(self.content[:rows]), start=1)
-            if other.holds is not one.holds or other.number != one.number + 1
-        ]
-        for start, stop in pairwise([*starts, rows]):
-            first = self.content[start].number
-            yield self.content[start].holds, slice(first, first + stop - start)
 
     @cached_property
     def heads(self) -> int:
