@@ -1,20 +1,21 @@
 """Judges a model of control images on held-out pictures: whether what it draws has the edges that were asked for.
 
     python3 tools/edges_report.py --data-path quickstart/drawings/held_out --gpt-ckpt quickstart/control \\
-        --vq-ckpt quickstart/tokenizer --output quickstart/control_report
+        --vq-ckpt quickstart/tokenizer --ten-crop --output quickstart/control_report
 
-Each picture's class is drawn by its edges, and with the same noise without them (strength 0). An edge pixel is right where
-one of the other picture's is at most a pixel away; F1 is the harmonic mean of the right shares of both. What it is of the
-tokenizer's reconstructions is the bound. Writes report.json and edges.png: pictures, edges, drawn by them, drawn without.
+A picture of each one's class is drawn by its edges: at full strength, at half, without them (strength 0), and as a check by
+those of another picture. An edge pixel is right where one of the other picture's is at most a pixel away; F1 is the harmonic mean of the
+right shares of both. What it is of the tokenizer's reconstructions is the bound. Writes report.json and edges.png, whose rows
+are pictures, their edges, what is drawn by them with two seeds, and what is drawn without.
 """
 
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autoregressive.sample.flags import add_sampling_flags, sampling_config
-from utils.cli import SEED, add_flag, flag_parser, positive_int, run_script
+from utils.cli import SEED, add_flag, flag_parser, positive_float, positive_int, run_script
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +27,6 @@ def main(args: argparse.Namespace) -> None:
 
     from autoregressive.models.canny import canny
     from autoregressive.pipeline import ImagePipeline
-    from dataset.augmentation import center_view
     from dataset.folders import class_folders
     from dataset.pixels import load_rgb
     from tools.stages import reconstruct
@@ -37,13 +37,20 @@ def main(args: argparse.Namespace) -> None:
     images = class_folders(args.data_path, classes=pipeline.gpt.file_config.get("classes"))
     count = min(args.images, len(images))
     chosen = np.linspace(0, len(images) - 1, count).astype(int).tolist()
-    views = torch.stack([center_view(load_rgb(images.paths[i]), pipeline.image_size) for i in chosen])
-    pictures = ((views + 1) * 127.5).round().to(torch.uint8)  # (n, 3, H, W)
+    views = [picture_view(load_rgb(images.paths[i]), pipeline.image_size, i, args) for i in chosen]
+    pictures = ((torch.stack(views) + 1) * 127.5).round().to(torch.uint8)  # (n, 3, H, W)
     edges, labels = canny(pictures), [images.label(i) for i in chosen]
+    ways = {
+        "with": {},
+        "again": {"seed": args.seed + 1},
+        "half": {"control_strength": args.control_strength / 2},
+        "without": {"control_strength": 0.0},
+        "shuffled": {"control_images": list(edges.roll(count // 2, 0))},
+    }
     settings = {**vars(sampling_config(args)), "seed": args.seed, "control_images": list(edges)}
     drawn = {
-        name: np.stack([np.asarray(image) for image in pipeline(labels, **settings | {"control_strength": strength})])
-        for name, strength in (("with", args.control_strength), ("without", 0.0))
+        name: np.stack([np.asarray(image) for image in pipeline(labels, **settings | way)])
+        for name, way in ways.items()
     }
     originals = pictures.permute(0, 2, 3, 1).numpy()
     judged = {**drawn, "reconstructions": reconstruct(pipeline.tokenizer, originals)[0]}
@@ -53,10 +60,19 @@ def main(args: argparse.Namespace) -> None:
     output.mkdir(parents=True, exist_ok=True)
     lines = edges.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     shown = np.linspace(0, count - 1, min(count, args.columns)).astype(int)
-    rows = np.concatenate([each[shown] for each in (originals, lines, *drawn.values())])
+    rows = np.concatenate([each[shown] for each in (originals, lines, drawn["with"], drawn["again"], drawn["without"])])
     save_png(make_grid(rows, columns=len(shown)), output / "edges.png")
     write_json(output / "report.json", report)
     print(json.dumps(report, indent=2))
+
+
+def picture_view(picture: Any, size: int, number: int, args: argparse.Namespace) -> "Tensor":
+    """Return the centre of a picture, or with --ten-crop one of its ten crops, in turn by its number."""
+    from dataset.augmentation import center_view, ten_crop_views
+
+    if not args.ten_crop:
+        return center_view(picture, size)
+    return ten_crop_views(picture, size, args.crop_range)[number % 10]
 
 
 def edge_f1(drawn: "Tensor", asked: "Tensor", reach: int = 1) -> float:
@@ -80,6 +96,9 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--vq-ckpt", required=True, help="its tokenizer")
     parser.add_argument("--output", required=True, help="folder to write report.json and edges.png to")
     add_flag(parser, "--images", positive_int, 200, "pictures to draw, spread over the folder")
+    help = "judge one of ten crops of each picture, in turn: shifted and mirrored, as the model was trained on"
+    parser.add_argument("--ten-crop", action="store_true", help=help)
+    add_flag(parser, "--crop-range", positive_float, 1.1, "as --crop-range of extract_codes_c2i.py")
     add_flag(parser, "--columns", positive_int, 12, "of edges.png")
     add_flag(parser, "--seed", SEED, 0, "image i is a function of the seed, i, its class and its edges")
     add_sampling_flags(parser)

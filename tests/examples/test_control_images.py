@@ -172,9 +172,10 @@ def test_sampling_scripts_take_control_pictures(digits, edges, trained, tmp_path
 
 def test_edges_report_compares_what_is_drawn_with_what_was_asked_for(digits, trained, tmp_path):
     files = ["--data-path", digits / "images", "--gpt-ckpt", trained, "--vq-ckpt", digits / "vq.pt"]
-    run_here(edges_report, *files, "--output", tmp_path, "--images", 4)
+    run_here(edges_report, *files, "--output", tmp_path, "--images", 4, "--ten-crop")
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["images"] == 4 and report["edge_f1"].keys() == {"with", "without", "reconstructions"}
+    drawn = {"with", "again", "half", "without", "shuffled", "reconstructions"}
+    assert report["images"] == 4 and report["edge_f1"].keys() == drawn
     assert Image.open(tmp_path / "edges.png").width > 4 * SIZE
     line = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
     line[..., 3] = 255

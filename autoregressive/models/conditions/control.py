@@ -214,11 +214,12 @@ class Control(Condition):
                 normal(parameter, std)
 
     def rescale(self) -> None:
-        """Give narrow layers the gain that the published initial weights have at 1,280 numbers.
+        """Give layers of fewer than NARROW inputs weights that keep their outputs as large as their inputs.
 
-        Six in a row would else let nothing of the control through. Of NARROW numbers and more they stay as published.
+        N(0, 0.02²) would let 1e-4 of the control through them and nothing be learned of it. The last layers are small, so that
+        tuning begins near the model without control. Layers of NARROW inputs and more stay as published.
         """
-        for part in (self.adapter_mlp, self.condition_mlp, self.condition_layers):
-            for layer in part.modules():
-                if isinstance(layer, nn.Linear) and layer.in_features < NARROW:
-                    layer.weight.mul_((1280 / layer.in_features) ** 0.5)
+        last = {layer.fc2 for layer in self.condition_layers}
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d) and (inputs := layer.weight[0].numel()) < NARROW:
+                layer.weight.mul_(0.1 if layer in last else (2 / inputs) ** 0.5 / 0.02)
