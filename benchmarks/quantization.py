@@ -10,12 +10,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from autoregressive.sample.flags import add_sampling_flags, sampling_config
-from utils.cli import (
-    add_gpt_file_flags,
-    flag_parser,
-    positive_int,
-    run_script,
-)
+from utils.cli import add_flag, add_gpt_file_flags, flag_parser, positive_int, run_script
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,8 +126,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--codes", default=None, help="packed codes whose likelihood is compared")
     add_sampling_flags(parser, cfg_scale=2.0, top_k=0)
     parser.add_argument("--images", type=positive_int, default=8, help="drawn at once")
-    help = "times each model draws them; the fastest counts"
-    parser.add_argument("--rounds", type=positive_int, default=3, help=help)
+    add_flag(parser, "--rounds", positive_int, 3, "times each model draws them; the fastest counts")
     parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
     return parser
 

@@ -12,7 +12,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from autoregressive.models.sizes import GPT_SIZES
-from utils.cli import flag_parser, positive_int, run_script
+from utils.cli import add_flag, flag_parser, positive_int, run_script
 
 if TYPE_CHECKING:
     from autoregressive.models.gpt import Transformer
@@ -125,8 +125,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=positive_int, default=256, help="of an image, a square number")
     parser.add_argument("--batches", type=positive_int, nargs="+", default=[1, 8, 32], help="images at once")
     parser.add_argument("--groups", type=positive_int, nargs="+", default=[1], help="tokens of a step, as PAR has them")
-    help = "registered orders of tokens, after those of --groups"
-    parser.add_argument("--layouts", nargs="+", default=[], help=help)
+    add_flag(parser, "--layouts", None, [], "registered orders of tokens, after those of --groups", nargs="+")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="what to time")
     parser.add_argument("--precision", choices=["none", "fp16", "bf16"], default="bf16", help="of the weights")
     parser.add_argument("--repeats", type=positive_int, default=1, help="calls of each way; the fastest counts")

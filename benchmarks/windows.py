@@ -11,7 +11,7 @@ import time
 from itertools import pairwise
 
 from autoregressive.models.sizes import GPT_SIZES
-from utils.cli import flag_parser, nonnegative_int, positive_int, run_script
+from utils.cli import add_flag, flag_parser, nonnegative_int, positive_int, run_script
 
 
 def main(args: argparse.Namespace) -> None:
@@ -72,13 +72,8 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--draft-gpt", default=None, help="a smaller one of the same codes, which draws the drafts")
     parser.add_argument("--tokens", type=positive_int, default=256, help="of an image, a square number")
     parser.add_argument("--images", type=positive_int, nargs="+", default=[1, 4, 8], help="images at once")
-    parser.add_argument(
-        "--windows",
-        type=nonnegative_int,
-        nargs="+",
-        default=[0, 1, 2, 4, 8, 16, 32, 64],
-        help="0 first: it is what others compare with",
-    )
+    help = "0 first: it is what others compare with"
+    add_flag(parser, "--windows", nonnegative_int, [0, 1, 2, 4, 8, 16, 32, 64], help, nargs="+")
     parser.add_argument("--precision", choices=["none", "fp16", "bf16"], default="bf16", help="of the weights")
     parser.add_argument("--repeats", type=positive_int, default=2, help="calls; the fastest counts")
     parser.add_argument("--compile", action="store_true", help="compiled passes, on CUDA recorded")

@@ -22,7 +22,7 @@ from torch.utils.data import default_collate
 
 from dataset.code_files import PublishedFolder, ShardFolder
 from dataset.codes import CodeDataset, open_codes
-from dataset.store import INDEX_FILE, Fixed, Ragged, Shards, Stems, ends_of, read_record
+from dataset.store import INDEX_FILE, Fixed, Ragged, Shards, Stems, ends_of, read_record, shard_items
 from utils.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -66,9 +66,7 @@ def write_arrays(
     shapes = {np.shape(array) for array in arrays}
     ragged = len(shapes) > 1
     if ragged and {shape[1:] for shape in shapes} != {first.shape[1:]}:
-        raise ValueError(
-            f"arrays of {name} have shapes {sorted(shapes)[:4]}: all but the first axis has to be the same"
-        )
+        raise ValueError(f"arrays of {name} have shapes {sorted(shapes)[:4]}: only the first axis may differ")
     if len(views) > 1 and (ragged or first.shape[:1] != (len(views),)):
         raise ValueError(f"arrays of {name} are {first.shape}: the first axis has to go through {', '.join(views)}")
     items = settings.num_images if settings else int(numbers[-1]) + 1
@@ -89,8 +87,8 @@ def write_arrays(
     for lines in Path(of).glob("lines-*.npz") if of else ():  # which lines of a list the codes are of
         shutil.copy(lines, folder)
     shards = Shards(folder)
-    for shard, start in enumerate(range(0, items, shard_size)):
-        wanted = range(start, min(start + shard_size, items))
+    for shard in range(-(-items // shard_size)):
+        wanted = shard_items(shard, items, shard_size)
         place, end = np.searchsorted(numbers, [wanted.start, wanted.stop])
         there = dict(zip(numbers[place:end].tolist(), map(np.asarray, arrays[place:end]), strict=True))
         parts = [np.empty((0, *first.shape[ragged:]), first.dtype)]
@@ -104,18 +102,14 @@ def write_arrays(
 
 
 class ArrayFolder:
-    """Reader of what write_arrays wrote.
-
-    Raises FileNotFoundError where the folder is missing, ValueError where it is incomplete or holds something else.
-    """
+    """Reader of what write_arrays wrote. Raises ValueError where a folder is incomplete or holds something else."""
 
     def __init__(self, folder: str | Path, name: str):
         self.folder, self.name = Path(folder), name
         index = read_record(self.folder / INDEX_FILE)
         if index.get("array") != name:
-            raise ValueError(
-                f"{folder} holds {index.get('array', 'codes or features')}, not {name}: check --condition-path"
-            )
+            held = index.get("array", "codes or features")
+            raise ValueError(f"{folder} holds {held}, not {name}: check --condition-path")
         self.items, self.views, self.rows = index["items"], index["views"], index["rows"]
         self.images, self.crop_range = index["images"], index["crop_range"]
         shape, again = tuple(index["shape"]), "write it again with dataset.arrays.write_arrays"
@@ -145,10 +139,7 @@ class ArrayFolder:
         return _identity(self.name, [sorted(shards.record(k)["files"].items()) for k in range(self._arrays.count)])
 
     def require_codes(self, codes: ShardFolder | PublishedFolder, views: Sequence[str]) -> None:
-        """Raise ValueError where the arrays are not of these codes: of other images, crops or views, or not of all of them.
-
-        views: those that are drawn of the codes.
-        """
+        """Raise ValueError where the arrays are of other images, crops or `views` than are drawn, or not of all images."""
         mine, theirs = f"{self.name} in {self.folder}", codes.folder
         images, crop = (codes.settings.images, codes.settings.crop_range) if codes.settings else (None, None)
         any_view = self.views == list(ANY_VIEW)
@@ -159,19 +150,14 @@ class ArrayFolder:
         elif images != self.images:
             raise ValueError(f"{mine} and {theirs} are of other images: write it again for these codes")
         elif crop != self.crop_range and not any_view:
-            raise ValueError(
-                f"{mine} is of --crop-range {self.crop_range}, {theirs} of {crop}: write it again for these codes"
-            )
+            both = f"{mine} is of --crop-range {self.crop_range}, {theirs} of {crop}"
+            raise ValueError(f"{both}: write it again for these codes")
         if missing:
-            raise ValueError(
-                f"{mine} has the views {', '.join(self.views)}, and {theirs} {', '.join(missing)} too: write an array for each "
-                "view (views=…), or extract the codes with --no-flip"
-            )
+            both = f"{mine} has the views {', '.join(self.views)}, and {theirs} {', '.join(missing)} too"
+            raise ValueError(f"{both}: write an array for each view (views=…), or extract the codes with --no-flip")
         if len(absent):
-            raise ValueError(
-                f"{self.folder} has no {self.name} of image {absent[0]} (and {len(absent) - 1} more) of {theirs}: write it "
-                "for all of them"
-            )
+            lacking = f"{self.folder} has no {self.name} of image {absent[0]} (and {len(absent) - 1} more) of {theirs}"
+            raise ValueError(f"{lacking}: write it for all of them")
 
 
 class PairArrays(Stems):
@@ -214,11 +200,7 @@ def condition_folders(words: Sequence[str] | None) -> dict[str, str]:
 
 
 def codes_of(args: Namespace, **kwargs: Any) -> CodeDataset:
-    """Open the codes of `args.code_path` with what `args.condition_path`, a list of NAME=FOLDER, has beside them.
-
-    `args.image_size` and `args.downsample_size` say how many tokens an image has, `args.global_seed` seeds the draws.
-    kwargs: as `open_codes` takes them.
-    """
+    """Open the codes of `args.code_path`, with those of `args.condition_path` beside them. kwargs: of `open_codes`."""
     size, downsample = getattr(args, "image_size", 256), getattr(args, "downsample_size", 16)
     codes = open_codes(args.code_path, size, downsample, **{"seed": getattr(args, "global_seed", 0), **kwargs})
     further = condition_folders(getattr(args, "condition_path", None))

@@ -36,16 +36,12 @@ TEXT, TEXT_CODES = "t2i", "t2i_code"
 def build_dataset(args: Namespace, **kwargs: Any) -> Dataset:
     """Build the data set that `args.dataset` names.
 
-    Images (imagenet, pexels, coco, openimage, t2i_image) are read from `args.data_path`, followed by those below
-    `args.data_face_path` where that is given: an ImageDataset. `transform` takes a PIL image; without it items are
-    centre crops of `args.image_size` pixels (256 unless given). `args.exif` and `args.background` say how files are read.
-    Codes (imagenet_code) are read from `args.code_path` for `args.image_size` and `args.downsample_size`: a CodeDataset.
-    `args.global_seed` seeds the draws.
-    Further keyword arguments go to `class_folders` (classes, order), ImageDataset or `open_codes`.
-    Image-text pairs (t2i, t2i_code) are those of `args.data_path`, jsonl or WebDataset shards, with the features in
-    `args.t5_feat_path` and now and then of `args.short_t5_feat_path`, `args.t5_feature_dim` wide: TextImages, of pixels
-    (t2i) or of the codes in `args.code_path` (t2i_code). Further keyword arguments go to TextImages.
-    What is stored beside codes comes from `args.condition_path`, a list of NAME=FOLDER.
+    Images (imagenet, pexels, coco, openimage, t2i_image) of `args.data_path`, followed by those below `args.data_face_path`:
+    an ImageDataset, by default of centre crops of `args.image_size` pixels. Codes (imagenet_code) of `args.code_path`: a
+    CodeDataset. Image-text pairs (t2i, t2i_code) of `args.data_path` with the features of `args.t5_feat_path` and
+    `args.short_t5_feat_path`: TextImages, of pixels (t2i) or of the codes in `args.code_path` (t2i_code). What is stored
+    beside codes comes from `args.condition_path`. `args.global_seed` seeds the draws. Further keyword arguments go to
+    `class_folders` (classes, order) and to the data set.
 
     Raises ValueError for an unknown name or a path that is not given, and what the data sets raise for their files.
     """

@@ -26,7 +26,7 @@ import numpy as np
 
 from dataset.augmentation import VIEWS, corrected_views
 from dataset.pixels import Reading
-from dataset.store import INDEX_FILE, Fixed, Loose, Shards, read_record, refuse_other
+from dataset.store import INDEX_FILE, Fixed, Loose, Shards, read_record, refuse_other, shard_items
 from utils.files import write_json
 from utils.origin import same_tokenizer
 
@@ -89,7 +89,7 @@ class CodeSettings:
 
     def images_of(self, shard: int) -> range:
         """Return the data set indices that belong to a shard."""
-        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
+        return shard_items(shard, self.num_images, self.shard_size)
 
     def to_json(self) -> dict:
         return json.loads(json.dumps({"format": FORMAT, "dtype": self.dtype.name, **asdict(self)}))
@@ -182,39 +182,28 @@ class CodeWriter:
     def write_shard(
         self, shard: int, codes: np.ndarray, labels: np.ndarray, indices: np.ndarray, skipped: Sequence[int] = ()
     ) -> None:
-        """Write one shard.
+        """Write one shard, of its images in any order.
 
         Args:
             shard: its number.
             codes: (n, views, tokens), of any integer type; a tensor too.
             labels: (n,).
-            indices: (n,), numbers of the images in the data set, in any order.
+            indices: (n,), numbers of the images in the data set.
             skipped: numbers of the images that could not be read.
 
-        Raises:
-            ValueError: for other shapes, a code outside the codebook, a label outside the classes, or where indices and
-                skipped are not exactly the images of this shard.
+        Raises ValueError for a code outside the codebook, or a label outside the classes.
         """
-        settings, place = self.settings, f"shard {shard} of {self.folder}"
+        settings = self.settings
         codes, labels, indices = np.asarray(codes), np.asarray(labels), np.asarray(indices, dtype=np.int64)
-        expected, wanted = (len(indices), len(settings.views), settings.tokens), settings.images_of(shard)
-        if codes.shape != expected or labels.shape != indices.shape:
-            raise ValueError(
-                f"{place}: expected codes {expected} and labels ({len(indices)},), got {codes.shape} and {labels.shape}"
-            )
-        if sorted([*indices.tolist(), *skipped]) != list(wanted):
-            raise ValueError(
-                f"{place} is of the images {wanted.start} to {wanted.stop - 1}, each once: got {len(indices)} indices and "
-                f"{len(skipped)} skipped"
-            )
+        assert codes.shape == (len(indices), len(settings.views), settings.tokens), codes.shape
+        assert sorted([*indices.tolist(), *skipped]) == list(settings.images_of(shard)), (shard, indices, skipped)
         for what, values, limit, group in (
             ("codes", codes, settings.codebook_size, "a codebook of {}: check --codebook-size"),
             ("labels", labels, settings.num_classes, "{} classes: check --num-classes"),
         ):
             if limit is not None and values.size and not 0 <= values.min() <= values.max() < limit:
-                raise ValueError(
-                    f"{place} has {what} from {values.min()} to {values.max()}, outside {group.format(limit)}"
-                )
+                place = f"shard {shard} of {self.folder} has {what} from {values.min()} to {values.max()}"
+                raise ValueError(f"{place}, outside {group.format(limit)}")
         order = np.argsort(indices)
         arrays = {
             "": [codes[order].astype(settings.dtype)],
@@ -271,10 +260,8 @@ class ShardFolder(Fixed):
         """Read every file and compare its checksum; say so. Raises ValueError that names the damaged ones."""
         if names := self.shards.verify(self.count):
             records = dict.fromkeys(f"{name.split('.')[0]}.json" for name in names)
-            raise ValueError(
-                f"damaged in {self.folder}: {', '.join(names)} (checksum differs): remove {', '.join(records)} and "
-                f"{self.settings.remedy}"
-            )
+            what = f"damaged in {self.folder}: {', '.join(names)} (checksum differs)"
+            raise ValueError(f"{what}: remove {', '.join(records)} and {self.settings.remedy}")
         return f"the checksums of all {self.count} shards are right"
 
 
@@ -290,17 +277,15 @@ class PublishedFolder:
         codes, labels = published_folders(folder, image_size)
         for one in (codes, labels):
             if not one.is_dir():
-                raise FileNotFoundError(
-                    f"{one} does not exist: the published layout has codes and labels beside each other"
-                )
+                raise FileNotFoundError(f"{one} does not exist: the published layout has both codes and labels")
         self._codes, self._labels = Loose(codes, "integers", ("views", "tokens")), Loose(labels, "integers", ())
         self.numbers, labelled = self._codes.numbers, self._labels.numbers  # (n,), ascending: the data set indices
         alone = np.setxor1d(self.numbers, labelled)
         if len(alone):
             lacking = labels if alone[0] in self.numbers else codes
+            found = f"{len(self.numbers)} samples in {codes}, {len(labelled)} in {labels}, {len(alone)} of them in one alone"
             raise ValueError(
-                f"{len(self.numbers)} samples in {codes}, {len(labelled)} in {labels}: of {len(alone)} one alone is there, "
-                f"missing in {lacking}: {alone[0]}.npy. Extract them again, or remove the others"
+                f"{found} (missing in {lacking}: {alone[0]}.npy): extract them again, or remove the others"
             )
         if not len(self.numbers):
             raise ValueError(f"no codes ({{i}}.npy) in {codes}")
@@ -313,10 +298,8 @@ class PublishedFolder:
         # As recorded: reading a label of every file would take long.
         self.num_classes = self.settings.num_classes if self.settings else None
         if self.settings and self.numbers[-1] >= self.settings.num_images:
-            raise ValueError(
-                f"{codes} has {self.numbers[-1]}.npy, and {recorded} tells of {self.settings.num_images} images: remove "
-                "what is left of another extraction"
-            )
+            images = f"{recorded} tells of {self.settings.num_images} images"
+            raise ValueError(f"{codes} has {self.numbers[-1]}.npy, and {images}: remove what another extraction left")
 
     def __len__(self) -> int:
         return len(self.numbers)

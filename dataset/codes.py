@@ -61,16 +61,13 @@ class CodeDataset(Dataset):
         first = sources[0]
         for source in sources[1:]:
             if source.tokens != first.tokens or not np.array_equal(source.numbers, first.numbers):
-                raise ValueError(
-                    f"{first.folder} ({len(first)} samples of {first.tokens} tokens) and {source.folder} ({len(source)} of "
-                    f"{source.tokens}) are drawn from together but hold other images: extract both from the same data set"
-                )
+                held = [f"{one.folder} ({len(one)} samples of {one.tokens} tokens)" for one in (first, source)]
+                both = f"{' and '.join(held)} are drawn from together but hold other images"
+                raise ValueError(f"{both}: extract both from the same data set")
             if first.settings and source.settings:
-                records = (
-                    vars(one) | Reading.recorded(one.extra).record() for one in (first.settings, source.settings)
-                )
+                one, other = (vars(s) | Reading.recorded(s.extra).record() for s in (first.settings, source.settings))
                 folders = str(first.folder), str(source.folder)
-                require_same(*records, _ALIKE, folders, "extract one of them again, or give the other another name")
+                require_same(one, other, _ALIKE, folders, "extract one of them again, or give the other another name")
         self.sources, self.seed, self.random_view = sources, seed, random_view
         self.settings: CodeSettings | None = first.settings
         self.tokens = first.tokens
@@ -89,10 +86,9 @@ class CodeDataset(Dataset):
                 views = source.view_names if self.random_view else [source.view_names[_center(source.view_names)]]
                 one.require_codes(source, views)
             if len(self.sources) > 1 and one.views != ["any"]:
-                names = " and ".join(str(source.folder) for source in self.sources)
-                raise ValueError(
-                    f"{one.name} in {one.folder} is of one crop, and {names} are drawn from: rename one of them"
-                )
+                drawn = " and ".join(str(source.folder) for source in self.sources)
+                mine = f"{one.name} in {one.folder} is of one crop"
+                raise ValueError(f"{mine}, and {drawn} are drawn from: rename one of them")
         self.arrays |= arrays
         self._numbers = self.sources[0].numbers
 
@@ -103,21 +99,17 @@ class CodeDataset(Dataset):
         return {"num_classes": self.sources[0].num_classes, "codebook_size": self.settings.codebook_size}
 
     def limit(self, num_classes: int, vocab_size: int) -> None:
-        """Refuse codes and labels that a model has no row for.
+        """Refuse codes and labels that a model has no row for: a label too large by one would pass for "no class".
 
-        A label too large by one would pass for "no class". Raises ValueError where the folder records more of either; where
-        one turns up, as in the published layout, which records nothing, the batch does.
+        Raises ValueError where the folder records more of either. Of a folder without a record the batch raises it.
         """
         path, settings = self.sources[0].folder, self.settings
         if settings and (settings.num_classes or 0) > num_classes:
-            raise ValueError(
-                f"{path} has {settings.num_classes} classes, more than {num_classes}; pass --num-classes "
-                f"{settings.num_classes}, and --finetune too where training begins with the weights of another model"
-            )
-        if settings and settings.codebook_size > vocab_size:
-            raise ValueError(
-                f"{path} was made with {settings.codebook_size} codes; pass --vocab-size {settings.codebook_size}"
-            )
+            more = f"{path} has {settings.num_classes} classes, more than {num_classes}"
+            flag = f"pass --num-classes {settings.num_classes}"
+            raise ValueError(f"{more}; {flag}, and --finetune too where training begins with another model's weights")
+        if settings and (size := settings.codebook_size) > vocab_size:
+            raise ValueError(f"{path} was made with {size} codes; pass --vocab-size {size}")
         self._limits = {"label": (num_classes, "--num-classes"), "codes": (vocab_size, "--vocab-size")}
 
     def rows(self) -> dict[str, int]:
@@ -202,7 +194,6 @@ def open_codes(
     Where there is a folder with 'ten_crop_105' in the place of 'ten_crop' beside it, samples are drawn from both.
 
     Args:
-        code_path: the folder.
         image_size: pixels a side (default: the only size that the folder holds).
         downsample_size: pixels a side of a token.
         seed: decides what is drawn.
@@ -229,17 +220,15 @@ def open_codes(
         raise ValueError(f"{folder} holds codes of --image-size {', '.join(map(str, sizes))}, not {image_size}")
     else:
         there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        published = f"{published_folders(folder, image_size or 256)[0].name}/ of the published layout"
         raise ValueError(
-            f"{folder} holds no codes: neither {INDEX_FILE} of packed shards nor "
-            f"{published_folders(folder, image_size or 256)[0].name}/ of the published layout. In it: {there}"
+            f"{folder} holds no codes: neither {INDEX_FILE} of packed shards nor {published}. In it: {there}"
         )
     if image_size and source.tokens != (expected := (size // downsample_size) ** 2):
         side = math.isqrt(source.tokens)
         fits = f", which fits --image-size {side * downsample_size}" if side**2 == source.tokens else ""
-        raise ValueError(
-            f"codes in {folder} have {source.tokens} tokens per image{fits}; --image-size {size} with "
-            f"--downsample-size {downsample_size} needs {expected}"
-        )
+        needed = f"--image-size {size} with --downsample-size {downsample_size} needs {expected}"
+        raise ValueError(f"codes in {folder} have {source.tokens} tokens per image{fits}; {needed}")
     if packed and source.settings.image_size != size:
         raise ValueError(f"{folder} holds codes of --image-size {source.settings.image_size}, not {size}")
     if not len(source):
@@ -250,17 +239,13 @@ def open_codes(
         sources.append(ShardFolder(sibling) if packed else PublishedFolder(sibling, size))
         crop = sources[1].settings.crop_range if sources[1].settings else None
         if crop not in (None, 1.05):
-            raise ValueError(
-                f"{sibling} is of --crop-range {crop}, and its name has it drawn from as that of 1.05: rename it, or "
-                "extract it again with --crop-range 1.05"
-            )
+            other = f"{sibling} is of --crop-range {crop}, and its name says 1.05"
+            raise ValueError(f"{other}: rename it, or extract it again with --crop-range 1.05")
     if random_view is None:
         random_view = "flip" in str(code_path)
-        if not random_view and len(source.view_names) > 1:
-            logger.warning(
-                "%s has %d views of each image, but only the centre one is used: 'flip' is not in its path",
-                *(code_path, len(source.view_names)),
-            )
+        if not random_view and (views := len(source.view_names)) > 1:
+            told = "%s has %d views of each image, but only the centre one is used: 'flip' is not in its path"
+            logger.warning(told, code_path, views)
     data = CodeDataset(sources, seed, random_view)
     logger.info(data.describe())
     return data

@@ -33,25 +33,20 @@ def class_folders(folder: str | Path, classes: Sequence[str] | None = None, orde
     Order: by class, then folder, then file name. Hidden files and folders are left out.
     classes: the names by label, of which some may have no folder. Without them the folders' own, in `order`: natural (2
     before 10) or text (10 before 2), which is the published one.
-    Raises FileNotFoundError where the folder is missing, ValueError where it holds no images, images outside class
-    folders, a class without images, a class that is not among `classes`, a link that leads nowhere, or a folder that two
-    links lead to.
+    Raises FileNotFoundError, and ValueError where it holds no images, images outside class folders, a class without
+    images or that is not among `classes`, a link that leads nowhere, or a folder that two links lead to.
     """
     tree = _Tree(folder)
     loose, there = tree.children("")
     unknown = [name for name in there if classes is not None and name not in classes]
     if unknown:
-        raise ValueError(
-            f"{folder} has a class folder {unknown[0]!r}, which is none of the {len(classes)} classes that the codes record: "
-            "extract to another folder without --classes-of, or rename the class folder"
-        )
+        other = f"{folder} has a class folder {unknown[0]!r}, which is none of the {len(classes)} classes that the codes record"
+        raise ValueError(f"{other}: extract to another folder without --classes-of, or rename the class folder")
     if loose and there:
         raise ValueError(f"{folder} mixes loose images ({loose[0]}) with class folders ({there[0]}): move one of them")
     if loose:
-        raise ValueError(
-            f"{len(loose)} images lie directly in {folder} ({loose[0]}): use --dataset coco, or put them in one folder per "
-            "class"
-        )
+        lying = f"{len(loose)} images lie directly in {folder} ({loose[0]})"
+        raise ValueError(f"{lying}: use --dataset coco, or put them in one folder per class")
     # The parent of the splits is an easy slip that would train on the classes 'train' and 'val'.
     if there and _SPLITS.issuperset(there) and all(_Tree(tree.path(name)).children("")[1] for name in there):
         raise ValueError(f"{folder} holds the splits {', '.join(there)}: give one of them, {tree.path(there[0])}")
@@ -74,10 +69,7 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
 
 
 def flat_folder(folder: str | Path) -> ImageList:
-    """List the images that lie directly in a folder, by name, all with label 0.
-
-    Raises FileNotFoundError where the folder is missing, ValueError where no image lies directly in it.
-    """
+    """List the images that lie directly in a folder, by name, all with label 0. Raises FileNotFoundError, or ValueError for none."""
     tree = _Tree(folder)
     loose, folders = tree.children("")
     if not loose:
@@ -98,10 +90,7 @@ def nested_folder(folder: str | Path) -> ImageList:
 
 
 def listed_images(folder: str | Path) -> ImageList:
-    """List the images named in `image_paths.json` of a folder, a list of paths relative to it, all with label 0.
-
-    Raises FileNotFoundError where the folder or the list is missing, ValueError where the list is not one.
-    """
+    """List the images named in `image_paths.json` of a folder, a list of paths relative to it, all with label 0."""
     file = Path(_Tree(folder).path(IMAGE_PATHS_FILE))
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: make it with python tools/openimage_json.py --data-path {folder}")
@@ -115,10 +104,7 @@ def listed_images(folder: str | Path) -> ImageList:
 
 
 def find_images(folder: str | Path) -> list[str]:
-    """Return relative paths, with '/', of the images at any depth, by folder, then file name; hidden ones are left out.
-
-    Raises OSError for a folder that cannot be listed, ValueError for links as the module says.
-    """
+    """Return relative paths, with '/', of the images at any depth, by folder, then file name; hidden ones are left out."""
     tree = _Tree(folder)
     found = tree.images("")
     tree.listed(found)
@@ -162,9 +148,8 @@ class _Tree:
                 elif kind == "folder":
                     folders.append(entry.name)
                 elif kind == "dangling" and ending not in IMAGE_EXTENSIONS:
-                    raise ValueError(
-                        f"the link {entry.path} leads nowhere (to {os.readlink(entry.path)}): mend or remove it"
-                    )
+                    target = os.readlink(entry.path)
+                    raise ValueError(f"the link {entry.path} leads nowhere (to {target}): mend or remove it")
                 elif kind == "special":
                     self.left_out["no regular file"] += 1
                 elif ending not in IMAGE_EXTENSIONS:

@@ -118,8 +118,7 @@ class Unusable(Exception):
 class ImageItems(Dataset):
     """Base of data sets that read images: draws from (seed, epoch, index), and an account of what cannot be used.
 
-    Subclasses define `where(index)`, an item's place for messages, and `read(index)`, which raises Unusable. More than
-    `in_a_row` unusable items in a row are no accident.
+    Subclasses define `where(index)`, an item's place for messages, and `read(index)`, which raises Unusable.
     """
 
     kind, skipping = "images", "skipped unreadable image"
@@ -177,10 +176,8 @@ class ImageItems(Dataset):
     def none_usable(self, what: str | None = None, indices: Sequence[int] | None = None) -> str:
         """Return the words of an error with a few of these unusable items, or of all, which are looked at once more."""
         indices = self._skipped.nonzero().flatten().tolist() if indices is None else indices
-        reasons = [
-            f"{what or f'none of {len(indices)} {self.kind} in a row could be used'}; are the paths right, is the disk there? "
-            "Some of them:"
-        ]
+        what = what or f"none of {len(indices)} {self.kind} in a row could be used"
+        reasons = [f"{what}; are the paths right, is the disk there? Some of them:"]
         for index in indices[-_SHOWN:]:
             try:
                 self.read(index)
@@ -252,10 +249,9 @@ class ImageDataset(ImageItems):
 
 
 def collate_present(items: Sequence[tuple | None]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Batch the items of an `unreadable="omit"` data set without its Nones.
+    """Batch the items of an `unreadable="omit"` data set without its Nones; None where no item is left.
 
-    Returns pixels (n, ...) — (n, views, 3, H, W) where the transform gives a list of views —, labels (n,) and data set
-    indices (n,), both int64; None where no item is left.
+    Returns pixels (n, views, 3, H, W), or (n, …) where items have one view, labels and data set indices, int64 (n,).
     """
     present = [item for item in items if item is not None]
     if not present:
@@ -269,8 +265,7 @@ def present_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:
     """Yield what collate_present makes of the items of each batch of indices.
 
-    One bad file is an accident; a run of them is a disk that went away, and must not pass for an empty one. Raises
-    ValueError where `dataset.in_a_row` are missing in the order of the batches, whatever the number of loader processes.
+    Raises ValueError where `dataset.in_a_row` of them are missing one after the other: a disk that went away.
     """
     missing: list[int] = []
     for indices, batch in zip(batches, load(dataset, batches, workers, collate_present, pin_memory), strict=True):

@@ -123,22 +123,20 @@ def compare_lines(folder: Path, lines: Lines, k: int) -> int:
         recorded += len(digests)
         if record["list"].item() == lines.source.list_digest(k):
             continue
-        for line, made_of in enumerate(digests[: max(count - (first := _first(file)), 0)].tolist(), start=first):
+        for line, made_of in enumerate(
+            digests[: max(count - (first := int(file.stem.removeprefix("lines-"))), 0)].tolist(), start=first
+        ):
             if made_of and _digest_or_none(lines, its_kind, start + line) != made_of:
                 differing.append(line)
     if differing:
-        raise ValueError(
-            f"{folder} was made of other lines: the {lines.part} of {lines.source.where(start + differing[0])} is another now, "
-            f"and {len(differing) - 1} more are; {_REMEDY} (without {folder}/lines-*.npz nothing is compared)"
-        )
+        first = f"the {lines.part} of {lines.source.where(start + differing[0])} is another now"
+        others = f"{len(differing) - 1} more are; {_REMEDY} (without {folder}/lines-*.npz nothing is compared)"
+        raise ValueError(f"{folder} was made of other lines: {first}, and {others}")
     return recorded
 
 
 def compare_before_writing(folder: Path, lines: Lines, chosen: Iterable[int]) -> None:
-    """Compare what there is in a folder already of the `chosen` files, whose missing parts are going to be written.
-
-    Raises ValueError as compare_lines does.
-    """
+    """Compare what there is in a folder already of the `chosen` files, whose missing parts are going to be written."""
     unknown = 0
     for k in chosen:
         stem, count = lines.files[k]
@@ -155,9 +153,8 @@ def compare_folder(folder: Path, lines: Lines, count_of: Callable[[str], int | N
     """
     there = [k for k, (stem, _) in enumerate(lines.files) if (folder / stem).is_dir()]
     if len(there) < len(lines.files):
-        logger.warning(
-            "%s has a folder of %d of %d files; it has nothing of the others", folder, len(there), len(lines.files)
-        )
+        counts = len(there), len(lines.files)
+        logger.warning("%s has a folder of %d of %d files; it has nothing of the others", folder, *counts)
     unknown = 0
     for k in there:
         stem, count = lines.files[k]
@@ -213,7 +210,3 @@ def _read(file: Path) -> dict[str, np.ndarray]:
             return {name: record[name] for name in ("kind", "maker", "list", "digests")}
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} is damaged ({error}): without it its lines are not compared") from error
-
-
-def _first(file: Path) -> int:
-    return int(file.stem.removeprefix("lines-"))

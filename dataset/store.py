@@ -219,8 +219,8 @@ class Ragged:
         self._ends = np.concatenate([self._load_ends(shard) for shard in there])
 
     def _load_ends(self, shard: int) -> np.ndarray:
-        items = min(self.shard_size, self.items - shard * self.shard_size)
-        ends = self.shards.load(shard, ends_of(self.name), np.uint32, (items,))
+        items = shard_items(shard, self.items, self.shard_size)
+        ends = self.shards.load(shard, ends_of(self.name), np.uint32, (len(items),))
         if (np.diff(ends.astype(np.int64), prepend=0) < 0).any():
             raise damaged(self.shards.file(shard, ends_of(self.name)), "its numbers fall", self.shards.remedy)
         return ends
@@ -316,6 +316,11 @@ class Stems:
     def lines(self, stem: str) -> int | None:
         """Return how many lines a stem's file had when this was made of it; None where that is not known."""
         return self.stems[stem].items if stem in self.stems else None
+
+
+def shard_items(shard: int, items: int, shard_size: int) -> range:
+    """Return the numbers of a shard's items, of so many in all."""
+    return range(shard * shard_size, min((shard + 1) * shard_size, items))
 
 
 def ends_of(name: str) -> str:

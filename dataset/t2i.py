@@ -53,59 +53,45 @@ def open_pairs(folder: str | Path, index_path: str | Path | None = None) -> Pair
 
 
 def chosen_files(pairs: Any, first: int, last: int | None) -> list[int]:
-    """Return the numbers of the files from `first` to `last`, both included; None: to the last there is.
-
-    first, last: --data-start and --data-end. Raises ValueError where they select no file.
-    """
+    """Return the numbers of the files from --data-start to --data-end, both included; None: to the last there is."""
     count = len(pairs.files)
     chosen = [k for k in range(count) if first <= k <= (count if last is None else last)]
     if not chosen:
-        raise ValueError(
-            f"--data-start {first} --data-end {last} selects none of the {count} files: they are numbered 0 to {count - 1}"
-        )
+        numbered = f"the {count} files, which are numbered 0 to {count - 1}"
+        raise ValueError(f"--data-start {first} --data-end {last} selects none of {numbered}")
     return chosen
 
 
 def require_same_encoder(features: Features, others: Features) -> None:
     """Raise ValueError where two folders record that different text encoders made them."""
     if None not in (features.encoder, others.encoder) and features.encoder != others.encoder:
-        raise ValueError(
-            f"{features.folder} and {others.folder} were made by different text encoders ({features.encoder} and "
-            f"{others.encoder}): extract one of them again"
-        )
+        both = f"{features.folder} and {others.folder} were made by different text encoders"
+        raise ValueError(f"{both} ({features.encoder} and {others.encoder}): extract one of them again")
 
 
 class TextCodes(Stems):
     """Codes of pairs by (file stem, line): a folder per stem, of packed shards or of one file a pair (1, tokens).
 
-    `tokenizer` is the fingerprint of the tokenizer that made them, None where they do not say.
-
     Args:
-        folder: of the codes.
-        stems: whose codes are looked for. All of their folders are looked through, so that what is incomplete is told
-            before training.
+        stems: whose codes are looked for.
         tokens: codes a pair.
         vocab_size: codes that the model has (default: as many as the codes record, or 16384).
 
-    Raises:
-        FileNotFoundError: where the folder is missing.
-        ValueError: where it has codes of none of the stems, where packed ones are incomplete, and where codes have not
-            `tokens` tokens, may lie beyond `vocab_size`, or are of several tokenizers.
+    `tokenizer` is the fingerprint of the tokenizer that made them, None where they do not say.
+    Raises FileNotFoundError where the folder is missing, ValueError where it has codes of none of the stems, where packed
+    ones are incomplete, and where codes have not `tokens` tokens, may lie beyond `vocab_size`, or are of several tokenizers.
     """
 
     def __init__(self, folder: str | Path, stems: Sequence[str], tokens: int, vocab_size: int | None = None):
         self.tokens, folder = tokens, Path(folder)
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"the code folder {folder} does not exist: check --code-path, or extract codes with {TEXT_EXTRACTION}"
-            )
+            hint = f"check --code-path, or extract codes with {TEXT_EXTRACTION}"
+            raise FileNotFoundError(f"the code folder {folder} does not exist: {hint}")
         there = {stem: folder / stem for stem in stems if (folder / stem).is_dir()}
         if not there:
             inside = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-            raise ValueError(
-                f"{folder} holds no codes of these pairs: a folder {stems[0]}/ is looked for (and {len(stems) - 1} more); "
-                f"in it: {inside}"
-            )
+            looked = f"a folder {stems[0]}/ is looked for (and {len(stems) - 1} more); in it: {inside}"
+            raise ValueError(f"{folder} holds no codes of these pairs: {looked}")
         loose = partial(Loose, kind="integers", shape=(tokens,))
         stores = {
             stem: (ShardFolder if (place / INDEX_FILE).exists() else loose)(place) for stem, place in there.items()
@@ -115,10 +101,8 @@ class TextCodes(Stems):
         self.vocab_size = vocab_size or max((one.settings.codebook_size for one in packed), default=16384)
         for one in packed:
             if one.tokens != tokens:
-                raise ValueError(
-                    f"codes in {one.folder} are of --image-size {one.settings.image_size} and have {one.tokens} tokens an "
-                    f"image; {tokens} are needed"
-                )
+                there = f"--image-size {one.settings.image_size} and have {one.tokens} tokens an image"
+                raise ValueError(f"codes in {one.folder} are of {there}; {tokens} are needed")
             if (size := one.settings.codebook_size) > self.vocab_size:
                 raise ValueError(f"{one.folder} was made with {size} codes; pass --vocab-size {size}")
             names = str(packed[0].folder), str(one.folder)
@@ -127,23 +111,21 @@ class TextCodes(Stems):
         self.tokenizer = max((one.settings.tokenizer or "" for one in packed), key=len, default="") or None
         maker = recorded_maker(folder, there)
         if not same_tokenizer(self.tokenizer, maker):
-            raise ValueError(
-                f"{folder} has packed codes of the tokenizer {self.tokenizer} and others of {maker}: extract one of them again"
-            )
+            both = f"packed codes of the tokenizer {self.tokenizer} and others of {maker}"
+            raise ValueError(f"{folder} has {both}: extract one of them again")
         self.tokenizer = maker or self.tokenizer
 
     def get(self, stem: str, line: int) -> Tensor | None:
         """Return the codes int64 (tokens,) of a pair in raster order; None where there are none.
 
-        Raises ValueError for a file that is damaged or of another shape, and for codes that the model has no row for.
+        Raises ValueError for codes that the model has no row for.
         """
         codes = super().get(stem, line)
         if codes is None:
             return None
         if not 0 <= codes.min() <= codes.max() < self.vocab_size:
-            raise ValueError(
-                f"{self.folder / stem} has codes to {codes.max()} in line {line}, not below --vocab-size {self.vocab_size}"
-            )
+            found = f"{self.folder / stem} has codes to {codes.max()} in line {line}"
+            raise ValueError(f"{found}, not below --vocab-size {self.vocab_size}")
         return torch.from_numpy(codes.reshape(-1).astype(np.int64))
 
 

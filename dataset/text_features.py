@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dataset.lines import recorded_maker
-from dataset.store import INDEX_FILE, Loose, Ragged, Shards, Stems, ends_of, read_record, refuse_other
+from dataset.store import INDEX_FILE, Loose, Ragged, Shards, Stems, ends_of, read_record, refuse_other, shard_items
 from utils.files import write_json
 
 FORMAT = 1
@@ -34,29 +34,17 @@ _KEYS = ("dim", "max_length", "dtype", "shard_size", "settings")
 _STORED = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
 
 
-def num_shards(lines: int, shard_size: int = SHARD_SIZE) -> int:
-    """Return the number of shards of a stem with this many lines."""
-    return -(-lines // shard_size)
-
-
-def shard_lines(shard: int, lines: int, shard_size: int = SHARD_SIZE) -> range:
-    """Return the lines of a shard of a stem that has `lines` of them."""
-    return range(shard * shard_size, min((shard + 1) * shard_size, lines))
-
-
 class FeatureWriter:
     """Writer of a folder's features; any number of processes may write, each its own shards.
 
-    The first opening writes `index.json`.
-
     Args:
-        folder: where they go.
+        folder: where they go. The first opening writes `index.json` there.
         dim, max_length: width of a row, rows a caption may have.
         dtype: bfloat16, float16 or float32, as which rows are stored.
         settings: what else decides the features (model, cleaning, which caption), plain JSON values.
         shard_size: lines a shard.
 
-    Raises ValueError where the folder holds features of other settings, or other files than features.
+    Raises ValueError where the folder holds features of other settings.
     """
 
     def __init__(
@@ -83,48 +71,34 @@ class FeatureWriter:
 
         Raises ValueError where the stem's features are of a file with another number of lines.
         """
-        shards, count = Shards(self.folder / stem, AGAIN), num_shards(lines, self.shard_size)
+        shards, count = Shards(self.folder / stem, AGAIN), -(-lines // self.shard_size)
         missing = shards.missing(count)
         for there in {shards.record(shard)["lines"] for shard in set(range(count)).difference(missing)} - {lines}:
-            raise ValueError(
-                f"{self.folder / stem} has features of a file {stem} of {there} lines; now it has {lines}. "
-                "Extract to another folder, or remove this one"
-            )
+            other = f"{self.folder / stem} has features of a file {stem} of {there} lines; now it has {lines}"
+            raise ValueError(f"{other}: extract to another folder, or remove this one")
         return missing
 
     def skipped(self, stem: str, lines: int) -> int:
         """Return how many lines of a finished stem have no features."""
         shards = Shards(self.folder / stem)
-        return lines - sum(shards.record(k)["captions"] for k in range(num_shards(lines, self.shard_size)))
+        return lines - sum(shards.record(k)["captions"] for k in range(-(-lines // self.shard_size)))
 
     def write_shard(self, stem: str, shard: int, features: Sequence[Tensor | None], lines: int) -> None:
         """Write one shard of a stem.
 
         features: for every line of the shard, in order, a tensor (length, D) of any float dtype, or None where the line
         has no caption. lines: how many the file has.
-        Raises ValueError where their number, width or length is another, or a value is not finite as it is stored.
+        Raises ValueError where a value is not finite as it is stored.
         """
-        expected = shard_lines(shard, lines, self.shard_size)
-        if not expected or len(features) != len(expected):
-            raise ValueError(
-                f"shard {shard} of {self.folder / stem} is of the lines {expected.start} to {expected.stop - 1}: "
-                f"got {len(features)} features"
-            )
         parts = [np.empty((0, self.dim), _STORED[self.dtype])]
-        for line, rows in zip(expected, features, strict=True):
+        for line, rows in zip(shard_items(shard, lines, self.shard_size), features, strict=True):
             if rows is None:
                 continue
-            shape = tuple(rows.shape)
-            if len(shape) != 2 or shape[1] != self.dim or not 0 < shape[0] <= self.max_length:
-                raise ValueError(
-                    f"line {line} of {stem} has features {shape}, expected (1 to {self.max_length}, {self.dim})"
-                )
+            assert rows.shape[1:] == (self.dim,) and 0 < len(rows) <= self.max_length, (stem, line, rows.shape)
             stored = rows.detach().to("cpu", getattr(torch, self.dtype)).contiguous()
             if not stored.isfinite().all():
-                raise ValueError(
-                    f"the features of line {line} of {stem} are not finite as {self.dtype}: are the weights whole? "
-                    "T5 in float16 may overflow; bfloat16 does not"
-                )
+                what = f"the features of line {line} of {stem} are not finite as {self.dtype}"
+                raise ValueError(f"{what}: are the weights whole? T5 in float16 may overflow; bfloat16 does not")
             parts.append((stored.view(torch.uint16) if self.dtype == "bfloat16" else stored).numpy())
         ends = np.cumsum([0 if rows is None else len(rows) for rows in features]).astype(np.uint32)
         Shards(self.folder / stem).write(shard, {"": parts, ends_of(""): [ends]}, lines=lines, captions=len(parts) - 1)
@@ -154,10 +128,8 @@ class Features(Stems):
             stems = {stem: Loose(folder / stem, "floats", (None, "D"), remedy) for stem in there}
             first = next((one.get(number) for one in stems.values() for number, _ in one.files()), None)
             if first is None:
-                raise ValueError(
-                    f"{folder} holds no text features: neither {INDEX_FILE} of packed ones nor STEM/LINE.npy of the "
-                    f"published layout; {EXTRACTION} makes them"
-                )
+                layouts = f"neither {INDEX_FILE} of packed ones nor STEM/LINE.npy of the published layout"
+                raise ValueError(f"{folder} holds no text features: {layouts}; {EXTRACTION} makes them")
             self.dim, self._dtype, self.settings = first.shape[1], "float32", {}
             for one in stems.values():
                 one.shape = (None, self.dim)
@@ -167,20 +139,14 @@ class Features(Stems):
             raise ValueError(f"{folder} has no features yet: run {EXTRACTION} to its end")
 
     def get(self, stem: str, line: int) -> Tensor | None:
-        """Return the caller's own features (length, D) of line `line` (from 0) of the file `stem`; None where there are none.
-
-        Raises ValueError that names the file where it is damaged.
-        """
+        """Return the caller's own features (length, D) of a line (from 0) of a file; None where there are none."""
         found = super().get(stem, line)
         if found is None or self.packed:
             return None if found is None else torch.from_numpy(found).view(getattr(torch, self._dtype))
         return torch.from_numpy(found.astype(np.float32, copy=False))
 
     def present(self, stem: str) -> np.ndarray:
-        """Return which lines of a stem have features, bool (lines,); none where the stem is not there.
-
-        In the published layout, which does not say how many lines there are, up to the last that has features.
-        """
+        """Return which lines of a stem have features, bool (lines,), in the published layout up to the last that has some."""
         return self.stems[stem].present() if stem in self.stems else np.zeros(0, bool)
 
     def __len__(self) -> int:
@@ -196,10 +162,8 @@ def open_features(path: str | Path, *, dim: int | None = None) -> Features:
         raise FileNotFoundError(f"the folder of text features {path} does not exist; {EXTRACTION} makes one")
     features = Features(path)
     if dim is not None and features.dim != dim:
-        raise ValueError(
-            f"{path} holds text features of width {features.dim}, but {dim} are needed: features of another T5 than the "
-            "model is trained for"
-        )
+        held = f"{path} holds text features of width {features.dim}, but {dim} are needed"
+        raise ValueError(f"{held}: features of another T5 than the model is trained for")
     return features
 
 
@@ -207,8 +171,6 @@ def _read_index(folder: Path) -> tuple:
     """Return the values of _KEYS that a folder records."""
     index = read_record(folder / INDEX_FILE, "extract the features to another folder")
     if index.get("format") != FORMAT or index.keys() != {"format", *_KEYS}:
-        raise ValueError(
-            f"{folder / INDEX_FILE} is no index of text features, or of a format this version does not read: extract to "
-            "another folder"
-        )
+        other = f"{folder / INDEX_FILE} is no index of text features, or of a format this version does not read"
+        raise ValueError(f"{other}: extract to another folder")
     return tuple(index[key] for key in _KEYS)

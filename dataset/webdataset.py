@@ -73,10 +73,7 @@ class TarPairs(PairFiles):
         return io.BytesIO(self._read(index, offset, size))
 
     def texts(self, index: int) -> list[str]:
-        """Return a sample's captions: `text` or `caption` of its .json (a string or a list of them), else its .txt.
-
-        Raises ValueError where there is neither, or it is damaged.
-        """
+        """Return a sample's captions: `text` or `caption` of its .json (a string or a list), else its .txt. Raises ValueError."""
         json_offset, json_size, offset, size = self._rows[index, 2:6].tolist()
         try:
             value = json.loads(self._read(index, json_offset, json_size)) if json_size else {}
@@ -155,7 +152,7 @@ def shard_rows(shard: Path) -> tuple[np.ndarray, str]:
     """Return where the image and the texts of every sample of a shard are, int64 (samples, 7), and what all of them come to.
 
     A row has offset and bytes of image, .json and .txt, and what the image comes to. Raises ValueError for a file that is
-    no tar or is cut off, that has two members of one name, or no image at all.
+    no tar or is cut off, that has two members of one name, or no image.
     """
     rows, contents, several = [], [], 0
     with open(shard, "rb") as f:
@@ -173,19 +170,14 @@ def shard_rows(shard: Path) -> tuple[np.ndarray, str]:
             rows.append([*image, *texts, digest(beginning) if images else 0])
             contents += [str(rows[-1][6]), read(*texts[:2]), read(*texts[2:])]
     if several:
-        logger.warning(
-            "%s has %d samples with several images: of jpg, png and others the first is taken", shard, several
-        )
+        logger.warning("%s has %d samples with several images: of jpg, png, … the first is taken", shard, several)
     if not any(row[1] for row in rows):
         raise ValueError(f"{shard} has no images: {len(rows)} samples, none with {', '.join(IMAGE_EXTENSIONS[:12])}, …")
     return np.asarray(rows, np.int64), digest_all(contents)
 
 
-Entry = tuple[str, int, int]
-"""A member's name, offset and bytes."""
-
-Sample = dict[str, Entry]
-"""Members by extension, in lower case."""
+Entry = tuple[str, int, int]  # a member's name, offset and bytes
+Sample = dict[str, Entry]  # members by extension, in lower case
 
 
 def _samples(shard: Path) -> list[Sample]:

@@ -56,6 +56,14 @@ class ImageSet:
         """Return images start … stop - 1 in order, uint8 (n, H, W, 3) with n up to batch_size. Raises ValueError for damage."""
         raise NotImplementedError
 
+    def require_made_with(self, **wanted: object) -> None:
+        """Raise ValueError where recorded statistics were made with another value of one of these settings."""
+        for name, value in wanted.items():
+            made = (self.made or {}).get(name, value)
+            if made != value:
+                other = f"{self.path} was made with {name} {made}, this evaluation has {value}"
+                raise ValueError(f"{other}: make it again from the images with the same flags, or change the flag")
+
     def describe(self) -> dict:
         """Describe the set for a report, in JSON values."""
         return {
@@ -137,10 +145,8 @@ class NpzImages(ImageSet):
         mu, sigma = arrays[mean], arrays[covariance]
         fit = mu.dtype.kind == sigma.dtype.kind == "f" and mu.ndim == 1 and sigma.shape == 2 * mu.shape
         if not fit or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise ValueError(
-                f"{self.path}: {mean}, {covariance} are {mu.dtype} {mu.shape} and {sigma.dtype} {sigma.shape}, expected "
-                "finite floats (D,) and (D, D)"
-            )
+            what = f"{self.path}: {mean}, {covariance} are {mu.dtype} {mu.shape} and {sigma.dtype} {sigma.shape}"
+            raise ValueError(f"{what}, expected finite floats (D,) and (D, D)")
         count = int(arrays["count"]) if "count" in arrays else None
         return Statistics(mu.astype(np.float64), sigma.astype(np.float64), count)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import add_reading_flags
+from utils.cli import add_reading_flags, add_store_true
 from utils.files import atomic_write, write_json
 
 # Folders of a text-to-image reference: COCO's, and what --ref_type says where the folder is the reference itself.
@@ -82,10 +82,8 @@ def require_same_graph(images: "ImageSet", backend: "Inception") -> None:
     """Raise ValueError where recorded statistics are of another network's features."""
     dim = len(images.statistics[0].mean) if images.statistics else backend.pool_dim
     if dim != backend.pool_dim:
-        raise ValueError(
-            f"{images.path} has statistics of {dim} features and the graph {backend.path} makes {backend.pool_dim}: they "
-            "were recorded with another graph"
-        )
+        what = f"{images.path} has statistics of {dim} features and the graph {backend.path} makes {backend.pool_dim}"
+        raise ValueError(f"{what}: they were recorded with another graph")
 
 
 def describe_run(backend: "Inception | None", dist: "Distributed", *packages: str) -> dict[str, Any]:
@@ -117,6 +115,5 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--graph", default=None, help=help)
     parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--output", default=None, help=f"path of the reports, without .txt (default: {default})")
-    help = "what makes figures incomparable is an error, not a warning"
-    parser.add_argument("--strict", action="store_true", help=help)
+    add_store_true(parser, "--strict", "what makes figures incomparable is an error, not a warning")
     add_reading_flags(parser)

@@ -15,7 +15,7 @@ the sampling scripts.
 import argparse
 
 from dataset.pairs import CAPTION_KEYS
-from utils.cli import HALF, add_extraction_flags, flag_parser, nonnegative_int, positive_int, run_script
+from utils.cli import HALF, add_extraction_flags, add_flag, add_pairs_flags, flag_parser, positive_int, run_script
 
 
 def main(args: argparse.Namespace) -> None:
@@ -44,21 +44,10 @@ def main(args: argparse.Namespace) -> None:
 def flags() -> argparse.ArgumentParser:
     """Return the script's flags."""
     parser = flag_parser(__doc__)
-    parser.add_argument(
-        "--data-path",
-        required=True,
-        help="folder of *.jsonl lists, or of WebDataset *.tar shards; or a file of prompts",
-    )
+    help = "folder of *.jsonl lists, or of WebDataset *.tar shards; or a file of prompts"
+    add_flag(parser, "--data-path", None, None, help, required=True)
     parser.add_argument("--t5-path", required=True, help="folder to write the features to")
-    parser.add_argument(
-        "--data-start", type=nonnegative_int, default=0, help="number of the first file, in the order of names"
-    )
-    parser.add_argument(
-        "--data-end", type=nonnegative_int, default=None, help="number of the last file (default: of all)"
-    )
-    parser.add_argument(
-        "--index-path", default=None, help="where the index of WebDataset shards goes (default: beside them)"
-    )
+    add_pairs_flags(parser)
     parser.add_argument("--caption-key", choices=CAPTION_KEYS, default="blip", help="which of a line's three texts")
     parser.add_argument("--trunc-caption", action="store_true", help="only the text before the first full stop")
     group = parser.add_argument_group("text encoder")
@@ -68,12 +57,8 @@ def flags() -> argparse.ArgumentParser:
     group.add_argument("--precision", choices=HALF, default="bf16", help="of the encoder's weights")
     group.add_argument("--batch-size", type=positive_int, default=64, help="captions encoded at once")
     group = parser.add_argument_group("files")
-    group.add_argument(
-        "--feature-dtype",
-        choices=["bfloat16", "float16", "float32"],
-        default=None,
-        help="of packed features (default: that of --precision, which loses nothing)",
-    )
+    help = "of packed features (default: that of --precision, which loses nothing)"
+    add_flag(group, "--feature-dtype", None, None, help, choices=["bfloat16", "float16", "float32"])
     add_extraction_flags(group, items="captions", shard_size=2048, published="one float32 .npy a caption")
     return parser
 

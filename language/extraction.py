@@ -12,11 +12,12 @@ from torch import Tensor
 from dataset.extraction import Batch, extract_missing
 from dataset.lines import CaptionLines, compare_before_writing, record_lines
 from dataset.pairs import TextSource, caption_of
-from dataset.store import INDEX_FILE, Loose
-from dataset.text_features import FeatureWriter, num_shards, shard_lines
+from dataset.store import INDEX_FILE, Loose, read_record, refuse_other, shard_items
+from dataset.text_features import FeatureWriter
 from language.t5 import T5Embedder, encoder_identity, fingerprint, preprocess
 from utils.distributed import Distributed
 from utils.errors import AgreedError
+from utils.files import write_json
 from utils.loading import load, loader_workers
 
 MAX_LENGTH = 120
@@ -24,6 +25,7 @@ LINES_AT_ONCE = 256  # that a loader process reads and cleans before it hands th
 # A shard of so many lines without a single caption is no accident, but another kind of file or the wrong key.
 NONE_OF = 100
 
+RECORD = "extraction.json"  # of published features, which have no index
 DTYPES = {"none": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -54,7 +56,7 @@ class PackedTarget(FeatureWriter):
 
     def write(self, stem: str, shard: int, lines: int, features: dict[int, Tensor]) -> None:
         """Write a shard of a file of so many lines."""
-        here = shard_lines(shard, lines, self.shard_size)
+        here = shard_items(shard, lines, self.shard_size)
         self.write_shard(stem, shard, [features.get(line) for line in here], lines)
 
     def captions(self, files: Sequence[tuple[str, int]], found: int) -> int:
@@ -68,9 +70,13 @@ class PublishedTarget:
     def __init__(self, args: argparse.Namespace, embedder: T5Embedder):
         self.folder, self.shard_size = Path(args.t5_path), args.shard_size
         if (self.folder / INDEX_FILE).exists():
-            raise ValueError(
-                f"{self.folder} holds packed features: give --t5-path another folder for the published layout"
-            )
+            held = f"{self.folder} holds packed features"
+            raise ValueError(f"{held}: give --t5-path another folder for the published layout")
+        record, made = self.folder / RECORD, {"precision": args.precision}
+        if record.exists():
+            refuse_other(self.folder, "features", read_record(record), made)
+        elif not any(self.folder.glob("*/*.npy")):  # a first edition's, which are accepted
+            write_json(record, made)
 
     def _files(self, stem: str) -> Loose:
         return Loose(self.folder / stem, "floats", ())
@@ -78,8 +84,8 @@ class PublishedTarget:
     def missing_shards(self, stem: str, lines: int) -> list[int]:
         """Return the shards of a file in which a line has no features yet."""
         there = set(self._files(stem).numbers.tolist())
-        count = num_shards(lines, self.shard_size)
-        return [k for k in range(count) if not there.issuperset(shard_lines(k, lines, self.shard_size))]
+        count = -(-lines // self.shard_size)
+        return [k for k in range(count) if not there.issuperset(shard_items(k, lines, self.shard_size))]
 
     def wanted(self, stem: str, lines: Iterable[int]) -> list[int]:
         """Return those of the lines that have no features yet."""
@@ -155,7 +161,7 @@ def extract(
         compare_before_writing(Path(args.t5_path), lines, chosen)
         batches = []
         for k, shard in shards:
-            here = shard_lines(shard, pairs.files[k][1], args.shard_size)
+            here = shard_items(shard, pairs.files[k][1], args.shard_size)
             here = range(lines.starts[k] + here.start, lines.starts[k] + here.stop)
             batches += [
                 ((k, shard), here[first : first + LINES_AT_ONCE]) for first in range(0, len(here), LINES_AT_ONCE)
@@ -169,7 +175,7 @@ def extract(
         nonlocal skipped
         (k, shard), items = unit, [item for batch in batches for item in batch]
         stem, count = pairs.files[k]
-        here = shard_lines(shard, count, args.shard_size)
+        here = shard_items(shard, count, args.shard_size)
         reasons = [item for item in items if isinstance(item, str)]
         if len(reasons) == len(items) >= NONE_OF:
             raise ValueError(f"none of {len(items)} lines in a row has a caption; the first: {reasons[0]}")

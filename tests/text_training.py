@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dataset.text_features import FeatureWriter, num_shards, shard_lines
+from dataset.text_features import FeatureWriter
 
 DIM, TOKENS = 6, 5  # of a feature; condition rows
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200), "grey": (120, 120, 120)}
@@ -55,9 +55,8 @@ def make_pairs(folder: Path, counts: dict[str, int], size: int = 20) -> Path:
 
 def write_stem(writer: FeatureWriter, stem: str, features: list[torch.Tensor | None]) -> None:
     """Writes all shards of a stem: a tensor (length, D) or None for each of its lines."""
-    for shard in range(num_shards(len(features), writer.shard_size)):
-        lines = shard_lines(shard, len(features), writer.shard_size)
-        writer.write_shard(stem, shard, features[lines.start : lines.stop], len(features))
+    for shard, start in enumerate(range(0, len(features), writer.shard_size)):
+        writer.write_shard(stem, shard, features[start : start + writer.shard_size], len(features))
 
 
 def make_features(folder: Path, counts: dict[str, int], missing: tuple[int, ...] = (), shift: int = 0) -> Path:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
     SEED,
+    add_flag,
     add_image_size_flags,
+    add_store_true,
     add_tokenizer_flags,
     flag_parser,
     given,
@@ -69,19 +71,15 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(path, device=dist.device, use_ema=args.use_ema or None, **known)
     codebook_size = tokenizer.codebook_size
     if given(args.downsample_size) not in (None, tokenizer.downsample):
-        raise ValueError(
-            f"--downsample-size {args.downsample_size} is not that of {path}, whose tokens are "
-            f"{tokenizer.downsample} pixels a side"
-        )
+        what = f"--downsample-size {args.downsample_size} is not that of {path}"
+        raise ValueError(f"{what}, whose tokens are {tokenizer.downsample} pixels a side")
     positions = choose(source.numbers, args.indices, args.count, args.seed)
     views = len(source.view_names)
     codes = source.rows(np.repeat(positions, views), np.tile(np.arange(views), len(positions)))  # (n*views, N)
     codes = codes.astype(np.int64)
     if not 0 <= codes.min() <= codes.max() < codebook_size:
-        raise ValueError(
-            f"the samples drawn from {args.code_path} have codes from {codes.min()} to {codes.max()}, outside a codebook of "
-            f"{codebook_size}: extract them again"
-        )
+        what = f"the samples drawn from {args.code_path} have codes from {codes.min()} to {codes.max()}"
+        raise ValueError(f"{what}, outside a codebook of {codebook_size}: extract them again")
     labels = source.labels(positions).tolist()
     classes = settings.classes if settings else None
     for row, (number, label) in enumerate(zip(source.numbers[positions].tolist(), labels, strict=True)):
@@ -133,19 +131,13 @@ def flags() -> argparse.ArgumentParser:
     parser = flag_parser(__doc__)
     parser.add_argument("--code-path", required=True, help="folder of codes, packed or in the published layout")
     add_tokenizer_flags(parser, VQ_SIZES, default="the one that the codes record, found near them")
-    parser.add_argument(
-        "--use-ema", action="store_true", help="the codes were made with the averaged weights of the file"
-    )
+    add_store_true(parser, "--use-ema", "the codes were made with the averaged weights of the file")
     add_image_size_flags(parser, 256, of_file=True)
     parser.add_argument("--count", type=positive_int, default=8, help="samples to draw")
     parser.add_argument("--seed", type=SEED, default=0, help="decides which")
-    parser.add_argument(
-        "--indices", type=nonnegative_int, nargs="+", default=None, help="these samples instead, by number"
-    )
+    add_flag(parser, "--indices", nonnegative_int, None, "these samples instead, by number", nargs="+")
     parser.add_argument("--output", default="check_image_codes.png", help="the picture to write")
-    parser.add_argument(
-        "--verify", action="store_true", help="read the whole folder and compare checksums; needs no --vq-ckpt"
-    )
+    add_store_true(parser, "--verify", "read the whole folder and compare checksums; needs no --vq-ckpt")
     parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
     return parser
 

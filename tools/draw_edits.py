@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from autoregressive.sample.flags import grid_flags, sampling_config
-from utils.cli import nonnegative_int, positive_int, run_script
+from utils.cli import add_flag, nonnegative_int, positive_int, run_script
 
 
 def main(args: argparse.Namespace) -> None:
@@ -46,14 +46,10 @@ def flags() -> argparse.ArgumentParser:
     """Return the script's flags."""
     parser = grid_flags(__doc__, "edits.png", "class")
     parser.add_argument("--drawings", required=True, help="folder with a folder of pictures for each class")
-    parser.add_argument(
-        "--box", type=nonnegative_int, nargs=4, required=True, help="the hole: left, top, right, bottom"
-    )
+    add_flag(parser, "--box", nonnegative_int, None, "the hole: left, top, right, bottom", nargs=4, required=True)
     parser.add_argument("--num-images", type=positive_int, default=3, help="fills of each picture")
     parser.add_argument("--particles", type=positive_int, default=16, help="of each fill")
-    parser.add_argument(
-        "--side", type=positive_int, default=96, help="pixels a side of a picture in the figure, at least"
-    )
+    add_flag(parser, "--side", positive_int, 96, "pixels a side of a picture in the figure, at least")
     return parser
 
 

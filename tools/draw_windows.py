@@ -10,7 +10,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from autoregressive.sample.flags import grid_flags
-from utils.cli import nonnegative_int, positive_int, run_script
+from utils.cli import add_flag, nonnegative_int, positive_int, run_script
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,13 +74,9 @@ def partly_drawn(whole: "np.ndarray", drafts: "np.ndarray", layout: "Layout", do
 def flags() -> argparse.ArgumentParser:
     """Return the script's flags."""
     parser = grid_flags(__doc__, "windows.gif", "class")
-    parser.add_argument(
-        "--windows", type=nonnegative_int, nargs="+", default=[0, 4, 16], help="a row of the grid each, in tokens"
-    )
+    add_flag(parser, "--windows", nonnegative_int, [0, 4, 16], "a row of the grid each, in tokens", nargs="+")
     parser.add_argument("--side", type=positive_int, default=128, help="pixels a side of an image, at least")
-    parser.add_argument(
-        "--milliseconds", type=positive_int, default=150, help="for a pass; the whole stays 12 times as long"
-    )
+    add_flag(parser, "--milliseconds", positive_int, 150, "for a pass; the whole stays 12 times as long")
     return parser
 
 

@@ -15,7 +15,7 @@ import random
 import zipfile
 from pathlib import Path
 
-from utils.cli import flag_parser, nonnegative_int, positive_int, run_script
+from utils.cli import add_flag, flag_parser, nonnegative_int, positive_int, run_script
 
 FOLDER = Path("evaluations/t2i")
 TABLES = {"parti": FOLDER / "PartiPrompts.tsv", "coco": FOLDER / "coco_captions.csv"}
@@ -85,9 +85,8 @@ def flags() -> argparse.ArgumentParser:
     parser = flag_parser(__doc__)
     parser.add_argument("table", choices=list(TABLES), help="which table")
     parser.add_argument("--output", default=None, help="where it goes (default: where the sampling scripts look)")
-    parser.add_argument(
-        "--annotations", default=None, help="coco: captions_val2014.json or the zip that holds it (default: downloaded)"
-    )
+    help = "coco: captions_val2014.json or the zip that holds it (default: downloaded)"
+    add_flag(parser, "--annotations", None, None, help)
     parser.add_argument("--count", type=positive_int, default=30000, help="coco: images, a caption each")
     parser.add_argument("--seed", type=nonnegative_int, default=0, help="coco: of the draw of images")
     return parser

@@ -44,7 +44,9 @@ def main(args: argparse.Namespace) -> None:
     )
     with dist.main_first():
         writer = CodeWriter(args.code_path, settings)
-    for shard in writer.missing_shards()[dist.rank :: dist.world_size]:
+    # The first process looks for all: a quicker one may have written some before another one has looked.
+    missing = dist.broadcast(writer.missing_shards() if dist.is_main else None)
+    for shard in missing[dist.rank :: dist.world_size]:
         numbers = list(settings.images_of(shard))
         labels = [number % gpt.args.num_classes for number in numbers]
         requests = pipeline.read(class_requests(args, gpt, labels, numbers, args.seed))

@@ -299,10 +299,8 @@ def layout_numbers(args: argparse.Namespace) -> tuple[int | None, int | None]:
     ar = special + 1 if ar is None else ar
     special = ar - 1 if special is None else special
     if ar < 1 or special != ar - 1:
-        raise ValueError(
-            f"--ar-token-num {ar} goes with --spe-token-num {ar - 1}, got --spe-token-num {special}; "
-            "give one of the two and the other follows"
-        )
+        what = f"--ar-token-num {ar} goes with --spe-token-num {ar - 1}, got --spe-token-num {special}"
+        raise ValueError(f"{what}; give one of the two and the other follows")
     return ar, special
 
 
@@ -448,6 +446,13 @@ def add_extraction_flags(parser: Flags, *, items: str, shard_size: int, publishe
     add_flag(parser, "--global-seed", SEED, 0, "kept for published command lines; encoding draws nothing")
     add_flag(parser, "--num-workers", nonnegative_int, 24, _WORKERS)
     add_flag(parser, "--device", None, None, _DEVICE)
+
+
+def add_pairs_flags(parser: Flags) -> None:
+    """Add which files of image-text pairs are read, and where their index goes."""
+    add_flag(parser, "--data-start", nonnegative_int, 0, "number of the first file, in the order of names")
+    add_flag(parser, "--data-end", nonnegative_int, None, "number of the last file (default: of all)")
+    add_flag(parser, "--index-path", None, None, "where the index of WebDataset shards goes (default: beside them)")
 
 
 def add_encoder_precision_flag(parser: Flags) -> None:

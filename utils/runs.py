@@ -162,10 +162,8 @@ def require_writable(folder: Path) -> None:
             os.fsync(f.fileno())
     except OSError as error:
         reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
-        raise ValueError(
-            f"{folder} cannot be written to ({reason}): make it writable, or give another --results-dir "
-            "or --cloud-save-path"
-        ) from error
+        what = f"{folder} cannot be written to ({reason})"
+        raise ValueError(f"{what}: make it writable, or give another --results-dir or --cloud-save-path") from error
 
 
 def _new_folder(results: Path, name: str) -> Path:

@@ -133,10 +133,8 @@ def claim_folder(folder: Path, settings: dict[str, Any], unrecorded: dict[str, A
     changed = [key for key in settings if not _same(before.get(key), settings[key])]
     if changed:
         described = "; ".join(f"{key}: {_words(before.get(key))}, now {_words(settings[key])}" for key in changed)
-        raise ValueError(
-            f"{folder} holds images drawn with other settings ({described}); give those, remove it, or choose another "
-            "--sample-dir"
-        )
+        what = f"{folder} holds images drawn with other settings ({described})"
+        raise ValueError(f"{what}; give those, remove it, or choose another --sample-dir")
     if any(recorded.get(key) != settings[key] for key in settings):  # written at another place, or by the first edition
         write_json(folder / SETTINGS_FILE, {**before, **settings})
 

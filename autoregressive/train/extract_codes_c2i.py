@@ -13,8 +13,10 @@ from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
     add_encoder_precision_flag,
     add_extraction_flags,
+    add_flag,
     add_image_size_flags,
     add_reading_flags,
+    add_store_true,
     add_switch,
     add_tokenizer_flags,
     flag_parser,
@@ -120,37 +122,19 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--code-path", required=True, help="folder to write the codes to")
     default = f"the newest run in {TOKENIZER_RUNS}, else the released {RELEASED_TOKENIZER}"
     add_tokenizer_flags(parser, VQ_SIZES, default=default)
-    parser.add_argument(
-        "--use-ema", action="store_true", help="encode with the averaged weights where the file has them"
-    )
+    add_store_true(parser, "--use-ema", "encode with the averaged weights where the file has them")
     parser.add_argument("--dataset", default="imagenet", help="kind of image folder")
     add_reading_flags(parser)
     add_image_size_flags(parser, 256, downsample=False, of_file=True)
     parser.add_argument("--ten-crop", action="store_true", help="ten views an image instead of two")
     add_switch(parser, "--flip", True, "mirror images too; not where left and right matter (digits, text, scans)")
-    parser.add_argument(
-        "--crop-range",
-        type=positive_float,
-        default=1.1,
-        help="ten crops are cut from a centre crop this much larger",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=positive_int,
-        default=16,
-        help="images a batch, with all their views (in parts where those are many)",
-    )
-    parser.add_argument(
-        "--classes-of",
-        default=None,
-        help="folder of codes whose classes and labels these images share, as held-out ones do: some may be absent",
-    )
-    parser.add_argument(
-        "--class-order",
-        choices=["natural", "text"],
-        default="natural",
-        help="of the class folders: 2 before 10, or 10 before 2 as in the published scripts",
-    )
+    add_flag(parser, "--crop-range", positive_float, 1.1, "ten crops are cut from a centre crop this much larger")
+    help = "images a batch, with all their views (in parts where those are many)"
+    add_flag(parser, "--batch-size", positive_int, 16, help)
+    help = "folder of codes whose classes and labels these images share, as held-out ones do: some may be absent"
+    add_flag(parser, "--classes-of", None, None, help)
+    help = "of the class folders: 2 before 10, or 10 before 2 as in the published scripts"
+    add_flag(parser, "--class-order", None, "natural", help, choices=["natural", "text"])
     add_encoder_precision_flag(parser)
     add_extraction_flags(parser, items="images", shard_size=4096, published="one .npy an image")
     parser.add_argument("--debug", action="store_true", help="encode one batch, print what comes out, write nothing")

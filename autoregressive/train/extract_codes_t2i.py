@@ -16,10 +16,10 @@ from utils.cli import (
     add_encoder_precision_flag,
     add_extraction_flags,
     add_image_size_flags,
+    add_pairs_flags,
     add_reading_flags,
     add_tokenizer_flags,
     flag_parser,
-    nonnegative_int,
     positive_int,
     run_script,
     tokenizer_beliefs,
@@ -90,15 +90,7 @@ def flags() -> argparse.ArgumentParser:
     parser = flag_parser(__doc__)
     parser.add_argument("--data-path", required=True, help="folder of *.jsonl lists, or of WebDataset *.tar shards")
     parser.add_argument("--code-path", required=True, help="folder to write the codes to, a folder for each file")
-    parser.add_argument(
-        "--data-start", type=nonnegative_int, default=0, help="number of the first file, in the order of names"
-    )
-    parser.add_argument(
-        "--data-end", type=nonnegative_int, default=None, help="number of the last file (default: of all)"
-    )
-    parser.add_argument(
-        "--index-path", default=None, help="where the index of WebDataset shards goes (default: beside them)"
-    )
+    add_pairs_flags(parser)
     add_tokenizer_flags(parser, VQ_SIZES, default=f"the released {RELEASED_TOKENIZER}")
     add_image_size_flags(parser, 512, downsample=False)
     add_reading_flags(parser)

@@ -7,7 +7,6 @@ depend on which shards a process has to write.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from logging import Logger
@@ -30,7 +29,7 @@ from dataset.code_files import (
 from dataset.extraction import Batch, extract_missing
 from dataset.images import ImageItems, present_batches
 from dataset.pixels import Reading
-from dataset.store import Loose
+from dataset.store import Loose, read_record, refuse_other
 from tokenizer.base import Tokenizer
 from utils.distributed import Distributed
 from utils.files import write_json
@@ -93,23 +92,15 @@ class PublishedPairs(PackedTarget):
 
     def missing(self, batch_size: int) -> list[tuple[int, range]]:
         """Return the batches in which a pair has no codes yet. Raises ValueError where other codes are there."""
-        there = Loose(self.folder, "integers", ()).numbers
-        if len(there):
-            file = self.folder / f"{there[0]}.npy"
-            shape = np.load(file, mmap_mode="r").shape
-            if shape != (1, self.settings.tokens):
-                raise ValueError(
-                    f"{file} has shape {shape}, these codes (1, {self.settings.tokens}): write to another folder"
-                )
-        before = recorded_extra(self.folder)
+        files = Loose(self.folder, "integers", (self.settings.tokens,), "write to another folder")
+        if len(files.numbers):
+            files.get(files.numbers[0])
+        before, now = recorded_extra(self.folder), self.settings.extra
         if before is None:
-            write_json(self.folder / PAIRS_RECORD, self.settings.extra)
-        elif Reading.recorded(before) != Reading.recorded(self.settings.extra):
-            raise ValueError(
-                f"the codes in {self.folder} were made with other flags ({Reading.recorded(before)}): give the same "
-                "--exif and --background, or another --code-path"
-            )
-        return _lacking(self.settings, batch_size, there)
+            write_json(self.folder / PAIRS_RECORD, now)
+        else:  # codes without a record were read as published, in a precision that is not known
+            refuse_other(self.folder, "codes", (before or now) | Reading.recorded(before).record(), now)
+        return _lacking(self.settings, batch_size, files.numbers)
 
     def write(self, shard: int, codes: np.ndarray, labels: np.ndarray, numbers: np.ndarray) -> None:
         """Write a file for each pair."""
@@ -123,7 +114,7 @@ def recorded_extra(folder: str | Path) -> dict | None:
     if settings := recorded_settings(folder, 0):
         return settings.extra
     if (folder / PAIRS_RECORD).exists():
-        return json.loads((folder / PAIRS_RECORD).read_bytes())
+        return read_record(folder / PAIRS_RECORD)
     return {} if any(folder.glob("[0-9]*.npy")) else None
 
 

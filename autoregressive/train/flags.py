@@ -15,6 +15,7 @@ from utils.cli import (
     add_gpt_flags,
     add_image_size_flags,
     add_parallel_flags,
+    add_store_true,
     add_switch,
     add_training_flags,
     flag_parser,
@@ -93,18 +94,12 @@ def add_gpt_training_flags(
     parser.set_defaults(control_of_images=False)
     help = "what each token is trained by (autoregressive/train/objectives/); held-out losses are the cross-entropy"
     parser.add_argument("--objective", default="cross_entropy", help=help)
-    help = "do not torch.compile each block (it is only on CUDA)"
-    parser.add_argument("--no-compile", action="store_true", help=help)
-    help = "guidance scale of pictures while it trains"
-    parser.add_argument("--sample-cfg-scale", type=CFG_SCALE, default=sample_cfg_scale, help=help)
+    add_store_true(parser, "--no-compile", "do not torch.compile each block (it is only on CUDA)")
+    add_flag(parser, "--sample-cfg-scale", CFG_SCALE, sample_cfg_scale, "guidance scale of pictures while it trains")
     group = parser.add_argument_group("fine-tuning")
     help = "take only the weights of --gpt-ckpt, and begin at step 0: other data, classes or image size"
     group.add_argument("--finetune", action="store_true", help=help)
-    group.add_argument(
-        "--use-ema",
-        action="store_true",
-        help="begin with the averaged weights of --finetune's or --cca-reference's file",
-    )
+    add_store_true(group, "--use-ema", "begin with the averaged weights of --finetune's or --cca-reference's file")
     if gpt_type == "c2i":
         help = (
             "with --finetune, whose row a class begins with: that of the class of its name (the default), of its number, or a "

@@ -37,6 +37,8 @@ def evaluate(args: argparse.Namespace) -> None:
     with dist.main_first():
         backend = open_backend(args, dist)
     require_same_graph(reference, backend)
+    made = {"graph": backend.sha256, "inception_resize": "graph"}
+    reference.require_made_with(**made)
     if dist.is_main:
         graph = f"graph: {backend.path} by {backend.name} on {backend.device}, SHA-256 {backend.sha256}"
         report.print_inputs([f"reference: {reference.line()}", f"samples: {samples.line()}", graph])
@@ -53,7 +55,7 @@ def evaluate(args: argparse.Namespace) -> None:
         late += same_images(seen.inspection, sampled.inspection, figures["fid"], scale)
         report.warnings += late
         if args.save_statistics:
-            save_statistics(args.save_statistics, seen.statistics, seen.rows)
+            save_statistics(args.save_statistics, seen.statistics, seen.rows, made)
             print(f"wrote {args.save_statistics}: give it as REF next time")
         report.write(figures, FIGURES, protocol(args, reference, samples, backend, dist))
     dist.close()

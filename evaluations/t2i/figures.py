@@ -46,7 +46,7 @@ def evaluate(args: argparse.Namespace) -> None:
     lines = [f"generated: {fakes.line()}"]
     if args.fid:
         require_same_graph(reference, backend)
-        require_made_with(reference, graph=backend.sha256)
+        reference.require_made_with(graph=backend.sha256)
         lines.append(f"reference: {reference.line()}")
         lines.append(f"graph: {backend.path} by {backend.name} on {backend.device}, SHA-256 {backend.sha256}")
     if args.clip:
@@ -132,19 +132,8 @@ def open_reference(args: argparse.Namespace) -> ImageSet:
             f"{reference.path} has no statistics mu and sigma: give a folder, or what --save_statistics made"
         )
     reading = Reading.of(args).record()
-    require_made_with(reference, eval_res=args.eval_res, inception_resize=args.inception_resize, reading=reading)
+    reference.require_made_with(eval_res=args.eval_res, inception_resize=args.inception_resize, reading=reading)
     return reference
-
-
-def require_made_with(reference: ImageSet, **wanted: object) -> None:
-    """Raise ValueError where recorded statistics were made with another value of one of these settings."""
-    for name, value in wanted.items():
-        made = (reference.made or {}).get(name, value)
-        if made != value:
-            raise ValueError(
-                f"{reference.path} was made with {name} {made}, this evaluation has {value}: make it again from the images "
-                "with --save_statistics, or change the flag"
-            )
 
 
 def read_captions(folder: Path, fakes: ImageFolder) -> list[str]:
@@ -163,10 +152,8 @@ def read_captions(folder: Path, fakes: ImageFolder) -> list[str]:
     if lines[-1] == "":
         lines.pop()
     if len(lines) != fakes.total:
-        raise ValueError(
-            f"{file} has {len(lines):,} lines and {fakes.path} {fakes.total:,} images: every image needs its caption, in "
-            f"natural order; {again}"
-        )
+        what = f"{file} has {len(lines):,} lines and {fakes.path} {fakes.total:,} images"
+        raise ValueError(f"{what}: every image needs its caption, in natural order; {again}")
     return [line.strip() for line in lines[: fakes.count]]
 
 
@@ -195,7 +182,7 @@ def judge(fakes: ImageFolder, captions: list[str], reference: ImageSet | None, a
         traps |= {
             f"{reference.path} does not say what its statistics were made with: whether the images had {args.eval_res} pixels "
             f"a side and were resized for the network by '{args.inception_resize}' is not known": not (
-                folder or reference.made
+                folder or (reference.made or {}).get("eval_res")
             ),
             f"the reference {reference.path} and the generated images {fakes.path} lie one in the other": (
                 folder and (one.is_relative_to(other) or other.is_relative_to(one))

@@ -182,7 +182,7 @@ def test_killed_and_taken_up_by_others(data, extracted, published, tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--data-start", 3], r"--data-start 3 --data-end None selects none of the 3 files: they are numbered 0 to 2"),
+        (["--data-start", 3], r"--data-start 3 --data-end None selects none of the 3 files, which are numbered 0 to 2"),
         (["--data-start", 2, "--data-end", 1], r"--data-start 2 --data-end 1 selects none of the 3 files"),
         (["--image-size", 18], r"--image-size 18 is not a multiple of 4"),
         (["--vq-model", "VQ-16"], r"vq\.pt does not fit the flags --vq-model VQ-16"),
@@ -212,8 +212,22 @@ def test_another_size_in_the_same_folder(data, extracted, published, tmp_path):
     with pytest.raises(ValueError, match=r"holds codes of other settings(.|\n)*image_size: 16 there, 20 now"):
         extract(data, folder, "--image-size", 20)
     folder = shutil.copytree(published, tmp_path / "published")
-    with pytest.raises(ValueError, match=r"has shape \(1, 16\), these codes \(1, 25\): write to another folder"):
+    with pytest.raises(
+        ValueError, match=r"holds int64 \(1, 16\), expected integers \(1, 25\): write to another folder"
+    ):
         extract(data, folder, "--image-size", 20, "--published-layout")
+
+
+@pytest.mark.parametrize("layout", [[], ["--published-layout"]], ids=["packed", "published"])
+def test_extraction_resumed_in_another_precision_is_refused(data, extracted, published, tmp_path, layout):
+    folder = shutil.copytree(published if layout else extracted, tmp_path / "codes")
+    with pytest.raises(ValueError, match=r"codes of other settings(.|\n)*mixed_precision|extra: .* there"):
+        extract(data, folder, "--mixed-precision", "bf16", *layout)
+    for record in folder.glob("*/extraction.json"):
+        record.write_text("{")
+    if layout:
+        with pytest.raises(ValueError, match=r"extraction\.json is damaged"):
+            extract(data, folder, *layout)
 
 
 def test_published_codes_of_another_tokenizer_are_refused(data, published, tmp_path):

@@ -132,7 +132,7 @@ def test_a_second_crop_is_refused(tmp_path):
     ("arrays", "more", "message"),
     [
         ([map_of(0)], {}, "1 arrays of depth for 22 samples"),
-        ([np.zeros((2, i % 2 + 1)) for i in range(22)], {}, "all but the first axis has to be the same"),
+        ([np.zeros((2, i % 2 + 1)) for i in range(22)], {}, "only the first axis may differ"),
         (np.zeros((22, 3, 3)), {"views": SETTINGS.views}, r"the first axis has to go through center, center_flip"),
     ],
 )

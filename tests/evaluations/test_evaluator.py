@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from evaluations.c2i import evaluator, figures
+from evaluations.image_sets import open_images, save_statistics
 from tests.helpers import GOLDEN
 from tests.training import live, run_here
 
@@ -100,6 +101,11 @@ def test_recorded_statistics_take_the_place_of_images(batches, tmp_path, capsys)
     reference, samples = batches
     evaluate(reference, samples, "--save-statistics", tmp_path / "statistics.npz", "--output", tmp_path / "first")
     evaluate(tmp_path / "statistics.npz", samples, "--output", tmp_path / "second.npz")
+    recorded = open_images(tmp_path / "statistics.npz")
+    made = {**recorded.made, "graph": "0123"}
+    save_statistics(tmp_path / "other.npz", recorded.statistics, recorded.features, made)
+    with pytest.raises(ValueError, match=r"other\.npz was made with graph 0123, this evaluation has [0-9a-f]{64}"):
+        evaluate(tmp_path / "other.npz", samples)
     first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("first", "second"))
     assert [first[name] for name in FIVE] == [second[name] for name in FIVE]
 

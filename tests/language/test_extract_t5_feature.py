@@ -364,6 +364,8 @@ def test_published_files_that_are_missing(lists, t5, tmp_path, capsys):
     assert "encoded 11 captions" in capsys.readouterr().out
     assert digests(folder) == before
     assert sum(path.stat().st_mtime_ns != times[path] for path in folder.rglob("*.npy")) == 3
+    with pytest.raises(ValueError, match="precision: 'none' there, 'bf16' now"):
+        extract(lists, folder, t5, "--published-layout", "--precision", "bf16")
 
 
 def test_two_processes_killed_and_run_again_leave_what_one_would(t5, tmp_path):

@@ -106,20 +106,16 @@ class Failures:
     def of_held_out(self, error: Exception) -> AgreedError:
         """Return what to raise where held-out figures cannot be had."""
         way_on = self._way_on(together=isinstance(error, AgreedError))
-        return AgreedError(
-            f"the held-out loss failed after step {self.state.step}: {words_of(error)}; mend the held-out data or leave it "
-            f"out, {way_on}"
-        )
+        what = f"the held-out loss failed after step {self.state.step}"
+        return AgreedError(f"{what}: {words_of(error)}; mend the held-out data or leave it out, {way_on}")
 
     def lost_process(self, error: Exception) -> ConnectionError | None:
         """Return what to raise in place of torch.distributed's error on another process's end. Any process may call it."""
         if self.dist.world_size == 1 or not is_lost_process(error):
             return None
         reason = str(error).strip().splitlines()[0][:200]
-        return ConnectionError(
-            f"process {self.dist.rank} lost the others at step {self.state.step} ({reason}): one of them has ended, "
-            f"see what it said itself; {self._way_on(together=False)}"
-        )
+        what = f"process {self.dist.rank} lost the others at step {self.state.step} ({reason}): one of them has ended"
+        return ConnectionError(f"{what}, see what it said itself; {self._way_on(together=False)}")
 
     def _describe(self, rank: int, bad: NotFinite) -> str:
         batches = self.state.samples_seen // self.args.global_batch_size - (self.state.step - bad.step)

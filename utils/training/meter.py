@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from statistics import median
 
 import torch
+from torch import Tensor
 
 from utils.distributed import Distributed
 
@@ -95,6 +96,26 @@ class Meter:
         return values
 
 
+class Means:
+    """Means of what losses log over a window, each over the steps and micro-batches that it took part in."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+
+    def add(self, logs: dict[str, Tensor]) -> None:
+        """Add scalars."""
+        for name, value in logs.items():
+            total, count = self._sums.get(name, (0, 0))
+            self._sums[name] = total + value.detach().float(), count + 1
+
+    def close(self, dist: Distributed) -> dict[str, float]:
+        """Return the means over all processes by name, norms last, and begin a new window."""
+        names = sorted(self._sums, key=lambda name: ("norm" in name, name))
+        means = [self._sums[name][0] / self._sums[name][1] for name in names]
+        self._sums = {}
+        return dict(zip(names, dist.mean(torch.stack(means)).tolist(), strict=True)) if names else {}
+
+
 def _peak_memory(device: torch.device) -> float:
     """GiB at most since the last call on CUDA, of the process since its start elsewhere."""
     if device.type == "cuda":
@@ -104,6 +125,17 @@ def _peak_memory(device: torch.device) -> float:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return peak / 2**30
+
+
+def format_means(values: dict[str, float]) -> tuple[str, str]:
+    """Return the loss for a log line, and the other means that follow it. A loss that is switched off is 0 throughout."""
+    loss = next(name for name in ("loss", "generator_loss", *values) if name in values)
+    rest = (
+        f"{name}: {value:.4f}, "
+        for name, value in values.items()
+        if name != loss and (value or not name.endswith(("_loss", "adversarial_weight")))
+    )
+    return f"{values[loss]:.4f}", "".join(rest)
 
 
 def format_window(values: dict[str, float]) -> str:

@@ -75,10 +75,8 @@ class Parallel:
 
     def __post_init__(self) -> None:
         if self.strategy == "hsdp" and self.dist.world_size % self.group_size:
-            raise ValueError(
-                f"--data-parallel hsdp: groups of {self.group_size} do not divide {self.dist.world_size} processes; "
-                "pass a --shard-size that does"
-            )
+            what = f"--data-parallel hsdp: groups of {self.group_size} do not divide {self.dist.world_size} processes"
+            raise ValueError(f"{what}; pass a --shard-size that does")
         if self.strategy != "ddp" and self.dist.device.type == "mps":
             raise ValueError(f"--data-parallel {self.strategy} works on cuda and cpu; on mps train with ddp")
 
@@ -158,6 +156,20 @@ class Parallel:
         else:
             with cast(Any, wrapped).no_sync() if wait and hasattr(wrapped, "no_sync") else nullcontext():
                 yield
+
+    def rehearse(self, backward: Callable[[], Any], models: Iterable[nn.Module]) -> None:
+        """Take one backward pass for nothing, where DDP has more than two processes.
+
+        After the first pass of a process DDP rearranges its buckets, and with them the order in which gradients are added
+        up: a run that was resumed would round otherwise than one that was not.
+        """
+        if self.dist.world_size <= 2 or self.sharded:
+            return
+        buffers = [(buffer, buffer.clone()) for model in models for buffer in model.buffers()]
+        with torch.random.fork_rng([self.dist.device] if self.dist.device.type == "cuda" else []):
+            backward()
+        for buffer, before in buffers:
+            buffer.copy_(before)
 
     @contextmanager
     def gathered(self, wrapped: nn.Module) -> Iterator[None]:

@@ -34,7 +34,7 @@ from utils.precision import WORDS
 from utils.rng import item_seed
 from utils.training.ema import EMA, warmed_up
 from utils.training.failures import Failures, FiniteWatch
-from utils.training.meter import Meter, format_seconds, format_window
+from utils.training.meter import Means, Meter, format_means, format_seconds, format_window
 from utils.training.optim import learning_rate
 from utils.training.order import BatchOrder, fit_batch
 from utils.training.parallel import Parallel, parameters_of
@@ -128,9 +128,8 @@ class Trainer:
         optimizers = {phase.key: (job.models[phase.model], phase.optimizer) for phase in job.phases}
         self.state = TrainingState(job.models, optimizers, self.ema, self.scaler, job.config)
         self.meter = Meter(dist, batch, job.tokens, peak_flops(dist.device, args.mixed_precision))
-        self.watch, self.agreement = FiniteWatch(), Agreement(dist)
+        self.means, self.watch, self.agreement = Means(), FiniteWatch(), Agreement(dist)
         self._rehearsed: set[str] = set()
-        self.sums: dict[str, tuple[Tensor, int]] = {}
 
         self.run, resumed = open_run_together(args, job.name, dist, plan.sharded)
         project = None if args.no_wandb else args.wandb_project
@@ -153,10 +152,8 @@ class Trainer:
         self.total_steps = min(end, args.max_steps or end)
         if continued and self.step >= self.total_steps:
             asked = f"--max-steps {args.max_steps}" if args.max_steps else f"--epochs {args.epochs}"
-            raise AgreedError(
-                f"{initial.path} has done {self.step} steps, all that {asked} asks for with this data: give more of them to "
-                "continue it, or --finetune to begin at step 0 with its weights"
-            )
+            done = f"{initial.path} has done {self.step} steps, all that {asked} asks for with this data"
+            raise AgreedError(f"{done}: give more of them, or --finetune to begin at step 0 with its weights")
 
     @property
     def step(self) -> int:
@@ -164,20 +161,15 @@ class Trainer:
         return self.state.step
 
     @property
-    def samples_seen(self) -> int:
-        """Samples gone through, over all processes."""
-        return self.state.samples_seen
-
-    @property
     def _batches_done(self) -> int:
-        return self.samples_seen // self.args.global_batch_size
+        return self.state.samples_seen // self.args.global_batch_size
 
     def fit(self) -> Path | None:
         """Train to the end, or until a signal asks to stop; return the last checkpoint's path (None on processes but the first).
 
-        Raises AgreedError where a loss is not finite, or once the state is saved where data cannot be read or the held-out
-        loss fails, ConnectionError where another process is gone, OSError where the last checkpoint cannot be written,
-        KeyboardInterrupt after Ctrl-C, once the state is saved. Whatever it raises is in log.txt too.
+        Raises AgreedError where a loss is not finite, data cannot be read or the held-out loss fails, ConnectionError where
+        another process is gone, OSError where the last checkpoint cannot be written, KeyboardInterrupt after Ctrl-C. The
+        state is saved before, unless a loss has spoilt it, and log.txt has the error.
         """
         with closing(self.log), StopSignals() as signals:
             try:
@@ -250,7 +242,7 @@ class Trainer:
     # A step
 
     def _train_step(self, batch: list[Any]) -> None:
-        rate = self._learning_rate()
+        """Take a step of every phase that is active, on the same micro-batches."""
         torch.manual_seed(item_seed(self.args.global_seed, self.dist.rank, self.step))
         batch = tree_map_only(Tensor, lambda t: t.to(self.dist.device, non_blocking=True), batch)
         if self.job.prepare:
@@ -263,33 +255,30 @@ class Trainer:
         watched: list[tuple[str, int | None, Tensor]] = []
         for phase in self.phases:
             if phase.active(self.step):
-                watched += self._optimize(phase, list(zip(batch, places, strict=True)), rate)
+                watched += self._optimize(phase, list(zip(batch, places, strict=True)))
         self.scaler.update()
         if self.ema:
-            fixed = self.args.ema_warmup is False
-            self.ema.update(None if fixed else warmed_up(self.ema.decay, self.step))
+            self.ema.update(None if self.args.ema_warmup is False else warmed_up(self.ema.decay, self.step))
         self.watch.add(self.step, watched)
         self.meter.count_step(self.job.flops(self.step, epoch) if self.job.flops else None)
         self.state.step += 1
         self.state.samples_seen += self.args.global_batch_size
 
-    def _optimize(
-        self, phase: Phase, batch: list[tuple[Any, Micro]], rate: float
-    ) -> list[tuple[str, int | None, Tensor]]:
+    def _optimize(self, phase: Phase, batch: list[tuple[Any, Micro]]) -> list[tuple[str, int | None, Tensor]]:
         """Take one optimizer's step; return the values that have to be finite, as `FiniteWatch.add` takes them."""
+        rate = self._learning_rate()
         for group in phase.optimizer.param_groups:
             group["lr"] = rate
         if phase.key not in self._rehearsed:
-            self._rehearse(phase, *batch[0])
+            self._rehearsed.add(phase.key)
+            self.plan.rehearse(lambda: self._backward(phase, *batch[0], parts=1), self.models.values())
         phase.optimizer.zero_grad(set_to_none=True)
         watched: list[tuple[str, int | None, Tensor]] = []
         for number, (micro, place) in enumerate(batch):
             with self.plan.last_only(phase.module, last=number == len(batch) - 1):
-                with self.meter.timing("working"), self._autocast():
-                    loss, logs = phase.loss(micro, place)
-                self.scaler.scale(loss / len(batch)).backward()
+                loss, logs = self._backward(phase, micro, place, parts=len(batch))
             watched.append(("loss", number, loss.detach()))
-            self._add(logs)
+            self.means.add(logs)
         self.scaler.unscale_(phase.optimizer)
         parameters = parameters_of([phase.optimizer])
         norm = _gradient_norm(parameters)
@@ -299,31 +288,21 @@ class Trainer:
             norm = torch.where(torch.isfinite(norm), norm, 0)
         else:
             watched.append(("gradient norm", None, norm))
-        self._add({f"grad_norm{phase.key.removeprefix('optimizer')}": norm})
+        self.means.add({f"grad_norm{phase.key.removeprefix('optimizer')}": norm})
         self.scaler.step(phase.optimizer)
         return watched
+
+    def _backward(self, phase: Phase, micro: Any, place: Micro, parts: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add a micro-batch's gradients, 1 / parts of the step's; return its loss and what is logged of it."""
+        with self.meter.timing("working"), self._autocast():
+            loss, logs = phase.loss(micro, place)
+        self.scaler.scale(loss / parts).backward()
+        return loss, logs
 
     def _autocast(self) -> torch.autocast:
         """Return the context of training's mixed precision."""
         dtype = self.plan.autocast_dtype
         return torch.autocast(self.dist.device.type, dtype, enabled=dtype is not None)
-
-    def _rehearse(self, phase: Phase, micro: Any, place: Micro) -> None:
-        """Take one backward pass for nothing, where DDP has more than two processes.
-
-        After the first pass of a process DDP rearranges its buckets, and with them the order in which gradients are added
-        up: a run that was resumed would round otherwise than one that was not.
-        """
-        self._rehearsed.add(phase.key)
-        if self.dist.world_size <= 2 or self.plan.sharded:
-            return
-        buffers = [(buffer, buffer.clone()) for model in self.models.values() for buffer in model.buffers()]
-        with self._autocast():
-            loss, _ = phase.loss(micro, place)
-        self.scaler.scale(loss).backward()
-        for buffer, before in buffers:
-            buffer.copy_(before)
-        torch.manual_seed(item_seed(self.args.global_seed, self.dist.rank, self.step))
 
     def _learning_rate(self) -> float:
         if self.job.rate:
@@ -333,55 +312,38 @@ class Trainer:
     # Logs
 
     def _log_start(self) -> None:
+        args, log = self.args, self.log
         parameters = sum(p.numel() for p in self.models["model"].parameters())
-        self.log.info(
+        log.info(
             f"{self.run.folder}: {parameters:,} parameters, {self.order.size:,} samples, "
             f"{self.order.batches_per_epoch} steps an epoch, {self.total_steps} steps, {self.dist.world_size} process(es) "
             f"on {self.dist.device} ({self.plan.strategy}, {WORDS.get(self.plan.precision, self.plan.precision)})"
         )
-        if not self.job.rate and self.args.warmup_steps >= self.total_steps:
-            self.log.warning(
-                f"--warmup-steps {self.args.warmup_steps} is no shorter than the run: --lr is not reached before its end"
+        if not self.job.rate and args.warmup_steps >= self.total_steps:
+            log.warning(
+                f"--warmup-steps {args.warmup_steps} is no shorter than the run: --lr is not reached before its end"
             )
         if self.ema:
-            how = "fixed" if self.args.ema_warmup is False else "at most, (1 + step) / (10 + step) before"
-            self.log.info(
-                f"averaged weights (--ema): decay {self.ema.decay} {how}; held-out figures and pictures are theirs"
-            )
+            how = "fixed" if args.ema_warmup is False else "at most, (1 + step) / (10 + step) before"
+            shown = "held-out figures and pictures are theirs"
+            log.info(f"averaged weights (--ema): decay {self.ema.decay} {how}; {shown}")
         if self.step >= self.total_steps:
-            self.log.info(f"nothing left to do: step {self.step} of {self.total_steps}")
-
-    def _add(self, logs: dict[str, Tensor]) -> None:
-        """Add scalars to the window's sums."""
-        for name, value in logs.items():
-            total, count = self.sums.get(name, (0, 0))
-            self.sums[name] = total + value.detach().float(), count + 1
+            log.info(f"nothing left to do: step {self.step} of {self.total_steps}")
 
     def _log_window(self) -> None:
         """Write down the means and rates since the last time."""
-        names = sorted(self.sums, key=lambda name: ("norm" in name, name))
-        means = [self.sums[name][0] / self.sums[name][1] for name in names]  # over the steps it took part in
-        values = dict(zip(names, self.dist.mean(torch.stack(means)).tolist(), strict=True)) if names else {}
-        rates = self.meter.close_window()
-        lr = self.phases[0].optimizer.param_groups[0]["lr"]
-        shown = {name: f"{value:.4f}" for name, value in values.items()}
-        loss = shown.pop(next(name for name in ("loss", "generator_loss", *shown) if name in shown))  # published: first
-        # A loss that is switched off is 0 throughout.
-        rest = "".join(
-            f"{name}: {value}, "
-            for name, value in shown.items()
-            if values[name] or not name.endswith(("_loss", "adversarial_weight"))
-        )
+        values, rates = self.means.close(self.dist), self.meter.close_window()
+        lr, pace = self.phases[0].optimizer.param_groups[0]["lr"], rates["steps_per_second"]
+        loss, rest = format_means(values)
         self.log.progress(
-            f"(step={self.step:07d}) Train Loss: {loss}, Train Steps/Sec: {rates['steps_per_second']:.2f}, "
-            f"{self._progress(rates['steps_per_second'])}, {rest}lr: {lr:.3g}, {format_window(rates)}",
+            f"(step={self.step:07d}) Train Loss: {loss}, Train Steps/Sec: {pace:.2f}, {self._progress(pace)}, {rest}lr: {lr:.3g}, "
+            + format_window(rates),
             last=self.step == self.total_steps,
         )
         self.log.scalars(self.step, {**values, "lr": lr, **rates})
         if self.meter.slowest:
             self.log.info(self.meter.slowest)
         self.failures.require_finite_losses()
-        self.sums = {}
 
     def _progress(self, steps_per_second: float) -> str:
         """Return in words where the run stands: steps, epoch, time left at the last window's pace."""
@@ -397,11 +359,11 @@ class Trainer:
         checkpoint = final or self.step % self.args.ckpt_every == 0
         every = self.args.sample_every or self.args.ckpt_every
         pictures = self.job.sample is not None and (final or self.step % every == 0)
-        figures = self.job.validate is not None and checkpoint
         if not (checkpoint or pictures):
             return
         with self.meter.timing("paused"), ExitStack() as stack:
             self._save_if_sound(wait=final) if checkpoint else self.failures.require_finite()
+            figures = self.job.validate is not None and checkpoint
             if not (pictures or figures):
                 return
             # Blocks are compiled for training: other shapes and the decode loop would compile each of them many times over.

@@ -483,7 +483,7 @@ def test_starting_from_weights_and_from_a_whole_state(tmp_path):
     build(tmp_path / "first", "--max-steps", 3, "--ema", "--ema-decay", 0.5).fit()
     whole = read_checkpoint(store(tmp_path / "first") / "0000003.pt")
     trainer = build(tmp_path / "second", "--ema", model=network(0.1), initial=whole)
-    assert trainer.step == 3 and trainer.samples_seen == 24
+    assert trainer.step == 3 and trainer.state.samples_seen == 24
     assert same(dict(trainer.models["model"].state_dict()), whole.model)
     assert same(dict(trainer.ema.state_dict()), whole.ema)
     assert trainer.phases[0].optimizer.state_dict()["state"][0]["step"] == 3
@@ -494,7 +494,7 @@ def test_starting_from_weights_and_from_a_whole_state(tmp_path):
     weights = read_checkpoint(store(tmp_path / "first") / "0000003.pt")
     weights.optimizer, weights.extra, weights.ema = None, {}, None
     trainer = build(tmp_path / "third", "--ema", initial=weights)
-    assert trainer.step == 0 and trainer.samples_seen == 0
+    assert trainer.step == 0 and trainer.state.samples_seen == 0
     assert same(dict(trainer.models["model"].state_dict()), whole.model)
     assert same(dict(trainer.ema.state_dict()), whole.model)
     assert not trainer.phases[0].optimizer.state_dict()["state"]
