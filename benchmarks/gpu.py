@@ -3,7 +3,7 @@
     bash benchmarks/gpu.sh OUT
 
 A part that fails or hangs does not stop the next. OUT/{part}.json has a part's figures, OUT/{part}.log what the part
-printed, OUT/report.md all figures beside their predictions. The parts themselves are in benchmarks/gpu_parts.py.
+printed, OUT/report.md all figures. The parts themselves are in benchmarks/gpu_parts.py.
 """
 
 import argparse
@@ -91,15 +91,12 @@ def write_report(out: Path, done: dict[str, dict], seconds: float, small: bool) 
     """Writes report.md from the records of the parts so far."""
     lines = ["# Measured by benchmarks/gpu.sh", "", f"{len(done)} of {len(PARTS)} parts in {seconds:.0f} s.", ""]
     if small:
-        lines += [
-            "Tiny models (`--small`), and nothing compiled on a CPU: the predictions, made for an H100, do not apply.",
-            "",
-        ]
+        lines += ["Tiny models (`--small`), and nothing compiled on a CPU.", ""]
     for name, record in done.items():
         lines += [f"## {PARTS[name][1]}", "", f"`{name}`: {record['status']}, {record['seconds']:.0f} s", ""]
         if record["rows"]:
-            lines += ["| what | measured | predicted |", "|---|---|---|"]
-            lines += [f"| {row['what']} | {row['measured']} | {row['predicted']} |" for row in record["rows"]]
+            lines += ["| what | measured |", "|---|---|"]
+            lines += [f"| {row['what']} | {row['measured']} |" for row in record["rows"]]
             lines.append("")
         log = out / f"{name}.log"
         if record["status"] != "done" and log.exists():

@@ -1,7 +1,7 @@
 """A part of benchmarks/gpu.py: the device, the clock, and the file that takes its figures.
 
 part = Part(Path("OUT/vq.json"), torch.device("cuda"), small=False)
-part.put("decoding, ms an image", 5.1, predicted="4.5-7")
+part.put("decoding, ms an image", 5.1)
 """
 
 import json
@@ -28,17 +28,17 @@ class Part:
         self.cuda = device.type == "cuda"
         self.rows: list[dict[str, str]] = []
 
-    def put(self, what: str, measured: object, predicted: str = "-") -> None:
+    def put(self, what: str, measured: object) -> None:
         """Adds a figure and writes the file."""
-        self.rows.append({"what": what, "measured": str(measured), "predicted": predicted})
+        self.rows.append({"what": what, "measured": str(measured)})
         with atomic_write(self.file) as f:
             f.write(json.dumps({"rows": self.rows}, indent=1).encode())
-        print(f"{what}: {measured} ({predicted})", flush=True)
+        print(f"{what}: {measured}", flush=True)
 
-    def attempt(self, what: str, measure: Callable[[], object], predicted: str = "-") -> None:
+    def attempt(self, what: str, measure: Callable[[], object]) -> None:
         """Adds what `measure` returns as a figure, or the error it raises: the next figure is measured all the same."""
         try:
-            self.put(what, measure(), predicted)
+            self.put(what, measure())
         except Exception as error:
             traceback.print_exc()
             self.put(what, f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}")

@@ -47,7 +47,7 @@ class JsonPairs(PairFiles, Sequence[dict]):
             text = f.read(starts[line + 1] - starts[line])
         try:
             pair = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.where(index)} is not JSON: {error}") from error
         if not isinstance(pair, dict) or not isinstance(pair.get("image_path"), str):
             raise ValueError(f"{self.where(index)} must be an object with a string 'image_path'")

@@ -79,7 +79,7 @@ class TarPairs(PairFiles):
             value = json.loads(self._read(index, json_offset, json_size)) if json_size else {}
             found = [value.get(key) for key in ("text", "caption")] if isinstance(value, dict) else []
             found += [self._read(index, offset, size).decode()] if size else []
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"the text of {self.where(index)} is damaged: {error}") from error
         for texts in ([text] if isinstance(text, str) else text for text in found):
             if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):

@@ -75,21 +75,16 @@ def of_prompts(args: argparse.Namespace) -> dict:
     import numpy as np
     from PIL import Image
 
-    from dataset.pixels import load_rgb
     from tools.digits import attribute_limits, attributes
-    from tools.stages import last_held_out_loss, newest_file
+    from tools.stages import last_held_out_loss, samples_of_prompts
     from utils.images import make_grid, save_png
 
     if not args.runs:
         raise ValueError("--runs is needed with --prompts: the results folders of the stages")
-    drawn = newest_file(args.samples, "*/result.jsonl")
-    lines = [json.loads(line) for line in drawn.read_text().splitlines()]
     with open(args.prompts, newline="", encoding="utf-8") as f:
-        asked = list(csv.DictReader(f, delimiter="\t"))[: len(lines)]
-    if [line["text"] for line in lines] != [row["Prompt"] for row in asked]:
-        raise ValueError(f"{drawn} is not of the prompts in {args.prompts}: draw the samples again")
-    files = sorted((drawn.parent / "images").glob("*.png"))[: len(asked)]
-    samples = np.stack([np.asarray(load_rgb(path)) for path in files])
+        asked = list(csv.DictReader(f, delimiter="\t"))
+    samples = samples_of_prompts(args.samples, [row["Prompt"] for row in asked])
+    asked = asked[: len(samples)]
     digits = np.asarray([int(row["Digit"]) for row in asked])
     rows = [np.flatnonzero(digits == digit)[:16] for digit in range(10)]
     save_png(make_grid(samples[np.concatenate(rows)], columns=16), Path(args.output) / "samples.png")

@@ -94,16 +94,11 @@ def of_prompts(args: argparse.Namespace, judge: "Judge") -> tuple["np.ndarray", 
     """Return samples by name, uint8 (n, H, W, 3), and their figures; draws samples.png, each beside the drawing that was held out."""
     import numpy as np
 
-    from dataset.pixels import load_rgb
-    from tools.stages import last_held_out_loss, newest_file
+    from tools.stages import last_held_out_loss, samples_of_prompts
     from utils.images import labelled_grid, save_png
 
-    drawn = newest_file(args.samples, "*/result.jsonl")
-    texts = [json.loads(line)["text"] for line in drawn.read_text().splitlines()]
-    if texts != [kind["text"][1] for kind in judge.kinds["held_out"]][: len(texts)]:
-        raise ValueError(f"{drawn} is not of the prompts in {args.prompts}: draw the samples again")
-    files = sorted((drawn.parent / "images").glob("*.png"))[: len(texts)]
-    samples = np.stack([np.asarray(load_rgb(path)) for path in files])
+    texts = [kind["text"][1] for kind in judge.kinds["held_out"]]
+    samples = samples_of_prompts(args.samples, texts)
     shown = np.linspace(0, len(samples) - 1, min(len(samples), COLUMNS * 3)).astype(int)
     pairs = np.concatenate([judge.held_out[shown], samples[shown]], axis=2)
     save_png(labelled_grid(pairs, [texts[i] for i in shown], COLUMNS // 2, side=128), Path(args.output) / "samples.png")

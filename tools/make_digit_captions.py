@@ -10,7 +10,6 @@ make_digits.py; of each training scan there are several views, each with a capti
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +44,7 @@ def main(args: argparse.Namespace) -> None:
     from sklearn.datasets import load_digits
 
     from tools.digits import attribute_limits, attributes
+    from tools.stages import write_pairs
     from utils.files import atomic_write
     from utils.images import is_whole_png, save_png
 
@@ -70,11 +70,7 @@ def main(args: argparse.Namespace) -> None:
                 short, long = (fill(wording(for_words, all_told), digit, slant, stroke) for all_told in (False, True))
                 pair = {"image_path": f"images/{path.name}", "text": [short, f"{long}.", long]}
                 lines.append({**pair, "digit": digit, "slant": slant, "stroke": stroke})
-        for file, up in ((f"{split}.jsonl", ""), (f"{split}/{split}.jsonl", "../")):
-            with atomic_write(output / file) as f:
-                f.writelines(
-                    f"{json.dumps({**pair, 'image_path': up + pair['image_path']})}\n".encode() for pair in lines
-                )
+        write_pairs(output, split, lines)
         print(f"{output / split}.jsonl: {len(lines)} captions of {chosen.sum()} digits")
     with atomic_write(output / "prompts.tsv") as f:
         f.write(prompt_table(args.prompts).encode())

@@ -12,7 +12,6 @@ The drawings are by the OpenMoji project (openmoji.org), licensed CC BY-SA 4.0; 
 """
 
 import argparse
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,6 +44,7 @@ class Drawing:
 def main(args: argparse.Namespace) -> None:
     import resvg_py
 
+    from tools.stages import write_pairs
     from utils.files import atomic_write
 
     output, lines = Path(args.output), {"train": [], "held_out": []}
@@ -61,11 +61,7 @@ def main(args: argparse.Namespace) -> None:
         line = {"image_path": str(path.relative_to(output)), "text": [drawing.role, drawing.name, drawing.name]}
         lines[split].append({**line, "role": drawing.role, "person": drawing.person, "tone": drawing.tone})
     for split, found in lines.items():
-        for file, up in ((f"{split}.jsonl", ""), (f"{split}/{split}.jsonl", "../")):
-            with atomic_write(output / file) as f:
-                f.writelines(
-                    f"{json.dumps({**line, 'image_path': up + line['image_path']})}\n".encode() for line in found
-                )
+        write_pairs(output, split, found)
     with atomic_write(output / "prompts.tsv") as f:
         f.writelines(f"{line}\n".encode() for line in ["Prompt", *(line["text"][1] for line in lines["held_out"])])
     print(f"{output}: {len(lines['train'])} drawings to train on, {len(lines['held_out'])} held out")

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from utils.files import atomic_write
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -16,6 +18,27 @@ def newest_file(folder: str, pattern: str) -> Path:
     if not found:
         raise FileNotFoundError(f"{folder} has no {pattern}: run the sampling script with --sample-dir {folder} first")
     return found[-1]
+
+
+def samples_of_prompts(folder: str, prompts: list[str]) -> "np.ndarray":
+    """Return the newest samples of sample_t2i_ddp.py, uint8 (n, H, W, 3). Raises ValueError where they are of other prompts."""
+    import numpy as np
+
+    from dataset.pixels import load_rgb
+
+    drawn = newest_file(folder, "*/result.jsonl")
+    texts = [json.loads(line)["text"] for line in drawn.read_text().splitlines()]
+    if texts != prompts[: len(texts)]:
+        raise ValueError(f"{drawn} is of other prompts: draw the samples again")
+    files = sorted((drawn.parent / "images").glob("*.png"))[: len(texts)]
+    return np.stack([np.asarray(load_rgb(path)) for path in files])
+
+
+def write_pairs(folder: Path, split: str, lines: list[dict]) -> None:
+    """Write image-text pairs to `{split}.jsonl`, and again in a folder of their own, `{split}/{split}.jsonl`."""
+    for file, up in ((f"{split}.jsonl", ""), (f"{split}/{split}.jsonl", "../")):
+        with atomic_write(folder / file) as f:
+            f.writelines(f"{json.dumps({**line, 'image_path': up + line['image_path']})}\n".encode() for line in lines)
 
 
 def stage_seconds(path: Path) -> dict[str, float]:

@@ -81,9 +81,8 @@ class Distributed:
 
     def first_failure(self, error: Exception | None) -> str | None:
         """Return the failure of the first process that has one, on all of them; None where none has."""
-        return next(
-            (text for text in self.gather(None if error is None else words_of(error)) if text is not None), None
-        )
+        told = self.gather(None if error is None else words_of(error))
+        return next((text for text in told if text is not None), None)
 
     def agree(self, error: Exception | None) -> None:
         """Raise AgreedError on every process where one of them has an error; a process alone raises its own."""

@@ -82,10 +82,7 @@ def open_picture(
 ) -> Image.Image:
     """Read a picture to edit, turned as its EXIF says.
 
-    Args:
-        name: of the file, for messages.
-        formats: Pillow's names of those that are read (default: all it knows).
-
+    name: of the file, for messages. formats: Pillow's names of those that are read (default: all it knows).
     Raises ValueError for what is no picture, a damaged one, one of too many pixels, or of other than 8 bits; FileNotFoundError.
     """
     name = name or str(file)
@@ -129,11 +126,9 @@ def save_animation(
     exact: of WebP; otherwise the file is small and the colours are near. A GIF has 256 colours a frame.
     """
     first, *others = (Image.fromarray(frame) for frame in frames)
-    times = [milliseconds] * len(others) + [last]
+    times, kind = [milliseconds] * len(others) + [last], animation_format(path)
     with atomic_write(path) as f:
-        first.save(
-            f, animation_format(path), save_all=True, append_images=others, duration=times, loop=0, lossless=exact
-        )
+        first.save(f, kind, save_all=True, append_images=others, duration=times, loop=0, lossless=exact)
 
 
 def save_png(image: np.ndarray | Image.Image, path: str | Path) -> None:

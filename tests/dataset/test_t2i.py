@@ -324,6 +324,9 @@ def test_lists_that_are_not_as_they_should_be(tmp_path):
     for line in (1, 2):
         with pytest.raises(ValueError, match=rf"line {line} \(from 0\) of .*a\.jsonl must have 'text'"):
             pairs.texts(line)
+    file.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"line 0 \(from 0\) of .*a\.jsonl is not JSON: maximum recursion depth"):
+        open_pairs(tmp_path)
     (tmp_path / "b.tar").write_bytes(b"")
     with pytest.raises(ValueError, match=r"holds \*\.jsonl and \*\.tar"):
         open_pairs(tmp_path)

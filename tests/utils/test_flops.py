@@ -88,5 +88,3 @@ def test_precisions():
     peaks = [a100.peak_flops(precision) for precision in ("none", "fp32", "tf32", "fp16", "bf16")]
     assert peaks == [19.5e12, 19.5e12, 156e12, 312e12, 312e12]
     assert peak_flops(torch.device("cpu"), "bf16") is None
-    with pytest.raises(ValueError, match="'fp8' is not known"):
-        peak_flops(torch.device("cpu"), "fp8")

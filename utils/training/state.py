@@ -6,8 +6,7 @@
 
 A process that holds all of a model writes the published layout, one file `{step:07d}.pt`. A sharded one writes a folder
 `{step:07d}/` with torch.distributed.checkpoint, every process its shards, beside them `consolidated.pth` for sampling. Either
-is read back by either, on any number of processes. Both are written by a thread from a copy, under a temporary name
-that is changed when all is there, and hold checksums.
+is read back by either, on any number of processes. A thread writes both from a copy, with checksums, under a temporary name.
 """
 
 import shutil
@@ -107,8 +106,7 @@ class TrainingState:
     def read(path: Path, dist: Distributed, whole: bool = True) -> Checkpoint | ShardedCheckpoint:
         """Open a checkpoint and compare its checksums, of a folder each process some of the files.
 
-        Without `whole` a file is read when its tensors are first used, and not compared: published files are large, and
-        every process reads them. Raises ValueError that names the damaged file.
+        Without `whole` a file, which every process reads, is mapped and not compared. Raises ValueError for a damaged one.
         """
         if not (path / ".metadata").is_file():
             if whole and (path / RECORD_FILE).is_file():  # what else is there are weights alone
@@ -214,10 +212,9 @@ class Saver:
             self._failed, self._written = 0 if self._written else self._failed + 1, False
         if self._failed > 1 and failures and not final:
             last = self.run.checkpoints()[:1]
-            self.log.warning(
-                f"nothing could be saved {self._failed} times in a row: what was learned since "
-                f"{last[0] if last else 'the beginning'} is in memory alone; free one of {', '.join(map(str, self.run.stores))}"
-            )
+            lost = f"what was learned since {last[0] if last else 'the beginning'} is in memory alone"
+            places = ", ".join(map(str, self.run.stores))
+            self.log.warning(f"nothing could be saved {self._failed} times in a row: {lost}; free one of {places}")
         failure = self.dist.broadcast(failures[0] if failures else None) if final else None
         if failure:
             raise failure
@@ -283,9 +280,10 @@ def _spread(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: Path)
     """An optimizer's state from a file, its tensors cut as the parameters are; rates and decay are the run's own."""
     parameters = parameters_of([optimizer])
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    if [len(group["params"]) for group in saved["param_groups"]] != sizes:
-        there = [len(group["params"]) for group in saved["param_groups"]]
+    there, sizes = (
+        [len(group["params"]) for group in groups] for groups in (saved["param_groups"], optimizer.param_groups)
+    )
+    if there != sizes:
         raise ValueError(f"{path}: its optimizer has groups of {there} tensors, this model's has {sizes}")
     state = {}
     for number, parameter in zip(numbers, parameters, strict=True):
