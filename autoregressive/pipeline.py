@@ -37,7 +37,7 @@ from autoregressive.models.on_cpu import missing_rows
 from autoregressive.models.particles import PARTICLES, Filled, fill
 from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
 from autoregressive.models.trunk import ModelArgs, Trunk
-from autoregressive.released import find_identity, flags_of, gpt_identity, named_as, released_tokenizer
+from autoregressive.released import find_identity, flags_of, gpt_identity, released_tokenizer
 from autoregressive.request import Request
 from tokenizer.base import Tokenizer
 from tokenizer.load import find_tokenizer, load_tokenizer
@@ -85,7 +85,10 @@ def load_gpt(
     identity = gpt_identity(checkpoint, image_size=image_size, downsample_size=downsample_size, **flags)
     with torch.device("meta"):
         model = build_model(ModelArgs.from_identity(identity))
-    load_into(model, model.resized(named_as(model.state_dict(), checkpoint.model)), path, assign=True)
+    weights = checkpoint.model
+    if "control" in model.conditions:
+        weights = import_module("autoregressive.systems").named_as(model.state_dict(), weights)
+    load_into(model, model.resized(weights), path, assign=True)
     model.file_config = checkpoint.config
     # The model alone holds the weights now: each tensor that is cast or moved gives the memory of the old one back, and what
     # else the file has (an optimizer, averaged weights) goes at once.
@@ -104,7 +107,8 @@ def tokenizer_of(gpt: str | Path) -> Path:
         return find_tokenizer(path, fingerprint, (checkpoint.args or {}).get("code_path"))
     if is_released(gpt):
         return find_checkpoint(released_tokenizer(find_identity(checkpoint)))
-    raise ValueError(f"--vq-ckpt is needed: {path} does not record its tokenizer")
+    name = released_tokenizer(find_identity(checkpoint))
+    raise ValueError(f"--vq-ckpt is needed: {path} does not record its tokenizer; that of released models is {name}")
 
 
 def with_encoder(gpt: Path, text: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,53 +4,62 @@
     identity = gpt_identity(checkpoint, image_size=384)       # {"model": …, "layout": …, "conditions": …}
     model = build_model(ModelArgs.from_identity(identity))
 
-A released system is known by a function from its state dict to an identity; PUBLISHED lists them, and nothing else in the
-tree looks at the names or shapes of a GPT's weights.
+A file without a config is LlamaGen's, NPP's or PAR's, or of a system in PUBLISHED, which systems.py reads. Nothing else in
+the tree looks at the names or shapes of a GPT's weights.
 """
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from math import isqrt
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from autoregressive.models.build import TRUNKS
+from autoregressive.models.args import TRUNKS
 from autoregressive.models.conditions import CONDITIONS
 from autoregressive.models.layouts import LAYOUTS
-from autoregressive.models.sizes import GPT_SIZES, SPARE_PLACES
+from autoregressive.models.sizes import GPT_SIZES
 from tokenizer.released import looks_like
 from utils.checkpoint import Checkpoint, parameter_count
 
 State = Mapping[str, torch.Tensor]
+# A weight that the files of a released system have, and the system's name in systems.py; the first that fits.
+PUBLISHED = {
+    "adapter_mlp.fc1.weight": "controlar",
+    "target_aware_pos_embed": "rar",
+    "medusa_output.weight": "nar",
+    "fake_latent": "lpd",
+}
 CLASS_TABLE, NO_CAPTION = "cls_embedding.embedding_table.weight", "cls_embedding.uncond_embedding"
-RAR_TABLE = "embeddings.weight"
 SPECIAL_TABLE = "spe_tok_embeddings.special_embeddings.weight"
-BELOW_HEAD = "medusa_output.weight"
 SECOND_EXIT = "models of the layout neighbours alone have a second exit (medusa_norm, medusa_output and one more block)"
 
 
-def llamagen_identity(state: State, path: str | Path, n_head: int | None = None) -> dict[str, Any]:
+def require(checkpoint: Checkpoint, names: Sequence[str], system: str) -> None:
+    """Raise ValueError where a file lacks some of the weights that its identity is read off."""
+    if absent := [name for name in names if name not in checkpoint.model]:
+        held = looks_like(checkpoint.model)
+        raise ValueError(f"{checkpoint.path} is not a GPT checkpoint: {held}; {system} has {', '.join(absent)}")
+
+
+def llamagen_identity(checkpoint: Checkpoint, n_head: int | None = None) -> dict[str, Any]:
     """Read the identity of a GPT of LlamaGen, NPP or PAR off its shapes, but for the grid, which leaves no trace in them.
 
     n_head: heads of the attention, which shapes do not show; by default those of the size in the table, None if in none.
     Raises ValueError where this is no such GPT, saying what it looks like instead.
     """
+    state, path = checkpoint.model, checkpoint.path
     needed = ("tok_embeddings.weight", "layers.0.attention.wqkv.weight", "layers.0.feed_forward.w1.weight")
-    absent = [name for name in needed if name not in state]
-    if not absent and CLASS_TABLE not in state and NO_CAPTION not in state:
-        absent = [f"{CLASS_TABLE} or {NO_CAPTION}"]
-    if absent:
-        raise ValueError(f"{path} is not a GPT checkpoint: {looks_like(state)}; a GPT has {', '.join(absent)}")
+    require(checkpoint, needed, "a GPT")
+    if CLASS_TABLE not in state and NO_CAPTION not in state:
+        require(checkpoint, [f"{CLASS_TABLE} or {NO_CAPTION}"], "a GPT")
     if flat := [name for name in needed if state[name].dim() != 2]:
         raise ValueError(f"{path} is not a GPT checkpoint: its {', '.join(flat)} should be matrices")
-    vocab_size, dim = state["tok_embeddings.weight"].shape
-    n_layer = last_block(state) + 1
-    size = size_name({"trunk": "llama", "n_layer": n_layer, "dim": dim})
-    n_head = n_head or (GPT_SIZES[size].n_head if size else None)
-    key_rows = (state["layers.0.attention.wqkv.weight"].shape[0] - dim) // 2
+    (vocab_size, dim), (rows, _), (ffn_dim, _) = (state[name].shape for name in needed)
+    n_layer = blocks_of(state)
+    n_head = n_head or heads_in_table("llama", n_layer, dim)
     special = state[SPECIAL_TABLE].shape[0] if SPECIAL_TABLE in state else 0
     if CLASS_TABLE in state:  # its last row is "no class"
         conditions = {"label": {"num_classes": state[CLASS_TABLE].shape[0] - 1}}
@@ -63,8 +72,8 @@ def llamagen_identity(state: State, path: str | Path, n_head: int | None = None)
             "dim": dim,
             "n_layer": n_layer,
             "n_head": n_head,
-            "n_kv_head": key_rows * n_head // dim if n_head else None,
-            "ffn_dim": state["layers.0.feed_forward.w1.weight"].shape[0],
+            "n_kv_head": (rows - dim) // 2 * n_head // dim if n_head else None,
+            "ffn_dim": ffn_dim,
             "vocab_size": vocab_size,
         },
         "layout": {"name": "parallel", "group_size": special + 1} if special else {"name": "raster"},
@@ -72,177 +81,16 @@ def llamagen_identity(state: State, path: str | Path, n_head: int | None = None)
     }
 
 
-def nar_identity(state: State, path: str | Path, n_head: int | None = None) -> dict[str, Any]:
-    """Read the identity of a GPT of NAR: LlamaGen's, with a last block that leads to the below head. As llamagen_identity."""
-    second_exit = (f"layers.{last_block(state)}.", "medusa_")
-    raster = {name: tensor for name, tensor in state.items() if not name.startswith(second_exit)}
-    return {**llamagen_identity(raster, path, n_head), "layout": {"name": "neighbours"}}
+def blocks_of(state: State, name: str = "layers") -> int:
+    """Return the number of blocks that a state dict has under a name."""
+    found = (re.match(rf"{name}\.(\d+)\.", key) for key in state)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
-def rar_identity(state: State, path: str | Path, n_head: int | None = None) -> dict[str, Any]:
-    """Read the identity of a RAR off its shapes, which tell all of it. Raises ValueError where some of its tensors are missing."""
-    needed = (
-        "lm_head.weight",
-        "embeddings.weight",
-        "pos_embed",
-        "blocks.0.attn.q_norm.weight",
-        "blocks.0.mlp.fc1.weight",
-    )
-    if absent := [name for name in needed if name not in state]:
-        raise ValueError(f"{path} is no whole RAR: it has no {', '.join(absent)}")
-    vocab_size, dim = state["lm_head.weight"].shape
-    tokens = state["pos_embed"].shape[1] - SPARE_PLACES
-    return {
-        "model": {
-            "trunk": "rar",
-            "dim": dim,
-            "n_layer": last_block(state, "blocks") + 1,
-            "n_head": dim // len(state["blocks.0.attn.q_norm.weight"]),
-            "ffn_dim": len(state["blocks.0.mlp.fc1.weight"]),
-            "vocab_size": vocab_size,
-        },
-        "layout": {"name": "raster", "grid_size": isqrt(tokens)},
-        "conditions": {"label": {"num_classes": len(state["embeddings.weight"]) - vocab_size - 2}},
-    }
-
-
-def class_table(state: State) -> torch.Tensor:
-    """Return the rows of a model's classes and, the last one, of "no class", (classes + 1, dim)."""
-    if CLASS_TABLE in state:
-        return state[CLASS_TABLE]
-    if RAR_TABLE in state:  # behind those of the codes and of a mask that is never read
-        return state[RAR_TABLE][len(state["lm_head.weight"]) + 1 :]
-    return torch.cat([state["class_emb.weight"], state["fake_latent"]])
-
-
-def with_class_table(state: State, table: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return a state dict with another table of classes, as class_table returns it."""
-    if CLASS_TABLE in state:
-        return {**state, CLASS_TABLE: table}
-    if RAR_TABLE in state:
-        others = state[RAR_TABLE][: len(state["lm_head.weight"]) + 1]
-        return {**state, RAR_TABLE: torch.cat([others.to(table), table])}
-    return {**state, "class_emb.weight": table[:-1], "fake_latent": table[-1:]}
-
-
-def last_block(state: State, blocks: str = "layers") -> int:
-    """Return the number of the last block, -1 where there is none."""
-    found = (re.match(rf"{blocks}\.(\d+)\.", name) for name in state)
-    return max((int(match[1]) for match in found if match), default=-1)
-
-
-def lpd_identity(state: State, path: str | Path, n_head: int | None = None) -> dict[str, Any]:
-    """Read the identity of an LPD off its shapes; its groups and their repulsion are those of the published runs.
-
-    n_head: heads of the attention, which shapes do not show; by default those of the size in the table, None if in none.
-    Raises ValueError where keys are missing.
-    """
-    needed = (
-        "class_emb.weight",
-        "token_emb.weight",
-        "pos_embed",
-        "blocks.0.attn.qkv.weight",
-        "blocks.0.mlp.fc1.weight",
-    )
-    if absent := [name for name in needed if name not in state]:
-        raise ValueError(f"{path} is not a GPT checkpoint: an LPD has {', '.join(absent)} too")
-    vocab_size, dim = state["token_emb.weight"].shape
-    n_layer = last_block(state, "blocks") + 1
-    size = size_name({"trunk": "lpd", "n_layer": n_layer, "dim": dim})
-    n_head = n_head or (GPT_SIZES[size].n_head if size else None)
-    grid_size = isqrt(state["pos_embed"].shape[1] - 1)
-    repulsion = 3 if size == "LPD-XXL" else 4 if grid_size == 32 else 2
-    return {
-        "model": {
-            "trunk": "lpd",
-            "dim": dim,
-            "n_layer": n_layer,
-            "n_head": n_head,
-            "ffn_dim": len(state["blocks.0.mlp.fc1.weight"]),
-            "vocab_size": vocab_size,
-        },
-        "layout": {"name": "queried", "repulsion": repulsion, "grid_size": grid_size},
-        "conditions": {"label": {"num_classes": len(state["class_emb.weight"])}},
-    }
-
-
-CONTROL_MLP = "adapter_mlp.fc1.weight"
-CONTROL_PARTS = ("adapter.", "adapter_mlp.", "condition_mlp.", "condition_layers.")
-OWN_CONTROL = "extra_conditions.control."
-NEVER_USED = ("condition_embeddings.weight", "condition_norm.weight", "condition_mlp.uncond_embedding")
-# What release 5 of transformers calls weights of an encoder for what release 4 did, in the order of replacing.
-NEWER_NAMES = {
-    "encoder.layer.": "layers.",
-    "attention.attention.query": "attention.q_proj",
-    "attention.attention.key": "attention.k_proj",
-    "attention.attention.value": "attention.v_proj",
-    "attention.output.dense": "attention.o_proj",
-    "intermediate.dense": "mlp.fc1",
-    "output.dense": "mlp.fc2",
-}
-ENCODER_HEADS = {384: 6, 768: 12, 1024: 16}
-
-
-def controlar_identity(state: State, path: str | Path, n_head: int | None = None) -> dict[str, Any]:
-    """Read the identity of a GPT of ControlAR: LlamaGen's and its control, whose kind the file's name tells. As llamagen_identity.
-
-    Without the encoder's weights it is a model of features.
-    """
-    own = {name: tensor for name, tensor in state.items() if not name.startswith(CONTROL_PARTS)}
-    identity = llamagen_identity(own, path, n_head)
-    kinds = {"depth": "depth", "hed": "hed", "seg": "seg", "lineart": "lineart"}
-    kind = next((kind for word, kind in kinds.items() if word in Path(path).name), "canny")
-    control: dict[str, Any] = {"encoder": None, "width": state[CONTROL_MLP].shape[1], "kind": kind}
-    start = "adapter.model."
-    encoder = {common_name(name.removeprefix(start)): state[name] for name in state if name.startswith(start)}
-    if "embeddings.patch_embeddings.projection.weight" in encoder:
-        width, _, _, patch = encoder["embeddings.patch_embeddings.projection.weight"].shape
-        control |= {
-            "encoder": "dinov2" if "layers.0.layer_scale1.lambda1" in encoder else "vit",
-            "layers": last_block(encoder) + 1,
-            "heads": ENCODER_HEADS.get(width, max(width // 64, 1)),
-            "positions": isqrt(encoder["embeddings.position_embeddings"].shape[1] - 1),
-            "patch": patch,
-        }
-    layout = identity["layout"]
-    if NEVER_USED[2] in state:  # it has a row for each token
-        layout = {**layout, "grid_size": isqrt(len(state[NEVER_USED[2]]))}
-    return {**identity, "layout": layout, "conditions": {**identity["conditions"], "control": control}}
-
-
-def common_name(name: str) -> str:
-    """Return one name for what releases 4 and 5 of transformers call a weight of an encoder."""
-    for before, now in NEWER_NAMES.items():
-        name = name.replace(before, now)
-    return name
-
-
-def named_as(own: Iterable[str], state: State) -> dict[str, torch.Tensor]:
-    """Return weights by the names that a model's state dict has (`own`); others keep theirs.
-
-    So a ControlAR's file fits, and an encoder that another release of transformers named. What ControlAR never uses is left out.
-    """
-    names = {common_name(name): name for name in own}
-    found = {}
-    for name, tensor in state.items():
-        if CONTROL_MLP in state:
-            if name in NEVER_USED or ".mask_token" in name or ".pooler." in name:
-                continue
-            name = OWN_CONTROL + name if name.startswith(CONTROL_PARTS) else name
-        found[names.get(common_name(name), name)] = tensor
-    return found
-
-
-Recogniser = Callable[[State], bool]
-IdentityOf = Callable[[State, str | Path, int | None], dict[str, Any]]
-# For each released system its recogniser of keys, and the function from a state dict (and heads) to an identity.
-PUBLISHED: list[tuple[Recogniser, IdentityOf]] = [
-    (lambda state: CONTROL_MLP in state, controlar_identity),
-    (lambda state: "target_aware_pos_embed" in state, rar_identity),
-    (lambda state: BELOW_HEAD in state, nar_identity),
-    (lambda state: {"fake_latent", "mask_token"} <= state.keys(), lpd_identity),
-    (lambda state: True, llamagen_identity),
-]
+def heads_in_table(trunk: str, n_layer: int, dim: int) -> int | None:
+    """Return the heads of the attention that a model of these shapes has by the table of sizes, None where it has none."""
+    name = size_name({"trunk": trunk, "n_layer": n_layer, "dim": dim})
+    return GPT_SIZES[name].n_head if name else None
 
 
 def find_identity(checkpoint: Checkpoint, n_head: int | None = None) -> dict[str, Any]:
@@ -253,10 +101,10 @@ def find_identity(checkpoint: Checkpoint, n_head: int | None = None) -> dict[str
     """
     if "model" in checkpoint.config and "layout" in checkpoint.config:
         return {part: checkpoint.config[part] for part in ("model", "layout", "conditions")}
-    for recognises, identity in PUBLISHED:
-        if recognises(checkpoint.model):
-            return identity(checkpoint.model, checkpoint.path, n_head)
-    raise AssertionError
+    for weight, system in PUBLISHED.items():
+        if weight in checkpoint.model:
+            return getattr(import_module("autoregressive.systems"), f"{system}_identity")(checkpoint, n_head)
+    return llamagen_identity(checkpoint, n_head)
 
 
 def released_tokenizer(identity: Mapping[str, Any]) -> str:

@@ -85,7 +85,13 @@ PARSING = {
 PUBLISHED = re.compile(
     r"(encoder|decoder|quantize|(post_)?quant_conv|layers\.\d+|(spe_)?tok_embeddings|cls_embedding)\..+"
 )
-ADAPTERS = ("language/t5.py", "autoregressive/released.py", "tokenizer/released.py", "tokenizer/base.py")
+ADAPTERS = (
+    "language/t5.py",
+    "autoregressive/released.py",
+    "autoregressive/systems.py",
+    "tokenizer/released.py",
+    "tokenizer/base.py",
+)
 
 
 def sources() -> dict[Path, ast.Module]:

@@ -33,7 +33,8 @@ class ModelArgs:
     target_positions: whether a llama has an embedding of the place of the token that a row predicts, for orders that differ
     from sample to sample. ffn_width: hidden width of the feed-forward layer, in place of the rule of multiple_of and ffn_dim_multiplier.
     rope_grid: tokens a side of the grid whose rotary table a llama reads by the number of a token, where that is another one
-    than the image's (ControlAR's models of several resolutions).
+    than the image's (ControlAR's models of several resolutions). exit_blocks: blocks behind the first head that lead to a
+    layout's second one, by default 1.
     """
 
     dim: int = 4096
@@ -67,6 +68,7 @@ class ModelArgs:
     target_positions: bool = False
     ffn_width: int | None = None
     rope_grid: int | None = None
+    exit_blocks: int | None = None
     layout: Mapping[str, Any] | None = None
     extra_conditions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -88,8 +90,9 @@ class ModelArgs:
 
     @property
     def blocks(self) -> int:
-        """Blocks of the trunk: n_layer, and one more for a layout's second head."""
-        return self.n_layer + build_layout(self.layout_config, isqrt(self.block_size)).heads - 1
+        """Blocks of the trunk: n_layer, and behind them those of a layout's second head."""
+        two_heads = build_layout(self.layout_config, isqrt(self.block_size)).heads > 1
+        return self.n_layer + two_heads * (self.exit_blocks or 1)
 
     @property
     def kv_heads(self) -> int:

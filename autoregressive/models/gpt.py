@@ -121,7 +121,7 @@ class SpecialTokens(nn.Module):
 class Transformer(Trunk):
     """The Llama architecture: RMSNorm, SwiGLU and 2D RoPE."""
 
-    settings = ("rope_base", "norm_eps", "target_positions", "rope_grid")
+    settings = ("rope_base", "norm_eps", "target_positions", "rope_grid", "exit_blocks")
     most_heads, adds_before_blocks = 2, True
 
     def __init__(self, args: ModelArgs):
@@ -164,10 +164,10 @@ class Transformer(Trunk):
         return exits
 
     def of_second_exit(self, name: str) -> str | None:
-        last, before = (f"layers.{number}." for number in (self.args.n_layer, self.args.n_layer - 1))
-        if name.startswith(("medusa_", last)):
-            return name.replace(last, before).removeprefix("medusa_")
-        return None
+        for number in range(self.args.n_layer, len(self.layers)):
+            if name.startswith(f"layers.{number}."):
+                return name.replace(f"layers.{number}.", f"layers.{self.args.n_layer - 1}.")
+        return name.removeprefix("medusa_") if name.startswith("medusa_") else None
 
     def projection(self) -> tuple[Tensor, Tensor | None]:
         """Return the weight (V, D) that turns the rows of `hidden` into logits, and its bias (V,) where there is one."""
@@ -250,7 +250,7 @@ class Transformer(Trunk):
             if rows.added is not None and number - 1 in rows.added:
                 h = h + rows.added[number - 1]
             h = layer(h, rope, mask, causal, rows if rows.cache is not None else None)
-            if number >= self.args.n_layer:
+            if number in (self.args.n_layer, len(self.layers)):
                 exits.append(h)
         return exits[0] if len(exits) == 1 else torch.cat(exits, dim=-1)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from autoregressive.models.canny import canny
 from autoregressive.models.conditions.control import PATCHES
 from autoregressive.models.trunk import Trunk
-from autoregressive.released import OWN_CONTROL, common_name, named_as
+from autoregressive.systems import OWN_CONTROL, common_name, named_as
 from dataset.store import INDEX_FILE, read_record
 from utils.checkpoint import Checkpoint
 

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from autoregressive.models.trunk import Trunk
-from autoregressive.released import SECOND_EXIT, check_flags, class_table, find_identity, flags_of, with_class_table
+from autoregressive.released import SECOND_EXIT, check_flags, find_identity, flags_of
+from autoregressive.systems import class_table, with_class_table
 from autoregressive.train.control import whole, with_control
 from utils.checkpoint import Checkpoint, read_checkpoint
 from utils.cli import layout_numbers

@@ -16,8 +16,9 @@ from autoregressive.models.generate import generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.sampling import SamplingConfig
 from autoregressive.pipeline import load_gpt
-from autoregressive.released import NEVER_USED, NEWER_NAMES, OWN_CONTROL, find_identity, named_as
+from autoregressive.released import find_identity
 from autoregressive.request import Request
+from autoregressive.systems import NEVER_USED, NEWER_NAMES, OWN_CONTROL, named_as
 from autoregressive.train.control import edges_of, encoder_settings, with_control
 from autoregressive.train.loss import TokenLoss
 from tests.helpers import assert_close, golden_state, load_golden, randomize

@@ -19,7 +19,7 @@ from autoregressive.models.layouts.locality import locality_order
 from autoregressive.models.sampling import SamplingConfig
 from autoregressive.models.trunk import ModelArgs
 from autoregressive.pipeline import ImagePipeline, load_gpt
-from autoregressive.released import flags_of, lpd_identity
+from autoregressive.released import find_identity, flags_of
 from autoregressive.request import Request
 from autoregressive.sample import sample_c2i, sample_c2i_ddp
 from autoregressive.serve.engine import NOT_DRAWN
@@ -28,6 +28,7 @@ from autoregressive.train import train_c2i
 from autoregressive.train.loss import TokenLoss
 from autoregressive.train.orders import training_orders
 from tests.autoregressive.decoding import Recording
+from tests.autoregressive.test_released import file_of
 from tests.helpers import assert_close, golden_state, load_golden, randomize
 from tests.training import make_codes, metrics, repetitive_codes, run_folder, run_here, run_script, same
 from tokenizer.load import load_tokenizer
@@ -412,11 +413,11 @@ def test_a_published_file_tells_what_it_is(file, pipeline, tmp_path):
 def test_repulsion_is_that_of_the_published_figures(name, repulsion, groups):
     with torch.device("meta"):
         model = build_gpt(name)
-    layout = lpd_identity(model.state_dict(), "x.pth")["layout"]
+    state = model.state_dict()
+    layout = find_identity(file_of(state))["layout"]
     assert layout == {"name": "queried", "repulsion": repulsion, "grid_size": 16}
-    assert lpd_identity({**model.state_dict(), "pos_embed": torch.empty(1, 1025, 1)}, "x.pth")["layout"][
-        "repulsion"
-    ] == (4 if repulsion == 2 else 3)
+    larger = find_identity(file_of({**state, "pos_embed": torch.empty(1, 1025, 1)}))["layout"]
+    assert larger["repulsion"] == (4 if repulsion == 2 else 3)
 
 
 def test_the_table_of_places_is_resized_for_another_image_size(tmp_path):

@@ -11,7 +11,7 @@ from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.sizes import GPT_SIZES
 from autoregressive.pipeline import load_gpt
 from autoregressive.released import check_flags, describe, find_identity, flags_of, gpt_identity
-from tests.helpers import golden_state, load_golden
+from tests.helpers import golden_state, load_golden, randomize
 from utils.checkpoint import Checkpoint, parameter_count
 
 SIZES = {
@@ -105,6 +105,20 @@ def test_neighbours_are_recognised_by_their_second_exit():
     args = ModelArgs.from_identity(gpt_identity(file_of(state), image_size=256))
     with torch.device("meta"):
         assert {k: v.shape for k, v in Transformer(args).state_dict().items()} == {k: v.shape for k, v in state.items()}
+
+
+def test_neighbours_with_a_deeper_exit_are_read_off_the_recorded_flags(tmp_path):
+    shape = {"dim": 32, "n_layer": 2, "n_head": 4, "vocab_size": 20, "num_classes": 5, "block_size": 16}
+    made = randomize(Transformer(ModelArgs(**shape, layout={"name": "neighbours"}, exit_blocks=2)), gain=2.0).eval()
+    args = {"image_size": 64, "downsample_size": 16, "medusa_attention_num": 2}
+    torch.save({"model": made.state_dict(), "args": args}, tmp_path / "nar.pt")
+    model = load_gpt(tmp_path / "nar.pt", n_head=4)
+    assert (model.args.n_layer, len(model.layers)) == (2, 4)
+    assert ModelArgs.from_identity(model.args.identity).exit_blocks == 2
+    tokens, labels = torch.arange(15).repeat(2, 1), torch.tensor([1, 3])
+    torch.testing.assert_close(model(tokens, labels), made(tokens, labels))
+    assert made.of_second_exit("layers.3.ffn_norm.weight") == "layers.1.ffn_norm.weight"
+    assert made.of_second_exit("layers.1.ffn_norm.weight") is None
 
 
 @pytest.mark.parametrize(("name", "prefix"), [("nar", 1), ("nar_t2i", 8)])
