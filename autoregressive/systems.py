@@ -61,10 +61,12 @@ def lpd_identity(checkpoint: Checkpoint, n_head: int | None = None) -> dict[str,
     require(checkpoint, needed, "an LPD")
     model = vit_shapes("lpd", state, n_head, len(state["token_emb.weight"]))
     grid_size = isqrt(state["pos_embed"].shape[1] - 1)
-    repulsion = 3 if size_name(model) == "LPD-XXL" else 4 if grid_size == 32 else 2
+    repulsion = (
+        {"repulsion": 3} if size_name(model) == "LPD-XXL" else {}
+    )  # of its published figures, the layout has others
     return {
         "model": model,
-        "layout": {"name": "queried", "repulsion": repulsion, "grid_size": grid_size},
+        "layout": {"name": "queried", "grid_size": grid_size, **repulsion},
         "conditions": {"label": {"num_classes": len(state["class_emb.weight"])}},
     }
 

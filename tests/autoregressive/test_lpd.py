@@ -19,7 +19,7 @@ from autoregressive.models.layouts.locality import locality_order
 from autoregressive.models.sampling import SamplingConfig
 from autoregressive.models.trunk import ModelArgs
 from autoregressive.pipeline import ImagePipeline, load_gpt
-from autoregressive.released import find_identity, flags_of
+from autoregressive.released import flags_of, gpt_identity
 from autoregressive.request import Request
 from autoregressive.sample import sample_c2i, sample_c2i_ddp
 from autoregressive.serve.engine import NOT_DRAWN
@@ -409,15 +409,22 @@ def test_a_published_file_tells_what_it_is(file, pipeline, tmp_path):
         load_gpt(tmp_path / "other.pth", n_head=4)
 
 
-@pytest.mark.parametrize("name, repulsion, groups", [("LPD-L", 2, 20), ("LPD-XXL", 3, 20)])
-def test_repulsion_is_that_of_the_published_figures(name, repulsion, groups):
+@pytest.mark.parametrize(
+    ("name", "pixels", "repulsion"), [("LPD-L", 256, 2), ("LPD-XL", 512, 4), ("LPD-XXL", 256, 3), ("LPD-XS", 32, 2)]
+)
+def test_repulsion_is_that_of_the_published_figures(name, pixels, repulsion):
     with torch.device("meta"):
-        model = build_gpt(name)
-    state = model.state_dict()
-    layout = find_identity(file_of(state))["layout"]
-    assert layout == {"name": "queried", "repulsion": repulsion, "grid_size": 16}
-    larger = find_identity(file_of({**state, "pos_embed": torch.empty(1, 1025, 1)}))["layout"]
-    assert larger["repulsion"] == (4 if repulsion == 2 else 3)
+        state = build_gpt(name, block_size=(pixels // 16) ** 2).state_dict()
+        again = build_model(ModelArgs.from_identity(gpt_identity(file_of(state))))
+    assert again.layout.repulsion == repulsion
+
+
+@pytest.mark.filterwarnings("ignore:.*its table of places is resized")
+def test_weights_of_256_pixels_draw_in_the_groups_and_orders_of_512():
+    with torch.device("meta"):
+        state = build_gpt("LPD-L").state_dict()
+        layout = build_model(ModelArgs.from_identity(gpt_identity(file_of(state), image_size=512))).layout
+    assert (layout.grid_size, len(layout.groups), layout.repulsion) == (32, 48, 4)
 
 
 def test_the_table_of_places_is_resized_for_another_image_size(tmp_path):

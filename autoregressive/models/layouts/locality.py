@@ -16,7 +16,7 @@ NEAR = 1.0
 def locality_order(
     grid_size: int, groups: Sequence[int], repulsion: int, seed: int, first: Sequence[int] = ()
 ) -> list[int]:
-    """Draw an order of the cells of a square grid, (N,); with Python's and numpy's generators of the seed, as published.
+    """Draw an order of the cells of a square grid, (N,), with Python's generator of the seed, as published.
 
     Args:
         grid_size: cells a side.
@@ -25,56 +25,12 @@ def locality_order(
         seed: 0 to 2**32 - 1.
         first: cells that stand first, which are known.
     """
-    shuffler, chooser = random.Random(seed), np.random.RandomState(seed)
+    shuffler = random.Random(seed)
     y, x = np.divmod(np.arange(grid_size**2), grid_size)
     weights = np.zeros((grid_size + 2, grid_size + 2))  # of what is drawn beside a cell, with a border
     around = 1 / np.sqrt([[2, 1, 2], [1, np.inf, 1], [2, 1, 2]])
     left = np.ones(grid_size**2, bool)
     order: list[int] = []
-
-    def nearest_known(cells: list[int], picked: list[int]) -> np.ndarray:
-        """Return the squared distance of each cell to the closest one picked."""
-        return ((y[cells, None] - y[picked]) ** 2 + (x[cells, None] - x[picked]) ** 2).min(axis=1)
-
-    def choose(size: int) -> list[int]:
-        cells = np.flatnonzero(left).tolist()
-        if left.all():
-            picked, others = [shuffler.randint(0, len(left) - 1)], cells
-            others.remove(picked[0])
-        else:
-            shuffler.shuffle(cells)
-            proximity = weights[1:-1, 1:-1].ravel()
-            cells.sort(key=proximity.tolist().__getitem__, reverse=True)
-            near = int((proximity[cells] >= NEAR).sum())
-            picked, passed, taken = [], [], np.zeros((grid_size, grid_size), bool)
-            at = 0
-            while at < near and len(picked) < size:
-                cell = cells[at]
-                row, column = divmod(cell, grid_size)
-                if taken[row, column]:
-                    passed.append(cell)
-                else:
-                    picked.append(cell)
-                    taken[
-                        max(row - repulsion, 0) : row + repulsion + 1,
-                        max(column - repulsion, 0) : column + repulsion + 1,
-                    ] = True
-                at += 1
-            others = cells[near:] + passed + cells[at:near]
-        missing = size - len(picked)
-        if missing >= len(others):
-            return picked + others
-        if missing and not picked:
-            picked.append(others.pop(chooser.randint(len(others))))
-            missing -= 1
-        if not missing:
-            return picked
-        distances = nearest_known(others, picked)
-        for _ in range(missing):  # the farthest point, the first of equal ones
-            farthest = others[int(distances.argmax())]
-            picked.append(farthest)
-            distances = np.minimum(distances, nearest_known(others, [farthest]))
-        return picked
 
     def take(cells: Sequence[int]) -> None:
         for cell in cells:
@@ -83,8 +39,44 @@ def locality_order(
             left[cell] = False
         order.extend(cells)
 
+    def near_cells(size: int) -> tuple[list[int], list[int]]:
+        """Return up to `size` cells beside those drawn, never none, and all other cells that are left."""
+        cells = np.flatnonzero(left).tolist()
+        if left.all():
+            return [cells.pop(shuffler.randint(0, len(left) - 1))], cells
+        shuffler.shuffle(cells)
+        proximity = weights[1:-1, 1:-1].ravel()
+        cells.sort(key=proximity.tolist().__getitem__, reverse=True)
+        near = int((proximity[cells] >= NEAR).sum())
+        picked, passed, taken = [], [], np.zeros((grid_size, grid_size), bool)
+        for at, cell in enumerate(cells[:near]):
+            if len(picked) == size:
+                return picked, cells[near:] + passed + cells[at:near]
+            row, column = divmod(cell, grid_size)
+            if taken[row, column]:
+                passed.append(cell)
+                continue
+            picked.append(cell)
+            rows, columns = (slice(max(place - repulsion, 0), place + repulsion + 1) for place in (row, column))
+            taken[rows, columns] = True
+        return picked, cells[near:] + passed
+
+    def squared_distances(cells: list[int], picked: list[int]) -> np.ndarray:
+        """Return the squared distance of each cell to the closest one picked."""
+        return ((y[cells, None] - y[picked]) ** 2 + (x[cells, None] - x[picked]) ** 2).min(axis=1)
+
     take(first)
     for end in accumulate(groups):
-        if end > len(order):
-            take(choose(end - len(order)))
+        if (size := end - len(order)) <= 0:
+            continue
+        picked, others = near_cells(size)
+        missing = size - len(picked)
+        if missing >= len(others):
+            picked += others
+        elif missing:
+            distances = squared_distances(others, picked)
+            for _ in range(missing):  # the farthest point, the first of equal ones
+                picked.append(others[int(distances.argmax())])
+                distances = np.minimum(distances, squared_distances(others, picked[-1:]))
+        take(picked)
     return order

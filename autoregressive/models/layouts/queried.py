@@ -25,27 +25,28 @@ class QueriedLayout(Layout):
 
     Args:
         group_sizes: tokens of each group, sum N, or how many groups, 0 for as many as published.
-        repulsion: of the order that an image is drawn in, see locality_order.
+        repulsion: of the order that an image is drawn in, see locality_order; -1 for that of the published figures.
 
     Raises ValueError for sizes that do not sum to N.
     """
 
     own_orders = True
     group_sizes: Sequence[int] | int = 0
-    repulsion: int = 2
+    repulsion: int = -1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         sizes = self.group_sizes
-        if isinstance(sizes, int):
-            wanted = sizes or PUBLISHED_PASSES.get(self.grid_size, max(5 * self.grid_size // 4, 1))
-            sizes = group_sizes(self.tokens, min(wanted, self.tokens) if sizes == 0 else wanted)
-        sizes = [int(size) for size in sizes]
+        if sizes == 0:
+            sizes = min(PUBLISHED_PASSES.get(self.grid_size, max(5 * self.grid_size // 4, 1)), self.tokens)
+        sizes = [int(size) for size in (group_sizes(self.tokens, sizes) if isinstance(sizes, int) else sizes)]
         if sum(sizes) != self.tokens or min(sizes) < 1:
             raise ValueError(f"groups are 1 token or more each and {self.tokens} in all, got {sum(sizes)} in {sizes}")
-        if self.repulsion < 0:
+        if self.repulsion < -1:
             raise ValueError(f"repulsion is a number of cells, 0 or more, got {self.repulsion}")
         object.__setattr__(self, "group_sizes", tuple(sizes))
+        if self.repulsion == -1:
+            object.__setattr__(self, "repulsion", 2 if self.grid_size < 32 else 4)
 
     @property
     def config(self) -> dict:
