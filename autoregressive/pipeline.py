@@ -29,9 +29,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autoregressive.models.build import build_model
+from autoregressive.models.compiled import can_compile
 from autoregressive.models.conditions import Condition, ControlImage
-from autoregressive.models.decode_step import can_compile
-from autoregressive.models.generate import check_draft_model, generate, image_order, known_first
+from autoregressive.models.drafts import check_draft_model
+from autoregressive.models.generate import generate, image_order, known_first
 from autoregressive.models.layouts import Layout
 from autoregressive.models.on_cpu import missing_rows
 from autoregressive.models.particles import PARTICLES, Filled, fill

@@ -15,7 +15,7 @@ from utils.cli import flag_parser, nonnegative_int, positive_int, run_script
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from autoregressive.models.decode_step import compiled_race
+    from autoregressive.models.compiled import compiled_race
     from autoregressive.models.sampling import choose, draw_race
     from autoregressive.models.settings import SamplingConfig
     from benchmarks.measuring import timed

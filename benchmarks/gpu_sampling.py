@@ -75,7 +75,7 @@ def sampling_3b(part: Part) -> None:
 
 def mends(part: Part) -> None:
     """Checks on cut models what reading found: backends of bf16, caches larger than the batch, heads of 100, the draw."""
-    from autoregressive.models.decode_step import compiled_race
+    from autoregressive.models.compiled import compiled_race
     from autoregressive.models.sampling import SamplingConfig, choose, draw_race, guide
 
     few = {"n_layer": 2}

@@ -1,7 +1,7 @@
 """One decode pass: tokens in, rows computed, tokens drawn, all of it on the device and in memory that stays in place.
 
-    state = DecodeState(model, cache, batch)
-    state.begin(config, noise, mask, plan)
+    state = DecodeState(model, layout, cache, batch)
+    state.begin(plan, noise, prefix_mask)
     take_pass(model, state, kind, decode_rows)            # reads and writes state.tokens at state.cursor
 
 A pass computes a window: the rows of a decode step or of several, fed with tokens that are drafts as far as they are not
@@ -16,157 +16,26 @@ What a pass computes is fixed by its kind; where it stands, the noise and the nu
 state. So a pass that was recorded as a CUDA graph (on_cuda.py) serves all later ones of its kind, and of later calls.
 """
 
-import os
-import shutil
-import sys
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache
+from dataclasses import replace
+from functools import lru_cache
 from itertools import accumulate
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.layouts import Layout, Reader
 from autoregressive.models.machine import attention_bias
-from autoregressive.models.sampling import NOISE, SamplingConfig, choose, draw_race, guide, race, spread
+from autoregressive.models.plans import PassKind, Plan
+from autoregressive.models.sampling import NOISE, SamplingConfig, choose, draw_race, guide, spread
 from autoregressive.models.trunk import Rows, Trunk
 
 Decode = Callable[..., Tensor]  # as decode_rows
 Drafter = Callable[["DecodeState", Tensor, Tensor], Tensor]
 """Proposes tokens, int64 (B, n), for the places (B, n) that enter a window, from the logits (B, 1, V) of the window's last row."""
-
-
-@dataclass(frozen=True)
-class Window:
-    """Shape of a window of a layout.
-
-    rows: computed in a pass. outputs: tokens picked in it. limits: for each step, counted from 1 after the prefill, the step
-    at which a pass that begins there ends at most.
-    """
-
-    rows: int
-    outputs: int
-    limits: tuple[int, ...]
-
-
-@cache
-def window_of(layout: Layout, size: int, end: int) -> Window:
-    """Return a window of about `size` tokens, of whole steps of a layout of which those before `end` are taken.
-
-    Raises ValueError for a layout with rows that later ones overwrite.
-    """
-    steps = layout.steps
-    places = [place for step in steps for place in step.rows]
-    if places != list(range(layout.prefix, layout.prefix + len(places))):
-        raise ValueError(f"the layout {layout.name!r} overwrites rows of its queries: it is drawn with --window 0")
-    first_row = [0, *accumulate((len(step.rows) for step in steps), initial=0)]
-    first_output = [step.outputs.start for step in layout.passes] + [layout.tokens]
-    widest = max(len(step.rows) for step in steps)
-    rows = min(-(-size // widest) * widest, len(places))
-    limits = [bisect_right(first_row, row + rows) - 1 for row in first_row]
-    outputs = max(first_output[limit] - first for limit, first in zip(limits[1:], first_output[1:]))
-    if all(step.reads is None for step in steps):
-        outputs = rows  # also where no window of whole steps has as many
-    return Window(rows, outputs, tuple(min(limit, end) for limit in limits))
-
-
-@dataclass(frozen=True)
-class PassKind:
-    """Kind of a pass: all that fixes its work, and so its kernels and the shapes they see.
-
-    rows: computed. outputs: tokens drawn. length: rows attended to. masked: whether not all of those rows may be seen.
-    streams: 2 where the unconditional rows are computed too. guided: whether these are mixed in; None where a token's own
-    step tells. window: whether tokens after the first step are drafts. static: whether no number may be read off the device.
-    """
-
-    rows: int
-    outputs: int
-    length: int
-    masked: bool
-    streams: int
-    guided: bool | None
-    window: bool
-    static: bool
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Plan of the passes of a call.
-
-    end: the step before which the passes end. window: None for one step a pass. stride: passes read the cache up to multiples
-    of so many rows, `least_read` to `longest`. padded: whether some condition rows are padding. static: as in PassKind.
-    compiled: whether each number of rows is compiled for itself.
-    """
-
-    layout: Layout
-    config: SamplingConfig
-    end: int
-    window: Window | None
-    stride: int
-    least_read: int
-    longest: int
-    padded: bool
-    static: bool
-    compiled: bool = False
-
-    @cached_property
-    def sizes(self) -> dict[int, tuple[int, int]]:
-        """Rows and outputs of the pass of a step, by the step's rows.
-
-        Of compiled steps of many sizes a few sizes serve all: a pass computes some rows of later steps too, for nothing.
-        """
-        steps = self.layout.steps
-        widths = {len(step.rows) for step in steps}
-        few = not self.compiled or len(widths) <= 4 or not all(self.layout.kept)
-        unit = 1 if few else -(-max(widths) // 4)
-        rows = {width: -(-width // unit) * unit for width in widths}
-        outputs = {
-            size: max(step.outputs.stop - step.outputs.start for step in steps if rows[len(step.rows)] == size)
-            for size in rows.values()
-        }
-        return {width: (size, outputs[size]) for width, size in rows.items()}
-
-    @cached_property
-    def last_guided(self) -> int:
-        """Last step that is guided; the unconditional rows are computed up to it."""
-        if self.window and self.static and self.config.guided:
-            return self.end
-        return max(
-            i for i, step in enumerate(self.layout.passes[: self.end]) if not i or self.config.guides(step.number)
-        )
-
-    def kind(self, least: int, most: int) -> PassKind:
-        """Return the kind of the pass in which the slowest image begins the step `least` and the fastest the step `most`."""
-        step, last, window = self.layout.passes[least], self.layout.passes[min(most, self.end - 1)], self.window
-        guided: bool | None = self.config.guides(step.number)
-        rows, outputs, stop = len(step.rows), step.outputs.stop - step.outputs.start, last.rows.stop
-        if self.compiled:
-            rows, outputs = self.sizes[rows]
-        widened = rows > len(step.rows)
-        if window:
-            guided = None if self.config.guided and self.config.cfg_interval >= 0 else self.config.guided
-            rows, outputs, stop = window.rows, window.outputs, self.longest if self.static else stop + window.rows
-        length = min(max(-(-stop // self.stride) * self.stride, self.least_read), self.longest)
-        return PassKind(
-            rows=rows,
-            outputs=outputs,
-            length=length,
-            masked=self.padded
-            or self.stride > 1
-            or length > stop
-            or window is not None
-            or step.sees is not None
-            or widened,
-            streams=2 if least <= self.last_guided else 1,
-            guided=guided if least <= self.last_guided else False,
-            window=window is not None,
-            static=self.static,
-        )
 
 
 class StepTables:
@@ -216,19 +85,21 @@ step_tables = lru_cache(maxsize=16)(StepTables)
 
 
 class DecodeState:
-    """State of a batch of images, which its passes read and write.
+    """State of a batch of images, which its passes read and write. Tokens are in the layout's order, with one to spare.
 
-    cursor: int64 (B,), the step that each image is at. tokens: int64 (B, N + 1), in the layout's order and one to spare; those
-    from the cursor's step on are drafts. noise: (B, N + 1). seen: bool (samples of the cache, rows), false where
-    a condition row is padding. limits: int64 (steps + 1,), as in Window.
-    numbers: config.numbers of each image, float32 (B, 2). groups: settings and the images whose operations on logits they
-    fix. spread: float32 (B, N + 1), that of the logits each token was drawn from.
-    guided: bool (B, N + 1). scales: float32 (B, N + 1), those of guidance. known: int64 (B, N + 1), tokens that are not drawn but given, -1 elsewhere. added: (samples of the
-    cache, N + 1, Trunk.added_width), what is added to the row that predicts each token; None for a model without such conditions. All in the
-    layout's order. context: (samples of the cache, dim), what Trunk.context made of the conditions; None where there is none.
+    cursor: int64 (B,), the step that each image is at. limits: int64 (steps + 1,), as in Window.
+    tokens: int64 (B, N + 1); those from the cursor's step on are drafts. known: int64 (B, N + 1), tokens that are given, -1
+        for those to draw.
     orders: int64 (B, N), the raster index at each sequence position of each image; `ordered` where these are not the layout's.
-    likelihood: float32 (B, N + 1), the log-probability of each token in the unfiltered distribution, where it `weighs`.
-    draw: draw_race, or compiled_race().
+    noise: (B, N + 1), by draw. numbers: float32 (B, 2), config.numbers of each image. groups: settings, and the images whose
+        operations on logits they fix.
+    guided: bool (B, N + 1). scales: float32 (B, N + 1), those of guidance.
+    spread: float32 (B, N + 1), that of the logits each token was drawn from. likelihood: float32 (B, N + 1), the
+        log-probability of each token in the unfiltered distribution, where the state `weighs`.
+    seen: bool (samples of the cache, rows), false where a condition row is padding.
+    added: (samples of the cache, N + 1, Trunk.added_width), what is added to the row that predicts each token, or None.
+    context: (samples of the cache, dim), what Trunk.context made of the conditions, or None.
+    draw: draw_race, or what the compiler made of it. drafter: of the tokens that enter a window.
     """
 
     OF_IMAGES = ("cursor", "tokens", "numbers", "spread", "guided", "scales", "known", "orders")
@@ -257,10 +128,9 @@ class DecodeState:
             assert self.steps.readers is None, "a condition per token needs a row for each token drawn"
             shape = len(self.seen), layout.tokens + 1, model.added_width
             self.added = torch.zeros(shape, dtype=cache.keys[0].dtype, device=device)
-        dtype = model.tok_embeddings.weight.dtype
-        self.context = (
-            torch.zeros(len(self.seen), model.args.dim, dtype=dtype, device=device) if model.has_context else None
-        )
+        self.context: Tensor | None = None
+        if model.has_context:
+            self.context = model.tok_embeddings.weight.new_zeros(len(self.seen), model.args.dim)
         self.count = torch.arange(cache.rows, device=device)
 
     def begin(
@@ -275,10 +145,11 @@ class DecodeState:
     ) -> None:
         """Set out for new images.
 
-        noise: (B, N), or as much as is needed of it. prefix_mask: (R, T), nonzero where the condition row is real.
+        noise: (B, N). prefix_mask: (R, T), nonzero where the condition row is real.
         known, added: (B, N) and (R, N, added_width) in raster order; added counts control_strength times. orders: (B, N), the layout's where not given.
         """
-        self.groups, self.drafter = [(plan.config, slice(None))], drafter or draft_from_last
+        config = plan.config
+        self.groups, self.drafter = [(config, slice(None))], drafter or draft_from_last
         self.ordered = orders is not None
         self.orders.copy_(self.order if orders is None else orders)
         self.known.fill_(-1)
@@ -286,13 +157,13 @@ class DecodeState:
             self.known[:, :-1].copy_(known.gather(1, self.orders))
         if self.added is not None and added is not None:
             at = both(self.orders, len(added) // self.batch)[..., None].expand_as(added)
-            self.added[: len(added), :-1] = added.gather(1, at) * plan.config.control_strength
+            self.added[: len(added), :-1] = added.gather(1, at) * config.control_strength
         if plan.window:
             self.limits.copy_(torch.tensor(plan.window.limits))
-            self.guided.copy_(self.guided_tokens(plan.layout, plan.config))
-        self.numbers.copy_(torch.tensor(plan.config.numbers))
-        self.scales[:, :-1].copy_(torch.tensor(plan.config.scales(plan.layout.tokens)))
-        self.noise[plan.config.draw][:, : noise.shape[1]].copy_(noise)
+            self.guided.copy_(self.guided_tokens(plan.layout, config))
+        self.numbers.copy_(torch.tensor(config.numbers))
+        self.scales[:, :-1].copy_(torch.tensor(config.scales(plan.layout.tokens)))
+        self.noise[config.draw][:, :-1].copy_(noise)
         self.cursor.fill_(1)
         self.tokens.zero_()
         self.spread.zero_()
@@ -305,15 +176,21 @@ class DecodeState:
         guided = [config.guides(step.number) for step in layout.passes]
         return torch.tensor([*guided, False])[self.steps.step_of.cpu()].to(self.guided.device)
 
-    def last(self, count: int) -> "DecodeState":
-        """Return the state of the last `count` images, over the same memory."""
-        part, samples = copy(self), slice(self.batch - count, self.batch + count)
-        part.batch, part.seen, part.cache = count, self.seen[samples], self.cache.part(samples)
+    def part(self, images: slice | Tensor, samples: slice | Tensor, cache: StaticCache) -> "DecodeState":
+        """Return the state of some images, which are these samples of the cache, over another cache."""
+        part = copy(self)
+        part.cache, part.seen = cache, self.seen[samples]
         part.context = None if self.context is None else self.context[samples]
         for name in self.OF_IMAGES:
-            setattr(part, name, getattr(self, name)[self.batch - count :])
-        part.noise = {draw: noise[self.batch - count :] for draw, noise in self.noise.items()}
+            setattr(part, name, getattr(self, name)[images])
+        part.noise = {draw: noise[images] for draw, noise in self.noise.items()}
+        part.batch = len(part.cursor)
         return part
+
+    def last(self, count: int) -> "DecodeState":
+        """Return the state of the last `count` images, over the same memory."""
+        first, samples = self.batch - count, slice(self.batch - count, self.batch + count)
+        return self.part(slice(first, None), samples, self.cache.part(samples))
 
     def rows(self, positions: Tensor, length: int) -> Rows:
         """Return the places of a pass's rows, (R, s)."""
@@ -335,6 +212,32 @@ def both(x: Tensor, streams: int) -> Tensor:
 def in_order(logits: Tensor, images: int) -> Tensor:
     """Put the logits of unconditional rows, where there are some, in the order of their images."""
     return logits if len(logits) == images else torch.cat([logits[:images], logits[images:].flip(0)])
+
+
+def prefill(model: Trunk, conditions: Tensor, state: DecodeState, emb_masks: Tensor | None) -> Tensor:
+    """Run the condition rows (R, prefix, dim), and the queries of the first tokens where these have some, into the cache.
+
+    Returns the logits of the first tokens, float32 (R, first, V).
+    """
+    layout, step = state.layout, state.layout.passes[0]
+    h, added = conditions.to(model.tok_embeddings.weight.dtype), state.added
+    if added is not None:  # to the last row, which predicts the first token
+        added = F.pad(added[: len(h), :1], (0, 0, h.shape[1] - 1, 0))
+    h, before_blocks = model.split_added(h, added)
+    mask = None if emb_masks is None else model.attention_mask(h.shape[1], emb_masks, h.device, layout)
+    if step.queries:
+        assert mask is None, "no trunk has both captions and queries"
+        queries = model.queries(torch.arange(step.outputs.start, step.outputs.stop, device=h.device))
+        h = torch.cat([h, queries.to(h.dtype).expand(len(h), -1, -1)], dim=1)
+        mask = attention_bias(torch.tensor(step.sees, device=h.device), h.dtype)
+    rows = h.shape[1]
+    context = model.context(h)
+    if state.context is not None and context is not None:
+        state.context[: len(h)] = context
+    positions = torch.arange(rows, device=h.device).expand(len(h), -1)
+    h = model.decode(h, replace(state.rows(positions, rows), added=before_blocks), mask, causal=mask is None)
+    reads = None if step.reads is None else torch.tensor(step.reads, device=h.device).expand(len(h), -1, -1, -1)
+    return in_order(model.logits(h, reads), state.batch)
 
 
 def take_pass(model: Trunk, state: DecodeState, kind: PassKind, decode: Decode) -> None:
@@ -435,62 +338,6 @@ def decode_rows(
 ) -> Tensor:
     """Compute the model's part of a pass: tokens (R, s), or what stands in their place, to logits (R, outputs, V)."""
     h, before_blocks = model.split_added(model.embed(tokens, vectors, queries), added)
+    # dataclasses.replace is not for the compiler
     rows = Rows(rows.cache, rows.positions, rows.length, rows.layout, rows.orders, rows.context, before_blocks)
     return model.logits(model.decode(h, rows, mask, causal=False), reads)
-
-
-def can_compile(device: torch.device) -> bool:
-    """Tell whether steps can be compiled for a device: a CPU beside a C++ compiler, a GPU of CUDA beside a C compiler.
-
-    Triton builds a module of the driver's in C when it is first used.
-    """
-    if device.type == "cpu":
-        return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
-    compilers = [os.environ.get("CC"), "gcc", "clang"]
-    return device.type == "cuda" and any(shutil.which(name) for name in compilers if name)
-
-
-@cache
-def compiled_race() -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the race through the compiler, one kernel in place of some thirty; one serves every number of rows."""
-    return torch.compile(race, dynamic=True)
-
-
-@cache
-def compiled_decode_rows() -> Decode:
-    """decode_rows through the compiler. Made when needed, since that takes long to import.
-
-    It is compiled for a number of samples and of rows: with these open its loops are several times slower on a CPU. One
-    serves every length.
-    """
-    import torch._dynamo.config as config
-
-    config.recompile_limit = max(config.recompile_limit, 64)
-    compiled = torch.compile(decode_rows_up_to, dynamic=False)
-
-    def decode(model: Trunk, tokens: Tensor, rows: Rows, mask: Tensor | None, *more: Any) -> Tensor:
-        up_to = torch.empty(rows.length, 0)  # a size that may change; a plain number would be compiled in
-        torch._dynamo.mark_dynamic(up_to, 0)
-        if mask is not None:
-            torch._dynamo.mark_dynamic(mask, 3)
-        return compiled(model, tokens, replace(rows, length=0), up_to, mask, *more)
-
-    return decode
-
-
-def decode_rows_up_to(
-    model: Trunk,
-    tokens: Tensor,
-    rows: Rows,
-    up_to: Tensor,
-    mask: Tensor | None,
-    *more: Any,
-) -> Tensor:
-    """Compute decode_rows with as many rows to attend to as `up_to` has."""
-    return decode_rows(
-        model,
-        tokens,
-        Rows(rows.cache, rows.positions, up_to.shape[0], rows.layout, rows.orders, rows.context),
-        mask,
-        *more,
-    )

@@ -7,34 +7,30 @@ Caches are allocated once per model and used again by later calls. A token depen
 `noise` makes a call reproducible (utils/rng.py draws it from a seed and an image's number).
 """
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from autoregressive.models import decode_step
-from autoregressive.models.decode_step import DecodeState, Drafter, Plan, as_drafted, window_of
+from autoregressive.models import compiled, decode_step
+from autoregressive.models.decode_step import DecodeState, Drafter, as_drafted, prefill
+from autoregressive.models.drafts import ModelDrafts, check_draft_model
 from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.layouts import Layout
-from autoregressive.models.machine import attention_bias, machine
+from autoregressive.models.machine import machine
 from autoregressive.models.on_cpu import packed, release
 from autoregressive.models.on_cuda import StepGraphs
+from autoregressive.models.plans import plan_for, with_window
 from autoregressive.models.sampling import NOISE, NotFiniteLogits, SamplingConfig, draw_race
 from autoregressive.models.trunk import Conditions, Trunk
 
-log = logging.getLogger(__name__)
-
 _caches: WeakKeyDictionary[Trunk, StaticCache] = WeakKeyDictionary()
 _graphs: WeakKeyDictionary[Trunk, StepGraphs] = WeakKeyDictionary()
-_without_windows: WeakSet[Trunk] = WeakSet()  # models of which a line said so
 
 
 def cache_for(model: Trunk, batch: int, device: torch.device, dtype: torch.dtype) -> StaticCache:
@@ -132,21 +128,21 @@ def generate(
         int64 (B, max_new_tokens), the tokens drawn, in raster order.
 
     Raises:
-        ValueError: for settings out of range (SamplingConfig), a condition, orders or known tokens that the model does not
-            have, groups that the layout cannot have, noise of another type than the draw's, a max_new_tokens at which no decode
-            step ends, a window for a layout
-            that cannot have one, or a draft model that does not fit.
+        ValueError: for settings out of range, conditions, orders, known tokens or noise that do not fit the model and each
+            other, a max_new_tokens at which no decode step ends, groups or a window that the layout cannot have, or a draft
+            model of other codes.
         NotFiniteLogits: where images were drawn from logits that are not finite.
     """
     config = SamplingConfig(*sampling, **settings)
-    device, tokens = model.tok_embeddings.weight.device, model.layout.tokens
+    device, dtype, tokens = model.tok_embeddings.weight.device, model.tok_embeddings.weight.dtype, model.layout.tokens
+    if autocast := torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
     model.check_conditions(cond)
     if negative is not None:
         model.check_negatives(negative, cond)
     if draft_model is not None:
         check_draft_model(draft_model, model)
-    values = {name: value.to(device) for name, value in model.as_conditions(cond).items()}
-    batch = len(next(iter(values.values())))
+    batch = len(next(iter(model.by_name(cond).values())))
     if known is not None:
         check_known(known, batch, model)
         known = known.to(device)
@@ -160,103 +156,85 @@ def generate(
             f"max_new_tokens is {total}; the images have {tokens} tokens, and no decode step of the layout "
             f"{layout.name!r} ends after {total}"
         )
-    end, given_masks = 1 + ends.index(total), emb_masks
     if orders is None and (layout.own_orders or config.order == "random"):
         seeds, own = torch.randint(2**63 - 1, (batch,)).tolist(), [None] * batch if known is None else known.cpu()
         drawn = torch.stack([image_order(layout, config, *each) for each in zip(seeds, own, strict=True)])
         given = model.as_orders(drawn, batch)
-    orders = given
-    if noise is None:
-        shape = batch, tokens
-        noise = (
-            torch.rand(shape, device=device) if config.draw == "cdf" else torch.randint(2**63 - 1, shape, device=device)
+    shape = batch, tokens
+    if noise is None and config.draw == "cdf":
+        noise = torch.rand(shape, device=device)
+    elif noise is None:
+        noise = torch.randint(2**63 - 1, shape, device=device)
+    if noise.dtype != NOISE[config.draw] or noise.shape != shape:
+        raise ValueError(
+            f"noise for the draw {config.draw} is {NOISE[config.draw]} of shape {shape} (image_noise), got {noise.dtype} of "
+            f"shape {tuple(noise.shape)}"
         )
-    if noise.dtype != NOISE[config.draw]:
-        raise ValueError(f"noise for the draw {config.draw} is {NOISE[config.draw]} (image_noise), got {noise.dtype}")
     noise = noise.to(device)
 
-    dtype = model.tok_embeddings.weight.dtype
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
     with sampling_mode(model), sampling_mode(draft_model) if draft_model else nullcontext():
-        if config.guided:
-            emb_masks = masks_with_nulls(emb_masks, negative_masks)
         samples = batch * (2 if config.guided else 1)
         cache, here = cache_for(model, samples, device, dtype), machine(device)
-        recorded = compile and here.records(device) and not torch.is_autocast_enabled(device.type)
-        stride = here.read_stride(dtype, compile)
-        side_by_side = stride > 1 and not compile
-        plan = Plan(
-            layout=layout,
-            config=config,
-            end=end,
-            window=None,
-            stride=stride,
-            least_read=here.LEAST_READ,
-            longest=cache.rows - (not side_by_side),
-            padded=emb_masks is not None,
-            static=recorded or here.PASSES_LATE > 0,
-            compiled=compile,
-        )
-        plan = with_window(plan, window, model, samples, compile)
+        recorded = compile and here.records(device) and not autocast
+        masks = masks_with_nulls(emb_masks, negative_masks) if config.guided else emb_masks
+        sequential = plan_for(
+            layout, config, cache.rows, device, dtype, end=1 + ends.index(total), padded=masks is not None,
+            static=recorded or here.PASSES_LATE > 0, compile=compile,
+        )  # fmt: skip
+        plan = with_window(sequential, window, model, samples)
         graphs = graphs_for(model, layout, cache, batch) if recorded else None
         state = graphs.state if graphs else DecodeState(model, layout, cache, batch)
-        negatives = {} if negative is None else {k: v.to(device) for k, v in model.by_name(negative).items()}
-        conditions, added = model.embed_conditions(with_nulls(model, values, negatives) if config.guided else values)
-        state.begin(plan, noise, emb_masks, known, added, as_drafted if draft_model else drafter, orders)
-        decode = decode_step.compiled_decode_rows() if compile else decode_step.decode_rows
-        state.draw = decode_step.compiled_race() if compile else draw_race
-        sequence = state.tokens[:, :-1]
+        state.draw = compiled.compiled_race() if compile else draw_race
+        decode = compiled.compiled_decode_rows() if compile else decode_step.decode_rows
+        conditions, added = embed_streams(model, cond, negative, config.guided)
+        sequence, first = state.tokens[:, :-1], layout.passes[0].outputs.stop
 
-        with cleared_after_errors(cache), here.attention_kernels(compile):
-            least = most = 1  # the step that the slowest and the fastest image are at
-            cache.lay_out(plan.kind(1, 1).length if side_by_side and end > 1 else cache.rows)
-            first = layout.passes[0].outputs.stop
-            logits = prefill(model, conditions, state, emb_masks)  # (R, first, V)
-            logits = decode_step.draw_tokens(logits, state, config.guided, state.count[:first].expand(batch, -1))
-            if plan.window:
-                behind = state.places(state.steps.first[state.cursor, 1], plan.window.outputs)
-                decode_step.draft_tokens(logits, state, behind)
-            drafts = None
-            if plan.window and draft_model:
-                own = with_nulls(draft_model, values, negatives) if config.guided else values
-                drafts = ModelDrafts(draft_model, plan, samples, own, noise, emb_masks, known, orders)
-                drafts.redraw(state, least, most)
-            if on_step:
-                on_step(first, sequence)
-            cursors: deque[Callable[[], list[int]]] = deque()
-            while least < end:
-                kind = plan.kind(least, most)
-                if side_by_side:
-                    cache.lay_out(kind.length)
-                work = partial(decode_step.take_pass, model, state, kind, decode)
-                if graphs:
-                    graphs.run(kind, work)
-                else:
-                    work()
+        while True:
+            state.begin(plan, noise, masks, known, added, as_drafted if draft_model else drafter, given)
+            with cleared_after_errors(cache), here.attention_kernels(compile):
+                least = most = 1  # the step that the slowest and the fastest image are at
+                cache.lay_out(plan.kind(1, 1).length if plan.side_by_side and plan.end > 1 else cache.rows)
+                logits = prefill(model, conditions, state, masks)  # (R, first, V)
+                logits = decode_step.draw_tokens(logits, state, config.guided, state.count[:first].expand(batch, -1))
+                drafts = None
                 if plan.window:
-                    cursors.append(here.read_later(torch.stack(state.cursor.aminmax())))
-                    if len(cursors) > here.PASSES_LATE:
-                        least, most = cursors.popleft()()
-                    if drafts and least < end:
-                        drafts.redraw(state, least, most)
-                else:
-                    least = most = least + 1
+                    behind = state.places(state.steps.first[state.cursor, 1], plan.window.outputs)
+                    decode_step.draft_tokens(logits, state, behind)
+                if plan.window and draft_model:
+                    small = cache_for(draft_model, samples, device, draft_model.tok_embeddings.weight.dtype)
+                    embedded = embed_streams(draft_model, cond, negative, config.guided)
+                    drafts = ModelDrafts(draft_model, plan, small, embedded, noise, masks, known, given)
+                    drafts.redraw(state, least, most)
                 if on_step:
-                    on_step(layout.passes[least - 1].outputs.stop, sequence)
-            places = state.orders[:, :total].argsort(1)  # of the tokens drawn, by their place in the image
-            drawn = sequence.gather(1, places)
-            finite = state.spread[:, :total].isfinite()
-            broken = not finite.all()  # the one place that waits for the device
-            if broken and not plan.window:
-                raise NotFiniteLogits(broken_steps(finite.tolist(), layout), drawn, dtype)
-        if broken:  # perhaps by a draft's NaN, which reaches the rows before it through their masks
+                    on_step(first, sequence)
+                cursors: deque[Callable[[], list[int]]] = deque()
+                while least < plan.end:
+                    kind = plan.kind(least, most)
+                    if plan.side_by_side:
+                        cache.lay_out(kind.length)
+                    work = partial(decode_step.take_pass, model, state, kind, decode)
+                    if graphs:
+                        graphs.run(kind, work)
+                    else:
+                        work()
+                    if plan.window:
+                        cursors.append(here.read_later(torch.stack(state.cursor.aminmax())))
+                        if len(cursors) > here.PASSES_LATE:
+                            least, most = cursors.popleft()()
+                        if drafts and least < plan.end:
+                            drafts.redraw(state, least, most)
+                    else:
+                        least = most = least + 1
+                    if on_step:
+                        on_step(layout.passes[least - 1].outputs.stop, sequence)
+                drawn = sequence.gather(1, state.orders[:, :total].argsort(1))  # by their place in the image
+                finite = state.spread[:, :total].isfinite()
+                if finite.all():  # the one place that waits for the device
+                    return drawn
+                if not plan.window:
+                    raise NotFiniteLogits(broken_steps(finite.tolist(), layout), drawn, dtype)
             cache.clear()
-            return generate(
-                model, cond, max_new_tokens, given_masks, negative=negative, negative_masks=negative_masks, known=known,
-                orders=orders, groups=groups, noise=noise, compile=compile, on_step=on_step, **vars(config),
-            )  # fmt: skip
-    return drawn
+            plan = sequential  # perhaps it was a draft's NaN, which reaches the rows before it through their masks
 
 
 def known_first(known: Tensor | None, orders: Tensor | None) -> int:
@@ -280,10 +258,17 @@ def image_order(layout: Layout, config: SamplingConfig, seed: int, known: Tensor
     return layout.draw_order(seed, first)
 
 
-def with_nulls(model: Trunk, values: dict[str, Tensor], negatives: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the conditions of both streams of guidance: the values, then what it leads away from, in reversed order."""
-    nulls = {name: model.conditions[name].null(value) for name, value in values.items()} | negatives
-    return {name: torch.cat([value, nulls[name].flip(0)]) for name, value in values.items()}
+def embed_streams(
+    model: Trunk, cond: Conditions, negative: Conditions | None, guided: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Embed the conditions as Trunk.embed_conditions does, with `guided` also what guidance leads away from, in reversed order."""
+    device = model.tok_embeddings.weight.device
+    values = {name: value.to(device) for name, value in model.as_conditions(cond).items()}
+    if guided:
+        nulls = {name: model.conditions[name].null(value) for name, value in values.items()}
+        nulls |= {} if negative is None else model.by_name(negative)
+        values = {name: torch.cat([value, nulls[name].to(device).flip(0)]) for name, value in values.items()}
+    return model.embed_conditions(values)
 
 
 def masks_with_nulls(emb_masks: Tensor | None, negative_masks: Tensor | None) -> Tensor | None:
@@ -305,86 +290,6 @@ def check_known(known: Tensor, batch: int, model: Trunk) -> None:
         )
 
 
-def check_draft_model(draft: Trunk, model: Trunk) -> None:
-    """Raise ValueError where a model cannot draft for another one."""
-    for name, own, needed in (
-        ("codes", draft.args.vocab_size, model.args.vocab_size),
-        ("the tokenizer", draft.file_config.get("tokenizer"), model.file_config.get("tokenizer")),
-        ("the layout", *({**each.layout.config, "tokens": each.layout.tokens} for each in (draft, model))),
-        ("the conditions", draft.args.conditions, model.args.conditions),
-    ):
-        if own != needed and None not in (own, needed):
-            raise ValueError(
-                f"the draft model has {name} {own}, the model {needed}: give a smaller GPT trained on the same codes"
-            )
-
-
-class ModelDrafts:
-    """Drafts of a smaller model, drawn one step a pass from each image's cursor to its window's end with the tokens' own noise.
-
-    Both models race with the same exponential numbers, so that tokens are equal where the probabilities are near. Rows of
-    drafts that were right need no second pass; where one was wrong, no later row is of use.
-    """
-
-    def __init__(
-        self,
-        model: Trunk,
-        plan: Plan,
-        samples: int,
-        values: dict[str, Tensor],
-        noise: Tensor,
-        emb_masks: Tensor | None,
-        known: Tensor | None,
-        orders: Tensor | None,
-    ):
-        self.model, self.plan = model, plan
-        self.cache = cache_for(model, samples, noise.device, model.tok_embeddings.weight.dtype)
-        self.state = DecodeState(model, plan.layout, self.cache, len(noise))
-        conditions, added = model.embed_conditions(values)
-        self.state.begin(plan, noise, emb_masks, known, added, None, orders)
-        self.cache.lay_out(self.cache.rows)
-        prefill(model, conditions, self.state, emb_masks)
-        steps = plan.layout.steps
-        self.rows = max(len(step.rows) for step in steps)
-        self.outputs = max(step.outputs.stop - step.outputs.start for step in steps)
-
-    def redraw(self, state: DecodeState, least: int, most: int) -> None:
-        """Write drafts for all tokens of `state` that its next pass computes; the slowest image is at the step `least`."""
-        plan, own = self.plan, self.state
-        assert plan.window
-        latest = plan.end - 1 if plan.static else most
-        ahead = max(plan.window.limits[step] - step for step in range(least, min(latest, plan.end - 1) + 1))
-        own.tokens.copy_(state.tokens)
-        for i in range(min(ahead, plan.end - least)):
-            own.cursor.copy_((state.cursor + i).clamp(max=len(own.steps.first) - 1))
-            kind = plan.kind(min(least + i, plan.end - 1), most + i)
-            if plan.stride > 1:
-                self.cache.lay_out(kind.length)
-            kind = replace(kind, rows=self.rows, outputs=self.outputs, window=False)
-            decode_step.take_pass(self.model, own, kind, decode_step.decode_rows)
-        state.tokens.copy_(own.tokens)
-
-
-def with_window(plan: Plan, size: int | str, model: Trunk, samples: int, compile: bool) -> Plan:
-    """Return the plan with the window that `generate` is asked for, where it can have one and needs it."""
-    here, auto = machine(model.tok_embeddings.weight.device), size == "auto"
-    if auto:
-        size = here.auto_window(samples, compile)
-    if not isinstance(size, int) or size < 0:
-        raise ValueError(f"window is {size!r}: give a number of tokens, 0 for one decode step a pass, or 'auto'")
-    if size == 0 or plan.end == 1 or (auto and (2 * max(plan.layout.groups) > size or not all(plan.layout.kept))):
-        return plan
-    window = window_of(plan.layout, size, plan.end)
-    if not here.rows_agree(model, compile, plan.longest, plan.stride):
-        if model not in _without_windows:
-            log.warning(
-                "windows are off: here a row of a pass is rounded by the rows beside it" + ", compiled" * compile
-            )
-        _without_windows.add(model)
-        return plan
-    return replace(plan, window=window)
-
-
 @contextmanager
 def cleared_after_errors(cache: StaticCache) -> Iterator[None]:
     """Clears the cache where the block raises: a NaN in it would reach later images even through masked rows."""
@@ -401,29 +306,3 @@ def broken_steps(finite: list[list[bool]], layout: Layout) -> list[int | None]:
     for number, step in enumerate(layout.steps, start=2):
         step_of[step.outputs] = [number] * (step.outputs.stop - step.outputs.start)
     return [step_of[row.index(False)] if False in row else None for row in finite]
-
-
-def prefill(model: Trunk, conditions: Tensor, state: DecodeState, emb_masks: Tensor | None) -> Tensor:
-    """Run the condition rows (R, prefix, dim), and the queries of the first tokens where these have some, into the cache.
-
-    Returns the logits of the first tokens, float32 (R, first, V).
-    """
-    layout, step = state.layout, state.layout.passes[0]
-    h, added = conditions.to(model.tok_embeddings.weight.dtype), state.added
-    if added is not None:  # to the last row, which predicts the first token
-        added = F.pad(added[: len(h), :1], (0, 0, h.shape[1] - 1, 0))
-    h, before_blocks = model.split_added(h, added)
-    mask = None if emb_masks is None else model.attention_mask(h.shape[1], emb_masks, h.device, layout)
-    if step.queries:
-        assert mask is None, "no trunk has both captions and queries"
-        queries = model.queries(torch.arange(step.outputs.start, step.outputs.stop, device=h.device))
-        h = torch.cat([h, queries.to(h.dtype).expand(len(h), -1, -1)], dim=1)
-        mask = attention_bias(torch.tensor(step.sees, device=h.device), h.dtype)
-    rows = h.shape[1]
-    context = model.context(h)
-    if state.context is not None and context is not None:
-        state.context[: len(h)] = context
-    positions = torch.arange(rows, device=h.device).expand(len(h), -1)
-    h = model.decode(h, replace(state.rows(positions, rows), added=before_blocks), mask, causal=mask is None)
-    reads = None if step.reads is None else torch.tensor(step.reads, device=h.device).expand(len(h), -1, -1, -1)
-    return decode_step.in_order(model.logits(h, reads), state.batch)

@@ -150,8 +150,6 @@ class Transformer(Trunk):
         if self.layout.heads > 1:
             self.medusa_norm = RMSNorm(args.dim, args.norm_eps)
             self.medusa_output = nn.Linear(args.dim, args.vocab_size, bias=False)
-        self._rope: dict[tuple[Layout | int, torch.device], Tensor] = {}
-        self._reads: dict[tuple[Layout, int, torch.device], tuple[Tensor, Tensor]] = {}
         self.rope(torch.device("cpu"))
         self.reset_parameters()
 
@@ -193,26 +191,18 @@ class Transformer(Trunk):
             condition.rescale()
 
     def rope(self, device: torch.device, layout: Layout | None = None) -> Tensor:
-        """The rotary table of every row of a layout (the model's own), float32 (rows, head_dim/2, 2).
-
-        Kept beside the parameters, not among them: it must stay float32 when the weights are cast, and is in no file.
-        """
+        """The rotary table of every row of a layout (the model's own), float32 (rows, head_dim/2, 2)."""
         layout = layout or self.layout
-        if (layout, device) not in self._rope:
-            with torch.inference_mode(False):  # kept for training too, whoever asks first
-                side = self.args.rope_grid or layout.rope_grid
-                table = rope_table_2d(side, self.args.dim // self.args.n_head, self.args.rope_base)
-                self._rope[layout, device] = layout.rope_rows(table).to(device)
-        return self._rope[layout, device]
+        side = self.args.rope_grid or layout.rope_grid
+        return self.made_once(("rows", layout, device), lambda: layout.rope_rows(self.rope_table(side)).to(device))
 
     def cell_rope(self, device: torch.device) -> Tensor:
         """The rotary table of every cell in raster order, float32 (grid_size², head_dim/2, 2)."""
-        grid = self.layout.grid_size
-        if (grid, device) not in self._rope:
-            with torch.inference_mode(False):
-                table = rope_table_2d(grid, self.args.dim // self.args.n_head, self.args.rope_base)
-                self._rope[grid, device] = table.to(device)
-        return self._rope[grid, device]
+        return self.made_once(("cells", device), lambda: self.rope_table(self.layout.grid_size).to(device))
+
+    def rope_table(self, side: int) -> Tensor:
+        """Return the rotary table of a grid of `side` cells a side."""
+        return rope_table_2d(side, self.args.dim // self.args.n_head, self.args.rope_base)
 
     def in_orders(self, h: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Add to rows h (B, s, dim), of samples with orders of their own, the places of the tokens that they predict.
@@ -267,14 +257,14 @@ class Transformer(Trunk):
 
     def reads(self, layout: Layout, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the rows that each head reads, int64 (heads, tokens), and its shares of the means, (heads, tokens, 1)."""
-        key = layout, rows, device
-        if key not in self._reads:
-            with torch.inference_mode(False):  # kept for training too, whoever asks first
-                heads = len(self.exits)
-                every = torch.arange(rows, device="cpu")
-                read = torch.stack([every[layout.read_rows(rows, head)] for head in range(heads)])
-                self._reads[key] = read.to(device), layout.shares(rows, heads).t()[..., None].to(device)
-        return self._reads[key]
+        heads = len(self.exits)
+
+        def made() -> tuple[Tensor, Tensor]:
+            every = torch.arange(rows, device="cpu")
+            read = torch.stack([every[layout.read_rows(rows, head)] for head in range(heads)])
+            return read.to(device), layout.shares(rows, heads).t()[..., None].to(device)
+
+        return self.made_once(("reads", layout, rows, device), made)
 
     def logits(self, h: Tensor, reads: Tensor | None = None) -> Tensor:
         """Project states (B, s, heads * dim) to float32 logits (B, tokens, vocab_size), each the mean of a token's readers.

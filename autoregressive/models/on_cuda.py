@@ -18,8 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from autoregressive.models.kv_cache import StaticCache
 
 if TYPE_CHECKING:
-    from autoregressive.models.decode_step import DecodeState, PassKind
+    from autoregressive.models.decode_step import DecodeState
     from autoregressive.models.layouts import Layout
+    from autoregressive.models.plans import PassKind
 
 
 def read_stride(dtype: torch.dtype, compile: bool) -> int:

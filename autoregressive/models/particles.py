@@ -20,21 +20,20 @@ import torch
 from torch import Tensor
 
 from autoregressive.models import decode_step
-from autoregressive.models.decode_step import DecodeState, Plan
+from autoregressive.models.decode_step import DecodeState, prefill
 from autoregressive.models.generate import (
     broken_steps,
     cache_for,
     check_known,
     cleared_after_errors,
+    embed_streams,
     image_order,
     known_first,
     masks_with_nulls,
-    prefill,
     sampling_mode,
-    with_nulls,
-    with_window,
 )
 from autoregressive.models.machine import machine
+from autoregressive.models.plans import PassKind, Plan, plan_for, with_window
 from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig, race
 from autoregressive.models.trunk import Conditions, Trunk
 from utils.rng import item_seed, order_seed, particle_noise
@@ -126,22 +125,9 @@ def fill(
         streams = 2 if config.guided else 1
         samples = batch * count * streams
         cache, here = cache_for(model, samples, device, weight.dtype), machine(device)
-        stride = here.read_stride(weight.dtype, False)
-        plan = Plan(
-            layout=layout,
-            config=config,
-            end=len(passes),
-            window=None,
-            stride=stride,
-            least_read=here.LEAST_READ,
-            longest=cache.rows - (stride == 1),
-            padded=masks is not None,
-            static=False,
-        )
-        windowed = with_window(plan, window, model, samples, False)
-        values = {name: value.to(device) for name, value in model.as_conditions(cond).items()}
-        negatives = {} if negative is None else {k: v.to(device) for k, v in model.by_name(negative).items()}
-        conditions, added = model.embed_conditions(with_nulls(model, values, negatives) if config.guided else values)
+        plan = plan_for(layout, config, cache.rows, device, weight.dtype, padded=masks is not None)
+        windowed = with_window(plan, window, model, samples)
+        conditions, added = embed_streams(model, cond, negative, config.guided)
         noise = torch.stack([particle_noise(*image, layout.tokens, count, config.draw) for image in images])
 
         def begun(copies: int) -> DecodeState:
@@ -160,7 +146,7 @@ def fill(
             return state
 
         with cleared_after_errors(cache), here.attention_kernels(False):
-            cache.lay_out(plan.kind(min(1, len(passes) - 1), 1).length if stride > 1 else cache.rows)
+            cache.lay_out(plan.kind(min(1, len(passes) - 1), 1).length if plan.side_by_side else cache.rows)
             loop = _Loop(model, plan, windowed, begun(1), on_step, batch)
             logits = prefill(model, conditions, loop.state, masks)
             first_tokens = passes[0].outputs.stop
@@ -283,8 +269,8 @@ class _Loop:
         state.tokens, state.likelihood = state.tokens[chosen], state.likelihood[chosen]
         move_samples(state.cache, samples_of(chosen, state.batch, 2 if self.plan.config.guided else 1))
 
-    def _take(self, kind: decode_step.PassKind, start: int | None = None, stop: int | None = None) -> None:
-        if self.plan.stride > 1:
+    def _take(self, kind: PassKind, start: int | None = None, stop: int | None = None) -> None:
+        if self.plan.side_by_side:
             self.state.cache.lay_out(kind.length)
         if start is not None:
             self.state.cursor.fill_(start)

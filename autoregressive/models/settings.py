@@ -97,18 +97,18 @@ class SamplingConfig:
             is_number = isinstance(value, Real) and not (isinstance(value, bool) and each.type is not bool)
             if not is_number or (isinstance(value, int) and abs(int(value)) >= 2**63):
                 raise ValueError(f"{each.name} must be a number, got {shorten(value)}")
-        if not (isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"--temperature must be 0 or more, got {self.temperature}")
-        if not (isfinite(self.top_p) and self.top_p >= 0):
-            raise ValueError(f"--top-p must be 0 (the likeliest token) to 1 (every token), got {self.top_p}")
+        for name, least, allowed in (
+            ("temperature", 0, "0 or more"),
+            ("top_p", 0, "0 (the likeliest token) to 1 (every token)"),
+            ("cfg_scale", -inf, "a number (1 or less: no guidance)"),
+            ("cfg_power", 0, "0 or more"),
+            ("control_strength", 0, "0 or more"),
+        ):
+            value = getattr(self, name)
+            if not (isfinite(value) and value >= least):
+                raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, got {value}")
         if not (isfinite(self.top_k) and int(self.top_k) == self.top_k):
             raise ValueError(f"--top-k must be a whole number (0 or -1: every token), got {self.top_k}")
-        if not isfinite(self.cfg_scale):
-            raise ValueError(f"--cfg-scale must be a number (1 or less: no guidance), got {self.cfg_scale}")
-        if not (isfinite(self.cfg_power) and self.cfg_power >= 0):
-            raise ValueError(f"--cfg-power must be 0 or more, got {self.cfg_power}")
-        if not (isfinite(self.control_strength) and self.control_strength >= 0):
-            raise ValueError(f"--control-strength must be 0 or more, got {self.control_strength}")
         if isnan(self.cfg_interval):
             raise ValueError("--cfg-interval must be a decode step, or -1 to guide all of them, got nan")
 

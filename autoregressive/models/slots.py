@@ -11,17 +11,17 @@ An image has its own cursor, settings and noise; its tokens are those of `genera
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from autoregressive.models import decode_step
-from autoregressive.models.decode_step import DecodeState, Plan, as_drafted, decode_rows, draft_from_last
-from autoregressive.models.generate import masks_with_nulls, prefill, sampling_mode, with_nulls, with_window
+from autoregressive.models.decode_step import DecodeState, as_drafted, decode_rows, draft_from_last, prefill
+from autoregressive.models.generate import embed_streams, masks_with_nulls, sampling_mode
 from autoregressive.models.kv_cache import StaticCache
 from autoregressive.models.machine import machine
+from autoregressive.models.plans import Plan, plan_for, with_window
 from autoregressive.models.sampling import SamplingConfig
 from autoregressive.models.trunk import Conditions, Trunk
 
@@ -33,23 +33,11 @@ def plan_for_slots(model: Trunk) -> Plan | None:
     That is so on an accelerator, where a CPU rounds a row by the rows beside it, and with a layout that has no windows.
     """
     weight, layout = model.tok_embeddings.weight, model.layout
-    here = machine(weight.device)
     if weight.device.type != "cpu" or any(not condition.rows for condition in model.conditions.values()):
         return None
-    stride = here.read_stride(weight.dtype, False)
-    plan = Plan(
-        layout=layout,
-        config=SamplingConfig(),
-        end=len(layout.passes),
-        window=None,
-        stride=stride,
-        least_read=here.LEAST_READ,
-        longest=1 + here.cache_rows(layout.cache_rows) - (stride == 1),
-        padded=True,
-        static=False,
-    )
+    rows = 1 + machine(weight.device).cache_rows(layout.cache_rows)
     try:
-        plan = with_window(plan, 1, model, 1, False)
+        plan = with_window(plan_for(layout, SamplingConfig(), rows, weight.device, weight.dtype), 1, model, 1)
     except ValueError:
         return None
     return plan if plan.window else None
@@ -63,8 +51,8 @@ class Slots:
 
     def __init__(self, model: Trunk, count: int, plan: Plan, window: int | str = 0):
         self.model, self.count, self.plan, self.window = model, count, plan, window
-        self.plans = {1: plan}  # by window
-        self.cache = self._new_cache(2 * count, plan.longest + (plan.stride == 1))
+        self.plans: dict[int, Plan] = {}  # by samples
+        self.cache = self._new_cache(2 * count, plan.longest + (not plan.side_by_side))
         self.state = DecodeState(model, plan.layout, self.cache, count)
         self.configs: list[SamplingConfig | None] = [None] * count
         self.cursors, self.last_guided = [plan.end] * count, [0] * count
@@ -105,7 +93,7 @@ class Slots:
         noise: (N,) of each image, of its settings' draw. The other arguments are those of `generate`.
         """
         state, layout, index = self.state, self.model.layout, torch.tensor(slots)
-        if self.plan.stride > 1 and len(self.free) == self.count:
+        if self.plan.side_by_side and len(self.free) == self.count:
             self.cache.lay_out(self.plan.kind(1, 1).length)
         for slot, config, each in zip(slots, configs, noise, strict=True):
             self.configs[slot], self.last_guided[slot] = config, replace(self.plan, config=config).last_guided
@@ -117,29 +105,21 @@ class Slots:
         state.orders[index] = layout.order if orders is None else orders
         if known is not None:
             state.known[index, :-1] = known.gather(1, state.orders[index])
-        negatives = {} if negative is None else dict(self.model.by_name(negative))
-        values, masks = dict(self.model.as_conditions(cond)), masks_with_nulls(emb_masks, negative_masks)
+        masks = masks_with_nulls(emb_masks, negative_masks)
         samples = torch.cat([index, (2 * self.count - 1 - index).flip(0)])
         state.seen[samples] = True
         if masks is not None:
             state.seen[samples, : masks.shape[1]] = masks.bool()
 
-        part = copy(state)
-        part.batch, part.cache = len(slots), self._new_cache(len(samples), layout.prefix)
-        for name in DecodeState.OF_IMAGES:
-            setattr(part, name, getattr(state, name)[index])
-        part.context = None if state.context is None else state.context[samples]
-        part.noise = {draw: numbers[index] for draw, numbers in state.noise.items()}
-        part.groups = groups(configs)
-        conditions, _ = self.model.embed_conditions(with_nulls(self.model, values, negatives))
+        part = state.part(index, samples, self._new_cache(len(samples), layout.prefix))
+        part.groups, part.drafter = groups(configs), draft_from_last
+        conditions, _ = embed_streams(self.model, cond, negative, guided=True)
         logits = prefill(self.model, conditions, part, masks)
         first = layout.passes[0].outputs.stop
         logits = decode_step.draw_tokens(logits, part, None, part.count[:first].expand(len(slots), -1))
-        window = self._plan(len(slots), 2).window
+        window = self._plan(2 * len(slots)).window
         assert window
-        behind = part.places(torch.full((len(slots),), first), window.outputs)
-        part.drafter = draft_from_last
-        decode_step.draft_tokens(logits, part, behind)
+        decode_step.draft_tokens(logits, part, part.places(torch.full((len(slots),), first), window.outputs))
         state.tokens[index], state.spread[index], state.cursor[index] = part.tokens, part.spread, 1
         if state.context is not None and part.context is not None:
             state.context[samples] = part.context
@@ -148,16 +128,12 @@ class Slots:
         for slot in slots:
             self.cursors[slot] = 1
 
-    def _plan(self, images: int, streams: int) -> Plan:
-        """Return the plan of a pass over so many images."""
-        size = self.window
-        if size == "auto":
-            size = machine(self.state.tokens.device).auto_window(images * streams, False)
-            size = 1 if 2 * max(self.model.layout.groups) > size else size
-        size = max(int(size), 1)
-        if size not in self.plans:
-            self.plans[size] = with_window(self.plan, size, self.model, 1, False)
-        return self.plans[size]
+    def _plan(self, samples: int) -> Plan:
+        """Return the plan of a pass over so many samples."""
+        if samples not in self.plans:
+            plan = with_window(replace(self.plan, window=None), self.window, self.model, samples)
+            self.plans[samples] = plan if plan.window else self.plan
+        return self.plans[samples]
 
     def take_pass(self) -> None:
         """Draw the next tokens of every image that is not whole."""
@@ -166,11 +142,11 @@ class Slots:
             return
         count = self.count - min(running)
         streams = 2 if any(cursor <= self.last_guided[slot] for slot, cursor in running.items()) else 1
-        plan = self._plan(count, streams)
+        plan = self._plan(count * streams)
         assert plan.window
         kind = plan.kind(min(running.values()), max(running.values()))
         kind = replace(kind, streams=streams, guided=None if streams == 2 else False)
-        if plan.stride > 1:  # the cache grows until no image is in flight: each other length would move all of it
+        if plan.side_by_side:  # the cache grows until no image is in flight: each other length would move all of it
             kind = replace(kind, length=max(kind.length, min(self.cache.rows, plan.longest)))
             self.cache.lay_out(kind.length)
         part = self.state.last(count)

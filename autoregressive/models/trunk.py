@@ -181,7 +181,7 @@ class Trunk(nn.Module):
                     "(or --ar-token-num 1), or a --gpt-model of another trunk"
                 )
         self.tok_dropout = nn.Dropout(args.token_dropout_p)
-        self._tables: dict[tuple[Layout, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+        self._made: dict[tuple, Any] = {}
 
     # A trunk overrides from here …
 
@@ -292,12 +292,20 @@ class Trunk(nn.Module):
 
     def _tables_of(self, layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return Layout.tokens_at on a device, the same in raster indices of the layout's order, and that order."""
-        if (layout, device) not in self._tables:
+
+        def made() -> tuple[Tensor, ...]:
+            tokens = layout.tokens_at
+            cells = torch.where(tokens >= 0, layout.order[tokens], -1)
+            return tokens.to(device), cells.to(device), layout.order.to(device)
+
+        return self.made_once(("places", layout, device), made)
+
+    def made_once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """Return what `make` returns, made once for each key. It is in no file, and keeps its dtype when weights are cast."""
+        if key not in self._made:
             with torch.inference_mode(False):  # kept for training too, whoever asks first
-                tokens = layout.tokens_at
-                cells = torch.where(tokens >= 0, layout.order[tokens], -1)
-                self._tables[layout, device] = tokens.to(device), cells.to(device), layout.order.to(device)
-        return self._tables[layout, device]
+                self._made[key] = make()
+        return self._made[key]
 
     def as_conditions(self, cond: Conditions) -> dict[str, Tensor]:
         """Return the values by condition name. Raises ValueError where a condition is missing or unknown."""

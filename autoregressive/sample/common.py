@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from autoregressive.class_names import class_choice, class_names, find_class
-from autoregressive.models.decode_step import can_compile
+from autoregressive.models.compiled import can_compile
 from autoregressive.models.trunk import Trunk
 from autoregressive.pipeline import PRECISIONS, ImagePipeline, control_column, load_gpt, tokenizer_of
 from autoregressive.quantization import quantize, require_torchao

@@ -64,7 +64,7 @@ class GuidedDraw(LogitsProcessor):
             GuidedDraw.current = self
 
     def is_argmax_invariant(self) -> bool:
-        """False: vLLM takes the argmax of what `apply` leaves."""
+        """Return False for a served model: vLLM takes the argmax of what `apply` leaves."""
         return not self.active
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
@@ -85,7 +85,7 @@ class GuidedDraw(LogitsProcessor):
                 self.rows[source] = replaced
 
     def mix(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
-        """Guided logits where a row's settings and its place in the image ask for them. (B, V) twice -> (B, V)."""
+        """Guide the rows (B, V) whose settings and place in the image ask for it."""
         guided = [row for row, drawing in self.rows.items() if row < len(conditional) and drawing.guided]
         if not guided:
             return conditional
@@ -114,5 +114,5 @@ class GuidedDraw(LogitsProcessor):
 
 
 def mark_broken(logits: Tensor) -> Tensor:
-    """The logits (B, V) with rows of NaN for those that are not finite. Before vLLM rules tokens out by -inf."""
+    """Replace rows of logits (B, V) that are not finite by NaN, before vLLM rules tokens out by -inf."""
     return logits.masked_fill(~spread(logits).isfinite()[:, None], float("nan"))

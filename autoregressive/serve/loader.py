@@ -14,7 +14,7 @@ class CheckpointLoader(BaseModelLoader):
     """Reads weights, memory-mapped, into vLLM's parameters."""
 
     def download_model(self, model_config: ModelConfig) -> None:
-        """Nothing: the file is here."""
+        """Do nothing: the file is here."""
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Fills the model's parameters, or this process's part of them."""

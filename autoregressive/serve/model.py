@@ -121,7 +121,7 @@ class GuidedLayers(nn.Module):
         self.register_buffer("rope", table.to(self.norm.weight.device), persistent=False)  # float32 in any dtype
 
     def embed_streams(self, ids: Tensor) -> Tensor:
-        """(T,) -> (T, 2 dim). A class's id is "no class" in the other stream."""
+        """Embed ids (T,) in both streams, (T, 2 dim). A class's id is "no class" in the other one."""
         ids = ids.clamp(0, self.last_id)
         return self.embed(torch.stack([ids, torch.where(ids < self.codes, ids, self.last_id)], dim=1)).flatten(1)
 
@@ -167,7 +167,7 @@ class ImageGPT(nn.Module):
         self.logits = LogitsProcessor(config.codes)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """(T,) -> (T, 2 dim)."""
+        """Embed ids (T,) in both streams, (T, 2 dim)."""
         return self.layers.embed_streams(input_ids)
 
     def forward(

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,24 +131,15 @@ class NativeEngine:
                 raise _Abandoned
             loop.call_soon_threadsafe(job.news.put_nowait, [])
 
-        def draw() -> Edited | Exception:
-            try:
-                on_step(0, torch.empty(0))
-                return fill_holes(
-                    self.pipeline, [hole], [request], rounds=rounds, keep_pixels=keep_pixels, on_step=on_step
-                )[0]
-            except _Abandoned:
-                return RuntimeError("the engine was closed")
-            except NotFiniteError as error:
-                return error
-            except Exception as error:  # whatever it is, the next one may do well
-                log.exception("an edit failed")
-                return RuntimeError(f"drawing failed: {error}")
+        def draw() -> Edited:
+            on_step(0, torch.empty(0))
+            more = {"rounds": rounds, "keep_pixels": keep_pixels, "on_step": on_step}
+            return fill_holes(self.pipeline, [hole], [request], **more)[0]
 
         def tell(done: asyncio.Future) -> None:
             job.news.put_nowait(RuntimeError("the engine was closed") if done.cancelled() else done.result())
 
-        loop.run_in_executor(self.thread, draw).add_done_callback(tell)
+        loop.run_in_executor(self.thread, outcome, draw).add_done_callback(tell)
         try:
             while isinstance(news := await job.news.get(), list):
                 yield news
@@ -263,16 +255,24 @@ class NativeEngine:
 
     def _results(self, batch: list[_Job], on_step: OnStep | None) -> list[list[int] | Exception]:
         """Return the tokens of each image of a batch, or its error."""
-        try:
-            return self.pipeline.draw([job.request for job in batch], on_step=on_step).tolist()
-        except _Abandoned:
-            return [RuntimeError("the engine was closed")] * len(batch)
-        except NotFiniteLogits as error:
-            broken = [error.of(slice(i, i + 1)) for i in range(len(batch))]
-            return [error.tokens[i].tolist() if each is None else each for i, each in enumerate(broken)]
-        except Exception as error:  # whatever it is, the next batch may do well
-            log.exception("a micro-batch failed")
-            return [RuntimeError(f"drawing failed: {error}")] * len(batch)
+        drawn = outcome(lambda: self.pipeline.draw([job.request for job in batch], on_step=on_step).tolist())
+        if isinstance(drawn, NotFiniteLogits):
+            broken = [drawn.of(slice(i, i + 1)) for i in range(len(batch))]
+            return [drawn.tokens[i].tolist() if each is None else each for i, each in enumerate(broken)]
+        return [drawn] * len(batch) if isinstance(drawn, Exception) else drawn
+
+
+def outcome(draw: Callable[[], Any]) -> Any:
+    """Return what a call in the worker returns, or the error for its requests."""
+    try:
+        return draw()
+    except _Abandoned:
+        return RuntimeError("the engine was closed")
+    except NotFiniteError as error:
+        return error
+    except Exception as error:  # whatever it is, the next ones may do well
+        log.exception("drawing failed")
+        return RuntimeError(f"drawing failed: {error}")
 
 
 def so_far(sequence: Tensor, done: int, layout: Layout, order: Tensor | None = None) -> list[int]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from autoregressive.models import decode_step, on_cpu, on_cuda
+from autoregressive.models import compiled, decode_step, on_cpu, on_cuda
 from autoregressive.models.sampling import draw_race
 from tests.autoregressive.decoding import Recording
 
@@ -21,6 +21,6 @@ def recording_compiled(monkeypatch):
 @pytest.fixture
 def recording(recording_compiled, monkeypatch):
     """The same with plain code for what is compiled."""
-    monkeypatch.setattr(decode_step, "compiled_decode_rows", lambda: decode_step.decode_rows)
-    monkeypatch.setattr(decode_step, "compiled_race", lambda: draw_race)
+    monkeypatch.setattr(compiled, "compiled_decode_rows", lambda: decode_step.decode_rows)
+    monkeypatch.setattr(compiled, "compiled_race", lambda: draw_race)
     monkeypatch.setattr(on_cpu, "rows_agree", lambda *_: True)

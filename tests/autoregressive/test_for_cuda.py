@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from autoregressive import pipeline as pipelines
-from autoregressive.models import decode_step, on_cpu
+from autoregressive.models import compiled, on_cpu
 from autoregressive.models.decode_step import DecodeState
 from autoregressive.models.generate import cache_for, generate, release_cache
 from autoregressive.models.gpt import ModelArgs, Rows, Transformer
@@ -87,7 +87,7 @@ def test_compiled_step_copies_no_cache(samples, monkeypatch):
     with torch.inference_mode(), torch._inductor.config.patch(force_disable_caches=True):
         model.rope(CPU)
         rows = Rows(cache, torch.tensor([3]), 8)
-        decode_step.compiled_decode_rows()(model, torch.arange(4)[:, None], rows, None)
+        compiled.compiled_decode_rows()(model, torch.arange(4)[:, None], rows, None)
     assert targets.count(torch.ops.aten.index_put_.default) == 4, "keys and values of two layers"
     assert torch.ops.aten.copy_.default not in targets
 
@@ -180,10 +180,10 @@ def test_is_out_of_memory_of_plain_runtime_errors(message):
 
 
 def test_can_compile_on_cuda_needs_a_c_compiler(monkeypatch):
-    monkeypatch.setattr(decode_step.shutil, "which", lambda name: None)
-    assert not decode_step.can_compile(CUDA)
-    monkeypatch.setattr(decode_step.shutil, "which", lambda name: f"/usr/bin/{name}" if name == "clang" else None)
-    assert decode_step.can_compile(CUDA)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    assert not compiled.can_compile(CUDA)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: f"/usr/bin/{name}" if name == "clang" else None)
+    assert compiled.can_compile(CUDA)
 
 
 def test_image_tokenizer_attention_hands_fused_kernels_contiguous_rows(monkeypatch):

@@ -8,7 +8,7 @@ from math import isqrt
 import pytest
 import torch
 
-from autoregressive.models import decode_step, on_cpu
+from autoregressive.models import compiled, decode_step, on_cpu
 from autoregressive.models import generate as generation
 from autoregressive.models.generate import generate, release_cache
 from autoregressive.models.gpt import ModelArgs, Transformer
@@ -306,8 +306,9 @@ def test_generate_with_the_draw_of_earlier_editions_takes_uniform_numbers():
     model, noise = tiny(), image_noise(7, range(4), 16, "cdf")
     drawn = generate(model, LABELS, noise=noise, draw="cdf", cfg_scale=2.0)
     assert torch.equal(drawn, without_cache(model, LABELS, noise, draw="cdf", cfg_scale=2.0))
-    for draw, other in (("race1", noise), ("cdf", noise_for(4))):
-        with pytest.raises(ValueError, match=f"noise for the draw {draw}"):
+    keys = noise_for(4)
+    for draw, other in (("race1", noise), ("cdf", keys), ("race1", keys[:1]), ("race1", keys[:, :15])):
+        with pytest.raises(ValueError, match=rf"noise for the draw {draw} is .* of shape \(4, 16\)"):
             generate(model, LABELS, noise=other, draw=draw)
     assert SamplingConfig(draw="cdf").operations != SamplingConfig().operations, "each has its recorded steps"
 
@@ -455,8 +456,8 @@ def test_recorded_compiled_steps_change_nothing(recording_compiled):
 
 def test_compiled_passes_of_many_sizes_are_of_a_few(monkeypatch):
     """Compile few sizes of passes for eleven diagonals of one to six rows."""
-    monkeypatch.setattr(decode_step, "compiled_decode_rows", lambda: decode_step.decode_rows)
-    monkeypatch.setattr(decode_step, "compiled_race", lambda: draw_race)
+    monkeypatch.setattr(compiled, "compiled_decode_rows", lambda: decode_step.decode_rows)
+    monkeypatch.setattr(compiled, "compiled_race", lambda: draw_race)
     model, kinds, noise = tiny(**KINDS["NAR"]), set(), noise_for(4, 36)
     take = decode_step.take_pass
     monkeypatch.setattr(

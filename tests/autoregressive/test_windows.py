@@ -9,14 +9,14 @@ from itertools import cycle
 import pytest
 import torch
 
-from autoregressive.models import decode_step, on_cpu
+from autoregressive.models import compiled, decode_step, on_cpu, plans
 from autoregressive.models import generate as generation
 from autoregressive.models.build import build_model
 from autoregressive.models.conditions import Condition, register_condition
-from autoregressive.models.decode_step import window_of
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.layouts import Holds, Layout, Row, build_layout
+from autoregressive.models.plans import window_of
 from autoregressive.models.sampling import NotFiniteLogits, draw_race
 from autoregressive.models.trunk import Conditions
 from tests.autoregressive.decoding import Pairs, Recording
@@ -379,8 +379,8 @@ def test_recorded_windows_draw_the_same_and_read_cursors_late(kind, recording, m
 
 
 def test_windows_of_compiled_passes_are_off_on_a_cpu(monkeypatch, caplog):
-    monkeypatch.setattr(decode_step, "compiled_decode_rows", lambda: decode_step.decode_rows)
-    monkeypatch.setattr(decode_step, "compiled_race", lambda: draw_race)
+    monkeypatch.setattr(compiled, "compiled_decode_rows", lambda: decode_step.decode_rows)
+    monkeypatch.setattr(compiled, "compiled_race", lambda: draw_race)
     assert passes_of(tiny(), window=8, compile=True) == 16 and "windows are off" in caplog.text
 
 
@@ -389,7 +389,7 @@ def test_windows_of_compiled_passes_are_off_on_a_cpu(monkeypatch, caplog):
 @pytest.mark.parametrize("kind", ["raster", "PAR-4", "NAR", "text"])
 def test_windows_on_a_gpu_equal_windows_that_take_one_step_a_pass(kind, compile, monkeypatch):
     """Of one size: rounding goes by the number of rows there."""
-    monkeypatch.setattr(generation, "window_of", lambda *asked: next(windows)(window_of(*asked)))
+    monkeypatch.setattr(plans, "window_of", lambda *asked: next(windows)(window_of(*asked)))
     windows = cycle(
         [
             lambda window: window,
