@@ -1,7 +1,7 @@
 """Judges a model of control images on held-out pictures: whether what it draws has the edges that were asked for.
 
     python3 tools/edges_report.py --data-path quickstart/drawings/held_out --gpt-ckpt quickstart/control \\
-        --vq-ckpt quickstart/tokenizer --ten-crop --output quickstart/control_report
+        --vq-ckpt quickstart/tokenizer --ten-crop --no-flip --output quickstart/control_report
 
 A picture of each one's class is drawn by its edges: at full strength, at half, without them (strength 0), and as a check by
 those of another picture. An edge pixel is right where one of the other picture's is at most a pixel away; F1 is the harmonic mean of the
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoregressive.sample.flags import add_sampling_flags, sampling_config
-from utils.cli import SEED, add_flag, flag_parser, positive_float, positive_int, run_script
+from utils.cli import SEED, add_flag, add_switch, flag_parser, positive_float, positive_int, run_script
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,12 +67,13 @@ def main(args: argparse.Namespace) -> None:
 
 
 def picture_view(picture: Any, size: int, number: int, args: argparse.Namespace) -> "Tensor":
-    """Return the centre of a picture, or with --ten-crop one of its ten crops, in turn by its number."""
-    from dataset.augmentation import center_view, ten_crop_views
+    """Return the centre of a picture, or with --ten-crop one of its crops, in turn by its number."""
+    from dataset.augmentation import center_view, code_views
 
     if not args.ten_crop:
         return center_view(picture, size)
-    return ten_crop_views(picture, size, args.crop_range)[number % 10]
+    views = code_views(picture, size, True, args.crop_range, args.flip)
+    return views[number % len(views)]
 
 
 def edge_f1(drawn: "Tensor", asked: "Tensor", reach: int = 1) -> float:
@@ -96,8 +97,9 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--vq-ckpt", required=True, help="its tokenizer")
     parser.add_argument("--output", required=True, help="folder to write report.json and edges.png to")
     add_flag(parser, "--images", positive_int, 200, "pictures to draw, spread over the folder")
-    help = "judge one of ten crops of each picture, in turn: shifted and mirrored, as the model was trained on"
+    help = "judge one of ten crops of each picture, in turn, cut as extract_codes_c2i.py cuts them"
     parser.add_argument("--ten-crop", action="store_true", help=help)
+    add_switch(parser, "--flip", True, "mirrored crops too")
     add_flag(parser, "--crop-range", positive_float, 1.1, "as --crop-range of extract_codes_c2i.py")
     add_flag(parser, "--columns", positive_int, 12, "of edges.png")
     add_flag(parser, "--seed", SEED, 0, "image i is a function of the seed, i, its class and its edges")

@@ -25,6 +25,7 @@ _NPP = "pytttttt/LlamaGen-NPP"
 _CCA, _CCA_FOLDER = "ChenDRAG/CCA_LlamaGen", "CCA_LlamaGen_Guidance_Free"
 _RAR, _TITOK = "yucornetto/RAR", "fun-research/TiTok"
 NAR_OWNERS = {"B": "chenfeng1271", "M": "yefly", "L": "chenfeng1271", "XL": "yefly", "XXL": "chenfeng1271"}
+_CONTROLAR = "wondervictor/ControlAR"
 _MAGVIT, _IBQ = "TencentARC/Open-MAGVIT2-Tokenizer", "TencentARC/IBQ-Tokenizer"
 
 
@@ -86,6 +87,11 @@ def _lpd(size: str, image_size: int) -> Release:
     return _gpt(f"mit-han-lab/{name}", f"{name}.pth", f"LPD-{size}", image_size)
 
 
+def _control(name: str, kind: str, image_size: int) -> Release:
+    flags = {"gpt_type": "t2i", "cls_token_num": "120", "control_type": kind}
+    return _gpt(_CONTROLAR, f"{name}.safetensors", "GPT-XL", image_size, folder="ControlAR/", **flags)
+
+
 def _tokenizer(repo_id: str, filename: str, vq_model: str, **more: str) -> Release:
     return Release(repo_id, filename, filename, _flags(vq_model=vq_model, **more))
 
@@ -131,6 +137,11 @@ RELEASED: dict[str, Release] = {
         *(_lpd(size, 256) for size in ("L", "XL", "XXL")),
         *(_lpd(size, 512) for size in ("L", "XL")),
         *(_gpt(_RAR, f"rar_{size.lower()}.bin", f"RAR-{size}", 256) for size in ("B", "L", "XL", "XXL")),
+        *(_control(f"{kind}_MR", kind, 768) for kind in ("canny", "depth")),
+        _control("hed", "hed", 512),
+        _control("seg_cocostuff", "seg", 512),
+        _control("edge_base", "canny", 512),
+        _control("depth_base", "depth", 512),
         _tokenizer(_TITOK, "maskgit-vqgan-imagenet-f16-256.bin", "MaskGIT-VQGAN"),
         Release("google/flan-t5-xl", "", "t5-ckpt/flan-t5-xl"),
         _autoencoder("stabilityai/sd-vae-ft-mse", vae="sd-vae-ft-mse"),

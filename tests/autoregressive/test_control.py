@@ -23,6 +23,8 @@ from autoregressive.train.control import edges_of, encoder_settings, with_contro
 from autoregressive.train.loss import TokenLoss
 from tests.helpers import assert_close, golden_state, load_golden, randomize
 from utils.checkpoint import read_checkpoint
+from utils.hub import RELEASED
+from utils.runs import find_checkpoint
 
 GOLDENS = ["controlar_c2i", "controlar_t2i"]
 RUNS = {
@@ -265,6 +267,17 @@ def test_a_published_file_is_recognised_and_draws_as_its_model(tmp_path):
     cond = {"label": torch.arange(3), "control": pictures(3, 64)}
     drawn = [generate(each, cond, sample_logits=False, cfg_scale=2.0) for each in (model, loaded)]
     assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("name", ["canny_MR", "depth_MR", "hed", "seg_cocostuff", "edge_base", "depth_base"])
+def test_published_files_are_found_by_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "pretrained_models/ControlAR"
+    place.mkdir(parents=True)
+    save_file(published(small("dinov2")), place / f"{name}.safetensors")
+    for given in (f"{name}.safetensors", f"wondervictor/ControlAR/{name}.safetensors"):
+        kind = load_gpt(find_checkpoint(given)).conditions["control"].config["kind"]
+        assert RELEASED[f"wondervictor/ControlAR/{name}.safetensors"].flags["--control-type"] == kind
 
 
 def test_a_published_file_of_several_resolutions_reads_the_rotary_table_by_number(tmp_path):
