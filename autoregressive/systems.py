@@ -16,7 +16,7 @@ from autoregressive.models.rar import SPARE_PLACES
 from autoregressive.released import CLASS_TABLE, State, blocks_of, heads_in_table, llamagen_identity, require, size_name
 from utils.checkpoint import Checkpoint
 
-RAR_TABLE = "embeddings.weight"
+RAR_TABLE, LPD_TABLE = "embeddings.weight", "class_emb.weight"
 
 
 def nar_identity(checkpoint: Checkpoint, n_head: int | None = None) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def rar_identity(checkpoint: Checkpoint, n_head: int | None = None) -> dict[str,
 def lpd_identity(checkpoint: Checkpoint, n_head: int | None = None) -> dict[str, Any]:
     """Read the identity of an LPD off its shapes; its groups and their repulsion are those of the published runs."""
     state = checkpoint.model
-    needed = ("mask_token", "class_emb.weight", "token_emb.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
+    needed = ("mask_token", LPD_TABLE, "token_emb.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
     require(checkpoint, needed, "an LPD")
     model = vit_shapes("lpd", state, n_head, len(state["token_emb.weight"]))
     grid_size = isqrt(state["pos_embed"].shape[1] - 1)
@@ -67,7 +67,7 @@ def lpd_identity(checkpoint: Checkpoint, n_head: int | None = None) -> dict[str,
     return {
         "model": model,
         "layout": {"name": "queried", "grid_size": grid_size, **repulsion},
-        "conditions": {"label": {"num_classes": len(state["class_emb.weight"])}},
+        "conditions": {"label": {"num_classes": len(state[LPD_TABLE])}},
     }
 
 
@@ -77,7 +77,7 @@ def class_table(state: State) -> torch.Tensor:
         return state[CLASS_TABLE]
     if RAR_TABLE in state:  # behind those of the codes and of a mask that is never read
         return state[RAR_TABLE][len(state["lm_head.weight"]) + 1 :]
-    return torch.cat([state["class_emb.weight"], state["fake_latent"]])
+    return torch.cat([state[LPD_TABLE], state["fake_latent"]])
 
 
 def with_class_table(state: State, table: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -87,7 +87,7 @@ def with_class_table(state: State, table: torch.Tensor) -> dict[str, torch.Tenso
     if RAR_TABLE in state:
         others = state[RAR_TABLE][: len(state["lm_head.weight"]) + 1]
         return {**state, RAR_TABLE: torch.cat([others.to(table), table])}
-    return {**state, "class_emb.weight": table[:-1], "fake_latent": table[-1:]}
+    return {**state, LPD_TABLE: table[:-1], "fake_latent": table[-1:]}
 
 
 CONTROL_MLP = "adapter_mlp.fc1.weight"

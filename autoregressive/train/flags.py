@@ -113,6 +113,8 @@ def add_gpt_training_flags(
     )
     add_flag(group, "--lora-rank", positive_int, None, help)
     add_flag(group, "--lora-alpha", positive_float, None, "the additions count alpha / rank (default: 2 ranks)")
+    help = "modules trained whole beside the table of the classes, such as tok_embeddings and output"
+    group.add_argument("--lora-whole", nargs="+", default=None, metavar="NAME", help=help)
     add_flag(group, "--lora-dropout", PROBABILITY, 0.0, "dropout of the additions' inputs")
     add_gpt_flags(parser, GPT_SIZES, training=True, gpt_type=gpt_type)
     add_training_flags(parser, epochs=300, batch=256, results_dir=RESULTS, num_workers=24, wandb_project=wandb_project)

@@ -128,7 +128,7 @@ def _with_target_places(weights: Checkpoint, model: Trunk) -> tuple[Checkpoint, 
 
     Every process calls it together.
     """
-    saved, own = weights.model.get(TARGET_PLACES), model.state_dict().get(TARGET_PLACES)
+    saved, own = weights.model.get(TARGET_PLACES), dict(model.named_parameters()).get(TARGET_PLACES)
     if (own is None and saved is None) or (own is not None and saved is not None and own.shape == saved.shape):
         return weights, []
     others = {name: tensor for name, tensor in weights.model.items() if name != TARGET_PLACES}
@@ -170,7 +170,7 @@ def _class_rows(
     rows: --class-rows. saved: the file's table. before, now: names of the file's classes and of this run's. The last row,
     of "no class", stays the last.
     """
-    table = class_table({name: whole(tensor) for name, tensor in model.state_dict().items()})
+    table = class_table({name: whole(tensor) for name, tensor in model.named_parameters()})
     classes = len(table) - 1
     if rows == "name":
         if not (before and now):

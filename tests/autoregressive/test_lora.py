@@ -10,6 +10,8 @@ import torch
 from autoregressive.pipeline import load_gpt
 from autoregressive.sample import sample_c2i
 from autoregressive.train import train_c2i
+from autoregressive.train.loss import TokenLoss
+from dataset.codes import open_codes
 from tests.training import live, load, make_codes, metrics, run_folder, run_here, same
 from tools import export_checkpoint
 from utils.checkpoint import read_checkpoint, save_safetensors, weights_fingerprint
@@ -85,13 +87,46 @@ def test_merged_weights_are_base_and_product_and_give_the_runs_own_held_out_loss
     torch.testing.assert_close(merged.model[f"{name}.weight"], base[f"{name}.weight"] + 2 * product)
     assert torch.equal(merged.model["output.weight"], base["output.weight"])
     assert "lora" not in merged.config and merged.config["conditions"] == {"label": {"num_classes": 3}}
-    from autoregressive.train.evaluation import mean_loss
-    from dataset.codes import open_codes
-    from utils.distributed import start
+    assert held_out_loss(home, newest(home / "adapted"), use_ema=True) == pytest.approx(
+        metrics(home / "adapted", "val_loss")[16], abs=1e-5
+    )
 
-    averaged = load_gpt(newest(home / "adapted"), use_ema=True)
-    loss = mean_loss(averaged, open_codes(home / "new", random_view=False), 16, start("cpu"))
-    assert loss == pytest.approx(metrics(home / "adapted", "val_loss")[16], abs=1e-5)
+
+def held_out_loss(home, file, **options) -> float:
+    """Return the held-out loss of a file's model on the new classes."""
+    model, data = load_gpt(file, **options), open_codes(home / "new", random_view=False)
+    codes, labels = (torch.stack([torch.as_tensor(item[key]) for item in data]) for key in ("codes", "label"))
+    codes, layout = codes.view(COUNT, TOKENS), model.layout
+    orders = layout.draw_order(0).expand_as(codes) if layout.own_orders else None
+    with torch.no_grad():
+        return float(TokenLoss(model)(codes, labels, orders=orders))
+
+
+@pytest.mark.parametrize(
+    "kind, tables",
+    [
+        (["--ar-token-num", 4, "--spe-token-num", 3], {"cls_embedding.embedding_table.weight"}),
+        (["--layout", "neighbours"], {"cls_embedding.embedding_table.weight"}),
+        (["--gpt-model", "RAR-XS"], {"embeddings.weight"}),
+        (["--gpt-model", "LPD-XS"], {"class_emb.weight"}),
+        (["--lora-whole", "output", "norm"], {"cls_embedding.embedding_table.weight", "output.weight", "norm.weight"}),
+        (["--random-orders", 1, 2], {"cls_embedding.embedding_table.weight", "target_embeddings.weight"}),
+    ],
+    ids=["parallel", "neighbours", "rar", "lpd", "whole", "places"],
+)
+def test_adapter_of_any_model_trains_its_classes_and_is_read_back(home, tmp_path, kind, tables):
+    short, base = [*MODEL, *PLAIN, "--epochs", 1], home / "base"
+    if len(tables) == 1:
+        short, base = [*short, *kind], tmp_path / "base"
+        run_here(train_c2i, "--code-path", home / "old", "--results-dir", base, *short)
+    flags = ["--code-path", home / "new", "--results-dir", tmp_path / "run", "--gpt-ckpt", base, "--finetune"]
+    flags += ["--val-code-path", home / "new", "--class-rows", "new", "--lora-rank", 4, *short, *kind]
+    run_here(train_c2i, *flags)
+    file = newest(tmp_path / "run")
+    assert {name for name in load(file)["model"] if ".lora_" not in name} == tables
+    assert held_out_loss(home, file) == pytest.approx(metrics(tmp_path / "run", "val_loss")[4], abs=1e-5)
+    run_here(export_checkpoint, "--checkpoint", file, "--format", "peft", "--output", tmp_path / "adapter")
+    assert same(load_gpt(tmp_path / "adapter").state_dict(), load_gpt(file).state_dict())
 
 
 def test_exported_folder_is_peffts_and_adds_up_to_the_same_model(home, tmp_path):
@@ -183,6 +218,23 @@ def test_flags_that_lora_needs_are_refused(home, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             run_here(train_c2i, "--code-path", home / "new", "--results-dir", tmp_path, *MODEL, *PLAIN, *flags)
+    begin = [
+        "--code-path",
+        home / "new",
+        "--results-dir",
+        tmp_path,
+        "--finetune",
+        "--class-rows",
+        "new",
+        "--lora-rank",
+        4,
+    ]
+    for flags, message in (
+        (["--layout", "neighbours"], "lacks layers.4.* which an adapter does not hold"),
+        (["--lora-whole", "head"], "--lora-whole head: the model has .*tok_embeddings.*output"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_here(train_c2i, *begin, "--gpt-ckpt", home / "base", *MODEL, *PLAIN, *flags)
     with pytest.raises(ValueError, match="--format peft is of runs with --lora-rank"):
         run_here(export_checkpoint, "--checkpoint", home / "base", "--format", "peft")
 

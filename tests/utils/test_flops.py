@@ -44,6 +44,13 @@ def test_second_exit_adds_a_block_and_a_head():
     assert training_flops_per_image(Transformer(args)) == 6 * products + 12 * 4 * 64 * rows**2
 
 
+def test_frozen_weights_have_no_gradient_of_their_own():
+    model = Transformer(ARGS)
+    trained = training_flops_per_image(model)
+    model.layers.requires_grad_(False)
+    assert training_flops_per_image(model) == trained - 2 * 3 * BLOCK * 64
+
+
 @pytest.mark.parametrize("patch_side", [1, 2])
 def test_training_flops_are_those_of_the_matrices_the_model_multiplies(patch_side):
     model = Transformer(ARGS)
