@@ -23,6 +23,7 @@ from autoregressive.models.layouts import LAYOUTS
 from autoregressive.models.sizes import GPT_SIZES
 from tokenizer.released import looks_like
 from utils.checkpoint import Checkpoint, parameter_count
+from utils.cli import grid_size
 
 State = Mapping[str, torch.Tensor]
 # A weight that the files of a released system have, and the system's name in systems.py; the first that fits.
@@ -136,13 +137,10 @@ def gpt_identity(
     """
     identity, path, recorded = find_identity(checkpoint, n_head), checkpoint.path, checkpoint.args or {}
     _require_registered(identity, checkpoint)
-    if TRUNKS[identity["model"]["trunk"]].resizes and image_size:
-        identity, image_size = _resized(identity, path, image_size, downsample_size or 16), None
-    if image_size and "control" in identity["conditions"] and "_MR" in Path(path).name:  # of several resolutions
-        side, layout = image_size // (downsample_size or 16), identity["layout"]
-        model = {**identity["model"], "rope_grid": layout.get("grid_size", side)}
-        identity, image_size = {**identity, "model": model, "layout": {**layout, "grid_size": side}}, None
-    check_flags(identity, checkpoint, image_size=image_size, downsample_size=downsample_size, **flags)
+    believed = image_size
+    if image_size and (other := _at_another_size(identity, path, grid_size(image_size, downsample_size or 16))):
+        identity, believed = other, None
+    check_flags(identity, checkpoint, image_size=believed, downsample_size=downsample_size, **flags)
     if identity["model"]["n_head"] is None:
         own = {name: size for name, size in GPT_SIZES.items() if size.trunk == identity["model"]["trunk"]}
         sizes = ", ".join(f"{name} ({size.n_layer} layers, dim {size.dim})" for name, size in own.items())
@@ -161,27 +159,29 @@ def gpt_identity(
         )
     if image_size is None:
         raise ValueError(f"{path} does not say for which image size it was trained: give --image-size")
-    downsample_size = downsample_size or recorded.get("downsample_size") or 16
-    if image_size % downsample_size:
-        raise ValueError(f"--image-size {image_size} is not a multiple of --downsample-size {downsample_size}")
-    return {**identity, "layout": {**identity["layout"], "grid_size": image_size // downsample_size}}
+    side = grid_size(image_size, downsample_size or recorded.get("downsample_size") or 16)
+    return {**identity, "layout": {**identity["layout"], "grid_size": side}}
 
 
-def _resized(identity: dict[str, Any], path: Path, image_size: int, downsample_size: int) -> dict[str, Any]:
-    """Return an identity for another image size, with a warning where it is another one than the file's."""
-    before, now = identity["layout"]["grid_size"], image_size // downsample_size
-    if image_size % downsample_size:
-        raise ValueError(f"--image-size {image_size} is not a multiple of --downsample-size {downsample_size}")
-    if before == now:
-        return identity
-    side = before * downsample_size
-    warnings.warn(
-        f"{path} was trained at {side}x{side}: its table of places is resized for {image_size}x{image_size}, and its images "
-        f"will be poor before it is trained there; leave out --image-size for {side}",
-        stacklevel=3,
-    )
-    layout = {name: value for name, value in identity["layout"].items() if name != "group_sizes"}
-    return {**identity, "layout": {**layout, "grid_size": now}}
+def _at_another_size(identity: dict[str, Any], path: Path, side: int) -> dict[str, Any] | None:
+    """Return the identity of a model that works at several sizes, with `side` tokens a side; None for a model of one size.
+
+    Warns where tables of places are resized.
+    """
+    model, layout = identity["model"], identity["layout"]
+    if "control" in identity["conditions"] and "_MR" in Path(path).name:  # of several resolutions
+        model = {**model, "rope_grid": layout.get("grid_size", side)}
+    elif not TRUNKS[model["trunk"]].resizes:
+        return None
+    elif layout["grid_size"] != side:
+        layout = {name: value for name, value in layout.items() if name != "group_sizes"}
+        before = f"{layout['grid_size']}x{layout['grid_size']} tokens"
+        warnings.warn(
+            f"{path} was trained at {before}: its table of places is resized for {side}x{side}, and its images will be poor "
+            f"before it is trained there; leave out --image-size for {before}",
+            stacklevel=3,
+        )
+    return {**identity, "model": model, "layout": {**layout, "grid_size": side}}
 
 
 def _require_registered(identity: Mapping[str, Any], checkpoint: Checkpoint) -> None:
@@ -267,21 +267,20 @@ def check_flags(identity: Mapping[str, Any], checkpoint: Checkpoint, **flags: An
     if held["image_size"] is None and "grid_size" in identity["layout"]:
         held["image_size"] = identity["layout"]["grid_size"] * (flags.get("downsample_size") or 16)
     given = {name: value for name, value in flags.items() if value is not None}
-    wrong = [name for name in (*_DEFAULTS, *given) if name in given and held[name] not in (None, given[name])]
-    wrong = list(dict.fromkeys(wrong))
+    names = list(dict.fromkeys((*_DEFAULTS, *given)))
+    wrong = [name for name in names if name in given and held[name] not in (None, given[name])]
     problems = [f"{_flag(name)} {given[name]} (file: {held[name]})" for name in wrong]
     if "layout" in wrong and "neighbours" in (given["layout"], held["layout"]):
         problems.append(SECOND_EXIT)
     if "gpt_model" in given and held["gpt_model"] is None:
         problems.insert(0, f"--gpt-model {given['gpt_model']} (file: none of {', '.join(GPT_SIZES)})")
     if problems:
-        codes = [name for name in ("vocab_size", "codebook_size") if name in given]  # training's word, and sampling's
-        named = [
-            name
-            for name in (*_DEFAULTS, *codes, *(name for name in wrong if name == "layout"))
-            if held[name] is not None
-        ]
-        fitting = {name: held[name] for name in named if name in wrong or held[name] != _DEFAULTS.get(name, 16384)}
+        defaults = {"vocab_size": 16384, "codebook_size": 16384, "layout": held["layout"], **_DEFAULTS}
+        fitting = {
+            name: held[name]
+            for name in names
+            if held[name] is not None and (name in wrong or held[name] != defaults.get(name, held[name]))
+        }
         if size_in_name is not None:
             fitting.setdefault("image_size", size_in_name)
         raise ValueError(

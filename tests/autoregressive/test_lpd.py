@@ -429,7 +429,7 @@ def test_weights_of_256_pixels_draw_in_the_groups_and_orders_of_512():
 
 def test_the_table_of_places_is_resized_for_another_image_size(tmp_path):
     torch.save(golden_weights(), tmp_path / "lpd.pth")
-    with pytest.warns(UserWarning, match="trained at 96x96: its table of places is resized for 192x192"):
+    with pytest.warns(UserWarning, match="trained at 6x6 tokens: its table of places is resized for 12x12"):
         model = load_gpt(tmp_path / "lpd.pth", image_size=192, n_head=4)
     assert_close(model.pos_embed, GOLDEN["resize/pos_embed"])
     assert generate(model, LABELS[:1]).shape == (1, 144)
