@@ -1,7 +1,7 @@
 """Images that a model in training draws of itself, and what rewards find in them: GRPO's data, its step, its held-out figures.
 
-    studio = Studio(wrapped, model, tokenizer, plan, asked, settings)
-    with studio.open(): images = studio.draw(items, numbers)
+    studio = Studio(wrapped, model, tokenizer, plan, sampling)
+    with studio.open(): images = studio.draw(asked, items, seed, numbers)
     step = GroupStep(studio, …)                                     # Phase.loss
     held_out = HeldOutRewards(studio, …)                            # Job.validate
 
@@ -9,11 +9,12 @@ Image i of step s is drawn with the noise of (seed, s · images a step + i): the
 """
 
 import json
+import math
 import os
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -36,6 +37,7 @@ from language.prompts import PromptFeatures, read_prompts
 from tokenizer.base import Tokenizer
 from utils.files import write_json
 from utils.images import make_grid
+from utils.origin import require_same
 from utils.rng import item_seed
 from utils.runs import checkpoints_in
 from utils.training.parallel import Parallel
@@ -116,7 +118,7 @@ class Drawn:
 class Studio:
     """Drawing with a model in training, by the project's own decode loop.
 
-    wrapped: the model's loss, laid over the processes by `plan`. asked: what there is to draw.
+    wrapped: the model's loss, laid over the processes by `plan`.
     """
 
     wrapped: nn.Module
@@ -184,15 +186,15 @@ class GroupStep:
         loss, figures = self.studio.wrapped(
             drawn.codes, drawn.cond, advantages, prefix_mask=drawn.prefix_mask, orders=drawn.orders
         )
-        spread = total.view(-1, size).std(1)
+        groups = total.view(-1, size)
         figures |= {
             "reward": total.mean(),
-            "reward_sd": spread.mean(),
-            "groups_without_spread": (spread == 0).float().mean(),
+            "reward_sd": groups.std(1).mean(),
+            "groups_without_spread": (groups.amax(1) == groups.amin(1)).float().mean(),
             "diversity": torch.tensor(diversity(drawn.pixels, size)),
         }
         if len(self.rewards) > 1:
-            means = found.nanmean(0).nan_to_num()
+            means = found.nan_to_num().mean(0)  # of rewards that do not apply too, so that batches of any size add up
             figures |= {f"reward_{one.name}": mean for one, mean in zip(self.rewards, means, strict=True)}
         return loss, {"loss": loss} | {name: value.to(loss.device) for name, value in figures.items()}
 
@@ -221,16 +223,20 @@ class HeldOutRewards:
             self.real = self._features(self._real_images(args.val_code_path))
 
     def begin(self, trainer: Trainer) -> None:
-        """Measure the model that a new run begins with. Every process calls it together."""
+        """Measure the model that a run begins with, or is resumed with where it was killed before it was measured.
+
+        Every process calls it together.
+        """
         self.trainer = trainer
-        if trainer.step:
+        due = trainer.step % self.args.ckpt_every == 0 or trainer.step == trainer.total_steps
+        if not due or self.dist.broadcast(self._record().get("measured", -1)) >= trainer.step:
             return
-        with self.studio.open():
+        with trainer.ema.applied() if trainer.ema else nullcontext(), self.studio.open():
             values = self.figures()
         words = ", ".join(f"{name}: {value:.4f}" for name, value in values.items())
-        trainer.log.info(f"(step=0000000) {words}, before training")
-        trainer.log.scalars(0, values)
-        self._record(0, values["val_reward"])
+        trainer.log.info(f"(step={trainer.step:07d}) {words}" + ("" if trainer.step else ", before training"))
+        trainer.log.scalars(trainer.step, values)
+        self._keep_best(values["val_reward"])
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         values = self.figures()
@@ -246,7 +252,7 @@ class HeldOutRewards:
         weights = np.array([reward.weight for reward in self.rewards])
         values = {"val_reward": float(np.nansum(rewards * weights, axis=1).mean())}
         if len(self.rewards) > 1:
-            means = torch.from_numpy(rewards).nanmean(0).nan_to_num().tolist()
+            means = np.nan_to_num(rewards).mean(0).tolist()
             values |= {f"val_reward_{reward.name}": mean for reward, mean in zip(self.rewards, means, strict=True)}
         values["val_diversity"] = float(np.average([part[1] for part in parts], weights=[len(p[0]) for p in parts]))
         if self.real is not None:
@@ -261,13 +267,18 @@ class HeldOutRewards:
         for start in range(self.dist.rank * self.at_once, -(-self.groups // stride) * stride, stride):
             groups = range(start, min(start + self.at_once, self.groups))
             images = [group * self.size + i for group in groups or [0] for i in range(self.size)]
-            items = [image // self.size % len(self.asked) for image in images]
+            items = [self._item(image // self.size) for image in images]
             drawn = self.studio.draw(self.asked, items, self.seed, images)
             if groups:
                 rewards = rewards_of(self.rewards, drawn.pixels, self.asked.told(items))
                 features = None if self.real is None else self._features(drawn.pixels)
                 found.append((rewards, diversity(drawn.pixels, self.size), features))
         return found
+
+    def _item(self, group: int) -> int:
+        """Return what a group is asked for: in turn, or evenly spread where there are more things than groups."""
+        asked = len(self.asked)
+        return group % asked if self.groups >= asked else group * asked // self.groups
 
     def pictures(self, model: nn.Module) -> dict[str, np.ndarray]:
         """Return a grid of the first held-out images: Job.sample."""
@@ -280,10 +291,16 @@ class HeldOutRewards:
 
     def _real_images(self, path: str) -> np.ndarray:
         """Return held-out images as the tokenizer gives them back, at most as many as are drawn."""
-        data = open_codes(path, random_view=False)
-        places = np.linspace(0, len(data) - 1, min(len(data), self.args.val_images)).round().astype(int)
+        args, tokenizer = self.args, self.studio.tokenizer
+        data = open_codes(path, args.image_size, args.downsample_size, random_view=False)
+        ours, theirs = {"tokenizer": tokenizer.fingerprint()}, vars(data.settings) if data.settings else {}
+        names = "--gpt-ckpt's tokenizer", f"--val-code-path {path}"
+        require_same(ours, theirs, ("tokenizer",), names, "give codes of that tokenizer")
+        places = np.linspace(0, len(data) - 1, min(len(data), args.val_images)).round().astype(int)
         codes = torch.stack([torch.as_tensor(data[int(place)]["codes"]) for place in places])
-        return decode_codes(self.studio.tokenizer, codes)
+        if codes.max() >= tokenizer.codebook_size:
+            raise ValueError(f"{path} has the code {codes.max()}, and the tokenizer {tokenizer.codebook_size} codes")
+        return decode_codes(tokenizer, codes)
 
     # The best checkpoint
 
@@ -291,26 +308,30 @@ class HeldOutRewards:
     def _file(self) -> Path:
         return self.trainer.run.folder / "best.json"
 
-    def _record(self, step: int, value: float) -> None:
-        if self.dist.is_main:
-            write_json(self._file, {"step": step, "val_reward": value})
+    def _record(self) -> dict[str, Any]:
+        """Return the best step, its reward, and the last step that was measured; nothing where none was."""
+        record = json.loads(self._file.read_text()) if self._file.exists() else {}
+        return {"measured": self.trainer.step} | record if record else {}  # an earlier edition's has no such entry
 
     def _keep_best(self, value: float) -> None:
         """Copy the checkpoint of this step where its reward is the highest so far. Every process calls it together."""
         trainer = self.trainer
         trainer.saver.wait()  # until it is written
-        if not self.dist.is_main or json.loads(self._file.read_text())["val_reward"] >= value:
+        if not self.dist.is_main:
             return
-        store = trainer.run.stores[0]
-        for path in checkpoints_in(store):
-            if int(path.stem) == trainer.step:
-                try:
-                    keep_copy(path, store / "best")
-                    self._record(trainer.step, value)
-                except OSError as error:
-                    trainer.log.warning(f"could not keep {path} as {store / 'best'} ({error}); training continues")
-                else:
+        record, step, store = self._record(), trainer.step, trainer.run.stores[0]
+        found = [path for path in checkpoints_in(store) if int(path.stem) == step]
+        try:
+            if value > record.get("val_reward", -math.inf) and (found or not step):
+                record |= {"step": step, "val_reward": value}
+                if found:
+                    keep_copy(found[0], store / "best")
                     trainer.log.info(f"best so far: {store / 'best'} (val_reward {value:.4f})")
+            write_json(self._file, record | {"measured": step})
+        except OSError as error:
+            trainer.log.warning(
+                f"could not keep the checkpoint of step {step} in {store / 'best'} ({error}); training continues"
+            )
 
 
 def keep_copy(path: Path, folder: Path) -> None:

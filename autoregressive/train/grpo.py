@@ -22,7 +22,7 @@ from tokenizer.load import load_tokenizer
 from utils.checkpoint import Checkpoint, read_checkpoint, weights_fingerprint
 from utils.distributed import Distributed, start
 from utils.origin import origin, require_encoder, require_same
-from utils.runs import find_checkpoint
+from utils.runs import find_checkpoint, runs_in
 from utils.training.optim import adamw
 from utils.training.order import fit_batch
 from utils.training.parallel import Parallel, materialize
@@ -64,8 +64,10 @@ def train_by_rewards(args: argparse.Namespace) -> None:
     reference = None
     if args.beta and not lora:
         reference = saved if reference_path == path else weights_of(reference_path, False)
+        other = gpt_identity(reference, image_size=args.image_size, downsample_size=args.downsample_size)
+        keys, names = ("tokenizer", "layout"), (str(path), str(reference_path))
         require_same(
-            saved.config, reference.config, ("tokenizer",), (str(path), str(reference_path)), "give one of them"
+            {**saved.config, **model.args.identity}, {**reference.config, **other}, keys, names, "give one of them"
         )
     config = {**saved.config, **origin(tokenizer=tokenizer.fingerprint()), **model.args.identity, "objective": "grpo"}
     config.pop("reference", None)
@@ -190,7 +192,9 @@ def what_to_ask(args: argparse.Namespace, model: Trunk, saved: Checkpoint) -> tu
     require_encoder(saved.config, train.features.store.encoder, f"--t5-feat-path {args.t5_feat_path}")
     if not args.val_prompt_csv:
         return train, train
-    return train, Prompts(args.val_prompt_csv, args.val_t5_feat_path, dim)
+    held_out = Prompts(args.val_prompt_csv, args.val_t5_feat_path, dim)
+    require_encoder(saved.config, held_out.features.store.encoder, f"--val-t5-feat-path {args.val_t5_feat_path}")
+    return train, held_out
 
 
 def set_length(args: argparse.Namespace, asked: Asked, dist: Distributed) -> list[str]:
@@ -199,7 +203,8 @@ def set_length(args: argparse.Namespace, asked: Asked, dist: Distributed) -> lis
         raise ValueError(
             f"--group-size must be 2 or more, got {args.group_size}: images are compared within their group"
         )
-    notes = fit_batch(args, len(asked), dist.world_size)
+    runs = runs_in(args.results_dir, args.gpt_model) if args.resume else []
+    notes = fit_batch(args, len(asked), dist.world_size, runs[0].flags() if runs else None)
     if args.epochs is None:
         args.max_steps = args.max_steps or STEPS
         args.epochs = -(-args.max_steps // max(len(asked) // args.global_batch_size, 1))

@@ -74,10 +74,7 @@ class Reward:
 
     def __call__(self, images: np.ndarray, asked: Asked) -> np.ndarray:
         """Return the rewards of images, float64 (B,). Raises ValueError where the function fails or returns something else."""
-        try:
-            found = np.asarray(REWARDS[self.name](images, asked, **self.settings), np.float64)
-        except Exception as error:  # a user's code raises whatever it meets
-            raise ValueError(f"the reward {self.name} failed: {error} ({type(error).__name__})") from error
+        found = _call(f"reward {self.name}", REWARDS[self.name], images, asked, **self.settings)
         if found.shape != (len(images),):
             raise ValueError(
                 f"the reward {self.name} returned the shape {found.shape} for {len(images)} images: return a number for each"
@@ -105,15 +102,23 @@ def rewards_of(rewards: Sequence[Reward], images: np.ndarray, asked: Asked) -> n
 
 def features_of(name: str, images: np.ndarray) -> np.ndarray:
     """Return a registered kind of features of images, (B, D). Raises ValueError where the function fails or returns something else."""
-    try:
-        found = np.asarray(FEATURES[name](images), np.float64)
-    except Exception as error:  # a user's code raises whatever it meets
-        raise ValueError(f"the features {name} failed: {error} ({type(error).__name__})") from error
+    found = _call(f"features {name}", FEATURES[name], images)
     if found.ndim != 2 or len(found) != len(images):
         raise ValueError(
             f"the features {name} have the shape {found.shape} for {len(images)} images: return a row for each"
         )
     return found
+
+
+def _call(name: str, function: Callable[..., Any], images: np.ndarray, *more: Any, **settings: Any) -> np.ndarray:
+    """Return what a user's function makes of a copy of the images, float64, without gradients and training's autocast."""
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            found = function(images.copy(), *more, **settings)
+        found = found.detach().cpu().double() if isinstance(found, torch.Tensor) else found
+        return np.asarray(found).astype(np.float64, casting="same_kind")
+    except Exception as error:  # a user's code raises whatever it meets
+        raise ValueError(f"the {name} failed: {' '.join(str(error).split())} ({type(error).__name__})") from error
 
 
 # Built in

@@ -1,6 +1,7 @@
 """Rewards of the tests, for --import."""
 
 import numpy as np
+import torch
 
 from autoregressive.train.rewards import features, reward
 
@@ -24,6 +25,21 @@ def of_shape(images, asked, shape=1):
 @reward("constant")
 def constant(images, asked, value=0.5):
     return [float(value)] * len(images)
+
+
+@reward("of_kind")
+def of_kind(images, asked, kind="complex"):
+    images[:] = 0  # which no other reward sees
+    kinds = {
+        "complex": np.full(len(images), 1 + 2j),
+        "words": ["0.5"] * len(images),
+        "tensor": torch.ones(len(images), dtype=torch.bfloat16, requires_grad=True) * 0.5,
+        "bool": np.ones(len(images), bool),
+        "state": [torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")] * len(images),
+    }
+    if kind not in kinds:
+        raise RuntimeError(f"no kind\nis {kind}")
+    return kinds[kind]
 
 
 @reward("of_even_classes")

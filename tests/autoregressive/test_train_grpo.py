@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from argparse import Namespace
 from collections import Counter
 
@@ -11,9 +12,12 @@ import torch
 
 from autoregressive.models.gpt import GPT_models
 from autoregressive.pipeline import ImagePipeline
+from autoregressive.released import find_identity
 from autoregressive.train import train_grpo
-from autoregressive.train.draws import diversity
+from autoregressive.train.draws import HeldOutRewards, diversity
 from autoregressive.train.rewards import Reward, rewards_of
+from dataset.lines import CaptionLines, record_lines
+from language.prompts import PromptList
 from tests.evaluations.test_t2i import make_small_clip
 from tests.helpers import ROOT, randomize
 from tests.text_training import DIM, TOKENS, make_features
@@ -111,7 +115,7 @@ def test_run_raises_its_reward_keeps_the_best_and_leaves_an_ordinary_file(files,
     (kept,) = (path.parent / "best").iterdir()
     assert int(kept.stem) == best
     record = json.loads((run_folder(tmp_path) / "best.json").read_text())
-    assert record == {"step": best, "val_reward": held_out[best]}
+    assert record == {"step": best, "val_reward": held_out[best], "measured": 6}
     assert len(list((run_folder(tmp_path) / "samples").glob("*.png"))) == 3
 
     saved = read_checkpoint(path)
@@ -132,6 +136,7 @@ def test_images_of_a_step_are_those_of_the_pipeline_with_its_seed_and_numbers(fi
 
     monkeypatch.setattr(draws.Studio, "draw", watched)
     train(files, tmp_path, "--max-steps", 1, "--global-seed", 3)
+    assert seen[0][0] == [0] * 4 + [2] * 4  # held-out images are of classes spread over all of them
     items, _, numbers, codes = next(each for each in seen if each[1] == 3)
     assert numbers == range(16) and sorted(Counter(items).items()) == [(label, 4) for label in range(CLASSES)]
     pipeline = ImagePipeline.from_pretrained(files / "gpt.pt", vq=files / "vq.pt", device="cpu")
@@ -149,6 +154,38 @@ def test_run_resumed_ends_with_the_same_bits(files, tmp_path):
         train(files, tmp_path / "parts", "--max-steps", 5, "--resume", "--reference", newest(tmp_path / "whole"))
 
 
+def test_run_resumed_without_its_batch_size_keeps_it(files, tmp_path, monkeypatch):
+    train(files, tmp_path, "--max-steps", 1, "--global-batch-size", 2)
+    place = BASE.index("--global-batch-size")
+    monkeypatch.setattr(f"{__name__}.BASE", BASE[:place] + BASE[place + 2 :])
+    assert load(train(files, tmp_path, "--max-steps", 2, "--resume"))["args"].global_batch_size == 2
+
+
+def test_run_killed_before_its_held_out_figures_is_measured_where_it_resumes(files, tmp_path, monkeypatch):
+    more = ["--max-steps", 3, "--ckpt-every", 2, "--ema"]
+    train(files, tmp_path / "whole", *more)
+    for killed_at in (2, 3):
+        original = HeldOutRewards.__call__
+
+        def dies(self, model, killed_at=killed_at, original=original):
+            assert self.trainer.step < killed_at, "killed"
+            return original(self, model)
+
+        monkeypatch.setattr(HeldOutRewards, "__call__", dies)
+        with pytest.raises(AssertionError, match="killed"):
+            train(files, tmp_path / "parts", *more, "--resume")
+        monkeypatch.undo()
+    train(files, tmp_path / "parts", *more, "--resume")
+    whole, parts = (
+        (metrics(folder, "val_reward"), (run_folder(folder) / "best.json").read_text())
+        for folder in (tmp_path / "whole", tmp_path / "parts")
+    )
+    assert whole == parts and whole[0].keys() == {0, 2, 3}
+    (run_folder(tmp_path / "parts") / "best.json").unlink()  # moved without it
+    train(files, tmp_path / "parts", "--max-steps", 4, "--ckpt-every", 2, "--resume")
+    assert json.loads((run_folder(tmp_path / "parts") / "best.json").read_text())["measured"] == 4
+
+
 def test_equal_rewards_leave_the_weights_where_they_are(files, tmp_path):
     path = train(files, tmp_path, "--max-steps", 2, rewards=("constant",))
     assert same(load(path)["model"], load(files / "gpt.pt")["model"])
@@ -156,9 +193,15 @@ def test_equal_rewards_leave_the_weights_where_they_are(files, tmp_path):
 
 
 def test_reward_that_applies_to_some_images_counts_0_for_the_others(files, tmp_path):
-    train(files, tmp_path, "--max-steps", 1, rewards=("of_even_classes,weight=4", "constant"))
-    assert metrics(tmp_path, "reward")[1] == pytest.approx(0.5 + 4 * 0.5)
-    assert metrics(tmp_path, "reward_of_even_classes")[1] == 1
+    for parts in (1, 4):  # a part without a class that it applies to counts too
+        more, results = ["--max-steps", 1, "--gradient-accumulation-steps", parts], tmp_path / str(parts)
+        train(files, results, *more, rewards=("of_even_classes,weight=4", "constant"))
+        assert metrics(results, "reward")[1] == pytest.approx(0.5 + 4 * 0.5)
+        assert (
+            metrics(results, "reward_of_even_classes")[1]
+            == metrics(results, "val_reward_of_even_classes")[1] / 2
+            == 0.5
+        )
 
 
 @pytest.mark.slow
@@ -242,11 +285,40 @@ def test_flags_that_do_not_go_together_are_refused(files, tmp_path, flags, messa
     assert not list(tmp_path.iterdir())
 
 
+def test_codes_of_other_images_or_of_another_tokenizer_are_refused(files, tmp_path):
+    codes, labels = np.full((4, 1, 64), CODES - 1), np.arange(4)
+    make_codes(tmp_path / "large", codes, labels, image_size=32, vocab=CODES, classes=CLASSES)
+    make_codes(tmp_path / "many", codes[..., :PLACES] + 1, labels, image_size=16, vocab=2 * CODES, classes=CLASSES)
+    make_codes(tmp_path / "other", codes[..., :PLACES], labels, image_size=16, vocab=CODES, classes=CLASSES)
+    index = tmp_path / "other" / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"tokenizer": "0" * 32}))
+    for name, message in (("large", "image-size 32"), ("many", "has the code 64"), ("other", "do not belong together")):
+        with pytest.raises(ValueError, match=message):
+            train(files, tmp_path / "run", "--val-code-path", tmp_path / name)
+
+
+def test_held_out_features_of_another_encoder_are_refused(files, tmp_path):
+    shutil.copytree(files / "features", tmp_path / "features")
+    saved = load(files / "text.pt") | {"config": {"text_encoder": "1" * 32}}
+    torch.save(saved, tmp_path / "text.pt")
+    lines = CaptionLines(PromptList(files / "prompts.txt", PROMPTS), CaptionLines.kind_of("blip", False), "2" * 32)
+    record_lines(tmp_path / "features" / "prompts", lines, 0, range(len(PROMPTS)), made=range(len(PROMPTS)))
+    prompts = ["--prompt-csv", files / "prompts.txt", "--t5-feat-path", files / "features"]
+    held_out = ["--val-prompt-csv", files / "prompts.txt", "--val-t5-feat-path", tmp_path / "features"]
+    with pytest.raises(ValueError, match=r"--val-t5-feat-path .* is of 2222"):
+        train(files, tmp_path / "run", *prompts, *held_out, gpt=tmp_path / "text.pt")
+
+
 def test_models_that_do_not_fit_are_refused(files, tmp_path):
     with pytest.raises(ValueError, match="draws from text: give --prompt-csv FILE and --t5-feat-path FOLDER"):
         train(files, tmp_path, gpt="text.pt")
     with pytest.raises(ValueError, match=r"other\.pt"):
         train(files, tmp_path, "--reference", files / "other.pt")
+    identity = find_identity(read_checkpoint(files / "gpt.pt"))
+    patches = identity | {"layout": {"name": "patches", "side": 2, "grid_size": 4}}  # of the same weights
+    torch.save({"model": load(files / "gpt.pt")["model"], "config": patches}, tmp_path / "patches.pt")
+    with pytest.raises(ValueError, match="do not belong together: layout"):
+        train(files, tmp_path, "--reference", tmp_path / "patches.pt")
     with pytest.raises(ValueError, match="looks like a VQ image tokenizer"):
         train(files, tmp_path, gpt="vq.pt")
 
@@ -264,6 +336,28 @@ def test_rewards_of_several_functions_stand_side_by_side():
     images, asked = np.zeros((2, 4, 4, 3), np.uint8), {"text": ["a", "b"], "label": np.array([0, 1])}
     found = rewards_of([Reward("constant"), Reward("of_even_classes")], images, asked)
     np.testing.assert_equal(found, [[0.5, 1], [0.5, np.nan]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("tensor", 0.5),
+        ("bool", 1),
+        ("state", 0),
+        ("complex", "Cannot cast array data from dtype"),
+        ("words", "Cannot cast array data from dtype"),
+        ("none", "no kind is none"),
+    ],
+)
+def test_reward_is_given_a_copy_without_gradients_and_autocast_and_returns_numbers(kind, value):
+    images = np.full((2, 4, 4, 3), 7, np.uint8)
+    with torch.autocast("cpu", torch.bfloat16):
+        if isinstance(value, str):
+            with pytest.raises(ValueError, match=f"the reward of_kind failed: {value}"):
+                Reward("of_kind", settings={"kind": kind})(images, {})
+        else:
+            assert Reward("of_kind", settings={"kind": kind})(images, {}).tolist() == [value] * 2
+    assert (images == 7).all()
 
 
 def test_features_that_are_no_rows_end_the_run_in_one_line(files, tmp_path):
