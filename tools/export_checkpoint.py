@@ -40,11 +40,11 @@ def main(args: argparse.Namespace) -> None:
         steps, flags, config = read.record["steps"], read.record["args"], read.record.get("config", {})
     else:
         read = kept(read)
-        model, ema, steps, flags, config = read.model, read.ema, read.steps, read.args, read.config
+        model, ema, steps, flags, config = dict(read.model), read.ema, read.steps, read.args, read.config
     if args.use_ema or (config.get("averaged") and ema is not None and args.format != "pt"):
         if ema is None:
             raise ValueError(f"{source} has no averaged weights; leave out --use-ema")
-        model, ema = ema, None
+        model, ema = dict(ema), None
     beside = _beside(source, args.format, args.use_ema)
     target = Path(args.output) if args.output else beside
     if args.output and target.is_dir():
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
     if target.exists() and target.samefile(source):
         raise ValueError(f"{target} is the checkpoint itself: give another --output")
     if args.format == "pt":
-        averaged = {} if ema is None else {"ema": ema}
+        averaged = {} if ema is None else {"ema": dict(ema)}
         save_checkpoint(target, {"model": model, **averaged, "steps": steps, "args": flags, "config": config})
     elif args.format == "consolidated":
         save_bare_weights(target, model, config)

@@ -27,7 +27,7 @@ from utils import lora
 from utils.files import atomic_write
 from utils.runs import find_checkpoint
 
-State = dict[str, torch.Tensor]
+State = Mapping[str, torch.Tensor]
 AVERAGED_ENTRIES = ("ema", "ema_model", "model_ema", "ema_state_dict")
 WEIGHTS_ENTRIES = ("model", "module", "state_dict", "model_state_dict", *AVERAGED_ENTRIES)
 # Where a folder keeps weights: this project's and FSDP's, transformers', diffusers'; an index lists the shards beside it.
@@ -144,8 +144,8 @@ def _add_base(checkpoint: Checkpoint) -> None:
         )
     scale = settings["alpha"] / settings["rank"]
     try:
-        checkpoint.model = lora.merged(base.model, checkpoint.model, scale)
-        checkpoint.ema = checkpoint.ema and lora.merged(base.model, checkpoint.ema, scale)
+        checkpoint.model = lora.Sums(base.model, checkpoint.model, scale)
+        checkpoint.ema = checkpoint.ema and lora.Sums(base.model, checkpoint.ema, scale)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from error
     checkpoint.config = base.config | config

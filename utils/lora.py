@@ -8,7 +8,7 @@ LoRA (arXiv 2106.09685, section 4.1).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,26 +77,36 @@ def in_file(name: str) -> str:
     return _PREFIX + name.removeprefix(_PREFIX).replace(".default.", ".")
 
 
-def merged(
-    base: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor], scale: float
-) -> dict[str, torch.Tensor]:
-    """Return the base's weights W + scale * B @ A, and in place of its own those that the adapter has whole.
+class Sums(Mapping[str, torch.Tensor]):
+    """Weights W + scale * B @ A of a base and an adapter, and in place of the base's own those that the adapter has whole.
 
-    adapter: under the names of a file or of a model in training. Sums are taken in float32, results have the base's dtype.
-    Raises ValueError where the adapter has no place in the base.
+    base, adapter: by name; the adapter's under the names of a file or of a model in training. A sum is computed when it is
+    asked for, in float32, and has the base's dtype. Raises ValueError where the adapter has no place in the base.
     """
-    found = {in_file(name).removeprefix(_PREFIX): tensor for name, tensor in adapter.items()}
-    result = dict(base)
-    for name, tensor in found.items():
-        if name.endswith(_SECOND):
-            continue
-        if not name.endswith(_FIRST):
-            result[name] = tensor
-            continue
-        target, second = name.removesuffix(_FIRST) + ".weight", found.get(name.removesuffix(_FIRST) + _SECOND)
-        weight = base.get(target)
-        if weight is None or second is None or weight.shape != (len(second), tensor.shape[1]):
-            of = "none" if weight is None else f"one of {tuple(weight.shape)}"
-            raise ValueError(f"the adapter adds to {target}, and the base has {of}: give the base it was trained on")
-        result[target] = weight.float().addmm(second.float(), tensor.float(), alpha=scale).to(weight.dtype)
-    return result
+
+    def __init__(self, base: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor], scale: float):
+        found = {in_file(name).removeprefix(_PREFIX): tensor for name, tensor in adapter.items()}
+        self.whole = {**base, **{name: x for name, x in found.items() if not name.endswith((_FIRST, _SECOND))}}
+        self.scale, self.pairs = scale, {}
+        for name, first in found.items():
+            if not name.endswith(_FIRST):
+                continue
+            target, second = name.removesuffix(_FIRST) + ".weight", found.get(name.removesuffix(_FIRST) + _SECOND)
+            weight = base.get(target)
+            if weight is None or second is None or weight.shape != (len(second), first.shape[1]):
+                of = "none" if weight is None else f"one of {tuple(weight.shape)}"
+                raise ValueError(f"the adapter adds to {target}, and the base has {of}: give the base it was trained on")
+            self.pairs[target] = second, first
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = self.whole[name]
+        if name not in self.pairs:
+            return weight
+        second, first = self.pairs[name]
+        return weight.float().addmm(second.float(), first.float(), alpha=self.scale).to(weight.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.whole)
+
+    def __len__(self) -> int:
+        return len(self.whole)
