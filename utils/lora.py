@@ -95,7 +95,9 @@ class Sums(Mapping[str, torch.Tensor]):
             weight = base.get(target)
             if weight is None or second is None or weight.shape != (len(second), first.shape[1]):
                 of = "none" if weight is None else f"one of {tuple(weight.shape)}"
-                raise ValueError(f"the adapter adds to {target}, and the base has {of}: give the base it was trained on")
+                raise ValueError(
+                    f"the adapter adds to {target}, and the base has {of}: give the base it was trained on"
+                )
             self.pairs[target] = second, first
 
     def __getitem__(self, name: str) -> torch.Tensor:
