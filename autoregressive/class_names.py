@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from autoregressive.pipeline import shorten
+from utils.errors import beginning
 
 _IMAGENET = Path(__file__).resolve().parent / "serve" / "imagenet_classes.json"
 
@@ -92,7 +92,7 @@ def find_class(asked: str | int | None, names: Sequence[str]) -> int:
         hint = f"; the model's classes are {', '.join(close)}{', …' if len(names) > len(close) else ''}"
     else:
         hint = f"; close to it: {', '.join(close)}" if close else f"; the model has classes 0 to {len(names) - 1}"
-    raise ValueError(f"no class is called {shorten(text)!r}{hint}")
+    raise ValueError(f"no class is called {beginning(text)!r}{hint}")
 
 
 _SPACES = str.maketrans("_-", "  ")
@@ -106,5 +106,5 @@ def _folded(name: str) -> str:
 def _only(labels: list[int], text: str, names: Sequence[str]) -> int:
     if len(labels) > 1:
         listed = " and ".join(class_choice(label, names[label]) for label in labels)
-        raise ValueError(f"{shorten(text)!r} names the classes {listed}: give the exact spelling or the number")
+        raise ValueError(f"{beginning(text)!r} names the classes {listed}: give the exact spelling or the number")
     return labels[0]

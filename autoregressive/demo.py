@@ -19,8 +19,8 @@ from typing import Any
 import httpx
 
 from autoregressive.class_names import class_choice, find_class
-from autoregressive.pipeline import shorten
 from autoregressive.serve.engine import ModelInfo
+from utils.errors import beginning
 
 MOST_IMAGES = 16
 PREVIEWS = 6  # at most, of an image
@@ -103,7 +103,7 @@ class Painter:
         if missing := [name for name, value in settings.items() if value is None]:
             raise ValueError(f"no value is given for {missing[0].replace('_', ' ')}")
         if self.info.kind == "t2i":
-            what, body = shorten(str(asked or "")), {"prompt": str(asked or "")}
+            what, body = beginning(str(asked or "")), {"prompt": str(asked or "")}
         else:
             label = find_class(asked, self.info.classes)
             what, body = class_choice(label, self.info.classes[label]), {"class_label": label}
@@ -220,7 +220,7 @@ def refusal(body: bytes) -> str:
     try:
         return json.loads(body)["error"]["message"]
     except (ValueError, LookupError, TypeError):
-        return shorten(body.decode(errors="replace").strip(), 200) or "nothing"
+        return beginning(body.decode(errors="replace").strip(), 200) or "nothing"
 
 
 def error_html(error: BaseException | str) -> str:

@@ -44,7 +44,7 @@ from tokenizer.base import Tokenizer
 from tokenizer.load import find_tokenizer, load_tokenizer
 from utils.checkpoint import has_averages, load_into, read_checkpoint
 from utils.distributed import pick_device
-from utils.errors import is_out_of_memory, require_whole
+from utils.errors import beginning, is_out_of_memory, require_whole
 from utils.hub import is_released
 from utils.images import open_picture, require_eight_bits, to_uint8
 from utils.origin import same_tokenizer
@@ -301,11 +301,11 @@ class ImagePipeline:
 
     def save_pretrained(self, folder: str | Path, *, license: str | None = None) -> None:
         """Write both models, and for text the T5 or its name, to a folder that from_pretrained takes (folder.py:save)."""
-        import_module("autoregressive.folder").save(self, folder, license=license)
+        import_module("autoregressive.saving").save(self, folder, license=license)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, license: str | None = None) -> str:
         """Write what save_pretrained does to a repository of the hub. Returns the commit's address."""
-        return import_module("autoregressive.folder").push(self, repo_id, private=private, license=license)
+        return import_module("autoregressive.saving").push(self, repo_id, private=private, license=license)
 
     def __call__(
         self,
@@ -748,7 +748,7 @@ def control_of(picture: Picture, kind: str | None = None) -> ControlImage:
 def as_list(asked: Any) -> list:
     """Return the items of a list, an array or a tensor."""
     if isinstance(asked, str | Path) or not (hasattr(asked, "__len__") and hasattr(asked, "__getitem__")):
-        raise ValueError(f"give a list, one item for each image, not {shorten(repr(asked))}")
+        raise ValueError(f"give a list, one item for each image, not {beginning(repr(asked))}")
     return list(asked)
 
 
@@ -808,8 +808,3 @@ def warn_of_long_features(lengths: Sequence[tuple[int, int]], rows: int) -> None
             f"{listed}",
             stacklevel=3,
         )
-
-
-def shorten(text: str, length: int = 60) -> str:
-    """The text's beginning, for a message."""
-    return text if len(text) <= length else text[: length - 1] + "…"

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from autoregressive.pipeline import ImagePipeline, TextEncoder, as_list, shorten
+from autoregressive.pipeline import ImagePipeline, TextEncoder, as_list
 from language import t5
 from language.captions import clean_caption
+from utils.errors import beginning
 from utils.origin import require_encoder
 
 
@@ -34,10 +35,10 @@ def encode(pipeline: ImagePipeline, prompts: Sequence[str], *, progress: bool = 
         try:
             encoded[text] = pipeline.text.read(features)
         except ValueError as error:
-            raise ValueError(f"prompt {shorten(text)!r}: {error}") from error
+            raise ValueError(f"prompt {beginning(text)!r}: {error}") from error
     full = [text for text, features in encoded.items() if len(features) >= pipeline.t5_tokens]
     if full:
-        listed = ", ".join(repr(shorten(text)) for text in full[:3]) + (", …" if len(full) > 3 else "")
+        listed = ", ".join(repr(beginning(text)) for text in full[:3]) + (", …" if len(full) > 3 else "")
         warnings.warn(
             f"{len(full)} of {len(encoded)} prompts fill all {pipeline.t5_tokens} text tokens, and what stands behind "
             f"them is not read: {listed}",
@@ -75,6 +76,6 @@ def check_prompts(prompts: Sequence[str], cleaned: bool = True) -> None:
             raise ValueError(f"prompt {i} (from 0) is blank: write what to draw")
         if cleaned and not clean_caption(prompt):
             raise ValueError(
-                f"prompt {i} (from 0), {shorten(prompt)!r}, is blank once it is cleaned as captions were in training, without "
+                f"prompt {i} (from 0), {beginning(prompt)!r}, is blank once it is cleaned as captions were in training, without "
                 "web addresses, file names, Chinese characters and the like: write what to draw"
             )

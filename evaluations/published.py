@@ -12,14 +12,9 @@ import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from utils.cli import grid_size
 from utils.download import download
 from utils.hub import NAR_OWNERS, RELEASED, WEIGHTS
-
-if TYPE_CHECKING:
-    from autoregressive.models.gpt import ModelArgs
 
 REFERENCE, REFERENCE_512, REFERENCE_IMAGES = "VIRTUAL_imagenet256_labeled.npz", "VIRTUAL_imagenet512.npz", 10_000
 GRAPH = "classify_image_graph_def.pb"
@@ -228,28 +223,3 @@ def find_file(name: str, given: str | Path | None = None) -> Path:
         return path
     home = next((folder for folder in (Path.cwd() / WEIGHTS, ROOT / WEIGHTS) if folder.is_dir()), Path.cwd() / WEIGHTS)
     return on_disk(name) or download(URLS[name], home / name, name)
-
-
-def gpt_args(settings: Mapping[str, Any]) -> "ModelArgs":
-    """Return the model that flags of sample_c2i_ddp.py describe, from their values or a sample folder's settings.json.
-
-    Raises ValueError for a size that is not known, KeyError where a setting is missing.
-    """
-    from autoregressive.models.gpt import ModelArgs
-    from autoregressive.models.sizes import GPT_SIZES
-
-    if settings["gpt_model"] not in GPT_SIZES:
-        raise ValueError(f"--gpt-model {settings['gpt_model']} is in no table; known are {', '.join(GPT_SIZES)}")
-    special = settings.get("spe_token_num")
-    group = settings.get("ar_token_num") or (1 if special is None else special + 1)
-    size = GPT_SIZES[settings["gpt_model"]].fields
-    codes = settings["codebook_size"] or size.pop("vocab_size")
-    return ModelArgs(
-        **size | {"vocab_size": codes},
-        block_size=grid_size(settings["image_size"], settings["downsample_size"]) ** 2,
-        num_classes=settings["num_classes"] or 1000,
-        cls_token_num=settings["cls_token_num"],
-        ar_token_num=group,
-        spe_token_num=group - 1,
-        layout={"name": name} if (name := settings.get("layout")) not in (None, "raster", "parallel") else None,
-    )

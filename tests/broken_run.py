@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from utils.cli import add_training_flags, flag_parser
+from utils.cli import flag_parser
 from utils.distributed import start
+from utils.training.flags import add_training_flags
 from utils.training.optim import adamw
 from utils.training.parallel import Parallel
 from utils.training.trainer import Job, Phase, Trainer

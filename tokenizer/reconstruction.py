@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset.augmentation import center_view
-from dataset.build import build_dataset
+from dataset.image_build import image_dataset
 from dataset.images import ImageDataset, present_batches
 from dataset.pixels import PUBLISHED, Reading, load_rgb
 from tokenizer.codecs import Codec, Loaded, Loader
@@ -224,7 +224,7 @@ def reconstruct_folder(args: argparse.Namespace, load: Loader) -> None:
     A batch of `args.per_proc_batch_size` goes to each process in turn. Images are the centre crops of `args.image_size`;
     where `args.image_size_eval` is another size, both sides are resized to it (see `round_trip`). A reference of that size
     is cropped from the files directly, so that rFID also counts what resizing does.
-    Raises ValueError for sizes that do not fit and for a folder made with other settings, and what `build_dataset` raises.
+    Raises ValueError for sizes that do not fit and for a folder made with other settings, and what `image_dataset` raises.
     """
     dist = start(args.device)
     loaded = load(args, dist, args.global_seed)
@@ -233,7 +233,7 @@ def reconstruct_folder(args: argparse.Namespace, load: Loader) -> None:
     console_logger("dataset", dist.is_main)
     name = f"{loaded.name}-{args.dataset}-size-{args.image_size}{loaded.details}-seed-{args.global_seed}"
     folder = Path(args.sample_dir) / (name if codec else f"val_{args.dataset}")
-    dataset = build_dataset(
+    dataset = image_dataset(
         args,
         transform=partial(center_view, image_size=args.image_size),
         unreadable="omit",

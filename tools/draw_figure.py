@@ -9,17 +9,19 @@ model whose samples it warned about is marked as not comparable.
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from autoregressive.models.settings import SamplingConfig
-from evaluations.published import FIGURES, LOWER_IS_BETTER, ROWS, Row, gpt_args
-from utils.cli import add_switch, flag_parser, run_script
+from evaluations.published import FIGURES, LOWER_IS_BETTER, ROWS, Row
+from utils.cli import add_switch, flag_parser, grid_size, run_script
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from autoregressive.models.gpt import ModelArgs
 
 # Samples that differ in one of these settings, or in their checkpoint, are on different lines.
 APART = (
@@ -110,6 +112,31 @@ def read_result(path: Path) -> Result:
         parameters = build_model(gpt_args(settings)).num_parameters
     figures = {name: report.get(name) for name in FIGURES}
     return Result(series, parameters, float(settings["cfg_scale"]), figures, not report.get("warnings"))
+
+
+def gpt_args(settings: Mapping[str, Any]) -> "ModelArgs":
+    """Return the model that flags of sample_c2i_ddp.py describe, from their values or a sample folder's settings.json.
+
+    Raises ValueError for a size that is not known, KeyError where a setting is missing.
+    """
+    from autoregressive.models.gpt import ModelArgs
+    from autoregressive.models.sizes import GPT_SIZES
+
+    if settings["gpt_model"] not in GPT_SIZES:
+        raise ValueError(f"--gpt-model {settings['gpt_model']} is in no table; known are {', '.join(GPT_SIZES)}")
+    special = settings.get("spe_token_num")
+    group = settings.get("ar_token_num") or (1 if special is None else special + 1)
+    size = GPT_SIZES[settings["gpt_model"]].fields
+    codes = settings["codebook_size"] or size.pop("vocab_size")
+    return ModelArgs(
+        **size | {"vocab_size": codes},
+        block_size=grid_size(settings["image_size"], settings["downsample_size"]) ** 2,
+        num_classes=settings["num_classes"] or 1000,
+        cls_token_num=settings["cls_token_num"],
+        ar_token_num=group,
+        spe_token_num=group - 1,
+        layout={"name": name} if (name := settings.get("layout")) not in (None, "raster", "parallel") else None,
+    )
 
 
 def lines_of(results: Sequence[Result]) -> dict[str, list[Result]]:

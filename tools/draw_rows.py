@@ -16,8 +16,9 @@ def main(args: argparse.Namespace) -> None:
     import numpy as np
 
     from autoregressive.sample.common import build_pipeline, class_requests, labels_to_draw
+    from tools.animation import animation_format, save_animation
     from utils.distributed import pick_device
-    from utils.images import animation_format, make_grid, save_animation
+    from utils.images import make_grid
 
     animation_format(args.output)
     pipeline, _, _ = build_pipeline(args, pick_device(args.device), args.batch_size)

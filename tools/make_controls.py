@@ -22,8 +22,8 @@ def main(args: argparse.Namespace) -> None:
     from autoregressive.models.canny import canny
     from dataset.arrays import write_arrays
     from dataset.augmentation import code_views
-    from dataset.build import build_dataset
     from dataset.codes import open_codes
+    from dataset.image_build import image_dataset
     from dataset.pixels import Reading, load_rgb
 
     codes = open_codes(args.code_path).sources[0]
@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> None:
     reading = Reading.recorded(settings.extra)
     asked = argparse.Namespace(dataset=settings.dataset, data_path=args.data_path)
     by_class = {"classes": settings.classes} if settings.classes else {}
-    lists = (build_dataset(asked, **by_class, order=order, reading=reading).images for order in ("natural", "text"))
+    lists = (image_dataset(asked, **by_class, order=order, reading=reading).images for order in ("natural", "text"))
     images = next((each for each in lists if settings.images in (None, each.identity())), None)
     if images is None:
         raise ValueError(f"--data-path {args.data_path} has other images than {args.code_path} was extracted from")

@@ -16,13 +16,13 @@ from utils.cli import (
     PORTION,
     add_gpt_flags,
     add_image_size_flags,
-    add_parallel_flags,
     flag_parser,
     grid_size,
     positive_float,
     positive_int,
     run_script,
 )
+from utils.training.flags import add_parallel_flags
 
 if TYPE_CHECKING:
     from autoregressive.models.trunk import ModelArgs

@@ -276,7 +276,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--num-samples", type=positive_int, default=None, help="the same as --num-fid-samples")
     steps.add_judge_flags(parser)
     parser.add_argument("--data-path", default=None, help="ImageNet's validation set, for the tokenizers' rows")
-    parser.add_argument("--dataset", default=None, help="kind of --data-path, as dataset/build.py names it")
+    parser.add_argument("--dataset", default=None, help="kind of --data-path, as dataset/image_build.py names it")
     parser.add_argument("--num-workers", type=nonnegative_int, default=None, help="loader processes for --data-path")
     parser.add_argument("--gpu", default=None, help="--dry-run: estimate for this accelerator of utils/flops.py")
     known = parser.parse_known_args

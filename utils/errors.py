@@ -48,3 +48,8 @@ def words_of(error: BaseException) -> str:
     if not text.startswith(f"Caught {type(error).__name__} in "):
         return text
     return text.rpartition(f"\n{type(error).__name__}: ")[2].strip()
+
+
+def beginning(text: str, length: int = 60) -> str:
+    """Return a text's beginning, for a message."""
+    return text if len(text) <= length else text[: length - 1] + "…"

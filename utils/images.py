@@ -108,29 +108,6 @@ def require_eight_bits(image: Image.Image, name: str) -> None:
         raise ValueError(f"{name} has pixels of mode {image.mode}: give a picture of 8 bits a channel")
 
 
-ANIMATIONS = (".gif", ".png", ".webp")
-
-
-def animation_format(path: str | Path) -> str:
-    """Return the format of an animation by its file's ending. Raises ValueError where it is none of ANIMATIONS."""
-    if (ending := Path(path).suffix) not in ANIMATIONS:
-        raise ValueError(f"--output {path} is no animation: give a name that ends in {', '.join(ANIMATIONS)}")
-    return ending[1:]
-
-
-def save_animation(
-    frames: Sequence[np.ndarray], path: str | Path, milliseconds: int, last: int, *, exact: bool = True
-) -> None:
-    """Write frames, uint8 (H, W, 3) each, that stay so many milliseconds, the last one `last`.
-
-    exact: of WebP; otherwise the file is small and the colours are near. A GIF has 256 colours a frame.
-    """
-    first, *others = (Image.fromarray(frame) for frame in frames)
-    times, kind = [milliseconds] * len(others) + [last], animation_format(path)
-    with atomic_write(path) as f:
-        first.save(f, kind, save_all=True, append_images=others, duration=times, loop=0, lossless=exact)
-
-
 def save_png(image: np.ndarray | Image.Image, path: str | Path) -> None:
     """Write a PNG, atomically (`is_whole_png` tells one that a power cut left short). image: uint8 (H, W, 3) or PIL."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)

@@ -43,8 +43,8 @@ def main(args: argparse.Namespace) -> None:
         require_whole_tokens,
     )
     from dataset.augmentation import code_view_names, code_views
-    from dataset.build import build_dataset
     from dataset.code_files import CodeWriter, ShardFolder, recorded_settings
+    from dataset.image_build import image_dataset
     from dataset.images import present_batches
     from dataset.pixels import Reading
     from tokenizer.load import load_tokenizer
@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--classes-of {args.classes_of} is not there or records no classes: give a folder of codes of class folders"
         )
-    dataset = build_dataset(
+    dataset = image_dataset(
         args,
         transform=partial(code_views, **views),
         unreadable="omit",

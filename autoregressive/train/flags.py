@@ -14,10 +14,8 @@ from utils.cli import (
     add_flag,
     add_gpt_flags,
     add_image_size_flags,
-    add_parallel_flags,
     add_store_true,
     add_switch,
-    add_training_flags,
     flag_parser,
     named_settings,
     nonnegative_float,
@@ -25,6 +23,7 @@ from utils.cli import (
     positive_float,
     positive_int,
 )
+from utils.training.flags import add_parallel_flags, add_training_flags
 
 
 def encoder_or_name(text: str) -> Any:

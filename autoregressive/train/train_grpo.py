@@ -16,10 +16,8 @@ from autoregressive.models.settings import SamplingConfig
 from utils.cli import (
     Number,
     add_flag,
-    add_parallel_flags,
     add_store_true,
     add_switch,
-    add_training_flags,
     flag_parser,
     named_settings,
     nonnegative_float,
@@ -27,6 +25,7 @@ from utils.cli import (
     positive_int,
     run_script,
 )
+from utils.training.flags import add_parallel_flags, add_training_flags
 
 
 def main(args: argparse.Namespace) -> None:

@@ -18,7 +18,6 @@ from utils.cli import (
     PROBABILITY,
     add_flag,
     add_image_size_flags,
-    add_parallel_flags,
     add_reading_flags,
     add_switch,
     add_tokenizer_flags,
@@ -29,6 +28,7 @@ from utils.cli import (
     run_script,
     untold,
 )
+from utils.training.flags import add_parallel_flags
 
 
 def main(args: argparse.Namespace) -> None:

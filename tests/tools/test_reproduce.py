@@ -16,13 +16,14 @@ from PIL import Image
 from autoregressive.models.build import build_model
 from autoregressive.sample import sample_c2i_ddp
 from evaluations import published
-from evaluations.published import REFERENCE, ROWS, find_file, find_row, gpt_args
+from evaluations.published import REFERENCE, ROWS, find_file, find_row
 from tests.helpers import GOLDEN, ROOT
 from tests.training import run_here
 from tokenizer.load import build_tokenizer
 from tokenizer.tokenizer_image import reconstruction_vq_ddp
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from tools import reproduce, steps, sweep_guidance
+from tools.draw_figure import gpt_args
 from utils import hub
 from utils.hub import RELEASED
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from utils import runs
-from utils.cli import add_training_flags, flag_parser
-from utils.runs import find_checkpoint, newest_checkpoint, open_run, prune_checkpoints, runs_in
+from utils.cli import flag_parser
+from utils.runs import find_checkpoint, newest_checkpoint, runs_in
+from utils.training.flags import add_training_flags
+from utils.training.run_folder import open_run, prune_checkpoints
 
 
 def arguments(tmp_path, *more):

@@ -13,18 +13,17 @@ from typing import Any
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
     PROBABILITY,
-    StoreGiven,
     add_image_size_flags,
     add_reading_flags,
     add_switch,
     add_tokenizer_flags,
-    add_training_flags,
     flag_parser,
     nonnegative_float,
     nonnegative_int,
     positive_int,
     run_script,
 )
+from utils.training.flags import StoreGiven, add_training_flags
 
 
 def main(args: argparse.Namespace) -> None:
@@ -33,7 +32,7 @@ def main(args: argparse.Namespace) -> None:
     import torch
 
     from dataset.augmentation import random_view
-    from dataset.build import build_dataset
+    from dataset.image_build import image_dataset
     from tokenizer.tokenizer_image.recipe import (
         Adversaries,
         Comparison,
@@ -60,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
     with dist.main_first():  # which downloads VGG16
         losses = new_losses(args).to(dist.device)
     discriminator = losses.discriminator
-    dataset = build_dataset(
+    dataset = image_dataset(
         args, transform=partial(random_view, image_size=args.image_size, flip=args.flip, crop=args.random_crop)
     )
     if args.finetune:

@@ -13,7 +13,8 @@ from utils.distributed import Distributed
 from utils.errors import AgreedError
 from utils.logger import RunLogger
 from utils.origin import require_same
-from utils.runs import Run, open_run, require_writable
+from utils.runs import Run
+from utils.training.run_folder import open_run, require_writable
 from utils.training.shards import ShardedCheckpoint
 from utils.training.state import TrainingState
 

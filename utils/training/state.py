@@ -29,9 +29,10 @@ from utils.checkpoint import RECORD_FILE, Checkpoint, read_checkpoint, require_f
 from utils.distributed import Distributed
 from utils.files import sync_folder, write_json
 from utils.logger import RunLogger
-from utils.runs import Run, prune_checkpoints
+from utils.runs import Run
 from utils.training.ema import EMA
 from utils.training.parallel import copy_rows, parameters_of
+from utils.training.run_folder import prune_checkpoints
 from utils.training.shards import (
     ChecksummedWriter,
     SafeReader,

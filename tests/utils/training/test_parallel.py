@@ -13,12 +13,13 @@ from torch.distributed.tensor import DTensor
 
 from autoregressive.models.gpt import GPT_models
 from tests.training import same
-from utils.cli import add_parallel_flags, flag_parser
+from utils.cli import flag_parser
 from utils.distributed import Distributed, start
 from utils.precision import use_tf32
 from utils.rng import item_seed
 from utils.training import parallel
 from utils.training.ema import local
+from utils.training.flags import add_parallel_flags
 from utils.training.parallel import Parallel, SeededNormal, copy_rows, materialize, rows_held
 
 CPU = Distributed(torch.device("cpu"))

@@ -25,11 +25,12 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from tests.training import load, metrics, quiet_loggers, run_folder, same
 from utils.checkpoint import read_checkpoint
-from utils.cli import add_training_flags, flag_parser
+from utils.cli import flag_parser
 from utils.distributed import Distributed
 from utils.errors import AgreedError
 from utils.rng import item_seed
 from utils.training import state as state_module
+from utils.training.flags import add_training_flags
 from utils.training.optim import adamw, learning_rate
 from utils.training.order import BatchOrder
 from utils.training.parallel import Parallel
