@@ -14,8 +14,9 @@ the sampling scripts.
 
 import argparse
 
+from dataset.flags import add_extraction_flags, add_pairs_flags
 from dataset.pairs import CAPTION_KEYS
-from utils.cli import HALF, add_extraction_flags, add_flag, add_pairs_flags, flag_parser, positive_int, run_script
+from utils.cli import HALF, add_flag, flag_parser, positive_int, run_script
 
 
 def main(args: argparse.Namespace) -> None:

@@ -68,7 +68,7 @@ def test_arrows_point_one_way(place):
 
 # Recipes: files beside the scripts and utils/cli.py that declare flags, which several scripts share.
 RECIPES = (
-    "autoregressive/sample/flags.py", "autoregressive/train/flags.py", "benchmarks/gpu_parts.py", "evaluations/report.py", "examples",
+    "autoregressive/sample/flags.py", "autoregressive/train/flags.py", "benchmarks/gpu_parts.py", "dataset/flags.py", "evaluations/report.py", "examples",
     "tokenizer/reconstruction_flags.py", "tools/steps.py", "utils/training/flags.py",
 )  # fmt: skip
 # Modules whose imports of scripts are still to be moved.

@@ -17,18 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from evaluations.published import (
-    BYTES,
-    FIGURES,
-    GRAPH,
-    REFERENCE_IMAGES,
-    ROWS,
-    URLS,
-    Row,
-    find_file,
-    find_row,
-    on_disk,
-)
+from evaluations.published import BYTES, FIGURES, GRAPH, REFERENCE_IMAGES, ROWS, URLS, Row, find_file, find_row, on_disk
 from tools import steps
 from utils.cli import flag_parser, nonnegative_int, positive_int, run_script
 from utils.hub import RELEASED, WEIGHTS

@@ -9,10 +9,9 @@ Rerun the command to write the shards that are missing, on any number of process
 
 import argparse
 
+from dataset.flags import add_encoder_precision_flag, add_extraction_flags
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
-    add_encoder_precision_flag,
-    add_extraction_flags,
     add_flag,
     add_image_size_flags,
     add_reading_flags,

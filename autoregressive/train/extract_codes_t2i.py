@@ -11,12 +11,10 @@ be read or are smaller than --image-size get no codes. Without --vq-ckpt the tok
 
 import argparse
 
+from dataset.flags import add_encoder_precision_flag, add_extraction_flags, add_pairs_flags
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
-    add_encoder_precision_flag,
-    add_extraction_flags,
     add_image_size_flags,
-    add_pairs_flags,
     add_reading_flags,
     add_tokenizer_flags,
     flag_parser,

@@ -21,13 +21,7 @@ from dataset.code_files import CodeSettings, PublishedFolder, ShardFolder
 from dataset.codes import open_codes
 from dataset.folders import class_folders
 from dataset.pixels import Reading, load_rgb
-from tests.training import (
-    check_published_flags,
-    flag_defaults,
-    make_images,
-    quiet_loggers,
-    run_here,
-)
+from tests.training import check_published_flags, flag_defaults, make_images, quiet_loggers, run_here
 from tokenizer.tokenizer_image.quantizers.vq import VectorQuantizer
 from tokenizer.tokenizer_image.vq_model import VQ_models
 

@@ -9,15 +9,7 @@ import torch.nn.functional as F
 
 from autoregressive.models.generate import generate, release_cache
 from autoregressive.models.gpt import GPT_models
-from autoregressive.models.on_cpu import (
-    _copies,
-    _packed,
-    attend_on_cpu,
-    can_pack,
-    packed,
-    product,
-    rows_at_once,
-)
+from autoregressive.models.on_cpu import _copies, _packed, attend_on_cpu, can_pack, packed, product, rows_at_once
 from tests.helpers import randomize
 from utils.rng import image_noise
 

@@ -17,26 +17,8 @@ from dataset.arrays import write_arrays
 from dataset.augmentation import center_view
 from language.features import left_padded, prefix_mask
 from tests.helpers import ROOT
-from tests.text_training import (
-    COLOURS,
-    DIM,
-    TOKENS,
-    caption_features,
-    make_features,
-    make_pairs,
-    make_shards,
-    picture,
-)
-from tests.training import (
-    check_published_flags,
-    live,
-    load,
-    metrics,
-    quiet_loggers,
-    run_folder,
-    run_here,
-    same,
-)
+from tests.text_training import COLOURS, DIM, TOKENS, caption_features, make_features, make_pairs, make_shards, picture
+from tests.training import check_published_flags, live, load, metrics, quiet_loggers, run_folder, run_here, same
 from tokenizer.load import load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.checkpoint import read_checkpoint

@@ -9,10 +9,7 @@ import pytest
 import torch
 
 from dataset.store import Loose
-from dataset.text_features import (
-    FeatureWriter,
-    open_features,
-)
+from dataset.text_features import FeatureWriter, open_features
 from tests.text_training import write_stem
 
 DIM = 6

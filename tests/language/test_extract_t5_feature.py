@@ -17,13 +17,7 @@ from language.extraction import encode_captions
 from language.prompts import PromptFeatures
 from language.t5 import T5Embedder
 from tests.language.small_t5 import SENTENCES, make_small_t5
-from tests.training import (
-    check_published_flags,
-    flag_defaults,
-    live,
-    quiet_loggers,
-    run_here,
-)
+from tests.training import check_published_flags, flag_defaults, live, quiet_loggers, run_here
 from utils.origin import require_encoder
 
 pytestmark = pytest.mark.slow  # through whole scripts and servers
