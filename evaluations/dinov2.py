@@ -52,10 +52,7 @@ class DINOv2Features:
     """
 
     def __init__(
-        self,
-        path: str | Path | None = None,
-        device: torch.device | str = "cpu",
-        model_name: str = MODEL_NAME,
+        self, path: str | Path | None = None, device: torch.device | str = "cpu", model_name: str = MODEL_NAME
     ):
         """Read weights. path: a .safetensors or .pth of timm or of the first release; None looks for one (`find_weights`).
 

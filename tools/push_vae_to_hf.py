@@ -24,11 +24,7 @@ def main(args: argparse.Namespace) -> None:
     if args.vq_ckpt is None:
         raise ValueError("--vq-ckpt is needed: a file, a run's folder, or a released file's name")
     path = find_checkpoint(args.vq_ckpt)
-    tokenizer = load_tokenizer(
-        path,
-        **tokenizer_beliefs(args),
-        use_ema=args.use_ema or None,
-    )
+    tokenizer = load_tokenizer(path, **tokenizer_beliefs(args), use_ema=args.use_ema or None)
     checkpoint = read_checkpoint(path)
     model = for_hub(tokenizer, {**(checkpoint.args or {}), "vq_model": tokenizer.family}, checkpoint.steps)
     send(model, args.repo_id, args.output, private=args.private, license=args.license)

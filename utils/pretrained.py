@@ -75,12 +75,7 @@ class HubModel(PyTorchModelHubMixin, _Module):
 
     @classmethod
     def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        config: Any = None,
-        map_location: str | torch.device = "cpu",
-        **download,
+        cls, *, model_id: str, config: Any = None, map_location: str | torch.device = "cpu", **download
     ) -> Self:
         """Load a model in eval mode, on `map_location`, in the dtype of the file.
 
