@@ -62,7 +62,7 @@ class ImageSet:
             made = (self.made or {}).get(name, value)
             if made != value:
                 other = f"{self.path} was made with {name} {made}, this evaluation has {value}"
-                raise ValueError(f"{other}: make it again from the images with the same flags, or change the flag")
+                raise ValueError(f"{other}: make it again from the images, or change the flag")
 
     def describe(self) -> dict:
         """Describe the set for a report, in JSON values."""

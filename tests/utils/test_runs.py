@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from utils import runs
 from utils.cli import flag_parser
 from utils.runs import find_checkpoint, newest_checkpoint, runs_in
+from utils.training import run_folder
 from utils.training.flags import add_training_flags
 from utils.training.run_folder import open_run, prune_checkpoints
 
@@ -119,7 +119,7 @@ def test_open_run_full_disk_is_refused(tmp_path, monkeypatch):
     def full(file):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("utils.runs.os.fsync", full)
+    monkeypatch.setattr("utils.training.run_folder.os.fsync", full)
     with pytest.raises(ValueError, match=r"cannot be written to \(No space left on device\)"):
         open_run(arguments(tmp_path), "GPT-B")
     assert os.listdir(tmp_path / "results") == []
@@ -226,7 +226,7 @@ def test_a_folder_half_removed_no_longer_counts(tmp_path, monkeypatch):
 
     for step in (1, 2):
         (tmp_path / f"{step:07d}").mkdir()
-    monkeypatch.setattr(runs.shutil, "rmtree", die)
+    monkeypatch.setattr(run_folder.shutil, "rmtree", die)
     with pytest.raises(KeyboardInterrupt):
         prune_checkpoints(tmp_path, 1)
     assert sorted(os.listdir(tmp_path)) == [".0000001.removed.tmp", "0000002"]
