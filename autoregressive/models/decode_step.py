@@ -160,7 +160,7 @@ class DecodeState:
             self.added[: len(added), :-1] = added.gather(1, at) * config.control_strength
         if plan.window:
             self.limits.copy_(torch.tensor(plan.window.limits))
-            self.guided.copy_(self.guided_tokens(plan.layout, config))
+            self.guided.copy_(self.guided_tokens(config))
         self.numbers.copy_(torch.tensor(config.numbers))
         self.scales[:, :-1].copy_(torch.tensor(config.scales(plan.layout.tokens)))
         self.noise[config.draw][:, :-1].copy_(noise)
@@ -171,9 +171,9 @@ class DecodeState:
         if prefix_mask is not None:
             self.seen[: len(prefix_mask), : prefix_mask.shape[1]] = prefix_mask.to(self.seen.device, torch.bool)
 
-    def guided_tokens(self, layout: Layout, config: SamplingConfig) -> Tensor:
+    def guided_tokens(self, config: SamplingConfig) -> Tensor:
         """Return which tokens are guided, bool (N + 1,)."""
-        guided = [config.guides(step.number) for step in layout.passes]
+        guided = [config.guides(step.number) for step in self.layout.passes]
         return torch.tensor([*guided, False])[self.steps.step_of.cpu()].to(self.guided.device)
 
     def part(self, images: slice | Tensor, samples: slice | Tensor, cache: StaticCache) -> "DecodeState":

@@ -137,9 +137,7 @@ def generate(
     device, dtype, tokens = model.tok_embeddings.weight.device, model.tok_embeddings.weight.dtype, model.layout.tokens
     if autocast := torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    model.check_conditions(cond)
-    if negative is not None:
-        model.check_negatives(negative, cond)
+    model.check_conditions(cond, negative)
     if draft_model is not None:
         check_draft_model(draft_model, model)
     batch = len(next(iter(model.by_name(cond).values())))

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive.models.conditions.label import Label
-from autoregressive.models.layouts import Holds
 from autoregressive.models.trunk import ModelArgs, Rows, Trunk, draw_normal, register_trunk
 from autoregressive.models.vit import EPS, Attention, Mlp
 
@@ -54,7 +53,7 @@ class LPD(Trunk):
         if args.kv_heads != args.n_head:
             raise ValueError(f"an LPD has as many kv heads as heads, got {args.kv_heads} for {args.n_head}")
         super().__init__(args, Label(args.num_classes))
-        if [row.holds for row in self.layout.content].count(Holds.QUERY) != args.block_size:
+        if self.layout.queries != args.block_size:
             raise ValueError(
                 f"an LPD reads each token from a query, and the layout {self.layout.name!r} has none: give --layout queried"
             )

@@ -98,9 +98,7 @@ def fill(
     """
     config, weight = SamplingConfig(**settings), model.tok_embeddings.weight
     config.check_particles(particles)
-    model.check_conditions(cond)
-    if negative is not None:
-        model.check_negatives(negative, cond)
+    model.check_conditions(cond, negative)
     device, batch = weight.device, len(images)
     check_known(known, batch, model)
     known = known.to(device)
@@ -138,7 +136,7 @@ def fill(
             real, more = (None if x is None else x[rows] for x in (masks, added))
             drawn_with, places = noise[:, :copies].flatten(0, 1), None if given is None else given[own]
             state.begin(windowed, drawn_with, real, known[own], more, None, places)
-            state.guided.copy_(state.guided_tokens(layout, config))
+            state.guided.copy_(state.guided_tokens(config))
             state.tokens.copy_(state.known.clamp(min=0))
             state.weighs = True
             if config.greedy:

@@ -100,7 +100,7 @@ class Slots:
             state.noise[config.draw][slot, :-1] = each
             state.numbers[slot] = torch.tensor(config.numbers)
             state.scales[slot, :-1] = torch.tensor(config.scales(layout.tokens))
-            state.guided[slot] = state.guided_tokens(layout, config)
+            state.guided[slot] = state.guided_tokens(config)
         state.tokens[index], state.known[index], state.spread[index] = 0, -1, 0
         state.orders[index] = layout.order if orders is None else orders
         if known is not None:

@@ -169,10 +169,9 @@ class Trunk(nn.Module):
             )
         prefix = sum(condition.rows for condition in self.conditions.values())
         self.layout = build_layout(args.layout_config, grid_size, prefix)
-        queried = any(row.holds is Holds.QUERY for row in self.layout.content)
         for needs, lacks, has in (
             (f"tokens read by {self.layout.heads} heads", self.layout.heads > self.most_heads, self.most_heads),
-            ("tokens read from queries", queried and type(self).queries is Trunk.queries, "none"),
+            ("tokens read from queries", self.layout.queries and type(self).queries is Trunk.queries, "none"),
             ("special tokens", self.layout.special and type(self).special is Trunk.special, "none"),
         ):
             if lacks:
@@ -319,13 +318,17 @@ class Trunk(nn.Module):
         """Return the values given, by condition name."""
         return cond if isinstance(cond, Mapping) else {next(iter(self.conditions)): cond}
 
-    def check_conditions(self, cond: Conditions) -> None:
-        """Raise ValueError where a condition is not the model's, or of another number of samples than the others."""
+    def check_conditions(self, cond: Conditions, negative: Conditions | None = None) -> None:
+        """Raise ValueError where a condition or a negative is not the model's, or not of one number of samples."""
         values = self.as_conditions(cond)
         for name, value in values.items():
             self.conditions[name].check(value)
         if len(counts := {len(value) for value in values.values()}) > 1:
             raise ValueError(f"conditions are of one number of samples, got {sorted(counts)}")
+        for name, value in ({} if negative is None else self.by_name(negative)).items():
+            self.conditions[name].check_negative(value)
+            if len(value) != len(values[name]):
+                raise ValueError(f"{len(value)} negative conditions for {len(values[name])} images: give one for each")
 
     def as_orders(self, orders: Tensor, batch: int) -> Tensor | None:
         """Return the orders of a call on the model's device, int64 (batch, N); None where all are the layout's.
@@ -344,14 +347,6 @@ class Trunk(nn.Module):
         if not self.any_order:
             raise ValueError(f"the model knows the order of its layout {self.layout.name!r} alone; leave `orders` out")
         return orders.to(self.tok_embeddings.weight.device, torch.long)
-
-    def check_negatives(self, negative: Conditions, cond: Conditions) -> None:
-        """Raise ValueError where a negative condition is not the model's, or there is not one for each of the samples."""
-        samples = self.as_conditions(cond)
-        for name, value in self.by_name(negative).items():
-            self.conditions[name].check_negative(value)
-            if len(value) != len(samples[name]):
-                raise ValueError(f"{len(value)} negative conditions for {len(samples[name])} images: give one for each")
 
     def embed_conditions(self, cond: Conditions, drop: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Embed the conditions: the rows before the tokens (B, prefix, dim), and what is added per token or None.
@@ -424,13 +419,13 @@ class Trunk(nn.Module):
         if layout.patch_tokens > 1:
             tokens = tokens.unflatten(1, (-1, layout.patch_tokens)).mean(2)  # (B, L / patch_tokens, dim)
         rows = layout.fed(idx.shape[1])
-        sources = {Holds.CONDITION: conditions, Holds.TOKEN: tokens}
+        own = {}
         if layout.special:
-            sources[Holds.SPECIAL] = self.special().expand(len(tokens), -1, -1)
-        if any(row.holds is Holds.QUERY for row in layout.content):
-            sources[Holds.QUERY] = self.queries(torch.arange(layout.units, device=idx.device)).expand(
-                len(tokens), -1, -1
-            )
+            own[Holds.SPECIAL] = self.special()
+        if layout.queries:
+            own[Holds.QUERY] = self.queries(torch.arange(layout.units, device=idx.device))
+        sources = {Holds.CONDITION: conditions, Holds.TOKEN: tokens}
+        sources |= {holds: vectors.expand(len(tokens), -1, -1) for holds, vectors in own.items()}
         h = torch.cat([source.to(tokens.dtype) for source in sources.values()], dim=1)
         starts = dict(zip(sources, accumulate((source.shape[1] for source in sources.values()), initial=0)))
         places = [starts[holds] + number for holds, number in layout.content[:rows]]

@@ -27,10 +27,11 @@ from utils.rng import image_noise
 
 @dataclass(frozen=True)
 class Drawing:
-    """A request that runs: its settings, its noise (N,), and vLLM's own list of its tokens so far, which grows."""
+    """A request that runs: settings, noise (N,) and guidance scales, and vLLM's own list of its tokens so far, which grows."""
 
     sampling: SamplingConfig
     noise: Tensor
+    scales: list[float]
     tokens: list[int]
 
     @property
@@ -41,7 +42,7 @@ class Drawing:
     @property
     def scale(self) -> float:
         """Return the guidance scale of the next token."""
-        return self.sampling.scales(len(self.noise))[min(len(self.tokens), len(self.noise) - 1)]
+        return self.scales[min(len(self.tokens), len(self.scales) - 1)]
 
 
 class GuidedDraw(LogitsProcessor):
@@ -76,7 +77,7 @@ class GuidedDraw(LogitsProcessor):
         for row, params, _, tokens in batch_update.added:
             request = Request.from_settings(params.extra_args)
             noise = image_noise(request.seed, [request.index], self.image_tokens, request.sampling.draw)[0]
-            self.rows[row] = Drawing(request.sampling, noise, tokens)
+            self.rows[row] = Drawing(request.sampling, noise, request.sampling.scales(self.image_tokens), tokens)
         for source, target, direction in batch_update.moved:
             moved, replaced = self.rows.pop(source, None), self.rows.pop(target, None)
             if moved is not None:

@@ -209,6 +209,11 @@ class Layout:
         return sum(row.holds is Holds.SPECIAL for row in self.content)
 
     @cached_property
+    def queries(self) -> int:
+        """Queries in the sequence."""
+        return sum(row.holds is Holds.QUERY for row in self.content)
+
+    @cached_property
     def is_raster(self) -> bool:
         """Tell whether single tokens are read row by row, each predicted from the one before."""
         single = self.patch_side == 1 and all(len(step.rows) == 1 and step.reads is None for step in self.steps)
