@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from autoregressive.models.rar import SPARE_PLACES
+from autoregressive.models.sizes import SPARE_PLACES
 from autoregressive.released import CLASS_TABLE, State, blocks_of, heads_in_table, llamagen_identity, require, size_name
 from utils.checkpoint import Checkpoint
 

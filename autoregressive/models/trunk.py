@@ -276,8 +276,13 @@ class Trunk(nn.Module):
 
         Returns int64 (s, 2) or (B, s, 2), -1 for none.
         """
-        device = rows.positions.device
-        tokens, cells, _ = self._tables_of(rows.layout or self.layout, device)
+        layout, device = rows.layout or self.layout, rows.positions.device
+
+        def made() -> tuple[Tensor, Tensor]:
+            tokens = layout.tokens_at
+            return tokens.to(device), torch.where(tokens >= 0, layout.order[tokens], -1).to(device)
+
+        tokens, cells = self.made_once(("places", layout, device), made)
         at = rows.positions.clamp(max=len(tokens) - 1)  # past the last one stands what is past an image's end
         if rows.orders is None:
             return cells[at]
@@ -287,17 +292,7 @@ class Trunk(nn.Module):
 
     def layout_order(self, layout: Layout, device: torch.device) -> Tensor:
         """Return the order of a layout on a device."""
-        return self._tables_of(layout, device)[2]
-
-    def _tables_of(self, layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Return Layout.tokens_at on a device, the same in raster indices of the layout's order, and that order."""
-
-        def made() -> tuple[Tensor, ...]:
-            tokens = layout.tokens_at
-            cells = torch.where(tokens >= 0, layout.order[tokens], -1)
-            return tokens.to(device), cells.to(device), layout.order.to(device)
-
-        return self.made_once(("places", layout, device), made)
+        return self.made_once(("order", layout, device), lambda: layout.order.to(device))
 
     def made_once(self, key: tuple, make: Callable[[], Any]) -> Any:
         """Return what `make` returns, made once for each key. It is in no file, and keeps its dtype when weights are cast."""
@@ -452,7 +447,7 @@ class Trunk(nn.Module):
     ) -> Tensor:
         """Put what is added per token (B, N, width, raster order) at the rows that predict the tokens. Returns (B, rows, width)."""
         if orders is None:
-            added = added[:, layout.order.to(added.device)]
+            added = added[:, self.layout_order(layout, added.device)]
         else:
             added = added.gather(1, orders[..., None].expand_as(added))
         units = added.unflatten(1, (-1, layout.patch_tokens)).mean(2)

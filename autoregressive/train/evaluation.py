@@ -19,6 +19,14 @@ def require_readable(dataset: Dataset, dist: Distributed) -> None:
             dataset[index]
 
 
+def own_orders(model: Trunk, codes: Tensor) -> Tensor | None:
+    """Return an order of a model whose images have orders of their own, for all samples of codes (B, N); None for others.
+
+    It is one for all, so that a mean over samples does not depend on how they are split.
+    """
+    return model.layout.draw_order(0).to(codes.device).expand_as(codes) if model.layout.own_orders else None
+
+
 @torch.no_grad()
 def mean_loss(model: Trunk, dataset: Dataset, batch_size: int, dist: Distributed) -> float:
     """Return the cross-entropy over a whole data set of {"codes", "label"}, each process reading a share (nats per token)."""
@@ -27,7 +35,7 @@ def mean_loss(model: Trunk, dataset: Dataset, batch_size: int, dist: Distributed
     def losses(items: list[dict]) -> tuple[Tensor, int]:
         codes = torch.stack([item["codes"] for item in items]).to(dist.device)
         labels = torch.tensor([item["label"] for item in items], device=dist.device)
-        return loss(codes, labels), len(items)
+        return loss(codes, labels, orders=own_orders(model, codes)), len(items)
 
     return mean_over(losses, dataset, batch_size, dist)
 

@@ -30,16 +30,6 @@ class TokenLoss(nn.Module):
     def __init__(self, model: Trunk, objective: Objective = cross_entropy, chunk_rows: int | None = None):
         super().__init__()
         self.model, self.objective, self.chunk_rows = model, objective, chunk_rows
-        self._orders: dict[tuple[Layout, torch.device], Tensor] = {}
-
-    def in_order(self, codes: Tensor, layout: Layout, orders: Tensor | None) -> Tensor:
-        """Put codes (B, N) into the order of a layout, or each sample's into its own."""
-        if orders is not None:
-            return codes.gather(1, orders)
-        if (layout, codes.device) not in self._orders:
-            with torch.inference_mode(False):  # kept for training too, whoever asks first
-                self._orders[layout, codes.device] = layout.order.to(codes.device)
-        return codes[:, self._orders[layout, codes.device]]
 
     def forward(
         self,
@@ -62,7 +52,7 @@ class TokenLoss(nn.Module):
             orders: int64 (B, N), the raster index at each sequence position of each sample, where it is not the layout's.
         """
         layout = layout or self.model.layout
-        tokens = self.in_order(codes, layout, orders)
+        tokens = codes[:, self.model.layout_order(layout, codes.device)] if orders is None else codes.gather(1, orders)
         hidden, targets = _predictions(self.model, layout, tokens, cond, drop, prefix_mask, orders)
         row_weights = None if valid is None else valid.float().repeat_interleave(len(hidden) // len(codes))
         weight, bias = self.model.projection()
@@ -87,7 +77,7 @@ def token_log_probs(
     Differentiable, and without all logits at once; the backward pass computes them again. Arguments as for `TokenLoss`.
     """
     layout = layout or model.layout
-    order = layout.order.to(codes.device).expand_as(codes) if orders is None else orders
+    order = model.layout_order(layout, codes.device).expand_as(codes) if orders is None else orders
     hidden, targets = _predictions(model, layout, codes.gather(1, order), cond, drop, prefix_mask, orders)
     weight, bias = model.projection()
     values = -chunked_values(hidden, weight, targets, bias=bias, chunk_rows=chunk_rows).view(codes.shape)

@@ -23,7 +23,7 @@ from autoregressive.models.trunk import Conditions, Trunk
 from autoregressive.released import find_identity, flags_of
 from autoregressive.train.contrast import STEP_FLOPS, Contrast, ContrastLoss, ContrastStep, NegativesOfNext
 from autoregressive.train.control import condition_settings
-from autoregressive.train.evaluation import mean_over, require_readable
+from autoregressive.train.evaluation import mean_over, own_orders, require_readable
 from autoregressive.train.flops import training_flops_per_image
 from autoregressive.train.lora import Lora
 from autoregressive.train.loss import TokenLoss, dropped_conditions
@@ -280,11 +280,13 @@ class HeldOut:
 
         def mean(items: list[Any]) -> tuple[Tensor, Tensor | int]:
             inputs = self.data.held_out_inputs(items)
-            orders = None
-            if model.layout.own_orders:  # one for all: the loss does not depend on how they are split
-                orders = model.layout.draw_order(0).to(inputs.codes.device).expand_as(inputs.codes)
-            value = loss(inputs.codes, inputs.cond, prefix_mask=inputs.prefix_mask, valid=inputs.valid, orders=orders)
-            return value, len(items) if inputs.valid is None else inputs.valid.sum()
+            asked = {
+                "prefix_mask": inputs.prefix_mask,
+                "valid": inputs.valid,
+                "orders": own_orders(model, inputs.codes),
+            }
+            count = len(items) if inputs.valid is None else inputs.valid.sum()
+            return loss(inputs.codes, inputs.cond, **asked), count
 
         return {"val_loss": mean_over(mean, self.data.held_out, self.batch_size, self.dist)}
 

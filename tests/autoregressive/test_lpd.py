@@ -25,14 +25,17 @@ from autoregressive.sample import sample_c2i, sample_c2i_ddp
 from autoregressive.serve.engine import NOT_DRAWN
 from autoregressive.serve.native import NativeEngine
 from autoregressive.train import train_c2i
+from autoregressive.train.evaluation import mean_loss
 from autoregressive.train.loss import TokenLoss
 from autoregressive.train.orders import training_orders
+from dataset.codes import open_codes
 from tests.autoregressive.decoding import Recording
 from tests.autoregressive.test_released import file_of
 from tests.helpers import assert_close, golden_state, load_golden, randomize
 from tests.training import make_codes, metrics, repetitive_codes, run_folder, run_here, run_script, same
 from tokenizer.load import load_tokenizer
 from utils.checkpoint import read_checkpoint
+from utils.distributed import Distributed
 from utils.rng import image_noise, order_seed
 from utils.training.optim import learning_rate
 
@@ -297,6 +300,8 @@ def test_training_resumes_to_the_bit_and_its_file_draws(codes, small_files, tmp_
     assert type(gpt).__name__ == "LPD" and gpt.layout.groups == group_sizes(16, 5)
     pipeline = ImagePipeline(gpt, load_tokenizer(small_files.vq), batch_size=4)
     assert len(pipeline([1, 2], progress=False)) == 2
+    held_out = mean_loss(gpt, open_codes(codes, random_view=False), 8, Distributed(torch.device("cpu")))
+    assert held_out == pytest.approx(metrics(whole, "val_loss")[12], rel=1e-5)
 
 
 @pytest.mark.slow
