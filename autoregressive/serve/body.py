@@ -270,7 +270,7 @@ def _control(body: ImageBody, info: ModelInfo, limits: Limits) -> ControlImage |
         picture = open_picture(io.BytesIO(file), "control_image", limits.max_pixels, ("PNG", "JPEG", "WEBP"))
     except ValueError as error:
         raise refuse("control_image", str(error), "invalid_image") from error
-    return ControlImage(picture.convert("RGB"), body.control_type)
+    return ControlImage(picture, body.control_type)
 
 
 def _hole(files: Mapping[str, bytes], side: int, token: int, ring: int, most_pixels: int) -> Hole:

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from autoregressive.models.trunk import Trunk
 from autoregressive.systems import OWN_CONTROL, common_name, named_as
 from dataset.store import INDEX_FILE, read_record
 from utils.checkpoint import Checkpoint
+from utils.cli import given
 
 ENCODER = OWN_CONTROL + "adapter.model."
 UNREAD = ("pooler", "mask_token")  # of an encoder
@@ -41,7 +43,9 @@ def ask_control(args: argparse.Namespace) -> None:
     kind = args.control_type or "canny"
     shape = None
     if args.control_path:
-        shape = stored_shape(args.control_path)
+        shape = stored_shape(args.control_path, args)
+        if args.val_control_path:
+            stored_shape(args.val_control_path, args)
         args.condition_path = [*(args.condition_path or ()), f"control={args.control_path}"]
         if args.val_control_path:
             args.val_condition_path = [*(args.val_condition_path or ()), f"control={args.val_control_path}"]
@@ -61,6 +65,10 @@ def ask_control(args: argparse.Namespace) -> None:
             "vit,width=64,layers=2,heads=2"
         )
     elif isinstance(args.control_encoder, dict):
+        if unknown := set(args.control_encoder) - {"name", "width", "layers", "heads", "positions", "patch"}:
+            raise ValueError(
+                f"--control-encoder has {', '.join(sorted(unknown))}: give width, layers, heads, positions and patch alone"
+            )
         settings |= {**args.control_encoder, "name": "control", "encoder": args.control_encoder["name"]}
     else:
         settings |= encoder_settings(args.control_encoder)
@@ -77,14 +85,31 @@ def condition_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return found
 
 
-def stored_shape(folder: str | Path) -> list[int]:
-    """Return the shape of each array that a folder holds, of pairs that of the first file's. Raises FileNotFoundError."""
+def stored_shape(folder: str | Path, args: argparse.Namespace) -> list[int]:
+    """Return the shape of each array that a folder holds, of pairs that of the first file's.
+
+    Raises FileNotFoundError for a folder without control images, ValueError where they do not fit the codes.
+    """
     places = [Path(folder), *sorted(place for place in Path(folder).glob("*") if place.is_dir())]
     there = [place for place in places if (place / INDEX_FILE).exists()]
     if not there:
         raise FileNotFoundError(f"{folder} has no control images: tools/make_controls.py writes such a folder")
     record = read_record(there[0] / INDEX_FILE)
-    return record["shape"][len(record["views"]) > 1 :] if "shape" in record else []
+    if "shape" not in record:
+        return []  # codes or features, which their reader refuses
+    shape, dtype = record["shape"][len(record["views"]) > 1 :], np.dtype(record["dtype"])
+    side, cell = (
+        int(args.image_size),
+        given(args.downsample_size),
+    )  # of images that are encoded the tokenizer tells the cells
+    tokens = (side // cell) ** 2 if cell else shape[0]
+    is_image = dtype == np.uint8 and shape in ([1, side, side], [3, side, side])
+    if not is_image and not (dtype.kind == "f" and len(shape) == 2 and shape[0] == tokens):
+        raise ValueError(
+            f"{folder} holds arrays of {dtype} and shape {tuple(shape)}; control images for --image-size {side} are uint8 of "
+            f"shape (1 or 3, {side}, {side}), features floats of shape (tokens, width)"
+        )
+    return shape
 
 
 def edges_of(pixels: Tensor) -> Tensor:

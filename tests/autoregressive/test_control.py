@@ -228,6 +228,14 @@ def test_pictures_become_edges_unless_they_are_edges():
     )
 
 
+def test_transparency_of_control_pictures_is_laid_on_white():
+    picture = np.zeros((16, 16, 4), np.uint8)
+    picture[..., 0], picture[4:12, 4:12] = 200, (0, 0, 0, 255)
+    for mode in ("RGBA", "PA"):
+        pixels = control_pixels(Image.fromarray(picture).convert(mode), "seg", 16)
+        assert pixels[:, 0, 0].tolist() == [255, 255, 255] and pixels[:, 8, 8].tolist() == [0, 0, 0]
+
+
 def test_canny_draws_one_line_along_a_step_and_follows_weak_pixels():
     image = torch.zeros(1, 3, 12, 16, dtype=torch.uint8)
     assert not canny(image).any()
@@ -314,6 +322,10 @@ def test_a_published_file_without_its_encoder_takes_features_alone(tmp_path):
         (torch.zeros(2, 16, 16), "control takes images of 16x16"),
         (torch.zeros(9, 32), "control takes images of 16x16"),
         (torch.full((16, 32), torch.nan), "features of control are not all finite"),
+        (torch.zeros(3, 16, 16), "control takes images of 16x16 pixels, uint8"),
+        (None, "an image without its control image"),
+        (Image.new("I;16", (16, 16)), "pixels of mode I;16: give a picture of 8 bits"),
+        (Image.new("F", (16, 16)), "pixels of mode F"),
         (ControlImage(Image.new("RGB", (8, 8)), "sketch"), "--control-type is 'sketch': give canny, seg"),
     ],
 )
@@ -357,3 +369,87 @@ def test_a_pretrained_encoder_begins_with_its_weights(tmp_path):
         with_control(args, None, model)
     with pytest.raises(ValueError, match="is no model of transformers"):
         encoder_settings(str(tmp_path / "absent"))
+
+
+# A second implementation, written from the paper's rules
+
+
+def by_hand(model: Transformer, tokens, cond, drop, strength: float = 1.0, prefix_mask=None) -> torch.Tensor:
+    """Logits of each next token by a plain loop; `drop` marks samples without condition and control."""
+    state = model.state_dict()
+    first, features = (value for value in cond.values())
+    name = next(iter(cond))
+    null = model.conditions[name].null(first)
+    first = torch.where(drop.view(-1, *[1] * (first.dim() - 1)), null, first)
+    rows = model.conditions[name].embed(first)
+
+    def mlp(x, name):
+        x = torch.nn.functional.gelu(x @ state[OWN_CONTROL + name + ".fc1.weight"].T, approximate="tanh")
+        return x @ state[OWN_CONTROL + name + ".fc2.weight"].T
+
+    adapted = mlp(features, "adapter_mlp") * ~drop[:, None, None]
+    shared = mlp(adapted, "condition_mlp.cap_proj")
+    h = torch.cat([rows, model.tok_embeddings(tokens)], dim=1)
+    prefix, count, third = rows.shape[1], h.shape[1], model.args.n_layer // 3
+    seen = torch.ones(count, count, dtype=torch.bool).tril()[None].repeat(len(h), 1, 1)
+    if prefix_mask is not None:
+        seen[:, :, :prefix] &= prefix_mask[:, None].bool()
+        seen |= torch.eye(count, dtype=torch.bool)
+    for number, block in enumerate(model.layers):
+        if number in (0, third, 2 * third):
+            added = mlp(shared, f"condition_layers.{number // third}")[:, : count - prefix + 1]
+            h = torch.cat([h[:, : prefix - 1], h[:, prefix - 1 :] + strength * added], dim=1)
+        h = block(h, model.rope(torch.device("cpu"))[:count], seen[:, None], causal=False)
+    return model.output(model.norm(h))[:, prefix - 1 :]
+
+
+def drawn_by_hand(model, cond, scale: float, strength: float, prefix_mask=None, tokens: int | None = None):
+    """Greedy codes, each from the whole sequence anew, under guidance where the scale is not 1."""
+    batch = len(next(iter(cond.values())))
+    codes, nobody = torch.zeros(batch, 0, dtype=torch.long), torch.zeros(batch, dtype=torch.bool)
+    for _ in range(tokens or model.args.block_size):
+        logits = by_hand(model, codes, cond, nobody, strength, prefix_mask)[:, -1]
+        if scale != 1:
+            without = by_hand(model, codes, cond, ~nobody, strength, prefix_mask)[:, -1]
+            logits = without + (logits - without) * scale
+        codes = torch.cat([codes, logits.argmax(-1, keepdim=True)], dim=1)
+    return codes
+
+
+SHAPES = {
+    "label, grid 6, features of 768": ({"block_size": 36, "n_layer": 6}, 768),
+    "caption, seven blocks": (
+        {"block_size": 16, "n_layer": 7, "model_type": "t2i", "caption_dim": 24, "cls_token_num": 5},
+        384,
+    ),
+    "label, narrow, shared keys": (
+        {"block_size": 16, "n_layer": 3, "dim": 96, "n_head": 6, "n_kv_head": 3, "ffn_width": 80},
+        20,
+    ),
+}
+
+
+def shaped(case: str) -> tuple[Transformer, dict, torch.Tensor | None]:
+    shapes, width = SHAPES[case]
+    model = small(None, extra_conditions={"control": {"encoder": None, "width": width}}, **shapes).eval()
+    generator = torch.Generator().manual_seed(11)
+    features = torch.randn(3, shapes["block_size"], width, generator=generator)
+    if "caption" not in case:
+        return model, {"label": torch.tensor([1, 4, 9]), "control": features}, None
+    captions, mask = torch.randn(3, 5, 24, generator=generator), torch.arange(5) >= torch.tensor([[0], [2], [4]])
+    return model, {"caption": captions, "control": features}, mask
+
+
+@pytest.mark.parametrize("case", SHAPES)
+@torch.no_grad()
+def test_training_logits_and_greedy_codes_are_those_of_a_second_implementation(case):
+    model, cond, mask = shaped(case)
+    tokens = torch.randint(0, 64, (3, model.args.block_size), generator=torch.Generator().manual_seed(2))
+    drop = torch.tensor([False, True, False])
+    expected = by_hand(model, tokens[:, :-1], cond, drop, prefix_mask=mask)
+    assert_close(model(tokens[:, :-1], cond, drop=drop, prefix_mask=mask), expected, atol=1e-4)
+    for scale, strength in ((1.0, 1.0), (1.0, 0.6), (3.0, 1.0), (3.0, 0.6), (3.0, 0.0)):
+        settings = {"cfg_scale": scale, "control_strength": strength, "emb_masks": mask, "sample_logits": False}
+        codes = [generate(model, cond, window=window, **settings) for window in (0, 3)]
+        assert torch.equal(codes[0], drawn_by_hand(model, cond, scale, strength, mask))
+        assert torch.equal(*codes)

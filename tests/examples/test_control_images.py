@@ -184,8 +184,29 @@ def test_edges_report_compares_what_is_drawn_with_what_was_asked_for(digits, tra
 
 
 @pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1, 16, 16), np.uint8),  # of smaller images
+        ((4, SIZE, SIZE), np.uint8),
+        ((SIZE, SIZE), np.uint8),
+        ((1, SIZE, SIZE), np.uint16),
+        ((1, SIZE, SIZE), np.float32),
+        ((TOKENS - 4, 12), np.float32),
+    ],
+)
+def test_stored_controls_that_do_not_fit_are_refused(digits, edges, tmp_path, shape, dtype):
+    write_arrays(tmp_path / "other", "control", np.zeros((IMAGES, *shape), dtype), of=digits / "codes")
+    with pytest.raises(ValueError, match="control images for --image-size 32 are uint8 of shape"):
+        train(digits, tmp_path / "other", tmp_path / "run", "--max-steps", 1)
+    with pytest.raises(ValueError, match="control images for --image-size 32 are uint8 of shape"):
+        held_out = ["--val-code-path", digits / "codes", "--val-control-path", tmp_path / "other"]
+        train(digits, edges, tmp_path / "run", *held_out, "--max-steps", 1)
+
+
+@pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--control-path", "edges", "--control-encoder", "vit,width=8,depth=3"], "--control-encoder has depth: give"),
         (["--control-type", "canny"], "--control-path is needed"),
         (["--control-path", "edges"], "--control-encoder is needed"),
         (["--control-path", "edges", *ENCODER, "--condition", "control"], "describe the same condition"),

@@ -34,7 +34,12 @@ def control_pixels(picture: Image.Image, kind: str, size: int) -> Tensor:
     """Return the control image of a picture, uint8 (3, size, size), cropped to a square.
 
     Of kind canny the edges in the picture; the picture itself where it is of black and white alone, and of other kinds.
+    Transparency is laid on white. Raises ValueError for pixels of 16 or 32 bits, which Pillow does not scale to 8.
     """
+    if picture.mode[0] in "IF":
+        raise ValueError(f"the control image has pixels of mode {picture.mode}: give a picture of 8 bits a channel")
+    if picture.has_transparency_data:
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
     picture = picture.convert("RGB")
     drawn = kind == "canny" and set(np.unique(np.array(picture))) <= {0, 255}
     how = Image.Resampling.NEAREST if kind == "seg" else Image.Resampling.BICUBIC
@@ -135,12 +140,12 @@ class Control(Condition):
         """Raise ValueError for another shape than that of images or features, and for features that are not finite."""
         side, tokens = self.size, self.grid_size**2
         is_image = self.adapter is not None and value.dim() == 4 and value.shape[1] in (1, 3)
-        if is_image and tuple(value.shape[2:]) == (side, side):
+        if is_image and tuple(value.shape[2:]) == (side, side) and (value.dtype == torch.uint8 or value.isnan().all()):
             return
         if tuple(value.shape[1:]) != (tokens, self.width) or not value.is_floating_point():
             takes = f"features, floats of shape (B, {tokens}, {self.width})"
             if self.adapter is not None:
-                takes = f"images of {side}x{side} pixels, of shape (B, 1 or 3, {side}, {side}), or their {takes}"
+                takes = f"images of {side}x{side} pixels, uint8 of shape (B, 1 or 3, {side}, {side}), or their {takes}"
             raise ValueError(f"control takes {takes}; got {value.dtype} of shape {tuple(value.shape)}")
         if not value.isfinite().all():
             raise ValueError("features of control are not all finite")
@@ -157,6 +162,8 @@ class Control(Condition):
                     f"the model has no encoder of control images: give features, (B, {self.grid_size**2}, {self.width})"
                 )
             picture = control_pixels(picture, kind, self.size)
+        if picture is None:
+            raise ValueError("an image without its control image: give one for each image")
         picture = torch.as_tensor(picture)
         self.check(picture[None])
         if picture.dim() == 2:
