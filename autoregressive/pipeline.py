@@ -36,6 +36,7 @@ from autoregressive.models.generate import generate, image_order, known_first
 from autoregressive.models.layouts import Layout
 from autoregressive.models.on_cpu import missing_rows
 from autoregressive.models.particles import PARTICLES, Filled, fill
+from autoregressive.models.plans import check_window
 from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
 from autoregressive.models.trunk import ModelArgs, Trunk
 from autoregressive.released import find_identity, flags_of, gpt_identity, released_tokenizer
@@ -162,7 +163,8 @@ class ImagePipeline:
     (language/t5.py:find_t5) on `t5_device` in `t5_dtype`, by default the GPT's.
     t5_tokens: the text tokens of a prompt that are read (as many as the model has condition rows, or fewer).
     left_padding: features stand at the end of the condition rows, as in training; otherwise at their start.
-    Raises ValueError where GPT, tokenizer and encoder do not fit together, or for a batch size below 1.
+    Raises ValueError where GPT, tokenizer and encoder do not fit together, for a batch size below 1, or a window that the layout
+    cannot have.
     """
 
     def __init__(
@@ -202,6 +204,7 @@ class ImagePipeline:
         self.batch_size = batch_size or (8 if self.device.type == "cpu" else 32)
         self.compile = compile and can_compile(self.device)
         self.window = ("auto" if self.device.type == "cpu" else 0) if window is None else window
+        check_window(self.window, gpt.layout)
         self.text_encoder = text_encoder
         self.t5_path, self.t5_model_type = t5_path, t5_model_type
         self.t5_device = pick_device(str(t5_device)) if t5_device else self.device

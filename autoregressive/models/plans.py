@@ -191,13 +191,21 @@ def plan_for(
     )
 
 
-def with_window(plan: Plan, size: int | str, model: Trunk, samples: int) -> Plan:
-    """Return the plan with the window that `generate` is asked for, where it can have one and needs it."""
-    here, auto = machine(model.tok_embeddings.weight.device), size == "auto"
-    if auto:
-        size = here.auto_window(samples, plan.compiled)
+def check_window(size: int | str, layout: Layout) -> None:
+    """Raise ValueError for what is no size of a window, and for any size where the layout has no windows."""
+    if size == "auto":
+        return
     if not isinstance(size, int) or size < 0:
         raise ValueError(f"window is {size!r}: give a number of tokens, 0 for one decode step a pass, or 'auto'")
+    if size:
+        window_of(layout, size, len(layout.passes))
+
+
+def with_window(plan: Plan, size: int | str, model: Trunk, samples: int) -> Plan:
+    """Return the plan with the window that `generate` is asked for, where it can have one and needs it."""
+    check_window(size, plan.layout)
+    here, auto = machine(model.tok_embeddings.weight.device), size == "auto"
+    size = here.auto_window(samples, plan.compiled) if auto else int(size)
     if size == 0 or plan.end == 1 or (auto and (2 * max(plan.layout.groups) > size or not all(plan.layout.kept))):
         return plan
     window = window_of(plan.layout, size, plan.end)

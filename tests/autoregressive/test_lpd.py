@@ -476,6 +476,12 @@ def test_known_tokens_take_fewer_passes_and_images_of_other_holes_are_drawn_apar
     assert (own[0] == drawn[1]).all() and passes < 20 and calls[0].shape[1] == 54
 
 
+@pytest.mark.parametrize("window, message", [(4, "overwrites rows of its queries"), (-1, "window is -1: give")])
+def test_pipeline_with_a_window_that_its_model_cannot_have_is_refused(pipeline, window, message):
+    with pytest.raises(ValueError, match=message):
+        ImagePipeline(pipeline.gpt, pipeline.tokenizer, window=window)
+
+
 def test_what_a_raster_model_cannot_draw_is_refused(small_files):
     gpt = load_gpt(small_files.gpt, image_size=32, downsample_size=4)
     pipeline = ImagePipeline(gpt, load_tokenizer(small_files.vq))
