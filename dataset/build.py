@@ -13,7 +13,8 @@ from dataset.arrays import PairArrays, codes_of, condition_folders
 from dataset.codes import CODES
 from dataset.image_build import image_dataset, required
 from dataset.pixels import Reading
-from dataset.t2i import TextCodes, TextImages, open_pairs
+from dataset.sources import open_pairs
+from dataset.t2i import TextCodes, TextImages
 from dataset.text_features import open_features
 from utils.cli import grid_size
 

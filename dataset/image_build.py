@@ -3,18 +3,43 @@
 data = image_dataset(args, transform=partial(random_view, image_size=256))
 """
 
+import hashlib
 import logging
 from argparse import Namespace
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from dataset.augmentation import center_view
 from dataset.folders import class_folders, flat_folder, listed_images, nested_folder
-from dataset.images import ImageDataset
-from dataset.jsonl import jsonl_images
+from dataset.images import ImageDataset, ImageList
+from dataset.jsonl import JsonPairs
 from dataset.pixels import Reading
 
 logger = logging.getLogger(__name__)
+
+
+class _ImagePaths(Sequence[str]):
+    def __init__(self, pairs: JsonPairs):
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> str:
+        return self.pairs.image_file(index)
+
+    def update(self, digest: "hashlib._Hash") -> None:
+        """Add the content of the lists to a digest."""
+        for k in range(len(self.pairs.files)):
+            digest.update(self.pairs.list_digest(k).encode())
+
+
+def jsonl_images(folder: str | Path) -> ImageList:
+    """Return the images of a folder's jsonl files without their texts, all with label 0. Raises as JsonPairs does."""
+    return ImageList(_ImagePaths(JsonPairs(folder)))
+
 
 IMAGE_LISTS = {
     "imagenet": class_folders,

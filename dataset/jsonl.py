@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.images import ImageList
 from dataset.lines import digest
 from dataset.pairs import PairFiles
 
@@ -81,27 +80,6 @@ class JsonPairs(PairFiles, Sequence[dict]):
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{self.where(index)} must have 'text', a string or a list of strings")
         return texts
-
-
-class _ImagePaths(Sequence[str]):
-    def __init__(self, pairs: JsonPairs):
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> str:
-        return self.pairs.image_file(index)
-
-    def update(self, digest: "hashlib._Hash") -> None:
-        """Add the content of the lists to a digest."""
-        for k in range(len(self.pairs.files)):
-            digest.update(self.pairs.list_digest(k).encode())
-
-
-def jsonl_images(folder: str | Path) -> ImageList:
-    """Return the images of a folder's jsonl files without their texts, all with label 0. Raises as JsonPairs does."""
-    return ImageList(_ImagePaths(JsonPairs(folder)))
 
 
 def _line_starts(file: Path) -> tuple[np.ndarray, str]:

@@ -20,46 +20,20 @@ import torch
 from torch import Tensor
 
 from dataset.arrays import PairArrays
-from dataset.augmentation import center_crop_arr, center_view, random_crop_arr, to_tensor
+from dataset.augmentation import center_crop_arr, random_crop_arr, to_tensor
 from dataset.code_files import TEXT_EXTRACTION, ShardFolder
-from dataset.images import ImageItems, Unusable
-from dataset.jsonl import JsonPairs
+from dataset.images import Unusable
 from dataset.lines import CaptionLines, ImageLines, compare_folder, digest_all, recorded_digest, recorded_maker
+from dataset.pair_views import PairItems
 from dataset.pixels import DEFAULT, Reading
+from dataset.sources import Pairs
 from dataset.store import INDEX_FILE, Loose, Stems
 from dataset.text_features import Features
-from dataset.webdataset import TarPairs
 from utils.origin import require_same, same_tokenizer
 from utils.rng import item_seed
 
 SHORT_CAPTIONS = 0.3  # how often the feature of --short-t5-feat-path is taken
 _SHORT_DRAW = 1  # told apart from the draws of the crop
-# A few in a row are an accident or small pictures; so many are a wrong path or a disk that went away.
-UNUSABLE_IN_A_ROW = 256
-
-Pairs = JsonPairs | TarPairs
-
-
-def open_pairs(folder: str | Path, index_path: str | Path | None = None) -> Pairs:
-    """Open the pairs of a folder of *.jsonl lists or of *.tar shards; index_path: see TarPairs.
-
-    Raises FileNotFoundError where the folder is missing, ValueError where it holds neither or both, and as the two do.
-    """
-    folder = Path(folder)
-    lists, shards = (any(folder.glob(pattern)) for pattern in ("*.jsonl", "*.tar*"))
-    if lists and shards:
-        raise ValueError(f"{folder} holds *.jsonl and *.tar: give each a folder of its own")
-    return TarPairs(folder, index_path) if shards else JsonPairs(folder)
-
-
-def chosen_files(pairs: Any, first: int, last: int | None) -> list[int]:
-    """Return the numbers of the files from --data-start to --data-end, both included; None: to the last there is."""
-    count = len(pairs.files)
-    chosen = [k for k in range(count) if first <= k <= (count if last is None else last)]
-    if not chosen:
-        numbered = f"the {count} files, which are numbered 0 to {count - 1}"
-        raise ValueError(f"--data-start {first} --data-end {last} selects none of {numbered}")
-    return chosen
 
 
 def require_same_encoder(features: Features, others: Features) -> None:
@@ -129,17 +103,7 @@ class TextCodes(Stems):
         return torch.from_numpy(codes.reshape(-1).astype(np.int64))
 
 
-class _PairItems(ImageItems):
-    """Base of the two data sets of pairs."""
-
-    kind, skipping = "pairs", "does not count:"
-
-    def __init__(self, pairs: Pairs, image_size: int | None, seed: int = 0, reading: Reading = DEFAULT):
-        super().__init__(len(pairs), seed, reading, in_a_row=min(UNUSABLE_IN_A_ROW, len(pairs)))
-        self.pairs, self.image_size, self.where = pairs, image_size, pairs.where
-
-
-class TextImages(_PairItems):
+class TextImages(PairItems):
     """Items {"image": (3, H, W) in [-1, 1], or "codes": int64 (tokens,); "caption": (length, dim); "valid": bool} of pairs.
 
     Captions speak of left and right, so nothing is mirrored. Every draw is a function of (seed, epoch, index).
@@ -251,19 +215,3 @@ class TextImages(_PairItems):
             draw = item_seed(self.seed, self.epoch, index, _SHORT_DRAW) / 2**63
             found = self.short_features.get(stem, line) if draw < SHORT_CAPTIONS else None
         return self.features.get(stem, line) if found is None else found
-
-
-class PairViews(_PairItems):
-    """Data set of what extraction encodes: items ([centre crop (3, H, W)], 0, index) for `present_batches`, None for unusable pairs."""
-
-    def read(self, index: int) -> Tensor:
-        """Return the centre crop of a pair's image. Raises Unusable."""
-        crop = partial(center_view, image_size=self.image_size)
-        return self.pixels(lambda: self.pairs.image_file(index), index, crop, self.image_size)
-
-    def __getitem__(self, index: int) -> tuple[list[Tensor], int, int] | None:
-        try:
-            return [self.read(index)], 0, index
-        except Unusable as error:
-            self.skip(index, error)
-            return None

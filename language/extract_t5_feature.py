@@ -22,7 +22,7 @@ from utils.cli import HALF, add_flag, flag_parser, positive_int, run_script
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from dataset.t2i import chosen_files, open_pairs
+    from dataset.sources import chosen_files, open_pairs
     from language.extraction import DTYPES, MAX_LENGTH, extract
     from language.prompts import open_prompts
     from language.t5 import T5Embedder, find_t5, without_fork_warnings

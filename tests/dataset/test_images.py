@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 
 from dataset.augmentation import center_view, flip_views, random_view
 from dataset.folders import class_folders, find_images, flat_folder, listed_images, nested_folder
+from dataset.image_build import jsonl_images
 from dataset.images import ImageDataset, collate_present, present_batches
-from dataset.jsonl import JsonPairs, jsonl_images
+from dataset.jsonl import JsonPairs
 from dataset.pixels import load_rgb
 
 SIZE = 16

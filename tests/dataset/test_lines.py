@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from dataset.lines import CaptionLines, ImageLines, compare_before_writing, record_lines, recorded_maker
-from dataset.t2i import TextCodes, TextImages, open_pairs
+from dataset.sources import open_pairs
+from dataset.t2i import TextCodes, TextImages
 from dataset.text_features import open_features
 from language.prompts import PromptFeatures, PromptList
 from tests.dataset.test_t2i import COUNTS, GRID, SIZE, make_codes

@@ -15,8 +15,10 @@ from dataset.augmentation import center_view, random_crop_arr, to_tensor
 from dataset.build import build_dataset
 from dataset.code_files import TEXT_EXTRACTION, CodeSettings, CodeWriter
 from dataset.images import drawing_from
+from dataset.pair_views import PairViews
+from dataset.sources import chosen_files, open_pairs
 from dataset.store import Loose
-from dataset.t2i import PairViews, TextCodes, TextImages, chosen_files, open_pairs
+from dataset.t2i import TextCodes, TextImages
 from dataset.text_features import open_features
 from language.features import left_padded
 from tests.text_training import DIM, TOKENS, caption_features, make_features, make_pairs, make_shards, picture, png
