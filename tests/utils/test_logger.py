@@ -5,7 +5,8 @@ import logging
 from contextlib import redirect_stdout
 
 from tests.training import quiet_loggers
-from utils.logger import RunLogger, console_logger
+from utils.logger import console_logger
+from utils.training.run_log import RunLogger
 
 
 def test_lines_go_to_the_output_as_it_is_now():

@@ -11,10 +11,10 @@ from typing import cast
 from utils.checkpoint import Checkpoint
 from utils.distributed import Distributed
 from utils.errors import AgreedError
-from utils.logger import RunLogger
 from utils.origin import require_same
 from utils.runs import Run
 from utils.training.run_folder import open_run, require_writable
+from utils.training.run_log import RunLogger
 from utils.training.shards import ShardedCheckpoint
 from utils.training.state import TrainingState
 

@@ -28,11 +28,11 @@ from torch.utils._pytree import tree_map_only
 from utils.checkpoint import RECORD_FILE, Checkpoint, read_checkpoint, require_fit, save_checkpoint
 from utils.distributed import Distributed
 from utils.files import sync_folder, write_json
-from utils.logger import RunLogger
 from utils.runs import Run
 from utils.training.ema import EMA
 from utils.training.parallel import copy_rows, parameters_of
 from utils.training.run_folder import prune_checkpoints
+from utils.training.run_log import RunLogger
 from utils.training.shards import (
     ChecksummedWriter,
     SafeReader,

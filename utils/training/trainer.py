@@ -29,7 +29,6 @@ from utils.checkpoint import Checkpoint
 from utils.errors import AgreedError, words_of
 from utils.flops import peak_flops
 from utils.loading import ReadAhead, batches_of, loader_workers
-from utils.logger import RunLogger
 from utils.precision import WORDS
 from utils.rng import item_seed
 from utils.training.ema import EMA, warmed_up
@@ -39,6 +38,7 @@ from utils.training.optim import learning_rate
 from utils.training.order import BatchOrder, fit_batch
 from utils.training.parallel import Parallel, parameters_of
 from utils.training.resume import open_run_together, resume, start_from
+from utils.training.run_log import RunLogger
 from utils.training.shards import ShardedCheckpoint
 from utils.training.signals import Agreement, StopSignals
 from utils.training.state import Saver, TrainingState
