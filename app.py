@@ -90,6 +90,7 @@ QUICKSTART_SETTINGS = {
     "text": {"cfg_scale": 1.0, "top_k": 0, "temperature": 0.4},
 }
 SETTINGS = {name: field for name, field in SamplingConfig.fields().items() if "page" in field.metadata}
+UNSHOWN = [name for name, field in SamplingConfig.fields().items() if not {"page", "switch"} & field.metadata.keys()]
 PROMPTS = ["A lighthouse on a rocky coast at dusk, its lamp just lit, oil painting.", "An orange tram in heavy snow."]
 QUICKSTART_PROMPTS = ["woman judge, dark skin tone", "man cook, medium-light skin tone", "person raising hand"]
 CLASSES = (207, 360, 387, 974, 88, 979, 417, 279)  # of ImageNet's, those of the published pictures
@@ -418,11 +419,7 @@ def picture_file(name: str, address: str | None) -> bytes:
 
 
 def build_page(
-    painters: dict[str, "Painter"],
-    problems: dict[str, str],
-    args: argparse.Namespace,
-    folder: Path,
-    here: Counter[str],
+    painters: dict[str, "Painter"], problems: dict[str, str], args: argparse.Namespace, folder: Path, here: Counter[str]
 ) -> "gradio.Blocks":
     """Return the page with its tabs, two a model. problems: by tab, the HTML of why its model could not be loaded."""
     import gradio as gr
@@ -467,8 +464,7 @@ def drawing_tab(
     editing, control = page is None, painter.info.control
     tab = f"edit-{kind}" if editing else kind
     at = settings_for(kind, args, control is not None)
-    # Servers of earlier editions take no draw.
-    kept = {} if editing or args.draw == flags().get_default("draw") else {"draw": args.draw}
+    kept = {name: getattr(args, name) for name in UNSHOWN if getattr(args, name) != flags().get_default(name)}
     sent = (["image"] if editing else []) + (["control_image"] if control else [])
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
@@ -579,7 +575,7 @@ def setting_control(name: str, value: Any) -> "gradio.Slider | gradio.Number | g
     told["minimum"] = least
     if most is None:
         return gr.Number(value, precision=0 if field.type is int else None, **told)
-    return gr.Slider(maximum=most, value=value, step=step, **told)
+    return gr.Slider(maximum=max(most, value), value=value, step=step, **told)
 
 
 def flags() -> argparse.ArgumentParser:

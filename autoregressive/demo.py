@@ -209,7 +209,9 @@ def words(settings: dict[str, Any]) -> str:
         told.append(f"guidance {scale:g}{how}{to}" if scale > 1 else "no guidance")
     if settings.get("temperature") == 0:
         return " · ".join([*told, "greedy"])
-    others = {name: value for name, value in settings.items() if not name.startswith("cfg_")}
+    others = {
+        name: value for name, value in settings.items() if not name.startswith("cfg_") and (name, value) != ("steps", 0)
+    }
     shown = {name: value if isinstance(value, str) else f"{value:g}" for name, value in others.items()}
     told += [f"{name.replace('_', '-')} {value}" for name, value in shown.items()]
     return " · ".join(told).replace("top-k 0", "top-k all")

@@ -216,6 +216,25 @@ def test_where_the_sliders_stand():
     assert [ends[name] for name in ("cfg_scale", "top_k", "top_p", "temperature")] == [1, 0, 1, 0]
 
 
+def test_settings_beyond_the_sliders_and_without_one_are_those_of_the_flags(tmp_path):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    assert app.setting_control("temperature", 3.0).maximum == 3 and app.setting_control("top_p", 0.5).maximum == 1
+    args = parse("--order", "random", "--repulsion", 2, "--seed", 0)
+    asked = []
+
+    class Listener:
+        info = ModelInfo("small", "c2i", 32, 64, 10, True, tuple("0123456789"))
+
+        async def draw(self, what, **settings):
+            asked.append(settings)
+            yield View([], "done", True)
+
+    page = app.build_page({"class": Listener()}, {}, args, tmp_path, Counter())
+    opening = next(fn for fn in page.fns.values() if getattr(fn.fn, "__name__", "") == "opening").fn
+    asyncio.run(opening())
+    assert asked[0]["order"] == "random" and asked[0]["repulsion"] == 2 and "draw" not in asked[0]
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

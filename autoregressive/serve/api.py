@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from hmac import compare_digest
 from typing import Any, TypeVar
 
@@ -157,7 +158,8 @@ def create_app(
     async def images(request: Request, body: ImageBody) -> Response:
         """Draws images. An image is a function of its seed and what it is of, whatever else the server does."""
         accept = request.headers.get("accept", "")
-        asked = ask(body, service.info, service.limits, models=service.models, accept=accept)
+        read = partial(ask, body, service.info, service.limits, models=service.models, accept=accept)
+        asked = await asyncio.to_thread(read) if body.control_image else read()  # a picture takes long to read
         return await answer(request, asked)
 
     @v1.post(EDITS.removeprefix("/v1"), responses=answers, response_model=None, openapi_extra=EDIT_FORM)
@@ -227,11 +229,7 @@ def create_app(
     @app.get("/health", responses={503: {"description": "Shutting down, or the engine fails"}})
     async def health() -> Response:
         """Tells whether requests are taken."""
-        answer = {
-            "status": service.state,
-            "queued_images": service.queued_images,
-            "token_age": service.token_age(),
-        }
+        answer = {"status": service.state, "queued_images": service.queued_images, "token_age": service.token_age()}
         return Json(answer, status_code=200 if service.state == "ok" else 503)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 import numpy as np
+from PIL import Image
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from autoregressive.class_names import find_class
@@ -181,14 +182,7 @@ class Asked:
     control: ControlImage | None = None
 
 
-def ask(
-    body: ImageBody,
-    info: ModelInfo,
-    limits: Limits,
-    *,
-    models: Sequence[str] = (),
-    accept: str = "",
-) -> Asked:
+def ask(body: ImageBody, info: ModelInfo, limits: Limits, *, models: Sequence[str] = (), accept: str = "") -> Asked:
     """Return what a body asks of the model.
 
     Args:
@@ -266,20 +260,18 @@ def _control(body: ImageBody, info: ModelInfo, limits: Limits) -> ControlImage |
         file = base64.b64decode(encoded, validate=True)
     except ValueError as error:
         raise refuse("control_image", f"control_image is not base64 ({error})", "invalid_image") from error
+    return ControlImage(_picture("control_image", file, limits.max_pixels), body.control_type)
+
+
+def _picture(param: str, file: bytes, most_pixels: int) -> Image.Image:
     try:
-        picture = open_picture(io.BytesIO(file), "control_image", limits.max_pixels, ("PNG", "JPEG", "WEBP"))
+        return open_picture(io.BytesIO(file), param, most_pixels, ("PNG", "JPEG", "WEBP"))
     except ValueError as error:
-        raise refuse("control_image", str(error), "invalid_image") from error
-    return ControlImage(picture, body.control_type)
+        raise refuse(param, str(error), "invalid_image") from error
 
 
 def _hole(files: Mapping[str, bytes], side: int, token: int, ring: int, most_pixels: int) -> Hole:
-    pictures = {}
-    for param, file in files.items():
-        try:
-            pictures[param] = open_picture(io.BytesIO(file), param, most_pixels, ("PNG", "JPEG", "WEBP"))
-        except ValueError as error:
-            raise refuse(param, str(error), "invalid_image") from error
+    pictures = {param: _picture(param, file, most_pixels) for param, file in files.items()}
     image, mask = pictures["image"], pictures.get("mask")
     width, height = image.size
     if width != height:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -48,20 +48,6 @@ _HELD_OUT = 6
 SHOWN = 16
 
 
-class Asked(Protocol):
-    """Things that images are asked for, by number; a data set whose items are these numbers."""
-
-    def __len__(self) -> int: ...
-
-    def conditions(self, item: int) -> dict[str, Any]:
-        """Return the values of a model's conditions, as Request takes them."""
-        ...
-
-    def told(self, items: Sequence[int]) -> dict[str, Any]:
-        """Return what rewards are told: `text`, and what else they may look at."""
-        ...
-
-
 class Numbered:
     """Data set whose items are their numbers."""
 
@@ -79,9 +65,11 @@ class Classes(Numbered):
         return self.size
 
     def conditions(self, item: int) -> dict[str, Any]:
+        """Return the values of a model's conditions, as Request takes them."""
         return {"label": item % len(self.names)}
 
     def told(self, items: Sequence[int]) -> dict[str, Any]:
+        """Return what rewards are told: `text`, and what else they may look at."""
         labels = np.array(items) % len(self.names)
         return {"text": [f"a photo of {self.names[label]}" for label in labels], "label": labels}
 
@@ -101,6 +89,9 @@ class Prompts(Numbered):
 
     def told(self, items: Sequence[int]) -> dict[str, Any]:
         return {"text": [self.prompts[item] for item in items]}
+
+
+Asked = Classes | Prompts
 
 
 @dataclass(frozen=True)
@@ -133,11 +124,11 @@ class Studio:
         """Gather the weights for drawing. Every process enters and leaves it together."""
         if self.plan.sharded and not self._begun:  # the first forward pass tells FSDP which module is the outermost
             self._begun = True
-            codes = torch.zeros(1, self.model.layout.tokens, dtype=torch.long, device=self.plan.dist.device)
-            cond = {name: _nothing(condition) for name, condition in self.model.conditions.items()}
-            cond = {name: value.to(codes.device) for name, value in cond.items()}
+            device, conditions = self.plan.dist.device, self.model.conditions.items()
+            codes = torch.zeros(1, self.model.layout.tokens, dtype=torch.long, device=device)
+            cond = {name: condition.read(condition.example())[None].to(device) for name, condition in conditions}
             with torch.no_grad():
-                self.wrapped(codes, cond, torch.zeros(1, device=codes.device))
+                self.wrapped(codes, cond, torch.zeros(1, device=device))
         with torch.no_grad(), self.plan.gathered(self.wrapped):
             yield
 
@@ -147,11 +138,8 @@ class Studio:
         # Blocks are compiled for training's shapes.
         with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.compiler.set_stance("force_eager"):
             pipeline = ImagePipeline(self.model, self.tokenizer, batch_size=len(items))
-            requests = [
-                Request(asked.conditions(item), {}, self.sampling, seed, number)
-                for item, number in zip(items, numbers, strict=True)
-            ]
-            requests = pipeline.read(requests)
+            each = zip(items, numbers, strict=True)
+            requests = pipeline.read([Request(asked.conditions(i), {}, self.sampling, seed, n) for i, n in each])
             inputs = pipeline.inputs(requests)
             try:
                 codes = pipeline.draw(requests).clone()
@@ -159,10 +147,6 @@ class Studio:
                 release_cache(self.model)
             orders = None if inputs["orders"] is None else inputs["orders"].to(device)
             return Drawn(codes, pipeline.decode(codes), inputs["cond"], inputs["emb_masks"], orders)
-
-
-def _nothing(condition: Any) -> Tensor:
-    return condition.read(condition.example())[None]
 
 
 class GroupStep:
@@ -174,7 +158,7 @@ class GroupStep:
 
     def __call__(self, batch: Tensor, place: Micro) -> tuple[Tensor, dict[str, Tensor]]:
         size, dist = self.group_size, self.studio.plan.dist
-        items = np.repeat(batch.cpu().numpy(), size).tolist()
+        items = batch.repeat_interleave(size).tolist()
         first = (place.step * place.global_batch + place.positions.start) * size
         with self.studio.open(), dist.together():
             drawn = self.studio.draw(self.asked, items, self.seed, range(first, first + len(items)))
@@ -220,7 +204,7 @@ class HeldOutRewards:
         self.seed, self.trainer = item_seed(args.global_seed, _HELD_OUT), cast(Trainer, None)
         self.real: np.ndarray | None = None
         if args.val_code_path:
-            self.real = self._features(self._real_images(args.val_code_path))
+            self.real = features_of(args.recall_features, self._real_images(args.val_code_path))
 
     def begin(self, trainer: Trainer) -> None:
         """Measure the model that a run begins with, or is resumed with where it was killed before it was measured.
@@ -271,7 +255,7 @@ class HeldOutRewards:
             drawn = self.studio.draw(self.asked, items, self.seed, images)
             if groups:
                 rewards = rewards_of(self.rewards, drawn.pixels, self.asked.told(items))
-                features = None if self.real is None else self._features(drawn.pixels)
+                features = None if self.real is None else features_of(self.args.recall_features, drawn.pixels)
                 found.append((rewards, diversity(drawn.pixels, self.size), features))
         return found
 
@@ -285,9 +269,6 @@ class HeldOutRewards:
         items = list(range(min(SHOWN, len(self.asked))))
         drawn = self.studio.draw(self.asked, items, self.seed, [item * self.args.group_size for item in items])
         return {"samples": make_grid(drawn.pixels, columns=4)}
-
-    def _features(self, images: np.ndarray) -> np.ndarray:
-        return features_of(self.args.recall_features, images)
 
     def _real_images(self, path: str) -> np.ndarray:
         """Return held-out images as the tokenizer gives them back, at most as many as are drawn."""

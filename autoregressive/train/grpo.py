@@ -1,7 +1,7 @@
 """Recipe of training by rewards (GRPO): a GPT's file, rewards and what to ask for; what train_grpo.py does."""
 
 import argparse
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -132,22 +132,14 @@ def build_policy(saved: Checkpoint, tokenizer: Tokenizer, args: argparse.Namespa
     )
     if known["vocab_size"] > tokenizer.codebook_size:
         raise ValueError(f"{saved.path} has {known['vocab_size']} codes and --vq-ckpt {tokenizer.codebook_size}")
-    off = (
-        "token_dropout_p",
-        "attn_dropout_p",
-        "resid_dropout_p",
-        "ffn_dropout_p",
-        "drop_path_rate",
-        "class_dropout_prob",
-    )
+    dropouts = [
+        field.name for field in fields(ModelArgs) if field.name.endswith(("_dropout_p", "_path_rate", "_dropout_prob"))
+    ]
     with torch.device("meta"):
-        model = build_model(replace(ModelArgs.from_identity(identity), **dict.fromkeys(off, 0.0)))
+        model = build_model(replace(ModelArgs.from_identity(identity), **dict.fromkeys(dropouts, 0.0)))
     args.gpt_model, args.gpt_type = known["gpt_model"] or "GPT", known["gpt_type"]
-    args.num_classes, args.vocab_size, args.cls_token_num = (
-        known["num_classes"],
-        known["vocab_size"],
-        known["cls_token_num"],
-    )
+    for name in ("num_classes", "vocab_size", "cls_token_num"):
+        setattr(args, name, known[name])
     args.downsample_size = tokenizer.downsample
     args.image_size = model.layout.grid_size * tokenizer.downsample
     args.beta = BETA[args.gpt_type] if args.beta is None else args.beta

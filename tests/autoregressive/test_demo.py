@@ -148,6 +148,7 @@ def test_drawing_that_nobody_reads_gives_its_place_up(tokenizer):
         ({"cfg_scale": 4.5, "cfg_interval": 6, "top_k": 20}, "guidance 4.5 to step 6 · top-k 20"),
         ({"cfg_scale": 2, "temperature": 0, "top_k": 9}, "guidance 2 · greedy"),
         ({"draw": "cdf", "temperature": 0.5}, "draw cdf · temperature 0.5"),
+        ({"control_type": "depth", "control_strength": 0.5, "steps": 0}, "control-type depth · control-strength 0.5"),
         ({}, ""),
     ],
 )  # fmt: skip
