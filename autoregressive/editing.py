@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from autoregressive.models.particles import PARTICLES
+from autoregressive.models.on_cpu import missing_rows
+from autoregressive.models.particles import PARTICLES, Filled, fill
+from autoregressive.models.sampling import NotFiniteLogits
 from autoregressive.pipeline import Features, ImagePipeline, OnStep
 from autoregressive.request import Request
 from utils.errors import require_whole
@@ -236,6 +238,29 @@ def fill_holes(
         each = zip(shown, filled.tokens.cpu(), filled.log_evidence, filled.effective, strict=True)
         found += [Edited(*one, filled.particles) for one in each]
     return found
+
+
+def fill_codes(pipeline: ImagePipeline, requests: Sequence[Request], on_step: OnStep | None = None) -> Filled:
+    """Fill the holes of one micro-batch with each request's particles (models/particles.py), as `draw` draws codes."""
+    count, at_once = len(requests), pipeline.at_once(requests[0])
+    padding = max(at_once - count, 0) if pipeline.device.type != "cpu" else missing_rows(pipeline.gpt, count)
+    rows, first = [*requests, *requests[-1:] * padding], requests[0]
+    inputs = pipeline.inputs(rows)
+    whole = torch.full((len(rows), pipeline.gpt.layout.tokens), -1)
+    try:
+        filled = fill(
+            pipeline.gpt,
+            **inputs | {"known": whole if inputs["known"] is None else inputs["known"]},
+            images=[(request.seed, request.index) for request in rows],
+            particles=first.particles,
+            window=pipeline.window,
+            on_step=on_step,
+            **vars(first.sampling),
+        )
+    except NotFiniteLogits as error:
+        raise error.of(slice(count)) or error from None
+    kept = {name: getattr(filled, name)[:count] for name in ("tokens", "scores", "log_evidence", "effective")}
+    return replace(filled, **kept)
 
 
 def worse(one: Edited, other: Edited) -> Edited:

@@ -14,13 +14,12 @@ number of threads, on an accelerator for one batch size.
 import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from importlib import import_module
 from itertools import groupby
 from math import isqrt
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,11 +34,10 @@ from autoregressive.models.drafts import check_draft_model
 from autoregressive.models.generate import generate, image_order, known_first
 from autoregressive.models.layouts import Layout
 from autoregressive.models.on_cpu import missing_rows
-from autoregressive.models.particles import PARTICLES, Filled, fill
 from autoregressive.models.plans import check_window
 from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
 from autoregressive.models.trunk import ModelArgs, Trunk
-from autoregressive.released import find_identity, flags_of, gpt_identity, released_tokenizer
+from autoregressive.released import find_identity, gpt_identity, released_tokenizer
 from autoregressive.request import Request
 from tokenizer.base import Tokenizer
 from tokenizer.load import find_tokenizer, load_tokenizer
@@ -60,8 +58,6 @@ IMAGES_AT_ONCE = 2
 
 # An accelerator is full with so many, and feature maps of more take memory that drawing needs.
 MOST_DECODED_AT_ONCE = 32
-
-RELEASED_T5_WIDTH = 2048
 
 
 def load_gpt(
@@ -113,36 +109,6 @@ def tokenizer_of(gpt: str | Path) -> Path:
     raise ValueError(f"--vq-ckpt is needed: {path} does not record its tokenizer; that of released models is {name}")
 
 
-def with_encoder(gpt: Path, text: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how prompts are encoded, with the T5 that a GPT's file records where none is named.
-
-    Args:
-        gpt: file of the GPT; features of the released T5's width may be of that one, which need not be near
-        text: settings of the T5, as ImagePipeline takes them
-
-    Raises FileNotFoundError where the recorded T5 is not near the file.
-    """
-    checkpoint = read_checkpoint(gpt)
-    identity = checkpoint.config.get("text_encoder")
-    if identity and not any(text.get(name) for name in ("text_encoder", "t5_path", "t5_model_type")):
-        try:
-            features = (checkpoint.args or {}).get("t5_feat_path")
-            found = import_module("language.t5").find_encoder(gpt, identity, features)
-        except FileNotFoundError:
-            if flags_of(find_identity(checkpoint))["caption_dim"] != RELEASED_T5_WIDTH:
-                raise
-        else:
-            return {**text, "t5_path": found.parent, "t5_model_type": found.name}
-    return dict(text)
-
-
-class TextEncoder(Protocol):
-    """Encoder of prompts into features; language/t5.py's T5Embedder is one."""
-
-    def get_text_embeddings(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Features (B, L, caption_dim) and their mask (B, L), nonzero where a row stands for text."""
-
-
 Features = Tensor | np.ndarray | str | Path
 """A caption's features (length, caption_dim) or (1, length, caption_dim), or the .npy file that has them."""
 
@@ -159,7 +125,7 @@ class ImagePipeline:
     batch_size: images computed at once (32 on an accelerator, 8 on a CPU).
     window: tokens of a decode pass as `generate` takes them; "auto" on a CPU, where images are the same for any window, else 0.
     draft_gpt: a smaller GPT of the same codes that draws the drafts of windows.
-    text_encoder: encodes prompts. Where not given, the first prompt loads the T5 that `t5_path` and `t5_model_type` name
+    text_encoder: encodes prompts (text.py:TextEncoder). Where not given, the first prompt loads the T5 that `t5_path` and `t5_model_type` name
     (language/t5.py:find_t5) on `t5_device` in `t5_dtype`, by default the GPT's.
     t5_tokens: the text tokens of a prompt that are read (as many as the model has condition rows, or fewer).
     left_padding: features stand at the end of the condition rows, as in training; otherwise at their start.
@@ -176,7 +142,7 @@ class ImagePipeline:
         compile: bool = False,
         window: int | str | None = None,
         draft_gpt: Trunk | None = None,
-        text_encoder: TextEncoder | None = None,
+        text_encoder: Any = None,
         t5_path: str | Path | None = None,
         t5_model_type: str = "flan-t5-xl",
         t5_device: str | torch.device | None = None,
@@ -294,7 +260,9 @@ class ImagePipeline:
             use_ema=use_ema,
             **{"downsample_size": tokenizer.downsample, **of_gpt},
         )
-        text = {name: value for name, value in with_encoder(gpt_path, text).items() if value is not None}
+        if model.file_config.get("text_encoder"):
+            text = import_module("autoregressive.text").with_encoder(gpt_path, text)
+        text = {name: value for name, value in text.items() if value is not None}
         return cls(model, tokenizer, batch_size=batch_size, compile=compile, **text)
 
     @property
@@ -471,7 +439,7 @@ class ImagePipeline:
         for name, condition in self.gpt.conditions.items():
             if condition.text_dim:
                 lengths = [(request.index, len(request.conditions[name])) for request in found]
-                warn_of_long_features(lengths, condition.rows)
+                import_module("autoregressive.text").warn_of_long_features(lengths, condition.rows)
         return found
 
     def _prompts(self, values: Mapping[str, Any]) -> list[str]:
@@ -557,38 +525,20 @@ class ImagePipeline:
                 raise found from None
             return error.tokens[:count]  # only the padding is broken
 
-    def fill(self, requests: Sequence[Request], *, on_step: OnStep | None = None) -> Filled:
-        """Fill the holes of one micro-batch with each request's particles (models/particles.py), as `draw` draws codes."""
-        count, at_once = len(requests), self._at_once(requests[0])
-        padding = max(at_once - count, 0) if self.device.type != "cpu" else missing_rows(self.gpt, count)
-        rows, first = [*requests, *requests[-1:] * padding], requests[0]
-        inputs = self.inputs(rows)
-        whole = torch.full((len(rows), self.gpt.layout.tokens), -1)
-        try:
-            filled = fill(
-                self.gpt,
-                **inputs | {"known": whole if inputs["known"] is None else inputs["known"]},
-                images=[(request.seed, request.index) for request in rows],
-                particles=first.particles,
-                window=self.window,
-                on_step=on_step,
-                **vars(first.sampling),
-            )
-        except NotFiniteLogits as error:
-            raise error.of(slice(count)) or error from None
-        kept = {name: getattr(filled, name)[:count] for name in ("tokens", "scores", "log_evidence", "effective")}
-        return replace(filled, **kept)
+    def fill(self, requests: Sequence[Request], *, on_step: OnStep | None = None) -> Any:
+        """Fill the holes of one micro-batch with each request's particles. Returns models/particles.py's Filled. See editing.py:fill_codes."""
+        return import_module("autoregressive.editing").fill_codes(self, requests, on_step)
 
     def micro_batches(self, requests: Sequence[Request]) -> list[list[Request]]:
         """Cut requests into micro-batches, in their order."""
         alike = [list(group) for _, group in groupby(requests, self.kind)]
         return [
-            group[i : i + self._at_once(group[0])]
+            group[i : i + self.at_once(group[0])]
             for group in alike
-            for i in range(0, len(group), self._at_once(group[0]))
+            for i in range(0, len(group), self.at_once(group[0]))
         ]
 
-    def _at_once(self, request: Request) -> int:
+    def at_once(self, request: Request) -> int:
         """Return how many requests of a kind a micro-batch has."""
         return max(1, self.batch_size // request.particles)
 
@@ -664,17 +614,13 @@ class ImagePipeline:
         scaled = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float() / 127.5 - 1
         return self.tokenizer.to_codes(scaled.to(self.tokenizer.device)).flatten(1)
 
-    def edit(
-        self, image: Image.Image, mask: Any = None, asked: Any = None, *, particles: int = PARTICLES, **settings: Any
-    ) -> list[Image.Image]:
+    def edit(self, image: Image.Image, mask: Any = None, asked: Any = None, **settings: Any) -> list[Image.Image]:
         """Fill a hole in a picture with a class or a prompt; what is kept decides too. See editing.py:edit."""
-        return import_module("autoregressive.editing").edit(self, image, mask, asked, particles=particles, **settings)
+        return import_module("autoregressive.editing").edit(self, image, mask, asked, **settings)
 
-    def extend(
-        self, image: Image.Image, asked: Any = None, *, particles: int = PARTICLES, **settings: Any
-    ) -> list[Image.Image]:
+    def extend(self, image: Image.Image, asked: Any = None, **settings: Any) -> list[Image.Image]:
         """Draw a picture's surroundings: left=, right=, up=, down= in pixels. See editing.py:extend."""
-        return import_module("autoregressive.editing").extend(self, image, asked, particles=particles, **settings)
+        return import_module("autoregressive.editing").extend(self, image, asked, **settings)
 
     @torch.inference_mode()
     def decode(self, codes: Tensor, size: int | None = None) -> np.ndarray:
@@ -799,15 +745,3 @@ def _prefix_mask(
         return None
     whole = {n: torch.ones(len(v), conditions[n].rows, dtype=torch.bool, device=v.device) for n, v in values.items()}
     return torch.cat([whole[name] if mask is None else mask for name, mask in masks.items()], dim=1)
-
-
-def warn_of_long_features(lengths: Sequence[tuple[int, int]], rows: int) -> None:
-    """Warn where only the first `rows` rows of an image's features are read. lengths: images' numbers and their rows."""
-    long = [f"{length} of image {i}" for i, length in lengths if length > rows]
-    if long:
-        listed = ", ".join(long[:3]) + (", …" if len(long) > 3 else "")
-        warnings.warn(
-            f"{len(long)} of {len(lengths)} features have more than {rows} rows, and what stands behind them is not read: "
-            f"{listed}",
-            stacklevel=3,
-        )

@@ -4,17 +4,53 @@ features = encode(pipeline, ["a red lantern"])           # what ImagePipeline.en
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from autoregressive.pipeline import ImagePipeline, TextEncoder, as_list
+from autoregressive.pipeline import ImagePipeline, as_list
+from autoregressive.released import find_identity, flags_of
 from language import t5
 from language.captions import clean_caption
+from utils.checkpoint import read_checkpoint
 from utils.errors import beginning
 from utils.origin import require_encoder
+
+RELEASED_T5_WIDTH = 2048
+
+
+class TextEncoder(Protocol):
+    """Encoder of prompts into features; language/t5.py's T5Embedder is one."""
+
+    def get_text_embeddings(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Features (B, L, caption_dim) and their mask (B, L), nonzero where a row stands for text."""
+
+
+def with_encoder(gpt: Path, text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how prompts are encoded, with the T5 that a GPT's file records where none is named.
+
+    Args:
+        gpt: file of the GPT; features of the released T5's width may be of that one, which need not be near
+        text: settings of the T5, as ImagePipeline takes them
+
+    Raises FileNotFoundError where the recorded T5 is not near the file.
+    """
+    checkpoint = read_checkpoint(gpt)
+    identity = checkpoint.config.get("text_encoder")
+    if identity and not any(text.get(name) for name in ("text_encoder", "t5_path", "t5_model_type")):
+        try:
+            features = (checkpoint.args or {}).get("t5_feat_path")
+            found = t5.find_encoder(gpt, identity, features)
+        except FileNotFoundError:
+            if flags_of(find_identity(checkpoint))["caption_dim"] != RELEASED_T5_WIDTH:
+                raise
+        else:
+            return {**text, "t5_path": found.parent, "t5_model_type": found.name}
+    return dict(text)
 
 
 def encode(pipeline: ImagePipeline, prompts: Sequence[str], *, progress: bool = False) -> list[Tensor]:
@@ -79,3 +115,15 @@ def check_prompts(prompts: Sequence[str], cleaned: bool = True) -> None:
                 f"prompt {i} (from 0), {beginning(prompt)!r}, is blank once it is cleaned as captions were in training, without "
                 "web addresses, file names, Chinese characters and the like: write what to draw"
             )
+
+
+def warn_of_long_features(lengths: Sequence[tuple[int, int]], rows: int) -> None:
+    """Warn where only the first `rows` rows of an image's features are read. lengths: images' numbers and their rows."""
+    long = [f"{length} of image {i}" for i, length in lengths if length > rows]
+    if long:
+        listed = ", ".join(long[:3]) + (", …" if len(long) > 3 else "")
+        warnings.warn(
+            f"{len(long)} of {len(lengths)} features have more than {rows} rows, and what stands behind them is not read: "
+            f"{listed}",
+            stacklevel=3,
+        )

@@ -16,6 +16,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from utils import lora
 from utils.files import atomic_write
-from utils.runs import find_checkpoint
 
 State = Mapping[str, torch.Tensor]
 AVERAGED_ENTRIES = ("ema", "ema_model", "model_ema", "ema_state_dict")
@@ -92,8 +91,8 @@ def read_checkpoint(path: str | Path, prefer_ema: bool = False, mmap: bool = Tru
     Raises FileNotFoundError (no such file; names those that look similar) and ValueError (damaged, a web page or a Git
     LFS pointer instead of weights, no weights inside, or a pickle that asks to run code).
     """
-    adapter = Path(path) if (Path(path) / lora.CONFIG_FILE).is_file() else None
-    path = adapter / lora.WEIGHTS_FILE if adapter else _locate(Path(path))
+    adapter = Path(path) if (Path(path) / "adapter_config.json").is_file() else None
+    path = adapter / "adapter_model.safetensors" if adapter else _locate(Path(path))
     files = files_of(path)
     starts = [_first_bytes(file) for file in files]
     if starts[0][8:9] == b"{":
@@ -115,41 +114,12 @@ def read_checkpoint(path: str | Path, prefer_ema: bool = False, mmap: bool = Tru
         _require_indexed(path, checkpoint.model)
     _take_averages(checkpoint)
     if adapter:
-        settings = lora.read_settings(adapter)
-        checkpoint.path, base = adapter, {"path": settings.pop("base"), "averaged": False}
-        base |= {"averaged": checkpoint.config.get("base_file", base)["averaged"]}
-        checkpoint.config |= {"lora": settings, "base_file": base}
+        import_module("utils.lora").take_settings(checkpoint, adapter)
     if merge and "lora" in checkpoint.config:
-        _add_base(checkpoint)
+        import_module("utils.lora").add_base(checkpoint)
     if prefer_ema and checkpoint.ema is not None:
         checkpoint.model = checkpoint.ema
     return checkpoint
-
-
-def _add_base(checkpoint: Checkpoint) -> None:
-    """Add the base to an adapter, in place. Raises ValueError where it is not the base that the adapter was trained on."""
-    config = checkpoint.config
-    settings, file, wanted = config.pop("lora"), config.pop("base_file"), config.pop("base", None)
-    try:
-        base = read_checkpoint(find_checkpoint(file["path"]), prefer_ema=file["averaged"])
-    except FileNotFoundError as error:
-        where = f"write its new place into {lora.CONFIG_FILE} (export_checkpoint.py --format peft makes one)"
-        raise FileNotFoundError(
-            f"{checkpoint.path} is an adapter, and its base is not there ({error}): {where}"
-        ) from error
-    found = weights_fingerprint(base.model)
-    if wanted not in (None, found):
-        raise ValueError(
-            f"{checkpoint.path} is an adapter of the weights {wanted}, and {file['path']} are {found}: give its base"
-        )
-    scale = settings["alpha"] / settings["rank"]
-    try:
-        checkpoint.model = lora.Sums(base.model, checkpoint.model, scale)
-        checkpoint.ema = checkpoint.ema and lora.Sums(base.model, checkpoint.ema, scale)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {error}") from error
-    checkpoint.config = base.config | config
-    checkpoint.args = checkpoint.args or base.args
 
 
 def _take_averages(checkpoint: Checkpoint) -> None:

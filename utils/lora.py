@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
+from utils.checkpoint import Checkpoint, read_checkpoint, weights_fingerprint
 from utils.files import write_json
+from utils.runs import find_checkpoint
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX, _FIRST, _SECOND = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -112,3 +114,41 @@ class Sums(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self.whole)
+
+
+def take_settings(checkpoint: Checkpoint, folder: Path) -> None:
+    """Add to the config of an adapter's weights, in place, what the folder's adapter_config.json says. Raises as read_settings."""
+    settings = read_settings(folder)
+    base = {"path": settings.pop("base"), "averaged": False}
+    base["averaged"] = checkpoint.config.get("base_file", base)["averaged"]
+    checkpoint.path = folder
+    checkpoint.config |= {"lora": settings, "base_file": base}
+
+
+def add_base(checkpoint: Checkpoint) -> None:
+    """Add the base to an adapter, in place.
+
+    Raises ValueError where it is not the base that the adapter was trained on, FileNotFoundError where it is not there.
+    """
+    config = checkpoint.config
+    settings, file, wanted = config.pop("lora"), config.pop("base_file"), config.pop("base", None)
+    try:
+        base = read_checkpoint(find_checkpoint(file["path"]), prefer_ema=file["averaged"])
+    except FileNotFoundError as error:
+        where = f"write its new place into {CONFIG_FILE} (export_checkpoint.py --format peft makes one)"
+        raise FileNotFoundError(
+            f"{checkpoint.path} is an adapter, and its base is not there ({error}): {where}"
+        ) from error
+    found = weights_fingerprint(base.model)
+    if wanted not in (None, found):
+        raise ValueError(
+            f"{checkpoint.path} is an adapter of the weights {wanted}, and {file['path']} are {found}: give its base"
+        )
+    scale = settings["alpha"] / settings["rank"]
+    try:
+        checkpoint.model = Sums(base.model, checkpoint.model, scale)
+        checkpoint.ema = checkpoint.ema and Sums(base.model, checkpoint.ema, scale)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from error
+    checkpoint.config = base.config | config
+    checkpoint.args = checkpoint.args or base.args

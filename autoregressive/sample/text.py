@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from autoregressive.pipeline import PRECISIONS, ImagePipeline, warn_of_long_features, with_encoder
+from autoregressive.pipeline import PRECISIONS, ImagePipeline
 from autoregressive.released import find_identity, flags_of
 from autoregressive.request import Request
 from autoregressive.sample.common import find_gpt, requests_of
-from autoregressive.text import check_prompts
+from autoregressive.text import check_prompts, warn_of_long_features, with_encoder
 from language.prompts import PromptFeatures, read_prompt_lines
 from language.t5 import find_t5
 from utils.checkpoint import read_checkpoint

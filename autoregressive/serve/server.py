@@ -293,8 +293,9 @@ async def start_vllm(args: argparse.Namespace) -> tuple:
     """Return the engine over vLLM, which holds the GPT in a process of its own, and a pipeline for pixels and prompts."""
     if args.window is not None:
         raise ValueError(f"--window {args.window} is of the native engine, vLLM draws one token a step: leave it out")
-    from autoregressive.pipeline import PRECISIONS, ImagePipeline, with_encoder
+    from autoregressive.pipeline import PRECISIONS, ImagePipeline
     from autoregressive.serve.vllm_engine import MAX_NUM_SEQS, ServedModel, VllmEngine, require_vllm
+    from autoregressive.text import with_encoder
     from tokenizer.load import load_tokenizer
     from utils.checkpoint import has_averages, read_checkpoint
 
