@@ -1,6 +1,7 @@
 """Registry of named implementations: layouts, conditions, tokenizers, quantisers, objectives; and files that add to it."""
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -47,6 +48,16 @@ class Registry(Generic[Kind]):
                 f"no {self.kind} is called {name!r}; known are {known}; --import FILE.py registers those of a file"
             )
         return self._known[name]
+
+    def build(self, name: str, /, *args: Any, **settings: Any) -> Any:
+        """Call the implementation. Raises ValueError where it is not registered, or takes no such settings."""
+        kind: Any = self[name]
+        try:
+            inspect.signature(kind).bind(*args, **settings)
+        except TypeError as error:
+            known = ", ".join(inspect.signature(kind).parameters)
+            raise ValueError(f"the {self.kind} {name!r} {error}; it takes {known}") from error
+        return kind(*args, **settings)
 
     def __contains__(self, name: object) -> bool:
         return name in {*self}

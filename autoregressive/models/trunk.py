@@ -154,9 +154,9 @@ class Trunk(nn.Module):
         self.args = self.config = args
         grid_size = isqrt(args.block_size)
         own, *others = args.conditions.items()
-        self.cls_embedding = first or CONDITIONS[own[0]](args.dim, grid_size, **own[1])
+        self.cls_embedding = first or CONDITIONS.build(own[0], args.dim, grid_size, **own[1])
         self.extra_conditions: nn.ModuleDict = nn.ModuleDict(
-            {name: CONDITIONS[name](args.dim, grid_size, **settings) for name, settings in others}
+            {name: CONDITIONS.build(name, args.dim, grid_size, **settings) for name, settings in others}
         )
         added = [condition for condition in self.conditions.values() if not condition.rows]
         for condition in added:
@@ -169,6 +169,10 @@ class Trunk(nn.Module):
             )
         prefix = sum(condition.rows for condition in self.conditions.values())
         self.layout = build_layout(args.layout_config, grid_size, prefix)
+        if self.layout.patch_side > 1:
+            raise ValueError(
+                f"the layout {self.layout.name!r} is of steps of training alone: give --patch-level 2 or more"
+            )
         for needs, lacks, has in (
             (f"tokens read by {self.layout.heads} heads", self.layout.heads > self.most_heads, self.most_heads),
             ("tokens read from queries", self.layout.queries and type(self).queries is Trunk.queries, "none"),

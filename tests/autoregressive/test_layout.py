@@ -5,6 +5,7 @@ from math import isqrt
 import pytest
 import torch
 
+from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.layouts import DecodeStep, Layout, build_layout
 from autoregressive.models.layouts.patches import PatchLayout, with_patches
 
@@ -186,3 +187,27 @@ def test_neighbours_by_hand(grid, prefix):
     assert [step.number for step in layout.passes] == [step.outputs.start for step in layout.passes]
     assert all(step.sees is None for step in layout.steps)
     assert sum(len(step.rows) for step in layout.steps) == grid**2 - 1, "the last token is never fed"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"name": "queried", "steps": 5},
+            "'queried' got an unexpected keyword argument 'steps'; it takes .*group_sizes",
+        ),
+        ({"name": "raster", "grid_size": 3}, "'raster' multiple values for argument 'grid_size'"),
+        ({"name": "queried", "group_sizes": "abc"}, "16 in all, got abc"),
+        ({"name": "queried", "repulsion": 1.5}, "0 or more, got 1.5"),
+        ({"name": "parallel", "group_size": "x"}, "a square number .*got x"),
+        ({"name": "patches", "side": 2.0}, "cannot be cut"),
+    ],
+)
+def test_layout_of_settings_that_it_does_not_have_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        build_layout(config, 4)
+
+
+def test_model_of_the_layout_of_patches_is_refused():
+    with pytest.raises(ValueError, match="'patches' is of steps of training alone: give --patch-level"):
+        Transformer(ModelArgs(dim=32, n_layer=1, n_head=2, block_size=16, layout={"name": "patches", "side": 2}))

@@ -120,7 +120,7 @@ def test_with_groups_gives_other_groups_of_the_same_orders():
 
 @pytest.mark.parametrize("sizes", [[1, 2], [0, 36], [-1, 37], [1, 36]])
 def test_groups_that_are_not_the_whole_image_are_refused(sizes):
-    with pytest.raises(ValueError, match=r"36 in all, got \d+ in \["):
+    with pytest.raises(ValueError, match=r"36 in all, got [\[(]"):
         queried().with_groups(sizes)
 
 

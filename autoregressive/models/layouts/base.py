@@ -362,9 +362,9 @@ class Layout:
 
 
 def build_layout(config: Mapping[str, Any], grid_size: int, prefix: int = 1) -> Layout:
-    """Build a layout from its config: {"name": …, and its settings}. Raises ValueError for a name that is not registered."""
+    """Build a layout from its config: {"name": …, and its settings}. Raises ValueError for what is not registered or no setting."""
     settings = dict(config)
-    return LAYOUTS[settings.pop("name")](grid_size=grid_size, prefix=prefix, **settings)
+    return LAYOUTS.build(settings.pop("name"), grid_size, prefix, **settings)
 
 
 @dataclass_transform(frozen_default=True)

@@ -26,8 +26,8 @@ class ParallelLayout(Layout):
     group_size: int = 4
 
     def __post_init__(self) -> None:
-        side = isqrt(max(self.group_size, 0))
-        if self.group_size < 1 or side**2 != self.group_size:
+        side = isqrt(max(self.group_size, 0)) if isinstance(self.group_size, int) else 0
+        if side < 1 or side**2 != self.group_size:
             raise ValueError(f"--ar-token-num must be a square number (1, 4, 16, …), got {self.group_size}")
         if self.grid_size < 1 or self.grid_size % side:
             raise ValueError(

@@ -22,7 +22,7 @@ class PatchLayout(Layout):
     side: int = 1
 
     def __post_init__(self) -> None:
-        if self.side < 1 or self.grid_size % self.side:
+        if not isinstance(self.side, int) or self.side < 1 or self.grid_size % self.side:
             raise ValueError(
                 f"a grid of {self.grid_size}x{self.grid_size} tokens cannot be cut into patches of {self.side}x"
                 f"{self.side}; choose an --image-size whose grid {self.patch_side} divides, or a lower --patch-level"

@@ -39,10 +39,12 @@ class QueriedLayout(Layout):
         sizes = self.group_sizes
         if sizes == 0:
             sizes = min(PUBLISHED_PASSES.get(self.grid_size, max(5 * self.grid_size // 4, 1)), self.tokens)
-        sizes = [int(size) for size in (group_sizes(self.tokens, sizes) if isinstance(sizes, int) else sizes)]
-        if sum(sizes) != self.tokens or min(sizes) < 1:
-            raise ValueError(f"groups are 1 token or more each and {self.tokens} in all, got {sum(sizes)} in {sizes}")
-        if self.repulsion < -1:
+        if isinstance(sizes, int):
+            sizes = group_sizes(self.tokens, sizes)
+        whole = isinstance(sizes, list | tuple) and all(isinstance(size, int) for size in sizes)
+        if not whole or sum(sizes) != self.tokens or min(sizes) < 1:
+            raise ValueError(f"groups are 1 token or more each and {self.tokens} in all, got {sizes}")
+        if not isinstance(self.repulsion, int) or self.repulsion < -1:
             raise ValueError(f"repulsion is a number of cells, 0 or more, got {self.repulsion}")
         object.__setattr__(self, "group_sizes", tuple(sizes))
         if self.repulsion == -1:
