@@ -8,9 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from autoregressive.models.gpt import GPT_models
 from autoregressive.models.sizes import GPT_SIZES
+from autoregressive.pipeline import ImagePipeline
 from autoregressive.train import extract_codes_t2i, train_t2i
 from autoregressive.train.loss import TokenLoss, dropped_conditions
 from dataset.arrays import write_arrays
@@ -325,6 +327,27 @@ def test_edges_are_drawn_of_the_images_that_are_encoded(data, tmp_path):
         train(data, tmp_path, "--control-type", "depth", *control[2:], kind="images")
     with pytest.raises(ValueError, match="--control-path is needed"):
         train(data, tmp_path, *control)
+
+
+def test_stored_control_images_of_pairs_are_trained_on_resumed_and_drawn_by(data, tmp_path):
+    controls, generator = tmp_path / "controls", np.random.default_rng(0)
+    for stem, count in COUNTS.items():
+        images = generator.integers(0, 2, (count, 1, 16, 16)).astype(np.uint8) * 255
+        write_arrays(controls / stem, "control", images, of=data / "codes" / stem)
+    flags = ["--control-path", controls, "--control-encoder", "vit,width=16,layers=1,heads=2,positions=4"]
+    flags += [*held_out(data), "--val-control-path", controls, "--lr", 1e-2, "--control-type", "hed"]
+    whole = train(data, tmp_path / "whole", *flags, "--max-steps", 6)
+    parts = train(data, tmp_path / "parts", *flags, "--max-steps", 3)
+    train(data, parts, *flags, "--max-steps", 6, "--resume")
+    assert same(weights(parts), weights(whole)) and len(metrics(whole, "val_loss")) >= 1
+    pipeline = ImagePipeline.from_pretrained(last(whole), vq=data / "vq.pt", device="cpu")
+    features, picture = [caption_features(0)], Image.fromarray(images[0, 0])
+    settings = {"features": features, "progress": False, "cfg_scale": 2.0}
+    drawn = [
+        np.asarray(pipeline(**settings, control_images=each, control_strength=strength)[0])
+        for each, strength in ((picture, 1), (picture, 0), (Image.fromarray(images[1, 0]), 0))
+    ]
+    assert np.array_equal(drawn[1], drawn[2]) and not np.array_equal(drawn[0], drawn[1])
 
 
 def test_half_precision_and_stochastic_depth(data, tmp_path):
