@@ -322,6 +322,35 @@ class ImagePipeline:
         array = np.stack(images).astype(np.float32) / 255
         return array if output_type == "np" else torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
 
+    def rectangles(
+        self,
+        asked: Sequence[int] | Tensor | Sequence[str] | None = None,
+        *,
+        height: int,
+        width: int,
+        control_images: Picture | Sequence[Picture],
+        control_type: str | None = None,
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """Draw images of sides of their own, in pixels, by a model of several resolutions (ControlAR's `_MR` files).
+
+        It was trained to read its tokens by their number, whatever the sides: its control tells where they are.
+        Other arguments as `requests` takes them. Raises ValueError for other models and for sides that do not fit.
+        """
+        if not (self.gpt.args.rope_grid and "control" in self.gpt.conditions):
+            raise ValueError("height and width are for ControlAR's models of several resolutions: leave them out")
+        count = len(as_list(asked if asked is not None else settings.get("features")))
+        pictures = control_column(control_images, control_type, count)["control"]
+        features = [self.gpt.conditions["control"].read_rectangle(each, height, width) for each in pictures]
+        requests = self.read(self.requests(asked, extra_conditions={"control": features}, **settings))
+        columns = width // self.tokenizer.downsample
+        tokens = height // self.tokenizer.downsample * columns
+        images = []
+        for part in self.micro_batches(requests):
+            codes = self.draw(part, tokens=tokens)[:, :tokens]
+            images.extend(decode_codes(self.tokenizer, codes, width=columns, batch_size=self.batch_size))
+        return [Image.fromarray(image) for image in images]
+
     def requests(
         self,
         asked: Sequence[int] | Tensor | Sequence[str] | None = None,

@@ -15,13 +15,14 @@ from autoregressive.models.conditions.control import Control, ControlImage, cont
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.sampling import SamplingConfig
-from autoregressive.pipeline import load_gpt
+from autoregressive.pipeline import ImagePipeline, decode_codes, load_gpt
 from autoregressive.released import find_identity
 from autoregressive.request import Request
 from autoregressive.systems import NEVER_USED, NEWER_NAMES, OWN_CONTROL, named_as
 from autoregressive.train.control import edges_of, encoder_settings, with_control
 from autoregressive.train.loss import TokenLoss
 from tests.helpers import assert_close, golden_state, load_golden, randomize
+from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.checkpoint import read_checkpoint
 from utils.hub import RELEASED
 from utils.runs import find_checkpoint
@@ -453,3 +454,32 @@ def test_training_logits_and_greedy_codes_are_those_of_a_second_implementation(c
         codes = [generate(model, cond, window=window, **settings) for window in (0, 3)]
         assert torch.equal(codes[0], drawn_by_hand(model, cond, scale, strength, mask))
         assert torch.equal(*codes)
+
+
+@torch.no_grad()
+def test_images_of_other_sides_read_the_rotary_table_by_number(tmp_path):
+    model = small("dinov2")
+    save_file(published(model), tmp_path / "depth_MR.safetensors")
+    tokenizer = VQ_models["VQ-16"](codebook_size=64)
+    loaded = load_gpt(tmp_path / "depth_MR.safetensors", image_size=64)
+    pipeline = ImagePipeline(loaded, tokenizer)
+    generator = np.random.default_rng(1)
+    pictures = [Image.fromarray(generator.integers(0, 256, (32, 80, 3)).astype(np.uint8)) for _ in range(3)]
+    asked = {"control_images": pictures, "cfg_scale": 3.0, "control_strength": 0.6, "sample_logits": False}
+    drawn = pipeline.rectangles([1, 4, 9], height=32, width=80, **asked)
+    control = model.conditions["control"]
+    pixels = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
+    features = control.features(pixels)
+    assert features.shape == (3, 2 * 5, 64)
+    cond = {"label": torch.tensor([1, 4, 9]), "control": features}
+    codes = drawn_by_hand(model, cond, 3.0, 0.6, tokens=10)
+    assert [picture.size for picture in drawn] == [(80, 32)] * 3
+    for picture, own in zip(drawn, codes, strict=True):
+        assert np.array_equal(np.asarray(picture), decode_codes(tokenizer, own[None], width=5)[0])
+    for sides in ((40, 64), (80, 64), (0, 16)):
+        with pytest.raises(ValueError, match="give sides that are multiples of 16, at most 16 tokens"):
+            pipeline.rectangles([1], height=sides[0], width=sides[1], control_images=pictures[:1])
+    with pytest.raises(ValueError, match="3 control for 1 images"):
+        pipeline.rectangles([1], height=32, width=80, control_images=pictures)
+    with pytest.raises(ValueError, match="height and width are for ControlAR's models of several resolutions"):
+        ImagePipeline(model, tokenizer).rectangles([1], height=32, width=80, control_images=pictures[:1])

@@ -30,8 +30,8 @@ RESIZES = {"canny": "nearest", "seg": "nearest", "depth": "bicubic", "hed": "bic
 PATCHES = {"dinov2": 14, "vit": 16}  # pixels a side
 
 
-def control_pixels(picture: Image.Image, kind: str, size: int) -> Tensor:
-    """Return the control image of a picture, uint8 (3, size, size), cropped to a square.
+def control_pixels(picture: Image.Image, kind: str, width: int, height: int | None = None) -> Tensor:
+    """Return the control image of a picture, uint8 (3, height, width), cropped to these sides, or to a square.
 
     Of kind canny the edges in the picture; the picture itself where it is of black and white alone, and of other kinds.
     Transparency is laid on white. Raises ValueError for pixels of 16 or 32 bits, which Pillow does not scale to 8.
@@ -43,7 +43,7 @@ def control_pixels(picture: Image.Image, kind: str, size: int) -> Tensor:
     picture = picture.convert("RGB")
     drawn = kind == "canny" and set(np.unique(np.array(picture))) <= {0, 255}
     how = Image.Resampling.NEAREST if kind == "seg" else Image.Resampling.BICUBIC
-    pixels = torch.from_numpy(np.array(ImageOps.fit(picture, (size, size), how))).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(ImageOps.fit(picture, (width, height or width), how))).permute(2, 0, 1)
     if drawn:
         return (pixels > 63).to(torch.uint8) * 255  # a line that was resized stays one
     return canny(pixels[None])[0].expand(3, -1, -1) if kind == "canny" else pixels
@@ -170,6 +170,27 @@ class Control(Condition):
             return picture
         with torch.no_grad(), packed(self):
             return self.features(picture[None], kind)[0]
+
+    def read_rectangle(self, value: ControlImage, height: int, width: int) -> Tensor:
+        """Return the features of a PIL image for pictures of other sides, (N, width): of their tokens, then zeros.
+
+        Raises ValueError for sides that are no whole tokens or more of them than the model's, and without an encoder.
+        """
+        rows, columns, tokens = height // self.pixels, width // self.pixels, self.grid_size**2
+        if height % self.pixels or width % self.pixels or not 0 < rows * columns <= tokens:
+            raise ValueError(
+                f"{width}x{height} pixels: give sides that are multiples of {self.pixels}, at most {tokens} tokens of "
+                f"{self.pixels}x{self.pixels} in all"
+            )
+        if self.adapter is None or not isinstance(value.picture, Image.Image):
+            raise ValueError(
+                "images of other sides are drawn by pictures, and by models with an encoder of control images"
+            )
+        kind = value.kind or self.kind
+        check_kind(kind)
+        with torch.no_grad(), packed(self):
+            features = self.features(control_pixels(value.picture, kind, width, height)[None], kind)[0]
+        return F.pad(features, (0, 0, 0, tokens - len(features)))
 
     def example(self) -> Tensor:
         return torch.zeros(self.grid_size**2, self.width)
