@@ -78,6 +78,11 @@ class Row:
         return REFERENCE_512 if self.image_size_eval == 512 else REFERENCE
 
     @property
+    def task(self) -> str:
+        """The evaluator's --task."""
+        return "generation" if self.gpt else "reconstruction"
+
+    @property
     def figure(self) -> str:
         """Return the name of `fid`."""
         return "FID" if self.gpt else "rFID"

@@ -50,14 +50,9 @@ def main(args: argparse.Namespace) -> None:
         steps.run(script, words, processes)
     samples, *cropped = (steps.newest(folder) for *_, folder in commands)
     report = steps.evaluate(
-        reference or cropped[0], samples, processes, graph=graph, task=task_of(row), device=given.get("--device")
+        reference or cropped[0], samples, processes, graph=graph, task=row.task, device=given.get("--device")
     )
-    write_result(Path(args.output) / row.name, result_of(row, departures(row, args, given), report))
-
-
-def task_of(row: Row) -> str:
-    """Return the evaluator's --task."""
-    return "generation" if row.gpt else "reconstruction"
+    write_result(Path(args.output) / row.name, row, result_of(row, departures(row, args, given), report))
 
 
 def check_flags(row: Row, args: argparse.Namespace, given: dict[str, str]) -> None:
@@ -133,10 +128,8 @@ def result_of(row: Row, reasons: list[str], report: dict[str, Any]) -> dict[str,
     if row.gpt and count != REFERENCE_IMAGES:
         reasons = [*reasons, f"a reference of {count:,} images instead of {REFERENCE_IMAGES:,}"]
     return {
+        **{name: getattr(row, name) for name in ("system", "model", "parameters")},
         "row": row.name,
-        "system": row.system,
-        "model": row.model,
-        "parameters": row.parameters,
         "figures": {name: report[name] for name in FIGURES},
         "published": {"fid": row.fid},
         "difference": {"fid": report["fid"] - row.fid},
@@ -149,36 +142,32 @@ def result_of(row: Row, reasons: list[str], report: dict[str, Any]) -> dict[str,
     }
 
 
-def write_result(folder: Path, result: dict[str, Any]) -> None:
+def write_result(folder: Path, row: Row, result: dict[str, Any]) -> None:
     """Print the table and write it to result.md, and everything to result.json."""
     from utils.files import atomic_write, write_json
 
-    text = "\n".join(result_lines(result)) + "\n"
+    text = "\n".join(result_lines(row, result)) + "\n"
     write_json(folder / "result.json", result)
     with atomic_write(folder / "result.md") as f:
         f.write(text.encode())
     print(f"\n{text}\nwrote {folder / 'result.md'} and {folder / 'result.json'}")
 
 
-def result_lines(result: dict[str, Any]) -> Iterator[str]:
+def result_lines(row: Row, result: dict[str, Any]) -> Iterator[str]:
     """Yield the result as Markdown."""
-    row = ROWS[result["row"]]
     yield from (f"# {row.name}: {row.system}, {row.model}, {row.image_size} pixels", "")
     yield from ("| figure | here | published | difference |", "|---|---|---|---|")
     for name, title in FIGURES.items():
-        value = result["figures"][name]
-        here = "left out" if value is None else f"{value:.3f}" if name in ("precision", "recall") else f"{value:.2f}"
-        if name == "fid":
-            yield f"| {row.figure} | {here} | {row.fid:.2f} | {result['difference']['fid']:+.2f} |"
-        else:
-            yield f"| {title} | {here} | | |"
+        value, digits = result["figures"][name], 3 if name in ("precision", "recall") else 2
+        here = "left out" if value is None else f"{value:.{digits}f}"
+        published = f"{row.fid:.2f} | {result['difference']['fid']:+.2f}" if name == "fid" else " | "
+        yield f"| {row.figure if name == 'fid' else title} | {here} | {published} |"
     yield from ("", f"{result['samples']:,} images, evaluated as {result['evaluation']} records.")
     if result["comparable"]:
         yield "Drawn and evaluated by the published protocol."
         return
     yield from ("NOT COMPARABLE with the published figure:", "")
     yield from (f"- {reason}" for reason in result["not_comparable_because"])
-    yield from (f"- the evaluator: {warning}" for warning in result["warnings"])
 
 
 def table_of_rows() -> Iterator[str]:
@@ -206,7 +195,8 @@ def describe_plan(
     if reasons:
         yield "not comparable with it: " + "; ".join(reasons)
     yield from ("", "files that are not here yet and are downloaded")
-    files = {name: (given_path or on_disk(name), BYTES[name], URLS[name]) for name, given_path in judged_by(row, args)}
+    judged_by = [(row.reference, args.reference)] * bool(row.gpt) + [(GRAPH, args.graph)]
+    files = {name: (given_path or on_disk(name), BYTES[name], URLS[name]) for name, given_path in judged_by}
     for flag, name in (("--gpt-ckpt", row.gpt), ("--vq-ckpt", row.tokenizer)):
         if name and flag not in given:
             release = RELEASED[name]
@@ -222,7 +212,7 @@ def describe_plan(
     reference, graph = (
         Path(files[name][0] or Path(WEIGHTS, name)) if name in files else None for name in (row.reference, GRAPH)
     )
-    judging = steps.evaluation_words(reference or cropped[0], samples, graph, task_of(row), given.get("--device"))
+    judging = steps.evaluation_words(reference or cropped[0], samples, graph, row.task, given.get("--device"))
     yield "  " + steps.describe(steps.EVALUATOR, judging, processes)
     count = int(given.get("--num-fid-samples", row.samples))
     images = count * row.image_size_eval**2 * 3 * (1 + PNG_SHARE) * len(commands)
@@ -234,24 +224,24 @@ def describe_plan(
         yield describe_time(row, args.gpu, count, processes)
 
 
-def judged_by(row: Row, args: argparse.Namespace) -> list[tuple[str, str | None]]:
-    """Return the evaluator's files, each with the path that was given."""
-    return [(row.reference, args.reference)] * bool(row.gpt) + [(GRAPH, args.graph)]
-
-
 def describe_time(row: Row, gpu: str | None, count: int, processes: int) -> str:
     """Return the hours that arithmetic and an assumed share of an accelerator's peak give."""
+    from autoregressive.models.layouts import build_layout
     from utils.flops import require_accelerator
 
     if gpu is None:
         return "time: name an accelerator by --gpu for an estimate"
-    flags, tokens = row.flags(), (row.image_size // 16) ** 2
-    group = tokens / int(flags["--steps"]) if "--steps" in flags else int(flags.get("--ar-token-num", 1))
+    flags, side = row.flags(), row.image_size // 16
+    layout: dict[str, Any] = {"name": flags.get("--layout", "raster")}
+    if "--ar-token-num" in flags:
+        layout = {"name": "parallel", "group_size": int(flags["--ar-token-num"])}
+    tokens, passes = side**2, int(flags.get("--steps") or len(build_layout(layout, side).groups))
     # Two FLOPs a weight and token, with guidance twice; a step of several tokens reads the weights once for all of them.
     card, flops = require_accelerator(gpu), 2 * (1 if row.cfg_scale == 1 else 2) * row.parameters * tokens
     peak = card.peak_flops("bf16") or card.peak_flops("fp16")
-    hours = count * flops / (peak * UTILISATION * group * processes) / 3600
-    share = f"{UTILISATION * group:.0%} of the peak (assumed)"
+    used = UTILISATION * tokens / passes
+    hours = count * flops / (peak * used * processes) / 3600
+    share = f"{used:.0%} of the peak (assumed)"
     return f"time: about {hours:.1f} hours of decoding on {processes} x {card.name} at {share}, an order of magnitude"
 
 

@@ -343,3 +343,10 @@ def test_reproduce_names_the_script_that_fails(small_files, monkeypatch):
     monkeypatch.setattr(steps, "launch", lambda command: 3)
     with pytest.raises(ValueError, match=r"sample_c2i_ddp\.py ended with code 3"):
         run_here(reproduce, *row_line(small_files))
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("c2i_B_256", "3%"), ("PAR-XL-4x", "12%"), ("NAR-B", "25%"), ("LPD-L-512-48", "64%")]
+)
+def test_estimated_time_goes_by_the_passes_of_the_rows_layout(name, share):
+    assert f"at {share} of the peak" in reproduce.describe_time(find_row(name), "A100", 50_000, 1)
