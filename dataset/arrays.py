@@ -22,7 +22,7 @@ from torch.utils.data import default_collate
 
 from dataset.code_files import PublishedFolder, ShardFolder
 from dataset.codes import CodeDataset, open_codes
-from dataset.store import INDEX_FILE, Fixed, Ragged, Shards, Stems, ends_of, read_record, shard_items
+from dataset.store import ENDS, INDEX_FILE, Fixed, Ragged, Shards, Stems, read_record, shard_items
 from utils.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def write_arrays(
         parts = [np.empty((0, *first.shape[ragged:]), first.dtype)]
         if ragged:
             ends = np.cumsum([len(there.get(number, ())) for number in wanted]).astype(np.uint32)
-            shards.write(shard, {"": [*parts, *there.values()], ends_of(""): [ends]}, lines=items, captions=len(there))
+            shards.write(shard, {"": [*parts, *there.values()], ENDS: [ends]}, lines=items, captions=len(there))
         else:
             skipped = [number for number in wanted if number not in there]
             parts += [array[None] for array in there.values()]
@@ -115,9 +115,9 @@ class ArrayFolder:
         shape, again = tuple(index["shape"]), "write it again with dataset.arrays.write_arrays"
         shards, size = Shards(folder, again), index["shard_size"]
         self._arrays: Fixed | Ragged = (
-            Fixed(shards, "", index["dtype"], shape, self.items, size, again)
+            Fixed(shards, index["dtype"], shape, self.items, size, again)
             if self.rows is None
-            else Ragged(shards, "", index["dtype"], shape[1:], size, again)
+            else Ragged(shards, index["dtype"], shape[1:], size, again)
         )
         several = len(self.views) > 1
         self._nothing = np.zeros((0, *shape[1:]) if self.rows is not None else shape[several:], index["dtype"])

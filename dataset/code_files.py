@@ -226,7 +226,7 @@ class ShardFolder(Fixed):
         self.tokens, self.view_names = self.settings.tokens, self.settings.views
         shape = (len(self.view_names), self.tokens)
         number, size = self.settings.num_images, self.settings.shard_size
-        super().__init__(Shards(folder), "", self.settings.dtype, shape, number, size, self.settings.remedy)
+        super().__init__(Shards(folder), self.settings.dtype, shape, number, size, self.settings.remedy)
 
     @cached_property
     def all_labels(self) -> np.ndarray:

@@ -2,7 +2,7 @@
 
     shards = Shards("codes")
     for k in shards.missing(count): shards.write(k, {"": [codes], "labels": [labels]}, samples=4096)
-    depth = Fixed(Shards("depth"), "depth", np.float32, (16, 16), items=50_000, shard_size=4096)
+    depth = Fixed(Shards("depth"), np.float32, (16, 16), items=50_000, shard_size=4096, finish="write the rest")
     depth.get(17)                                                    # (16, 16); None if item 17 is missing
 
 Shard k holds the items [k * shard_size, (k + 1) * shard_size). Each of its arrays is a file, `shard-{k:06d}.NAME.npy` (the
@@ -27,6 +27,7 @@ import numpy as np
 from utils.files import atomic_write, crc32_of, write_json
 
 INDEX_FILE = "index.json"
+ENDS = "ends"  # name of the array that tells where the items of a ragged one end
 REMEDY = "run again what wrote this folder, which rewrites the shard"
 # Each mapped file holds a file descriptor, of which a process commonly has 1024. Two folders of ImageNet have 626 shards.
 OPEN_MAPS = 700
@@ -123,11 +124,9 @@ def _mapped(file: str, opening: int) -> np.ndarray:
 
 
 class Fixed:
-    """Reader of an array whose items have one shape, of which some may be missing.
+    """Reader of the main array of shards, whose items have one shape and of which some may be missing.
 
     Args:
-        shards: where they are.
-        name: of the array.
         dtype, shape: of an item.
         items: how many there are, missing ones too.
         shard_size: items a shard.
@@ -136,17 +135,13 @@ class Fixed:
     Raises ValueError if a shard is missing or damaged.
     """
 
-    def __init__(
-        self, shards: Shards, name: str, dtype: Any, shape: tuple[int, ...], items: int, shard_size: int, finish: str
-    ):
-        self.shards, self.name, self.dtype, self.shape, self.items = shards, name, np.dtype(dtype), shape, items
+    def __init__(self, shards: Shards, dtype: Any, shape: tuple[int, ...], items: int, shard_size: int, finish: str):
+        self.shards, self.dtype, self.shape, self.items = shards, np.dtype(dtype), shape, items
         self.count = -(-items // shard_size)
         missing = [shard for shard in range(self.count) if not shards.record_file(shard).exists()]
         if missing:
-            raise ValueError(
-                f"{shards.folder} is incomplete: {self.count - len(missing)} of {self.count} shards are there (missing: "
-                f"{short(missing)}): {finish}"
-            )
+            there = f"{self.count - len(missing)} of {self.count} shards are there (missing: {short(missing)})"
+            raise ValueError(f"{shards.folder} is incomplete: {there}: {finish}")
         records = [shards.record(shard) for shard in range(self.count)]
         self.skipped = np.asarray([number for record in records for number in record["skipped"]], np.int64)
         self.ends = np.cumsum([record["samples"] for record in records])
@@ -165,12 +160,10 @@ class Fixed:
         there[self.skipped] = False
         return there
 
-    def array(self, shard: int, name: str | None = None, dtype: Any = None, shape: Any = None) -> np.ndarray:
-        """Return the items of a shard, (n, *shape); those of another array where its name, dtype and shape are given."""
+    def array(self, shard: int) -> np.ndarray:
+        """Return the items of a shard, (n, *shape)."""
         samples = int(self.ends[shard] - (self.ends[shard - 1] if shard else 0))
-        if name is None:
-            name, dtype, shape = self.name, self.dtype, self.shape
-        return self.shards.load(shard, name, dtype, (samples, *shape))
+        return self.shards.load(shard, "", self.dtype, (samples, *self.shape))
 
     def get(self, number: int) -> np.ndarray | None:
         """Return a copy of an item by its number; None where it is missing."""
@@ -192,23 +185,15 @@ class Fixed:
 
 
 class Ragged:
-    """Reader of an array whose items have as many rows as each needs; of one that is missing, none.
+    """Reader of the main array of shards whose items have as many rows as each needs; of one that is missing, none.
 
-    In memory there are 4 bytes an item. `ends` tells where an item's rows end in its shard.
-
-    Args:
-        shards: where they are.
-        name: of the array.
-        dtype, shape: of a row.
-        shard_size: items a shard.
-        finish: what completes the folder, for errors.
+    In memory there are 4 bytes an item: where its rows end in its shard. Args as of Fixed, of rows in place of items.
 
     Raises ValueError where a shard is missing or damaged.
     """
 
-    def __init__(self, shards: Shards, name: str, dtype: Any, shape: tuple[int, ...], shard_size: int, finish: str):
-        self.shards, self.name, self.dtype, self.shape = shards, name, np.dtype(dtype), shape
-        self.shard_size = shard_size
+    def __init__(self, shards: Shards, dtype: Any, shape: tuple[int, ...], shard_size: int, finish: str):
+        self.shards, self.dtype, self.shape, self.shard_size = shards, np.dtype(dtype), shape, shard_size
         there = sorted(int(file.stem[-6:]) for file in shards.folder.glob("shard-*.json"))
         items = {shards.record(shard)["lines"] for shard in there}
         self.count = -(-max(items, default=1) // shard_size)
@@ -220,9 +205,9 @@ class Ragged:
 
     def _load_ends(self, shard: int) -> np.ndarray:
         items = shard_items(shard, self.items, self.shard_size)
-        ends = self.shards.load(shard, ends_of(self.name), np.uint32, (len(items),))
+        ends = self.shards.load(shard, ENDS, np.uint32, (len(items),))
         if (np.diff(ends.astype(np.int64), prepend=0) < 0).any():
-            raise damaged(self.shards.file(shard, ends_of(self.name)), "its numbers fall", self.shards.remedy)
+            raise damaged(self.shards.file(shard, ENDS), "its numbers fall", self.shards.remedy)
         return ends
 
     def present(self) -> np.ndarray:
@@ -241,7 +226,7 @@ class Ragged:
             return None
         rows = int(self._ends[min((shard + 1) * self.shard_size, self.items) - 1])
         # A copy: what is made of it may outlive the map, and pages are read here, not in the middle of a step.
-        return np.array(self.shards.load(shard, self.name, self.dtype, (rows, *self.shape))[start:end])
+        return np.array(self.shards.load(shard, "", self.dtype, (rows, *self.shape))[start:end])
 
 
 class Loose:
@@ -321,11 +306,6 @@ class Stems:
 def shard_items(shard: int, items: int, shard_size: int) -> range:
     """Return the numbers of a shard's items, of so many in all."""
     return range(shard * shard_size, min((shard + 1) * shard_size, items))
-
-
-def ends_of(name: str) -> str:
-    """Return the name of the array that tells where the items of a ragged one end."""
-    return f"{name}.ends".lstrip(".")
 
 
 def damaged(file: Path, what: str, remedy: str) -> ValueError:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dataset.lines import recorded_maker
-from dataset.store import INDEX_FILE, Loose, Ragged, Shards, Stems, ends_of, read_record, refuse_other, shard_items
+from dataset.store import ENDS, INDEX_FILE, Loose, Ragged, Shards, Stems, read_record, refuse_other, shard_items
 from utils.files import write_json
 
 FORMAT = 1
@@ -101,7 +101,7 @@ class FeatureWriter:
                 raise ValueError(f"{what}: are the weights whole? T5 in float16 may overflow; bfloat16 does not")
             parts.append((stored.view(torch.uint16) if self.dtype == "bfloat16" else stored).numpy())
         ends = np.cumsum([0 if rows is None else len(rows) for rows in features]).astype(np.uint32)
-        Shards(self.folder / stem).write(shard, {"": parts, ends_of(""): [ends]}, lines=lines, captions=len(parts) - 1)
+        Shards(self.folder / stem).write(shard, {"": parts, ENDS: [ends]}, lines=lines, captions=len(parts) - 1)
 
 
 class Features(Stems):
@@ -122,7 +122,7 @@ class Features(Stems):
             for stem in there:
                 if any((folder / stem).glob("*shard-*")):  # others are not of ours
                     shards = Shards(folder / stem, AGAIN)
-                    stems[stem] = Ragged(shards, "", _STORED[self._dtype], (self.dim,), size, again)
+                    stems[stem] = Ragged(shards, _STORED[self._dtype], (self.dim,), size, again)
         else:
             remedy = "remove it and extract it anew"
             stems = {stem: Loose(folder / stem, "floats", (None, "D"), remedy) for stem in there}

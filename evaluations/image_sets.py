@@ -20,8 +20,7 @@ from PIL import Image
 from dataset.folders import find_images
 from dataset.pixels import DEFAULT, LOSSY_EXTENSIONS, Reading, load_rgb
 from evaluations.metrics import Statistics
-from utils.files import atomic_write, require_regular
-from utils.sample_folder import content_of
+from utils.files import atomic_write, content_of, require_regular
 
 # Of pool features, and of the spatial ones of sFID.
 STATISTICS = (("mu", "sigma"), ("mu_s", "sigma_s"))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluations.published import GRAPH, REFERENCE
-from utils.sample_folder import content_of
+from utils.files import content_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLER, EVALUATOR = "autoregressive/sample/sample_c2i_ddp.py", "evaluations/c2i/evaluator.py"

@@ -8,20 +8,16 @@ write_image_npz(target, read_images(paths), shape, labels)
 import argparse
 import hashlib
 import json
-import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.files import atomic_write, write_json
+from utils.files import atomic_write, content_of, write_json
 
 if TYPE_CHECKING:
     import numpy as np
 
 SETTINGS_FILE = "settings.json"
-# Files of a folder that are read to know it, and the size up to which a JSON file may be a record of checksums.
-_MOST_READ, _SMALL = 256, 2**20
 
 
 def folder_name(args: argparse.Namespace, gpt_path: Path, vq_path: Path, prompts: str | None = None) -> str:
@@ -45,44 +41,6 @@ def file_identity(path: Path) -> dict[str, Any]:
 
     files = [path] if path.is_dir() else files_of(path)  # an index, or a shard, stands for all of them
     return {"file": str(path.resolve()), "content": "-".join(map(content_of, files))}
-
-
-def content_of(path: Path) -> str:
-    """Return sixteen digits of what a file holds, or the files of a folder, whatever their place, name and time.
-
-    Of a zip (what torch.save and numpy.savez write) its table of contents is read, which has the checksum of every tensor;
-    of shards the checksums beside them. Of a folder of more than 256 other files so many are read, and of all the names and
-    sizes compared.
-    """
-    digest = hashlib.sha256()
-    if path.is_dir():
-        files = sorted(found for found in path.rglob("*") if found.is_file() and not found.name.startswith("."))
-        vouched = _vouched_files(files)
-        read = [file for file in files if file not in vouched]
-        read = set(read[:: -(-len(read) // _MOST_READ) or 1])
-        for file in files:
-            content = content_of(file) if file in read else ""
-            digest.update(repr((file.relative_to(path).as_posix(), file.stat().st_size, content)).encode())
-    elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:  # names begin with the name that the file had when it was written
-            entries = [(entry.filename.split("/", 1)[-1], entry.CRC, entry.file_size) for entry in archive.infolist()]
-        digest.update(repr([entry for entry in entries if not entry[0].endswith("serialization_id")]).encode())
-    else:
-        with path.open("rb") as f:
-            digest = hashlib.file_digest(f, "sha256")
-    return digest.hexdigest()[:16]
-
-
-def _vouched_files(files: Iterable[Path]) -> set[Path]:
-    """Return the files whose checksums a small JSON file beside them has: shards of weights, codes and features."""
-    vouched: set[Path] = set()
-    for file in files:
-        if file.suffix == ".json" and file.stat().st_size < _SMALL:
-            with suppress(ValueError):
-                values = json.loads(file.read_bytes())
-                names = values if file.name.endswith(".crc32.json") else values.get("files", {})
-                vouched.update(file.with_name(name) for name in names)
-    return vouched
 
 
 def _same(before: Any, now: Any) -> bool:

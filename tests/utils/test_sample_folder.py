@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from utils.files import write_json
-from utils.sample_folder import claim_folder, content_of, file_identity
+from utils.files import content_of, write_json
+from utils.sample_folder import claim_folder, file_identity
 
 
 def weights(path, value=1.0, **more):
