@@ -176,7 +176,7 @@ def test_files_by_their_numbers(lists, t5, extracted, tmp_path):
     extract(lists, folder, t5, "--data-start", 2, "--data-end", 7)
     extract(lists, folder, t5, "--data-start", 0, "--data-end", 0)
     assert digests(folder) == digests(extracted)
-    with pytest.raises(ValueError, match=r"--data-start 3 --data-end 9 selects none of the 3 files: .* 0 to 2"):
+    with pytest.raises(ValueError, match=r"--data-start 3 --data-end 9 selects none of the 3 files, .* 0 to 2"):
         extract(lists, folder, t5, "--data-start", 3, "--data-end", 9)
 
 
