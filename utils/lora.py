@@ -29,6 +29,10 @@ _PLAIN = {
     "alpha_pattern": ({},),
     "layers_to_transform": (None,),
     "lora_bias": (False,),
+    "layer_replication": (None,),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # others change the base too
 }
 
 

@@ -149,6 +149,16 @@ def test_exported_folder_is_peffts_and_adds_up_to_the_same_model(home, tmp_path)
     assert not torch.allclose(expected, load_gpt(newest(home / "base"))(tokens, labels), atol=0.1)
 
 
+def test_adapter_that_peft_wrote_is_added_to_its_base(home, tmp_path):
+    settings = {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": ["wqkv", "w2"], "init_lora_weights": False}
+    made = peft.get_peft_model(load_gpt(newest(home / "base")), peft.LoraConfig(**settings))
+    made.peft_config["default"].base_model_name_or_path = str(newest(home / "base"))
+    made.save_pretrained(str(tmp_path))
+    tokens, labels = torch.arange(15)[None] % VOCAB, torch.tensor([2])
+    with torch.no_grad():
+        torch.testing.assert_close(load_gpt(tmp_path)(tokens, labels), made(tokens, labels), atol=1e-4, rtol=1e-4)
+
+
 def test_adapter_is_sampled_from_by_its_run_and_by_its_folder(home, small_files, tmp_path):
     run_here(export_checkpoint, "--checkpoint", home / "adapted", "--format", "peft", "--output", tmp_path / "adapter")
     drawn = []
@@ -193,6 +203,7 @@ def test_adapter_of_another_or_an_absent_base_is_refused(home, tmp_path):
         ({"base_model_name_or_path": "gone.pt"}, r"its base is not there \(no file gone\.pt"),
         ({"base_model_name_or_path": ""}, "does not say of what it is an adapter"),
         ({"peft_type": "IA3"}, "an adapter of kind IA3 is not known here: merge it with peft first"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights pissa is not known here"),
         ({"use_dora": True}, "use_dora True is not known here"),
         ({"r": "many"}, "is damaged or no adapter's"),
     ):
