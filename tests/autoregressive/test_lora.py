@@ -150,7 +150,13 @@ def test_exported_folder_is_peffts_and_adds_up_to_the_same_model(home, tmp_path)
 
 
 def test_adapter_that_peft_wrote_is_added_to_its_base(home, tmp_path):
-    settings = {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": ["wqkv", "w2"], "init_lora_weights": False}
+    settings = {
+        "r": 4,
+        "lora_alpha": 6,
+        "use_rslora": True,
+        "target_modules": ["wqkv", "w2"],
+        "init_lora_weights": False,
+    }
     made = peft.get_peft_model(load_gpt(newest(home / "base")), peft.LoraConfig(**settings))
     made.peft_config["default"].base_model_name_or_path = str(newest(home / "base"))
     made.save_pretrained(str(tmp_path))
