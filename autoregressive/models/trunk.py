@@ -34,14 +34,7 @@ EMBEDDING = -1
 """Number of the block before which conditions are added to the embeddings of the rows, ahead of their dropout."""
 
 
-def register_trunk(name: str) -> Callable[[type["Trunk"]], Any]:
-    """Register a subclass of Trunk under a name, as a decorator."""
-
-    def register(trunk: type[Trunk]) -> type[Trunk]:
-        TRUNKS.add(name, trunk)
-        return trunk
-
-    return register
+register_trunk = TRUNKS.register
 
 
 @dataclass(frozen=True)

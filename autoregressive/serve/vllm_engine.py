@@ -77,17 +77,16 @@ class ServedModel:
         own = {"image_size": image_size, "downsample_size": downsample_size, "use_ema": use_ema}
         gpt = open_gpt(path, **own, **flags)
         self.path, self.dtype, self.flags = checkpoint.path.absolute(), dtype, own
-        self.gpt, self.config, self.classes = gpt, engine_config(gpt), gpt.args.num_classes
+        self.gpt, self.config = gpt, engine_config(gpt)
         pixels = downsample_size or (checkpoint.args or {}).get("downsample_size") or 16
         self.info = model_info(gpt, name or self.path.stem, gpt.layout.grid_size * pixels)
         self._embed = gpt.cls_embedding.to(dtype)
-        self._conditions = gpt.conditions
         with torch.inference_mode():
             self._none = self._embed.cap_proj(self._embed.uncond_embedding) if self.info.kind == "t2i" else None
 
     def check(self, request: Request) -> None:
         """Raises ValueError, with what is wrong, for a request that the model cannot take."""
-        request.read(self._conditions)
+        request.read(self.gpt.conditions)
         self.gpt.layout.adapted(request.sampling.steps, request.sampling.repulsion)
         if request.order is not None or request.sampling.order == "random":
             raise ValueError(
@@ -97,11 +96,11 @@ class ServedModel:
     @torch.inference_mode()
     def prompt(self, request: Request) -> dict:
         """The request's condition and its negative as vLLM takes them: embedded rows (T, 2 dim), side by side."""
-        request = request.read(self._conditions)
-        (name,) = self._conditions
+        request = request.read(self.gpt.conditions)
+        (name,) = self.gpt.conditions
         value, negative = request.conditions[name], request.negative.get(name)
         if self.info.kind == "c2i":
-            none = torch.tensor(self.classes) if negative is None else negative
+            none = torch.tensor(self.gpt.args.num_classes) if negative is None else negative
             return {"prompt_embeds": self._embed(torch.stack([value, none])).view(1, -1)}
         streams = [self._project(value)]
         streams.append(self._none[-len(streams[0]) :] if negative is None else self._project(negative))

@@ -107,11 +107,4 @@ def drop_samples(value: Tensor, null: Tensor, drop: Tensor) -> Tensor:
     return null.where(drop.to(value.device, torch.bool).view(-1, *[1] * (value.dim() - 1)), value.to(null.dtype))
 
 
-def register_condition(name: str) -> Callable[[type[Condition]], type[Condition]]:
-    """Register a subclass of Condition under a name, as a decorator."""
-
-    def register(condition: type[Condition]) -> type[Condition]:
-        CONDITIONS.add(name, condition)
-        return condition
-
-    return register
+register_condition = CONDITIONS.register
