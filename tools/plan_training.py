@@ -123,8 +123,8 @@ def block_bytes(args: "ModelArgs", setup: Setup) -> int:
     sharded, half = setup.strategy != "ddp", setup.precision in ("fp16", "bf16")
     width = 2 if half else 4
     dim, ffn, dropout = args.dim, args.ffn_dim, bool(args.resid_dropout_p) + bool(args.ffn_dropout_p)
-    if args.trunk == "rar":
-        return modulated_bytes(args, width, half and not sharded)
+    if args.trunk != "llama":
+        return vit_bytes(args, width, half and not sharded)
     kept = (2 if half and sharded else 4) * dim  # the residual stream between attention and feed-forward
     kept += width * 2 * dim  # after the two norms
     kept += width * (1 + 2 * args.kv_heads / args.n_head) * dim  # queries, keys, values as they are projected
@@ -136,16 +136,20 @@ def block_bytes(args: "ModelArgs", setup: Setup) -> int:
     return int(kept)
 
 
-def modulated_bytes(args: "ModelArgs", width: int, autocast: bool) -> int:
-    """Return the bytes that a block of RAR keeps for its backward pass of one row, computed operation by operation.
+def vit_bytes(args: "ModelArgs", width: int, autocast: bool) -> int:
+    """Return the bytes that a LayerNorm block keeps for its backward pass of one row, computed operation by operation.
 
     width: of activations. autocast: whether the residual stream and the norms are float32 beside narrower activations.
     """
-    wide, dropped = 4 if autocast else width, bool(args.resid_dropout_p)
-    kept = 4 * wide + 4 * width  # the stream before and after attention, norms, scales and what they make
-    kept += 5 * width + 2 * wide * autocast  # queries, keys, values; normalised queries and keys, of float32 inputs
-    kept += 2 * width + 2 * (width + dropped)  # attention's result twice, those of both branches, dropout's masks
-    kept += 7 * width  # the row's condition after SiLU, and its six vectors
+    wide = 4 if autocast else width
+    kept = 2 * wide + 2 * width  # the stream before attention and feed-forward layer, and the norms' results
+    kept += 5 * width + 2 * bool(
+        args.resid_dropout_p
+    )  # queries, keys, values, attention's result twice, dropout's masks
+    if args.trunk == "rar":
+        kept += 2 * wide + 2 * width  # norms that are scaled and shifted
+        kept += 2 * width + 2 * wide * autocast  # normalised queries and keys, of float32 inputs
+        kept += 9 * width  # both gated branches, the row's condition after SiLU and its six vectors
     return kept * args.dim + (2 * width + bool(args.ffn_dropout_p)) * args.ffn_dim
 
 
