@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from autoregressive.train.rewards import FEATURES, Reward
 from tokenizer.base import Tokenizer
 from tokenizer.load import load_tokenizer
 from utils.checkpoint import Checkpoint, read_checkpoint, weights_fingerprint
+from utils.cli import settle
 from utils.distributed import Distributed, start
 from utils.origin import origin, require_encoder, require_same
 from utils.runs import find_checkpoint, runs_in
@@ -63,12 +65,7 @@ def train_by_rewards(args: argparse.Namespace) -> None:
     )
     reference = None
     if args.beta and not lora:
-        reference = saved if reference_path == path else weights_of(reference_path, False)
-        other = gpt_identity(reference, image_size=args.image_size, downsample_size=args.downsample_size)
-        keys, names = ("tokenizer", "layout"), (str(path), str(reference_path))
-        require_same(
-            {**saved.config, **model.args.identity}, {**reference.config, **other}, keys, names, "give one of them"
-        )
+        reference = saved if reference_path == path else reference_of(reference_path, saved, model, args)
     config = {**saved.config, **origin(tokenizer=tokenizer.fingerprint()), **model.args.identity, "objective": "grpo"}
     config.pop("reference", None)
     if reference:
@@ -97,7 +94,7 @@ def train_by_rewards(args: argparse.Namespace) -> None:
     )
     trainer = Trainer(args, plan, job)
     trainer.meter.samples *= args.group_size  # a sample of the data is a group of images
-    for line in (*notes, describe(args, rewards, sampling, str(reference_path) if args.beta else None)):
+    for line in (*notes, describe(args, rewards, sampling, reference_path)):
         trainer.log.info(line)
     held_out.begin(trainer)
     trainer.fit()
@@ -110,6 +107,15 @@ def weights_of(path: Any, use_ema: bool) -> Checkpoint:
     if use_ema:
         saved.require_averages()
     return saved
+
+
+def reference_of(path: Path, saved: Checkpoint, model: Trunk, args: argparse.Namespace) -> Checkpoint:
+    """Return the weights of --reference. Raises ValueError for a file of another tokenizer or another layout."""
+    reference = weights_of(path, use_ema=False)
+    other = gpt_identity(reference, image_size=args.image_size, downsample_size=args.downsample_size)
+    records = {**saved.config, **model.args.identity}, {**reference.config, **other}
+    require_same(*records, ("tokenizer", "layout"), (str(saved.path), str(path)), "give one of them")
+    return reference
 
 
 def build_policy(saved: Checkpoint, tokenizer: Tokenizer, args: argparse.Namespace) -> Trunk:
@@ -144,6 +150,8 @@ def build_policy(saved: Checkpoint, tokenizer: Tokenizer, args: argparse.Namespa
     args.image_size = model.layout.grid_size * tokenizer.downsample
     args.beta = BETA[args.gpt_type] if args.beta is None else args.beta
     args.cfg_scale = SCALE[args.gpt_type] if args.cfg_scale is None else args.cfg_scale
+    if args.resume and (runs := runs_in(args.results_dir, args.gpt_model)):
+        settle(args, global_batch_size=runs[0].flags().get("global_batch_size"))
     return model
 
 
@@ -195,8 +203,7 @@ def set_length(args: argparse.Namespace, asked: Asked, dist: Distributed) -> lis
         raise ValueError(
             f"--group-size must be 2 or more, got {args.group_size}: images are compared within their group"
         )
-    runs = runs_in(args.results_dir, args.gpt_model) if args.resume else []
-    notes = fit_batch(args, len(asked), dist.world_size, runs[0].flags() if runs else None)
+    notes = fit_batch(args, len(asked), dist.world_size)
     if args.epochs is None:
         args.max_steps = args.max_steps or STEPS
         args.epochs = -(-args.max_steps // max(len(asked) // args.global_batch_size, 1))
@@ -242,10 +249,10 @@ def lay_out(
     return wrapped
 
 
-def describe(args: argparse.Namespace, rewards: list[Reward], sampling: SamplingConfig, reference: str | None) -> str:
+def describe(args: argparse.Namespace, rewards: list[Reward], sampling: SamplingConfig, reference: Path) -> str:
     """Return a line for the log."""
     words = " + ".join(f"{reward.weight:g} x {reward.name}" for reward in rewards)
-    held = f"beta {args.beta:g} against {reference}" if reference else "no reference"
+    held = f"beta {args.beta:g} against {reference}" if args.beta else "no reference"
     inside = "in the policy's probabilities too" if args.guidance_in_policy else "not in the policy's probabilities"
     guided = f"guidance {sampling.cfg_scale:g}, {inside}" if sampling.guided else "no guidance"
     return (

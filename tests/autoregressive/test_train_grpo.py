@@ -155,10 +155,10 @@ def test_run_resumed_ends_with_the_same_bits(files, tmp_path):
 
 
 def test_run_resumed_without_its_batch_size_keeps_it(files, tmp_path, monkeypatch):
-    train(files, tmp_path, "--max-steps", 1, "--global-batch-size", 2)
+    train(files, tmp_path, "--max-steps", 1, "--global-batch-size", CLASSES + 2)
     place = BASE.index("--global-batch-size")
     monkeypatch.setattr(f"{__name__}.BASE", BASE[:place] + BASE[place + 2 :])
-    assert load(train(files, tmp_path, "--max-steps", 2, "--resume"))["args"].global_batch_size == 2
+    assert load(train(files, tmp_path, "--max-steps", 2, "--resume"))["args"].global_batch_size == CLASSES + 2
 
 
 def test_run_killed_before_its_held_out_figures_is_measured_where_it_resumes(files, tmp_path, monkeypatch):
