@@ -235,20 +235,21 @@ class ImagePipeline:
         device = pick_device(str(device) if device else None)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         gpt_path = find(gpt)
-        if vq is None and read_checkpoint(gpt_path).config.get("tokenizer"):
+        fingerprint = read_checkpoint(gpt_path).config.get("tokenizer")
+        if vq is not None:
+            vq_path = find(vq)
+        elif fingerprint:
             vq_path = tokenizer_of(gpt_path)
-        elif vq is None:
+        else:
             vq = released_tokenizer(find_identity(read_checkpoint(gpt_path)))
             vq_path = find(vq) if (folder / vq).exists() else find_checkpoint(vq)
-        else:
-            vq_path = find(vq)
         of_tokenizer = ("vq_model", "codebook_embed_dim", "quantizer")
         tokenizer = load_tokenizer(
             vq_path,
             device=device,
             use_ema=(use_ema and has_averages(vq_path)) or None,
             decode_precision=decode_precision,
-            fingerprint=read_checkpoint(gpt_path).config.get("tokenizer"),
+            fingerprint=fingerprint,
             **{name: beliefs.get(name) for name in ("codebook_size", *of_tokenizer)},
         )
         of_gpt = {name: value for name, value in beliefs.items() if name not in of_tokenizer}

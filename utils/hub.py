@@ -66,9 +66,9 @@ def _gpt(repo_id: str, filename: str, gpt_model: str, image_size: int, folder: s
     return Release(repo_id, filename, folder + filename, flags)
 
 
-def _par(name: str, gpt_model: str, group: int) -> Release:
+def _par(size: str, group: int) -> Release:
     flags = {"ar_token_num": str(group), "spe_token_num": str(group - 1)}
-    return _gpt(_PAR, f"PAR-{name}-{group}x.pt", gpt_model, 384, **flags)
+    return _gpt(_PAR, f"PAR-{size}-{group}x.pt", f"GPT-{size}", 384, **flags)
 
 
 def _nar(owner: str, size: str) -> Release:
@@ -106,25 +106,16 @@ RELEASED: dict[str, Release] = {
     for release in (
         _tokenizer(_LLAMAGEN, "vq_ds16_c2i.pt", "VQ-16"),
         _tokenizer(_LLAMAGEN, "vq_ds8_c2i.pt", "VQ-8", downsample_size="8"),
-        _gpt(_LLAMAGEN, "c2i_B_256.pt", "GPT-B", 256),
-        _gpt(_LLAMAGEN, "c2i_L_256.pt", "GPT-L", 256),
-        _gpt(_LLAMAGEN, "c2i_B_384.pt", "GPT-B", 384),
-        _gpt(_LLAMAGEN, "c2i_L_384.pt", "GPT-L", 384),
-        _gpt(_LLAMAGEN, "c2i_XL_384.pt", "GPT-XL", 384),
-        _gpt(_LLAMAGEN, "c2i_XXL_384.pt", "GPT-XXL", 384, from_fsdp=""),
-        _gpt(_LLAMAGEN, "c2i_3B_384.pt", "GPT-3B", 384, from_fsdp=""),
+        *(_gpt(_LLAMAGEN, f"c2i_{size}_256.pt", f"GPT-{size}", 256) for size in ("B", "L")),
+        *(_gpt(_LLAMAGEN, f"c2i_{size}_384.pt", f"GPT-{size}", 384) for size in ("B", "L", "XL")),
+        *(_gpt(_LLAMAGEN, f"c2i_{size}_384.pt", f"GPT-{size}", 384, from_fsdp="") for size in ("XXL", "3B")),
         _tokenizer(_TEXT, "vq_ds16_t2i.pt", "VQ-16"),
         _gpt(_TEXT, "t2i_XL_stage1_256.pt", "GPT-XL", 256, gpt_type="t2i", cls_token_num="120"),
         _gpt(_TEXT, "t2i_XL_stage2_512.pt", "GPT-XL", 512, gpt_type="t2i", cls_token_num="120"),
-        _par("XL", "GPT-XL", 4),
-        _par("XXL", "GPT-XXL", 4),
-        _par("3B", "GPT-3B", 4),
-        _par("3B", "GPT-3B", 16),
-        # The first two share LlamaGen's file names, so all four stay in a folder of their own.
-        _gpt(_NPP, "c2i_B_256.pt", "GPT-B", 256, folder="LlamaGen-NPP/"),
-        _gpt(_NPP, "c2i_L_256.pt", "GPT-L", 256, folder="LlamaGen-NPP/"),
-        _gpt(_NPP, "c2i_XL_256.pt", "GPT-XL", 256, folder="LlamaGen-NPP/"),
-        _gpt(_NPP, "c2i_XXL_256.pt", "GPT-XXL", 256, folder="LlamaGen-NPP/"),
+        *(_par(size, 4) for size in ("XL", "XXL", "3B")),
+        _par("3B", 16),
+        # Two have LlamaGen's file names, so all four stay in a folder of their own.
+        *(_gpt(_NPP, f"c2i_{size}_256.pt", f"GPT-{size}", 256, "LlamaGen-NPP/") for size in ("B", "L", "XL", "XXL")),
         *(_cca(size) for size in ("B", "L", "XL")),
         *(_cca(size, from_fsdp="") for size in ("XXL", "3B")),
         *(_nar(owner, size) for size, owner in NAR_OWNERS.items()),
