@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from utils.errors import NotFiniteError
@@ -99,7 +99,8 @@ def open_picture(
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} is no picture that can be read ({error}): give a PNG, JPEG or WebP file") from error
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{name} is no picture that can be read ({reason}): give a PNG, JPEG or WebP file") from error
 
 
 def require_eight_bits(image: Image.Image, name: str) -> None:
