@@ -9,16 +9,14 @@ names are the published ones.
 
 from collections.abc import Callable, Mapping
 from math import isqrt, sqrt
-from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoregressive.models.conditions.label import Label
-from autoregressive.models.trunk import ModelArgs, Rows, Trunk, draw_normal, register_trunk
-from autoregressive.models.vit import EPS, Attention, Mlp
+from autoregressive.models.trunk import ModelArgs, Rows, draw_normal, register_trunk
+from autoregressive.models.vit import EPS, Attention, LayerNormTrunk, Mlp
 
 
 class Block(nn.Module):
@@ -35,24 +33,16 @@ class Block(nn.Module):
 
 
 @register_trunk("lpd")
-class LPD(Trunk):
-    """The published architecture. Dropouts are those of ModelArgs; tokens have none.
-
-    Raises ValueError for conditions other than one class, and for layouts that do not read each token from a query.
-    """
+class LPD(LayerNormTrunk):
+    """The published architecture. Dropouts are those of ModelArgs. Raises ValueError for layouts without queries too."""
 
     default_layout, any_order, resizes = "queried", True, True
+    called, codes_name, head_name = "an LPD", "token_emb", "head"
 
     def __init__(self, args: ModelArgs):
-        if args.model_type != "c2i" or args.extra_conditions:
-            raise ValueError(
-                "an LPD is of classes alone: give --gpt-type c2i and no --condition, or another --gpt-model"
-            )
-        if args.drop_path_rate:
-            raise ValueError(f"an LPD has no stochastic depth: leave out --drop-path-rate {args.drop_path_rate:g}")
-        if args.kv_heads != args.n_head:
-            raise ValueError(f"an LPD has as many kv heads as heads, got {args.kv_heads} for {args.n_head}")
-        super().__init__(args, Label(args.num_classes))
+        super().__init__(args)
+        if args.extra_conditions:
+            raise ValueError("an LPD is of classes alone: give no --condition, or another --gpt-model")
         if self.layout.queries != args.block_size:
             raise ValueError(
                 f"an LPD reads each token from a query, and the layout {self.layout.name!r} has none: give --layout queried"
@@ -67,20 +57,7 @@ class LPD(Trunk):
         self.blocks = nn.ModuleList(Block(args, layer) for layer in range(args.n_layer))
         self.norm = nn.LayerNorm(dim, EPS)
         self.head = nn.Linear(dim, args.vocab_size, bias=False)
-        self.tok_dropout.p = 0.0
         self.reset_parameters()
-
-    @property
-    def layers(self) -> Any:  # pyrefly: ignore[bad-override]
-        return self.blocks
-
-    @property
-    def tok_embeddings(self) -> Any:  # pyrefly: ignore[bad-override]
-        return self.token_emb
-
-    @property
-    def output(self) -> Any:  # pyrefly: ignore[bad-override]
-        return self.head
 
     @torch.no_grad()
     def reset_parameters(self, normal: Callable[[Tensor, float], None] = draw_normal) -> None:

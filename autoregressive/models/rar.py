@@ -8,7 +8,6 @@ class; parameter names are the published ones. Randomized Autoregressive Visual 
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from autoregressive.models.conditions.label import Label
 from autoregressive.models.sizes import SPARE_PLACES
-from autoregressive.models.trunk import ModelArgs, Rows, Trunk, draw_normal, register_trunk
-from autoregressive.models.vit import EPS, Attention, Mlp
+from autoregressive.models.trunk import ModelArgs, Rows, draw_normal, register_trunk
+from autoregressive.models.vit import EPS, Attention, LayerNormTrunk, Mlp
 
 SPARE_NUMBERS = 100  # rows that the published table has to spare
 
@@ -58,24 +57,14 @@ class FinalNorm(nn.Module):
 
 
 @register_trunk("rar")
-class RAR(Trunk):
-    """The published architecture. Dropouts are those of ModelArgs, resid_dropout_p also that of attention weights; tokens have none.
-
-    Raises ValueError for conditions other than one class, and for what the published architecture does not have.
-    """
+class RAR(LayerNormTrunk):
+    """The published architecture. Dropouts are those of ModelArgs, resid_dropout_p also that of attention weights."""
 
     has_context = any_order = True
+    called, class_rows, codes_name, head_name = "a RAR", 2, "embeddings", "lm_head"
 
     def __init__(self, args: ModelArgs):
-        if args.model_type != "c2i":
-            raise ValueError("a RAR is of classes: give --gpt-type c2i, or another --gpt-model")
-        if args.drop_path_rate:
-            raise ValueError(f"a RAR has no stochastic depth: leave out --drop-path-rate {args.drop_path_rate:g}")
-        if args.kv_heads != args.n_head:
-            raise ValueError(f"a RAR has as many kv heads as heads, got {args.kv_heads} for {args.n_head}")
-        super().__init__(args, Label(args.num_classes, rows=2))
-        if self.layout.prefix != 2:
-            raise ValueError("a RAR has the rows of one class before its tokens; leave out the --condition with rows")
+        super().__init__(args)
         dim, tokens = args.dim, args.block_size
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.embeddings = nn.Embedding(args.vocab_size + args.num_classes + 2, dim)
@@ -86,20 +75,7 @@ class RAR(Trunk):
         self.adaln_before_head = FinalNorm(dim)
         self.lm_head = nn.Linear(dim, args.vocab_size)
         self.norm = nn.Identity()
-        self.tok_dropout.p = 0.0
         self.reset_parameters()
-
-    @property
-    def layers(self) -> Any:  # pyrefly: ignore[bad-override]
-        return self.blocks
-
-    @property
-    def tok_embeddings(self) -> Any:  # pyrefly: ignore[bad-override]
-        return self.embeddings
-
-    @property
-    def output(self) -> Any:  # pyrefly: ignore[bad-override]
-        return self.lm_head
 
     @torch.no_grad()
     def reset_parameters(self, normal: Callable[[Tensor, float], None] = draw_normal) -> None:

@@ -1,10 +1,13 @@
 """Parts of LayerNorm transformers, by the names that timm gives them: RAR and LPD are made of these."""
 
+from typing import Any, ClassVar
+
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoregressive.models.trunk import ModelArgs, Rows, attend
+from autoregressive.models.conditions.label import Label
+from autoregressive.models.trunk import ModelArgs, Rows, Trunk, attend
 
 EPS = 1e-6
 
@@ -47,3 +50,46 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+
+
+class LayerNormTrunk(Trunk):
+    """A trunk of LayerNorm blocks and one class, without dropout of tokens.
+
+    Raises ValueError for what the published architectures do not have.
+    """
+
+    called: ClassVar[str]
+    """Name of the architecture in errors."""
+    class_rows: ClassVar[int] = 1
+    """Rows before the tokens, which the trunk makes of a class."""
+    codes_name: ClassVar[str]
+    head_name: ClassVar[str]
+    """Published names of the embedding of the codes and of the output layer."""
+
+    def __init__(self, args: ModelArgs):
+        if args.model_type != "c2i":
+            raise ValueError(f"{self.called} is of classes: give --gpt-type c2i, or another --gpt-model")
+        if args.drop_path_rate:
+            raise ValueError(
+                f"{self.called} has no stochastic depth: leave out --drop-path-rate {args.drop_path_rate:g}"
+            )
+        if args.kv_heads != args.n_head:
+            raise ValueError(f"{self.called} has as many kv heads as heads, got {args.kv_heads} for {args.n_head}")
+        super().__init__(args, Label(args.num_classes, rows=self.class_rows))
+        if self.layout.prefix != self.class_rows:
+            raise ValueError(
+                f"{self.called} has the rows of one class before its tokens; leave out the --condition with rows"
+            )
+        self.tok_dropout.p = 0.0
+
+    @property
+    def layers(self) -> Any:  # pyrefly: ignore[bad-override]
+        return self.blocks
+
+    @property
+    def tok_embeddings(self) -> Any:  # pyrefly: ignore[bad-override]
+        return getattr(self, self.codes_name)
+
+    @property
+    def output(self) -> Any:  # pyrefly: ignore[bad-override]
+        return getattr(self, self.head_name)

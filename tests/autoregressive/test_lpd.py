@@ -188,7 +188,7 @@ def test_sizes_have_the_published_parameters(name, pixels, millions):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"model_type": "t2i", "cls_token_num": 4}, "an LPD is of classes alone"),
+        ({"model_type": "t2i", "cls_token_num": 4}, "an LPD is of classes"),
         ({"layout": {"name": "raster"}}, "reads each token from a query.*--layout queried"),
         ({"trunk": "llama", "ffn_width": None, "layout": {"name": "queried"}}, "the trunk 'llama' has none"),
         ({"trunk": "rar", "layout": {"name": "queried"}}, "the trunk 'rar' has none"),
