@@ -7,7 +7,7 @@ import torch
 
 from utils.distributed import Distributed
 from utils.training import meter as module
-from utils.training.meter import Meter, format_seconds, format_window
+from utils.training.meter import Means, Meter, format_means, format_seconds, format_window
 
 CPU = Distributed(torch.device("cpu"))
 
@@ -123,3 +123,13 @@ def test_a_window_as_a_line():
 )
 def test_durations_in_two_units(seconds, words):
     assert format_seconds(seconds) == words
+
+
+def test_means_of_a_window_are_over_the_steps_that_logged_them():
+    means = Means()
+    for logs in ({"grad_norm": 2.0, "loss": 1.0}, {"loss": 3.0, "adversarial_weight": 0.0}):
+        means.add({name: torch.tensor(value) for name, value in logs.items()})
+    values = means.close(CPU)
+    assert values == {"adversarial_weight": 0.0, "loss": 2.0, "grad_norm": 2.0} and [*values][-1] == "grad_norm"
+    assert format_means(values) == ("2.0000", "grad_norm: 2.0000, ")
+    assert means.close(CPU) == {}
