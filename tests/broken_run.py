@@ -12,9 +12,10 @@ from torch.utils.data import TensorDataset
 from utils.cli import flag_parser
 from utils.distributed import start
 from utils.training.flags import add_training_flags
+from utils.training.job import Job, Phase
 from utils.training.optim import adamw
 from utils.training.parallel import Parallel
-from utils.training.trainer import Job, Phase, Trainer
+from utils.training.trainer import Trainer
 
 
 def main(args: argparse.Namespace) -> None:

@@ -31,8 +31,8 @@ from utils.distributed import Distributed
 from utils.origin import require_same
 from utils.rng import item_seed
 from utils.runs import find_checkpoint
+from utils.training.job import Micro
 from utils.training.state import fill
-from utils.training.trainer import Micro
 
 BETA, UNCOND = 0.02, 0.1
 # The published weights of the negatives by size; of other sizes 1000.

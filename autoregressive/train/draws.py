@@ -40,8 +40,9 @@ from utils.images import make_grid
 from utils.origin import require_same
 from utils.rng import item_seed
 from utils.runs import checkpoints_in
+from utils.training.job import Micro
 from utils.training.parallel import Parallel
-from utils.training.trainer import Micro, Trainer
+from utils.training.trainer import Trainer
 
 # What item_seed hashes besides, for held-out images.
 _HELD_OUT = 6

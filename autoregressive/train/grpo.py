@@ -25,11 +25,12 @@ from utils.cli import settle
 from utils.distributed import Distributed, start
 from utils.origin import origin, require_encoder, require_same
 from utils.runs import find_checkpoint, runs_in
+from utils.training.job import Job, Phase
 from utils.training.optim import adamw
 from utils.training.order import fit_batch
 from utils.training.parallel import Parallel, materialize
 from utils.training.state import fill
-from utils.training.trainer import Job, Phase, Trainer
+from utils.training.trainer import Trainer
 
 STEPS = 400
 # As published by kind of model: the scale of guidance, the weight of the reference.

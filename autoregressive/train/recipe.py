@@ -40,9 +40,10 @@ from utils.distributed import Distributed, start
 from utils.images import labelled_grid, make_grid, to_uint8
 from utils.rng import image_noise, item_seed, order_seed
 from utils.runs import find_checkpoint, runs_in
+from utils.training.job import Job, Micro, Phase
 from utils.training.optim import adamw
 from utils.training.parallel import Parallel, materialize
-from utils.training.trainer import Job, Micro, Phase, Trainer
+from utils.training.trainer import Trainer
 
 
 @dataclass(frozen=True)

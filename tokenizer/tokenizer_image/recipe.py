@@ -22,8 +22,8 @@ from tokenizer.tokenizer_image.vq_loss import VQLoss
 from utils.checkpoint import Checkpoint
 from utils.images import make_grid, to_uint8
 from utils.runs import runs_in
+from utils.training.job import Micro, Phase
 from utils.training.parallel import Parallel
-from utils.training.trainer import Micro, Phase
 
 # Flags that say what is trained.
 DESCRIPTION = (

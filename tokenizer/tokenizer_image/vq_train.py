@@ -46,8 +46,9 @@ def main(args: argparse.Namespace) -> None:
     from utils.logger import console_logger
     from utils.origin import origin
     from utils.runs import find_checkpoint
+    from utils.training.job import Job
     from utils.training.parallel import Parallel
-    from utils.training.trainer import Job, Trainer
+    from utils.training.trainer import Trainer
 
     if args.finetune and not args.vq_ckpt:
         raise ValueError("--finetune needs --vq-ckpt, the weights to begin with")

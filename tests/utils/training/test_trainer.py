@@ -31,10 +31,11 @@ from utils.errors import AgreedError
 from utils.rng import item_seed
 from utils.training import state as state_module
 from utils.training.flags import add_training_flags
+from utils.training.job import Job, Micro, Phase
 from utils.training.optim import adamw, learning_rate
 from utils.training.order import BatchOrder
 from utils.training.parallel import Parallel
-from utils.training.trainer import Job, Micro, Phase, Trainer
+from utils.training.trainer import Trainer
 
 CPU = Distributed(torch.device("cpu"))
 
