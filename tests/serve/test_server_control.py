@@ -1,5 +1,6 @@
 """Control images over HTTP: the pictures of ImagePipeline, and what is no control image."""
 
+import asyncio
 import base64
 import io
 
@@ -12,12 +13,14 @@ pytest.importorskip("httpx")
 
 from PIL import Image
 
+from autoregressive.demo import Painter
 from autoregressive.models.build import build_gpt
 from autoregressive.pipeline import ImagePipeline, load_gpt
 from autoregressive.serve.api import EDITS
 from autoregressive.serve.native import NativeEngine
+from autoregressive.serve.server import native_service
 from tests.helpers import randomize
-from tests.serve.servers import pixels, post, with_client
+from tests.serve.servers import listening, pixels, post, with_client
 from tokenizer.load import load_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -66,6 +69,22 @@ def test_control_images_are_drawn_by_as_the_pipeline_does(tokenizer, pipeline):
     for i, image in enumerate(drawn):
         expected = pipeline([2], seed=5 + i, control_images=noise(), **settings)[0]
         assert np.array_equal(image, np.asarray(expected))
+
+
+def test_painter_of_a_running_server_draws_by_a_control_image(pipeline):
+    async def draw(address, **pictures):
+        painter = await Painter.connect(address)
+        assert painter.info.control == "canny"
+        settings = {"cfg_scale": 2.0, "top_k": 0, "control_strength": 0.5}
+        return [view async for view in painter.draw("2", seed=5, pictures=pictures, **settings)][-1].pictures
+
+    with listening(lambda: native_service(pipeline, "small")) as (address, _):
+        ((_, file, _),) = asyncio.run(draw(address, control_image=png(noise())))
+        with pytest.raises(ValueError, match="draws by a control image"):
+            asyncio.run(draw(address))
+    settings = {"cfg_scale": 2.0, "control_strength": 0.5, "progress": False}
+    (expected,) = pipeline([2], seed=5, control_images=noise(), **settings)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(file))), np.asarray(expected))
 
 
 @pytest.mark.filterwarnings("ignore:the effective sample size")
