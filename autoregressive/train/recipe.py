@@ -108,16 +108,17 @@ def known_model(args: argparse.Namespace) -> dict[str, Any]:
     own = [run for run in runs if run.folder.name.split("-", 1)[1] == args.gpt_model]
     if not own and given(args.gpt_model) is None:
         own = [run for run in runs if run.flags().get("gpt_type") == args.gpt_type]
-    path = getattr(args, "gpt_resume", None) or args.gpt_ckpt
-    size = None
-    if own:
-        size = own[0].flags().get("gpt_model")
-    elif path and given(args.gpt_model) is None:
-        size = flags_of(find_identity(read_checkpoint(find_checkpoint(path))))["gpt_model"]
     resumed = own[0].flags() if own else {}
-    settle(args, gpt_model=size)
+    asks_file = not own and given(args.gpt_model) is None
+    settle(args, gpt_model=(_flags_of_file(args) if asks_file else resumed).get("gpt_model"))
     args.random_orders = args.random_orders or resumed.get("random_orders")
     return resumed
+
+
+def _flags_of_file(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the file that training begins with says of its model, {} without one."""
+    path = getattr(args, "gpt_resume", None) or args.gpt_ckpt
+    return flags_of(find_identity(read_checkpoint(find_checkpoint(path)))) if path else {}
 
 
 def new_model(args: argparse.Namespace, grid: int, **more: object) -> Trunk:
@@ -281,55 +282,47 @@ class HeldOut:
 
         def mean(items: list[Any]) -> tuple[Tensor, Tensor | int]:
             inputs = self.data.held_out_inputs(items)
-            asked = {
-                "prefix_mask": inputs.prefix_mask,
-                "valid": inputs.valid,
-                "orders": own_orders(model, inputs.codes),
-            }
-            count = len(items) if inputs.valid is None else inputs.valid.sum()
-            return loss(inputs.codes, inputs.cond, **asked), count
+            orders = own_orders(model, inputs.codes)
+            value = loss(inputs.codes, inputs.cond, prefix_mask=inputs.prefix_mask, valid=inputs.valid, orders=orders)
+            return value, len(items) if inputs.valid is None else inputs.valid.sum()
 
         return {"val_loss": mean_over(mean, self.data.held_out, self.batch_size, self.dist)}
 
 
+@dataclass(frozen=True)
 class Preview:
     """Pictures of a model in training; called where the tokenizer is.
 
     cond, emb_masks: as `generate` takes them. names: of the classes, where the first condition is a class.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer | None,
-        cond: Conditions,
-        emb_masks: Tensor | None,
-        args: argparse.Namespace,
-        dist: Distributed,
-        names: Sequence[str] | None = None,
-    ):
-        SamplingConfig(cfg_scale=args.sample_cfg_scale)  # refuses a scale that no picture can be drawn with
-        self.tokenizer, self.cond, self.emb_masks, self.names = tokenizer, cond, emb_masks, names
-        self.cfg_scale, self.seed, self.device = args.sample_cfg_scale, args.global_seed, dist.device
+    tokenizer: Tokenizer | None
+    cond: Conditions
+    emb_masks: Tensor | None
+    args: argparse.Namespace
+    dist: Distributed
+    names: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        SamplingConfig(cfg_scale=self.args.sample_cfg_scale)  # refuses a scale that no picture can be drawn with
 
     def __call__(self, model: Trunk) -> dict[str, np.ndarray]:
-        tokens = model.args.block_size
         first = next(iter(self.cond.values())) if isinstance(self.cond, Mapping) else self.cond
-        noise = image_noise(self.seed, range(len(first)), tokens).to(self.device)
-        found = [model.layout.draw_order(order_seed(self.seed, i)) for i in range(len(first))]
-        settings: dict[str, Any] = {"cfg_scale": self.cfg_scale, "noise": noise}
-        settings["orders"] = torch.stack(found) if model.layout.own_orders else None
+        seed, layout, numbers = self.args.global_seed, model.layout, range(len(first))
+        noise = image_noise(seed, numbers, layout.tokens).to(self.dist.device)
+        orders = None
+        if layout.own_orders:
+            orders = torch.stack([layout.draw_order(order_seed(seed, i)) for i in numbers])
+        asked: dict[str, Any] = {"emb_masks": self.emb_masks, "orders": orders, "noise": noise}
         try:
-            drawn = generate(model, self.cond, tokens, emb_masks=self.emb_masks, **settings)
+            drawn = generate(model, self.cond, cfg_scale=self.args.sample_cfg_scale, **asked)
         finally:
             release_cache(model)
-        grid = model.layout.grid_size
         with torch.inference_mode():
-            images = self.tokenizer.to_pixels(drawn.view(-1, grid, grid))
+            images = self.tokenizer.to_pixels(drawn.view(-1, layout.grid_size, layout.grid_size))
         pixels = to_uint8(images)
-        if self.names:
-            names = class_names(
-                model.args.num_classes, recorded=self.names
-            )  # a model can have more rows than the data has classes
+        if self.names:  # of which a model can have more rows than the data has classes
+            names = class_names(model.args.num_classes, recorded=self.names)
             return {"samples": labelled_grid(pixels, [names[label] for label in first.tolist()], columns=4)}
         return {"samples": make_grid(pixels, columns=4)}
 
@@ -366,10 +359,7 @@ def model_sizes(args: argparse.Namespace, recorded: Mapping[str, Any]) -> tuple[
     With --finetune the classes are those of the codes.
     """
     runs = runs_in(args.results_dir, args.gpt_model) if args.resume else []
-    path = getattr(args, "gpt_resume", None) or args.gpt_ckpt
-    before = runs[0].flags() if runs else {}
-    if path and not runs:
-        before = flags_of(find_identity(read_checkpoint(find_checkpoint(path))))
+    before = runs[0].flags() if runs else _flags_of_file(args)
     classes = [before.get("num_classes"), recorded.get("num_classes")]
     if args.finetune:
         classes.reverse()
