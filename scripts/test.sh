@@ -29,7 +29,7 @@ case "$*" in
         done
         ;;
 esac
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} OMP_WAIT_POLICY=passive  # the threads of one test leave the core to another
 
 if [ "$main" = 1 ]; then
     bash scripts/setup.sh dev

@@ -22,16 +22,25 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# What takes long to import and the scripts import in `main`.
-NEEDED = ("torch._dynamo", "torch.distributed.fsdp", "autoregressive.pipeline", "autoregressive.train.recipe")
+# What takes long to import and the scripts import in `main`: for all of them, and for those whose names have a word.
+NEEDED = (
+    "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard", "dataset.build", "autoregressive.pipeline",
+    "autoregressive.train.class_data", "autoregressive.train.text_data", "utils.training.trainer",
+)  # fmt: skip
+TEXT = ("transformers.models.t5.modeling_t5", "transformers.models.auto.tokenization_auto", "sentencepiece")
+NEEDED_BY = {
+    "t2i": TEXT, "t5": TEXT, "text_encoder": TEXT, "draw_training": ("matplotlib.pyplot",),
+    "digit": ("matplotlib.pyplot", "sklearn.datasets", "sklearn.neural_network", "sklearn.svm"),
+}  # fmt: skip
 # A python3 that has the server run a script, and is Python itself for anything else.
 SHIM = """#!{python} -S
 import json, os, socket, sys
-if len(sys.argv) < 2 or not sys.argv[1].endswith(".py"):
+words = [word for word in sys.argv[1:] if word != "-u"]
+if not words or not words[0].endswith(".py"):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
-    asked = json.dumps({{"argv": sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ)}}).encode()
+    asked = json.dumps({{"argv": words, "cwd": os.getcwd(), "env": dict(os.environ)}}).encode()
     socket.send_fds(server, [len(asked).to_bytes(8, "big")], [0, 1, 2])
     server.sendall(asked)
     sys.exit(int(server.recv(16) or 1))
@@ -41,6 +50,7 @@ with socket.socket(socket.AF_UNIX) as server:
 def serve(address: str) -> None:
     """Fork a process for each script that is asked for."""
     sys.path.insert(0, str(ROOT))
+    sys.modules.setdefault("tensorboard.compat.notf", type(sys)("tensorboard.compat.notf"))  # as utils/logger.py has it
     for name in NEEDED:
         importlib.import_module(name)
     from tests.helpers import ready_to_fork
@@ -52,17 +62,21 @@ def serve(address: str) -> None:
         listener.listen()
         while True:
             client, _ = listener.accept()
+            size, streams, *_ = socket.recv_fds(client, 8, 3)
+            asked = json.loads(b"".join(iter(functools.partial(receive, client, [int.from_bytes(size, "big")]), b"")))
+            for name in (name for word, names in NEEDED_BY.items() if word in asked["argv"][0] for name in names):
+                importlib.import_module(name)
             if not os.fork():
                 listener.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                answer(client)
+                answer(client, streams, asked)
+            for stream in streams:
+                os.close(stream)
             client.close()
 
 
-def answer(client: socket.socket) -> None:
+def answer(client: socket.socket, streams: list[int], asked: dict) -> None:
     """Run one script in a child, and tell the client its exit code."""
-    size, streams, *_ = socket.recv_fds(client, 8, 3)
-    asked = json.loads(b"".join(iter(functools.partial(receive, client, [int.from_bytes(size, "big")]), b"")))
     script = os.fork()
     if not script:
         client.close()

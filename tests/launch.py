@@ -5,7 +5,6 @@
 The first process that fails ends the others, and the launcher with code 1.
 """
 
-import importlib
 import os
 import runpy
 import signal
@@ -13,18 +12,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# What takes long to import and the scripts import in `main`.
-NEEDED = ("torch._dynamo", "torch.distributed.fsdp", "tokenizer.load", "utils.training.trainer")
 
 
 def main(processes: int, script: str, flags: list[str]) -> int:
     """Return the exit code, 0 where every process ended well."""
     sys.path.insert(0, str(ROOT))
-    for name in NEEDED:
-        importlib.import_module(name)
-    from tests.helpers import free_port, ready_to_fork
+    from tests.helpers import free_port
 
-    ready_to_fork()
     port, left = free_port(), set()
     for rank in range(processes):
         child = os.fork()

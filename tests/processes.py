@@ -119,22 +119,10 @@ def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
     import torch
 
-    from tests.helpers import ready_to_fork
-
     torch.set_num_threads(1)
-    # What takes long to import, once: the scripts import it where they need it.
-    sys.modules.setdefault("tensorboard.compat.notf", type(sys)("tensorboard.compat.notf"))
-    needed = [
-        "torch.utils.tensorboard",
-        "torch._dynamo",
-        "dataset.build",
-        "utils.training.state",
-        "utils.training.trainer",
-    ]
-    needed += ["autoregressive.train.class_data", "autoregressive.train.text_data"]
-    for name in [*needed, *(name for life in plan for name in [life["module"], *life.get("imports", ())])]:
+    # Once, and not in every process; the rest is in tests/forkserver.py.
+    for name in (name for life in plan for name in [life["module"], *life.get("imports", ())]):
         importlib.import_module(name)
-    ready_to_fork()
     for life in plan:
         live(life)
 

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests import forkserver
 from tests.helpers import GOLDEN, ROOT, free_port, scripts
 
 # Documents whose commands run one after another in one folder, so that later ones find what earlier ones made.
@@ -397,12 +397,15 @@ def test_shell_scripts_are_well_formed(wrapper):
 
 @pytest.mark.slow
 def test_a_wrapper_starts_processes_from_any_folder(files, tmp_path):
-    """Through bash, torchrun and two processes, as users start it."""
+    """Through bash, torchrun and two processes, as users start it, but for the start of Python."""
     parser = load("autoregressive/sample/sample_c2i_ddp.py")[1]
     flags = ["--gpt-ckpt", str(files / "gpt1.pt"), "--vq-ckpt", str(files / "vq.pt"), *small(parser)]
     script = str(ROOT / "scripts/autoregressive/sample_c2i.sh")
     environment = {**os.environ, "nproc_per_node": "2", "master_port": str(free_port()), "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = str(Path(sys.executable).parent) + os.pathsep + environment["PATH"]
+    environment |= {
+        "PATH": f"{forkserver.shim()}{os.pathsep}{environment['PATH']}",
+        "PYTHON_EXEC": str(forkserver.shim() / "python3"),
+    }
     subprocess.run(["bash", script, *flags], cwd=tmp_path, env=environment, check=True, timeout=120)
     assert len(list(tmp_path.glob("samples/*/*.png"))) == 5
     assert len(list(tmp_path.glob("samples/*.npz"))) == 1

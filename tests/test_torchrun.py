@@ -7,7 +7,9 @@ import sys
 import time
 
 import pytest
+import torch.distributed.run
 
+from tests import forkserver
 from tests.helpers import ROOT
 
 CHILD = """
@@ -33,17 +35,10 @@ run_script(main, flag_parser("A script."))
 """
 
 
-def start(folder, how):
+def group_of(folder, how):
+    """Return the command line of two processes that end as told."""
     (folder / "child.py").write_text(CHILD)
-    launcher = [
-        sys.executable,
-        str(ROOT / "scripts/torchrun.py"),
-        "--standalone",
-        "--nproc_per_node=2",
-        "child.py",
-        how,
-    ]
-    return subprocess.Popen(launcher, cwd=folder, env={**os.environ}, stderr=subprocess.PIPE, text=True)
+    return [sys.executable, str(ROOT / "scripts/torchrun.py"), "--standalone", "--nproc_per_node=2", "child.py", how]
 
 
 @pytest.mark.slow
@@ -56,24 +51,24 @@ def start(folder, how):
     ],
 )
 def test_the_end_of_a_group_is_one_line(tmp_path, how, code, said):
-    group = start(tmp_path, how)
-    assert group.communicate(timeout=60)[1] == said and group.returncode == code
+    done = forkserver.run(group_of(tmp_path, how), cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.stderr, done.returncode) == (said, code)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("words", "said"), [(["--bad"], "unrecognized arguments: --bad"), ([], "no such folder")])
 def test_plain_torchrun_ends_its_report_with_the_mistake(tmp_path, words, said):
     (tmp_path / "child.py").write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "child.py"]
+    launcher = [sys.executable, torch.distributed.run.__file__, "--standalone", "--nproc_per_node=2", "child.py"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*launcher, *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    done = forkserver.run([*launcher, *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.count(f"error: {said}") == 1
     assert f"traceback : {said}" in done.stderr.splitlines()[-2]
 
 
 @pytest.mark.slow
 def test_a_signal_is_one_line(tmp_path):
-    group = start(tmp_path, "waits")
+    group = subprocess.Popen(group_of(tmp_path, "waits"), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 40
     while not (tmp_path / "1").exists() and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -21,7 +21,7 @@ def main(args: argparse.Namespace) -> None:
 
     digits = load_digits()
     counts = {"train": 0, "held_out": 0}
-    for i, (scan, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+    for i, (scan, label) in enumerate(zip(digits.images[: args.scans], digits.target)):
         split = "held_out" if i % args.held_out_every == args.held_out_every - 1 else "train"
         path = Path(args.output) / split / str(label) / f"{i:04d}.png"
         counts[split] += 1
@@ -39,6 +39,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="folder to write train/ and held_out/ to")
     parser.add_argument("--image-size", type=positive_int, default=32, help="pixels a side")
     parser.add_argument("--held-out-every", type=positive_int, default=5, help="one image in this many is held out")
+    parser.add_argument("--scans", type=positive_int, default=None, help="only the first so many (default: all 1,797)")
     return parser
 
 

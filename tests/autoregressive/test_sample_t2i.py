@@ -307,6 +307,7 @@ def test_a_run_that_is_killed_goes_on(text_files, drawn, tmp_path):
     words = ddp_line(text_files, tmp_path / "samples", "--per-proc-batch-size", 1)
     folder = tmp_path / "samples" / NAME
     life = {"module": sample_t2i_ddp.__name__, "args": list(map(str, words)), "world": 2}
+    life["imports"] = ["transformers.models.t5.modeling_t5"]
     assert "life: killed" in live({**life, "kill_at": str(folder / "images" / "*.png")})
     assert 1 <= len(list((folder / "images").glob("[0-9]*.png"))) < 6 and not (folder / "captions.txt").exists()
     run_here(sample_t2i_ddp, *words)
