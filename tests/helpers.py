@@ -1,8 +1,10 @@
 """What several tests share: the recorded figures and weights rebuilt by name (see tests/golden/README.md)."""
 
+import contextlib
 import gc
 import json
 import os
+import random
 import re
 import socket
 import zlib
@@ -70,10 +72,12 @@ def assert_close(actual, expected, **tolerance) -> None:
 
 
 def free_port() -> int:
-    """A port that nothing listens on, for torchrun."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Return a port that nothing listens on, below those that the system gives to others until it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def ready_to_fork() -> None:

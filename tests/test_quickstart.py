@@ -75,7 +75,11 @@ def test_quickstart_of_drawings_makes_pictures_and_a_report(recipe):
     report = json.loads((out / "report.json").read_text())
     assert set(report["seconds"]) == {*["drawings", "tokenizer", "codes", "gpt", "samples", "curves", "total"]}
     assert report["samples"] == 20 and 0 <= report["samples_role_as_asked"] <= 1
-    assert report["chance_of_a_role"] == 1 / ROLES and set(report["reconstructions_right"]) == {"role", "person", "tone"}
+    assert report["chance_of_a_role"] == 1 / ROLES and set(report["reconstructions_right"]) == {
+        "role",
+        "person",
+        "tone",
+    }
     assert report["nll_held_out_nats_per_token"] == pytest.approx(np.log(1024), abs=0.5)  # hardly trained
     assert all(value > 0 for value in report["mean_square_to_nearest_training_drawing"].values())
     given = ["--gpt-ckpt", out / "gpt", "--labels", "cook", "blond hair", "--device", "cpu"]

@@ -445,10 +445,10 @@ def test_when_steps_are_recorded_anew(recording):
 def test_recorded_compiled_steps_change_nothing(recording_compiled):
     """Unguided steps come late, so that the last rows of the cache are compiled first too."""
     torch._dynamo.reset()
-    model = tiny(n_layer=1)
+    model = tiny(n_layer=1, block_size=9)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        for settings in ({"cfg_scale": 3.0, "cfg_interval": 11}, {"cfg_scale": 2.0, "cfg_interval": 2, "top_k": 9}):
-            asked = {"noise": noise_for(4), **settings}
+        for settings in ({"cfg_scale": 3.0, "cfg_interval": 6}, {"cfg_scale": 2.0, "cfg_interval": 2, "top_k": 9}):
+            asked = {"noise": noise_for(4, 9), **settings}
             given = generate(model, LABELS, compile=True, **asked)
             assert torch.equal(given, without_cache(model, LABELS, **asked)), settings
     assert Recording.made
@@ -471,7 +471,9 @@ def test_compiled_passes_of_many_sizes_are_of_a_few(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [{"ar_token_num": 4}, {"layout": {"name": "neighbours"}}], ids=["PAR", "NAR"])
+@pytest.mark.parametrize(
+    "layout", [{"ar_token_num": 4}, {"layout": {"name": "neighbours"}, "block_size": 9}], ids=["PAR", "NAR"]
+)
 def test_compiled_steps_change_nothing(layout):
     """Against the loop without caches; and no step falls back on plain code for too many shapes."""
     torch._dynamo.reset()

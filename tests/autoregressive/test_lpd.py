@@ -288,14 +288,14 @@ def train(codes, results, *more, script=train_c2i):
 
 @pytest.mark.slow
 def test_training_resumes_to_the_bit_and_its_file_draws(codes, small_files, tmp_path):
-    whole = train(codes, tmp_path / "whole", "--epochs", 6, "--val-code-path", codes)
-    parts = train(codes, tmp_path / "parts", "--epochs", 6, "--max-steps", 5, "--val-code-path", codes)
-    train(codes, parts, "--epochs", 6, "--max-steps", 12, "--resume", "--val-code-path", codes)
+    whole = train(codes, tmp_path / "whole", "--epochs", 3, "--val-code-path", codes)
+    parts = train(codes, tmp_path / "parts", "--epochs", 3, "--max-steps", 3, "--val-code-path", codes)
+    train(codes, parts, "--epochs", 3, "--max-steps", 6, "--resume", "--val-code-path", codes)
     one, other = (
         read_checkpoint(max((run_folder(results) / "checkpoints").glob("*.pt"))) for results in (whole, parts)
     )
-    assert same(one.model, other.model) and one.steps == other.steps == 12
-    assert metrics(whole, "val_loss")[12] == metrics(parts, "val_loss")[12]
+    assert same(one.model, other.model) and one.steps == other.steps == 6
+    assert metrics(whole, "val_loss")[6] == metrics(parts, "val_loss")[6]
     gpt = load_gpt(one.path)
     assert type(gpt).__name__ == "LPD" and gpt.layout.groups == group_sizes(16, 5)
     pipeline = ImagePipeline(gpt, load_tokenizer(small_files.vq), batch_size=4)

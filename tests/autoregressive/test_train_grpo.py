@@ -222,12 +222,12 @@ def test_reference_and_guidance_in_the_policy_change_what_is_trained(files, tmp_
 def test_adapter_is_trained_against_the_model_without_it_and_merges_as_it_is_read(files, tmp_path):
     pytest.importorskip("peft")
     more = ["--lora-rank", 4, "--lr", 1e-2, "--val-images", 4]
-    path = train(files, tmp_path / "whole", *more, "--max-steps", 3)
+    path = train(files, tmp_path / "whole", *more, "--max-steps", 2)
     assert all(".lora_" in name for name in load(path)["model"])
     kl = metrics(tmp_path / "whole", "kl")
-    assert kl[1] == 0 < kl[3] and read_checkpoint(path).model.keys() == load(files / "gpt.pt")["model"].keys()
-    train(files, tmp_path / "parts", *more, "--max-steps", 2)
-    parts = train(files, tmp_path / "parts", *more, "--max-steps", 3, "--resume")
+    assert kl[1] == 0 < kl[2] and read_checkpoint(path).model.keys() == load(files / "gpt.pt")["model"].keys()
+    train(files, tmp_path / "parts", *more, "--max-steps", 1)
+    parts = train(files, tmp_path / "parts", *more, "--max-steps", 2, "--resume")
     assert same(load(parts)["model"], load(path)["model"])
     again = train(files, tmp_path / "again", "--max-steps", 1, "--reference", files / "gpt.pt", gpt=path)
     assert load(again)["config"]["objective"] == "grpo" and metrics(tmp_path / "again", "kl")[1] > 0
@@ -367,7 +367,7 @@ def test_features_that_are_no_rows_end_the_run_in_one_line(files, tmp_path):
 
 def life(files, results, *more, world=1, **when):
     flags = ["--import", REWARDS, "--gpt-ckpt", files / "gpt.pt", "--vq-ckpt", files / "vq.pt", "--reward", "bright"]
-    args = [*flags, *BASE, "--results-dir", results, "--max-steps", 4, *more]
+    args = [*flags, *BASE, "--results-dir", results, "--max-steps", 2, *more]
     return {"module": "autoregressive.train.train_grpo", "args": list(map(str, args)), "world": world, **when}
 
 
@@ -393,11 +393,11 @@ def test_processes_and_micro_batches_draw_and_learn_the_same(files, tmp_path):
 
 @pytest.mark.slow
 def test_killed_shards_resume_to_the_same_bits(files, tmp_path):
-    more = ["--data-parallel", "fsdp", "--ckpt-every", 2, "--resume"]
-    killed = life(files, tmp_path / "killed", *more, world=2, kill_at=f"{tmp_path}/killed/*/checkpoints/0000002*")
+    more = ["--data-parallel", "fsdp", "--ckpt-every", 1, "--resume"]
+    killed = life(files, tmp_path / "killed", *more, world=2, kill_at=f"{tmp_path}/killed/*/checkpoints/0000001*")
     live(life(files, tmp_path / "whole", *more, world=2), killed, life(files, tmp_path / "killed", *more, world=2))
     whole, parts = (read_checkpoint(newest(tmp_path / name)) for name in ("whole", "killed"))
-    assert whole.steps == parts.steps == 4 and same(whole.model, parts.model)
+    assert whole.steps == parts.steps == 2 and same(whole.model, parts.model)
 
 
 @pytest.mark.slow
