@@ -10,6 +10,7 @@ import torch
 
 from autoregressive.models.gpt import GPT_models
 from tests.helpers import randomize
+from tests.training import quiet_loggers
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
 
@@ -56,6 +57,22 @@ def one_thread():
     """Computes on one thread: for small tensors more of them only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def quiet():
+    """Leaves loggers as they were after scripts that ran in this process, and computes on one thread."""
+    with quiet_loggers():
+        yield
+
+
+@pytest.fixture
+def two_threads():
+    """Computes on two threads as the recorded runs did: how sums of convolutions and norms round depends on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
 

@@ -22,19 +22,13 @@ from tools import convert_codes, export_checkpoint, push_gpt_to_hf
 from utils.checkpoint import read_checkpoint
 from utils.runs import newest_checkpoint
 
-pytestmark = pytest.mark.slow  # through whole scripts and servers
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quiet")]  # through whole scripts and servers
 
 NAMES = ["class1", "class2", "class10"]
 EXTRACT = ["--vq-model", "VQ-4", "--image-size", 16, "--num-workers", 0, "--shard-size", 4, "--device", "cpu"]
 TRAIN = ["--gpt-model", "GPT-XS", "--image-size", 16, "--downsample-size", 4, "--global-batch-size", 4]
 TRAIN += ["--num-workers", 0, "--mixed-precision", "none", "--max-steps", 1, "--device", "cpu"]
 SAMPLE = ["--gpt-model", "GPT-XS", "--vq-model", "VQ-4", "--image-size", 16, "--downsample-size", 4, "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with quiet_loggers():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,7 @@ from autoregressive.models.trunk import ModelArgs
 from autoregressive.pipeline import ImagePipeline, load_gpt
 from tests.helpers import randomize
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:the effective sample size"),
-]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:the effective sample size")]
 
 BOX = (8, 4, 20, 16)
 

@@ -21,21 +21,15 @@ from dataset.code_files import CodeSettings, PublishedFolder, ShardFolder
 from dataset.codes import open_codes
 from dataset.folders import class_folders
 from dataset.pixels import Reading, load_rgb
-from tests.training import check_published_flags, flag_defaults, make_images, quiet_loggers, run_here
+from tests.training import check_published_flags, flag_defaults, make_images, run_here
 from tokenizer.tokenizer_image.quantizers.vq import VectorQuantizer
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
-pytestmark = pytest.mark.slow  # through whole scripts and servers
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quiet")]  # through whole scripts and servers
 
 SCRIPT = "autoregressive.train.extract_codes_c2i"
 SETTINGS = ["--vq-model", "VQ-4", "--codebook-size", 64, "--image-size", 16, "--num-workers", 0]
 COUNT, TOKENS = 18, 16
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with quiet_loggers():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -317,10 +311,7 @@ def test_what_an_earlier_run_left_out_is_counted_too(damaged, tokenizer, tmp_pat
 
 @pytest.mark.parametrize(
     "more, message",
-    [
-        (["--ten-crop"], r"views: .* there"),
-        (["--use-ema"], r"tokenizer: "),
-    ],
+    [(["--ten-crop"], r"views: .* there"), (["--use-ema"], r"tokenizer: ")],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_other_settings_into_the_same_folder(images, tokenizer, extracted, more, message):

@@ -25,18 +25,12 @@ from tests.training import check_published_flags, live, quiet_loggers, run_here
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils.cli import run_script
 
-pytestmark = pytest.mark.slow  # through whole scripts and servers
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quiet")]  # through whole scripts and servers
 
 COUNTS = {"part-a": 9, "part-b": 5, "part-c": 4}
 TOKENS = 16
 SETTINGS = ["--vq-model", "VQ-4", "--codebook-size", 64, "--image-size", 16, "--num-workers", 0]
 SETTINGS += ["--shard-size", 4, "--batch-size", 2]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with quiet_loggers():
-        yield
 
 
 @pytest.fixture(scope="module")

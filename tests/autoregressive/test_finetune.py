@@ -11,19 +11,13 @@ from tests.autoregressive.test_training_processes import last as newest
 from tests.training import live, load, make_codes, metrics, quiet_loggers, repetitive_codes, run_folder, run_here, same
 from utils.checkpoint import read_checkpoint
 
-pytestmark = pytest.mark.slow  # through whole scripts and servers
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quiet")]  # through whole scripts and servers
 
 VOCAB, TOKENS = 64, 16
 FLAGS = ["--gpt-model", "GPT-XS", "--downsample-size", 4, "--global-batch-size", 8, "--num-workers", 0, "--no-wandb"]
 FLAGS += ["--mixed-precision", "none", "--log-every", 1, "--weight-decay", 0]
 STILL = ["--max-steps", 1, "--lr", 1e-12]  # a step that moves nothing, so that the file has what training began with
 TABLE = "cls_embedding.embedding_table.weight"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with quiet_loggers():
-        yield
 
 
 def codes_of(folder, *names, image_size=16, classes=None):
@@ -57,11 +51,7 @@ def fresh(tmp_path, classes):
 
 @pytest.mark.parametrize(
     "rows, expected",
-    [
-        ([], [2, None, 0, None]),
-        (["--class-rows", "number"], [0, 1, 2, None]),
-        (["--class-rows", "new"], [None] * 4),
-    ],
+    [([], [2, None, 0, None]), (["--class-rows", "number"], [0, 1, 2, None]), (["--class-rows", "new"], [None] * 4)],
     ids=["name", "number", "new"],
 )
 def test_finetune_maps_class_rows_and_keeps_the_row_of_no_class_last(source, tmp_path, rows, expected):

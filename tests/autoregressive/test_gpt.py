@@ -87,10 +87,7 @@ def test_hidden_width(dim, multiplier, multiple, hidden):
         ({}, {"cls_embedding.embedding_table.weight": (6, 32)}),
         (
             {"ar_token_num": 4},
-            {
-                "cls_embedding.embedding_table.weight": (6, 32),
-                "spe_tok_embeddings.special_embeddings.weight": (3, 32),
-            },
+            {"cls_embedding.embedding_table.weight": (6, 32), "spe_tok_embeddings.special_embeddings.weight": (3, 32)},
         ),
         (
             {"layout": {"name": "neighbours"}},

@@ -403,11 +403,7 @@ def test_a_loss_after_one_in_inference_mode():
 
 @pytest.mark.parametrize(
     "more, side, message",
-    [
-        ({}, 3, "patches of 3x3"),
-        ({}, 0, "patches of 0x0"),
-        ({"ar_token_num": 4}, 2, "'parallel' and patches of 2x2"),
-    ],
+    [({}, 3, "patches of 3x3"), ({}, 0, "patches of 0x0"), ({"ar_token_num": 4}, 2, "'parallel' and patches of 2x2")],
 )
 def test_patches_that_do_not_fit(more, side, message):
     model = Transformer(ModelArgs(**SIZES, **more))

@@ -84,12 +84,7 @@ def test_an_image_does_not_depend_on_its_batch(models, par, dtype, settings):
     expected = draw(Recording(gpts[par, dtype], tokenizer, batch_size=16), numbers, seed=5, **settings)
     assert len({codes.numpy().tobytes() for codes, _ in expected.values()}) == 17
     assert all(len(codes.unique()) > 10 for codes, _ in expected.values())
-    for batch, chosen in (
-        (1, [16, 0, 7]),
-        (3, [9, 2, 8, 1, 16]),
-        (5, numbers[6::-1]),
-        (16, [12, 4, 12]),
-    ):
+    for batch, chosen in ((1, [16, 0, 7]), (3, [9, 2, 8, 1, 16]), (5, numbers[6::-1]), (16, [12, 4, 12])):
         drawn = draw(Recording(gpts[par, dtype], tokenizer, batch_size=batch), chosen, seed=5, **settings)
         assert list(drawn) == list(dict.fromkeys(chosen))
         for number, (codes, image) in drawn.items():
@@ -533,11 +528,7 @@ def test_a_prompts_image_does_not_depend_on_its_batch(text_models, dtype, left):
     settings = {"seed": 5, "cfg_scale": 4.0, "top_k": 40}
     expected = draw_prompts(pipeline(16), PROMPTS, list(range(11)), **settings)
     assert len({codes.numpy().tobytes() for codes, _ in expected.values()}) == 11
-    for batch, chosen in (
-        (1, [3, 0, 10]),
-        (3, [9, 2, 8, 1, 10]),
-        (8, [3, 6, 5, 4, 3, 2, 1, 0, 3]),
-    ):
+    for batch, chosen in ((1, [3, 0, 10]), (3, [9, 2, 8, 1, 10]), (8, [3, 6, 5, 4, 3, 2, 1, 0, 3])):
         for number, (codes, image) in draw_prompts(pipeline(batch), PROMPTS, chosen, **settings).items():
             assert torch.equal(codes, expected[number][0]), (batch, number)
             assert np.array_equal(image, expected[number][1]), (batch, number)

@@ -31,11 +31,7 @@ def meta_gpt(
     """A full-size GPT's names and shapes without memory, from the golden's names."""
     hidden = -(-int(8 * dim / 3) // 256) * 256
     rows = dim + 2 * (n_kv_head or n_head) * (dim // n_head)
-    shapes = {
-        "tok_embeddings.weight": (16384, dim),
-        "norm.weight": (dim,),
-        "output.weight": (16384, dim),
-    }
+    shapes = {"tok_embeddings.weight": (16384, dim), "norm.weight": (dim,), "output.weight": (16384, dim)}
     if text:
         shapes |= {
             "cls_embedding.uncond_embedding": (120, 2048),

@@ -320,10 +320,7 @@ def test_two_processes_write_the_bytes_of_one(small_files, drawn, tmp_path):
     assert done.returncode == 0 and contents(tmp_path / "samples") == contents(drawn), done.stderr
 
 
-@pytest.mark.parametrize(
-    "window, processes",
-    [(0, 1), (8, 1), ("auto", 1), *(pytest.param(w, 2, marks=pytest.mark.slow) for w in (0, 8, "auto"))],
-)
+@pytest.mark.parametrize("window, processes", [(0, 1), (8, 1), ("auto", 1), (8, 2)])
 def test_windows_write_the_bytes_of_one_token_a_pass(window, processes, small_files, drawn, tmp_path):
     words = ddp_line(small_files, tmp_path / "samples", "--window", window)
     if processes == 1:

@@ -19,7 +19,6 @@ from tests.training import (
     load,
     make_codes,
     metrics,
-    quiet_loggers,
     repetitive_codes,
     run_folder,
     run_here,
@@ -29,6 +28,8 @@ from tests.training import (
 from utils.checkpoint import read_checkpoint
 from utils.distributed import Distributed
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 SCRIPT = "autoregressive.train.train_c2i"
 CPU = Distributed(torch.device("cpu"))
 VOCAB, CLASSES, TOKENS, COUNT = 64, 10, 16, 48
@@ -37,12 +38,6 @@ MODEL += ["--downsample-size", 4]
 PLAIN = ["--global-batch-size", 16, "--num-workers", 0, "--mixed-precision", "none", "--log-every", 1, "--lr", 2e-3]
 EXACT = ["--dropout-p", 0, "--token-dropout-p", 0]
 PAR = ["--ar-token-num", 4, "--spe-token-num", 3]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with quiet_loggers():
-        yield
 
 
 def labels(count=COUNT):

@@ -10,13 +10,14 @@ from tests.training import (  # fmt: skip
     load,
     make_codes,
     metrics,
-    quiet_loggers,
     repetitive_codes,
     run_folder,
     run_here,
     run_script,
     same,
 )
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 SCRIPT = "autoregressive.train.train_c2i"
 VOCAB, CLASSES, TOKENS, COUNT = 64, 10, 16, 48
@@ -25,12 +26,6 @@ FLAGS += ["--global-batch-size", 16, "--num-workers", 0, "--mixed-precision", "n
 FLAGS += ["--dropout-p", 0, "--token-dropout-p", 0]
 ORDERS = ["--random-orders", 1, 3, "--epochs", 4]
 MODELS = ["RAR-XS", "GPT-XS"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with quiet_loggers():
-        yield
 
 
 @pytest.fixture(scope="module")

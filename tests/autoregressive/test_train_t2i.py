@@ -27,7 +27,7 @@ from utils.checkpoint import read_checkpoint
 from utils.rng import item_seed
 from utils.training.order import BatchOrder
 
-pytestmark = pytest.mark.slow  # through whole scripts and servers
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quiet")]  # through whole scripts and servers
 
 MODULE = "autoregressive.train.train_t2i"
 VOCAB, N, COUNTS = 64, 16, {"part-a": 20, "part-b": 12, "part-c": 16}
@@ -42,12 +42,6 @@ NAR = ["--layout", "neighbours", "--lr-schedule", "cosine", "--min-lr", 1e-6]
 COMPARED = [*EXACT, "--epochs", 2, "--lr", 5e-4]
 # Unevenly over batches and their parts.
 MISSING = (0, 1, 2, 5, 9, 17, 23, 24, 25, 26, 33, 40, 41, 46)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with quiet_loggers():
-        yield
 
 
 @pytest.fixture(scope="module")

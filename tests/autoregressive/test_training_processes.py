@@ -130,7 +130,7 @@ def test_par_nar_and_npp_give_the_losses_of_one_process(codes, tmp_path, one):
     for case, folder in runs.items():
         agree(folder, one / case[0])
     losses, lr = list(metrics(one / "NPP", "loss").values()), metrics(one / "NPP", "lr")
-    assert losses[5] < losses[0] and len({lr[step] for step in range(1, 7)}) > 3
+    assert losses[5] < losses[0] and len({lr[step] for step in range(1, 7)}) > 2
 
 
 KINDS = ("ddp", "fsdp")

@@ -204,13 +204,7 @@ def inception_graph(width=1.0, classes=1008, seed=0) -> bytes:
             graph.chain(name, x, ((1, 1), 192)),
             graph.chain(f"{name}/tower", x, ((1, 1), inner), ((1, 7), inner), ((7, 1), 192)),
             graph.chain(
-                f"{name}/tower_1",
-                x,
-                ((1, 1), inner),
-                ((7, 1), inner),
-                ((1, 7), inner),
-                ((7, 1), inner),
-                ((1, 7), 192),
+                f"{name}/tower_1", x, ((1, 1), inner), ((7, 1), inner), ((1, 7), inner), ((7, 1), inner), ((1, 7), 192)
             ),
             graph.pooled(f"{name}/tower_2", x, 192),
         )

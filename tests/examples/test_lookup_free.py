@@ -143,8 +143,7 @@ def test_file_in_the_place_of_a_gpt_is_told_apart(trained):
 def test_file_without_import_is_refused_with_the_flag(trained, digits, tmp_path, monkeypatch):
     monkeypatch.delitem(QUANTIZERS._known, "lookup-free")
     with pytest.raises(
-        ValueError,
-        match=r"no quantizer is called 'lookup-free'; known are .*vq, .*--import \S+lookup_free\.py",
+        ValueError, match=r"no quantizer is called 'lookup-free'; known are .*vq, .*--import \S+lookup_free\.py"
     ):
         load_tokenizer(trained)
     with pytest.raises(ValueError, match=r"no quantizer is called 'lookup-free'; known are .*vq, .*--import FILE\.py"):

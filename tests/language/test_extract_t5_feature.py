@@ -17,10 +17,10 @@ from language.extraction import encode_captions
 from language.prompts import PromptFeatures
 from language.t5 import T5Embedder
 from tests.language.small_t5 import SENTENCES, make_small_t5
-from tests.training import check_published_flags, flag_defaults, live, quiet_loggers, run_here
+from tests.training import check_published_flags, flag_defaults, live, run_here
 from utils.origin import require_encoder
 
-pytestmark = pytest.mark.slow  # through whole scripts and servers
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quiet")]  # through whole scripts and servers
 
 SCRIPT = "language.extract_t5_feature"
 SENTENCE = "a red lantern hangs over the street two cats sleep on green chair next to window map of fox"
@@ -28,12 +28,6 @@ WORDS = SENTENCE.split()
 CAPTIONS = {"part-00": 23, "part-01": 9, "part-02": 1}
 EMPTY = (("part-00", 5), ("part-00", 15), ("part-01", 2))  # of blip's, once they are cleaned
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with quiet_loggers():
-        yield
 
 
 @pytest.fixture(scope="module")

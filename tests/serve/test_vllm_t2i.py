@@ -59,11 +59,7 @@ def test_drawn_tokens_with_late_arrivals(running, small_files):
 def test_negatives_of_any_length_draw_what_the_pipeline_draws(running, small_files):
     requests = [
         image(
-            features=features(i),
-            negative=None if i % 4 == 0 else features(3 * i + 1),
-            cfg_scale=3.0,
-            seed=i,
-            top_k=30,
+            features=features(i), negative=None if i % 4 == 0 else features(3 * i + 1), cfg_scale=3.0, seed=i, top_k=30
         )
         for i in range(16)
     ]

@@ -15,18 +15,11 @@ from tokenizer.tokenizer_image.discriminators import Blur, PatchGANDiscriminator
 from tokenizer.tokenizer_image.lpips import LPIPS, VGG_FILE
 from tokenizer.tokenizer_image.vq_loss import VQLoss
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 # What the recorded runs left at its own initial value.
 KEPT = ("scaling_layer", "running_", "num_batches_tracked", "downsample.0.f")
 GAIN = 1.4
-
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    """The recorded runs' number of threads, which group the sums of a convolution."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,7 @@ from tokenizer.released import adapted
 from tokenizer.tokenizer_image.vq_model import ModelArgs, VQ_models, VQModel, VQModelArgs
 from utils.checkpoint import Checkpoint, save_safetensors
 
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    """The recorded runs' number of threads: how group norm rounds depends on it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 @pytest.fixture(scope="module", params=["vq16", "vq8"])

@@ -20,7 +20,6 @@ from tests.training import (
     load,
     make_images,
     metrics,
-    quiet_loggers,
     run_folder,
     run_here,
     same,
@@ -32,7 +31,7 @@ from tools import export_checkpoint
 from utils.checkpoint import save_safetensors
 from utils.images import make_grid, to_uint8
 
-pytestmark = pytest.mark.slow  # through whole scripts and servers
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quiet")]  # through whole scripts and servers
 
 SCRIPT = "tokenizer.tokenizer_image.vq_train"
 MODEL = ["--vq-model", "VQ-4", "--codebook-size", 32]
@@ -41,12 +40,6 @@ PLAIN += ["--log-every", 1, "--perceptual-weight", 0, "--lr", 1e-3]
 NO_DISC = ["--disc-weight", 0]
 STILL = 1e-30  # a learning rate that moves no weight of float32
 KEYS = {"model", "ema", "optimizer", "discriminator", "optimizer_disc", "steps", "args", "config", "trainer"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with quiet_loggers():
-        yield
 
 
 @pytest.fixture(scope="module")

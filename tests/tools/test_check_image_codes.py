@@ -11,22 +11,16 @@ from PIL import Image
 from autoregressive.pipeline import load_tokenizer
 from autoregressive.train import extract_codes_c2i
 from dataset.codes import open_codes
-from tests.training import check_published_flags, make_images, quiet_loggers, run_here
+from tests.training import check_published_flags, make_images, run_here
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from tools import check_image_codes
 from tools.check_image_codes import choose
 from utils.images import make_grid, to_uint8
 
-pytestmark = pytest.mark.slow  # through whole scripts and servers
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quiet")]  # through whole scripts and servers
 
 SIZES = ["--vq-model", "VQ-4", "--codebook-size", 64, "--image-size", 16]
 COUNT = 12
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with quiet_loggers():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +107,7 @@ def test_the_sibling_of_ten_crops_is_left_out(folders, tokenizer, tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    "layout, said",
-    [("packed", "the checksums of all 3 shards are right"), ("published", "all 11 samples can be read")],
+    "layout, said", [("packed", "the checksums of all 3 shards are right"), ("published", "all 11 samples can be read")]
 )
 def test_verify(folders, tmp_path, capsys, layout, said):
     with pytest.raises(FileNotFoundError):  # no picture: there is no tokenizer to draw it with

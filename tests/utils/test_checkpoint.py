@@ -113,11 +113,7 @@ def test_a_lightning_file_with_its_callbacks(tmp_path, state, zipped):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize(
-    "name",
-    [
-        "pytorch_lightning.callbacks.model_checkpoint.Other",
-        "another.callbacks.model_checkpoint.ModelCheckpoint",
-    ],
+    "name", ["pytorch_lightning.callbacks.model_checkpoint.Other", "another.callbacks.model_checkpoint.ModelCheckpoint"]
 )
 def test_other_classes_in_a_lightning_file_stay_refused(tmp_path, state, name, zipped):
     with lightning_class(name) as other:

@@ -177,10 +177,7 @@ def test_an_existing_path_is_taken_as_it_is(weights, tmp_path):
     assert hub.resolve(tmp_path / "runs").samefile(file.parent)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["c2i_L_384.pt", "./pretrained_models/c2i_L_384.pt", "LlamaGen/c2i_L_384.pt"],
-)
+@pytest.mark.parametrize("name", ["c2i_L_384.pt", "./pretrained_models/c2i_L_384.pt", "LlamaGen/c2i_L_384.pt"])
 def test_released_names_are_found_in_the_project_from_any_folder(weights, tmp_path, name):
     file = put(tmp_path / "project" / "pretrained_models" / "c2i_L_384.pt")
     assert hub.is_released(name)

@@ -92,8 +92,7 @@ def test_ports_are_the_same_within_a_job_and_others_in_another():
 
 
 @pytest.mark.parametrize(
-    "nodes, first",
-    [("gpu[003-005,007],x", "gpu003"), ("gpu3,gpu4", "gpu3"), ("r[1-2]n[01-03]", "r1n01")],
+    "nodes, first", [("gpu[003-005,007],x", "gpu003"), ("gpu3,gpu4", "gpu3"), ("r[1-2]n[01-03]", "r1n01")]
 )
 def test_first_host_of_a_list_of_nodes(nodes, first):
     assert first_host(nodes) == first

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import TensorDataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from tests.training import load, metrics, quiet_loggers, run_folder, same
+from tests.training import load, metrics, run_folder, same
 from utils.checkpoint import read_checkpoint
 from utils.cli import flag_parser
 from utils.distributed import Distributed
@@ -37,17 +37,13 @@ from utils.training.order import BatchOrder
 from utils.training.parallel import Parallel
 from utils.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 CPU = Distributed(torch.device("cpu"))
 
 
 class Stopped(Exception):
     """What a killed process is here."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with quiet_loggers():
-        yield
 
 
 def arguments(folder, *more):
