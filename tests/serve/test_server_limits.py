@@ -485,7 +485,7 @@ def test_server_with_few_descriptors_stays_reachable_and_says_so_once(small_file
     )
     threading.Thread(target=lambda: log.extend(process.stdout), daemon=True).start()
     try:
-        until_long = time.monotonic() + PATIENCE
+        until_long = time.monotonic() + 4 * PATIENCE
         while not any("running on" in text for text in log):
             assert time.monotonic() < until_long and process.poll() is None
             time.sleep(0.1)
