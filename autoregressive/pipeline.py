@@ -737,7 +737,9 @@ def repeated(asked: Any, settings: Mapping[str, Any], times: int) -> tuple[list 
     Raises ValueError for a number below 1, and beside settings that are of single images.
     """
     require_whole("num_images_per_prompt", times)
-    if single := [name for name in ("indices", "known", "extra_conditions") if settings.get(name) is not None]:
+    if single := [
+        name for name in ("indices", "known", "orders", "extra_conditions") if settings.get(name) is not None
+    ]:
         raise ValueError(
             f"{single[0]} has an item for each image: leave num_images_per_prompt out, and repeat the prompts"
         )
