@@ -10,11 +10,11 @@ A tokenizer is a network around a quantiser. Its `config` names both, and a toke
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,24 @@ from tokenizer.pointwise import independent_of_threads
 from utils.precision import full_float32
 from utils.registry import Registry
 
-QUANTIZERS: Registry[type["Quantizer"]] = Registry("quantizer")
-NETWORKS: Registry[type["Tokenizer"]] = Registry("network of a tokenizer")
+QUANTIZERS: Registry[type["Quantizer"]] = Registry(
+    "quantizer",
+    {
+        name: f"tokenizer.tokenizer_image.quantizers.{name}"
+        for name in ("vq", "vq_restart", "vq_legacy", "ibq", "lfq", "fsq")
+    },
+)
+NETWORKS: Registry[type["Tokenizer"]] = Registry(
+    "network of a tokenizer",
+    {
+        "vqgan": "tokenizer.tokenizer_image.vq_model",
+        "patches": "tokenizer.patches",
+        "maskgit": "tokenizer.maskgit",
+        "open-magvit2": "tokenizer.open_magvit2",
+    },
+)
+# Decorators with the name that --quantizer, --network and configs then know.
+register_quantizer, register_network = QUANTIZERS.register, NETWORKS.register
 
 # Codes of training that a quantiser's window of usage holds.
 USAGE_WINDOW = 65536
@@ -32,18 +48,6 @@ USAGE_WINDOW = 65536
 LOSS_WEIGHTS = ("commit_loss_beta", "entropy_loss_ratio")
 # State that moves while a tokenizer trains and decides no code.
 _UNDECISIVE = ("quantize.codebook_used", "quantize.steps_unused")
-
-Kind = TypeVar("Kind", bound=type)
-
-
-def register_quantizer(name: str) -> Callable[[Kind], Kind]:
-    """Register a class of quantisers under a name, which --quantizer and configs then know."""
-
-    def register(kind: Kind) -> Kind:
-        QUANTIZERS.add(name, kind)
-        return kind
-
-    return register
 
 
 @dataclass

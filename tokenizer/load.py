@@ -15,20 +15,12 @@ from typing import Any
 import torch
 
 from tokenizer.base import NETWORKS, Tokenizer
-from tokenizer.maskgit import MaskGITTokenizer
-from tokenizer.open_magvit2 import OpenMagvit2
-from tokenizer.patches import PatchTokenizer
-from tokenizer.released import adapted, looks_like, recorded_l2_norm, untold
-from tokenizer.tokenizer_image.vq_model import VQModel
+from tokenizer.released import adapted, looks_like, recorded_l2_norm
 from utils.checkpoint import Checkpoint, State, load_into, read_checkpoint
 from utils.hub import weights_folders
 from utils.origin import origin, same_tokenizer
 from utils.runs import newest_checkpoint
 
-NETWORKS.add("vqgan", VQModel)
-NETWORKS.add("patches", PatchTokenizer)
-NETWORKS.add("maskgit", MaskGITTokenizer)
-NETWORKS.add("open-magvit2", OpenMagvit2)
 logger = logging.getLogger(__name__)
 
 
@@ -72,7 +64,8 @@ def kept(checkpoint: Checkpoint) -> Checkpoint:
     if found is None:
         return checkpoint
     averages = None if checkpoint.ema is None else adapted(replace(checkpoint, model=checkpoint.ema))
-    config = {**checkpoint.config, **origin(**found[0])}
+    own = {name: value for name, value in found[0].items() if name != "note"}
+    config = {**checkpoint.config, **origin(**own)}
     return replace(checkpoint, model=found[1], ema=averages and averages[1], config=config)
 
 
@@ -118,9 +111,8 @@ def load_tokenizer(
     if use_ema is None:
         config, _ = described(checkpoint, quantizer)
         use_ema = config.get("averaged", False) and checkpoint.ema is not None
-        if fingerprint is None and quantizer is None:
-            for line in untold(checkpoint, config):
-                logger.warning("%s: %s", path, line)
+        if "note" in config and fingerprint is None and quantizer is None:
+            logger.warning("%s: %s", path, config["note"])
 
     def load(averaged: bool | None) -> Tokenizer:
         weights = checkpoint.ema if averaged and checkpoint.ema is not None else checkpoint.model

@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.base import Tokenizer, build_quantizer
+from tokenizer.base import Tokenizer, build_quantizer, register_network
 from tokenizer.pointwise import PointwiseConv
 from tokenizer.tokenizer_image.blocks import NORM_GROUPS, ResnetBlock, group_norm, swish
 from tokenizer.tokenizer_image.strips import decode_in_strips
@@ -119,6 +119,7 @@ class Decoder(nn.Module):
         return self.conv_out(swish(self.norm_out(z)))
 
 
+@register_network("maskgit")
 class MaskGITTokenizer(Tokenizer):
     """MaskGIT's VQGAN around a quantiser. Raises ValueError for a width that is not a multiple of 32."""
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.base import Tokenizer, build_quantizer
+from tokenizer.base import Tokenizer, build_quantizer, register_network
 from tokenizer.pointwise import PointwiseConv
 from tokenizer.tokenizer_image.blocks import NORM_GROUPS, ResnetBlock, group_norm, swish
 from tokenizer.tokenizer_image.sizes import magvit_name
@@ -157,6 +157,7 @@ class Decoder(nn.Module):
         return run(lambda x: self.conv_out(swish(norm(x))), h)
 
 
+@register_network("open-magvit2")
 class OpenMagvit2(Tokenizer):
     """Open-MAGVIT2's network around a quantiser. Raises ValueError for widths that are no multiples of 32."""
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.base import Tokenizer, build_quantizer
+from tokenizer.base import Tokenizer, build_quantizer, register_network
 from tokenizer.pointwise import PointwiseConv, elementwise
 
 _NORM_GROUPS = 8
@@ -62,6 +62,7 @@ class PatchConfig:
     quantizer: dict[str, Any] = field(default_factory=lambda: {"name": "vq"})
 
 
+@register_network("patches")
 class PatchTokenizer(Tokenizer):
     """Patches of pixels, halved once more, around a quantiser: a code stands for 2 * patch pixels a side."""
 

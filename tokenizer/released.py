@@ -1,28 +1,25 @@
 """Adapters of published tokenizers, known by the names of their weights: from a file to a config and weights under our names.
 
-    config, state = adapted(read_checkpoint("vqgan_imagenet_f16_1024.ckpt"))
+    config, state = adapted(read_checkpoint("vq_ds16_c2i.pt"))
 
-A released family is one function here. Files that this project wrote say their config themselves. A config's "averaged" says
-that published figures and codes are of the averaged weights: load_tokenizer then takes these unless it is told otherwise.
+LlamaGen's files are read here, those of each other group by a function of tokenizer/other_families.py. Files that this project
+wrote say their config themselves.
 """
 
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor
 
-from tokenizer.tokenizer_image.sizes import magvit_name, size_name
-from tokenizer.vqgan.sizes import VQGAN_FROM_TAMING
+from tokenizer.tokenizer_image.sizes import size_name
 from utils.checkpoint import Checkpoint, State
 
 Adapted = tuple[dict[str, Any], State]
-_JANUS = re.compile(r"gen_vision_model\.|(model\.)?vqmodel\.")
-_LEVEL = re.compile(r"(encoder\.down|decoder\.up)\.(\d+)\.(.+)")
-_MIDDLE = {"block_1": "0", "attn_1": "1", "block_2": "2"}
-_MIDDLE_PART = re.compile(r"(encoder|decoder)\.mid\.(block_1|attn_1|block_2)\.(.+)")
+_LLAMAGEN = "encoder.conv_blocks.0.res.0.conv1.weight"
 
 
 def adapted(checkpoint: Checkpoint) -> Adapted | None:
@@ -32,101 +29,11 @@ def adapted(checkpoint: Checkpoint) -> Adapted | None:
     """
     if "network" in checkpoint.config:
         return checkpoint.config, checkpoint.model
-    return next((found for adapter in FAMILIES.values() if (found := adapter(checkpoint)) is not None), None)
-
-
-def llamagen(checkpoint: Checkpoint) -> Adapted | None:
-    """Adapt LlamaGen's files and this project's first ones. They say nothing, or the codebook's norm; released ones have it."""
-    if "encoder.conv_blocks.0.res.0.conv1.weight" not in checkpoint.model:
-        return None
+    if _LLAMAGEN not in checkpoint.model:
+        return import_module("tokenizer.other_families").adapted(checkpoint)
+    # LlamaGen's files say nothing, this project's first ones the codebook's norm; released ones have it.
     l2_norm = recorded_l2_norm(checkpoint) is not False
     return vqgan_config(checkpoint, checkpoint.model, l2_norm=l2_norm), checkpoint.model
-
-
-def janus(checkpoint: Checkpoint) -> Adapted | None:
-    """Adapt the VQ-16 inside Janus: of DeepSeek's files, which have LlamaGen's names, and of transformers'.
-
-    transformers counts the decoder's levels from the latents: its up.0 has an upsampling, taming's has none. The rule is
-    LlamaGen's: latents and rows are l2-normalised. (transformers' own `encode` leaves that out.)
-    """
-    inside = {match.string[match.end() :]: match.string for match in map(_JANUS.match, checkpoint.model) if match}
-    if not inside and "decoder.up.0.upsample.conv.weight" not in checkpoint.model:
-        return None
-    state = {name: checkpoint.model[whole] for name, whole in inside.items()} or checkpoint.model
-    state = from_taming(state, deepest_first=True)
-    return vqgan_config(checkpoint, state, l2_norm=True), state
-
-
-def ibq(checkpoint: Checkpoint) -> Adapted | None:
-    """Adapt IBQ's files, whose names are taming's: four blocks a level, or averaged weights under their names without dots."""
-    state = checkpoint.model
-    if "encoder.down.0.block.0.conv1.weight" not in state:
-        return None
-    if "encoder.down.0.block.3.conv1.weight" not in state and "model_ema" not in checkpoint.extra:
-        return None
-    state = from_taming(state)
-    config = vqgan_config(checkpoint, state, "ibq")
-    return {**config, "averaged": checkpoint.ema is not None}, state
-
-
-def taming(checkpoint: Checkpoint) -> Adapted | None:
-    """Adapt the VQGANs of taming-transformers, latent diffusion and Chameleon."""
-    if "encoder.down.0.block.0.conv1.weight" not in checkpoint.model:
-        return None
-    state = from_taming(checkpoint.model)
-    return vqgan_config(checkpoint, state, l2_norm=False), state
-
-
-def maskgit(checkpoint: Checkpoint) -> Adapted | None:
-    """Adapt MaskGIT's VQGAN carried to PyTorch, whose names are kept: RAR's tokenizer."""
-    state = checkpoint.model
-    if not {"encoder.mid.0.conv1.weight", "decoder.up.1.upsample_conv.weight"} <= state.keys():
-        return None
-    shapes = Shapes(checkpoint, state)
-    codebook_size, width = shapes("quantize.embedding.weight")
-    network = {
-        "name": "maskgit",
-        "ch_mult": shapes.multipliers("encoder.down.{}.block.0.conv1.weight"),
-        "ch": shapes("encoder.conv_in.weight")[0],
-        "blocks": shapes.count("encoder.down.0.block.{}.conv1.weight"),
-    }
-    quantizer = {"name": "vq_legacy", "codebook_size": codebook_size, "codebook_embed_dim": width}
-    return {"family": "MaskGIT-VQGAN", "network": network, "quantizer": quantizer}, state
-
-
-def open_magvit2(checkpoint: Checkpoint) -> Adapted | None:
-    """Adapt Open-MAGVIT2's files, whose names are kept; the discriminator and LPIPS (`loss.…`) are dropped."""
-    if not {"encoder.mid_block.0.conv1.weight", "decoder.adaptive.0.gamma.weight"} <= checkpoint.model.keys():
-        return None
-    state = {name: tensor for name, tensor in checkpoint.model.items() if not name.startswith("loss.")}
-    shapes = Shapes(checkpoint, state)
-    network = {
-        "name": "open-magvit2",
-        "ch_mult": shapes.multipliers("encoder.down.{}.block.0.conv1.weight"),
-        "ch": shapes("encoder.conv_in.weight")[0],
-        "blocks": shapes.count("encoder.down.0.block.{}.conv1.weight"),
-    }
-    quantizer = {"name": "lfq", "codebook_size": 2 ** shapes("encoder.conv_out.weight")[0]}
-    return {"family": magvit_name(len(network["ch_mult"])), "network": network, "quantizer": quantizer}, state
-
-
-def untold(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[str]:
-    """Return what the weights of a published file do not show and a caller may know, a line each."""
-    lines = []
-    if config.get("averaged") is False:
-        lines.append("it has raw weights alone; IBQ's figures, and the codes of its GPTs, are of the averaged ones")
-    known = [known.shape for known in VQGAN_FROM_TAMING.values()]
-    network, codes = config["network"], config["quantizer"]
-    shape = (codes.get("codebook_size"), codes.get("codebook_embed_dim"), tuple(network.get("encoder_ch_mult", ())))
-    if config["family"].startswith("Open-MAGVIT2") and checkpoint.ema is not None:
-        lines.append(
-            "its raw weights are read, of which its GPTs' codes are; its published rFID is of the averaged ones (--use-ema)"
-        )
-    if codes.get("l2_norm") is False and taming(checkpoint) and network["attention"] and shape not in known:
-        lines.append(
-            'read as a VQGAN, by the nearest row; an IBQ of two blocks a level needs quantizer="ibq" (--quantizer ibq)'
-        )
-    return lines
 
 
 def recorded_l2_norm(checkpoint: Checkpoint) -> bool | None:
@@ -143,28 +50,6 @@ def recorded_l2_norm(checkpoint: Checkpoint) -> bool | None:
         return checkpoint.config["quantizer"].get("l2_norm")
     sources = (checkpoint.config.get("vq"), checkpoint.args, hub)
     return next((source["codebook_l2_norm"] for source in sources if source and "codebook_l2_norm" in source), None)
-
-
-def from_taming(state: Mapping[str, Tensor], deepest_first: bool = False) -> State:
-    """Return the weights of a taming VQGAN under the names of VQModel, without the discriminator and LPIPS (`loss.…`).
-
-    Taming counts the decoder's levels from the image (up.0 is the finest), our `conv_blocks` from the latents, and so do
-    files with `deepest_first`.
-    """
-    levels = 1 + max((int(match[2]) for match in map(_LEVEL.fullmatch, state) if match), default=0)
-
-    def ours(name: str) -> str:
-        if match := _LEVEL.fullmatch(name):
-            part, level, rest = match[1], int(match[2]), match[3]
-            if rest.startswith("block."):
-                rest = "res." + rest.removeprefix("block.")
-            level = level if part == "encoder.down" or deepest_first else levels - 1 - level
-            return f"{part.split('.')[0]}.conv_blocks.{level}.{rest}"
-        if match := _MIDDLE_PART.fullmatch(name):
-            return f"{match[1]}.mid.{_MIDDLE[match[2]]}.{match[3]}"
-        return name
-
-    return {ours(name): tensor for name, tensor in state.items() if not name.startswith("loss.")}
 
 
 class Shapes:
@@ -226,17 +111,6 @@ def vqgan_config(
     return {"family": size_name(network) or "VQGAN", "network": network, "quantizer": codes}
 
 
-# Adapters by family: each makes a config and renamed weights of its checkpoints, None of another family's.
-FAMILIES: dict[str, Callable[[Checkpoint], Adapted | None]] = {
-    "llamagen": llamagen,
-    "janus": janus,
-    "maskgit": maskgit,
-    "open-magvit2": open_magvit2,
-    "ibq": ibq,
-    "taming": taming,
-}
-
-
 def looks_like(state: Mapping[str, Tensor]) -> str:
     """Guess what a state dict of another model is of, as a clause of an error's message."""
 
@@ -246,7 +120,7 @@ def looks_like(state: Mapping[str, Tensor]) -> str:
     gpt = {"layers.0.attention.wqkv.weight", "tok_embeddings.weight"} <= state.keys() and has(r"cls_embedding\.")
     kinds = {
         "a TiTok tokenizer, which has MaskGIT's decoder without its encoder": has(r"pixel_decoder\."),
-        "a Janus model (give it as --vq-ckpt for the tokenizer inside)": has(_JANUS.pattern),
+        "a Janus model (give it as --vq-ckpt for the tokenizer inside)": has(r"gen_vision_model\.|(model\.)?vqmodel\."),
         "a VQGAN of taming-transformers (give it as --vq-ckpt)": has(r"encoder\.down\.0\.block\."),
         "a VQ image tokenizer (give it as --vq-ckpt)": has(r"quantize\.embedding\.weight") and has(r"encoder\."),
         "an image tokenizer without a codebook (give it as --vq-ckpt)": has(r"encoder\.conv_blocks\."),

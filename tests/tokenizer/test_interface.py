@@ -12,7 +12,7 @@ from tests.tokenizer.taming import F8, save_lightning, taming_state, with_averag
 from tests.training import load, run_here
 from tokenizer.base import NETWORKS, QUANTIZERS, CodebookLosses, Quantizer
 from tokenizer.load import build_tokenizer, load_tokenizer
-from tokenizer.released import FAMILIES
+from tokenizer.other_families import FAMILIES
 from tokenizer.tokenizer_image.hub import for_hub
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from tools import export_checkpoint
@@ -170,7 +170,7 @@ def released(family: str, folder) -> tuple:
     return folder / "vq.pt", True
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llamagen", *FAMILIES])
 @pytest.mark.parametrize("form", ["pt", "safetensors"])
 def test_published_file_and_its_copies_are_one_tokenizer(family, form, tmp_path):
     path, normalised = released(family, tmp_path)

@@ -16,9 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenizer.base import LOSS_WEIGHTS, Tokenizer, build_quantizer
+from tokenizer.base import LOSS_WEIGHTS, Tokenizer, build_quantizer, register_network
 from tokenizer.pointwise import PointwiseConv
-from tokenizer.tokenizer_image import quantizers  # noqa: F401 (registers them)
 from tokenizer.tokenizer_image.blocks import NORM_GROUPS, Decoder, Encoder
 from tokenizer.tokenizer_image.sizes import VQ_SIZES, size_name
 from tokenizer.tokenizer_image.strips import decode_in_strips
@@ -74,6 +73,7 @@ class VQModelArgs:
 ModelArgs = VQModelArgs
 
 
+@register_network("vqgan")
 class VQModel(Tokenizer):
     """VQGAN's network around a quantiser.
 

@@ -1,5 +1,1 @@
-"""Quantisers, one file each. Importing this package registers all of them (tokenizer/base.py:QUANTIZERS)."""
-
-from tokenizer.tokenizer_image.quantizers import fsq, ibq, lfq, vq, vq_legacy, vq_restart
-
-__all__ = ["fsq", "ibq", "lfq", "vq", "vq_legacy", "vq_restart"]
+"""Quantisers, one file each; tokenizer/base.py:QUANTIZERS has their names."""
