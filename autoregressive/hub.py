@@ -46,7 +46,6 @@ class GPTForHub(Trunk, HubModel):
 
 HUB = {
     "library_name": "pytorch",
-    "license": "mit",
     "paper_url": "https://arxiv.org/abs/2406.06525",
     "tags": ["image-generation", "autoregressive"],
 }

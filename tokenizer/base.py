@@ -12,9 +12,9 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -131,10 +131,13 @@ def build_quantizer(config: Mapping[str, Any], **training: Any) -> Quantizer:
 class Tokenizer(nn.Module):
     """A network around a quantiser. A kind of network sets `encoder` and `quantize` and implements `latents` and `render`.
 
-    family: name for messages, folders of samples and model cards. downsample: pixels a side of a code.
+    name: of the network. Config: dataclass that it is built from, with the quantiser's config among its fields. family: name for messages, folders of samples and model cards. downsample: pixels a side of a code.
     decoding: names of the modules that decoding alone needs; the rest decides the codes.
     """
 
+    name: str
+    Config: type[Any]
+    config: Any
     family: str
     downsample: int
     encoder: nn.Module
@@ -142,14 +145,16 @@ class Tokenizer(nn.Module):
     decoding: tuple[str, ...] = ("decoder",)
 
     @classmethod
-    def build(cls, network: Mapping[str, Any], quantizer: Mapping[str, Any], **training: Any) -> "Tokenizer":
+    def build(cls, network: Mapping[str, Any], quantizer: Mapping[str, Any], **training: Any) -> Self:
         """Build a tokenizer from the two parts of a config. training: dropout and the weights of the codebook's losses."""
-        raise NotImplementedError
+        return cls(cls.Config(**network, quantizer=dict(quantizer)), **training)
 
     @property
     def network(self) -> dict[str, Any]:
         """Return the config of the network, {"name": …, option: value}."""
-        raise NotImplementedError
+        options = asdict(self.config)
+        del options["quantizer"]
+        return {"name": self.name, **options}
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Encode pixels: (B, 3, H, W) -> (B, width, h, w)."""

@@ -116,6 +116,10 @@ def load_tokenizer(
 
     def load(averaged: bool | None) -> Tokenizer:
         weights = checkpoint.ema if averaged and checkpoint.ema is not None else checkpoint.model
+        if absent := [name for name in checkpoint.model if name not in weights and not name.startswith("loss.")]:
+            raise ValueError(
+                f"{path}: averaged weights missing ({len(absent)}): {', '.join(absent[:5])}; use_ema=False takes the raw ones"
+            )
         return _load(replace(checkpoint, model=weights), beliefs, codebook_l2_norm, quantizer)
 
     model = load(use_ema)

@@ -4,8 +4,8 @@ whose norms at each level are scaled and shifted by the image's own bits.
 So every pixel depends on all codes of its image: the rows that a preview shows change as later rows are drawn.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.base import Tokenizer, build_quantizer, register_network
-from tokenizer.pointwise import PointwiseConv
-from tokenizer.tokenizer_image.blocks import NORM_GROUPS, ResnetBlock, group_norm, swish
+from tokenizer import convolutional
+from tokenizer.base import register_network
+from tokenizer.tokenizer_image.blocks import NORM_GROUPS, swish
 from tokenizer.tokenizer_image.sizes import magvit_name
 from tokenizer.tokenizer_image.strips import STRIP, Strips
 from utils.precision import full_float32
@@ -63,85 +63,28 @@ class DepthToSpace(nn.Module):
         return F.pixel_shuffle(parts.transpose(1, 2).flatten(1, 2), 2)
 
 
-def _blocks(in_channels: int, channels: int, count: int) -> nn.ModuleList:
-    return nn.ModuleList(ResnetBlock(channels if i else in_channels, channels, bias=False) for i in range(count))
+class Encoder(convolutional.Encoder):
+    """(B, 3, H, W) -> latents."""
+
+    middle = "mid_block"
+
+    def downsampling(self, channels: int) -> nn.Module:
+        return nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
 
-@dataclass
-class OpenMagvitConfig:
-    """The shape of the network: channel multipliers, one a level from the image down, and blocks of a level and of the middle.
+class Decoder(convolutional.Decoder):
+    """Latents -> (B, 3, H, W). `adaptive` starts at the finest level, as `up`."""
 
-    quantizer: its config; its width is that of the latents.
-    """
+    middle = "mid_block"
 
-    ch_mult: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
-    ch: int = 128
-    blocks: int = 4
-    quantizer: dict[str, Any] = field(default_factory=lambda: {"name": "lfq"})
-
-
-class Encoder(nn.Module):
-    """(B, 3, H, W) -> (B, width, H/f, W/f) with f = 2^(levels - 1)."""
-
-    def __init__(self, config: OpenMagvitConfig, width: int):
-        super().__init__()
-        widths = [config.ch * mult for mult in config.ch_mult]
-        self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1, bias=False)
-        self.down = nn.ModuleList(
-            nn.ModuleDict({"block": _blocks(before, after, config.blocks)})
-            for before, after in zip([config.ch, *widths], widths, strict=False)
-        )
-        for level, channels in zip(self.down[:-1], widths, strict=False):
-            level["downsample"] = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-        self.mid_block = _blocks(widths[-1], widths[-1], config.blocks)
-        self.norm_out = group_norm(widths[-1])
-        self.conv_out = PointwiseConv(widths[-1], width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for level in self.down:
-            for block in level["block"]:
-                x = block(x)
-            x = level["downsample"](x) if "downsample" in level else x
-        for block in self.mid_block:
-            x = block(x)
-        return self.conv_out(swish(self.norm_out(x)))
-
-
-class Decoder(nn.Module):
-    """(B, width, H/f, W/f) -> (B, 3, H, W). `up` and `adaptive` start at the finest level."""
-
-    def __init__(self, config: OpenMagvitConfig, width: int):
-        super().__init__()
-        widths = [config.ch * mult for mult in config.ch_mult]
-        arriving = [*widths[1:], widths[-1]]
-        self.conv_in = nn.Conv2d(width, widths[-1], 3, padding=1)
-        self.mid_block = _blocks(widths[-1], widths[-1], config.blocks)
+    def add_norms(self, width: int, arriving: list[int]) -> None:
         self.adaptive = nn.ModuleList(AdaptiveNorm(width, channels) for channels in arriving)
-        self.up = nn.ModuleList(
-            nn.ModuleDict({"block": _blocks(before, after, config.blocks)})
-            for before, after in zip(arriving, widths, strict=True)
-        )
-        for level, channels in zip(self.up[1:], widths[1:], strict=True):
-            level["upsample"] = DepthToSpace(channels)
-        self.norm_out = group_norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
-    def path(self) -> Iterator[nn.Module]:
-        """Yield what latents pass before `norm_out`, one after another."""
-        yield self.conv_in
-        yield from self.mid_block
-        for level, adaptive in zip(reversed(self.up), reversed(self.adaptive), strict=True):
-            yield adaptive
-            yield from level["block"]
-            if "upsample" in level:
-                yield level["upsample"]
+    def upsampling(self, channels: int) -> nn.Module:
+        return DepthToSpace(channels)
 
-    def forward(self, latents: Tensor) -> Tensor:
-        h = latents
-        for module in self.path():
-            h = module(h, latents) if isinstance(module, AdaptiveNorm) else module(h)
-        return self.conv_out(swish(self.norm_out(h)))
+    def step(self, module: nn.Module, h: Tensor, latents: Tensor) -> Tensor:
+        return module(h, latents) if isinstance(module, AdaptiveNorm) else module(h)
 
     @full_float32()
     @torch.inference_mode()
@@ -158,39 +101,24 @@ class Decoder(nn.Module):
 
 
 @register_network("open-magvit2")
-class OpenMagvit2(Tokenizer):
-    """Open-MAGVIT2's network around a quantiser. Raises ValueError for widths that are no multiples of 32."""
+class OpenMagvit2(convolutional.ConvolutionalTokenizer):
+    """Open-MAGVIT2's network around a quantiser."""
 
-    def __init__(self, config: OpenMagvitConfig, **training: Any):
-        super().__init__()
-        if training.pop("dropout_p", 0):
-            raise ValueError("Open-MAGVIT2 has no dropout: leave --dropout-p out")
-        if wrong := {width for mult in (1, *config.ch_mult) if (width := config.ch * mult) % NORM_GROUPS}:
-            raise ValueError(
-                f"ch {config.ch} with channel multipliers {list(config.ch_mult)} gives the widths {sorted(wrong)}; all "
-                f"must be multiples of {NORM_GROUPS} (group normalisation)"
-            )
-        self.config = config
-        self.quantize = build_quantizer(config.quantizer, **training)
-        self.encoder, self.decoder = (kind(config, self.quantize.width) for kind in (Encoder, Decoder))
-        self.downsample = 2 ** (len(config.ch_mult) - 1)
+    name, family = "open-magvit2", "Open-MAGVIT2"
+    parts = Encoder, Decoder
+
+    @dataclass
+    class Config(convolutional.ConvolutionalConfig):
+        """The shape of the network, with the published number of blocks."""
+
+        blocks: int = 4
+
+    def __init__(self, config: Config, **training: Any):
+        super().__init__(config, **training)
         self.family = magvit_name(len(config.ch_mult))
 
-    @classmethod
-    def build(cls, network: Mapping[str, Any], quantizer: Mapping[str, Any], **training: Any) -> "OpenMagvit2":
-        return cls(OpenMagvitConfig(**network, quantizer=dict(quantizer)), **training)
-
-    @property
-    def network(self) -> dict[str, Any]:
-        config = self.config
-        return {"name": "open-magvit2", "ch": config.ch, "ch_mult": list(config.ch_mult), "blocks": config.blocks}
-
-    def latents(self, pixels: Tensor) -> Tensor:
-        self.require_fitting(pixels)
-        return self.encoder(pixels)
-
     def render(self, latents: Tensor) -> Tensor:
-        return self.decoder(self._decodable(latents))
+        return super().render(self._decodable(latents))
 
     def to_pixels_in_strips(self, codes: Tensor) -> Tensor:
         with self.exact():

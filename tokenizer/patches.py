@@ -4,7 +4,6 @@ runs at the resolution of the image.
 Each residual block begins as the identity (Fixup, arXiv 1901.09321, section 3): its last convolution is zero at first.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +65,8 @@ class PatchConfig:
 class PatchTokenizer(Tokenizer):
     """Patches of pixels, halved once more, around a quantiser: a code stands for 2 * patch pixels a side."""
 
-    family = "VQ-8-P"
+    name, family = "patches", "VQ-8-P"
+    Config = PatchConfig
 
     def __init__(self, config: PatchConfig, **training: Any):
         super().__init__()
@@ -88,15 +88,6 @@ class PatchTokenizer(Tokenizer):
             nn.Upsample(scale_factor=2), nn.Conv2d(2 * ch, ch, 3, padding=1), *_blocks(ch, depth),
             nn.GroupNorm(_NORM_GROUPS, ch), SiLU(), nn.Conv2d(ch, 3 * patch**2, 3, padding=1), nn.PixelShuffle(patch),
         )  # fmt: skip
-
-    @classmethod
-    def build(cls, network: Mapping[str, Any], quantizer: Mapping[str, Any], **training: Any) -> "PatchTokenizer":
-        return cls(PatchConfig(**network, quantizer=dict(quantizer)), **training)
-
-    @property
-    def network(self) -> dict[str, Any]:
-        config = self.config
-        return {"name": "patches", "patch": config.patch, "ch": config.ch, "depth": config.depth}
 
     def latents(self, pixels: Tensor) -> Tensor:
         self.require_fitting(pixels)

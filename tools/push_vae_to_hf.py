@@ -3,8 +3,8 @@
     python3 tools/push_vae_to_hf.py --vq-ckpt results --vq-model VQ-16 --repo-id owner/name
     python3 tools/push_vae_to_hf.py --vq-ckpt vq_ds16_c2i.pt --output folder                       # touches no network
 
-What is pushed loads with `VQModelHF.from_pretrained("owner/name")` (VQ-8-P: PatchTokenizerHF, as the model card says), and a folder also
-as --vq-ckpt of every script. The hub's token is read from HF_TOKEN, or from what `hf auth login` left.
+What is pushed loads with `VQModelHF.from_pretrained("owner/name")` (other networks as the model card says), and a folder also as
+--vq-ckpt of every script. The hub's token is read from HF_TOKEN, or from what `hf auth login` left.
 """
 
 import argparse

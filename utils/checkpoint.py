@@ -126,7 +126,7 @@ def _take_averages(checkpoint: Checkpoint) -> None:
     """Take the averaged weights out of a state dict that has them beside the raw ones, as those of latent diffusion and IBQ do.
 
     Their names are "model_ema." and the raw name without its dots. The entries as they were become `extra["model_ema"]`.
-    Raises ValueError where two raw names are that of one average without their dots.
+    Raises ValueError where two raw names are that of one average without their dots, or there are averages alone.
     """
     entries = {name: tensor for name, tensor in checkpoint.model.items() if name.startswith(_AVERAGED)}
     if not entries:
@@ -136,6 +136,8 @@ def _take_averages(checkpoint: Checkpoint) -> None:
     meant = {name: plain for name in raw if (plain := name.replace(".", "")) in averages}
     if len({*meant.values()}) < len(meant):
         raise ValueError(f"{checkpoint.path}: two of its weights have the name of one average without their dots")
+    if not raw:
+        raise ValueError(f"{checkpoint.path} has averaged weights without their raw ones, whose names they need")
     checkpoint.model, checkpoint.extra["model_ema"] = raw, entries
     checkpoint.ema = {name: averages[plain] for name, plain in meant.items()} or checkpoint.ema
 

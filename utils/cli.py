@@ -434,7 +434,7 @@ def add_hub_flags(parser: Flags) -> None:
     add_flag(group, "--repo-id", None, None, "the repository to push to, owner/name; made if it is not there")
     add_flag(group, "--output", None, None, "save to this folder instead; with --repo-id do both")
     add_store_true(group, "--private", "a repository that is made shows itself to its owner only")
-    add_flag(group, "--license", None, "mit", "of the weights, as the hub calls it")
+    add_flag(group, "--license", None, None, "of the weights, as the hub calls it (default: the model card names none)")
 
 
 def add_vllm_flags(parser: Flags, *, places: bool = True) -> None:

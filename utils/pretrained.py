@@ -140,7 +140,9 @@ def check_destination(repo_id: str | None, output: str | Path | None) -> None:
         raise ValueError(f"--output {output} is there already: give a folder that is new or empty")
 
 
-def send(model: HubModel, repo_id: str | None, output: str | Path | None, *, private: bool, license: str) -> None:
+def send(
+    model: HubModel, repo_id: str | None, output: str | Path | None, *, private: bool, license: str | None
+) -> None:
     """Save the model to a folder, push it, or both, and say where it is.
 
     Raises ConnectionError, or ValueError where the hub refuses (no right to the repository, a wrong token).

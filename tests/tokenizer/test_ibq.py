@@ -1,6 +1,7 @@
 """IBQ against the recorded run of the published one, and its files: never taken for a VQGAN's, and averaged unless told."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -196,12 +197,22 @@ def test_ibq_file_without_averages_says_so_and_is_refused_where_they_are_asked_f
         load_tokenizer(path, use_ema=True)
 
 
-def test_ibq_file_with_an_average_missing_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "name", ["decoder.conv_out.bias", "quantize.embedding.weight", "encoder.down.0.block.0.conv1.weight"]
+)
+def test_ibq_file_with_an_average_missing_is_refused(tmp_path, name):
     raw, averaged = small_states()
-    del averaged["decoder.conv_out.bias"]
+    del averaged[name]
     path = save_lightning(tmp_path / "last.ckpt", with_averages(raw, averaged))
-    with pytest.raises(ValueError, match=r"missing \(1\): decoder\.conv_out\.bias"):
+    with pytest.raises(ValueError, match=rf"averaged weights missing \(1\): {re.escape(name)}"):
         load_tokenizer(path)
+    assert torch.equal(load_tokenizer(path, use_ema=False).to_codes(pixels()), codes_by_hand(raw))
+
+
+def test_ibq_file_of_averages_alone_is_refused(tmp_path):
+    state = {name: tensor for name, tensor in with_averages(*small_states()).items() if name.startswith("model_ema.")}
+    with pytest.raises(ValueError, match=r"last\.ckpt has averaged weights without their raw ones"):
+        load_tokenizer(save_lightning(tmp_path / "last.ckpt", state))
 
 
 def test_two_blocks_without_averages_are_a_vqgan_unless_said(tmp_path, caplog):

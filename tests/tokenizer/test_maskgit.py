@@ -9,7 +9,7 @@ from tests.training import load, make_images, run_folder, run_here
 from tokenizer.load import build_tokenizer, load_tokenizer
 from tokenizer.maskgit import MaskGITTokenizer
 from tokenizer.tokenizer_image import vq_train
-from tokenizer.tokenizer_image.hub import MaskGITTokenizerHF, for_hub
+from tokenizer.tokenizer_image.hub import for_hub, hub_class
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 
 # A decoder amplifies a rounding of 1e-7 by 300.
@@ -106,8 +106,8 @@ def test_maskgit_half_precision_decoder_keeps_codes(small):
 
 def test_maskgit_goes_to_the_hub_and_back(small, tmp_path):
     for_hub(small).save_pretrained(tmp_path / "m")
-    assert "hub import MaskGITTokenizerHF" in (tmp_path / "m" / "README.md").read_text()
-    for back in (MaskGITTokenizerHF.from_pretrained(tmp_path / "m"), load_tokenizer(tmp_path / "m")):
+    assert 'hub_class("maskgit").from_pretrained' in (tmp_path / "m" / "README.md").read_text()
+    for back in (hub_class("maskgit").from_pretrained(tmp_path / "m"), load_tokenizer(tmp_path / "m")):
         assert back.identity == small.identity and back.fingerprint() == small.fingerprint()
 
 

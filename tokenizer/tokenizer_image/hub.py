@@ -7,13 +7,11 @@ tools/push_vae_to_hf.py makes one of any checkpoint. A VQModelHF is a VQModel: I
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from types import new_class
 from typing import Any
 
-from tokenizer.base import Tokenizer
-from tokenizer.maskgit import MaskGITConfig, MaskGITTokenizer
-from tokenizer.open_magvit2 import OpenMagvit2, OpenMagvitConfig
-from tokenizer.patches import PatchConfig, PatchTokenizer
+from tokenizer.base import NETWORKS, Tokenizer
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel, VQModelArgs
 from utils.checkpoint import parameter_count
@@ -21,8 +19,8 @@ from utils.origin import origin
 from utils.pretrained import HubModel
 
 
-class _Described(HubModel):
-    """The card's words about a tokenizer."""
+class TokenizerForHub(Tokenizer, HubModel):
+    """A tokenizer with save_pretrained, push_to_hub and from_pretrained; comes after the network among the bases."""
 
     def describe(self) -> str:
         return (
@@ -32,25 +30,23 @@ class _Described(HubModel):
         )
 
     def how_to_load(self, name: str) -> str:
+        published = isinstance(self, VQModelHF)
+        imported, made = ("VQModelHF",) * 2 if published else ("hub_class", f'hub_class("{self.name}")')
         return "\n".join(
             [
-                f"from tokenizer.tokenizer_image.hub import {type(self).__name__}",
+                f"from tokenizer.tokenizer_image.hub import {imported}",
                 "",
-                f'tokenizer = {type(self).__name__}.from_pretrained("{name}")',
+                f'tokenizer = {made}.from_pretrained("{name}")',
                 "codes = tokenizer.to_codes(images)  # (B, 3, H, W) in [-1, 1] -> (B, h, w)",
                 "images = tokenizer.to_pixels(codes)",
             ]
         )
 
 
-class VQModelHF(
-    VQModel,
-    _Described,
-    library_name="pytorch",
-    license="mit",
-    paper_url="https://arxiv.org/abs/2406.06525",
-    tags=["image-tokenizer", "vqgan"],
-):
+HUB = {"library_name": "pytorch", "tags": ["image-tokenizer"]}
+
+
+class VQModelHF(VQModel, TokenizerForHub, **HUB):
     """A VQModel with save_pretrained, push_to_hub and from_pretrained."""
 
     def __init__(self, config: VQModelArgs):
@@ -58,52 +54,24 @@ class VQModelHF(
         self.file_config = origin(**self.identity)
 
 
-class PatchTokenizerHF(PatchTokenizer, _Described, library_name="pytorch", license="mit", tags=["image-tokenizer"]):
-    """A PatchTokenizer with save_pretrained, push_to_hub and from_pretrained."""
+@cache
+def hub_class(network: str) -> type[TokenizerForHub]:
+    """Return the class of a network's tokenizers on the hub. Raises ValueError for a network that is not registered."""
+    if network == "vqgan":
+        return VQModelHF
+    kind = NETWORKS[network]
 
-    def __init__(self, config: PatchConfig):
-        super().__init__(config)
+    def init(self: Any, config: kind.Config) -> None:
+        super(made, self).__init__(config)
         self.file_config = origin(**self.identity)
 
-
-class MaskGITTokenizerHF(MaskGITTokenizer, _Described, library_name="pytorch", tags=["image-tokenizer", "maskgit"]):
-    """A MaskGITTokenizer with save_pretrained, push_to_hub and from_pretrained."""
-
-    def __init__(self, config: MaskGITConfig):
-        super().__init__(config)
-        self.file_config = origin(**self.identity)
-
-
-class OpenMagvit2HF(
-    OpenMagvit2,
-    _Described,
-    library_name="pytorch",
-    paper_url="https://arxiv.org/abs/2409.04410",
-    tags=["image-tokenizer", "lookup-free"],
-):
-    """An OpenMagvit2 with save_pretrained, push_to_hub and from_pretrained."""
-
-    def __init__(self, config: OpenMagvitConfig):
-        super().__init__(config)
-        self.file_config = origin(**self.identity)
+    made = new_class(f"{kind.__name__}HF", (kind, TokenizerForHub), HUB, lambda own: own.update(__init__=init))
+    return made
 
 
 def for_hub(tokenizer: Tokenizer, *what: Any) -> HubModel:
-    """Return a tokenizer's weights (not a copy) as a model for the hub; `what` as `HubModel.holding` takes it.
-
-    Raises ValueError for a network that the hub has no model of.
-    """
-    kinds: dict[str, type[HubModel]] = {
-        "vqgan": VQModelHF,
-        "patches": PatchTokenizerHF,
-        "maskgit": MaskGITTokenizerHF,
-        "open-magvit2": OpenMagvit2HF,
-    }
-    if tokenizer.network["name"] not in kinds:
-        raise ValueError(
-            f"the tokenizer is of the network {tokenizer.network['name']}; what can be saved is {', '.join(kinds)}"
-        )
-    return kinds[tokenizer.network["name"]].holding(tokenizer, *what)
+    """Return a tokenizer's weights (not a copy) as a model for the hub; `what` as `HubModel.holding` takes it."""
+    return hub_class(tokenizer.name).holding(tokenizer, *what)
 
 
 def new_tokenizer_for_hub(name: str, **overrides) -> VQModelHF:

@@ -10,9 +10,10 @@ channels-last.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -80,6 +81,7 @@ class VQModel(Tokenizer):
     Raises ValueError if encoder and decoder have different numbers of levels, or a width is not a multiple of 32.
     """
 
+    name, Config = "vqgan", VQModelArgs
     decoding = ("post_quant_conv", "decoder")
 
     def __init__(self, config: VQModelArgs):
@@ -110,20 +112,13 @@ class VQModel(Tokenizer):
         self.downsample = 2 ** (len(encoder_mult) - 1)
 
     @classmethod
-    def build(cls, network: Mapping[str, Any], quantizer: Mapping[str, Any], **training: Any) -> "VQModel":
+    def build(cls, network: Mapping[str, Any], quantizer: Mapping[str, Any], **training: Any) -> Self:
         return cls(VQModelArgs(**network, quantizer=dict(quantizer), **training))
 
     @property
     def network(self) -> dict[str, Any]:
-        config = self.config
-        levels = {"encoder_ch_mult": list(config.encoder_ch_mult), "decoder_ch_mult": list(config.decoder_ch_mult)}
-        inside = {
-            "z_channels": config.z_channels,
-            "ch": config.ch,
-            "blocks": config.blocks,
-            "attention": list(config.attention),
-        }
-        return {"name": "vqgan", **levels, **inside}
+        names = "encoder_ch_mult", "decoder_ch_mult", "z_channels", "ch", "blocks", "attention"
+        return {"name": self.name, **{name: deepcopy(getattr(self.config, name)) for name in names}}
 
     def latents(self, pixels: Tensor) -> Tensor:
         self.require_fitting(pixels)
