@@ -10,7 +10,7 @@ A tokenizer is a network around a quantiser. Its `config` names both, and a toke
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -213,7 +213,7 @@ class Tokenizer(nn.Module):
             ValueError: the downsampling does not divide H or W
         """
         with self.exact():
-            latents = self.latents(pixels)
+            latents = self._alike(self.latents, pixels)
             with torch.autocast(latents.device.type, enabled=False):
                 codes = self.quantize.nearest(latents.float())
         return torch.where(latents.isfinite().all(dim=1), codes, -1)
@@ -222,7 +222,12 @@ class Tokenizer(nn.Module):
     def to_pixels(self, codes: Tensor) -> Tensor:
         """Return the images of codes: integers (B, h, w) -> (B, 3, H, W), roughly in [-1, 1], not clamped."""
         with self.exact():
-            return self.render(self.quantize.lookup(codes))
+            return self._alike(self.render, self.quantize.lookup(codes))
+
+    def _alike(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        """Return function(batch), on a CPU image by image: how its convolutions round depends on how many there are."""
+        parts = batch.split(1) if batch.device.type == "cpu" else (batch,)
+        return torch.cat([function(part.contiguous()) for part in parts])
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, CodebookLosses]:
         """Reconstruct images in training: (B, 3, H, W) in [-1, 1] -> the same with gradients, the quantiser's losses."""

@@ -87,11 +87,10 @@ class Encoder(Half):
 class Decoder(Half):
     """(B, width, H/f, W/f) -> (B, 3, H, W). `up` starts at the finest level.
 
-    upsample: the entry of a level that holds its upsampling. adaptive: norms before the levels, one each, if there are any.
+    upsample: the entry of a level that holds its upsampling.
     """
 
     upsample = "upsample"
-    adaptive: nn.ModuleList | None = None
 
     def __init__(self, config: ConvolutionalConfig, width: int):
         super().__init__()
@@ -107,7 +106,11 @@ class Decoder(Half):
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def add_norms(self, width: int, arriving: list[int]) -> None:
-        """Set `adaptive`, for the channels that arrive at each level."""
+        """Add what `before` returns, for the channels that arrive at each level; most networks have nothing there."""
+
+    def before(self, level: int) -> Iterable[nn.Module]:
+        """Return what a map passes before the blocks of a level."""
+        return ()
 
     def upsampling(self, channels: int) -> nn.Module:
         """Return the module that doubles height and width."""
@@ -118,8 +121,7 @@ class Decoder(Half):
         yield self.conv_in
         yield from self.get_submodule(self.middle)
         for i, level in reversed(list(enumerate(self.up))):
-            if self.adaptive is not None:
-                yield self.adaptive[i]
+            yield from self.before(i)
             yield from level["block"]
             if self.upsample in level:
                 yield level[self.upsample]

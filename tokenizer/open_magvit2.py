@@ -4,7 +4,7 @@ whose norms at each level are scaled and shifted by the image's own bits.
 So every pixel depends on all codes of its image: the rows that a preview shows change as later rows are drawn.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tokenizer import convolutional
 from tokenizer.base import register_network
+from tokenizer.pointwise import GroupNorm
 from tokenizer.tokenizer_image.blocks import NORM_GROUPS, swish
 from tokenizer.tokenizer_image.sizes import magvit_name
 from tokenizer.tokenizer_image.strips import STRIP, Strips
@@ -29,7 +30,7 @@ class AdaptiveNorm(nn.Module):
 
     def __init__(self, width: int, channels: int):
         super().__init__()
-        self.norm = nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6, affine=False)
+        self.norm = GroupNorm(NORM_GROUPS, channels, eps=1e-6, affine=False)
         self.gamma, self.beta = (nn.Linear(width, channels) for _ in range(2))
 
     def affine(self, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,6 +80,9 @@ class Decoder(convolutional.Decoder):
 
     def add_norms(self, width: int, arriving: list[int]) -> None:
         self.adaptive = nn.ModuleList(AdaptiveNorm(width, channels) for channels in arriving)
+
+    def before(self, level: int) -> Iterable[nn.Module]:
+        return (self.adaptive[level],)
 
     def upsampling(self, channels: int) -> nn.Module:
         return DepthToSpace(channels)

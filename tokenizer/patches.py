@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.base import Tokenizer, build_quantizer, register_network
-from tokenizer.pointwise import PointwiseConv, elementwise
+from tokenizer.pointwise import GroupNorm, PointwiseConv, elementwise
 
 _NORM_GROUPS = 8
 
@@ -34,7 +34,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.norm1, self.norm2 = (nn.GroupNorm(_NORM_GROUPS, channels) for _ in range(2))
+        self.norm1, self.norm2 = (GroupNorm(_NORM_GROUPS, channels) for _ in range(2))
         self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
         nn.init.zeros_(self.conv2.weight)
 
@@ -81,12 +81,12 @@ class PatchTokenizer(Tokenizer):
         self.encoder = nn.Sequential(
             nn.Conv2d(3, ch, patch, stride=patch), *_blocks(ch, depth),
             nn.Conv2d(ch, 2 * ch, 3, stride=2, padding=1), *_blocks(2 * ch, depth),
-            nn.GroupNorm(_NORM_GROUPS, 2 * ch), SiLU(), PointwiseConv(2 * ch, width),
+            GroupNorm(_NORM_GROUPS, 2 * ch), SiLU(), PointwiseConv(2 * ch, width),
         )  # fmt: skip
         self.decoder = nn.Sequential(
             nn.Conv2d(width, 2 * ch, 3, padding=1), *_blocks(2 * ch, depth),
             nn.Upsample(scale_factor=2), nn.Conv2d(2 * ch, ch, 3, padding=1), *_blocks(ch, depth),
-            nn.GroupNorm(_NORM_GROUPS, ch), SiLU(), nn.Conv2d(ch, 3 * patch**2, 3, padding=1), nn.PixelShuffle(patch),
+            GroupNorm(_NORM_GROUPS, ch), SiLU(), nn.Conv2d(ch, 3 * patch**2, 3, padding=1), nn.PixelShuffle(patch),
         )  # fmt: skip
 
     def latents(self, pixels: Tensor) -> Tensor:

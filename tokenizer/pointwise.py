@@ -1,4 +1,4 @@
-"""The 1x1 convolution and the elementwise functions of tokenizers, which a CPU computes alike for any number of threads."""
+"""Operations of tokenizers that a CPU computes alike for any number of threads."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,33 +12,43 @@ GRAIN, VECTORS = 2**15, 64
 
 
 class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution; with `as_product` computed as the matrix product that it is (see `independent_of_threads`)."""
+    """A 1x1 convolution; where `independent`, computed as the matrix product that it is (see `independent_of_threads`)."""
 
-    as_product = False
+    independent = False
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
         super().__init__(in_channels, out_channels, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.as_product:
+        if not self.independent:
             return super().forward(x)
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class GroupNorm(nn.GroupNorm):
+    """A group norm; where `independent`, of maps with the channels apart (see `independent_of_threads`)."""
+
+    independent = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.contiguous() if self.independent else x)
 
 
 @contextmanager
 def independent_of_threads(model: nn.Module) -> Iterator[None]:
     """Have a CPU's result be the same for any number of threads inside the block.
 
-    Its kernel for 1x1 convolutions rounds by how many there are, and so a process of several would draw other pixels than one alone.
+    Its kernels for 1x1 convolutions, and for norms of large channels-last maps, round by how many there are, and so a process
+    of several would draw other pixels than one alone.
     """
-    convolutions = [module for module in model.modules() if isinstance(module, PointwiseConv)]
-    for module in convolutions:
-        module.as_product = True
+    modules = [module for module in model.modules() if isinstance(module, PointwiseConv | GroupNorm)]
+    for module in modules:
+        module.independent = True
     try:
         yield
     finally:
-        for module in convolutions:
-            module.as_product = False
+        for module in modules:
+            module.independent = False
 
 
 def elementwise(function: Callable[..., Tensor], x: Tensor) -> Tensor:

@@ -3,20 +3,24 @@
 Fully convolutional: any height and width that the downsampling divides.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.pointwise import PointwiseConv, elementwise
+from tokenizer.pointwise import GroupNorm, PointwiseConv, elementwise
+
+if TYPE_CHECKING:
+    from tokenizer.tokenizer_image.vq_model import VQModelArgs
 
 NORM_GROUPS = 32
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int) -> GroupNorm:
     """Return the group norm that all of these networks have."""
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+    return GroupNorm(NORM_GROUPS, channels, eps=1e-6)
 
 
 def swish(x: Tensor) -> Tensor:
@@ -127,35 +131,23 @@ def _middle(channels: int, dropout_p: float) -> nn.ModuleList:
 
 
 class Encoder(nn.Module):
-    """(B, 3, H, W) -> (B, z_channels, H/f, W/f) with f = 2^(levels - 1).
+    """(B, 3, H, W) -> (B, z_channels, H/f, W/f) with f = 2^(levels - 1)."""
 
-    blocks: residual blocks of a level. attention: numbers of the levels that have it after each block, counted
-    from the image, -1 the deepest; the middle always has some.
-    """
-
-    def __init__(
-        self,
-        ch: int = 128,
-        ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
-        z_channels: int = 256,
-        dropout_p: float = 0.0,
-        blocks: int = 2,
-        attention: Sequence[int] = (-1,),
-    ):
+    def __init__(self, config: "VQModelArgs"):
         super().__init__()
-        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        channels, mults = config.ch, config.encoder_ch_mult
+        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
-        channels, deepest = ch, len(ch_mult) - 1
-        attended = {level % len(ch_mult) for level in attention}
-        for i, mult in enumerate(ch_mult):
-            level = Level(channels, ch * mult, blocks, i in attended, dropout_p)
-            channels = ch * mult
-            if i != deepest:
+        attended = {level % len(mults) for level in config.attention}
+        for i, mult in enumerate(mults):
+            level = Level(channels, config.ch * mult, config.blocks, i in attended, config.dropout_p)
+            channels = config.ch * mult
+            if i != len(mults) - 1:
                 level.downsample = Downsample(channels)
             self.conv_blocks.append(level)
-        self.mid = _middle(channels, dropout_p)
+        self.mid = _middle(channels, config.dropout_p)
         self.norm_out = group_norm(channels)
-        self.conv_out = nn.Conv2d(channels, z_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
@@ -168,28 +160,18 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, z_channels, H/f, W/f) -> (B, 3, H, W), f as the encoder's. `conv_blocks` starts at the deepest level.
+    """(B, z_channels, H/f, W/f) -> (B, 3, H, W), f as the encoder's. `conv_blocks` starts at the deepest level."""
 
-    blocks: of a level of the encoder; here a level has one more.
-    """
-
-    def __init__(
-        self,
-        ch: int = 128,
-        ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
-        z_channels: int = 256,
-        dropout_p: float = 0.0,
-        blocks: int = 2,
-        attention: Sequence[int] = (-1,),
-    ):
+    def __init__(self, config: "VQModelArgs"):
         super().__init__()
-        channels, attended = ch * ch_mult[-1], {level % len(ch_mult) for level in attention}
-        self.conv_in = nn.Conv2d(z_channels, channels, 3, padding=1)
-        self.mid = _middle(channels, dropout_p)
+        mults = config.decoder_ch_mult
+        channels, attended = config.ch * mults[-1], {level % len(mults) for level in config.attention}
+        self.conv_in = nn.Conv2d(config.z_channels, channels, 3, padding=1)
+        self.mid = _middle(channels, config.dropout_p)
         self.conv_blocks = nn.ModuleList()
-        for i, mult in reversed(list(enumerate(ch_mult))):
-            level = Level(channels, ch * mult, blocks + 1, i in attended, dropout_p)
-            channels = ch * mult
+        for i, mult in reversed(list(enumerate(mults))):
+            level = Level(channels, config.ch * mult, config.blocks + 1, i in attended, config.dropout_p)
+            channels = config.ch * mult
             if i != 0:
                 level.upsample = Upsample(channels)
             self.conv_blocks.append(level)

@@ -8,9 +8,6 @@
 VQGAN (arXiv 2012.09841, section 3.1) with the weights of LlamaGen (arXiv 2406.06525, section 3.1).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -22,36 +19,21 @@ from tokenizer.tokenizer_image.discriminators import BlurDiscriminator, PatchGAN
 from tokenizer.tokenizer_image.lpips import LPIPS
 
 
-def hinge_d_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Return the mean of max(0, 1 - real) and max(0, 1 + fake), halved."""
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-
-
 def vanilla_d_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Return the binary cross-entropy of the logits, real as 1 and fake as 0, halved (GAN, arXiv 1406.2661)."""
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-def hinge_gen_loss(fake: Tensor) -> Tensor:
-    """Return minus the mean logit of the reconstructions."""
-    return -fake.mean()
-
-
-def non_saturating_gen_loss(fake: Tensor) -> Tensor:
-    """Return the binary cross-entropy of the reconstructions' logits against "real" (arXiv 1406.2661, section 3)."""
-    return F.softplus(-fake).mean()
-
-
-def non_saturating_mean_gen_loss(fake: Tensor) -> Tensor:
-    """Return `non_saturating_gen_loss` of the mean logit of each image, as IBQ and Open-MAGVIT2 have it."""
-    return F.softplus(-fake.flatten(1).mean(dim=1)).mean()
-
-
-DISC_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss, "non-saturating": vanilla_d_loss}
+DISC_LOSSES = {
+    "hinge": lambda real, fake: 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean()),
+    "vanilla": vanilla_d_loss,
+    "non-saturating": vanilla_d_loss,
+}
+# Of the reconstructions' logits; "-mean", as IBQ and Open-MAGVIT2 have it, is of the mean logit of each image.
 GEN_LOSSES = {
-    "hinge": hinge_gen_loss,
-    "non-saturating": non_saturating_gen_loss,
-    "non-saturating-mean": non_saturating_mean_gen_loss,
+    "hinge": lambda fake: -fake.mean(),
+    "non-saturating": lambda fake: F.softplus(-fake).mean(),
+    "non-saturating-mean": lambda fake: F.softplus(-fake.flatten(1).mean(dim=1)).mean(),
 }
 RECONSTRUCTION_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 
@@ -159,8 +141,9 @@ class VQLoss(nn.Module):
             # The bare module: no gradient of the discriminator is wanted here, so there is none to synchronise.
             module = self.discriminator
             module = module.module if isinstance(module, DistributedDataParallel) else module
-            with _frozen(module):
-                adversarial = self.gen_criterion(module(recons).float())
+            module.requires_grad_(False)
+            adversarial = self.gen_criterion(module(recons).float())
+            module.requires_grad_(True)
             weight = zero + self.gen_weight
 
         loss = image_loss + weight * adversarial + self.codebook_weight * codebook.total
@@ -173,7 +156,7 @@ class VQLoss(nn.Module):
             **{f"{name}_loss": value for name, value in codebook.parts.items()},
             "codebook_usage": codebook.usage,
         }
-        return loss, _detached(logs, recons.device)
+        return loss, {name: value.detach().float() for name, value in logs.items()}
 
     def discriminator_loss(self, images: Tensor, recons: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the discriminator's loss; no gradient reaches the tokenizer.
@@ -195,21 +178,4 @@ class VQLoss(nn.Module):
             logs["lecam_loss"] = self.lecam(real, fake)
             loss = loss + self.lecam_weight * logs["lecam_loss"]
         logs["discriminator_loss"] = loss
-        return loss, _detached(logs, images.device)
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """Let gradients through `module` to its input, but leave none on its parameters."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
-
-
-def _detached(values: dict[str, Tensor | float], device: torch.device) -> dict[str, Tensor]:
-    return {name: torch.as_tensor(value, device=device).detach().float() for name, value in values.items()}
+        return loss, {name: value.detach().float() for name, value in logs.items()}

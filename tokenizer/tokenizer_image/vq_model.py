@@ -98,11 +98,7 @@ class VQModel(Tokenizer):
                 f"ch {config.ch} with channel multipliers {list(encoder_mult)} and {list(decoder_mult)} gives the "
                 f"widths {sorted(set(widths))}; all must be multiples of {NORM_GROUPS} (group normalisation)"
             )
-        inside = config.z_channels, config.dropout_p, config.blocks, config.attention
-        self.encoder, self.decoder = (
-            Encoder(config.ch, encoder_mult, *inside),
-            Decoder(config.ch, decoder_mult, *inside),
-        )
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
         weights = {name: weight for name in LOSS_WEIGHTS if (weight := getattr(config, name)) is not None}
         self.quantize = build_quantizer(config.quantizer_config(), **weights)
         self.quant_conv = PointwiseConv(config.z_channels, self.quantize.width)
