@@ -39,7 +39,7 @@ from autoregressive.models.sampling import NotFiniteLogits, SamplingConfig
 from autoregressive.models.trunk import ModelArgs, Trunk
 from autoregressive.released import find_identity, gpt_identity, released_tokenizer
 from autoregressive.request import Request
-from tokenizer.base import Tokenizer
+from tokenizer.base import IMAGES_AT_ONCE, Tokenizer
 from tokenizer.load import find_tokenizer, load_tokenizer
 from utils.checkpoint import has_averages, load_into, read_checkpoint
 from utils.distributed import pick_device
@@ -52,9 +52,6 @@ from utils.rng import image_noise, order_seed
 from utils.runs import find_checkpoint
 
 PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-# How a CPU rounds depends on the number of images of a convolution; this is the same for every image.
-IMAGES_AT_ONCE = 2
 
 # An accelerator is full with so many, and feature maps of more take memory that drawing needs.
 MOST_DECODED_AT_ONCE = 32

@@ -42,6 +42,8 @@ NETWORKS: Registry[type["Tokenizer"]] = Registry(
 # Decorators with the name that --quantizer, --network and configs then know.
 register_quantizer, register_network = QUANTIZERS.register, NETWORKS.register
 
+# How a CPU's convolutions round depends on the number of images, and with one of them on that of threads too.
+IMAGES_AT_ONCE = 2
 # Codes of training that a quantiser's window of usage holds.
 USAGE_WINDOW = 65536
 # Options of quantisers that belong to a run of training, not to the tokenizer: weights of losses.
@@ -225,9 +227,14 @@ class Tokenizer(nn.Module):
             return self._alike(self.render, self.quantize.lookup(codes))
 
     def _alike(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        """Return function(batch), on a CPU image by image: how its convolutions round depends on how many there are."""
-        parts = batch.split(1) if batch.device.type == "cpu" else (batch,)
-        return torch.cat([function(part.contiguous()) for part in parts])
+        """Return function(batch), on a CPU as many images at once as IMAGES_AT_ONCE says."""
+        if batch.device.type != "cpu":
+            return function(batch)
+        results = []
+        for part in batch.contiguous().split(IMAGES_AT_ONCE):
+            filled = torch.cat([part, *[part[-1:]] * (IMAGES_AT_ONCE - len(part))])
+            results.append(function(filled)[: len(part)])
+        return torch.cat(results)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, CodebookLosses]:
         """Reconstruct images in training: (B, 3, H, W) in [-1, 1] -> the same with gradients, the quantiser's losses."""

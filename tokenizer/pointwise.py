@@ -22,7 +22,8 @@ class PointwiseConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.independent:
             return super().forward(x)
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        # Convolutions and norms of channels-last maps round by the number of threads too.
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2).contiguous()
 
 
 class GroupNorm(nn.GroupNorm):

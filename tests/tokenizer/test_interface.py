@@ -80,20 +80,20 @@ def test_tokenizer_codes_and_pixels_have_the_grid_of_the_image(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tokenizer_on_a_cpu_gives_the_same_codes_and_pixels_in_any_batch_and_by_any_threads(name):
-    tokenizer, images = randomize(build(name)), torch.cat([pixels(), pixels().flip(0)])
+    # Of maps of more than 1024 places a CPU's group norm of channels-last ones rounds by the number of threads.
+    tokenizer, images = randomize(build(name)), torch.cat([pixels(40), pixels(40)[:1].flip(2)])
     codes = tokenizer.to_codes(images)
     exact, drawn, before = (
         tokenizer.to_pixels(codes),
-        decode_codes(tokenizer, codes.flatten(1), width=5),
+        decode_codes(tokenizer, codes.flatten(1), width=11),
         torch.get_num_threads(),
     )
     try:
-        for threads in (1, 3):
+        for threads, part in ((1, slice(0, 3)), (2, slice(0, 1)), (3, slice(1, 3))):
             torch.set_num_threads(threads)
-            assert torch.equal(tokenizer.to_pixels(codes), exact)
-            for part in (slice(0, 4), slice(0, 1), slice(1, 4)):
-                assert torch.equal(tokenizer.to_codes(images[part]), codes[part])
-                assert np.array_equal(decode_codes(tokenizer, codes[part].flatten(1), width=5), drawn[part])
+            assert torch.equal(tokenizer.to_codes(images[part]), codes[part])
+            assert torch.equal(tokenizer.to_pixels(codes[part]), exact[part])
+            assert np.array_equal(decode_codes(tokenizer, codes[part].flatten(1), width=11), drawn[part])
     finally:
         torch.set_num_threads(before)
 
