@@ -69,6 +69,10 @@ def hub_class(network: str) -> type[TokenizerForHub]:
     return made
 
 
+# The names that earlier model cards import.
+PatchTokenizerHF, MaskGITTokenizerHF, OpenMagvit2HF = map(hub_class, ("patches", "maskgit", "open-magvit2"))
+
+
 def for_hub(tokenizer: Tokenizer, *what: Any) -> HubModel:
     """Return a tokenizer's weights (not a copy) as a model for the hub; `what` as `HubModel.holding` takes it."""
     return hub_class(tokenizer.name).holding(tokenizer, *what)
