@@ -90,6 +90,7 @@ ADAPTERS = (
     "autoregressive/released.py",
     "autoregressive/systems.py",
     "tokenizer/released.py",
+    "tokenizer/other_families.py",
     "tokenizer/base.py",
 )
 
