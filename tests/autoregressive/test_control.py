@@ -18,6 +18,7 @@ from autoregressive.models.sampling import SamplingConfig
 from autoregressive.pipeline import ImagePipeline, decode_codes, load_gpt
 from autoregressive.released import find_identity
 from autoregressive.request import Request
+from autoregressive.serve.convert import open_gpt
 from autoregressive.systems import NEVER_USED, NEWER_NAMES, OWN_CONTROL, named_as
 from autoregressive.train.control import edges_of, encoder_settings, with_control
 from autoregressive.train.loss import TokenLoss
@@ -457,7 +458,7 @@ def test_training_logits_and_greedy_codes_are_those_of_a_second_implementation(c
 
 
 @torch.no_grad()
-def test_images_of_other_sides_read_the_rotary_table_by_number(tmp_path):
+def test_images_of_other_sides_read_the_rotary_table_by_number_and_models_are_saved(tmp_path):
     model = small("dinov2")
     save_file(published(model), tmp_path / "depth_MR.safetensors")
     tokenizer = VQ_models["VQ-16"](codebook_size=64)
@@ -476,6 +477,13 @@ def test_images_of_other_sides_read_the_rotary_table_by_number(tmp_path):
     assert [picture.size for picture in drawn] == [(80, 32)] * 3
     for picture, own in zip(drawn, codes, strict=True):
         assert np.array_equal(np.asarray(picture), decode_codes(tokenizer, own[None], width=5)[0])
+    pipeline.save_pretrained(tmp_path / "saved")
+    saved = ImagePipeline.from_pretrained(tmp_path / "saved", device="cpu")
+    assert saved.gpt.args.identity == loaded.args.identity
+    again = [each.generate_codes([1], control_images=pictures[0]) for each in (pipeline, saved)]
+    assert torch.equal(*again)
+    with pytest.raises(ValueError, match="the conditions label, control; vLLM decodes"):
+        open_gpt(tmp_path / "depth_MR.safetensors", image_size=64)
     for sides in ((40, 64), (80, 64), (0, 16)):
         with pytest.raises(ValueError, match="give sides that are multiples of 16, at most 16 tokens"):
             pipeline.rectangles([1], height=sides[0], width=sides[1], control_images=pictures[:1])
