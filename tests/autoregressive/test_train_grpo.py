@@ -380,7 +380,8 @@ def test_processes_and_micro_batches_draw_and_learn_the_same(files, tmp_path):
         "fsdp": (["--data-parallel", "fsdp", "--activation-checkpointing"], 2),
         "sdp": (["--data-parallel", "sdp", "--gradient-accumulation-steps", 2], 2),
     }
-    live(*(life(files, tmp_path / name, *more, world=world) for name, (more, world) in kinds.items()))
+    rises = ["--global-seed", 1]
+    live(*(life(files, tmp_path / name, *rises, *more, world=world) for name, (more, world) in kinds.items()))
     one = read_checkpoint(newest(tmp_path / "one"))
     for name in kinds:
         for figure in ("reward", "diversity", "kl", "entropy", "val_reward"):
