@@ -56,7 +56,7 @@ def find_clip(name: str, folder: str | Path | None = None) -> Path:
             return place
     raise FileNotFoundError(
         f"no CLIP {name} with configuration and weights at {' or '.join(map(str, places))}: hf download {repository} "
-        f"--local-dir {WEIGHTS}/{short}, or leave the CLIP score out with --no-clip"
+        f"--local-dir {WEIGHTS}/{short}, or leave the CLIP score out (the evaluator: --no-clip)"
     )
 
 
