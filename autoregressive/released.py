@@ -169,8 +169,9 @@ def _at_another_size(identity: dict[str, Any], path: Path, side: int) -> dict[st
     Warns where tables of places are resized.
     """
     model, layout = identity["model"], identity["layout"]
-    if "control" in identity["conditions"] and "_MR" in Path(path).name:  # of several resolutions
-        model = {**model, "rope_grid": layout.get("grid_size", side)}
+    several = "rope_grid" in model or "_MR" in Path(path).name
+    if several and "control" in identity["conditions"]:
+        model = {"rope_grid": layout.get("grid_size", side), **model}
     elif not TRUNKS[model["trunk"]].resizes:
         return None
     elif layout["grid_size"] != side:

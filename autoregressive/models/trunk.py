@@ -444,7 +444,7 @@ class Trunk(nn.Module):
     ) -> Tensor:
         """Put what is added per token (B, N, width, raster order) at the rows that predict the tokens. Returns (B, rows, width)."""
         if orders is None:
-            added = added[:, self.layout_order(layout, added.device)]
+            added = added[:, self.layout_order(layout, added.device)[: added.shape[1]]]
         else:
             added = added.gather(1, orders[..., None].expand_as(added))
         units = added.unflatten(1, (-1, layout.patch_tokens)).mean(2)

@@ -180,7 +180,7 @@ class NegativesOfNext:
     def __init__(self, names: list[str], dist: Distributed):
         self.names, self.dist = names, dist
 
-    def __call__(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def __call__(self, batches: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
         sizes = [len(batch["codes"]) for batch in batches]
         rolled = {name: self._rolled(torch.cat([batch[name] for batch in batches])) for name in self.names}
         parts = {name: values.split(sizes) for name, values in rolled.items()}

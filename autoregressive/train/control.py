@@ -5,13 +5,15 @@ weights, notes = with_control(args, weights, model)          # its weights, wher
 """
 
 import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive.models.canny import canny
@@ -20,10 +22,12 @@ from autoregressive.models.trunk import Trunk
 from autoregressive.systems import OWN_CONTROL, common_name, named_as
 from dataset.store import INDEX_FILE, read_record
 from utils.checkpoint import Checkpoint
-from utils.cli import given
+from utils.cli import given, layout_numbers
+from utils.rng import item_seed
 
 ENCODER = OWN_CONTROL + "adapter.model."
 UNREAD = ("pooler", "mask_token")  # of an encoder
+_SIDES = 6  # told apart from the other draws of a step
 
 
 def ask_control(args: argparse.Namespace) -> None:
@@ -115,6 +119,59 @@ def stored_shape(folder: str | Path, args: argparse.Namespace) -> list[int]:
 def edges_of(pixels: Tensor) -> Tensor:
     """Return the edges of images (B, 3, H, W) in [-1, 1], uint8 (B, 1, H, W)."""
     return canny(((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
+
+
+@dataclass(frozen=True)
+class RandomSides:
+    """Sides of each step's pictures, each pair as likely as another.
+
+    least, most: pixels, whole tokens of `cell` pixels. A picture has at most the tokens of a square of `square` pixels a side.
+    """
+
+    least: int
+    most: int
+    cell: int
+    square: int
+    seed: int
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "RandomSides":
+        """Return what --random-sides asks for. Raises ValueError where the run has no pictures and controls to resize."""
+        least, most, cell, square = *args.random_sides, int(args.downsample_size), int(args.image_size)
+        asked, settings = f"--random-sides {least} {most}", condition_settings(args)
+        if args.dataset != "t2i":
+            raise ValueError(
+                f"{asked} resizes images before they are encoded, and --dataset {args.dataset} has their codes: give --dataset t2i"
+            )
+        if [*settings] != ["control"] or not settings["control"].get("encoder"):
+            raise ValueError(
+                f"{asked} takes control images, which tell where a token is, no features and no other condition: give --control-encoder"
+            )
+        if (args.layout or {}).get("name", "raster") != "raster" or layout_numbers(args)[0] not in (None, 1):
+            raise ValueError(f"{asked} takes raster order: leave out --layout and --ar-token-num")
+        if any(args.random_orders or ()):
+            raise ValueError(f"{asked} takes raster order: leave out --random-orders")
+        if least % cell or most % cell or not least <= min(most, square):
+            raise ValueError(
+                f"{asked}: give multiples of {cell}, the pixels of a token, the first at most the second and --image-size {square}"
+            )
+        return cls(least, most, cell, square, args.global_seed)
+
+    @cached_property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Return every height and width."""
+        sides = range(self.least, self.most + 1, self.cell)
+        return [(height, width) for height in sides for width in sides if height * width <= self.square**2]
+
+    def __call__(self, step: int) -> tuple[int, int]:
+        """Return the height and width of an optimizer step, the same on every process."""
+        return self.pairs[item_seed(self.seed, step, _SIDES) % len(self.pairs)]
+
+
+def resized(images: Tensor, sides: tuple[int, int]) -> Tensor:
+    """Resize images (B, C, H, W) to a height and width, bilinearly with antialiasing; uint8 stays uint8."""
+    x = F.interpolate(images.float(), sides, mode="bilinear", antialias=True)
+    return x if images.is_floating_point() else x.round().clamp(0, 255).to(images.dtype)
 
 
 def encoder_settings(name: str) -> dict[str, Any]:

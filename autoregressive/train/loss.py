@@ -45,14 +45,15 @@ class TokenLoss(nn.Module):
         """Return the mean over all tokens, a float32 scalar.
 
         Args:
-            codes: int64 (B, N) in raster order.
+            codes: int64 (B, N) in raster order; in raster layout also fewer, of pictures of other sides.
             cond, drop, prefix_mask: as Trunk.forward takes them.
             valid: (B,), samples marked 0 are left out of the mean.
             layout: what the samples are read by, where it is not the model's layout.
             orders: int64 (B, N), the raster index at each sequence position of each sample, where it is not the layout's.
         """
         layout = layout or self.model.layout
-        tokens = codes[:, self.model.layout_order(layout, codes.device)] if orders is None else codes.gather(1, orders)
+        order = self.model.layout_order(layout, codes.device)[: codes.shape[1]]
+        tokens = codes[:, order] if orders is None else codes.gather(1, orders)
         hidden, targets = _predictions(self.model, layout, tokens, cond, drop, prefix_mask, orders)
         row_weights = None if valid is None else valid.float().repeat_interleave(len(hidden) // len(codes))
         weight, bias = self.model.projection()

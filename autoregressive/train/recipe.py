@@ -197,6 +197,10 @@ def fit(
         prepare, cost, notes = NegativesOfNext([*model.conditions], dist), STEP_FLOPS, [*notes, contrast.describe()]
     else:
         step, prepare, cost = StepLoss(wrapped, model, data, args, orders), data.prepare, 1.0
+    rates: dict[str, Any] = {}
+    if model.args.rope_grid is None:  # else steps differ in their tokens
+        rates["tokens"] = model.args.block_size
+        rates["flops"] = lambda step, epoch: cost * training_flops_per_image(model, orders(step, epoch, slice(0), 1)[0])
     job = Job(
         args.gpt_model,
         models={"model": model},
@@ -206,11 +210,10 @@ def fit(
         validate=None if data.held_out is None else HeldOut(data, args, dist),
         sample=Preview(data.tokenizer, *shown, args, dist, names) if shown else None,
         rate=rate,
-        tokens=model.args.block_size,
-        flops=lambda step, epoch: cost * training_flops_per_image(model, orders(step, epoch, slice(0), 1)[0]),
         collate=data.collate,
         prepare=prepare,
         config=config,
+        **rates,
     )
     trainer = Trainer(args, plan, job)
     for line in filter(None, (note, *notes)):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from autoregressive.models.trunk import Conditions
-from autoregressive.train.control import edges_of
+from autoregressive.train.control import RandomSides, edges_of, resized
 from autoregressive.train.extraction import encode_views
 from autoregressive.train.loss import share_of_valid
 from autoregressive.train.recipe import Inputs, agreed_tokenizer, further_conditions, model_sizes
@@ -56,6 +56,7 @@ class TextData:
             self.tokenizer = agreed_tokenizer(args, dist, everywhere, fingerprint)
         if self.on_the_fly:
             fingerprint = self.tokenizer.fingerprint()
+        self.sides = RandomSides.from_args(args) if args.random_sides else None
         size = self.tokenizer.codebook_size if self.on_the_fly else codes.vocab_size
         args.num_classes, args.vocab_size = model_sizes(args, {"codebook_size": size})
         if self.held_out is not None:
@@ -64,12 +65,12 @@ class TextData:
             tokenizer=fingerprint, text_encoder=self.train.features.encoder, codes=self.train.identity()
         )
 
-    def prepare(self, micros: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """Encode images, and give each part of the batch its weight in the mean over all valid samples."""
+    def prepare(self, micros: list[dict[str, Tensor]], step: int) -> list[dict[str, Tensor]]:
+        """Encode images, of the step's sides, and give each part of the batch its weight in the mean over all valid samples."""
         counts = torch.stack([micro["valid"].sum() for micro in micros])
         self.first.require_one(counts)
-        shares = share_of_valid(counts, self.dist)
-        return [{**self._with_codes(micro), "share": share} for micro, share in zip(micros, shares, strict=True)]
+        shares, sides = share_of_valid(counts, self.dist), self.sides and self.sides(step)
+        return [{**self._with_codes(micro, sides), "share": share} for micro, share in zip(micros, shares, strict=True)]
 
     def inputs(self, batch: dict[str, Tensor]) -> Inputs:
         """Return a batch on the device as the model takes it."""
@@ -98,12 +99,15 @@ class TextData:
         features, lengths = left_padded(shown, self.tokens)
         return features, prefix_mask(lengths, self.tokens)
 
-    def _with_codes(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _with_codes(self, batch: dict[str, Tensor], sides: tuple[int, int] | None = None) -> dict[str, Tensor]:
         if not self.on_the_fly:
             return batch
         precision = self.args.mixed_precision if self.args.half_tokenizer else "none"
-        edges = {"control": edges_of(batch["image"])} if self.args.control_of_images else {}
-        return {**batch, **edges, "codes": encode(self.tokenizer, batch["image"], precision)}
+        if self.args.control_of_images:
+            batch = {**batch, "control": edges_of(batch["image"])}
+        if sides:
+            batch = {**batch, **{name: resized(batch[name], sides) for name in ("image", "control")}}
+        return {**batch, "codes": encode(self.tokenizer, batch["image"], precision)}
 
     def _require_same_kind(self, fingerprint: str | None) -> None:
         """Raise ValueError where held-out pairs are of another text encoder, or their codes of another tokenizer."""

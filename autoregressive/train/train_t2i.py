@@ -44,9 +44,12 @@ def main(args: argparse.Namespace) -> None:
     ask_control(args)
 
     dist, plan = join(args)
-    data = TextData(args, dist, resumed=known_model(args))
+    resumed = known_model(args)
+    args.random_sides = args.random_sides or resumed.get("random_sides")
+    data = TextData(args, dist, resumed)
     grid = grid_size(args.image_size, args.downsample_size)
-    fit(args, plan, data, new_model(args, grid, caption_dim=args.t5_feature_dim), notes=data.notes)
+    places = grid if args.random_sides else None  # a square's rotary table, read by a token's number
+    fit(args, plan, data, new_model(args, grid, caption_dim=args.t5_feature_dim, rope_grid=places), notes=data.notes)
 
 
 def flags() -> argparse.ArgumentParser:
@@ -69,6 +72,8 @@ def flags() -> argparse.ArgumentParser:
     help = "encode images in --mixed-precision: faster, but some codes differ from those of float32"
     add_switch(parser, "--half-tokenizer", False, help)
     add_gpt_training_flags(parser, "t2i", sample_cfg_scale=7.5)
+    help = "train at several resolutions: each step's images and controls are resized to a height and width from LEAST to MOST"
+    add_flag(parser, "--random-sides", positive_int, None, help, nargs=2, metavar=("LEAST", "MOST"))
     add_flag(parser, "--drop-path", PROBABILITY, 0.0, "the same as --drop-path-rate")
     help = "numbers a caption token's feature has; unless given, the features'"
     add_flag(parser, "--t5-feature-dim", positive_int, untold(2048), help)

@@ -79,7 +79,7 @@ def test_contrast_of_another_layout_is_that_of_its_log_probs(layout):
 
 def test_negatives_of_micro_batches_are_the_global_batchs_next_samples():
     batches = [{"codes": torch.zeros(2, 4), "label": torch.tensor(labels)} for labels in ([5, 6], [7, 8])]
-    prepared = NegativesOfNext(["label"], Distributed(torch.device("cpu")))(batches)
+    prepared = NegativesOfNext(["label"], Distributed(torch.device("cpu")))(batches, 0)
     assert [batch["negatives"]["label"].tolist() for batch in prepared] == [[6, 7], [8, 5]]
 
 

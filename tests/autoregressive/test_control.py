@@ -20,7 +20,7 @@ from autoregressive.released import find_identity
 from autoregressive.request import Request
 from autoregressive.serve.convert import open_gpt
 from autoregressive.systems import NEVER_USED, NEWER_NAMES, OWN_CONTROL, named_as
-from autoregressive.train.control import edges_of, encoder_settings, with_control
+from autoregressive.train.control import RandomSides, edges_of, encoder_settings, resized, with_control
 from autoregressive.train.loss import TokenLoss
 from tests.helpers import assert_close, golden_state, load_golden, randomize
 from tokenizer.tokenizer_image.vq_model import VQ_models
@@ -403,6 +403,34 @@ def by_hand(model: Transformer, tokens, cond, drop, strength: float = 1.0, prefi
             h = torch.cat([h[:, : prefix - 1], h[:, prefix - 1 :] + strength * added], dim=1)
         h = block(h, model.rope(torch.device("cpu"))[:count], seen[:, None], causal=False)
     return model.output(model.norm(h))[:, prefix - 1 :]
+
+
+def test_loss_of_a_rectangle_is_the_mean_over_its_tokens():
+    """A square's rotary table is read by the number of a token."""
+    model, cond, codes = small(), inputs(), torch.randint(64, (3, 10), generator=torch.Generator().manual_seed(1))
+    cond["control"], drop = cond["control"][:, :10], torch.tensor([False, True, False])
+    logits = by_hand(model, codes[:, :-1], cond, drop)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten())
+    assert_close(TokenLoss(model.eval())(codes, cond, drop=drop), expected)
+
+
+def test_random_sides_are_drawn_by_the_step():
+    sides = RandomSides(384, 1024, 16, 768, seed=0)
+    assert sides.pairs[0] == (384, 384) and (384, 1024) in sides.pairs and (768, 784) not in sides.pairs
+    drawn = [sides(step) for step in range(2000)]
+    assert drawn == [RandomSides(384, 1024, 16, 768, seed=0)(step) for step in range(2000)]
+    assert len({*drawn}) > len(sides.pairs) / 2 and max(h * w for h, w in drawn) <= 768**2
+    assert drawn != [RandomSides(384, 1024, 16, 768, seed=1)(step) for step in range(2000)]
+
+
+def test_images_and_controls_are_resized_as_by_pillow():
+    images = pictures(2, 48, 3)
+    for height, width in ((20, 96), (48, 32)):
+        pixels = resized(images, (height, width))
+        for own, image in zip(pixels, images, strict=True):
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BILINEAR)
+            assert np.abs(own.permute(1, 2, 0).numpy().astype(int) - np.asarray(picture)).max() <= 1
+        assert_close(resized(images / 255, (height, width)) * 255, pixels.float(), atol=0.51)
 
 
 def drawn_by_hand(model, cond, scale: float, strength: float, prefix_mask=None, tokens: int | None = None):

@@ -13,7 +13,8 @@ from PIL import Image
 from autoregressive.models.gpt import GPT_models
 from autoregressive.models.sizes import GPT_SIZES
 from autoregressive.pipeline import ImagePipeline
-from autoregressive.train import extract_codes_t2i, train_t2i
+from autoregressive.train import extract_codes_t2i, text_data, train_t2i
+from autoregressive.train.control import RandomSides
 from autoregressive.train.loss import TokenLoss, dropped_conditions
 from dataset.arrays import write_arrays
 from dataset.augmentation import center_view
@@ -323,11 +324,66 @@ def test_edges_are_drawn_of_the_images_that_are_encoded(data, tmp_path):
         train(data, tmp_path, *control)
 
 
-def test_stored_control_images_of_pairs_are_trained_on_resumed_and_drawn_by(data, tmp_path):
-    controls, generator = tmp_path / "controls", np.random.default_rng(0)
+def store_controls(data, folder):
+    """Return a folder of control images of black and white for each pair, and those of its last file."""
+    generator = np.random.default_rng(0)
     for stem, count in COUNTS.items():
         images = generator.integers(0, 2, (count, 1, 16, 16)).astype(np.uint8) * 255
-        write_arrays(controls / stem, "control", images, of=data / "codes" / stem)
+        write_arrays(folder / stem, "control", images, of=data / "codes" / stem)
+    return folder, images
+
+
+def test_several_resolutions_are_trained_resumed_to_the_bit_and_drawn(data, tmp_path, monkeypatch):
+    control = ["--control-type", "canny", "--control-encoder", "vit,width=16,layers=1,heads=2,positions=4"]
+    flags = [*control, "--random-sides", 8, 24, *held_out(data)[:4]]
+    seen, encode = [], text_data.encode
+    monkeypatch.setattr(text_data, "encode", lambda vq, x, *a: seen.append((x.shape, encode(vq, x, *a))) or seen[-1][1])
+    whole = train(data, tmp_path / "whole", *flags, "--max-steps", 6, kind="images")
+    squares, trained = seen[:1], [(tuple(shape[2:]), codes) for shape, codes in seen[1:7]]
+    sides = RandomSides(8, 24, 4, 16, seed=0)
+    assert [shape for shape, _ in trained] == [sides(step) for step in range(6)] and len({*map(sides, range(6))}) > 2
+    assert all(codes.shape == (16, h * w // 16) for (h, w), codes in trained)
+    assert {tuple(shape[2:]) for shape, _ in squares + seen[7:]} == {(16, 16)}, "those shown and held out"
+    parts = train(data, tmp_path / "parts", *flags, "--max-steps", 3, kind="images")
+    train(data, parts, *control, *held_out(data)[:4], "--max-steps", 6, "--resume", kind="images")
+    assert same(weights(parts), weights(whole)) and metrics(parts, "val_loss")[6] == metrics(whole, "val_loss")[6]
+
+    place, picture = last(whole), Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
+    pipeline = ImagePipeline.from_pretrained(place, vq=data / "vq.pt", device="cpu")
+    asked = {"features": [caption_features(0)], "cfg_scale": 2.0, "control_images": picture}
+    assert pipeline.rectangles(height=8, width=24, **asked)[0].size == (24, 8)
+    smaller = ImagePipeline.from_pretrained(place, vq=data / "vq.pt", image_size=12, device="cpu")
+    assert smaller.gpt.args.rope_grid == 4 and smaller(**asked, progress=False)[0].size == (12, 12)
+
+
+def test_processes_of_several_resolutions_take_the_steps_of_one(data, tmp_path):
+    controls = store_controls(data, tmp_path / "controls")[0]
+    flags = ["--control-encoder", "vit,width=16,layers=1,heads=2,positions=4", "--random-sides", 8, 24, *COMPARED]
+    flags += ["--control-path", controls, "--control-type", "hed"]
+    live(life(data, tmp_path / "two", *flags, "--gradient-accumulation-steps", 2, world=2, kind="images"))
+    train(data, tmp_path / "one", *flags, kind="images")
+    assert metrics(tmp_path / "two", "loss") == pytest.approx(metrics(tmp_path / "one", "loss"), abs=1e-4)
+
+
+def test_random_sides_that_do_not_fit_are_refused(data, tmp_path):
+    control = ["--control-encoder", "vit,width=16,layers=1,heads=2,positions=4"]
+    codes = ["--dataset", "t2i_code", "--code-path", data / "codes"]
+    for more, message in (
+        ([8, 24], "takes control images"),
+        ([8, 22, *control], "give multiples of 4"),
+        ([20, 24, *control], "the first at most the second and --image-size 16"),
+        ([16, 8, *control], "the first at most the second"),
+        ([8, 16, *control, "--ar-token-num", 4], "takes raster order"),
+        ([8, 16, *control, "--random-orders", 1, 2], "takes raster order"),
+        ([8, 16, *codes], "has their codes: give --dataset t2i"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(data, tmp_path / "run", "--random-sides", *more, kind="images")
+    assert not (tmp_path / "run").exists()
+
+
+def test_stored_control_images_of_pairs_are_trained_on_resumed_and_drawn_by(data, tmp_path):
+    controls, images = store_controls(data, tmp_path / "controls")
     flags = ["--control-path", controls, "--control-encoder", "vit,width=16,layers=1,heads=2,positions=4"]
     flags += [*held_out(data), "--val-control-path", controls, "--lr", 1e-2, "--control-type", "hed"]
     whole = train(data, tmp_path / "whole", *flags, "--max-steps", 6)

@@ -58,7 +58,8 @@ class Job:
         config: the record of what the weights belong to (tokenizer, classes, …), written into every checkpoint.
         initial: what a new run starts from.
         collate: makes a batch of the data set's items, where they are not all of one shape.
-        prepare: called once a step on every process with its micro-batches on the device: returns what the losses get.
+        prepare: called once a step on every process with its micro-batches on the device and the step's number: returns
+            what the losses get.
         validate: called at --ckpt-every on every process with the model: returns figures by name.
         sample: called at --sample-every with the model, on the first process, with shards on every one: returns pictures
             by name, uint8 (H, W, 3).
@@ -74,7 +75,7 @@ class Job:
     config: dict[str, Any] = field(default_factory=dict)
     initial: Checkpoint | ShardedCheckpoint | None = None
     collate: Callable[[list[Any]], Any] | None = None
-    prepare: Callable[[list[Any]], list[Any]] | None = None
+    prepare: Callable[[list[Any], int], list[Any]] | None = None
     validate: Callable[[nn.Module], dict[str, float]] | None = None
     sample: Callable[[nn.Module], dict[str, Any]] | None = None
     rate: Callable[[int, int], float] | None = None

@@ -178,7 +178,7 @@ class Trainer:
         torch.manual_seed(item_seed(self.args.global_seed, self.dist.rank, self.step))
         batch = tree_map_only(Tensor, lambda t: t.to(self.dist.device, non_blocking=True), batch)
         if self.job.prepare:
-            batch = self.job.prepare(batch)
+            batch = self.job.prepare(batch, self.step)
         epoch = self._batches_done // self.order.batches_per_epoch
         places = [
             Micro(self.step, epoch, number, self.order.positions(number), self.args.global_batch_size)
