@@ -3,7 +3,7 @@
     python3 tools/edges_report.py --data-path quickstart/drawings/held_out --gpt-ckpt quickstart/control \\
         --vq-ckpt quickstart/tokenizer --ten-crop --no-flip --output quickstart/control_report
 
-A picture of each one's class is drawn by its edges: at full strength, at half, without them (strength 0), and as a check by
+A picture of each one's class, or of its caption, is drawn by its edges: at full strength, at half, without them (strength 0), and as a check by
 those of another picture. An edge pixel is right where one of the other picture's is at most a pixel away; F1 is the harmonic mean of the
 right shares of both. What it is of the tokenizer's reconstructions is the bound. Writes report.json and edges.png, whose rows
 are pictures, their edges, what is drawn by them with two seeds, and what is drawn without.
@@ -11,6 +11,7 @@ are pictures, their edges, what is drawn by them with two seeds, and what is dra
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,18 +29,26 @@ def main(args: argparse.Namespace) -> None:
     from autoregressive.models.canny import canny
     from autoregressive.pipeline import ImagePipeline
     from dataset.folders import class_folders
+    from dataset.pairs import caption_of
     from dataset.pixels import load_rgb
+    from dataset.sources import open_pairs
     from tools.stages import reconstruct
     from utils.files import write_json
     from utils.images import make_grid, save_png
 
     pipeline = ImagePipeline.from_pretrained(args.gpt_ckpt, vq=args.vq_ckpt)
-    images = class_folders(args.data_path, classes=pipeline.gpt.file_config.get("classes"))
-    count = min(args.images, len(images))
-    chosen = np.linspace(0, len(images) - 1, count).astype(int).tolist()
-    views = [picture_view(load_rgb(images.paths[i]), pipeline.image_size, i, args) for i in chosen]
+    if pipeline.text:
+        pairs = open_pairs(args.data_path)
+        total, file = len(pairs), pairs.image_file
+        words = partial(caption_of, pairs, key=args.caption_key, truncated=False)
+    else:
+        images = class_folders(args.data_path, classes=pipeline.gpt.file_config.get("classes"))
+        total, file, words = len(images), images.paths.__getitem__, images.label
+    count = min(args.images, total)
+    chosen = np.linspace(0, total - 1, count).astype(int).tolist()
+    views = [picture_view(load_rgb(file(i)), pipeline.image_size, i, args) for i in chosen]
     pictures = ((torch.stack(views) + 1) * 127.5).round().to(torch.uint8)  # (n, 3, H, W)
-    edges, labels = canny(pictures), [images.label(i) for i in chosen]
+    edges, asked = canny(pictures), [words(i) for i in chosen]
     ways = {
         "with": {},
         "again": {"seed": args.seed + 1},
@@ -49,8 +58,7 @@ def main(args: argparse.Namespace) -> None:
     }
     settings = {**vars(sampling_config(args)), "seed": args.seed, "control_images": list(edges)}
     drawn = {
-        name: np.stack([np.asarray(image) for image in pipeline(labels, **settings | way)])
-        for name, way in ways.items()
+        name: np.stack([np.asarray(image) for image in pipeline(asked, **settings | way)]) for name, way in ways.items()
     }
     originals = pictures.permute(0, 2, 3, 1).numpy()
     judged = {**drawn, "reconstructions": reconstruct(pipeline.tokenizer, originals)[0]}
@@ -92,7 +100,12 @@ def edge_f1(drawn: "Tensor", asked: "Tensor", reach: int = 1) -> float:
 def flags() -> argparse.ArgumentParser:
     """Return the script's flags."""
     parser = flag_parser(__doc__)
-    parser.add_argument("--data-path", required=True, help="class folders of pictures that were held out")
+    parser.add_argument(
+        "--data-path", required=True, help="held out: class folders of pictures, or a folder of pairs of a text model"
+    )
+    add_flag(
+        parser, "--caption-key", None, "llava", "which caption of a pair", choices=("blip", "llava", "llava_first")
+    )
     parser.add_argument("--gpt-ckpt", required=True, help="a model of control images: its file or run")
     parser.add_argument("--vq-ckpt", required=True, help="its tokenizer")
     parser.add_argument("--output", required=True, help="folder to write report.json and edges.png to")
@@ -102,7 +115,7 @@ def flags() -> argparse.ArgumentParser:
     add_switch(parser, "--flip", True, "mirrored crops too")
     add_flag(parser, "--crop-range", positive_float, 1.1, "as --crop-range of extract_codes_c2i.py")
     add_flag(parser, "--columns", positive_int, 12, "of edges.png")
-    add_flag(parser, "--seed", SEED, 0, "image i is a function of the seed, i, its class and its edges")
+    add_flag(parser, "--seed", SEED, 0, "image i is a function of the seed, i, its class or caption, and its edges")
     add_sampling_flags(parser)
     return parser
 

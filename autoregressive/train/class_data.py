@@ -86,7 +86,7 @@ class ClassData:
 
     def __init__(self, args: argparse.Namespace, dist: Distributed):
         self.args, self.dist, self.log = args, dist, console_logger("dataset", dist.is_main)
-        self.further = further_conditions(args, args.val_code_path)
+        self.further = further_conditions(args)
         if args.dataset != CODES:
             raise ValueError(f"train_c2i.py reads --dataset {CODES}, got {args.dataset!r}")
         self.train = self.codes = codes_of(args)

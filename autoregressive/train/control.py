@@ -20,6 +20,7 @@ from autoregressive.models.canny import canny
 from autoregressive.models.conditions.control import PATCHES
 from autoregressive.models.trunk import Trunk
 from autoregressive.systems import OWN_CONTROL, common_name, named_as
+from autoregressive.train.flags import held_out_flag
 from dataset.store import INDEX_FILE, read_record
 from utils.checkpoint import Checkpoint
 from utils.cli import given, layout_numbers
@@ -46,12 +47,17 @@ def ask_control(args: argparse.Namespace) -> None:
     args.control_of_images = args.control_path is None
     kind = args.control_type or "canny"
     shape = None
+    held_out, there = held_out_flag(args)
+    if args.val_control_path and not (args.control_path and there):
+        missing = held_out if args.control_path else "--control-path"
+        raise ValueError(f"--val-control-path {args.val_control_path} needs {missing} too")
+    if there and args.control_path and not args.val_control_path:
+        raise ValueError(f"{held_out} {there} needs --val-control-path too")
     if args.control_path:
         shape = stored_shape(args.control_path, args)
-        if args.val_control_path:
-            stored_shape(args.val_control_path, args)
         args.condition_path = [*(args.condition_path or ()), f"control={args.control_path}"]
         if args.val_control_path:
+            stored_shape(args.val_control_path, args)
             args.val_condition_path = [*(args.val_condition_path or ()), f"control={args.val_control_path}"]
     elif kind != "canny" or getattr(args, "dataset", None) != "t2i":
         raise ValueError(

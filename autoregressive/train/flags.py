@@ -64,6 +64,12 @@ def class_flags(description: str | None, *, sharded: bool = False) -> argparse.A
     return parser
 
 
+def held_out_flag(args: argparse.Namespace) -> tuple[str, str | None]:
+    """Return the name of the flag of held-out data, pairs or codes, and its value."""
+    name = "val_data_path" if "val_data_path" in args else "val_code_path"
+    return f"--{name.replace('_', '-')}", getattr(args, name)
+
+
 def add_gpt_training_flags(
     parser: argparse.ArgumentParser, gpt_type: str, *, sample_cfg_scale: float, wandb_project: str | None = None
 ) -> None:

@@ -24,6 +24,7 @@ from autoregressive.released import find_identity, flags_of
 from autoregressive.train.contrast import STEP_FLOPS, Contrast, ContrastLoss, ContrastStep, NegativesOfNext
 from autoregressive.train.control import condition_settings
 from autoregressive.train.evaluation import mean_over, own_orders, require_readable
+from autoregressive.train.flags import held_out_flag
 from autoregressive.train.flops import training_flops_per_image
 from autoregressive.train.lora import Lora
 from autoregressive.train.loss import TokenLoss, dropped_conditions
@@ -64,18 +65,21 @@ class Inputs:
     share: Tensor | None = None
 
 
-def further_conditions(args: argparse.Namespace, held_out: str | None) -> list[str]:
-    """Return the names of --condition. held_out: the path of held-out data, if any.
+def further_conditions(args: argparse.Namespace) -> list[str]:
+    """Return the names of --condition.
 
-    Raises ValueError where --condition-path, or --val-condition-path with held-out data, does not give the data of each.
+    Raises ValueError where --condition-path, or --val-condition-path of held-out data, does not give the data of each.
     """
     names = [condition["name"] for condition in args.condition]
-    for flag, words in (
-        ("condition", args.condition_path),
-        ("val-condition", args.val_condition_path if held_out else None),
+    flag, held_out = held_out_flag(args)
+    if args.val_condition_path and not held_out:
+        raise ValueError(f"--val-condition-path {args.val_condition_path[0]} needs {flag} too")
+    needed = [name for name in names if not (name == "control" and args.control_of_images)]
+    for flag, words, stored in (
+        ("condition", args.condition_path, needed),
+        ("val-condition", args.val_condition_path, needed if held_out else []),
     ):
-        stored = [name for name in names if not (name == "control" and args.control_of_images)]
-        if sorted(condition_folders(words)) != sorted(stored) and (held_out or flag == "condition"):
+        if sorted(condition_folders(words)) != sorted(stored):
             wanted = " ".join(f"--{flag}-path {name}=FOLDER" for name in stored) or f"no --{flag}-path"
             raise ValueError(f"--{flag}-path gives {', '.join(words or ()) or 'nothing'}; this model takes {wanted}")
     return names

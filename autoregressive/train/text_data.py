@@ -39,7 +39,7 @@ class TextData:
     def __init__(self, args: argparse.Namespace, dist: Distributed, resumed: dict[str, Any] | None = None):
         self.args, self.dist, self.tokens = args, dist, args.cls_token_num
         console_logger("dataset", dist.is_main)
-        self.further = further_conditions(args, args.val_data_path)
+        self.further = further_conditions(args)
         args.t5_feature_dim = given(args.t5_feature_dim)
         with dist.main_first():  # which indexes shards where they have no index yet
             self.train = build_dataset(args, random_crop=args.random_crop)
@@ -130,6 +130,9 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--dataset {TEXT} encodes images while training: give --vq-ckpt, or --dataset {TEXT_CODES} with --code-path"
         )
+    if not args.val_data_path and (unread := args.val_t5_feat_path or args.val_code_path):
+        flag = "--val-t5-feat-path" if args.val_t5_feat_path else "--val-code-path"
+        raise ValueError(f"{flag} {unread} needs --val-data-path too")
     if args.val_data_path and not (args.val_t5_feat_path and (args.dataset == TEXT or args.val_code_path)):
         missing = "--val-t5-feat-path" if not args.val_t5_feat_path else "--val-code-path"
         raise ValueError(f"--val-data-path {args.val_data_path} needs {missing} too")

@@ -322,6 +322,8 @@ def test_edges_are_drawn_of_the_images_that_are_encoded(data, tmp_path):
         train(data, tmp_path, "--control-type", "depth", *control[2:], kind="images")
     with pytest.raises(ValueError, match="--control-path is needed"):
         train(data, tmp_path, *control)
+    with pytest.raises(ValueError, match="--val-control-path x needs --control-path too"):
+        train(data, tmp_path, *control, *held_out(data), "--val-control-path", "x", kind="images")
 
 
 def store_controls(data, folder):
@@ -385,7 +387,12 @@ def test_random_sides_that_do_not_fit_are_refused(data, tmp_path):
 def test_stored_control_images_of_pairs_are_trained_on_resumed_and_drawn_by(data, tmp_path):
     controls, images = store_controls(data, tmp_path / "controls")
     flags = ["--control-path", controls, "--control-encoder", "vit,width=16,layers=1,heads=2,positions=4"]
-    flags += [*held_out(data), "--val-control-path", controls, "--lr", 1e-2, "--control-type", "hed"]
+    flags += ["--lr", 1e-2, "--control-type", "hed"]
+    with pytest.raises(ValueError, match=f"--val-control-path {controls} needs --val-data-path too"):
+        train(data, tmp_path, *flags, "--val-control-path", controls)
+    with pytest.raises(ValueError, match=f"--val-data-path {data / 'pairs'} needs --val-control-path too"):
+        train(data, tmp_path, *flags, *held_out(data))
+    flags += [*held_out(data), "--val-control-path", controls]
     whole = train(data, tmp_path / "whole", *flags, "--max-steps", 6)
     parts = train(data, tmp_path / "parts", *flags, "--max-steps", 3)
     train(data, parts, *flags, "--max-steps", 6, "--resume")
@@ -421,6 +428,9 @@ def test_half_precision_and_stochastic_depth(data, tmp_path):
         (["--image-size", 20], r"are of --image-size 16 and have 16 tokens an image; 25 are needed"),
         (["--val-data-path", "x"], r"--val-data-path x needs --val-t5-feat-path too"),
         (["--val-data-path", "x", "--val-t5-feat-path", "y"], r"--val-data-path x needs --val-code-path too"),
+        (["--val-t5-feat-path", "x"], r"--val-t5-feat-path x needs --val-data-path too"),
+        (["--val-code-path", "x"], r"--val-code-path x needs --val-data-path too"),
+        (["--val-condition-path", "depth=x"], r"--val-condition-path depth=x needs --val-data-path too"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )

@@ -211,6 +211,13 @@ def test_stored_controls_that_do_not_fit_are_refused(digits, edges, tmp_path, sh
         (["--control-path", "edges"], "--control-encoder is needed"),
         (["--control-path", "edges", *ENCODER, "--condition", "control"], "describe the same condition"),
         (["--control-path", "edges", *ENCODER, "--lora-rank", 2], "--lora-rank trains a model without"),
+        (
+            ["--control-path", "edges", *ENCODER, "--val-control-path", "x"],
+            "--val-control-path x needs --val-code-path",
+        ),
+        (["--control-path", "edges", *ENCODER, "--val-code-path", "x"], "--val-code-path x needs --val-control-path"),
+        (["--val-control-path", "x", "--val-code-path", "x"], "--val-control-path x needs --control-path"),
+        (["--val-condition-path", "depth=x"], "--val-condition-path depth=x needs --val-code-path"),
         (["--control-path", "edges", "--control-encoder", "/absent"], "is no model of transformers"),
         (["--control-path", "edges", "--control-encoder", "vit,width=10,heads=4"], "4 heads must divide the width 10"),
     ],
