@@ -3,10 +3,11 @@
     python3 tools/edges_report.py --data-path quickstart/drawings/held_out --gpt-ckpt quickstart/control \\
         --vq-ckpt quickstart/tokenizer --ten-crop --no-flip --output quickstart/control_report
 
-A picture of each one's class, or of its caption, is drawn by its edges: at full strength, at half, without them (strength 0), and as a check by
-those of another picture. An edge pixel is right where one of the other picture's is at most a pixel away; F1 is the harmonic mean of the
-right shares of both. What it is of the tokenizer's reconstructions is the bound. Writes report.json and edges.png, whose rows
-are pictures, their edges, what is drawn by them with two seeds, and what is drawn without.
+A picture of each one's class, or of its caption where the model is text-conditional, is drawn by its edges: at full strength,
+at half, without them (strength 0), and as a check by those of another picture. An edge pixel is right where one of the other
+picture's is at most a pixel away; F1 is the harmonic mean of the right shares of both. What it is of the tokenizer's
+reconstructions is the bound. Writes report.json and edges.png, whose rows are pictures, their edges, what is drawn by them
+with two seeds, and what is drawn without.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoregressive.sample.flags import add_sampling_flags, sampling_config
+from dataset.pairs import CAPTION_KEYS, caption_of
 from utils.cli import SEED, add_flag, add_switch, flag_parser, positive_float, positive_int, run_script
 
 if TYPE_CHECKING:
@@ -29,7 +31,6 @@ def main(args: argparse.Namespace) -> None:
     from autoregressive.models.canny import canny
     from autoregressive.pipeline import ImagePipeline
     from dataset.folders import class_folders
-    from dataset.pairs import caption_of
     from dataset.pixels import load_rgb
     from dataset.sources import open_pairs
     from tools.stages import reconstruct
@@ -103,9 +104,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data-path", required=True, help="held out: class folders of pictures, or a folder of pairs of a text model"
     )
-    add_flag(
-        parser, "--caption-key", None, "llava", "which caption of a pair", choices=("blip", "llava", "llava_first")
-    )
+    add_flag(parser, "--caption-key", None, "blip", "which of a pair's three captions", choices=CAPTION_KEYS)
     parser.add_argument("--gpt-ckpt", required=True, help="a model of control images: its file or run")
     parser.add_argument("--vq-ckpt", required=True, help="its tokenizer")
     parser.add_argument("--output", required=True, help="folder to write report.json and edges.png to")

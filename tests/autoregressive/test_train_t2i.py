@@ -1,5 +1,6 @@
 """Training on image-text pairs: images and codes, lists and shards, one process and two, killed and moved, two stages."""
 
+import json
 import math
 import os
 import re
@@ -24,6 +25,7 @@ from tests.text_training import COLOURS, DIM, TOKENS, caption_features, make_fea
 from tests.training import check_published_flags, live, load, metrics, quiet_loggers, run_folder, run_here, same
 from tokenizer.load import load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQ_models
+from tools import edges_report
 from utils.checkpoint import read_checkpoint
 from utils.rng import item_seed
 from utils.training.order import BatchOrder
@@ -324,6 +326,28 @@ def test_edges_are_drawn_of_the_images_that_are_encoded(data, tmp_path):
         train(data, tmp_path, *control)
     with pytest.raises(ValueError, match="--val-control-path x needs --control-path too"):
         train(data, tmp_path, *control, *held_out(data), "--val-control-path", "x", kind="images")
+
+
+def test_edges_report_of_a_text_model_draws_by_captions_of_the_key(data, tmp_path, monkeypatch):
+    control = ["--control-type", "canny", "--control-encoder", "vit,width=16,layers=1,heads=2,positions=4"]
+    train(data, tmp_path / "run", *control, "--max-steps", 1, kind="images")
+    read = []
+
+    class Encoder:
+        def get_text_embeddings(self, texts):
+            read.extend(texts)
+            return torch.ones(len(texts), TOKENS, DIM), torch.ones(len(texts), TOKENS, dtype=torch.long)
+
+    monkeypatch.setattr("autoregressive.text.find_encoder", lambda pipeline: Encoder())
+    files = ["--gpt-ckpt", tmp_path / "run", "--vq-ckpt", data / "vq.pt", "--output", tmp_path, "--images", 5]
+    for key, captions in (("blip", {"a red thing", "a grey thing"}), ("llava", {"b"})):
+        read.clear()
+        run_here(edges_report, *files, "--data-path", data / "pairs", "--caption-key", key)
+        assert captions <= set(read) and len(set(read)) <= 4
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert report["images"] == 5 and len(report["edge_f1"]) == 6
+    with pytest.raises(ValueError, match=r"no \*.jsonl files in"):
+        run_here(edges_report, *files, "--data-path", data / "codes")
 
 
 def store_controls(data, folder):
