@@ -17,7 +17,7 @@ from autoregressive.pipeline import ImagePipeline
 from autoregressive.train import extract_codes_t2i, text_data, train_t2i
 from autoregressive.train.control import RandomSides
 from autoregressive.train.loss import TokenLoss, dropped_conditions
-from dataset.arrays import write_arrays
+from dataset.arrays import PairArrays, write_arrays
 from dataset.augmentation import center_view
 from language.features import left_padded, prefix_mask
 from tests.helpers import ROOT
@@ -25,7 +25,7 @@ from tests.text_training import COLOURS, DIM, TOKENS, caption_features, make_fea
 from tests.training import check_published_flags, live, load, metrics, quiet_loggers, run_folder, run_here, same
 from tokenizer.load import load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQ_models
-from tools import edges_report
+from tools import edges_report, make_controls
 from utils.checkpoint import read_checkpoint
 from utils.rng import item_seed
 from utils.training.order import BatchOrder
@@ -326,6 +326,27 @@ def test_edges_are_drawn_of_the_images_that_are_encoded(data, tmp_path):
         train(data, tmp_path, *control)
     with pytest.raises(ValueError, match="--val-control-path x needs --control-path too"):
         train(data, tmp_path, *control, *held_out(data), "--val-control-path", "x", kind="images")
+
+
+def test_edges_stored_of_pairs_are_those_drawn_while_training(data, tmp_path):
+    files = ["--code-path", data / "codes", "--output", tmp_path / "edges"]
+    for source in ("pairs", "shards"):
+        run_here(make_controls, *files[:-1], tmp_path / source, "--data-path", data / source)
+    control = ["--control-encoder", "vit,width=16,layers=1,heads=2,positions=4", "--lr", 1e-2, "--max-steps", 3]
+    train(data, tmp_path / "drawn", *control, kind="images")
+    for source in ("pairs", "shards"):
+        train(data, tmp_path / f"of_{source}", *control, "--control-path", tmp_path / source)
+        assert metrics(tmp_path / f"of_{source}", "loss") == metrics(tmp_path / "drawn", "loss")
+    run_here(make_controls, *files, "--data-path", data / "pairs", "--map-path", data / "pairs")
+    assert PairArrays(tmp_path / "edges", "control", COUNTS).get("part-b", 3).shape == (3, 16, 16)
+    with pytest.raises(ValueError, match="has tar shards"):
+        run_here(make_controls, *files, "--data-path", data / "shards", "--map-path", data / "pairs")
+    make_pairs(tmp_path / "other", {"part-z": 2})
+    with pytest.raises(ValueError, match="has no folder of codes of part-z"):
+        run_here(make_controls, *files, "--data-path", tmp_path / "other")
+    shutil.copy(data / "pairs/part-a.jsonl", tmp_path / "other/part-b.jsonl")
+    with pytest.raises(ValueError, match="part-b was made of other lines"):
+        run_here(make_controls, *files, "--data-path", tmp_path / "other")
 
 
 def test_edges_report_of_a_text_model_draws_by_captions_of_the_key(data, tmp_path, monkeypatch):
