@@ -87,7 +87,7 @@ def load_gpt(
     model.file_config = checkpoint.config
     # The model alone holds the weights now: each tensor that is cast or moved gives the memory of the old one back, and what
     # else the file has (an optimizer, averaged weights) goes at once.
-    del checkpoint
+    del checkpoint, weights
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 

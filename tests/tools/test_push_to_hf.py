@@ -13,7 +13,6 @@ import torch
 
 from autoregressive.hub import TransformerHF
 from autoregressive.pipeline import load_gpt
-from tests import forkserver
 from tests.training import environment, run_here
 from tokenizer.load import load_tokenizer
 from tokenizer.tokenizer_image.hub import VQModelHF
@@ -182,9 +181,8 @@ def python(words: list, hub, home, token: str = "hf_right") -> subprocess.Comple
         "HF_HUB_DISABLE_XET": "1",
         "NO_PROXY": "127.0.0.1",
     }
-    return forkserver.run(
-        [sys.executable, *map(str, words)], env=environment(**of_hub), capture_output=True, text=True, timeout=240
-    )
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, env=environment(**of_hub), capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.slow
