@@ -45,14 +45,19 @@ class TokenLoss(nn.Module):
         """Return the mean over all tokens, a float32 scalar.
 
         Args:
-            codes: int64 (B, N) in raster order; in raster layout also fewer, of pictures of other sides.
+            codes: int64 (B, N) in raster order; fewer for pictures of other sides, where the model is of several resolutions.
             cond, drop, prefix_mask: as Trunk.forward takes them.
             valid: (B,), samples marked 0 are left out of the mean.
             layout: what the samples are read by, where it is not the model's layout.
             orders: int64 (B, N), the raster index at each sequence position of each sample, where it is not the layout's.
+
+        Raises ValueError for codes of another image size.
         """
+        args, number = self.model.args, codes.shape[1]
+        if number > args.block_size or (number < args.block_size and not args.rope_grid):
+            raise ValueError(f"{number} codes an image, the model has {args.block_size}: give codes of its image size")
         layout = layout or self.model.layout
-        order = self.model.layout_order(layout, codes.device)[: codes.shape[1]]
+        order = self.model.layout_order(layout, codes.device)[:number]
         tokens = codes[:, order] if orders is None else codes.gather(1, orders)
         hidden, targets = _predictions(self.model, layout, tokens, cond, drop, prefix_mask, orders)
         row_weights = None if valid is None else valid.float().repeat_interleave(len(hidden) // len(codes))

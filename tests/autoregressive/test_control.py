@@ -407,11 +407,19 @@ def by_hand(model: Transformer, tokens, cond, drop, strength: float = 1.0, prefi
 
 def test_loss_of_a_rectangle_is_the_mean_over_its_tokens():
     """A square's rotary table is read by the number of a token."""
-    model, cond, codes = small(), inputs(), torch.randint(64, (3, 10), generator=torch.Generator().manual_seed(1))
+    model, codes = small(rope_grid=4), torch.randint(64, (3, 10), generator=torch.Generator().manual_seed(1))
+    cond = inputs()
     cond["control"], drop = cond["control"][:, :10], torch.tensor([False, True, False])
     logits = by_hand(model, codes[:, :-1], cond, drop)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten())
     assert_close(TokenLoss(model.eval())(codes, cond, drop=drop), expected)
+
+
+@pytest.mark.parametrize(("tokens", "grid"), [(10, None), (17, None), (17, 5)])
+def test_loss_of_codes_of_another_image_size_is_refused(tokens, grid):
+    codes = torch.zeros(3, tokens, dtype=torch.long)
+    with pytest.raises(ValueError, match=f"{tokens} codes an image, the model has 16"):
+        TokenLoss(small(None, rope_grid=grid))(codes, {"label": torch.arange(3)})
 
 
 def test_random_sides_are_drawn_by_the_step():
