@@ -10,10 +10,11 @@ import pytest
 from tests.helpers import ROOT
 
 PATIENCE = 120  # seconds that a busy machine may take
-# Writes down its words, then what it was sent: USR1 or nothing.
+# Writes down its words, then what it was sent: USR1 or nothing. With EARLY it signals the job as soon as it runs.
 SRUN = """#!/usr/bin/env bash
 trap 'echo USR1 >>"$NOTES"; exit 0' USR1
 echo "$@" >>"$NOTES"
+[ -z "$EARLY" ] || kill -USR1 "$PPID"
 for i in $(seq "$TENTHS"); do sleep 0.1; done
 exit "$CODE"
 """
@@ -30,9 +31,14 @@ def submit(tmp_path):
     batch = tmp_path / "slurm_script"
     batch.write_text((ROOT / "scripts/slurm/run.sbatch").read_text())
 
-    def start(*words, tenths=0, code=0):
+    def start(*words, tenths=0, code=0, early=""):
         given = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7", "NOTES": str(tmp_path / "notes")}
-        given |= {"TENTHS": str(tenths), "CODE": str(code), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+        given |= {
+            "TENTHS": str(tenths),
+            "CODE": str(code),
+            "EARLY": early,
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        }
         given["VIRTUAL_ENV"] = "x"
         return subprocess.Popen(["bash", batch, *words], cwd=tmp_path, env=given, stderr=subprocess.PIPE, text=True)
 
@@ -58,6 +64,12 @@ def test_a_job_at_the_end_of_its_time_is_requeued_once_its_run_has_ended(submit)
     while not notes(submit.notes) and time.monotonic() < deadline:
         time.sleep(0.05)
     job.send_signal(signal.SIGUSR1)
+    assert job.wait(PATIENCE) == 0
+    assert notes(submit.notes)[1:] == ["USR1", "scontrol requeue 7"]
+
+
+def test_a_signal_while_the_run_starts_is_passed_on(submit):
+    job = submit("autoregressive/train/train_c2i.py", tenths=300, early="yes")
     assert job.wait(PATIENCE) == 0
     assert notes(submit.notes)[1:] == ["USR1", "scontrol requeue 7"]
 
