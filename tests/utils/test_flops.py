@@ -51,6 +51,14 @@ def test_frozen_weights_have_no_gradient_of_their_own():
     assert training_flops_per_image(model) == trained - 2 * 3 * BLOCK * 64
 
 
+def test_trunk_before_a_second_exit_that_alone_is_trained_has_no_backward_pass():
+    rows, outputs, model = 64, 64, Transformer(replace(ARGS, layout={"name": "neighbours"}))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(model.of_second_exit(name) is not None)
+    products = (2 * 3 + 6) * BLOCK * rows + (2 + 6) * 100 * 64 * outputs
+    assert training_flops_per_image(model) == products + (4 * 3 + 12) * 64 * rows**2
+
+
 @pytest.mark.parametrize("patch_side", [1, 2])
 def test_training_flops_are_those_of_the_matrices_the_model_multiplies(patch_side):
     model = Transformer(ARGS)
