@@ -194,7 +194,8 @@ def diversity(pixels: np.ndarray, group_size: int) -> float:
 class HeldOutRewards:
     """Rewards, diversity and recall of images drawn with noise that training does not see: Job.validate.
 
-    A checkpoint with a higher reward than all before it, the beginning included, is copied to `best/` among the checkpoints.
+    A checkpoint with a higher reward than all before it, the beginning included, is copied to `best/` among the checkpoints,
+    its step and reward to `best.json` beside it.
     """
 
     def __init__(self, studio: Studio, asked: Asked, rewards: Sequence[Reward], args: Namespace):
@@ -213,6 +214,8 @@ class HeldOutRewards:
         Every process calls it together.
         """
         self.trainer = trainer
+        if self.dist.is_main and not self._record() and (kept := trainer.run.stores[0] / "best").exists():
+            trainer.log.warning(f"{kept} has no best.json beside it: the first checkpoint that is measured replaces it")
         due = trainer.step % self.args.ckpt_every == 0 or trainer.step == trainer.total_steps
         if not due or self.dist.broadcast(self._record().get("measured", -1)) >= trainer.step:
             return
@@ -286,13 +289,12 @@ class HeldOutRewards:
 
     # The best checkpoint
 
-    @property
-    def _file(self) -> Path:
-        return self.trainer.run.folder / "best.json"
-
     def _record(self) -> dict[str, Any]:
         """Return the best step, its reward, and the last step that was measured; nothing where none was."""
-        record = json.loads(self._file.read_text()) if self._file.exists() else {}
+        run = self.trainer.run
+        places = [*run.stores, *run.former, run.folder]  # an earlier edition's is in the run's folder
+        file = next((place / "best.json" for place in places if (place / "best.json").exists()), None)
+        record = json.loads(file.read_text()) if file else {}
         return {"measured": self.trainer.step} | record if record else {}  # an earlier edition's has no such entry
 
     def _keep_best(self, value: float) -> None:
@@ -309,7 +311,7 @@ class HeldOutRewards:
                 if found:
                     keep_copy(found[0], store / "best")
                     trainer.log.info(f"best so far: {store / 'best'} (val_reward {value:.4f})")
-            write_json(self._file, record | {"measured": step})
+            write_json(store / "best.json", record | {"measured": step})
         except OSError as error:
             trainer.log.warning(
                 f"could not keep the checkpoint of step {step} in {store / 'best'} ({error}); training continues"

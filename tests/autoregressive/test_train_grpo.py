@@ -114,7 +114,7 @@ def test_run_raises_its_reward_keeps_the_best_and_leaves_an_ordinary_file(files,
     best = max((step for step in held_out if step), key=held_out.__getitem__)
     (kept,) = (path.parent / "best").iterdir()
     assert int(kept.stem) == best
-    record = json.loads((run_folder(tmp_path) / "best.json").read_text())
+    record = json.loads((path.parent / "best.json").read_text())
     assert record == {"step": best, "val_reward": held_out[best], "measured": 6}
     assert len(list((run_folder(tmp_path) / "samples").glob("*.png"))) == 3
 
@@ -177,13 +177,37 @@ def test_run_killed_before_its_held_out_figures_is_measured_where_it_resumes(fil
         monkeypatch.undo()
     train(files, tmp_path / "parts", *more, "--resume")
     whole, parts = (
-        (metrics(folder, "val_reward"), (run_folder(folder) / "best.json").read_text())
+        (metrics(folder, "val_reward"), (newest(folder).parent / "best.json").read_text())
         for folder in (tmp_path / "whole", tmp_path / "parts")
     )
     assert whole == parts and whole[0].keys() == {0, 2, 3}
-    (run_folder(tmp_path / "parts") / "best.json").unlink()  # moved without it
-    train(files, tmp_path / "parts", "--max-steps", 4, "--ckpt-every", 2, "--resume")
-    assert json.loads((run_folder(tmp_path / "parts") / "best.json").read_text())["measured"] == 4
+
+
+def test_best_checkpoint_stays_where_the_checkpoints_alone_were_moved(files, tmp_path):
+    train(files, tmp_path / "run", "--max-steps", 2, "--ckpt-every", 2)
+    begun = run_folder(tmp_path / "run")
+
+    def resumed(name, record, in_run=False):
+        """Return the record, the best checkpoint's name and the log of the run, resumed from its checkpoints."""
+        run = tmp_path / name / begun.name
+        shutil.copytree(begun / "checkpoints", run / "checkpoints")
+        shutil.rmtree(run / "checkpoints/best", ignore_errors=True)
+        (run / "checkpoints/best").mkdir()
+        shutil.copy(newest(tmp_path / "run"), run / "checkpoints/best/0000001.pt")
+        (run / "checkpoints/best.json").unlink()
+        if record:
+            ((run if in_run else run / "checkpoints") / "best.json").write_text(json.dumps(record))
+        train(files, tmp_path / name, "--max-steps", 3, "--ckpt-every", 2, "--resume")
+        (kept,) = (run / "checkpoints/best").iterdir()
+        return json.loads((run / "checkpoints/best.json").read_text()), kept.name, (run / "log.txt").read_text()
+
+    best = {"step": 1, "val_reward": 9.0, "measured": 2}
+    for name, in_run in (("moved", False), ("earlier edition's", True)):
+        record, kept, log = resumed(name, best, in_run)
+        assert record == {**best, "measured": 3} and kept == "0000001.pt" and "has no best.json" not in log
+    record, kept, log = resumed("without", None)
+    assert record["measured"] == 3 and kept == f"{record['step']:07d}.pt" != "0000001.pt"
+    assert "best has no best.json beside it: the first checkpoint that is measured replaces it" in log
 
 
 def test_equal_rewards_leave_the_weights_where_they_are(files, tmp_path):
