@@ -23,17 +23,13 @@ class Registry(Generic[Kind]):
         self._modules = dict(modules or {})
         self._known: dict[str, Kind] = {}
 
-    def add(self, name: str, implementation: Kind) -> None:
-        """Register an implementation. Raises ValueError where the name is taken."""
-        if name in self._known or self._modules.get(name, implementation.__module__) != implementation.__module__:
-            raise ValueError(f"the {self.kind} {name!r} is registered already; give this one another name")
-        self._known[name] = implementation
-
     def register(self, name: str) -> Callable[[Implementation], Implementation]:
-        """Return the decorator that registers an implementation under a name."""
+        """Return the decorator that registers an implementation under a name. It raises ValueError where the name is taken."""
 
         def register(implementation: Implementation) -> Implementation:
-            self.add(name, implementation)
+            if name in self._known or self._modules.get(name, implementation.__module__) != implementation.__module__:
+                raise ValueError(f"the {self.kind} {name!r} is registered already; give this one another name")
+            self._known[name] = implementation
             return implementation
 
         return register

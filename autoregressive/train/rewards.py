@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,28 +23,12 @@ from evaluations.t2i.clip import CLIP, find_clip, load_clip
 from utils.registry import Registry
 
 Asked = Mapping[str, Any]
-F = TypeVar("F", bound=Callable[..., Any])
 REWARDS: Registry[Callable[..., Any]] = Registry("reward")
 FEATURES: Registry[Callable[..., Any]] = Registry("kind of features")
 PIXELS_A_SIDE = 16
 
-
-def reward(name: str) -> Callable[[F], F]:
-    """Register a function under the name that --reward takes."""
-    return _register(REWARDS, name)
-
-
-def features(name: str) -> Callable[[F], F]:
-    """Register a function of images, uint8 (B, H, W, 3) -> float (B, D), under the name that --recall-features takes."""
-    return _register(FEATURES, name)
-
-
-def _register(registry: Registry, name: str) -> Callable[[F], F]:
-    def register(function: F) -> F:
-        registry.add(name, function)
-        return function
-
-    return register
+reward = REWARDS.register
+features = FEATURES.register  # of functions of images, uint8 (B, H, W, 3) -> float (B, D), for --recall-features
 
 
 @dataclass(frozen=True)

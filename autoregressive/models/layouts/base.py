@@ -373,8 +373,6 @@ def register_layout(name: str) -> Callable[[type], Any]:
 
     def register(layout: type[Layout]) -> type[Layout]:
         layout.name = name
-        layout = dataclass(frozen=True)(layout)
-        LAYOUTS.add(name, layout)
-        return layout
+        return LAYOUTS.register(name)(dataclass(frozen=True)(layout))
 
     return register

@@ -9,25 +9,13 @@ differentiates an objective chunk by chunk (`chunked.py`), so it is written as i
 """
 
 from collections.abc import Callable
-from typing import TypeVar
 
 from torch import Tensor
 
 from utils.registry import Registry
 
 Objective = Callable[[Tensor, Tensor], Tensor]
-F = TypeVar("F", bound=Objective)
 OBJECTIVES: Registry[Objective] = Registry("objective")
-
-
-def objective(name: str) -> Callable[[F], F]:
-    """Register a function under the name that --objective takes."""
-
-    def register(function: F) -> F:
-        OBJECTIVES.add(name, function)
-        return function
-
-    return register
-
+objective = OBJECTIVES.register
 
 from autoregressive.train.objectives import cross_entropy  # noqa: E402, F401 - registers itself
