@@ -14,11 +14,8 @@ CHANGES = {"temperature": [1.0, 0.5, 0.2], "cfg_scale": [1.0, 2.0, 3.0], "top_k"
 
 
 def main(args: argparse.Namespace) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     import torch
+    from matplotlib.figure import Figure
 
     from autoregressive.models.generate import generate
     from autoregressive.pipeline import load_gpt
@@ -50,6 +47,9 @@ def main(args: argparse.Namespace) -> None:
         base,
         *({**base, name: value} for name, values in CHANGES.items() for value in values if value != base[name]),
     ]
+    figure = Figure(layout="tight")
+    axis = figure.subplots()
+    axis.set(xlabel="window, tokens", ylabel=f"passes for {tokens} tokens")
     print(f"{args.gpt_ckpt}: passes for {tokens} tokens, {args.images} images one at a time")
     print("| " + " | ".join(["guidance", "temperature", "top-k", *map(str, args.windows)]) + " |")
     print("|---" * (3 + len(args.windows)) + "|")
@@ -57,16 +57,16 @@ def main(args: argparse.Namespace) -> None:
         found = [passes(window, settings) for window in args.windows]
         print("|", " | ".join([*map(str, settings.values()), *(f"{each:.1f}" for each in found)]), "|", flush=True)
         name = "as the pictures" if settings is base else next(f"{k} {v}" for k, v in settings.items() if v != base[k])
-        plt.plot([1, *args.windows], [tokens, *found], label=name, marker="o", linewidth=2.5 if settings is base else 1)
+        axis.plot(
+            [1, *args.windows], [tokens, *found], label=name, marker="o", linewidth=2.5 if settings is base else 1
+        )
     if args.output:
-        plt.xscale("log", base=2)
-        plt.xlabel("window, tokens")
-        plt.ylabel(f"passes for {tokens} tokens")
-        plt.ylim(bottom=0)
-        plt.grid(alpha=0.3)
-        plt.legend(fontsize="small")
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
         with atomic_write(args.output) as f:
-            plt.savefig(f, format="png", dpi=100)
+            figure.savefig(f, format="png", dpi=100)
         print(f"wrote {args.output}")
 
 

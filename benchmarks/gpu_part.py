@@ -47,19 +47,13 @@ class Part:
         """Return seconds of a call to its end on the device, the mean over `repeats`."""
         return timed(work, self.device, repeats)
 
-    def wait(self) -> None:
-        """Waits for the device."""
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
-
     def peak(self, work: Callable[[], object]) -> float:
         """Return the most memory that a call allocates on the device, GiB; nan on a CPU."""
         if not self.cuda:
             work()
             return float("nan")
         torch.cuda.reset_peak_memory_stats(self.device)
-        work()
-        self.wait()
+        self.seconds(work)
         return torch.cuda.max_memory_allocated(self.device) / 2**30
 
     def captured(self, work: Callable[[], object], calls: int) -> float:
@@ -68,7 +62,7 @@ class Part:
         if not self.cuda:
             return self.seconds(work, calls) * 1e6
         graph = torch.cuda.CUDAGraph()
-        self.wait()
+        torch.cuda.synchronize(self.device)
         with torch.cuda.graph(graph):
             for _ in range(calls):
                 work()

@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import gpu_sampling, gpu_training
 from benchmarks.gpu_part import Part
-from benchmarks.gpu_sampling import batch, int8_par, mends, sampling_3b, sampling_b, sampling_xl, windows
-from benchmarks.gpu_training import fsdp, runs, training
 from benchmarks.measuring import bandwidth
 from utils.precision import full_float32, use_tf32
 
@@ -140,33 +139,16 @@ def tokenizer_steps(part: Part, case: str, pixels: Tensor) -> tuple[Callable[[],
     return encode, decode
 
 
-PARTS = [
-    machine,
-    sampling_b,
-    mends,
-    training,
-    sampling_xl,
-    sampling_3b,
-    runs,
-    vq,
-    batch,
-    fsdp,
-    windows,
-    int8_par,
-    tests,
-]
-
-
 def main() -> None:
     """Runs the part that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=[part.__name__ for part in PARTS])
+    parser.add_argument("part")
     parser.add_argument("file", type=Path)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
-    chosen = next(part for part in PARTS if part.__name__ == args.part)
-    chosen(Part(args.file, args.device, args.small))
+    measures = vars(gpu_sampling) | vars(gpu_training) | globals()
+    measures[args.part](Part(args.file, args.device, args.small))
 
 
 if __name__ == "__main__":

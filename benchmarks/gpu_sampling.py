@@ -1,5 +1,6 @@
 """The parts of benchmarks/gpu.py that draw tokens: GPT-B, XL and 3B, what decides a mend, batches, PAR, int8."""
 
+from functools import partial
 from itertools import product
 
 import torch
@@ -63,14 +64,7 @@ def kernels_of_a_step(part: Part) -> str:
     )
 
 
-def sampling_xl(part: Part) -> None:
-    """Measures GPT-XL."""
-    sampling(part, "GPT-XL")
-
-
-def sampling_3b(part: Part) -> None:
-    """Measures GPT-3B, whose heads have 100 channels."""
-    sampling(part, "GPT-3B")
+sampling_xl, sampling_3b = (partial(sampling, name=name) for name in ("GPT-XL", "GPT-3B"))
 
 
 def mends(part: Part) -> None:

@@ -16,14 +16,7 @@ from autoregressive.models.rope import apply_rope
 
 @torch.inference_mode()
 def plain_generate(
-    model: Transformer,
-    labels: Tensor,
-    *,
-    cfg_scale: float = 1.0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    sample_logits: bool = True,
-    steps: int | None = None,
+    model: Transformer, labels: Tensor, *, cfg_scale: float, top_k: int, steps: int | None = None
 ) -> Tensor:
     """Draw images token by token. labels: int64 (B,). steps: tokens to draw (default: an image's). Returns int64 (B, steps)."""
     args, layout = model.args, model.layout
@@ -58,14 +51,9 @@ def plain_generate(
         if guided:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + (conditional - unconditional) * cfg_scale
-        if sample_logits:
-            logits = logits / max(temperature, 1e-5)
-            if top_k > 0:
-                smallest_kept = torch.topk(logits, min(top_k, logits.shape[-1])).values[:, -1:]
-                logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
-            token = torch.multinomial(logits.softmax(-1), 1)
-        else:
-            token = logits.argmax(-1, keepdim=True)
+        smallest_kept = torch.topk(logits, min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
+        token = torch.multinomial(logits.softmax(-1), 1)
         tokens.append(token)
         h = model.embed(torch.cat([token, token]) if guided else token)
     return torch.cat(tokens, dim=1)

@@ -20,13 +20,22 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 
-from utils.cli import CFG_SCALE, SHARE, flag_parser, nonnegative_float, nonnegative_int, positive_float, positive_int
+from utils.cli import (
+    CFG_SCALE,
+    SHARE,
+    flag_parser,
+    nonnegative_float,
+    nonnegative_int,
+    positive_float,
+    positive_int,
+    run_script,
+)
 
 ROOT = Path(__file__).parent.parent
 IMAGES = "/v1/images/generations"
@@ -136,7 +145,7 @@ class Server:
 
 @contextmanager
 def started_server(words: Sequence[object], timeout: float = 600) -> Iterator[Server]:
-    """Yield a server of its own on a free port, ended with the block. Raises RuntimeError with its last words if it does not start."""
+    """Yield a server of its own on a free port, ended with the block. Raises ConnectionError with its last words if it does not start."""
     line = [sys.executable, "-m", "autoregressive.serve.server", *map(str, words), "--port", "0"]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
@@ -157,7 +166,7 @@ def started_server(words: Sequence[object], timeout: float = 600) -> Iterator[Se
     reader.start()
     try:
         if not listens.wait(timeout) or not server.url:
-            raise RuntimeError("the server did not start: " + " | ".join(server.lines[-5:]))
+            raise ConnectionError("the server did not start: " + " | ".join(server.lines[-5:]))
         yield server
     finally:
         try:
@@ -188,20 +197,13 @@ def table(outcomes: Sequence[Outcome], images: int, seconds: float) -> str:
     )
 
 
-def main(args: argparse.Namespace, words: Sequence[str]) -> None:
-    @contextmanager
-    def address() -> Iterator[str]:
-        if args.url:
-            if words:
-                raise ValueError(f"{' '.join(words)}: with --url no server is started that could take these")
-            yield args.url.rstrip("/")
-        else:
-            with started_server(["--max-queue", args.max_queue, *words]) as server:
-                yield server.url
-
-    with address() as url:
-        bodies = make_bodies(url, args)
-        report(url, args, bodies)
+def main(args: argparse.Namespace) -> None:
+    if args.url and args.rest:
+        raise ValueError(f"{' '.join(args.rest)}: with --url no server is started that could take these")
+    own = nullcontext() if args.url else started_server(["--max-queue", args.max_queue, *args.rest])
+    with own as server:
+        url = server.url if server else args.url.rstrip("/")
+        report(url, args, make_bodies(url, args))
 
 
 def make_bodies(url: str, args: argparse.Namespace) -> list[dict]:
@@ -209,7 +211,6 @@ def make_bodies(url: str, args: argparse.Namespace) -> list[dict]:
     import httpx
 
     (model,) = httpx.get(f"{url}/v1/models").json()["data"]
-    common = {"n": args.n}
 
     def asked(number: int) -> dict:
         if model["kind"] == "t2i":
@@ -217,7 +218,7 @@ def make_bodies(url: str, args: argparse.Namespace) -> list[dict]:
         return {"class_label": number % model["num_classes"]}
 
     return [
-        {**asked(i), "seed": i * args.n, **common, "guidance_scale": args.cfg_scale + i % args.settings / 2}
+        {**asked(i), "seed": i * args.n, "n": args.n, "guidance_scale": args.cfg_scale + i % args.settings / 2}
         for i in range(args.requests)
     ]
 
@@ -226,17 +227,8 @@ def report(url: str, args: argparse.Namespace, bodies: list[dict]) -> None:
     """Warms up, runs the load and prints its table."""
     asyncio.run(run_load(url, bodies[: args.warmup], bursts=1))
     began = time.monotonic()
-    outcomes = asyncio.run(
-        run_load(
-            url,
-            bodies,
-            bursts=args.bursts,
-            pause=args.pause,
-            rate=args.rate,
-            hang_up=args.hang_up,
-            attempts=args.attempts,
-        )
-    )
+    settings = {name: getattr(args, name) for name in ("bursts", "pause", "rate", "hang_up", "attempts")}
+    outcomes = asyncio.run(run_load(url, bodies, **settings))
     coming = f"{args.rate:g} a second, at random," if args.rate else f"in {args.bursts} bursts {args.pause:g} s apart,"
     print(
         f"{args.requests} requests of {args.n} image{'s' * (args.n > 1)} {coming} {args.settings} kinds of settings, "
@@ -246,8 +238,8 @@ def report(url: str, args: argparse.Namespace, bodies: list[dict]) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags; those it does not know are the server's."""
-    parser = flag_parser(__doc__)
+    """Return the script's flags; those it does not know are the server's, and left in `rest`."""
+    parser = flag_parser(__doc__, rest=True)
     parser.add_argument("--url", default=None, help="of a server that runs (default: one is started)")
     parser.add_argument("--requests", type=positive_int, default=200, help="in all")
     parser.add_argument("--bursts", type=positive_int, default=4, help="in how many bursts they come")
@@ -265,10 +257,4 @@ def flags() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    parser = flags()
-    own, rest = parser.parse_known_args()
-    try:
-        main(own, rest)
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_script(main, flags())

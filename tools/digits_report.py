@@ -15,12 +15,8 @@ import argparse
 import csv
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from utils.cli import flag_parser, run_script
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def main(args: argparse.Namespace) -> None:
@@ -41,6 +37,7 @@ def of_classes(args: argparse.Namespace) -> dict:
     from autoregressive.train.evaluation import mean_loss
     from dataset.codes import open_codes
     from tokenizer.load import load_tokenizer
+    from tools.digits import Judge
     from tools.stages import newest_file, reconstruct
     from utils.distributed import start
     from utils.images import make_grid, peak_signal_to_noise_ratio, save_png
@@ -75,9 +72,9 @@ def of_prompts(args: argparse.Namespace) -> dict:
     import numpy as np
     from PIL import Image
 
-    from tools.digits import attribute_limits, attributes
+    from tools.digits import Judge, attribute_limits, attributes
     from tools.stages import last_held_out_loss, samples_of_prompts
-    from utils.images import make_grid, save_png
+    from utils.images import labelled_grid, make_grid, save_png
 
     if not args.runs:
         raise ValueError("--runs is needed with --prompts: the results folders of the stages")
@@ -88,7 +85,10 @@ def of_prompts(args: argparse.Namespace) -> dict:
     digits = np.asarray([int(row["Digit"]) for row in asked])
     rows = [np.flatnonzero(digits == digit)[:16] for digit in range(10)]
     save_png(make_grid(samples[np.concatenate(rows)], columns=16), Path(args.output) / "samples.png")
-    draw_prompts(samples, [row["Prompt"] for row in asked], Path(args.output) / "prompts.png")
+    # Prompts come in tens, a digit each: steps that are no multiple of ten meet all digits and all wordings.
+    shown = np.unique(np.linspace(0, len(samples) - 1, 20).round().astype(int))
+    grid = labelled_grid(samples[shown], [asked[i]["Prompt"] for i in shown], columns=5, side=128)
+    save_png(grid, Path(args.output) / "prompts.png")
 
     judge = Judge(args.digits)
     side = judge.held_images.shape[1]
@@ -108,77 +108,6 @@ def of_prompts(args: argparse.Namespace) -> dict:
         **judge.figures(resized, digits),
         **{name: float(np.mean(values)) if values else None for name, values in right.items()},
     }
-
-
-class Judge:
-    """A classifier of digits, and features to compare sets in, both learned from make_digits.py's training digits."""
-
-    def __init__(self, folder: str | Path):
-        from sklearn.neural_network import MLPClassifier
-        from sklearn.svm import SVC
-
-        from tools.digits import read_digits
-
-        self.train_images, self.train_labels = read_digits(Path(folder) / "train")
-        self.held_images, self.held_labels = read_digits(Path(folder) / "held_out")
-        pixels = self._pixels(self.train_images)
-        self.classifier = SVC(C=10, gamma="scale").fit(pixels, self.train_labels)
-        self.perceptron = MLPClassifier((64,), max_iter=500, random_state=0).fit(pixels, self.train_labels)
-
-    def figures(self, samples: "np.ndarray", asked: "np.ndarray") -> dict:
-        """Return the figures of samples, uint8 (n, H, W, 3), that should be the digits `asked` (n,)."""
-        held_out = self.classifier.score(self._pixels(self.held_images), self.held_labels)
-        return {
-            "samples": len(samples),
-            "samples_read_as_asked": float(self.classifier.score(self._pixels(samples), asked)),
-            "held_out_digits_read_right": float(held_out),
-            "train_against_held_out": self._distances(self.held_images),
-            "train_against_samples": self._distances(samples),
-        }
-
-    def _pixels(self, images: "np.ndarray") -> "np.ndarray":
-        return images[..., 0].reshape(len(images), -1) / 255.0
-
-    def _features(self, images: "np.ndarray") -> "np.ndarray":
-        return (self._pixels(images) @ self.perceptron.coefs_[0] + self.perceptron.intercepts_[0]).clip(0)
-
-    def _distances(self, images: "np.ndarray") -> dict[str, float]:
-        """Return how far a set of images is from the training digits."""
-        from evaluations.metrics import RunningStatistics, frechet_distance, precision_recall
-
-        features, statistics = [self._features(part) for part in (self.train_images, images)], []
-        for part in features:
-            statistics.append(RunningStatistics(64))
-            statistics[-1].update(part)
-        precision, recall = precision_recall(*features)
-        distance = frechet_distance(*(one.result() for one in statistics))
-        return {"frechet_distance": distance, "precision": precision, "recall": recall}
-
-
-def draw_prompts(samples: "np.ndarray", prompts: list[str], path: Path, count: int = 20) -> None:
-    """Draws `count` samples, spread over all, each below its prompt."""
-    import textwrap
-
-    import matplotlib
-    import numpy as np
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from utils.files import atomic_write
-
-    # Prompts come in tens, a digit each: steps that are no multiple of ten meet all digits and all wordings.
-    shown = np.unique(np.linspace(0, len(samples) - 1, count).round().astype(int))
-    figure, axes = plt.subplots(-(-len(shown) // 5), 5, figsize=(11, 2.5 * -(-len(shown) // 5)), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, i in zip(axes.flat, shown):
-        axis.imshow(samples[i])
-        axis.set_title("\n".join(textwrap.wrap(prompts[i], 28)), fontsize=8)
-    figure.tight_layout()
-    with atomic_write(path) as f:
-        figure.savefig(f, format="png", dpi=80)
-    plt.close(figure)
 
 
 def flags() -> argparse.ArgumentParser:

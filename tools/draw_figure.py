@@ -46,10 +46,7 @@ class Result(NamedTuple):
 
 
 def main(args: argparse.Namespace) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     from utils.files import atomic_write
 
@@ -61,7 +58,8 @@ def main(args: argparse.Namespace) -> None:
         )
     lines = lines_of(shown)
     rows = [row for row in ROWS.values() if row.gpt] if args.published and args.metric == "fid" else []
-    figure, axes = plt.subplots(1, 2, figsize=(13, 6), sharey=True)
+    figure = Figure(figsize=(13, 6), layout="tight")
+    axes = figure.subplots(1, 2, sharey=True)
     draw_published(axes, rows)
     draw_lines(axes, lines, args.metric, mark=bool(rows))
     axes[0].set(xscale="log", xlabel="parameters (each model at its best guidance scale)")
@@ -75,10 +73,8 @@ def main(args: argparse.Namespace) -> None:
         axis.grid(alpha=0.3)
         axis.margins(0.08)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figure.tight_layout()
     with atomic_write(args.output) as f:
         figure.savefig(f, format="png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
     print(f"wrote {args.output}: {len(shown)} results of {len(lines)} models, {len(rows)} published")
 
 

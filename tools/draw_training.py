@@ -19,10 +19,7 @@ NAMED = 4
 
 
 def main(args: argparse.Namespace) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     from utils.files import atomic_write
 
@@ -33,8 +30,8 @@ def main(args: argparse.Namespace) -> None:
     if not panels:
         there = ", ".join(sorted(set().union(*curves.values()))) or "nothing yet"
         raise ValueError(f"no run has {' or '.join(args.metrics)}; --metrics takes {there}")
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
-    for (name, runs), axis in zip(panels.items(), axes[0], strict=True):
+    figure = Figure(figsize=(6 * len(panels), 4), layout="tight")
+    for (name, runs), axis in zip(panels.items(), figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         for folder, label in zip(runs, labels(runs), strict=True):
             points = curves[folder][name]
             axis.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 20 else None, markersize=3)
@@ -43,10 +40,8 @@ def main(args: argparse.Namespace) -> None:
         axis.set_yscale("log")
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize="small")
-    figure.tight_layout()
     with atomic_write(args.output) as f:
         figure.savefig(f, format="png", dpi=100)
-    plt.close(figure)
     print(f"wrote {args.output}")
 
 

@@ -92,14 +92,12 @@ def row(name: str, of: dict[str, Any]) -> str:
 
 def draw(report: dict[str, dict[str, Any]], path: Path) -> None:
     """Draw a row of dots a model: drawings as asked for, held-out loss, images a second."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     from utils.files import atomic_write
 
-    figure, axes = plt.subplots(1, 3, figsize=(9, 2.6), sharey=True, layout="constrained", width_ratios=(2, 1, 1))
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True, width_ratios=(2, 1, 1))
     rows = range(len(report), 0, -1)
     for color, setting in zip(("C0", "C1"), SETTINGS, strict=True):
         axes[0].plot([100 * of[f"as_asked_{setting}"] for of in report.values()], rows, "o", color=color, label=setting)

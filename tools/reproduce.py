@@ -247,7 +247,7 @@ def describe_time(row: Row, gpu: str | None, count: int, processes: int) -> str:
 
 def flags() -> argparse.ArgumentParser:
     """Return the script's flags; those of the row's script are left in `rest`."""
-    parser = flag_parser(__doc__)
+    parser = flag_parser(__doc__, rest=True)
     parser.add_argument("name", nargs="?", help="the row; --list prints them")
     parser.add_argument("--list", action="store_true", help="print the rows")
     parser.add_argument("--dry-run", action="store_true", help="print commands, downloads, disk and time; do nothing")
@@ -258,13 +258,6 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", default=None, help="kind of --data-path, as dataset/image_build.py names it")
     parser.add_argument("--num-workers", type=nonnegative_int, default=None, help="loader processes for --data-path")
     parser.add_argument("--gpu", default=None, help="--dry-run: estimate for this accelerator of utils/flops.py")
-    known = parser.parse_known_args
-
-    def parse_args(words: list[str] | None = None) -> argparse.Namespace:
-        args, args.rest = known(words)
-        return args
-
-    parser.parse_args = parse_args
     return parser
 
 

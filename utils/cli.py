@@ -48,14 +48,21 @@ NPP_AND_PAR_FLAGS = """
 class _Parser(argparse.ArgumentParser):
     """A parser that takes the abbreviations that the published scripts take; flags that were added since make none ambiguous.
 
-    added: published flags that the published form of this script lacks.
+    added: published flags that the published form of this script lacks. rest: words that it does not know are left in `rest`.
     """
 
-    def __init__(self, *args: Any, added: Sequence[str] = (), **kwargs: Any):
+    def __init__(self, *args: Any, added: Sequence[str] = (), rest: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.added = added
+        self.added, self.rest = added, rest
         # Values, -1e-4 too, which Python's own pattern misses.
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.I)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as usual, but where a script hands on what it does not know."""
+        if not self.rest:
+            return super().parse_args(args, namespace)
+        known, known.rest = self.parse_known_args(args, namespace)
+        return known
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as usual, after the files of --import have registered what they define."""
@@ -94,9 +101,9 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
         return action.help if said else super()._get_help_string(action)
 
 
-def flag_parser(description: str | None, added: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """Return a parser whose help shows the defaults. added: published flags that its published form lacks."""
-    parser = _Parser(description=description, formatter_class=_Formatter, added=added)
+def flag_parser(description: str | None, added: Sequence[str] = (), rest: bool = False) -> argparse.ArgumentParser:
+    """Return a parser whose help shows the defaults. added, rest: as of _Parser."""
+    parser = _Parser(description=description, formatter_class=_Formatter, added=added, rest=rest)
     help = "a file of your own that registers layouts, conditions, objectives, rewards or quantisers (docs/extending.md); repeatable"
     parser.add_argument("--import", dest="import", metavar="FILE.py", action="append", default=[], help=help)
     return parser
