@@ -579,7 +579,6 @@ def setting_control(name: str, value: Any) -> "gradio.Slider | gradio.Number | g
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__, added=("--vq-ckpt", "--no-left-padding"))
     add_gpt_flags(parser, GPT_SIZES, gpt_model="GPT-XL")
     add_gpt_file_flags(parser)

@@ -71,7 +71,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--gpt-ckpt", required=True, help="a class-conditional model: a file or a run")
     parser.add_argument("--windows", type=positive_int, nargs="+", default=[2, 4, 8, 16, 32], help="in tokens")

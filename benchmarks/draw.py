@@ -45,7 +45,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--codes", type=positive_int, nargs="+", default=[16384, 1024], help="of the codebook")
     parser.add_argument("--top-k", type=nonnegative_int, nargs="+", default=[0, 2000], help="tokens kept, 0 for all")

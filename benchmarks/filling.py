@@ -63,7 +63,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--gpt-ckpt", required=True, help="a class-conditional model: a file, or a run's folder")
     parser.add_argument("--code-path", required=True, help="codes that it was not trained on")

@@ -107,7 +107,6 @@ def write_report(out: Path, done: dict[str, dict], seconds: float, small: bool) 
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("out", metavar="OUT", help="folder for the report and the figures")
     parser.add_argument("--device", default="cuda", help="cuda or cpu")

@@ -120,7 +120,6 @@ def weight_bytes(model: "Transformer") -> int:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     add_gpt_file_flags(parser, required=True)
     parser.add_argument("--codes", default=None, help="packed codes whose likelihood is compared")

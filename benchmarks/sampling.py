@@ -119,7 +119,6 @@ def floor(model: "Transformer", rows: int, group: int, passes: int) -> float:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--gpt-model", choices=list(GPT_SIZES), default="GPT-B", help="the model's size")
     parser.add_argument("--tokens", type=positive_int, default=256, help="of an image, a square number")

@@ -105,7 +105,6 @@ def plain_step(model: "Transformer", precision: str, dist: "Distributed") -> "Ca
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--gpt-model", choices=list(GPT_SIZES), default="GPT-B", help="size of the transformer")
     add_image_size_flags(parser, 256)

@@ -65,7 +65,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--gpt-model", choices=list(GPT_SIZES), default="GPT-B", help="size, with random weights")
     parser.add_argument("--gpt-ckpt", default=None, help="a class-conditional model in its place")

@@ -43,17 +43,12 @@ def write_arrays(
     """Store an array for each image. What the folder held before is replaced.
 
     Args:
-        folder: where they go.
         name: of the condition, by which batches have them.
-        arrays: (n, …), or a sequence of n arrays of one dtype. They have one shape, or each its own number of rows.
+        arrays: (n, …), or a sequence of n arrays of one dtype, of one shape or each with its own number of rows.
         of: folder of codes whose samples they are of, in order. Without it array i is that of image i.
-        views: names of the views that the arrays' first axis goes through where there are several; ANY_VIEW for arrays
-            that hold for whichever view is drawn.
-        shard_size: arrays a shard.
+        views: that the first axis goes through where there are several; ANY_VIEW where they hold for whichever is drawn.
 
-    Raises:
-        ValueError: where the arrays differ in more than their rows, are not as many as the samples, or the folder holds
-            something else.
+    Raises ValueError for arrays that do not go together, or not with the samples or the folder.
     """
     folder, codes = Path(folder), open_codes(of).sources[0] if of else None
     settings = codes.settings if codes is not None else None
@@ -175,11 +170,9 @@ class PairArrays(Stems):
         self.rows = max((one.rows for one in self.stems.values() if one.rows is not None), default=None)
 
     def nothing(self) -> Tensor:
-        """Return what a pair without an array has in its place."""
         return next(iter(self.stems.values())).nothing()
 
     def identity(self) -> dict[str, str]:
-        """Return a digest that tells whether the arrays are still the same."""
         return _identity(self.name, {stem: one.identity() for stem, one in sorted(self.stems.items())})
 
 
@@ -213,16 +206,10 @@ def collate(
     rows: Mapping[str, int],
     pad: Callable[[list[Tensor], int], tuple[Tensor, Tensor]],
 ) -> dict[str, Tensor]:
-    """Batch items by name.
+    """Batch items by name: every entry stacked, those of `rows` by `pad`, which is language/features.py:left_padded.
 
-    Args:
-        items: of one data set.
-        rows: entries whose items have as many rows as each needs, and how many a batch has.
-        pad: language/features.py:left_padded.
-
-    Returns:
-        Every entry stacked; of those in `rows` (B, rows, dim) with the last of them an item's, and `{name}_length` int64
-        (B,). There is no mask: the device makes it from the lengths.
+    rows: entries whose items have as many rows as each needs, and how many a batch has: (B, rows, dim), and `{name}_length`
+    int64 (B,). There is no mask: the device makes it from the lengths.
     """
     batch = {}
     for name in items[0]:

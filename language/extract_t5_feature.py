@@ -43,7 +43,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     help = "folder of *.jsonl lists, or of WebDataset *.tar shards; or a file of prompts"
     add_flag(parser, "--data-path", None, None, help, required=True)

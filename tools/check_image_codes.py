@@ -127,7 +127,6 @@ def decode(tokenizer: "Tokenizer", codes: "np.ndarray", side: int) -> "np.ndarra
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--code-path", required=True, help="folder of codes, packed or in the published layout")
     add_tokenizer_flags(parser, VQ_SIZES, default="the one that the codes record, found near them")

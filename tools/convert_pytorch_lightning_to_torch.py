@@ -50,7 +50,6 @@ def owned(state: dict) -> dict:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--input", required=True, help="the Lightning checkpoint")
     parser.add_argument("--output", default=None, help="file or folder to write to (default: beside it, .pt)")

@@ -111,7 +111,6 @@ def of_prompts(args: argparse.Namespace) -> dict:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--digits", required=True, help="folder with train/ and held_out/ from make_digits.py")
     parser.add_argument("--samples", required=True, help="--sample-dir of sample_c2i_ddp.py or sample_t2i_ddp.py")

@@ -43,7 +43,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = grid_flags(__doc__, "edits.png", "class")
     parser.add_argument("--drawings", required=True, help="folder with a folder of pictures for each class")
     add_flag(parser, "--box", nonnegative_int, None, "the hole: left, top, right, bottom", nargs=4, required=True)

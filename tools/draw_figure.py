@@ -189,7 +189,6 @@ def draw_lines(axes: "Sequence[Axes]", lines: dict[str, list[Result]], metric: s
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--results", nargs="+", required=True, help="folders, or the evaluator's .json files")
     parser.add_argument("--output", default="figure.png", help="the picture to write")

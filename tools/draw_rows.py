@@ -39,7 +39,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = grid_flags(__doc__, "rows.gif", "class")
     add_batch_size_flag(parser)
     add_quantize_flag(parser)

@@ -94,7 +94,6 @@ def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--runs", nargs="+", required=True, help="run folders, or results folders (their newest run)")
     help = "a panel for each of these that a run has, as metrics.jsonl names them"

@@ -73,7 +73,6 @@ def partly_drawn(whole: "np.ndarray", drafts: "np.ndarray", layout: "Layout", do
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = grid_flags(__doc__, "windows.gif", "class")
     add_flag(parser, "--windows", nonnegative_int, [0, 4, 16], "a row of the grid each, in tokens", nargs="+")
     parser.add_argument("--side", type=positive_int, default=128, help="pixels a side of an image, at least")

@@ -142,7 +142,6 @@ next       {more}"""
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--drawings", required=True, help="folder of make_drawings.py")
     parser.add_argument("--codes", default=None, help="packed codes of the held-out drawings, for drawings by class")

@@ -99,7 +99,6 @@ def edge_f1(drawn: "Tensor", asked: "Tensor", reach: int = 1) -> float:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument(
         "--data-path", required=True, help="held out: class folders of pictures, or a folder of pairs of a text model"

@@ -77,7 +77,6 @@ def _beside(source: Path, format: str, averaged: bool) -> Path:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--checkpoint", required=True, help="a checkpoint's file or folder, or a run's folder")
     parser.add_argument("--format", choices=list(SUFFIX), required=True, help="what to write")

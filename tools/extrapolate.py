@@ -35,7 +35,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("base", help="the model to improve: a file, a run, a released name")
     parser.add_argument("tuned", help="that model, fine-tuned on its own samples")

@@ -121,7 +121,6 @@ def map_of(image: Path, images: str, maps: str) -> Path:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--code-path", required=True, help="folder of packed codes, of images or of pairs")
     parser.add_argument("--data-path", required=True, help="the images or pairs that they were extracted from")

@@ -125,7 +125,6 @@ def view(scan: "Image.Image", size: int, rng: "np.random.Generator | None") -> "
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--output", required=True, help="folder to write to")
     parser.add_argument("--image-size", type=positive_int, default=32, help="pixels a side")

@@ -34,7 +34,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--output", required=True, help="folder to write train/ and held_out/ to")
     parser.add_argument("--image-size", type=positive_int, default=32, help="pixels a side")

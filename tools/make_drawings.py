@@ -120,7 +120,6 @@ def parts(name: str) -> tuple[str, str]:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--output", required=True, help="folder to write to")
     parser.add_argument("--kind", choices=["people", "others"], default="people", help="what is drawn")

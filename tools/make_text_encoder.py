@@ -106,7 +106,6 @@ def make_text_encoder(folder: Path, texts: list[str], dim: int, seed: int) -> No
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--data-path", required=True, help="folder of jsonl files with captions")
     parser.add_argument("--output", required=True, help="folder to write; an older one is replaced")

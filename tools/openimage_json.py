@@ -36,7 +36,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--data-path", required=True, help="folder with images at any depth")
     return parser

@@ -114,7 +114,6 @@ def draw(report: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--runs", nargs="+", required=True, help="results folders, one a model")
     parser.add_argument("--drawings", required=True, help="folder of make_drawings.py")

@@ -81,7 +81,6 @@ def write_table(path: Path, captions: list[tuple[int, str]]) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("table", choices=list(TABLES), help="which table")
     parser.add_argument("--output", default=None, help="where it goes (default: where the sampling scripts look)")

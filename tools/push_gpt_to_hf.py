@@ -58,7 +58,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     add_gpt_flags(parser, GPT_SIZES)
     add_gpt_file_flags(parser)

@@ -31,7 +31,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__, added=["--vq-ckpt"])
     add_tokenizer_flags(parser, VQ_SIZES)
     parser.add_argument("--gpt-model", default="GPT-XL", help="read by nothing: published commands have it")

@@ -42,7 +42,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--images", required=True, help="folder of PNG files of one size")
     parser.add_argument("--runs", nargs="+", required=True, help="folders of what was trained")

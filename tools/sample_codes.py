@@ -60,7 +60,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = drawing_flags(__doc__, "class", cfg_scale=1.0)
     add_flag(parser, "--code-path", None, None, "folder to write the codes to", required=True)
     add_flag(parser, "--num-samples", positive_int, 5000, "samples to draw")

@@ -99,7 +99,6 @@ def figures(report: dict[str, Any]) -> dict[str, float | None]:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--scales", required=True, help='guidance scales in one word: "1.5 1.75 2.0"')
     parser.add_argument("--powers", default=None, help='powers of guidance that rises by power-cosine: "1.5 2.75"')

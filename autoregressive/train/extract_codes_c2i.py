@@ -115,7 +115,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument("--data-path", required=True, help="folder of images")
     parser.add_argument("--code-path", required=True, help="folder to write the codes to")

@@ -20,7 +20,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     return class_flags(__doc__)
 
 

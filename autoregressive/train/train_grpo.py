@@ -35,7 +35,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     help = "GPT to train: a file, a run's folder, or a released file's name"
     add_flag(parser, "--gpt-ckpt", None, None, help, required=True)

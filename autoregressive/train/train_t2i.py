@@ -53,7 +53,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     added = "--data-parallel --drop-path-rate --ema --grad-precision --no-wandb --t5-feature-dim --wandb-project"
     parser = flag_parser(__doc__, added.split())
     add_flag(parser, "--data-path", None, None, "folder of *.jsonl lists, or of WebDataset *.tar shards", required=True)

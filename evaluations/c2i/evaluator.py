@@ -25,7 +25,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__)
     parser.add_argument(
         "ref_batch", nargs="?", metavar="REF", help="reference: .npz or folder of images, or statistics"

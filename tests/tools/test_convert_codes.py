@@ -10,10 +10,11 @@ import pytest
 from dataset.augmentation import FLIP_VIEWS, TEN_CROP_VIEWS
 from dataset.code_files import ShardFolder, write_published
 from dataset.codes import open_codes
+from dataset.conversion import lines_to_packed, packed_to_published, published_to_packed
 from tests import forkserver
 from tests.dataset.test_codes import SETTINGS, codes_of, publish, write
 from tests.helpers import ROOT
-from tools.convert_codes import flags, lines_to_packed, main, packed_to_published, published_to_packed
+from tools.convert_codes import flags, main
 
 pytestmark = pytest.mark.slow  # through whole scripts and servers
 

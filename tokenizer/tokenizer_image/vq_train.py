@@ -97,7 +97,6 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the script's flags."""
     parser = flag_parser(__doc__, added=["--no-wandb", "--wandb-project"])
     parser.add_argument("--data-path", required=True, help="folder of images, or of the lists that name them")
     parser.add_argument(
