@@ -522,10 +522,17 @@ class ImagePipeline:
         """Draw one micro-batch of codes, int64 (B, N) in raster order. settings: as `requests` takes them."""
         return self.draw(self.read(self.requests(asked, **settings)), on_step=on_step)
 
-    def draw(self, requests: Sequence[Request], *, on_step: OnStep | None = None, tokens: int | None = None) -> Tensor:
+    def draw(
+        self,
+        requests: Sequence[Request],
+        *,
+        on_step: OnStep | None = None,
+        tokens: int | None = None,
+        log_probs: Tensor | None = None,
+    ) -> Tensor:
         """Draw one micro-batch of codes, int64 (B, tokens) in raster order, for requests of one kind that `read` returned.
 
-        tokens: as generate's max_new_tokens.
+        tokens, log_probs: as generate's max_new_tokens and log_probs.
         Raises NotFiniteLogits where some of the images were drawn from logits that are not finite.
         """
         if requests[0].particles > 1:
@@ -534,8 +541,9 @@ class ImagePipeline:
         rows = [*requests, *requests[-1:] * self._padding(count)]  # the last image fills the batch
         sampling, layout, *_ = self.kind(requests[0])
         groups = None if layout == self.gpt.layout else layout.groups
+        filled = None if log_probs is None else log_probs.new_zeros(len(rows), self.gpt.layout.tokens)
         try:
-            return generate(
+            codes = generate(
                 self.gpt,
                 max_new_tokens=tokens,
                 **self.inputs(rows),
@@ -545,12 +553,16 @@ class ImagePipeline:
                 groups=groups,
                 compile=self.compile,
                 on_step=on_step,
+                log_probs=filled,
                 **vars(sampling),
-            )[:count]
+            )
         except NotFiniteLogits as error:
             if found := error.of(slice(count)):
                 raise found from None
             return error.tokens[:count]  # only the padding is broken
+        if log_probs is not None:
+            log_probs.copy_(filled[:count])
+        return codes[:count]
 
     def fill(self, requests: Sequence[Request], *, on_step: OnStep | None = None) -> Any:
         """Fill the holes of one micro-batch with each request's particles. Returns models/particles.py's Filled. See editing.py:fill_codes."""

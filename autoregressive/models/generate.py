@@ -95,6 +95,7 @@ def generate(
     draft_model: Trunk | None = None,
     compile: bool = False,
     on_step: Callable[[int, Tensor], None] | None = None,
+    log_probs: Tensor | None = None,
     **settings: Any,
 ) -> Tensor:
     """Draw an image's tokens for each condition.
@@ -123,6 +124,8 @@ def generate(
         compile: run the steps through torch.compile; pays off on a GPU, and on a CPU after some images.
         on_step: called after each pass with the number of tokens done in every image and the tokens, int64 (B, N) in the
             layout's order or in `orders`, of which those after that number may be drafts. Later passes write into the same tensor.
+        log_probs: float32 (B, N), filled with that of each token in the distribution it was drawn from, guided and before top-k and
+            top-p, in the layout's order or in `orders`.
 
     Returns:
         int64 (B, max_new_tokens), the tokens drawn, in raster order.
@@ -173,7 +176,7 @@ def generate(
     with sampling_mode(model), sampling_mode(draft_model) if draft_model else nullcontext():
         samples = batch * (2 if config.guided else 1)
         cache, here = cache_for(model, samples, device, dtype), machine(device)
-        recorded = compile and here.records(device) and not autocast
+        recorded = compile and here.records(device) and not autocast and log_probs is None
         masks = masks_with_nulls(emb_masks, negative_masks) if config.guided else emb_masks
         sequential = plan_for(
             layout, config, cache.rows, device, dtype, end=1 + ends.index(total), padded=masks is not None,
@@ -182,7 +185,7 @@ def generate(
         plan = with_window(sequential, window, model, samples)
         graphs = graphs_for(model, layout, cache, batch) if recorded else None
         state = graphs.state if graphs else DecodeState(model, layout, cache, batch)
-        state.draw = compiled.compiled_race() if compile else draw_race
+        state.draw, state.weighs = compiled.compiled_race() if compile else draw_race, log_probs is not None
         decode = compiled.compiled_decode_rows() if compile else decode_step.decode_rows
         conditions, added = embed_streams(model, cond, negative, config.guided)
         sequence, first = state.tokens[:, :-1], layout.passes[0].outputs.stop
@@ -228,6 +231,8 @@ def generate(
                 drawn = sequence.gather(1, state.orders[:, :total].argsort(1))  # by their place in the image
                 finite = state.spread[:, :total].isfinite()
                 if finite.all():  # the one place that waits for the device
+                    if log_probs is not None:
+                        log_probs.copy_(state.likelihood[:, :-1])
                     return drawn
                 if not plan.window:
                     raise NotFiniteLogits(broken_steps(finite.tolist(), layout), drawn, dtype)

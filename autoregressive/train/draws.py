@@ -97,9 +97,14 @@ Asked = Classes | Prompts
 
 @dataclass(frozen=True)
 class Drawn:
-    """Images drawn. codes: int64 (B, N). pixels: uint8 (B, H, W, 3). cond, prefix_mask, orders: as Trunk.forward takes them."""
+    """Images drawn.
+
+    codes: int64 (B, N). log_probs: float32 (B, N), as generate fills them. pixels: uint8 (B, H, W, 3).
+    cond, prefix_mask, orders: as Trunk.forward takes them.
+    """
 
     codes: Tensor
+    log_probs: Tensor
     pixels: np.ndarray
     cond: dict[str, Tensor]
     prefix_mask: Tensor | None
@@ -142,12 +147,13 @@ class Studio:
             each = zip(items, numbers, strict=True)
             requests = pipeline.read([Request(asked.conditions(i), {}, self.sampling, seed, n) for i, n in each])
             inputs = pipeline.inputs(requests)
+            log_probs = torch.zeros(len(items), self.model.layout.tokens, device=device)
             try:
-                codes = pipeline.draw(requests).clone()
+                codes = pipeline.draw(requests, log_probs=log_probs).clone()
             finally:
                 release_cache(self.model)
             orders = None if inputs["orders"] is None else inputs["orders"].to(device)
-            return Drawn(codes, pipeline.decode(codes), inputs["cond"], inputs["emb_masks"], orders)
+            return Drawn(codes, log_probs, pipeline.decode(codes), inputs["cond"], inputs["emb_masks"], orders)
 
 
 class GroupStep:
@@ -169,7 +175,12 @@ class GroupStep:
         total = (found * weights).nansum(1)
         advantages = group_advantages(total, size, self.scale).float().to(drawn.codes.device)
         loss, figures = self.studio.wrapped(
-            drawn.codes, drawn.cond, advantages, prefix_mask=drawn.prefix_mask, orders=drawn.orders
+            drawn.codes,
+            drawn.cond,
+            advantages,
+            prefix_mask=drawn.prefix_mask,
+            orders=drawn.orders,
+            drawn=drawn.log_probs,
         )
         groups = total.view(-1, size)
         figures |= {
@@ -177,11 +188,18 @@ class GroupStep:
             "reward_sd": groups.std(1).mean(),
             "groups_without_spread": (groups.amax(1) == groups.amin(1)).float().mean(),
             "diversity": torch.tensor(diversity(drawn.pixels, size)),
+            "usage": usage(drawn.codes, size, self.studio.model.args.vocab_size),
         }
         if len(self.rewards) > 1:
             means = found.nan_to_num().mean(0)  # of rewards that do not apply too, so that batches of any size add up
             figures |= {f"reward_{one.name}": mean for one, mean in zip(self.rewards, means, strict=True)}
         return loss, {"loss": loss} | {name: value.to(loss.device) for name, value in figures.items()}
+
+
+def usage(codes: Tensor, group_size: int, vocab_size: int) -> Tensor:
+    """Return the share of all codes that occur in a group's images (B, N), a scalar; the mean over groups."""
+    groups = codes.view(-1, group_size * codes.shape[1])
+    return torch.zeros(len(groups), vocab_size, device=codes.device).scatter_(1, groups, 1).mean()
 
 
 def diversity(pixels: np.ndarray, group_size: int) -> float:

@@ -154,13 +154,16 @@ class PolicyLoss(nn.Module):
         *,
         prefix_mask: Tensor | None = None,
         orders: Tensor | None = None,
+        drawn: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and figures to log: those of `policy_loss`, and `entropy` (nats a token).
+        """Return the loss and figures to log: those of `policy_loss`, `entropy` (nats a token), and with `drawn` `draw_gap`.
 
         Args:
             codes: int64 (B, N) in raster order, drawn with the model's present weights.
             cond, prefix_mask, orders: as Trunk.forward takes them.
             advantages: (B,).
+            drawn: (B, N), log-probabilities of the tokens as they were drawn, in the order of drawing. `draw_gap` is their
+                mean distance from the policy's.
         """
         given = codes, cond, self.settings, prefix_mask, orders
         known = None
@@ -172,4 +175,7 @@ class PolicyLoss(nn.Module):
         kept = {
             name: value for name, value in figures.items() if not name.startswith("clipped")
         }  # 0 with one update a draw
-        return loss, {**kept, "entropy": entropy.mean()}
+        kept["entropy"] = entropy.mean()
+        if drawn is not None:
+            kept["draw_gap"] = (log_probs.detach() - drawn).abs().mean()
+        return loss, kept

@@ -187,4 +187,11 @@ def test_images_drawn_are_those_that_the_losss_distribution_draws(kind):
         own, none = (model(read, drawn.cond, drop=torch.full((4,), drop), **given) for drop in (False, True))
     scales = torch.tensor(guidance_scales(model.layout, sampling))[:, None]
     assert torch.equal(draw_race(guide(own, none, scales), image_noise(3, numbers, 16)), tokens)
+    settings = [PolicySettings(scales=each) for each in (scales.flatten().tolist(), None)]
+    asked = {"prefix_mask": drawn.prefix_mask, "orders": drawn.orders, "drawn": drawn.log_probs}
+    gaps = [
+        PolicyLoss(model, None, one)(drawn.codes, drawn.cond, torch.zeros(4), **asked)[1]["draw_gap"]
+        for one in settings
+    ]
+    assert gaps[0] < 1e-5 and gaps[1] > 0.01
     assert (drawn.orders is not None) == model.layout.own_orders

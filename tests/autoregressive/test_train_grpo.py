@@ -14,7 +14,7 @@ from autoregressive.models.gpt import GPT_models
 from autoregressive.pipeline import ImagePipeline
 from autoregressive.released import find_identity
 from autoregressive.train import train_grpo
-from autoregressive.train.draws import HeldOutRewards, diversity
+from autoregressive.train.draws import HeldOutRewards, diversity, usage
 from autoregressive.train.rewards import Reward, rewards_of
 from dataset.lines import CaptionLines, record_lines
 from language.prompts import PromptList
@@ -102,6 +102,8 @@ def test_run_raises_its_reward_keeps_the_best_and_leaves_an_ordinary_file(files,
         "kl_max",
         "entropy",
         "diversity",
+        "usage",
+        "draw_gap",
     ):
         assert len(metrics(tmp_path, name)) == 6, name
     for name in ("val_reward_bright", "val_reward_constant", "val_diversity", "val_precision", "val_recall"):
@@ -239,6 +241,7 @@ def test_reference_and_guidance_in_the_policy_change_what_is_trained(files, tmp_
     inside = load(train(files, tmp_path / "inside", "--max-steps", 1, "--cfg-scale", 3, "--guidance-in-policy"))
     assert metrics(tmp_path / "inside", "reward") == metrics(tmp_path / "outside", "reward")
     assert metrics(tmp_path / "inside", "entropy")[1] < metrics(tmp_path / "outside", "entropy")[1]
+    assert metrics(tmp_path / "inside", "draw_gap")[1] < 1e-5 < 0.01 < metrics(tmp_path / "outside", "draw_gap")[1]
     assert not same(inside["model"], outside["model"])
 
 
@@ -347,6 +350,11 @@ def test_models_that_do_not_fit_are_refused(files, tmp_path):
         train(files, tmp_path, gpt="vq.pt")
 
 
+def test_usage_is_the_share_of_codes_in_a_groups_images():
+    codes = torch.tensor([[0, 1], [1, 0], [2, 3], [4, 9]])
+    assert usage(codes, 2, 10) == pytest.approx((0.2 + 0.4) / 2)
+
+
 def test_diversity_is_the_root_mean_square_distance_of_pairs():
     images = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), dtype=np.uint8)
     groups = images.reshape(2, 3, -1) / 255
@@ -408,7 +416,7 @@ def test_processes_and_micro_batches_draw_and_learn_the_same(files, tmp_path):
     live(*(life(files, tmp_path / name, *rises, *more, world=world) for name, (more, world) in kinds.items()))
     one = read_checkpoint(newest(tmp_path / "one"))
     for name in kinds:
-        for figure in ("reward", "diversity", "kl", "entropy", "val_reward"):
+        for figure in ("reward", "diversity", "usage", "kl", "entropy", "draw_gap", "val_reward"):
             expected = metrics(tmp_path / "one", figure)
             assert metrics(tmp_path / name, figure) == pytest.approx(expected, rel=1e-3, abs=1e-4), (name, figure)
         for key, tensor in read_checkpoint(newest(tmp_path / name)).model.items():
