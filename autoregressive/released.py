@@ -35,6 +35,7 @@ PUBLISHED = {
 }
 CLASS_TABLE, NO_CAPTION = "cls_embedding.embedding_table.weight", "cls_embedding.uncond_embedding"
 SPECIAL_TABLE = "spe_tok_embeddings.special_embeddings.weight"
+MR_GRID = 48  # ControlAR's `_MR` files were trained at 768 pixels
 SECOND_EXIT = "models of the layout neighbours alone have a second exit (medusa_norm, medusa_output and one more block)"
 
 
@@ -138,7 +139,10 @@ def gpt_identity(
     identity, path, recorded = find_identity(checkpoint, n_head), checkpoint.path, checkpoint.args or {}
     _require_registered(identity, checkpoint)
     believed = image_size
-    if image_size and (other := _at_another_size(identity, path, grid_size(image_size, downsample_size or 16))):
+    side = (places := rotary_grid(identity, path)) and identity["layout"].get("grid_size", places)
+    if image_size:
+        side = grid_size(image_size, downsample_size or 16)
+    if side and (other := _at_another_size(identity, path, side)):
         identity, believed = other, None
     check_flags(identity, checkpoint, image_size=believed, downsample_size=downsample_size, **flags)
     if identity["model"]["n_head"] is None:
@@ -163,15 +167,25 @@ def gpt_identity(
     return {**identity, "layout": {**identity["layout"], "grid_size": side}}
 
 
+def rotary_grid(identity: Mapping[str, Any], path: str | Path) -> int | None:
+    """Return the tokens a side of the rotary table that a model of several resolutions reads by a token's number; None for others.
+
+    The table is that of training, whatever the image: models are trained so, and know no other.
+    """
+    model, layout = identity["model"], identity["layout"]
+    if "control" not in identity["conditions"] or not ("rope_grid" in model or "_MR" in Path(path).name):
+        return None
+    return model.get("rope_grid") or layout.get("grid_size", MR_GRID)
+
+
 def _at_another_size(identity: dict[str, Any], path: Path, side: int) -> dict[str, Any] | None:
     """Return the identity of a model that works at several sizes, with `side` tokens a side; None for a model of one size.
 
     Warns where tables of places are resized.
     """
     model, layout = identity["model"], identity["layout"]
-    several = "rope_grid" in model or "_MR" in Path(path).name
-    if several and "control" in identity["conditions"]:
-        model = {"rope_grid": layout.get("grid_size", side), **model}
+    if places := rotary_grid(identity, path):
+        model = {**model, "rope_grid": places}
     elif not TRUNKS[model["trunk"]].resizes:
         return None
     elif layout["grid_size"] != side:

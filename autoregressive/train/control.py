@@ -19,12 +19,14 @@ from torch import Tensor
 from autoregressive.models.canny import canny
 from autoregressive.models.conditions.control import PATCHES
 from autoregressive.models.trunk import Trunk
+from autoregressive.released import find_identity, rotary_grid
 from autoregressive.systems import OWN_CONTROL, common_name, named_as
 from autoregressive.train.flags import held_out_flag
 from dataset.store import INDEX_FILE, read_record
-from utils.checkpoint import Checkpoint
+from utils.checkpoint import Checkpoint, read_checkpoint
 from utils.cli import given, layout_numbers
 from utils.rng import item_seed
+from utils.runs import find_checkpoint
 
 ENCODER = OWN_CONTROL + "adapter.model."
 UNREAD = ("pooler", "mask_token")  # of an encoder
@@ -172,6 +174,26 @@ class RandomSides:
     def __call__(self, step: int) -> tuple[int, int]:
         """Return the height and width of an optimizer step, the same on every process."""
         return self.pairs[item_seed(self.seed, step, _SIDES) % len(self.pairs)]
+
+
+def rotary_grid_to_train(args: argparse.Namespace, grid: int, resumed: dict[str, Any]) -> tuple[int | None, list[str]]:
+    """Return the tokens a side of the rotary table that a run reads by a token's number, None for one size; lines for the log.
+
+    A run that begins with a file of several resolutions keeps the file's table, unless it is too small for a square of `grid` tokens a side.
+    resumed: flags of the run to resume.
+    """
+    of_square = grid if args.random_sides else None
+    path = getattr(args, "gpt_resume", None) or args.gpt_ckpt
+    if resumed or not path or "control" not in condition_settings(args):
+        return resumed.get("rope_grid", of_square), []
+    saved = read_checkpoint(find_checkpoint(path))
+    places = rotary_grid(find_identity(saved), saved.path)
+    if places is None or places == grid:
+        return places or of_square, []
+    before = f"{saved.path} reads places from a rotary table of {places}x{places} tokens by a token's number"
+    if places < grid:
+        return of_square, [f"{before}, and this run from one of {grid}x{grid}"]
+    return places, [f"{before}, and so does this run"]
 
 
 def resized(images: Tensor, sides: tuple[int, int]) -> Tensor:

@@ -202,7 +202,7 @@ def fit(
     else:
         step, prepare, cost = StepLoss(wrapped, model, data, args, orders), data.prepare, 1.0
     rates: dict[str, Any] = {}
-    if model.args.rope_grid is None:  # else steps differ in their tokens
+    if not getattr(args, "random_sides", None):  # else steps differ in their tokens
         rates["tokens"] = model.args.block_size
         rates["flops"] = lambda step, epoch: cost * training_flops_per_image(model, orders(step, epoch, slice(0), 1)[0])
     job = Job(

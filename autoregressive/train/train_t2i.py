@@ -32,7 +32,7 @@ from utils.training.flags import add_parallel_flags
 
 
 def main(args: argparse.Namespace) -> None:
-    from autoregressive.train.control import ask_control
+    from autoregressive.train.control import ask_control, rotary_grid_to_train
     from autoregressive.train.recipe import fit, join, known_model, known_sizes, new_model
     from autoregressive.train.text_data import TextData, check_flags
 
@@ -48,8 +48,9 @@ def main(args: argparse.Namespace) -> None:
     args.random_sides = args.random_sides or resumed.get("random_sides")
     data = TextData(args, dist, resumed)
     grid = grid_size(args.image_size, args.downsample_size)
-    places = grid if args.random_sides else None  # a square's rotary table, read by a token's number
-    fit(args, plan, data, new_model(args, grid, caption_dim=args.t5_feature_dim, rope_grid=places), notes=data.notes)
+    args.rope_grid, notes = rotary_grid_to_train(args, grid, resumed)
+    model = new_model(args, grid, caption_dim=args.t5_feature_dim, rope_grid=args.rope_grid)
+    fit(args, plan, data, model, notes=[*data.notes, *notes])
 
 
 def flags() -> argparse.ArgumentParser:

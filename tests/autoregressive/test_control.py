@@ -298,6 +298,12 @@ def test_a_published_file_of_several_resolutions_reads_the_rotary_table_by_numbe
     device = torch.device("cpu")
     assert torch.equal(loaded.rope(device)[:10], model.rope(device)[:10])
     assert ModelArgs.from_identity(loaded.args.identity).rope_grid == 4
+    assert load_gpt(tmp_path / "depth_MR.safetensors").args.rope_grid == 4
+    lacking = {name: value for name, value in published(model).items() if name != NEVER_USED[2]}
+    save_file(lacking, tmp_path / "canny_MR.safetensors")
+    for side, grid in ((48, 3), (None, 48)):
+        loaded = load_gpt(tmp_path / "canny_MR.safetensors", image_size=side)
+        assert (loaded.layout.grid_size, loaded.args.rope_grid) == (grid, 48)
     with pytest.raises(ValueError, match="has no places for 5x5"):
         load_gpt(tmp_path / "depth_MR.safetensors", image_size=80)
     save_file(published(model), tmp_path / "hed.safetensors")

@@ -403,6 +403,35 @@ def test_several_resolutions_are_trained_resumed_to_the_bit_and_drawn(data, tmp_
     assert smaller.gpt.args.rope_grid == 4 and smaller(**asked, progress=False)[0].size == (12, 12)
 
 
+@pytest.mark.slow
+def test_run_that_begins_with_a_file_of_several_resolutions_keeps_its_rotary_table(data, tmp_path):
+    control = ["--control-type", "canny", "--control-encoder", "vit,width=16,layers=1,heads=2,positions=4"]
+    train(data, tmp_path / "before", *control, "--random-sides", 8, 24, "--max-steps", 1, kind="images")
+    start = ["--finetune", "--gpt-ckpt", last(tmp_path / "before"), *control, "--lr", 1e-2]
+
+    def begun(name, *more):
+        """Return the rotary table's and the image's tokens a side of what a run saved, and the run's log."""
+        train(data, tmp_path / name, *more, kind="images")
+        config = read_checkpoint(last(tmp_path / name)).config
+        log = (run_folder(tmp_path / name) / "log.txt").read_text()
+        return config["model"].get("rope_grid"), config["layout"]["grid_size"], log
+
+    smaller = ["--image-size", 12]
+    for name, more in (("squares", []), ("sides", ["--random-sides", 8, 12])):
+        places, grid, log = begun(name, *start, *smaller, *more, "--max-steps", 2)
+        assert (places, grid) == (4, 3)
+        assert "from a rotary table of 4x4 tokens by a token's number, and so does this run" in log
+        assert bool(metrics(tmp_path / name, "tokens_per_second")) == (name == "squares")
+    train(data, tmp_path / "parts", *start, *smaller, "--max-steps", 1, kind="images")
+    assert begun("parts", *control, *smaller, "--lr", 1e-2, "--max-steps", 2, "--resume")[:2] == (4, 3)
+    assert same(weights(tmp_path / "parts"), weights(tmp_path / "squares"))
+    small = ["--image-size", 8, "--random-sides", 8, 8, "--max-steps", 1]
+    assert begun("small", *control, *small)[:2] == (2, 2)
+    larger = ["--finetune", "--gpt-ckpt", last(tmp_path / "small"), *control, "--max-steps", 1]
+    places, grid, log = begun("larger", *larger)
+    assert (places, grid) == (None, 4) and "of 2x2 tokens by a token's number, and this run from one of 4x4" in log
+
+
 def test_processes_of_several_resolutions_take_the_steps_of_one(data, tmp_path):
     controls = store_controls(data, tmp_path / "controls")[0]
     flags = ["--control-encoder", "vit,width=16,layers=1,heads=2,positions=4", "--random-sides", 8, 24, *COMPARED]
