@@ -58,8 +58,9 @@ def serve(address: str) -> None:
     ready_to_fork()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(address)
+        listener.bind(f"{address}.made")
         listener.listen()
+        os.rename(f"{address}.made", address)  # whoever sees it can connect
         while True:
             client, _ = listener.accept()
             size, streams, *_ = socket.recv_fds(client, 8, 3)

@@ -2,8 +2,8 @@
 
     python tests/processes.py PLAN.json
 
-The plan is a list of lives, one after another: {"module", "args", "world", "kill_at" (a glob; the
-processes are killed when it has a match), "kill_later" (seconds after that), "signal", "only" (the rank that gets it),
+The plan is a list of lives, one after another: {"module", "args", "world", "kill_at" (a glob; the processes are killed
+when it matches a folder or a file that is not empty, and do no more with files until then), "signal", "only" (the rank that gets it),
 "watch" (a file that gets the samples read), "imports" (further modules to import once), "fails" (whether every process has to end with an error)}. A life that is not to be killed has to end well. Each forked process
 joins its group through the environment, as under torchrun.
 """
@@ -56,6 +56,8 @@ def run(life: dict) -> int:
     module = importlib.import_module(life["module"])
     if "watch" in life:
         watch_samples(life["watch"])
+    if "kill_at" in life and not {"signal", "only"} & life.keys():
+        sys.addaudithook(lambda event, _: halt(event, life["kill_at"]))
     try:
         module.main(module.flags().parse_args(list(map(str, life["args"]))))
     except KeyboardInterrupt:
@@ -96,14 +98,24 @@ def watch_samples(file: str) -> None:
     text_data.build_dataset = lambda args, **kwargs: SeenCodes(pairs(args, **kwargs), file)
 
 
+def due(pattern: str) -> bool:
+    """Whether a life's moment has come."""
+    return any(os.path.isdir(path) or os.path.getsize(path) for path in glob.glob(pattern))
+
+
+def halt(event: str, pattern: str) -> None:
+    """Has a process wait to be killed, where it would open or rename a file after the moment: whoever looks late finds it there."""
+    if event in ("open", "os.rename") and due(pattern):
+        time.sleep(LIMIT)
+
+
 def kill_when_due(life: dict, children: list[int]) -> bool:
     """Waits for the moment and kills, or for the end of a life that has none; whether it killed."""
     start, number = time.monotonic(), getattr(signal, life.get("signal", "SIGKILL"))
     if "kill_at" not in life:
         return False
     while time.monotonic() - start < LIMIT:
-        if glob.glob(life["kill_at"]):
-            time.sleep(life.get("kill_later", 0))
+        if due(life["kill_at"]):
             for child in children if "only" not in life else [children[life["only"]]]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child, number)
