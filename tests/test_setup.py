@@ -17,7 +17,7 @@ def run(script: str, *words: str, **environment: str) -> subprocess.CompletedPro
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
-        timeout=60,
+        timeout=120,
     )
 
 

@@ -22,11 +22,14 @@ if os.environ["RANK"] == "0" and how == "mistake":
     sys.exit(1)
 if os.environ["RANK"] == "1" and how == "killed":
     os.kill(os.getpid(), 9)
-time.sleep(0 if how == "well" else 60)
+time.sleep(0 if how == "well" else 600)
 """
 
 SCRIPT = """
+from utils import cli
 from utils.cli import flag_parser, run_script
+
+cli._AFTER_OTHERS = 100  # however late the first process comes, it ends the second one before that
 
 def main(args):
     raise FileNotFoundError("no such folder")

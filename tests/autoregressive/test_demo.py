@@ -108,7 +108,8 @@ def test_painter_waits_for_its_place_in_a_full_server(tokenizer):
     async def main(address, service):
         painter = await Painter.connect(address)
         async with aclosing(painter.draw("3")) as first, aclosing(painter.draw("4")) as second:
-            await anext(first)
+            while not engine.open:
+                await anext(first)
             while "waiting for the images of others" not in (shown := await anext(second)).status:
                 assert not shown.pictures
             engine.open_gate()
@@ -131,7 +132,7 @@ def test_drawing_that_nobody_reads_gives_its_place_up(tokenizer):
         async with aclosing(painter.draw("3", count=4)) as views:
             while engine.open < 4:
                 await anext(views)
-        for _ in range(100):
+        for _ in range(2400):
             if engine.open == service.queued_images == 0:
                 return
             await asyncio.sleep(0.05)

@@ -402,7 +402,7 @@ def batches_of(count: int, size: int = 2, begun: list | None = None):
 def test_images_are_written_while_the_next_are_drawn(tmp_path, monkeypatch):
     """No more than two batches wait for a slow disk; all are written at the end."""
     disk, begun, write = threading.Event(), [], many.save_png
-    monkeypatch.setattr(many, "save_png", lambda *args: disk.wait(10) and write(*args))
+    monkeypatch.setattr(many, "save_png", lambda *args: disk.wait(120) and write(*args))
 
     def watched():
         for batch in batches_of(BATCHES_WAITING + 2, begun=begun):

@@ -129,11 +129,11 @@ def listening(make_service, sock: socket.socket | None = None, **app):
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
-    assert begun.wait(60)
+    assert begun.wait(120)
     try:
         name = sock.getsockname()
         yield name if isinstance(name, str) else f"http://127.0.0.1:{name[1]}", made[1]
     finally:
         made[0].should_exit = True
-        thread.join(60)
+        thread.join(120)
         assert not thread.is_alive()

@@ -6,6 +6,7 @@ import json
 import threading
 from contextlib import aclosing
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from tests.helpers import ROOT
 from tests.serve.small import image
 from tokenizer.load import load_tokenizer
 from utils.errors import NotFiniteError
+
+PATIENCE = 120  # seconds that a busy machine may take
 
 
 @pytest.fixture(scope="module")
@@ -160,61 +163,88 @@ def test_images_that_come_and_go_are_the_pipelines(small_files, tokenizer, windo
         assert tokens is None or np.array_equal(decoded(pipeline, tokens), by_pipeline(pipeline, request)), request
 
 
-def test_request_that_comes_during_a_drawing_is_not_kept_waiting(raster, monkeypatch):
-    """It enters a free slot: both images are in the decode passes at the same time."""
-    together = []
-    take_pass = Slots.take_pass
+@pytest.fixture
+def passes(monkeypatch):
+    """Passes of an engine: none before `begin` is set, and once every image has its first rows none before `go` is.
 
-    def counted(slots):
-        together.append(slots.count - len(slots.free))
+    taken: the images of each.
+    """
+    passes, take_pass = SimpleNamespace(begin=threading.Event(), go=threading.Event(), taken=[]), Slots.take_pass
+
+    def held(slots):
+        assert passes.begin.wait(PATIENCE)
+        drawn = [slots.done(slot) for slot in range(slots.count) if slot not in slots.free]
+        assert min(drawn) < 16 or passes.go.wait(PATIENCE)
+        passes.taken.append(len(drawn))
         take_pass(slots)
 
-    monkeypatch.setattr(Slots, "take_pass", counted)
+    monkeypatch.setattr(Slots, "take_pass", held)
+    return passes
+
+
+async def until_asked(engine: NativeEngine, count: int) -> None:
+    """Returns once so many requests are in slots or wait for one."""
+    while len(engine._waiting) + len(engine._in_slots) < count:
+        await asyncio.sleep(0.01)
+
+
+def test_request_that_comes_during_a_drawing_is_not_kept_waiting(raster, passes):
+    """It enters a free slot: both images are in the decode passes at the same time."""
 
     async def main():
         engine = NativeEngine(raster)
+        passes.begin.set()
+
+        async def second():
+            return [_ async for _ in engine.generate(image(label=2, cfg_scale=3.0, top_k=5))]
+
         async with aclosing(engine.generate(image(label=1))) as first:
             await anext(first)
-            [_ async for _ in engine.generate(image(label=2, cfg_scale=3.0, top_k=5))]
+            drawing = asyncio.create_task(second())
+            await until_asked(engine, 2)
+            passes.go.set()
+            await drawing
             [_ async for _ in first]
         await engine.close()
 
     asyncio.run(main())
-    assert together[0] == 1 and 2 in together
+    assert passes.taken[0] == 1 and 2 in passes.taken
 
 
-def test_a_closed_request_gives_its_slot_up(raster, monkeypatch):
+def test_a_closed_request_gives_its_slot_up(raster, monkeypatch, passes):
     """Close requests early: waiting ones are not begun, and one that runs leaves its slot."""
-    admitted, passes = [], []
-    admit, take_pass = Slots.admit, Slots.take_pass
+    admitted, admit = [], Slots.admit
     monkeypatch.setattr(
         Slots,
         "admit",
         lambda slots, given, *more, **named: (admitted.extend(given), admit(slots, given, *more, **named)),
     )
-    monkeypatch.setattr(Slots, "take_pass", lambda slots: (passes.append(0), take_pass(slots)))
 
     async def main():
         engine = NativeEngine(raster)
         running = [engine.generate(image(label=i, cfg_scale=2.0)) for i in range(4)]
-        await asyncio.gather(*map(anext, running))
+        first = [asyncio.ensure_future(anext(each)) for each in running]
+        await until_asked(engine, 4)
+        passes.begin.set()
+        await asyncio.gather(*first)
         waiting = asyncio.create_task(anext(engine.generate(image(label=9))))
-        await asyncio.sleep(0.01)
+        await until_asked(engine, 5)
         waiting.cancel()
-        await asyncio.gather(*(each.aclose() for each in running))
+        await asyncio.gather(*(each.aclose() for each in running), waiting, return_exceptions=True)
+        passes.go.set()
         last = [tokens async for tokens in engine.generate(image(label=3, seed=4))][-1]
         await engine.close()
         assert len(engine.slots.free) == 4
         return last
 
     last = asyncio.run(main())
-    assert len(admitted) == 5 and len(passes) < 2 * 63
+    assert len(admitted) == 5 and len(passes.taken) < 2 * 63
     monkeypatch.undo()
     assert np.array_equal(decoded(raster, last), by_pipeline(raster, image(label=3, seed=4)))
 
 
 def test_a_batch_of_closed_requests_ends_early(raster, without_slots, monkeypatch):
-    steps = []
+    steps, closed = [], threading.Event()
     draw = raster.draw
 
     def counted(requests, on_step):
@@ -222,6 +252,7 @@ def test_a_batch_of_closed_requests_ends_early(raster, without_slots, monkeypatc
 
         def count(done, tokens):
             steps[-1] = done
+            assert done < 16 or closed.wait(PATIENCE)
             on_step(done, tokens)
 
         return draw(requests, on_step=count)
@@ -232,6 +263,7 @@ def test_a_batch_of_closed_requests_ends_early(raster, without_slots, monkeypatc
         engine = NativeEngine(raster)
         async with aclosing(engine.generate(image(label=1))) as running:
             await anext(running)
+        closed.set()
         last = [tokens async for tokens in engine.generate(image(label=3, seed=4))][-1]
         await engine.close()
         return last
@@ -240,9 +272,10 @@ def test_a_batch_of_closed_requests_ends_early(raster, without_slots, monkeypatc
     assert len(steps) == 2 and steps[0] < 64 and steps[1] == 64
 
 
-def test_closing_ends_what_runs_and_what_waits(raster):
+def test_closing_ends_what_runs_and_what_waits(raster, passes):
     async def main():
         engine = NativeEngine(raster)
+        passes.begin.set()
         running = engine.generate(image(label=1))
         await anext(running)
 
@@ -250,8 +283,12 @@ def test_closing_ends_what_runs_and_what_waits(raster):
             return [tokens async for tokens in engine.generate(request)]
 
         waiting = asyncio.create_task(whole(image(label=2, top_k=3)))
-        await asyncio.sleep(0.01)
-        await engine.close()
+        await until_asked(engine, 2)
+        closing = asyncio.create_task(engine.close())
+        while not engine.dead:
+            await asyncio.sleep(0.01)
+        passes.go.set()
+        await closing
         with pytest.raises(RuntimeError, match="closed"):
             async for _ in running:
                 pass
@@ -260,21 +297,21 @@ def test_closing_ends_what_runs_and_what_waits(raster):
         with pytest.raises(RuntimeError, match="closed"):
             await anext(engine.generate(image(label=2)))
         await engine.close()
-        await asyncio.wait_for(asyncio.to_thread(engine.thread.shutdown), 10)
+        await asyncio.wait_for(asyncio.to_thread(engine.thread.shutdown), PATIENCE)
         assert engine.dead
 
     asyncio.run(main())
 
 
 def test_closing_an_engine_whose_worker_hangs_ends(raster, monkeypatch, caplog):
-    held = threading.Event()
-    monkeypatch.setattr(Slots, "take_pass", lambda slots: held.wait(60))
+    begun, held = threading.Event(), threading.Event()
+    monkeypatch.setattr(Slots, "take_pass", lambda slots: begun.set() or held.wait(PATIENCE))
     monkeypatch.setattr(native, "SECONDS_TO_CLOSE", 0.2)
 
     async def main():
         engine = NativeEngine(raster)
         drawing = asyncio.create_task(anext(engine.generate(image(label=1))))
-        await asyncio.sleep(0.1)
+        assert await asyncio.to_thread(begun.wait, PATIENCE)
         await engine.close()
         held.set()
         with pytest.raises(RuntimeError):

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import json
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 
 from autoregressive.models.settings import SamplingConfig
 from autoregressive.pipeline import ImagePipeline, load_gpt
+from autoregressive.serve import api
 from autoregressive.serve.api import IMAGES, create_app
 from autoregressive.serve.body import MAX_SEED, ImageBody, Limits, ask, invalid_body
 from autoregressive.serve.decoder import GREY, Decoder
@@ -167,12 +169,19 @@ def test_stream_of_several_images_has_all_events_of_each(tokenizer):
 
 
 def test_stream_that_waits_is_kept_alive_by_comments(tokenizer, monkeypatch):
-    monkeypatch.setattr("autoregressive.serve.api.SECONDS_BETWEEN_EVENTS", 0.02)
-    engine = ScriptedEngine()
+    monkeypatch.setattr(api, "SECONDS_BETWEEN_EVENTS", 0.02)
+    engine, told = ScriptedEngine(), api.events
+
+    async def until_a_comment(*args):
+        async for event in told(*args):
+            if event.startswith(b":"):
+                engine.gate.set()
+            yield event
+
+    monkeypatch.setattr(api, "events", until_a_comment)
 
     async def work(client, service):
         engine.gate = asyncio.Event()
-        asyncio.get_running_loop().call_later(0.2, engine.gate.set)
         response = await post(client, prompt="2", seed=3, stream=True)
         assert response.text.startswith(": still drawing\n\n") and len(events(response)) == 4
 
@@ -246,8 +255,9 @@ def test_model_under_several_names_answers_to_each(tokenizer):
     with_client(tokenizer, work, aliases=["gpt-image-1", "small", "b/c"])
 
 
-def test_engine_that_draws_no_token_for_long_is_unhealthy_until_it_does(tokenizer):
-    engine = ScriptedEngine()
+def test_engine_that_draws_no_token_for_long_is_unhealthy_until_it_does(tokenizer, monkeypatch):
+    engine, now = ScriptedEngine(), 100.0
+    monkeypatch.setattr("autoregressive.serve.service.time", SimpleNamespace(monotonic=lambda: now))
 
     async def told(client, status, up):
         health = await client.get("/health")
@@ -257,13 +267,16 @@ def test_engine_that_draws_no_token_for_long_is_unhealthy_until_it_does(tokenize
         return health.json()["token_age"]
 
     async def work(client, service):
+        nonlocal now
         assert await told(client, 200, 1.0) is None
         engine.gate, engine.rows_before = asyncio.Event(), 3
         drawing = asyncio.create_task(post(client, prompt="1"))
-        await asyncio.sleep(0.1)
-        assert await told(client, 200, 1.0) < 0.3
-        await asyncio.sleep(0.3)
-        assert await told(client, 503, 0.0) > 0.3
+        while service.metrics.tokens._value.get() < 24:
+            await asyncio.sleep(0.01)
+        now += 0.25
+        assert await told(client, 200, 1.0) == 0.25
+        now += 0.25
+        assert await told(client, 503, 0.0) == 0.5
         engine.gate.set()
         assert (await drawing).status_code == 200
         assert await told(client, 200, 1.0) is None
@@ -565,7 +578,7 @@ def test_a_client_that_hangs_up(tokenizer, stream, rows, caplog):
         while engine.open < (1 if stream else 2):
             await asyncio.sleep(0.01)
         hung_up.set()
-        await asyncio.wait_for(asking, 10)
+        await asyncio.wait_for(asking, 120)
         assert engine.open == 0 and service.idle and service.queued_images == 0
         assert stream or not sent
         assert b'image_requests_total{model="small",status="499"} 1.0' in service.metrics.text()
@@ -867,7 +880,7 @@ def test_nothing_in_the_documented_interface_breaks_it(tokenizer):
                     left_out = ("class_label", "class_name", "model")
                     case.body = {name: value for name, value in case.body.items() if name not in left_out}
                     case.body["prompt"] = "3"
-                response = case.call()
+                response = case.call(timeout=120)
                 seen.append((case.path, response.status_code))
                 case.validate_response(response, checks=conforming)
 
@@ -876,4 +889,4 @@ def test_nothing_in_the_documented_interface_breaks_it(tokenizer):
         for run in runs:
             ask_all(*run)
         assert {(IMAGES, 200), (IMAGES, 400), ("/health", 200)} <= set(seen)
-        assert httpx.post(f"{address}{IMAGES}", json={"prompt": "1"}).status_code == 200
+        assert httpx.post(f"{address}{IMAGES}", json={"prompt": "1"}, timeout=120).status_code == 200

@@ -17,7 +17,7 @@ def test_an_item_is_made_while_the_one_before_is_worked_on():
 
     def work(i):
         assert threading.current_thread() is not threading.main_thread()
-        assert i == 2 or made[i + 1].wait(10)  # would wait in vain if the work came first
+        assert i == 2 or made[i + 1].wait(120)  # would wait in vain if the work came first
         return i
 
     assert list(one_behind(items(), work)) == [0, 1, 2]

@@ -146,8 +146,9 @@ def test_a_process_that_waits_for_its_device_ends_once_another_is_gone():
         "dist = start('cpu')\n"
         "agreement = signals.Agreement(replace(dist, device=torch.device('cuda')))\n"
         "agreement.exchange(False)\n"
-        "if dist.rank == 1: agreement.close(); time.sleep(1); os._exit(9)\n"
-        "agreement.exchange(False); time.sleep(60)"
+        "store = torch.distributed.distributed_c10d._get_default_store()\n"
+        "if dist.rank == 1: agreement.close(); store.wait(['asked']); os._exit(9)\n"
+        "agreement.exchange(False); store.set('asked', ''); time.sleep(600)"
     )
     where = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
@@ -159,6 +160,6 @@ def test_a_process_that_waits_for_its_device_ends_once_another_is_gone():
         )
         for rank in range(2)
     ]
-    said = ranks[0].communicate(timeout=50)[1]
+    said = ranks[0].communicate(timeout=120)[1]
     ranks[1].communicate()
     assert ranks[0].returncode == 1 and "process 0 lost the others" in said and "rerun with --resume" in said

@@ -296,14 +296,14 @@ def test_a_folder_has_the_weights_of_its_step(alone, saver, monkeypatch):
 
     def slow(self, plan, planner):
         begun.set()
-        assert free.wait(20)
+        assert free.wait(120)
         return write(self, plan, planner)
 
     monkeypatch.setattr(ChecksummedWriter, "write_data", slow)
     writer, log = saver(state)
     expected = content(state)
     writer.save()
-    assert begun.wait(20)
+    assert begun.wait(120)
     train(state)
     writer.poll()
     assert log.told == [] and not same(content(state), expected)

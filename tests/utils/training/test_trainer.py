@@ -786,18 +786,20 @@ def test_one_full_store_does_not_keep_the_other_from_the_last_checkpoint(tmp_pat
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     """It has the weights of its step. Only one is in memory at a time: the next save waits for the one before."""
-    model, free, told, weights = network(), threading.Event(), [], {}
+    model, begun, free, told, weights = network(), threading.Event(), threading.Event(), [], {}
     write = state_module.save_checkpoint
 
     def slow(path, content):
         told.append(f"begin {path.name}")
-        assert free.wait(20)
+        begun.set()
+        assert free.wait(120)
         write(path, content)
         told.append(f"end {path.name}")
 
     def at(place):
         weights[place.step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         if place.step == 3:
+            assert begun.wait(120)
             told.append("step 3")
             threading.Timer(0.1, free.set).start()
 
@@ -930,7 +932,8 @@ def test_an_infinite_gradient_of_a_finite_loss_ends_the_run(tmp_path):
 FIGURES = {"loss", "grad_norm", "lr", "steps_per_second", "images_per_second", "data_wait", "peak_memory_gib"}
 
 
-def test_the_records_of_a_run(tmp_path, capsys):
+def test_the_records_of_a_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("utils.training.run_log.SECONDS_A_LINE", 1e6)
     picture = np.arange(5 * 6 * 3, dtype=np.uint8).reshape(5, 6, 3)
     build(
         tmp_path,
@@ -956,7 +959,7 @@ def test_the_records_of_a_run(tmp_path, capsys):
     text = (folder / "log.txt").read_text()
     assert "83 parameters, 40 samples, 5 steps an epoch, 10 steps, 1 process(es) on cpu (ddp, none: " in text
     line = (
-        r"\(step=(\d{7})\) Train Loss: \d\.\d{4}, Train Steps/Sec: [\d.]+, step \d+ of 10, epoch [12] of 2, (?:\d+ s left, )?grad_norm: \d\.\d{4}, lr: 0\.01, images/sec: [\d,]+, "
+        r"\(step=(\d{7})\) Train Loss: \d\.\d{4}, Train Steps/Sec: [\d.]+, step \d+ of 10, epoch [12] of 2, (?:[\w ,]+ left, )?grad_norm: \d\.\d{4}, lr: 0\.01, images/sec: [\d,]+, "
         r"tokens/sec: [\d,]+, data wait: \d+%, memory: \d+\.\d\d GiB\n"
     )
     assert re.findall(line, text) == ["0000003", "0000006", "0000009", "0000010"]
