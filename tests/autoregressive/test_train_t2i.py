@@ -441,6 +441,37 @@ def test_processes_of_several_resolutions_take_the_steps_of_one(data, tmp_path):
     assert metrics(tmp_path / "two", "loss") == pytest.approx(metrics(tmp_path / "one", "loss"), abs=1e-4)
 
 
+@pytest.mark.slow
+def test_shards_of_several_resolutions_killed_and_resumed_end_with_the_same_bits(data, tmp_path):
+    flags = ["--control-type", "canny", "--control-encoder", "vit,width=16,layers=1,heads=2,positions=4"]
+    flags += [
+        "--random-sides",
+        8,
+        24,
+        *EXACT,
+        "--max-steps",
+        5,
+        "--ckpt-every",
+        2,
+        *held_out(data)[:4],
+        "--sample-every",
+        2,
+    ]
+    shards = [*flags, "--data-parallel", "fsdp", "--resume"]
+    kinds = {"world": 2, "kind": "images"}
+    live(
+        life(data, tmp_path / "whole", *shards, **kinds),
+        life(data, tmp_path / "killed", *shards, kill_at=f"{tmp_path}/killed/*/checkpoints/0000002*", **kinds),
+        life(data, tmp_path / "killed", *shards, **kinds),
+    )
+    train(data, tmp_path / "one", *flags, kind="images")
+    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    for figure in ("loss", "val_loss"):
+        found = metrics(tmp_path / "killed", figure)
+        assert found == pytest.approx(metrics(tmp_path / "one", figure), rel=1e-3), figure
+    assert len(list((run_folder(tmp_path / "whole") / "samples").glob("*.png"))) == 3
+
+
 def test_random_sides_that_do_not_fit_are_refused(data, tmp_path):
     control = ["--control-encoder", "vit,width=16,layers=1,heads=2,positions=4"]
     codes = ["--dataset", "t2i_code", "--code-path", data / "codes"]
