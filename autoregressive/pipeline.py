@@ -41,7 +41,7 @@ from autoregressive.released import find_identity, gpt_identity, released_tokeni
 from autoregressive.request import Request
 from tokenizer.base import IMAGES_AT_ONCE, Tokenizer
 from tokenizer.load import find_tokenizer, load_tokenizer
-from utils.checkpoint import has_averages, load_into, read_checkpoint
+from utils.checkpoint import load_into, read_checkpoint
 from utils.distributed import pick_device
 from utils.errors import beginning, is_out_of_memory, require_whole
 from utils.hub import is_released
@@ -104,6 +104,13 @@ def tokenizer_of(gpt: str | Path) -> Path:
         return find_checkpoint(released_tokenizer(find_identity(checkpoint)))
     name = released_tokenizer(find_identity(checkpoint))
     raise ValueError(f"--vq-ckpt is needed: {path} does not record its tokenizer; that of released models is {name}")
+
+
+def load_tokenizer_of(gpt: Path, vq: Path, use_ema: bool, **more: Any) -> Tokenizer:
+    """Load the tokenizer of a GPT's file, with `use_ema` its averaged weights where it has some. more: for load_tokenizer."""
+    averaged = use_ema and read_checkpoint(vq).ema is not None
+    fingerprint = read_checkpoint(gpt).config.get("tokenizer")
+    return load_tokenizer(vq, use_ema=averaged or None, fingerprint=fingerprint, **more)
 
 
 Features = Tensor | np.ndarray | str | Path
@@ -232,22 +239,18 @@ class ImagePipeline:
         device = pick_device(str(device) if device else None)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         gpt_path = find(gpt)
-        fingerprint = read_checkpoint(gpt_path).config.get("tokenizer")
+        checkpoint = read_checkpoint(gpt_path)
         if vq is not None:
             vq_path = find(vq)
-        elif fingerprint:
+        elif checkpoint.config.get("tokenizer"):
             vq_path = tokenizer_of(gpt_path)
         else:
-            vq = released_tokenizer(find_identity(read_checkpoint(gpt_path)))
+            vq = released_tokenizer(find_identity(checkpoint))
             vq_path = find(vq) if (folder / vq).exists() else find_checkpoint(vq)
         of_tokenizer = ("vq_model", "codebook_embed_dim", "quantizer")
-        tokenizer = load_tokenizer(
-            vq_path,
-            device=device,
-            use_ema=(use_ema and has_averages(vq_path)) or None,
-            decode_precision=decode_precision,
-            fingerprint=fingerprint,
-            **{name: beliefs.get(name) for name in ("codebook_size", *of_tokenizer)},
+        known = {name: beliefs.get(name) for name in ("codebook_size", *of_tokenizer)}
+        tokenizer = load_tokenizer_of(
+            gpt_path, vq_path, use_ema, device=device, decode_precision=decode_precision, **known
         )
         of_gpt = {name: value for name, value in beliefs.items() if name not in of_tokenizer}
         model = load_gpt(
@@ -453,9 +456,11 @@ class ImagePipeline:
 
     def read(self, requests: Sequence[Request], *, progress: bool = False) -> list[Request]:
         """Encode the requests' prompts and check every value. Raises as `batches` does."""
+        texts = {name: each for name, each in self.gpt.conditions.items() if each.text_dim}
         encoded: dict[str, Tensor] = {}
         for part in ("conditions", "negative"):
-            values = [value for request in requests for value in self._prompts(getattr(request, part))]
+            given = [each for request in requests for each in getattr(request, part).items()]
+            values = [value for name, value in given if isinstance(value, str) and name in texts]
             encoded |= zip(values, self.encode(values, progress=progress)) if values else ()
         found = []
         for request in requests:
@@ -463,17 +468,10 @@ class ImagePipeline:
                 found.append(request.read(self.gpt.conditions, encoded))
             except ValueError as error:
                 raise ValueError(f"image {request.index}: {error}") from error
-        for name, condition in self.gpt.conditions.items():
-            if condition.text_dim:
-                lengths = [(request.index, len(request.conditions[name])) for request in found]
-                import_module("autoregressive.text").warn_of_long_features(lengths, condition.rows)
+        for name, condition in texts.items():
+            lengths = [(request.index, len(request.conditions[name])) for request in found]
+            import_module("autoregressive.text").warn_of_long_features(lengths, condition.rows)
         return found
-
-    def _prompts(self, values: Mapping[str, Any]) -> list[str]:
-        conditions = self.gpt.conditions
-        return [
-            v for name, v in values.items() if isinstance(v, str) and name in conditions and conditions[name].text_dim
-        ]
 
     def _drawn(self, requests: Sequence[Request], progress: bool) -> Iterator[tuple[list[int], Tensor]]:
         """One micro-batch at a time: the images' numbers, and their codes (n, N) in raster order."""
@@ -718,19 +716,19 @@ def _decode_so_many(
 def control_column(
     pictures: Picture | Sequence[Picture] | None, kind: str | None, count: int
 ) -> dict[str, list[ControlImage]]:
-    """Return the control images of `count` images by the name of their condition; nothing where none are given."""
+    """Return the control images of `count` images by the name of their condition; nothing where none are given.
+
+    Raises FileNotFoundError, ValueError for what is no picture.
+    """
     if pictures is None:
         if kind is not None:
             raise ValueError(f"--control-type {kind} is of a control image: give --control-image too")
         return {}
-    if isinstance(pictures, str | Path | Image.Image):
-        return {"control": [control_of(pictures, kind)] * count}
-    return {"control": [control_of(picture, kind) for picture in pictures]}
-
-
-def control_of(picture: Picture, kind: str | None = None) -> ControlImage:
-    """Return a picture, or that of a file, as a control image. Raises FileNotFoundError, ValueError for what is no picture."""
-    return ControlImage(open_picture(picture) if isinstance(picture, str | Path) else picture, kind)
+    is_one = isinstance(pictures, str | Path | Image.Image)
+    opened = [
+        open_picture(each) if isinstance(each, str | Path) else each for each in ([pictures] if is_one else pictures)
+    ]
+    return {"control": [ControlImage(each, kind) for each in opened] * (count if is_one else 1)}
 
 
 def as_list(asked: Any) -> list:

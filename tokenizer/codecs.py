@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tokenizer.base import Tokenizer
 from tokenizer.load import load_tokenizer
 from tokenizer.vqgan.sizes import VQGAN_FROM_TAMING
-from utils.checkpoint import has_averages
+from utils.checkpoint import read_checkpoint
 from utils.cli import tokenizer_beliefs
 from utils.distributed import Distributed
 from utils.hub import resolve
@@ -113,7 +113,7 @@ def load_vq(args: argparse.Namespace, dist: Distributed, seed: int) -> Loaded:
         )
     with dist.main_first():
         path = find_checkpoint(args.vq_ckpt)
-    args.use_ema = args.use_ema and has_averages(path)
+    args.use_ema = args.use_ema and read_checkpoint(path).ema is not None
     if dist.is_main:
         print(f"{path}: its {'averaged' if args.use_ema else 'raw'} weights")
     tokenizer = load_tokenizer(path, **tokenizer_beliefs(args), device=dist.device, use_ema=args.use_ema)

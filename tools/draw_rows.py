@@ -9,7 +9,7 @@ A row of pixels appears when the codes it stands on are drawn. The ending of --o
 import argparse
 
 from autoregressive.sample.flags import grid_flags
-from utils.cli import add_batch_size_flag, add_flag, add_quantize_flag, positive_int, run_script
+from utils.cli import add_batch_size_flag, add_flag, positive_int, run_script
 
 
 def main(args: argparse.Namespace) -> None:
@@ -41,7 +41,6 @@ def main(args: argparse.Namespace) -> None:
 def flags() -> argparse.ArgumentParser:
     parser = grid_flags(__doc__, "rows.gif", "class")
     add_batch_size_flag(parser)
-    add_quantize_flag(parser)
     parser.add_argument("--scale", type=positive_int, default=2, help="pixels a side of a pixel")
     add_flag(parser, "--milliseconds", positive_int, 250, "for a row; the whole stays 12 times as long")
     return parser

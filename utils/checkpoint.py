@@ -166,11 +166,6 @@ def parameter_count(state: Mapping[str, torch.Tensor]) -> str:
     return f"{count / 1e6:.0f}M" if count >= 1e6 else f"{count:,}"
 
 
-def has_averages(path: str | Path) -> bool:
-    """Return whether a checkpoint has averaged weights beside its raw ones. Raises as `read_checkpoint` does."""
-    return read_checkpoint(path).ema is not None
-
-
 def files_of(path: Path) -> list[Path]:
     """Return the files that hold the weights named by `path`: itself, or all shards of its index or of the shard it is."""
     if path.name.endswith(".index.json"):

@@ -396,12 +396,6 @@ def add_window_flag(parser: Flags) -> None:
     add_flag(parser, "--window", window_size, None, help)
 
 
-def add_draft_flag(parser: Flags) -> None:
-    """Add --draft-gpt, of scripts with --window."""
-    help = "file or run of a smaller GPT trained on the same codes, which draws the drafts of windows: fewer passes, the same image"
-    add_flag(parser, "--draft-gpt", None, None, help)
-
-
 def add_run_flags(parser: Flags, *, compile: bool | None = False, precision: bool = True) -> None:
     """Add --device, --precision, --compile. compile: its default, None where the script decides."""
     group = parser.add_argument_group("machine")
@@ -411,28 +405,10 @@ def add_run_flags(parser: Flags, *, compile: bool | None = False, precision: boo
     add_switch(group, "--compile", compile, "torch.compile the decode step, on CUDA and on a CPU beside a C++ compiler")
 
 
-def add_quantize_flag(parser: Flags) -> None:
-    """Add --quantize of the scripts that sample."""
-    help = "int8: the blocks' matrices in 8 bits, about half of bf16's memory in large models; other images (needs torchao)"
-    add_flag(parser, "--quantize", None, "none", help, choices=["none", "int8"])
-
-
 def add_batch_size_flag(parser: Flags) -> None:
     """Add --batch-size of a script that draws."""
     help = "images at once (default: 32 on an accelerator, 8 on a CPU)"
     add_flag(parser, "--batch-size", positive_int, None, help)
-
-
-def add_per_process_batch_size_flag(parser: Flags) -> None:
-    """Add --per-proc-batch-size of a script that draws many images."""
-    help = "images at once on each process; auto: as many as fit into memory"
-    add_flag(parser, "--per-proc-batch-size", positive_int_or_auto, 32, help)
-
-
-def add_decode_precision_flag(parser: Flags) -> None:
-    """Add --decode-precision of a script that turns tokens into pixels."""
-    help = "of the tokenizer's decoder: none for float32, bf16 for pixels sooner that are not quite the same"
-    add_flag(parser, "--decode-precision", None, "none", help, choices=["none", "bf16"])
 
 
 def add_hub_flags(parser: Flags) -> None:

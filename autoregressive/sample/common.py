@@ -17,13 +17,18 @@ import torch
 from autoregressive.class_names import class_choice, class_names, find_class
 from autoregressive.models.compiled import can_compile
 from autoregressive.models.trunk import Trunk
-from autoregressive.pipeline import PRECISIONS, ImagePipeline, control_column, load_gpt, tokenizer_of
+from autoregressive.pipeline import (
+    PRECISIONS,
+    ImagePipeline,
+    control_column,
+    load_gpt,
+    load_tokenizer_of,
+    tokenizer_of,
+)
 from autoregressive.quantization import quantize, require_torchao
 from autoregressive.released import flags_of
 from autoregressive.request import Request
 from autoregressive.sample.flags import sampling_config
-from tokenizer.load import load_tokenizer
-from utils.checkpoint import has_averages, read_checkpoint
 from utils.cli import RESULTS, given, grid_size, layout_numbers, tokenizer_beliefs
 from utils.images import labelled_grid, make_grid, save_png
 from utils.runs import find_checkpoint, newest_checkpoint
@@ -234,20 +239,13 @@ def build_pipeline(
     if quantized:
         require_torchao()
     gpt_path = find_gpt(args)
-    fingerprint = read_checkpoint(gpt_path).config.get("tokenizer")
     if args.vq_ckpt is None:
         vq_path = tokenizer_of(args.gpt_ckpt)
         print(f"--vq-ckpt {vq_path}: the tokenizer of the GPT's codes")
     else:
         vq_path = find_checkpoint(args.vq_ckpt)
-    tokenizer = load_tokenizer(
-        vq_path,
-        **tokenizer_beliefs(args),
-        device=device,
-        use_ema=(args.use_ema and has_averages(vq_path)) or None,
-        decode_precision=args.decode_precision,
-        fingerprint=fingerprint,
-    )
+    known = {**tokenizer_beliefs(args), "decode_precision": args.decode_precision}
+    tokenizer = load_tokenizer_of(gpt_path, vq_path, args.use_ema, device=device, **known)
     args.downsample_size = given(args.downsample_size) or tokenizer.downsample
     if args.downsample_size != tokenizer.downsample:
         raise ValueError(

@@ -17,14 +17,10 @@ from utils.cli import (
     Flags,
     Number,
     add_batch_size_flag,
-    add_decode_precision_flag,
-    add_draft_flag,
     add_flag,
     add_gpt_file_flags,
     add_gpt_flags,
     add_image_size_flags,
-    add_per_process_batch_size_flag,
-    add_quantize_flag,
     add_run_flags,
     add_switch,
     add_text_flags,
@@ -33,6 +29,7 @@ from utils.cli import (
     flag_parser,
     nonnegative_int,
     positive_int,
+    positive_int_or_auto,
 )
 
 # Of a picture, in the order of flags and of ImagePipeline.extend.
@@ -102,8 +99,18 @@ def drawing_flags(
     add_image_size_flags(parser, 512 if text else 384, evaluation=evaluation, of_file=True)
     add_sampling_flags(parser, negative=asks, **({"cfg_scale": 7.5, "top_k": 1000} if text else defaults))
     add_run_flags(parser, compile=compile)
-    add_decode_precision_flag(parser)
+    help = "of the tokenizer's decoder: none for float32, bf16 for pixels sooner that are not quite the same"
+    add_flag(parser, "--decode-precision", None, "none", help, choices=["none", "bf16"])
     return parser
+
+
+def add_loop_flags(parser: Flags) -> None:
+    """Add how the project's own decode loop draws: --window, --draft-gpt and --quantize."""
+    add_window_flag(parser)
+    help = "file or run of a smaller GPT trained on the same codes, which draws the drafts of windows: fewer passes, the same image"
+    add_flag(parser, "--draft-gpt", None, None, help)
+    help = "int8: the blocks' matrices in 8 bits, about half of bf16's memory in large models; other images (needs torchao)"
+    add_flag(parser, "--quantize", None, "none", help, choices=["none", "int8"])
 
 
 def grid_flags(
@@ -112,8 +119,7 @@ def grid_flags(
     """Return the flags of a script that draws a grid of images. output: the picture's default name."""
     parser = drawing_flags(description, asks, files_required=files_required, cfg_scale=4.0, top_k=2000)
     if not files_required:  # the scripts over vLLM
-        add_window_flag(parser)
-        add_draft_flag(parser)
+        add_loop_flags(parser)
     depends = "the seed, i and its prompt" if asks == "prompt" else "the seed and i"
     add_flag(parser, "--seed", SEED, 0, f"image i is a function of {depends}")
     if asks == "prompt":
@@ -135,11 +141,10 @@ def many_flags(description: str | None, asks: str, *, folder: str, images: int, 
     text = asks == "prompt"
     more = {} if text else {"evaluation": 256, "compile": True, "cfg_scale": 1.5}
     parser = drawing_flags(description, asks, **more)
-    add_quantize_flag(parser)
-    add_window_flag(parser)
-    add_draft_flag(parser)
+    add_loop_flags(parser)
     add_flag(parser, "--sample-dir", None, folder, "where the folder of images and the .npz go")
-    add_per_process_batch_size_flag(parser)
+    help = "images at once on each process; auto: as many as fit into memory"
+    add_flag(parser, "--per-proc-batch-size", positive_int_or_auto, 32, help)
     help = "images to draw" + (", at most one for each prompt" if text else "")
     add_flag(parser, "--num-fid-samples", positive_int, images, help)
     depends = "the seed, i and its prompt" if text else "the seed and i"
@@ -151,10 +156,8 @@ def many_flags(description: str | None, asks: str, *, folder: str, images: int, 
 def editing_flags(description: str | None, output: str, asks: str) -> argparse.ArgumentParser:
     """Return the flags of a script that edits a picture. output: the sheet's default name. asks: "class" or "prompt"."""
     parser = drawing_flags(description, asks, cfg_scale=4.0, top_k=2000)
-    add_window_flag(parser)
-    add_draft_flag(parser)
+    add_loop_flags(parser)
     add_batch_size_flag(parser)
-    add_quantize_flag(parser)
     group = parser.add_argument_group("edit")
     group.add_argument("--image", required=True, help="the picture, resized and cropped to the model's size")
     help = "the hole: a picture of the same size, transparent where to fill, or white if it has no transparency"

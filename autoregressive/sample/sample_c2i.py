@@ -6,7 +6,7 @@ python3 autoregressive/sample/sample_c2i.py --gpt-ckpt c2i_L_384.pt
 import argparse
 
 from autoregressive.sample.flags import grid_flags, sampling_config
-from utils.cli import add_batch_size_flag, add_quantize_flag, run_script
+from utils.cli import add_batch_size_flag, run_script
 
 
 def main(args: argparse.Namespace) -> None:
@@ -29,7 +29,6 @@ def flags() -> argparse.ArgumentParser:
     """The script's flags."""
     parser = grid_flags(__doc__, "sample_c2i.png", "class")
     add_batch_size_flag(parser)
-    add_quantize_flag(parser)
     return parser
 
 

@@ -8,7 +8,7 @@ With --t5-feat-path, features that were made of --prompt-file, no T5 is needed.
 import argparse
 
 from autoregressive.sample.flags import grid_flags, sampling_config
-from utils.cli import add_batch_size_flag, add_quantize_flag, run_script
+from utils.cli import add_batch_size_flag, run_script
 
 
 def main(args: argparse.Namespace) -> None:
@@ -31,7 +31,6 @@ def flags() -> argparse.ArgumentParser:
     """The script's flags."""
     parser = grid_flags(__doc__, "sample_t2i.png", "prompt")
     add_batch_size_flag(parser)
-    add_quantize_flag(parser)
     return parser
 
 

@@ -293,11 +293,9 @@ async def start_vllm(args: argparse.Namespace) -> tuple:
     """Return the engine over vLLM, which holds the GPT in a process of its own, and a pipeline for pixels and prompts."""
     if args.window is not None:
         raise ValueError(f"--window {args.window} is of the native engine, vLLM draws one token a step: leave it out")
-    from autoregressive.pipeline import PRECISIONS, ImagePipeline
+    from autoregressive.pipeline import PRECISIONS, ImagePipeline, load_tokenizer_of
     from autoregressive.serve.vllm_engine import MAX_NUM_SEQS, ServedModel, VllmEngine, require_vllm
     from autoregressive.text import with_encoder
-    from tokenizer.load import load_tokenizer
-    from utils.checkpoint import has_averages, read_checkpoint
 
     require_vllm()
     os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # its lines come as ours do
@@ -306,9 +304,8 @@ async def start_vllm(args: argparse.Namespace) -> tuple:
             "--no-left-padding is not for vLLM: with it the first token is read off a row of padding, which vLLM does not "
             "compute; use --engine native"
         )
-    gpt, vq = args.gpt_ckpt, args.vq_ckpt
-    fingerprint, averaged = read_checkpoint(gpt).config.get("tokenizer"), args.use_ema and has_averages(vq)
-    tokenizer = load_tokenizer(vq, device=args.device, use_ema=averaged or None, fingerprint=fingerprint)
+    gpt = args.gpt_ckpt
+    tokenizer = load_tokenizer_of(gpt, args.vq_ckpt, args.use_ema, device=args.device)
     model = ServedModel(
         gpt, model_name(args), dtype=PRECISIONS[args.precision], image_size=args.image_size,
         downsample_size=tokenizer.downsample, use_ema=args.use_ema,
