@@ -24,14 +24,11 @@ from autoregressive.models.build import build_model
 from autoregressive.models.layouts import Layout
 from autoregressive.models.trunk import Conditions, Trunk
 from autoregressive.released import find_identity
-from autoregressive.train.loss import dropped_conditions, token_log_probs
-from autoregressive.train.orders import OrderSchedule
+from autoregressive.train.loss import token_log_probs
 from utils.checkpoint import Checkpoint, read_checkpoint, weights_fingerprint
 from utils.distributed import Distributed
 from utils.origin import require_same
-from utils.rng import item_seed
 from utils.runs import find_checkpoint
-from utils.training.job import Micro
 from utils.training.state import fill
 
 BETA, UNCOND = 0.02, 0.1
@@ -174,7 +171,7 @@ class Contrast:
 class NegativesOfNext:
     """Gives every sample of a global batch the conditions of the next one, whatever the processes and micro-batches.
 
-    Job.prepare of a run with CCA: micro-batches get an entry "negatives".
+    Job.prepare of a run with CCA: micro-batches get an entry "negatives", by which StepLoss knows the run.
     """
 
     def __init__(self, names: list[str], dist: Distributed):
@@ -182,12 +179,9 @@ class NegativesOfNext:
 
     def __call__(self, batches: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
         sizes = [len(batch["codes"]) for batch in batches]
-        rolled = {name: self._rolled(torch.cat([batch[name] for batch in batches])) for name in self.names}
-        parts = {name: values.split(sizes) for name, values in rolled.items()}
-        return [
-            {**batch, "negatives": {name: parts[name][number] for name in parts}}
-            for number, batch in enumerate(batches)
-        ]
+        rolled = [self._rolled(torch.cat([batch[name] for batch in batches])).split(sizes) for name in self.names]
+        parts = [dict(zip(self.names, values, strict=True)) for values in zip(*rolled, strict=True)]
+        return [{**batch, "negatives": own} for batch, own in zip(batches, parts, strict=True)]
 
     def _rolled(self, values: Tensor) -> Tensor:
         """Return the values of the next samples: the process's own, and the first one of the next process."""
@@ -195,22 +189,3 @@ class NegativesOfNext:
         firsts[self.dist.rank] = values[0]
         after = self.dist.sum(firsts)[(self.dist.rank + 1) % self.dist.world_size]
         return torch.cat([values[1:], after[None]])
-
-
-class ContrastStep:
-    """Loss of a micro-batch as Phase has it; which samples lose their conditions is drawn by the step's number."""
-
-    def __init__(self, wrapped: nn.Module, data: Any, contrast: Contrast, orders: OrderSchedule, seed: int):
-        self.wrapped, self.data, self.orders = wrapped, data, orders
-        self.uncond, self.seed = contrast.uncond, seed
-
-    def __call__(self, batch: Any, place: Micro) -> tuple[Tensor, dict[str, Tensor]]:
-        inputs = self.data.inputs(batch)
-        device, seed = inputs.codes.device, item_seed(self.seed, place.step)
-        drop = dropped_conditions(seed, place.global_batch, place.positions, self.uncond, device)
-        layout, orders = self.orders(place.step, place.epoch, place.positions, place.global_batch)
-        orders = None if orders is None else orders.to(device, non_blocking=True)
-        loss, figures = self.wrapped(
-            inputs.codes, inputs.cond, batch["negatives"], drop=drop, layout=layout, orders=orders
-        )
-        return loss, {"loss": loss, **figures}

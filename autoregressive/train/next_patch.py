@@ -14,6 +14,7 @@ from itertools import pairwise
 
 from autoregressive.models.layouts import Layout
 from autoregressive.models.layouts.patches import with_patches
+from autoregressive.train.orders import OrderSchedule
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,10 @@ class PatchSchedule:
         """Return the side of the patches that a step, from 0, of an epoch trains with."""
         return self.patch_side(epoch if self.max_steps is None else step / self.steps_per_epoch)
 
-    def layouts(self, layout: Layout) -> "PatchLayouts":
-        """Return the schedule of layouts of a raster model. Raises ValueError where patches do not fit its layout."""
-        return PatchLayouts(self, {stage.patch_side: with_patches(layout, stage.patch_side) for stage in self.stages})
+    def layouts(self, layout: Layout) -> OrderSchedule:
+        """Return each step's layout of patches of a raster model. Raises ValueError where patches do not fit its layout."""
+        by_side = {stage.patch_side: with_patches(layout, stage.patch_side) for stage in self.stages}
+        return lambda step, epoch, positions, global_batch: (by_side[self.side_at(step, epoch)], None)
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """Return the learning rate at an optimizer step, from 0, of steps_per_epoch in each epoch.
@@ -151,14 +153,3 @@ class PatchSchedule:
         if done <= steps - decay or not decay:
             return self.lr
         return self.end_lr + (self.lr - self.end_lr) * max(steps - done, 0) / decay
-
-
-@dataclass(frozen=True)
-class PatchLayouts:
-    """An OrderSchedule (orders.py): the layout of each step's patches, by their side."""
-
-    schedule: PatchSchedule
-    by_side: dict[int, Layout]
-
-    def __call__(self, step: int, epoch: int, positions: slice, global_batch: int) -> tuple[Layout, None]:
-        return self.by_side[self.schedule.side_at(step, epoch)], None

@@ -8,9 +8,9 @@ batch: the same for every number of processes, and after a run was resumed.
 """
 
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,15 +24,9 @@ from utils.rng import item_seed
 _WHETHER, _WHICH, _GROUPS = 3, 4, 5
 
 
-class OrderSchedule(Protocol):
-    """A schedule of what each step of training reads by."""
-
-    def __call__(self, step: int, epoch: int, positions: slice, global_batch: int) -> tuple[Layout, Tensor | None]:
-        """Return the layout of a step, and the orders of some samples of its global batch, int64 (positions, N).
-
-        Orders are raster indices at each sequence position; None where all samples have the layout's.
-        """
-        ...
+OrderSchedule = Callable[[int, int, slice, int], tuple[Layout, Tensor | None]]
+"""Takes a step, its epoch, positions in the global batch and that batch's size: returns the layout of the step, and the orders
+of these samples, int64 (positions, N), raster indices at each sequence position; None where all samples have the layout's."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +71,6 @@ class AnnealedOrders:
 
 
 @dataclass(frozen=True)
-class OneLayout:
-    """The same layout in every step."""
-
-    layout: Layout
-
-    def __call__(self, step: int, epoch: int, positions: slice, global_batch: int) -> tuple[Layout, None]:
-        return self.layout, None
-
-
-@dataclass(frozen=True)
 class RandomGroups:
     """A random order for each sample, and one list of group sizes for each step: LPD's recipe (arXiv 2507.01957, section 4.1)."""
 
@@ -118,7 +102,7 @@ def training_orders(args: Namespace, layout: Layout, samples: int) -> OrderSched
             )
         return RandomGroups(layout, args.global_seed)
     if not any(args.random_orders or ()):
-        return OneLayout(layout)
+        return lambda *place: (layout, None)
     steps = max(samples // args.global_batch_size, 1)
     start, end = (epoch * steps for epoch in args.random_orders)
     return AnnealedOrders(layout, args.global_seed, start, end)

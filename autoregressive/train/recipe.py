@@ -21,7 +21,7 @@ from autoregressive.models.generate import generate, release_cache
 from autoregressive.models.sampling import SamplingConfig
 from autoregressive.models.trunk import Conditions, Trunk
 from autoregressive.released import find_identity, flags_of
-from autoregressive.train.contrast import STEP_FLOPS, Contrast, ContrastLoss, ContrastStep, NegativesOfNext
+from autoregressive.train.contrast import STEP_FLOPS, Contrast, ContrastLoss, NegativesOfNext
 from autoregressive.train.control import condition_settings
 from autoregressive.train.evaluation import mean_over, own_orders, require_readable
 from autoregressive.train.flags import held_out_flag
@@ -196,11 +196,11 @@ def fit(
     shown, names = data.shown(), data.config.get("classes")
     if data.held_out is not None:
         require_readable(data.held_out, dist)
+    prepare, cost, dropped = data.prepare, 1.0, model.args.class_dropout_prob
     if contrast:
-        step = ContrastStep(wrapped, data, contrast, orders, args.global_seed)
-        prepare, cost, notes = NegativesOfNext([*model.conditions], dist), STEP_FLOPS, [*notes, contrast.describe()]
-    else:
-        step, prepare, cost = StepLoss(wrapped, model, data, args, orders), data.prepare, 1.0
+        prepare, cost, dropped = NegativesOfNext([*model.conditions], dist), STEP_FLOPS, contrast.uncond
+        notes = [*notes, contrast.describe()]
+    step = StepLoss(wrapped, data, orders, args.global_seed, dropped)
     rates: dict[str, Any] = {}
     if not getattr(args, "random_sides", None):  # else steps differ in their tokens
         rates["tokens"] = model.args.block_size
@@ -251,27 +251,30 @@ def lay_out(model: Trunk, plan: Parallel, args: argparse.Namespace, contrast: Co
     return wrapped
 
 
+@dataclass(frozen=True)
 class StepLoss:
-    """Loss of a micro-batch: some of its samples lose their condition, drawn by the step's number."""
+    """Loss of a micro-batch: some of its samples lose their condition, drawn by the step's number.
 
-    def __init__(self, wrapped: nn.Module, model: Trunk, data: Any, args: argparse.Namespace, orders: OrderSchedule):
-        self.wrapped, self.data, self.orders = wrapped, data, orders
-        self.seed, self.drop_probability = args.global_seed, model.args.class_dropout_prob
+    wrapped: TokenLoss, or with CCA ContrastLoss. dropped: the probability that a sample loses its condition.
+    """
+
+    wrapped: nn.Module
+    data: Any
+    orders: OrderSchedule
+    seed: int
+    dropped: float
 
     def __call__(self, batch: Any, place: Micro) -> tuple[Tensor, dict[str, Tensor]]:
         inputs = self.data.inputs(batch)
-        seed = item_seed(self.seed, place.step)
-        drop = dropped_conditions(seed, place.global_batch, place.positions, self.drop_probability, inputs.codes.device)
+        device, seed = inputs.codes.device, item_seed(self.seed, place.step)
+        drop = dropped_conditions(seed, place.global_batch, place.positions, self.dropped, device)
         layout, orders = self.orders(place.step, place.epoch, place.positions, place.global_batch)
-        loss = self.wrapped(
-            inputs.codes,
-            inputs.cond,
-            drop=drop,
-            prefix_mask=inputs.prefix_mask,
-            valid=inputs.valid,
-            layout=layout,
-            orders=None if orders is None else orders.to(inputs.codes.device, non_blocking=True),
-        )
+        orders = None if orders is None else orders.to(device, non_blocking=True)
+        read = {"drop": drop, "layout": layout, "orders": orders}
+        if "negatives" in batch:
+            loss, figures = self.wrapped(inputs.codes, inputs.cond, batch["negatives"], **read)
+            return loss, {"loss": loss, **figures}
+        loss = self.wrapped(inputs.codes, inputs.cond, prefix_mask=inputs.prefix_mask, valid=inputs.valid, **read)
         if inputs.share is not None:
             loss = loss * inputs.share
         return loss, {"loss": loss} | ({} if inputs.valid is None else {"valid": inputs.valid.float().mean()})

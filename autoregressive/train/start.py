@@ -18,6 +18,7 @@ from autoregressive.train.control import whole, with_control
 from utils.checkpoint import Checkpoint, read_checkpoint
 from utils.cli import layout_numbers
 from utils.distributed import Distributed
+from utils.origin import same_tokenizer
 from utils.runs import find_checkpoint, runs_in
 from utils.training.shards import ShardedCheckpoint
 from utils.training.state import TrainingState
@@ -55,16 +56,16 @@ def starting_point(
             raise ValueError(
                 f"{path} is an adapter (--lora-rank): --resume continues its run, --finetune begins with the merged weights"
             )
-        if "control" in model.conditions and "control" not in _conditions(saved):
+        if "control" in model.conditions and "control" not in _identity(saved).get("conditions", {}):
             raise ValueError(f"{path} has no control images: give --finetune too, to begin with its weights")
         if before := _other_layout(saved, model):
+            other = (
+                f"; {SECOND_EXIT}"
+                if before == "neighbours"
+                else ", or --finetune to train its weights by another order"
+            )
             raise ValueError(
-                f"{path} is of the layout {before}, and this run of {model.layout.name}: give --layout {before}"
-                + (
-                    ", or --finetune to train its weights by another order"
-                    if before != "neighbours"
-                    else f"; {SECOND_EXIT}"
-                )
+                f"{path} is of the layout {before}, and this run of {model.layout.name}: give --layout {before}{other}"
             )
         if name == reference:
             return _weights_alone(read_checkpoint(path, prefer_ema=args.use_ema)), None
@@ -100,27 +101,21 @@ def starting_point(
         weights.model = with_class_table(weights.model, table)
         note.append(rows)
     for key in ("tokenizer", "text_encoder"):
-        if (
-            (before := weights.config.get(key))
-            and (now := config.get(key))
-            and before[: len(now)] != now[: len(before)]
-        ):
-            note.append(
-                f"its {key.replace('_', ' ')} was another one ({before}, now {now}), whose codes it has to unlearn"
-            )
+        before, now = weights.config.get(key), config.get(key)
+        if before and now and not same_tokenizer(before, now):
+            word = key.replace("_", " ")
+            note.append(f"its {word} was another one ({before}, now {now}), whose codes it has to unlearn")
     return replace(_weights_alone(weights), config=config), "; ".join(note)
 
 
+def _identity(saved: Checkpoint | ShardedCheckpoint) -> dict[str, Any]:
+    return find_identity(saved) if isinstance(saved, Checkpoint) else saved.config
+
+
 def _other_layout(saved: Checkpoint | ShardedCheckpoint, model: Trunk) -> str | None:
-    """The name of a file's layout, where it is another one than the model's."""
-    known = find_identity(saved) if isinstance(saved, Checkpoint) else saved.config
-    name = known.get("layout", {}).get("name", model.layout.name)
+    """Return the name of a file's layout, where it is another one than the model's."""
+    name = _identity(saved).get("layout", {}).get("name", model.layout.name)
     return None if name == model.layout.name else name
-
-
-def _conditions(saved: Checkpoint | ShardedCheckpoint) -> Any:
-    """The conditions of a file's model by name."""
-    return find_identity(saved)["conditions"] if isinstance(saved, Checkpoint) else saved.config.get("conditions", {})
 
 
 def _with_target_places(weights: Checkpoint, model: Trunk) -> tuple[Checkpoint, list[str]]:
