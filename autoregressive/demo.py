@@ -133,34 +133,33 @@ class Painter:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _image(self, picture: Picture, body: dict[str, Any], files: Mapping[str, bytes]) -> None:
-        began, filling = time.monotonic(), "image" in files
-        while wait := await (self._try_to_fill(picture, body, files) if filling else self._try(picture, body)):
+        began = time.monotonic()
+        while wait := await self._try(picture, body, files):
             picture.waits = True
             await asyncio.sleep(wait)
         picture.seconds = time.monotonic() - began
 
-    async def _try_to_fill(self, picture: Picture, body: dict[str, Any], files: Mapping[str, bytes]) -> float:
-        """Have the server fill a picture's hole, as `_try` has it draw one."""
-        fields = {name: str(value) for name, value in body.items()}
-        timeout = httpx.Timeout(10, read=None)  # it answers when it is done
-        answer = await self.client.post("v1/images/edits", data=fields, files=files, timeout=timeout)
-        if answer.status_code == 429:
-            return max(1.0, float(answer.headers.get("retry-after", 5)))
-        if answer.status_code != 200:
-            raise ValueError(refusal(answer.content))
-        told = answer.json()
-        picture.png, picture.waits = base64.b64decode(told["data"][0]["b64_json"]), False
-        picture.rows, picture.warnings = picture.of_rows, tuple(told["warnings"])
-        return 0
+    async def _try(self, picture: Picture, body: dict[str, Any], files: Mapping[str, bytes]) -> float:
+        """Have the server draw the picture, or fill its hole where `files` has an image.
 
-    async def _try(self, picture: Picture, body: dict[str, Any]) -> float:
-        """Have the server draw the picture. Returns 0, or the seconds after which to ask again where it has no room."""
-        async with self.client.stream("POST", "v1/images/generations", json=body) as answer:
+        Returns 0, or the seconds after which to ask again where the server has no room.
+        """
+        filling, asked = "image" in files, ("v1/images/generations", {"json": body})
+        if filling:
+            fields = {name: str(value) for name, value in body.items()}
+            timeout = httpx.Timeout(10, read=None)  # it answers when it is done
+            asked = "v1/images/edits", {"data": fields, "files": files, "timeout": timeout}
+        async with self.client.stream("POST", asked[0], **asked[1]) as answer:
             if answer.status_code == 429:
                 return max(1.0, float(answer.headers.get("retry-after", 5)))
             if answer.status_code != 200:
                 raise ValueError(refusal(await answer.aread()))
             picture.waits = False
+            if filling:
+                told = json.loads(await answer.aread())
+                picture.png, picture.rows = base64.b64decode(told["data"][0]["b64_json"]), picture.of_rows
+                picture.warnings = tuple(told["warnings"])
+                return 0
             async for line in answer.aiter_lines():
                 if not line.startswith("data:"):
                     continue
@@ -183,19 +182,15 @@ def view(pictures: list[Picture], what: str, settings: dict[str, float], seconds
         if picture.png:
             caption = f"{what} · seed {picture.seed} · {words(settings)} · {end}"
             shown.append((f"{i}-{picture.rows if picture.seconds is None else 'done'}.png", picture.png, caption))
-    notes = "".join(
-        f"<div class='note'>{escape(note)}</div>" for note in dict.fromkeys(n for p in pictures for n in p.warnings)
-    )
+    told = dict.fromkeys(note for picture in pictures for note in picture.warnings)
+    notes = "".join(f"<div class='note'>{escape(note)}</div>" for note in told)
     images = f"{len(pictures)} image{'s' if len(pictures) > 1 else ''}"
     if all(picture.seconds is not None for picture in pictures):
         return View(shown, f"<div class='status' data-done='1'>{images} in {seconds:.1f} s</div>{notes}", True)
     part = sum(picture.rows / picture.of_rows for picture in pictures) / len(pictures)
     state = "waiting for the images of others" if all(p.waits for p in pictures) else f"{part:.0%}"
-    return View(
-        shown,
-        f"<div class='status'><progress value='{part:.3f}'></progress> {images}: {state}, {seconds:.0f} s</div>",
-        False,
-    )
+    bar = f"<progress value='{part:.3f}'></progress>"
+    return View(shown, f"<div class='status'>{bar} {images}: {state}, {seconds:.0f} s</div>", False)
 
 
 def words(settings: dict[str, Any]) -> str:
@@ -209,11 +204,9 @@ def words(settings: dict[str, Any]) -> str:
         told.append(f"guidance {scale:g}{how}{to}" if scale > 1 else "no guidance")
     if settings.get("temperature") == 0:
         return " · ".join([*told, "greedy"])
-    others = {
-        name: value for name, value in settings.items() if not name.startswith("cfg_") and (name, value) != ("steps", 0)
-    }
-    shown = {name: value if isinstance(value, str) else f"{value:g}" for name, value in others.items()}
-    told += [f"{name.replace('_', '-')} {value}" for name, value in shown.items()]
+    for name, value in settings.items():
+        if not name.startswith("cfg_") and (name, value) != ("steps", 0):
+            told.append(f"{name.replace('_', '-')} {value if isinstance(value, str) else f'{value:g}'}")
     return " · ".join(told).replace("top-k 0", "top-k all")
 
 

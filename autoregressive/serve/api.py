@@ -166,9 +166,8 @@ def create_app(
     async def edits(request: Request) -> Response:
         """Fills the transparent part of a picture, as a multipart form asks: what is kept decides what is drawn."""
         if not service.engine.edits:
-            raise RequestError(
-                400, "this server's engine fills no holes: start it with --engine native", code="unsupported"
-            )
+            message = "this server's engine fills no holes: start it with --engine native"
+            raise RequestError(400, message, code="unsupported")
         fields, files = await read_form(request, service.limits.max_upload)
         accept = request.headers.get("accept", "")
         token = service.decoder.tokenizer.downsample
@@ -202,17 +201,8 @@ def create_app(
     started = int(time.time())
 
     def model(name: str) -> dict:
-        info = service.info
-        return {
-            "id": name,
-            "object": "model",
-            "created": started,
-            "owned_by": "local",
-            **{
-                field: getattr(info, field)
-                for field in ("kind", "image_size", "tokens", "num_classes", "classes", "control")
-            },
-        }
+        told = {field: value for field, value in vars(service.info).items() if field not in ("name", "raster")}
+        return {"id": name, "object": "model", "created": started, "owned_by": "local", **told}
 
     @v1.get("/models")
     async def models() -> Response:
@@ -276,9 +266,8 @@ class Watched:
             limits = self.service.limits
             pictures = path == EDITS or self.service.info.control is not None
             if size > (most := limits.max_upload if pictures else limits.max_body):
-                raise RequestError(
-                    413, f"the body has more than the {most:,} bytes that are read", code="body_too_large"
-                )
+                message = f"the body has more than the {most:,} bytes that are read"
+                raise RequestError(413, message, code="body_too_large")
             if not message.get("more_body"):
                 deadline = None
             return message
@@ -376,8 +365,7 @@ async def read_form(request: Request, most: int) -> tuple[dict[str, str], dict[s
 def stream(service: Service, job: Job, fields: dict) -> Response:
     """Answer with server-sent events, as OpenAI's: partial images, each image's `image_generation.completed`, or `error`.
 
-    Args:
-        fields: of the log line.
+    fields: of the log line.
     """
 
     def drawn(task: asyncio.Task) -> None:  # from here on whoever reads slowly holds nobody up
@@ -464,9 +452,8 @@ def usage(service: Service, job: Job, images: int) -> dict:
     """Return the tokens of a request with so many images, as OpenAI counts them."""
     read, drawn = job.text_tokens, images * service.info.tokens
     details = {"text_tokens": read, "image_tokens": 0}
-    return {
-        "input_tokens": read, "input_tokens_details": details, "output_tokens": drawn, "total_tokens": read + drawn,
-    }  # fmt: skip
+    told = {"input_tokens": read, "input_tokens_details": details, "output_tokens": drawn}
+    return {**told, "total_tokens": read + drawn}
 
 
 def about(asked: Asked) -> dict:

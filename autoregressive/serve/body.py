@@ -183,17 +183,9 @@ class Asked:
 
 
 def ask(body: ImageBody, info: ModelInfo, limits: Limits, *, models: Sequence[str] = (), accept: str = "") -> Asked:
-    """Return what a body asks of the model.
+    """Return what a body asks of the model. models: its names (default: info.name). accept: the header of that name.
 
-    Args:
-        body: the body.
-        info: the model.
-        limits: of the server.
-        models: the model's names (default: info.name).
-        accept: the header of that name.
-
-    Raises:
-        RequestError: for what the model cannot draw or the server does not.
+    Raises RequestError for what the model cannot draw or the server does not.
     """
     if body.model is not None and body.model not in (models or [info.name]):
         raise unknown_model(body.model, models or [info.name])
@@ -218,15 +210,10 @@ def ask(body: ImageBody, info: ModelInfo, limits: Limits, *, models: Sequence[st
 def ask_edit(
     fields: Mapping[str, str], files: Mapping[str, bytes], info: ModelInfo, limits: Limits, token: int, **more: Any
 ) -> Asked:
-    """Return what the fields and files of a form ask of the model.
+    """Return what the fields and files of a form, by name, ask of the model.
 
-    Args:
-        fields, files: of the form, by name.
-        token: pixels a side of a token.
-        more: models and accept, as `ask` takes them.
-
-    Raises:
-        RequestError: as `ask` does, and for what are no pictures of one size with a hole.
+    token: pixels a side of a token. more: models and accept, as `ask` takes them.
+    Raises RequestError as `ask` does, and for what are no pictures of one size with a hole.
     """
     try:
         body = EditBody.model_validate(dict(fields))
@@ -246,12 +233,10 @@ def ask_edit(
 
 def _control(body: ImageBody, info: ModelInfo, limits: Limits) -> ControlImage | None:
     """Return the picture that the model draws by, None for a model without control images."""
-    given = [
-        param for param in ("control_image", "control_type", "control_strength") if getattr(body, param) is not None
-    ]
     if info.control is None:
-        if given:
-            raise refuse(given[0], f"{info.name} takes no control image: leave out {given[0]}")
+        for param in ("control_image", "control_type", "control_strength"):
+            if getattr(body, param) is not None:
+                raise refuse(param, f"{info.name} takes no control image: leave out {param}")
         return None
     if body.control_image is None:
         raise refuse("control_image", f"{info.name} draws by a control image: send one in base64", "missing_image")
@@ -293,10 +278,8 @@ def _hole(files: Mapping[str, bytes], side: int, token: int, ring: int, most_pix
 
 def unknown_model(name: str, models: Sequence[str]) -> RequestError:
     """Return the answer to a request for another model."""
-    served = " and ".join(map(repr, models))
-    return RequestError(
-        404, f"there is no model {shown(name)}; this server has {served}", param="model", code="model_not_found"
-    )
+    message = f"there is no model {shown(name)}; this server has {' and '.join(map(repr, models))}"
+    return RequestError(404, message, param="model", code="model_not_found")
 
 
 def invalid_body(first: dict, body: type[ImageBody] = ImageBody) -> RequestError:
@@ -424,9 +407,8 @@ def _side(size: str | None, info: ModelInfo) -> int:
         raise refuse("size", f'size is {shown(size)}: write it as "{side}x{side}", or "auto"')
     width, height = map(int, sides.groups())
     if width != height or not 1 <= width <= max(most, side):
-        raise refuse(
-            "size", f"size is {size}: images are square, of {side} pixels a side or resized to 1 to {max(most, side)}"
-        )
+        most = max(most, side)
+        raise refuse("size", f"size is {size}: images are square, of {side} pixels a side or resized to 1 to {most}")
     return width
 
 
@@ -444,8 +426,7 @@ def _partial_rows(body: ImageBody, info: ModelInfo) -> tuple[int, ...]:
     if every is not None:
         return tuple(range(every, rows, every))
     if count is not None and count >= rows:
-        raise refuse(
-            "partial_images", f"partial_images is {count}: an image has {rows} rows, and so at most {rows - 1}"
-        )
+        message = f"partial_images is {count}: an image has {rows} rows, and so at most {rows - 1}"
+        raise refuse("partial_images", message)
     count = min(3, rows - 1) if count is None else count
     return tuple(round(rows * (i + 1) / (count + 1)) for i in range(count))

@@ -55,13 +55,9 @@ def draw_grid(
     names: Sequence[str],
 ) -> None:
     """Draws image i of the run for request i, and writes them as one picture, --output."""
+    settings = {name: getattr(args, name) for name in ("max_num_seqs", "kv_cache_gib", "gpu_memory_utilization")}
+    tensor_parallel_size = args.tensor_parallel_size or 1
     codes = draw(
-        served,
-        requests,
-        max_num_seqs=args.max_num_seqs,
-        kv_cache_gib=args.kv_cache_gib,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        tensor_parallel_size=args.tensor_parallel_size or 1,
-        enforce_eager=not args.compile,
+        served, requests, **settings, tensor_parallel_size=tensor_parallel_size, enforce_eager=not args.compile
     )
     write_grid(args, pipeline.gpt, pipeline.decode(codes), names)

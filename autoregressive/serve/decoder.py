@@ -33,9 +33,7 @@ class Decoder:
         self.image_size = grid_size * tokenizer.downsample
         self._waiting: list[tuple[list[int], asyncio.Future]] = []
         self._busy: asyncio.Task | None = None
-        self._thread = ThreadPoolExecutor(
-            1, thread_name_prefix="decoder"
-        )  # PyTorch has threads of its own, for each of ours
+        self._thread = ThreadPoolExecutor(1, "decoder")  # PyTorch has threads of its own, for each of ours
         # Pictures of the model's size do not wait for those that are resized, which may take a hundred times as long.
         self._resizing = asyncio.Semaphore(1)
 
@@ -79,9 +77,8 @@ class Decoder:
     async def _work(self) -> None:
         while self._waiting:
             self._waiting = [(tokens, future) for tokens, future in self._waiting if not future.done()]  # given up
-            length = max(
-                (len(tokens) for tokens, _ in self._waiting), default=0
-            )  # whole images come before partial ones
+            # Whole images come before partial ones.
+            length = max((len(tokens) for tokens, _ in self._waiting), default=0)
             batch = [item for item in self._waiting if len(item[0]) == length][: self.batch_size]
             self._waiting = [item for item in self._waiting if item not in batch]
             codes = [tokens for tokens, _ in batch]
@@ -103,13 +100,9 @@ class Decoder:
 
 
 def file_bytes(image: np.ndarray, size: int | None = None, kind: str = "png", quality: int | None = None) -> bytes:
-    """Return uint8 (side, side, 3) as a file's bytes.
+    """Return uint8 (side, side, 3) as the bytes of a "png", "jpeg" or "webp" file, resized bicubically to `size` pixels a side.
 
-    Args:
-        image: the picture.
-        size: pixels a side to resize to, bicubically.
-        kind: "png", "jpeg" or "webp".
-        quality: 0 to 100, of jpeg and webp; Pillow's default where None.
+    quality: 0 to 100, of jpeg and webp; Pillow's default where None.
     """
     picture, buffer = Image.fromarray(image), io.BytesIO()
     if size is not None:

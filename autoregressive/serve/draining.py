@@ -65,10 +65,8 @@ class DrainingServer(uvicorn.Server):
         name = self.servers[0].sockets[0].getsockname()
         host = f"[{name[0]}]" if ":" in name[0] else name[0]
         url = f"unix:{name}" if isinstance(name, str) else f"http://{host}:{name[1]}"
-        log.info(
-            f"running on {url} with {self.service.info.name if self.service else 'the demo'}",
-            extra={"fields": self.told},
-        )
+        name = self.service.info.name if self.service else "the demo"
+        log.info(f"running on {url} with {name}", extra={"fields": self.told})
 
     def log_exception(self, loop: asyncio.AbstractEventLoop, context: dict) -> None:
         """Log an exception that nothing awaits; that there are no descriptors left is told once a minute."""

@@ -20,19 +20,16 @@ NOT_DRAWN = -1  # in place of a token
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Description of a server's model. name: as `GET /v1/models` has it. kind: "c2i" or "t2i".
-
-    classes: their names, by label. control: kind of the control images that it draws by, None where it takes none.
-    """
+    """Description of a server's model, as `GET /v1/models` has it."""
 
     name: str
-    kind: str
+    kind: str  # "c2i" or "t2i"
     image_size: int
     tokens: int  # of an image
     num_classes: int  # 0 where it draws from prompts
     raster: bool  # tokens are drawn in raster order
-    classes: tuple[str, ...] = ()
-    control: str | None = None
+    classes: tuple[str, ...] = ()  # names by label
+    control: str | None = None  # kind of the control images that it draws by
 
 
 class Engine(Protocol):

@@ -88,7 +88,9 @@ class NativeEngine:
         self.pipeline.layout(request.read(known))
 
     async def _read(self, request: Request) -> Request:
-        """Return a request with its values read, its control image in the worker."""
+        """Return a request with its values read, its control image in the worker. Raises RuntimeError in a closed engine."""
+        if self.dead:
+            raise RuntimeError("the engine is closed")
         known = self.pipeline.gpt.conditions
         if "control" not in known:
             return request.read(known)
@@ -97,8 +99,6 @@ class NativeEngine:
     async def generate(self, request: Request) -> AsyncIterator[list[int]]:
         """Yield the tokens so far after every so many as a row of the image has."""
         self.check(request)
-        if self.dead:
-            raise RuntimeError("the engine is closed")
         request = await self._read(request)
         job = _Job(replace(request, order=self.pipeline.order(request)))
         if self.dead:
@@ -121,8 +121,6 @@ class NativeEngine:
         self, request: Request, hole: Hole, rounds: int = ROUNDS, keep_pixels: bool = True
     ) -> AsyncIterator[list[int] | Edited]:
         """Yield [] after each pass of an edit, then the picture."""
-        if self.dead:
-            raise RuntimeError("the engine is closed")
         request = await self._read(request)
         loop, job = asyncio.get_running_loop(), _Job(request)
 
@@ -235,9 +233,7 @@ class NativeEngine:
 
     def _draw(self, batch: list[_Job], loop: asyncio.AbstractEventLoop) -> list[list[int] | Exception]:
         """Draw a micro-batch in the worker and tell of its rows. Returns each image's tokens, or its error."""
-        layout = self.pipeline.gpt.layout
-
-        rows_shown = 0
+        layout, rows_shown = self.pipeline.gpt.layout, 0
 
         def on_step(done: int, tokens: Tensor) -> None:
             nonlocal rows_shown

@@ -220,11 +220,9 @@ def load_pipeline(
 ) -> "ImagePipeline":
     """Return the pipeline of a server or of a tab of the demo.
 
-    Args:
-        args: the flags.
-        gpt, vq: files, runs, released files; or owner/name of models that save_pretrained wrote to the hub. Without a vq
-            gpt may be a whole pipeline's folder or owner/name; how its prompts are encoded is written there.
-        beliefs: what the flags say of the files.
+    gpt, vq: files, runs, released files; or owner/name of models that save_pretrained wrote to the hub. Without a vq gpt may
+    be a whole pipeline's folder or owner/name; how its prompts are encoded is written there.
+    beliefs: what the flags say of the files.
     """
     from autoregressive.folder import find_folder
     from autoregressive.pipeline import PRECISIONS, ImagePipeline
@@ -359,14 +357,11 @@ def flags() -> argparse.ArgumentParser:
     ):
         group.add_argument(flag, type=kind, default=default, help=help)
     for names, help in (
-        (
-            ("--served-model-name", "--model-name"),
-            "the model's name for clients (default: that of the GPT's file or run)",
-        ),
-        (("--api-key",), "asked of every request to /v1 (default: those in SERVE_API_KEY, with spaces between)"),
-        (("--cors-origin",), "of web pages whose scripts may ask the server, * for all"),
+        ("--served-model-name --model-name", "the model's name for clients (default: that of the GPT's file or run)"),
+        ("--api-key", "asked of every request to /v1 (default: those in SERVE_API_KEY, with spaces between)"),
+        ("--cors-origin", "of web pages whose scripts may ask the server, * for all"),
     ):
-        group.add_argument(*names, action="append", default=[], help=f"{help}; may be given several times")
+        group.add_argument(*names.split(), action="append", default=[], help=f"{help}; may be given several times")
     return parser
 
 

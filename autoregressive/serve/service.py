@@ -215,11 +215,9 @@ class Service:
         drawing = _Drawing()
         self._drawings.append(drawing)
         try:
-            drawn = (
-                self.engine.edit(request, edit.hole, edit.rounds, edit.keep_pixels)
-                if edit
-                else self.engine.generate(request)
-            )
+            drawn = self.engine.generate(request)
+            if edit:
+                drawn = self.engine.edit(request, edit.hole, edit.rounds, edit.keep_pixels)
             async with aclosing(drawn) as tokens_so_far:
                 async for tokens in tokens_so_far:
                     if isinstance(tokens, Edited):

@@ -89,9 +89,8 @@ class ServedModel:
         request.read(self.gpt.conditions)
         self.gpt.layout.adapted(request.sampling.steps, request.sampling.repulsion)
         if request.order is not None or request.sampling.order == "random":
-            raise ValueError(
-                "vLLM draws in raster order alone: leave out --order and --order-file, or give --engine native"
-            )
+            message = "vLLM draws in raster order alone: leave out --order and --order-file, or give --engine native"
+            raise ValueError(message)
 
     @torch.inference_mode()
     def prompt(self, request: Request) -> dict:
@@ -143,11 +142,10 @@ class VllmEngine:
 
     @classmethod
     async def start(cls, model: ServedModel, **settings) -> "VllmEngine":
-        """Starts the engine, which takes from ten seconds to some minutes, and keeps the event loop busy meanwhile.
+        """Start the engine, in ten seconds to some minutes for which the event loop is busy; it ends with this thread.
 
-        settings: see engine_settings. The engine ends with the thread that starts it (serve/plugin.py).
-        Raises ValueError where vLLM or its plugin is missing, or for settings that do not fit, RuntimeError where vLLM does
-        not start.
+        settings: see engine_settings. Raises ValueError where vLLM or its plugin is missing, or for settings that do not fit,
+        RuntimeError where vLLM does not start.
         """
         arguments = prepare(model, **settings)
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -158,14 +156,9 @@ class VllmEngine:
         return cls(model, engine)
 
     def check(self, request: Request) -> None:
-        """Raises ValueError, with what is wrong, for a request that the model cannot take."""
         self._model.check(request)
 
     async def generate(self, request: Request) -> AsyncIterator[list[int]]:
-        """Yields the tokens so far, in raster order, growing; the last has all. Closing it early gives the place up.
-
-        Raises ValueError as check does, NotFiniteLogits, RuntimeError where the engine has died or was closed.
-        """
         from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -191,11 +184,9 @@ class VllmEngine:
 
     @property
     def dead(self) -> bool:
-        """Tell whether the engine has ended, by itself or by close(): requests raise RuntimeError then."""
         return self._closed or self._engine.errored
 
     async def close(self) -> None:
-        """Ends the engine; requests that run are ended with RuntimeError."""
         if self._closed:
             return
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -227,7 +218,10 @@ def engine_settings(
     Raises ValueError for what does not fit.
     """
     config = model.config
-    rows, image = config["max_position_embeddings"], cache_bytes(config, model.dtype)
+    rows, blocks = config["max_position_embeddings"], -(-config["max_position_embeddings"] // 128)
+    # Bytes of one image's keys and values, in whole blocks of vLLM's cache (at most 128 rows).
+    numbers = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+    image = 128 * blocks * numbers * model.dtype.itemsize
     heads = config["num_attention_heads"] // STREAMS
     if heads % tensor_parallel_size:
         raise ValueError(f"--tensor-parallel-size {tensor_parallel_size} does not divide the model's {heads} heads")
@@ -257,12 +251,6 @@ def engine_settings(
     if gpu_memory_utilization is not None:
         settings["gpu_memory_utilization"] = gpu_memory_utilization
     return settings | engine_args
-
-
-def cache_bytes(config: dict, dtype: torch.dtype) -> int:
-    """Bytes of one image's keys and values, in whole blocks of vLLM's cache (at most 128 rows)."""
-    rows = -(-config["max_position_embeddings"] // 128) * 128
-    return rows * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * dtype.itemsize
 
 
 def prepare(model: ServedModel, **settings) -> dict:
