@@ -104,17 +104,7 @@ SECONDS_KEPT = 3600  # of a picture's file
 
 
 def main(args: argparse.Namespace) -> None:
-    own = (
-        "quickstart",
-        "gpt_ckpt",
-        "vq_ckpt",
-        "text_gpt_ckpt",
-        "text_vq_ckpt",
-        "class_names",
-        "use_ema",
-        "compile",
-        "window",
-    )
+    own = "quickstart gpt_ckpt vq_ckpt text_gpt_ckpt text_vq_ckpt class_names use_ema compile window".split()  # noqa: SIM905
     if args.server and (given := [name for name in own if getattr(args, name)]):
         flag = "--" + given[0].replace("_", "-")
         raise ValueError(f"{flag} is of models that are loaded here, and --server draws elsewhere: give one of the two")
@@ -194,13 +184,10 @@ def quickstart_files(kind: str, gpt: str | None, vq: str | None, *, needed: bool
     folder = QUICKSTART if QUICKSTART.is_dir() else Path(__file__).resolve().parent / QUICKSTART
     part, own, words = ("gpt", "tokenizer", "") if kind == "class" else ("text/gpt", "tokenizer", " text")
     missing = [str(folder / each) for each in (own, part) if newest_checkpoint(folder / each) is None]
-    if not missing:
-        return gpt or folder / part, vq or folder / own
-    if needed:
-        raise FileNotFoundError(
-            f"no trained model in {' and '.join(missing)}: run `bash scripts/quickstart.sh{words}` first"
-        )
-    return gpt, vq
+    if missing and needed:
+        told = " and ".join(missing)
+        raise FileNotFoundError(f"no trained model in {told}: run `bash scripts/quickstart.sh{words}` first")
+    return (gpt, vq) if missing else (gpt or folder / part, vq or folder / own)
 
 
 def released_gpt(kind: str, gpt_model: str) -> str:
@@ -227,15 +214,15 @@ def settings_for(kind: str, args: argparse.Namespace, control: bool = False) -> 
 
     control: of a model with control images.
     """
-    parser = flags()
-    values = {name: getattr(args, name) for name in SETTINGS if control or name != "control_strength"}
+    parser, values = flags(), {}
     own = QUICKSTART_SETTINGS[kind] if args.quickstart else TEXT_SETTINGS if kind == "text" else {}
-    values = {name: own.get(name, v) if v == parser.get_default(name) else v for name, v in values.items()}
-    # A control ends where a value stops to matter.
-    for name in values:
-        field = SETTINGS[name]
-        if "choices" not in field.metadata:
-            values[name] = min(max(values[name], field.metadata["page"][0]), field.metadata["served"][1])
+    for name, field in SETTINGS.items():
+        value = getattr(args, name)
+        value = own.get(name, value) if value == parser.get_default(name) else value
+        if "choices" not in field.metadata:  # a control ends where a value stops to matter
+            value = min(max(value, field.metadata["page"][0]), field.metadata["served"][1])
+        if control or name != "control_strength":
+            values[name] = value
     return values | ({"temperature": 0} if args.greedy else {})
 
 
@@ -244,8 +231,7 @@ async def serve(
 ) -> None:
     """Serve the page, and to it alone, over a Unix socket in `folder`, the models that are loaded here, until a signal ends it.
 
-    Args:
-        loaded: by tab, a pipeline, or the HTML of why there is none.
+    loaded: by tab, a pipeline, or the HTML of why there is none.
     """
     import gradio
     import httpx
@@ -608,9 +594,8 @@ def flags() -> argparse.ArgumentParser:
     group.add_argument("--port", type=PORT, default=7860, help="port to listen at")
     help = "ask visitors for a login (may be given several times; DEMO_AUTH in the environment does the same)"
     group.add_argument("--auth", action="append", default=[], metavar="USER:PASSWORD", help=help)
-    group.add_argument(
-        "--root-path", type=url_path, default="", help="path at which a proxy has the page, such as /demo"
-    )
+    help = "path at which a proxy has the page, such as /demo"
+    group.add_argument("--root-path", type=url_path, default="", help=help)
     group.add_argument("--share", action="store_true", help="a public address for a week, through gradio's servers")
     return parser
 

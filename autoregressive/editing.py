@@ -13,6 +13,7 @@ was drawn. In the end the picture's own pixels come back outside the hole, behin
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from operator import index
 from typing import Any
 
@@ -33,7 +34,6 @@ from utils.rng import item_seed
 
 Box = Sequence[int]
 """Left, top, right and bottom in a picture's pixels, as PIL counts them."""
-
 
 ROUNDS = 2
 
@@ -76,10 +76,8 @@ class Edited:
         """The warning of a fill that is one particle's luck."""
         if self.particles <= 2 or self.effective >= 2:
             return None
-        return (
-            f"the effective sample size is {self.effective:.1f} of {self.particles} particles: what is drawn is one "
-            "particle's luck; more particles fit better"
-        )
+        size = f"{self.effective:.1f} of {self.particles} particles"
+        return f"the effective sample size is {size}: what is drawn is one particle's luck; more particles fit better"
 
 
 def edit(
@@ -168,14 +166,12 @@ def extend(
     if not any(margins.values()):
         raise ValueError("nothing is to be added: give left, right, up or down")
     square = ImageOps.fit(upright(image, "the picture").convert("RGB"), (side, side), Image.Resampling.BICUBIC)
-    known = np.zeros((up + side + down, left + side + right), bool)
     requests = requests_for(pipeline, asked, features, n, particles, seed=seed, **settings)
+    known, middle = np.zeros((up + side + down, left + side + right), bool), np.s_[up : up + side, left : left + side]
     canvases = np.zeros((n, *known.shape, 3), np.uint8)
-    canvases[:, up : up + side, left : left + side] = np.asarray(square)
-    known[up : up + side, left : left + side] = True
+    canvases[:, *middle], known[middle] = np.asarray(square), True
     last: list[Edited] = []
-    window = 0
-    while not known.all():
+    for window in count():
         place = next_window(known, side, unit)
         holes = [replace(holed(side, unit, canvas[place], ~known[place]), feather=0) for canvas in canvases]
         if window:
@@ -185,7 +181,8 @@ def extend(
             canvas[place] = each.pixels
         last = [worse(*pair) for pair in zip(last, drawn, strict=True)] if last else drawn
         known[place] = True
-        window += 1
+        if known.all():
+            break
     for warning in dict.fromkeys(each.warning for each in last if each.warning):
         warnings.warn(warning, stacklevel=3)
     return [told(*each) for each in zip(canvases, last, strict=True)]
@@ -355,10 +352,7 @@ def continued(pixels: np.ndarray, hole: np.ndarray) -> np.ndarray:
     """
     if not hole.any():
         return pixels
-    values, weight = (
-        torch.tensor(pixels).permute(2, 0, 1)[None].float(),
-        torch.from_numpy(~hole)[None, None].float(),
-    )
+    values, weight = torch.tensor(pixels).permute(2, 0, 1)[None].float(), torch.from_numpy(~hole)[None, None].float()
     if hole.all():
         values, weight = torch.full_like(values, 128.0), torch.ones_like(weight)
 

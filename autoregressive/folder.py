@@ -14,13 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
 
 from utils.hub import is_released
 
@@ -40,15 +34,14 @@ def find_folder(name: str | Path) -> Path | None:
     try:
         hf_hub_download(str(name), INDEX)
         return Path(snapshot_download(str(name), ignore_patterns=["*.py", "*.md"]))
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
             raise FileNotFoundError(f"{name} is not on this disk and HF_HUB_OFFLINE is set") from error
-        raise ConnectionError(
-            f"{name} is not on this disk, and the hub cannot be reached ({error.__cause__})"
-        ) from error
-    except EntryNotFoundError:
+        why = f"the hub cannot be reached ({error.__cause__})"
+        raise ConnectionError(f"{name} is not on this disk, and {why}") from error
+    except errors.EntryNotFoundError:
         return None
-    except (RepositoryNotFoundError, HFValidationError) as error:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise FileNotFoundError(
             f"there is no {name} on this disk, and the hub has none, or does not show it without a login"
         ) from error

@@ -31,24 +31,17 @@ class GPTForHub(Trunk, HubModel):
         llama = isinstance(self, TransformerHF)
         imported, made = ("TransformerHF",) * 2 if llama else ("hub_class", f'hub_class("{self.args.trunk}")')
         asked = "[0]" if self.args.model_type == "c2i" else '["a red lantern"]'
-        return "\n".join(
-            [
-                f"from autoregressive.hub import {imported}",
-                "from autoregressive.pipeline import ImagePipeline",
-                "from tokenizer.load import load_tokenizer",
-                "",
-                f'gpt = {made}.from_pretrained("{name}")',
-                'pipeline = ImagePipeline(gpt, load_tokenizer("the tokenizer it was trained with"))',
-                f"pipeline({asked}, cfg_scale=4.0, seed=0)[0].save('image.png')",
-            ]
-        )
+        return f"""from autoregressive.hub import {imported}
+from autoregressive.pipeline import ImagePipeline
+from tokenizer.load import load_tokenizer
+
+gpt = {made}.from_pretrained("{name}")
+pipeline = ImagePipeline(gpt, load_tokenizer("the tokenizer it was trained with"))
+pipeline({asked}, cfg_scale=4.0, seed=0)[0].save('image.png')"""
 
 
-HUB = {
-    "library_name": "pytorch",
-    "paper_url": "https://arxiv.org/abs/2406.06525",
-    "tags": ["image-generation", "autoregressive"],
-}
+TAGS, PAPER = ["image-generation", "autoregressive"], "https://arxiv.org/abs/2406.06525"
+HUB = {"library_name": "pytorch", "paper_url": PAPER, "tags": TAGS}
 
 
 class TransformerHF(Transformer, GPTForHub, **HUB):
@@ -67,14 +60,13 @@ def hub_class(trunk: str) -> type[GPTForHub]:
     def init(self: Any, config: ModelArgs) -> None:
         super(made, self).__init__(config)
 
-    made = new_class(
-        f"{TRUNKS[trunk].__name__}HF", (TRUNKS[trunk], GPTForHub), HUB, lambda own: own.update(__init__=init)
-    )
+    kind = TRUNKS[trunk]
+    made = new_class(f"{kind.__name__}HF", (kind, GPTForHub), HUB, lambda own: own.update(__init__=init))
     return made
 
 
 def build_gpt_for_hub(name: str, **overrides) -> TransformerHF:
-    """A model of a size in the table, with any field of ModelArgs overridden."""
+    """Build a model of a size in the table, with any field of ModelArgs overridden."""
     return TransformerHF(ModelArgs(**GPT_SIZES[name].fields | overrides))
 
 

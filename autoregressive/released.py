@@ -68,19 +68,11 @@ def llamagen_identity(checkpoint: Checkpoint, n_head: int | None = None) -> dict
     else:
         tokens, caption_dim = state[NO_CAPTION].shape
         conditions = {"caption": {"caption_dim": caption_dim, "tokens": tokens}}
-    return {
-        "model": {
-            "trunk": "llama",
-            "dim": dim,
-            "n_layer": n_layer,
-            "n_head": n_head,
-            "n_kv_head": (rows - dim) // 2 * n_head // dim if n_head else None,
-            "ffn_dim": ffn_dim,
-            "vocab_size": vocab_size,
-        },
-        "layout": {"name": "parallel", "group_size": special + 1} if special else {"name": "raster"},
-        "conditions": conditions,
-    }
+    n_kv_head = (rows - dim) // 2 * n_head // dim if n_head else None
+    model = {"trunk": "llama", "dim": dim, "n_layer": n_layer, "n_head": n_head, "n_kv_head": n_kv_head}
+    layout = {"name": "parallel", "group_size": special + 1} if special else {"name": "raster"}
+    model |= {"ffn_dim": ffn_dim, "vocab_size": vocab_size}
+    return {"model": model, "layout": layout, "conditions": conditions}
 
 
 def blocks_of(state: State, name: str = "layers") -> int:

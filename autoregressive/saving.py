@@ -13,12 +13,12 @@ import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from autoregressive.folder import INDEX, TEXT_ENCODER
-from autoregressive.hub import hub_class
+from autoregressive.hub import TAGS, hub_class
 from autoregressive.pipeline import ImagePipeline
 from tokenizer.tokenizer_image.hub import for_hub
 from utils.files import atomic_write
 from utils.origin import origin
-from utils.pretrained import HubModel
+from utils.pretrained import HubModel, model_card
 
 RELEASED_T5 = "flan-t5-xl"
 # File by its place in the folder, and the class in it: diffusers loads each by such a file of its own.
@@ -32,14 +32,9 @@ _CODE = {
 def save(pipeline: ImagePipeline, folder: str | Path, *, name: str | None = None, license: str | None = None) -> None:
     """Write a pipeline to a folder that is new, empty, or has an earlier pipeline.
 
-    Args:
-        folder: place for the pipeline
-        name: what the model card loads it by; the folder's name where not given
-        license: of the weights, for the card
-
-    Raises:
-        ValueError: the folder holds something else, or the pipeline is quantised, decodes in bfloat16, or has a tokenizer or
-            a text encoder of a kind that has no file format here
+    name: what the model card loads it by, by default the folder's. license: of the weights, for the card.
+    Raises ValueError where the folder holds something else, or the pipeline is quantised, decodes in bfloat16, or has a tokenizer
+    or a text encoder of a kind that has no file format here.
     """
     folder = Path(folder).expanduser()
     if folder.exists() and not (folder / INDEX).is_file() and (not folder.is_dir() or any(folder.iterdir())):
@@ -88,9 +83,8 @@ def _text_encoder(pipeline: ImagePipeline) -> tuple[dict[str, Any], Path | None]
         released = pipeline.t5_model_type.split("/")[-1] == RELEASED_T5
         t5 = None if released else find_t5(pipeline.t5_path, pipeline.t5_model_type)
     elif (t5 := getattr(pipeline.text_encoder, "folder", None)) is None:
-        raise ValueError(
-            f"the text encoder is a {type(pipeline.text_encoder).__name__}; what can be saved is a T5Embedder"
-        )
+        kind = type(pipeline.text_encoder).__name__
+        raise ValueError(f"the text encoder is a {kind}; what can be saved is a T5Embedder")
     if t5 is None or t5.name == RELEASED_T5:
         return {"t5_model_type": RELEASED_T5, **known}, None
     return {"t5_model_type": TEXT_ENCODER, **known}, t5
@@ -100,33 +94,28 @@ def _card(gpt: HubModel, name: str, license: str | None) -> ModelCard:
     """Return the model card. gpt: the pipeline's, with its file_config. name: what the card loads the pipeline by."""
     text = gpt.config.model_type == "t2i"
     asked = '["a red lantern"]' if text else "[0, 1]"
-    data = ModelCardData(
-        license=license,
-        library_name="diffusers",
-        pipeline_tag="text-to-image" if text else "unconditional-image-generation",
-        tags=["image-generation", "autoregressive"],
-    )
-    ours = [
-        "from autoregressive.pipeline import ImagePipeline",
-        "",
-        f'pipeline = ImagePipeline.from_pretrained("{name}")',
-        f"images = pipeline({asked}, guidance_scale=2.0, seed=0)  # PIL images",
-        'images[0].save("image.png")',
-    ]
-    diffusers = [
-        "from diffusers import DiffusionPipeline",
-        "",
-        f'pipeline = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)',
-        f'pipeline({asked}, guidance_scale=2.0, seed=0).images[0].save("image.png")',
-    ]
-    parts = [f"---\n{data.to_yaml()}\n---", f"# {name.split('/')[-1]}", gpt.describe(), "## How to use it"]
-    parts += [
-        "With the project installed (`pip install -e .` in its folder):",
-        "```python\n" + "\n".join(ours) + "\n```",
-    ]
-    parts += ["Or through diffusers, which draws the same pictures:", "```python\n" + "\n".join(diffusers) + "\n```"]
-    if classes := gpt.file_config.get("classes"):
-        parts += ["## Classes", ", ".join(f"{label} {name}" for label, name in enumerate(classes))]
-    if license:
-        parts += ["## License", f"The weights: {license}."]
-    return ModelCard("\n\n".join(parts) + "\n")
+    task = "text-to-image" if text else "unconditional-image-generation"
+    data = ModelCardData(license=license, library_name="diffusers", pipeline_tag=task, tags=TAGS)
+    use = f"""{gpt.describe()}
+
+## How to use it
+
+With the project installed (`pip install -e .` in its folder):
+
+```python
+from autoregressive.pipeline import ImagePipeline
+
+pipeline = ImagePipeline.from_pretrained("{name}")
+images = pipeline({asked}, guidance_scale=2.0, seed=0)  # PIL images
+images[0].save("image.png")
+```
+
+Or through diffusers, which draws the same pictures:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)
+pipeline({asked}, guidance_scale=2.0, seed=0).images[0].save("image.png")
+```"""
+    return model_card(data, name, [use], gpt.file_config.get("classes"))

@@ -60,15 +60,10 @@ def lpd_identity(checkpoint: Checkpoint, n_head: int | None = None) -> dict[str,
     needed = ("mask_token", LPD_TABLE, "token_emb.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
     require(checkpoint, needed, "an LPD")
     model = vit_shapes("lpd", state, n_head, len(state["token_emb.weight"]))
-    grid_size = isqrt(state["pos_embed"].shape[1] - 1)
-    repulsion = (
-        {"repulsion": 3} if size_name(model) == "LPD-XXL" else {}
-    )  # of its published figures, the layout has others
-    return {
-        "model": model,
-        "layout": {"name": "queried", "grid_size": grid_size, **repulsion},
-        "conditions": {"label": {"num_classes": len(state[LPD_TABLE])}},
-    }
+    layout: dict[str, Any] = {"name": "queried", "grid_size": isqrt(state["pos_embed"].shape[1] - 1)}
+    if size_name(model) == "LPD-XXL":  # of its published figures, the layout has others
+        layout["repulsion"] = 3
+    return {"model": model, "layout": layout, "conditions": {"label": {"num_classes": len(state[LPD_TABLE])}}}
 
 
 def class_table(state: State) -> torch.Tensor:

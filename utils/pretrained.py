@@ -9,7 +9,7 @@ flags of training, which travel in the weights' header; and the card.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
@@ -107,21 +107,26 @@ class HubModel(PyTorchModelHubMixin, _Module):
         """Return the README.md of the model's folder. repo_id: the name to load it by. license: of the weights."""
         data = ModelCardData(**self._hub_mixin_info.model_card_data.to_dict())
         data.license = license or data.license
-        parts = [f"---\n{data.to_yaml()}\n---", f"# {repo_id.split('/')[-1]}", self.describe()]
-        parts += ["## How to load it", f"```python\n{self.how_to_load(repo_id)}\n```"]
-        if classes := self.file_config.get("classes"):
-            parts += ["## Classes", ", ".join(f"{label} {name}" for label, name in enumerate(classes))]
-        args = publishable(self.training_args)
-        if self.steps is not None or args:
-            parts.append("## Training")
+        training, args = [], publishable(self.training_args)
         if self.steps is not None:
-            parts.append(f"{self.steps:,} optimizer steps.")
+            training.append(f"{self.steps:,} optimizer steps.")
         if args:
             rows = [f"| `{name}` | `{json.dumps(value, default=str)}` |" for name, value in sorted(args.items())]
-            parts.append("\n".join(["| flag | value |", "|---|---|", *rows]))
-        if data.license:
-            parts += ["## License", f"The weights: {data.license}."]
-        return ModelCard("\n\n".join(parts) + "\n")
+            training.append("\n".join(["| flag | value |", "|---|---|", *rows]))
+        parts = [self.describe(), "## How to load it", f"```python\n{self.how_to_load(repo_id)}\n```"]
+        return model_card(data, repo_id, parts, self.file_config.get("classes"), training)
+
+
+def model_card(
+    data: ModelCardData, name: str, parts: Sequence[str], classes: Sequence[str] | None, training: Sequence[str] = ()
+) -> ModelCard:
+    """Return a README.md: its metadata, the name, the parts, and what there is of classes, training and license."""
+    whole = [f"---\n{data.to_yaml()}\n---", f"# {name.split('/')[-1]}", *parts]
+    if classes:
+        whole += ["## Classes", ", ".join(f"{label} {each}" for label, each in enumerate(classes))]
+    whole += ["## Training", *training] if training else []
+    whole += ["## License", f"The weights: {data.license}."] if data.license else []
+    return ModelCard("\n\n".join(whole) + "\n")
 
 
 def check_destination(repo_id: str | None, output: str | Path | None) -> None:
