@@ -31,11 +31,8 @@ AVERAGED_ENTRIES = ("ema", "ema_model", "model_ema", "ema_state_dict")
 WEIGHTS_ENTRIES = ("model", "module", "state_dict", "model_state_dict", *AVERAGED_ENTRIES)
 # Where a folder keeps weights: this project's and FSDP's, transformers', diffusers'; an index lists the shards beside it.
 _NAMES = (
-    "model.safetensors",
-    "pytorch_model.bin",
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.bin",
-)
+    "model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
+)  # fmt: skip
 _SHARD = re.compile(r"(.+-)(\d{5})-of-(\d{5})(\.\w+)")
 CONSOLIDATED_FILE, AVERAGED_FILE, RECORD_FILE = "consolidated.pth", "consolidated_ema.pth", "training.json"
 _LISTED = 20
@@ -359,11 +356,8 @@ def _sort_out(path: Path, content: Any) -> Checkpoint:
 
 def _is_state(value: Any) -> bool:
     """Tell whether this is tensors by name."""
-    return (
-        isinstance(value, Mapping)
-        and len(value) > 0
-        and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in value.items())
-    )
+    there = isinstance(value, Mapping) and len(value) > 0
+    return there and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in value.items())
 
 
 def _clean(state: Mapping[str, torch.Tensor], path: Path) -> State:
@@ -395,9 +389,8 @@ def load_into(
     require_fit(own, {name: tensor.shape for name, tensor in state.items()}, path)
     whole = [name for name in own if own[name].is_floating_point() and not state[name].is_floating_point()]
     if whole:
-        raise ValueError(
-            f"{path} has whole numbers for weights ({_listing(whole)}): give the weights before quantisation"
-        )
+        what = f"{path} has whole numbers for weights ({_listing(whole)})"
+        raise ValueError(f"{what}: give the weights before quantisation")
     model.load_state_dict(state, strict=True, assign=assign or any(tensor.is_meta for tensor in own.values()))
 
 

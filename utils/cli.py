@@ -154,13 +154,8 @@ class Number:
         return value
 
     def __str__(self) -> str:
-        bounds = {
-            "{:,} or more": self.least,
-            "above {:,}": self.above,
-            "at most {:,}": self.most,
-            "below {:,}": self.below,
-        }
-        return " and ".join(form.format(bound) for form, bound in bounds.items() if abs(bound) != inf)
+        bounds = (f"{self.least:,} or more", f"above {self.above:,}", f"at most {self.most:,}", f"below {self.below:,}")
+        return " and ".join(bound for bound in bounds if "inf" not in bound)
 
 
 positive_int = Number(int, above=0)
@@ -308,9 +303,8 @@ def grid_size(image_size: int, downsample_size: int) -> int:
     if image_size % downsample_size:
         below = image_size // downsample_size * downsample_size
         sizes = f"{below} or {below + downsample_size}" if below else f"{downsample_size}"
-        raise ValueError(
-            f"--image-size {image_size} is not a multiple of --downsample-size {downsample_size}; try {sizes}"
-        )
+        what = f"--image-size {image_size} is not a multiple of --downsample-size {downsample_size}"
+        raise ValueError(f"{what}; try {sizes}")
     return image_size // downsample_size
 
 
@@ -334,9 +328,8 @@ def add_tokenizer_flags(
 
 def tokenizer_beliefs(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the flags of `add_tokenizer_flags` say of the file, as `load_tokenizer` takes it."""
-    return {
-        name: getattr(args, name, None) for name in ("vq_model", "codebook_size", "codebook_embed_dim", "quantizer")
-    }
+    names = ("vq_model", "codebook_size", "codebook_embed_dim", "quantizer")
+    return {name: getattr(args, name, None) for name in names}
 
 
 def add_image_size_flags(
@@ -463,10 +456,8 @@ def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.Argu
         if unforeseen or os.environ.get("TRACEBACK"):
             raise
         if lost:
-            rank = os.environ["RANK"]
-            error = ConnectionError(
-                f"process {rank} lost the others: one of them has ended or never came, see what it said itself"
-            )
+            what = f"process {os.environ['RANK']} lost the others"
+            error = ConnectionError(f"{what}: one of them has ended or never came, see what it said itself")
         if first or not isinstance(error, AgreedError):
             _tell(words_of(error))
         sys.exit(1)

@@ -38,9 +38,8 @@ def download(url: str, target: str | Path, what: str) -> Path:
             raise FileNotFoundError(f"{what} is not at {url} ({error.code} {error.reason})") from error
         raise ConnectionError(f"{what} could not be downloaded ({error.code} {error.reason}). {by_hand}") from error
     except OSError as error:
-        raise ConnectionError(
-            f"{what} could not be downloaded ({getattr(error, 'reason', error)}). {by_hand}"
-        ) from error
+        why = getattr(error, "reason", error)
+        raise ConnectionError(f"{what} could not be downloaded ({why}). {by_hand}") from error
     total = int(response.headers.get("Content-Length") or 0)
     with response, atomic_write(target) as f, tqdm.wrapattr(response, "read", total=total or None, desc=what) as source:
         try:

@@ -29,9 +29,8 @@ def require_whole(name: str, value: Any, least: int = 1) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether memory ran out, on the host or on a device. Not every library raises an OutOfMemoryError."""
-    return (
-        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or bool(_MEMORY.search(str(error)))
-    )
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or bool(_MEMORY.search(str(error)))
 
 
 def is_lost_process(error: BaseException) -> bool:

@@ -72,16 +72,12 @@ def crc32_of(path: str | Path) -> int:
 
 def sync_folder(folder: Path) -> None:
     """Make the rename itself durable; file systems that cannot sync a folder are let be."""
-    try:
+    with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def content_of(path: Path) -> str:

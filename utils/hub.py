@@ -218,10 +218,10 @@ def weights_folders() -> list[Path]:
 def _unknown(name: str | Path, path: Path) -> str:
     names = list(dict.fromkeys((Path(r.filename).name if r.bare else r.name) or r.repo_id for r in RELEASED.values()))
     close = [path.name] if path.name in names else difflib.get_close_matches(path.name, names, n=3)
-    known = (
+    hint = (
         f"did you mean the released {' or '.join(close)}" if close else f"{WEIGHTS}/README.md lists the released ones"
     )
-    return f"no file {name}, neither as a path nor in {WEIGHTS}/; {known}"
+    return f"no file {name}, neither as a path nor in {WEIGHTS}/; {hint}"
 
 
 def _cached(release: Release) -> Path | None:
@@ -253,18 +253,16 @@ def _download(release: Release) -> Path:
             if release.filename:
                 got = huggingface_hub.hf_hub_download(release.repo_id, release.filename, local_dir=staging)
             else:
-                got = huggingface_hub.snapshot_download(
-                    release.repo_id, local_dir=staging, allow_patterns=list(release.files)
-                )
+                wanted = list(release.files)
+                got = huggingface_hub.snapshot_download(release.repo_id, local_dir=staging, allow_patterns=wanted)
                 shutil.rmtree(staging / ".cache", ignore_errors=True)
             os.replace(got, target)
             shutil.rmtree(staging, ignore_errors=True)
     except errors.LocalEntryNotFoundError as error:
         raise ConnectionError(f"could not reach the hub for {release.name} ({error.__cause__}). {by_hand}") from error
     except (errors.EntryNotFoundError, errors.RepositoryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"the hub has no {release.name}, or does not show it without a login ({release.address})"
-        ) from error
+        why = f"the hub has no {release.name}, or does not show it without a login ({release.address})"
+        raise FileNotFoundError(why) from error
     except Exception as error:  # which network errors there are depends on the HTTP library below the hub's
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise OSError(error.errno, f"could not write {target} ({error.strerror})") from error

@@ -87,14 +87,11 @@ def _slurm(env: MutableMapping[str, str]) -> Place | None:
         started_by_srun = step.isdigit() and int(step) < _FIRST_SPECIAL_STEP
     if not started_by_srun:
         if world > 1:
-            print(
-                f"Slurm's job has {world} tasks and this process is none of them: it runs alone; srun python3 ... starts all",
-                file=sys.stderr,
-            )
+            what = f"Slurm's job has {world} tasks and this process is none of them"
+            print(f"{what}: it runs alone; srun python3 ... starts all", file=sys.stderr)
         return None
-    here = _tasks_of_nodes(env.get("SLURM_STEP_TASKS_PER_NODE", "")) or _tasks_of_nodes(
-        env.get("SLURM_TASKS_PER_NODE", "")
-    )
+    tasks = (_tasks_of_nodes(env.get(name, "")) for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"))
+    here = next(filter(None, tasks), [])
     node = int(env.get("SLURM_NODEID", 0))
     per_node = env.get("SLURM_NTASKS_PER_NODE") or world // int(env.get("SLURM_NNODES", 1))
     local_world = here[node] if node < len(here) else int(per_node)

@@ -65,21 +65,17 @@ def batches_of(loader: "DataLoader") -> Iterator[Any]:
         begun = getattr(loader, "_iterator", None) or batches
         workers = {worker.sentinel: worker for worker in getattr(begun, "_workers", ())}
         # The connection to a process breaks before the process is gone; one whose item raised lives on.
-        ended = [
-            workers[sentinel] for sentinel in wait(workers, timeout=1 if workers and not _of_an_item(error) else 0)
-        ]
+        of_an_item = " in DataLoader worker process" in str(error)
+        ended = [workers[sentinel] for sentinel in wait(workers, timeout=1 if workers and not of_an_item else 0)]
         for worker in ended:
             worker.join()
         codes = [worker.exitcode for worker in ended if worker.exitcode]
         if not codes:
             raise
+        ending = _ending(codes[0])
         raise LoaderKilled(
-            f"a loader process {_ending(codes[0])}; rerun with fewer --num-workers, finished work is kept"
+            f"a loader process {ending}; rerun with fewer --num-workers, finished work is kept"
         ) from error
-
-
-def _of_an_item(error: Exception) -> bool:
-    return " in DataLoader worker process" in str(error)
 
 
 def _ending(code: int) -> str:

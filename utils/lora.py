@@ -50,13 +50,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged or no adapter's ({type(error).__name__}: {error})") from error
     other = [f"{name} {found[name]}" for name, plain in _PLAIN.items() if name in found and found[name] not in plain]
     if kind != "LORA" or other:
-        raise ValueError(
-            f"{file}: {'; '.join(other) or f'an adapter of kind {kind}'} is not known here: merge it with peft first"
-        )
+        what = "; ".join(other) or f"an adapter of kind {kind}"
+        raise ValueError(f"{file}: {what} is not known here: merge it with peft first")
     if not base:
-        raise ValueError(
-            f"{file} does not say of what it is an adapter: write the base's path as base_model_name_or_path"
-        )
+        where = "write the base's path as base_model_name_or_path"
+        raise ValueError(f"{file} does not say of what it is an adapter: {where}")
     return {"rank": rank, "alpha": alpha * rank**0.5 if found.get("use_rslora") else alpha, "base": base}
 
 
@@ -139,15 +137,13 @@ def add_base(checkpoint: Checkpoint) -> None:
     try:
         base = read_checkpoint(find_checkpoint(file["path"]), prefer_ema=file["averaged"])
     except FileNotFoundError as error:
+        what = f"{checkpoint.path} is an adapter, and its base is not there ({error})"
         where = f"write its new place into {CONFIG_FILE} (export_checkpoint.py --format peft makes one)"
-        raise FileNotFoundError(
-            f"{checkpoint.path} is an adapter, and its base is not there ({error}): {where}"
-        ) from error
+        raise FileNotFoundError(f"{what}: {where}") from error
     found = weights_fingerprint(base.model)
     if wanted not in (None, found):
-        raise ValueError(
-            f"{checkpoint.path} is an adapter of the weights {wanted}, and {file['path']} are {found}: give its base"
-        )
+        what = f"{checkpoint.path} is an adapter of the weights {wanted}"
+        raise ValueError(f"{what}, and {file['path']} are {found}: give its base")
     scale = settings["alpha"] / settings["rank"]
     try:
         checkpoint.model = Sums(base.model, checkpoint.model, scale)

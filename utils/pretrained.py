@@ -65,12 +65,9 @@ class HubModel(PyTorchModelHubMixin, _Module):
         return made.train(model.training)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        known = {
-            "args": publishable(self.training_args) or None,
-            "steps": self.steps,
-            "config": dict(self.file_config) or None,
-        }
-        header = {key: value for key, value in known.items() if value is not None}
+        args, config = publishable(self.training_args) or None, dict(self.file_config) or None
+        header = {"args": args, "steps": self.steps, "config": config}
+        header = {key: value for key, value in header.items() if value is not None}
         save_safetensors(Path(save_directory) / SAFETENSORS_SINGLE_FILE, self.state_dict(), header)
 
     @classmethod

@@ -39,10 +39,8 @@ class Registry(Generic[Kind]):
         if name not in self._known and name in self._modules:
             importlib.import_module(self._modules[name])
         if name not in self._known:
-            known = ", ".join(self)
-            raise ValueError(
-                f"no {self.kind} is called {name!r}; known are {known}; --import FILE.py registers those of a file"
-            )
+            what = f"no {self.kind} is called {name!r}; known are {', '.join(self)}"
+            raise ValueError(f"{what}; --import FILE.py registers those of a file")
         return self._known[name]
 
     def build(self, name: str, /, *args: Any, **settings: Any) -> Any:

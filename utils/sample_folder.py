@@ -71,9 +71,8 @@ def recorded_settings(folder: Path) -> dict[str, Any] | None:
     try:
         return dict(json.loads(record.read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{record} is not the record of a run ({error}); remove {folder}, or choose another"
-        ) from error
+        what = f"{record} is not the record of a run ({error})"
+        raise ValueError(f"{what}; remove {folder}, or choose another") from error
 
 
 def claim_folder(folder: Path, settings: dict[str, Any], unrecorded: dict[str, Any] | None = None) -> None:
@@ -101,9 +100,8 @@ def _words(value: Any) -> Any:
     """Return a setting as it is told; of a file its place and content."""
     if not isinstance(value, dict) or not {"file", "folder"} & value.keys():
         return value
-    return f"{value.get('file', value.get('folder'))}" + (
-        f" (content {value['content']})" if "content" in value else ""
-    )
+    content = f" (content {value['content']})" if "content" in value else ""
+    return f"{value.get('file', value.get('folder'))}{content}"
 
 
 def rename_earlier(earlier: Path, folder: Path, settings: dict[str, Any], unrecorded: dict[str, Any]) -> None:
