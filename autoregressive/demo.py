@@ -1,9 +1,4 @@
-"""Pictures for the demo's page (app.py), drawn by a server of autoregressive/serve, here or elsewhere, through its HTTP interface.
-
-painter = await Painter.connect("http://localhost:8000")
-async for view in painter.draw("golden retriever", count=4, seed=1, cfg_scale=4.0):
-    view.pictures, view.status          # (PNG, caption) of each image, finished or not; a line of HTML
-"""
+"""Pictures for the demo's page (app.py), drawn by a server of autoregressive/serve, here or elsewhere, through its HTTP interface."""
 
 import asyncio
 import base64

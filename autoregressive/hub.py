@@ -1,8 +1,5 @@
 """The GPTs as models that the Hugging Face hub keeps.
 
-    model = TransformerHF.from_pretrained("owner/name")             # or a folder that save_pretrained wrote
-    model.save_pretrained("folder"); model.push_to_hub("owner/name")
-
 tools/push_gpt_to_hf.py makes one of any checkpoint. A TransformerHF is a Transformer: ImagePipeline and training take it.
 """
 

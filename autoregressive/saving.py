@@ -1,7 +1,4 @@
-"""A pipeline's folder (autoregressive/folder.py), or repository of the hub, written.
-
-save(pipeline, "digits"); push(pipeline, "owner/digits")
-"""
+"""A pipeline's folder (autoregressive/folder.py), or repository of the hub, written."""
 
 import json
 import shutil

@@ -1,7 +1,4 @@
-"""Prompts of a pipeline: checked, encoded, with the T5 that the first one loads. A class-conditional run needs none of it.
-
-features = encode(pipeline, ["a red lantern"])           # what ImagePipeline.encode does
-"""
+"""Prompts of a pipeline: checked, encoded, with the T5 that the first one loads. A class-conditional run needs none of it."""
 
 import warnings
 from collections.abc import Mapping, Sequence

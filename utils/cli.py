@@ -1,9 +1,4 @@
-"""Flags that several scripts share, declared once, and the last word of a script that a user's mistake ends.
-
-parser = flag_parser(__doc__)
-add_gpt_flags(parser, GPT_SIZES); add_tokenizer_flags(parser, VQ_SIZES)
-run_script(main, parser)
-"""
+"""Flags that several scripts share, declared once, and the last word of a script that a user's mistake ends."""
 
 import argparse
 import io

@@ -1,9 +1,4 @@
-"""Processes and devices: the same code under torchrun, srun or mpirun with many processes and under plain python3 with one.
-
-dist = start()                       # device, rank, world size; the process group where torchrun set one up
-mean = dist.mean(loss)
-dist.close()
-"""
+"""Processes and devices: the same code under torchrun, srun or mpirun with many processes and under plain python3 with one."""
 
 import os
 from collections.abc import Iterator

@@ -1,7 +1,4 @@
-"""Files that lie at a plain web address, fetched once; none stands half under its name.
-
-path = download("https://example.org/reference.npz", Path("pretrained_models/reference.npz"), "the reference batch")
-"""
+"""Files that lie at a plain web address, fetched once; none stands half under its name."""
 
 import hashlib
 import os

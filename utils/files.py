@@ -1,8 +1,4 @@
-"""Writing files so that nothing is lost, to a temporary name in the same folder that is changed when all is there; their content.
-
-with atomic_write("report.json") as f:
-    f.write(b"{}")
-"""
+"""Writing files so that nothing is lost, to a temporary name in the same folder that is changed when all is there; their content."""
 
 import hashlib
 import json

@@ -1,8 +1,5 @@
 """Peak dense FLOPs a second and memory of accelerators, by name.
 
-    peak = peak_flops(torch.device("cuda"), "bf16")          # FLOPs a second; None where it is not known
-    utilisation = flops_per_sample * samples_per_second / peak
-
 Figures are the vendors' datasheets', without sparsity (many print twice the dense figure, "with sparsity") and with
 float32 accumulation. Memory is what the driver reports, rounded down.
 """

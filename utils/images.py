@@ -1,8 +1,4 @@
-"""Pictures of model outputs: bytes, PNG files, grids, and the `.npz` of many images that evaluators read.
-
-arrays = to_uint8(decoded)                    # (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)
-save_png(make_grid(arrays, columns=4), "grid.png")
-"""
+"""Pictures of model outputs: bytes, PNG files, grids, and the `.npz` of many images that evaluators read."""
 
 import io
 import math

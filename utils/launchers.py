@@ -1,7 +1,4 @@
-"""Processes that Slurm's srun or MPI's mpirun started, described by torchrun's variables.
-
-adopt_launcher()        # sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT where RANK is missing
-"""
+"""Processes that Slurm's srun or MPI's mpirun started, described by torchrun's variables."""
 
 import os
 import re

@@ -1,8 +1,4 @@
-"""Loader processes: how many a run gets, and how their death reaches the run.
-
-for batch in batches_of(loader): ...          # LoaderKilled where the system killed a loader process
-ahead = ReadAhead(batches); ahead.failure     # known two batches before the last good one is used up
-"""
+"""Loader processes: how many a run gets, and how their death reaches the run."""
 
 import os
 import signal

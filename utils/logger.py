@@ -1,7 +1,4 @@
-"""Lines on the terminal, with their times, from the first process.
-
-log = console_logger("dataset", dist.is_main); log.info("…")
-"""
+"""Lines on the terminal, with their times, from the first process."""
 
 import logging
 import sys

@@ -1,8 +1,4 @@
-"""Work in a thread beside what makes it.
-
-for decoded in one_behind(drawn, decode):      # decode(batch k) runs while batch k + 1 is drawn
-    ...
-"""
+"""Work in a thread beside what makes it."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor

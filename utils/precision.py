@@ -1,8 +1,5 @@
 """The meaning of float32 on a GPU: full float32 unless TF32 is asked for.
 
-use_tf32(False)                   # utils/distributed.py:pick_device does this for every script and pipeline
-with full_float32(): ...          # float32 as such, whatever the process allows
-
 PyTorch lets cuDNN's convolutions round float32 to the 10 bits of TF32 by default, so that a tokenizer's codes and pixels would
 depend on the card. Neither setting has an effect on a CPU or on half precision.
 """

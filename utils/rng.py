@@ -1,7 +1,4 @@
-"""Seeds that are a function of where a draw happens: a run may stop, resume or change its workers and draws the same.
-
-random.seed(item_seed(global_seed, epoch, index))
-"""
+"""Seeds that are a function of where a draw happens: a run may stop, resume or change its workers and draws the same."""
 
 from collections.abc import Sequence
 from typing import Any

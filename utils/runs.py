@@ -1,7 +1,4 @@
-"""Run folders: `{results_dir}/{index:03d}-{name}/` with log.txt and checkpoints/, and how to find them again.
-
-run, resumed = open_run(args, "GPT-B"); run.checkpoints(); find_checkpoint("results")
-"""
+"""Run folders: `{results_dir}/{index:03d}-{name}/` with log.txt and checkpoints/, and how to find them again."""
 
 import json
 import re

@@ -1,9 +1,4 @@
-"""Folders of numbered images that many processes write and an interrupted run continues.
-
-folder = Path(args.sample_dir) / folder_name(args, gpt_path, vq_path)
-claim_folder(folder, {"cfg_scale": 1.5, "gpt_ckpt": file_identity(path)})    # refuses images made with other settings
-write_image_npz(target, read_images(paths), shape, labels)
-"""
+"""Folders of numbered images that many processes write and an interrupted run continues."""
 
 import argparse
 import hashlib

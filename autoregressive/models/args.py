@@ -1,9 +1,5 @@
 """Shapes of a model, from its flags or from the record in its file.
 
-    args = ModelArgs(dim=768, n_layer=12, n_head=12)
-    args.identity                                            # what a file records of it
-    ModelArgs.from_identity(identity)
-
 The trunks that are built from them are registered by name.
 """
 

@@ -1,8 +1,4 @@
-"""Models of every registered trunk.
-
-model = build_model(ModelArgs.from_identity(identity))
-model = build_gpt("GPT-B", block_size=256)
-"""
+"""Models of every registered trunk."""
 
 from autoregressive.models.sizes import GPT_SIZES
 from autoregressive.models.trunk import TRUNKS, ModelArgs, Trunk

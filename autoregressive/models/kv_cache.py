@@ -1,8 +1,4 @@
-"""Keys and values of the rows computed so far, in memory allocated once.
-
-cache = StaticCache(layers=12, batch=16, heads=12, rows=257, head_dim=64, device="cpu", dtype=torch.float32)
-k, v = cache.update(layer, positions, k, v, length)      # the first `length` rows, the new ones included
-"""
+"""Keys and values of the rows computed so far, in memory allocated once."""
 
 from copy import copy
 

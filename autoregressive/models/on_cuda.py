@@ -1,8 +1,4 @@
-"""Decoding on an accelerator: recorded steps (CUDA graphs), shapes that fused attention takes, streams.
-
-graphs = StepGraphs(model, state)
-graphs.run(kind, step)                     # records the step when its kind comes again, then replays it
-"""
+"""Decoding on an accelerator: recorded steps (CUDA graphs), shapes that fused attention takes, streams."""
 
 import threading
 from collections.abc import Callable

@@ -1,8 +1,5 @@
 """Plan of a call's passes: how many rows each computes, how far it reads the cache, and windows of several decode steps.
 
-    plan = with_window(plan_for(layout, config, cache.rows, device, dtype), "auto", model, samples=2)
-    kind = plan.kind(least, most)                          # of the pass while images are at the steps least … most
-
 What a pass computes is fixed by its kind, so that a pass that was recorded as a CUDA graph (on_cuda.py) serves all later
 ones of its kind.
 """

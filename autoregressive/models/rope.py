@@ -1,8 +1,5 @@
 """The rotary table of a square grid of tokens, and its application to queries and keys.
 
-    table = rope_table_2d(grid_size=16, head_dim=64)       # (256, 32, 2)
-    q = apply_rope(q, table)                               # (B, S, H, D) -> same
-
 Rotary embedding: arXiv 2104.09864; its two-dimensional form: LlamaGen (2406.06525, section 2.2).
 """
 

@@ -1,7 +1,4 @@
-"""Settings by which tokens are chosen, each declared once: flags, server bodies, records and the page are made from these fields.
-
-config = SamplingConfig(cfg_scale=2.0, top_k=2000)
-"""
+"""Settings by which tokens are chosen, each declared once: flags, server bodies, records and the page are made from these fields."""
 
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields

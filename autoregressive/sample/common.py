@@ -1,8 +1,4 @@
-"""Common part of the sampling scripts: from their flags to a pipeline and to requests.
-
-pipeline, gpt_path, vq_path = build_pipeline(args, device)
-requests = class_requests(args, pipeline.gpt, labels, range(len(labels)), args.seed)
-"""
+"""Common part of the sampling scripts: from their flags to a pipeline and to requests."""
 
 import argparse
 import json

@@ -1,8 +1,4 @@
-"""Common part of the scripts that edit a picture: what is wrong with files, the edit, and the sheet of before and after.
-
-image, hole = picture_to_edit(args)
-write_edits(args, pipeline, image, hole, asked=207)
-"""
+"""Common part of the scripts that edit a picture: what is wrong with files, the edit, and the sheet of before and after."""
 
 import argparse
 from pathlib import Path

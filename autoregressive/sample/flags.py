@@ -1,8 +1,4 @@
-"""Flags of the scripts that draw, made from the settings of SamplingConfig, and those that scripts share.
-
-parser = grid_flags(__doc__, "sample_c2i.png", "class")
-config = sampling_config(parser.parse_args())
-"""
+"""Flags of the scripts that draw, made from the settings of SamplingConfig, and those that scripts share."""
 
 import argparse
 

@@ -1,8 +1,4 @@
-"""Many images, on any number of processes: a folder that an interrupted run continues, as many at once as memory holds.
-
-claim_folder(folder, run_settings(args, gpt_path, vq_path), unrecorded(args))
-draw_missing(args, pipeline, dist, png, count, lambda mine: requests)
-"""
+"""Many images, on any number of processes: a folder that an interrupted run continues, as many at once as memory holds."""
 
 import argparse
 import gc

@@ -1,8 +1,4 @@
-"""Part of the sampling scripts that is of prompts: which are drawn, their features or the T5 that makes them.
-
-prompts, stored = prompts_to_draw(args)
-requests = prompt_requests(args, pipeline, stored or prompts, range(len(prompts)), args.seed)
-"""
+"""Part of the sampling scripts that is of prompts: which are drawn, their features or the T5 that makes them."""
 
 import argparse
 import os

@@ -1,8 +1,4 @@
-"""Common part of the offline scripts: from the flags of the other sampling scripts to tokens by vLLM, and a grid.
-
-served, pipeline = open_models(args)             # all that can be wrong with flags and files is told here
-draw_grid(args, served, pipeline, [Request({"label": 207})])
-"""
+"""Common part of the offline scripts: from the flags of the other sampling scripts to tokens by vLLM, and a grid."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,8 +1,5 @@
 """A checkpoint as vLLM takes it: its config and its weights, read from the file itself while the engine loads.
 
-    gpt = open_gpt("pretrained_models/c2i_L_384.pt", image_size=384)
-    config, weights = engine_config(gpt), engine_weights(gpt)
-
 The config is that of a "llama", which vLLM reads without code of its own, of the architecture that the plugin registers
 (serve/plugin.py). Classes are token ids after the codebook's, the row after the last class is "no class". Needs
 no vLLM.

@@ -1,9 +1,4 @@
-"""From tokens to pictures beside the event loop: what comes while a batch is decoded is decoded together after it.
-
-decoder = Decoder(tokenizer, grid_size=24)
-image = await decoder.decode(tokens)                    # uint8 (384, 384, 3); grey where no tokens are
-jpeg = await decoder.file(tokens, 256, "jpeg", 90)      # bytes
-"""
+"""From tokens to pictures beside the event loop: what comes while a batch is decoded is decoded together after it."""
 
 import asyncio
 import io

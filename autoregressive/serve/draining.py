@@ -1,8 +1,4 @@
-"""The HTTP server below the applications: uvicorn, with connections that hold nothing up, and an end that waits for answers.
-
-server = DrainingServer(create_app(service), service)
-await server.serve([bound])                # until server.drain(), or server.should_exit
-"""
+"""The HTTP server below the applications: uvicorn, with connections that hold nothing up, and an end that waits for answers."""
 
 import asyncio
 import errno

@@ -1,8 +1,4 @@
-"""Refusals: OpenAI's form of an error with HTTP's status, and the table of what is refused on purpose.
-
-raise RequestError(503, "the server is shutting down", code="shutting_down")
-raise refuse("n", "n is 9: a request has at most 8 images")
-"""
+"""Refusals: OpenAI's form of an error with HTTP's status, and the table of what is refused on purpose."""
 
 from collections.abc import Mapping
 

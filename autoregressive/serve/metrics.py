@@ -1,8 +1,4 @@
-"""Metrics of a server for Prometheus, and its log, a JSON object a line.
-
-metrics = Metrics("c2i_L_384"); metrics.images.inc(); metrics.requests("200").inc(); metrics.text()
-log_as_json(); log.info("answered", extra={"fields": {"status": 200}})
-"""
+"""Metrics of a server for Prometheus, and its log, a JSON object a line."""
 
 import json
 import logging

@@ -1,8 +1,4 @@
-"""Prompts to features beside the event loop, the last ones kept.
-
-encoder = PromptEncoder(pipeline.encode, rows=120)
-features = await encoder("a red lantern")                     # (length, caption_dim)
-"""
+"""Prompts to features beside the event loop, the last ones kept."""
 
 import asyncio
 from collections.abc import Callable, Sequence

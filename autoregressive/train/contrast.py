@@ -1,8 +1,5 @@
 """Condition Contrastive Alignment (CCA): training by contrast, after which sampling needs no guidance.
 
-    contrast = Contrast.from_args(args)                        # None without --cca-reference
-    loss, figures = ContrastLoss(model, contrast.reference(model), weight=300, beta=0.02)(codes, labels, negatives, drop=drop)
-
 An image should be likelier than under a frozen reference given its own class, and less likely given another sample's. The
 model and the reference each read the images twice, so a step takes 8/3 of the arithmetic of an ordinary one.
 CCA (arXiv 2410.09347, equations 11 and 12).

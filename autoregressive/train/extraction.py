@@ -1,7 +1,5 @@
 """Extraction of codes: what is missing of some folders is encoded, by any number of processes.
 
-    extract(tokenizer, dataset, [PackedTarget("codes", settings)], dist, log, args)
-
 Images are encoded in batches that end with their shard: which are encoded together, and so how sums are rounded, does not
 depend on which shards a process has to write.
 """

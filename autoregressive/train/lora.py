@@ -1,8 +1,5 @@
 """LoRA: fine-tuning of low-rank additions to a frozen model's attention and feed-forward matrices, by peft.
 
-    lora = Lora.from_args(args)            # None without --lora-rank
-    lora.add(model)                        # before it is sharded; then only the adapter is in model.state_dict()
-
 The table of the classes is trained and kept too, since new data has other classes. LoRA (arXiv 2106.09685).
 """
 

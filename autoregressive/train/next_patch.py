@@ -1,8 +1,5 @@
 """Next-patch prediction: which patch size an epoch trains with, and the learning rate that starts anew with each.
 
-    schedule = PatchSchedule(epochs=300, patch_level=2, epoch_rate=0.5)
-    side = schedule.patch_side(epoch)                                         # 2 for 150 epochs, then 1
-
 Early epochs read and predict the image in patches, on a sequence that is patch_side² times shorter; the last stage is
 plain raster training, and so is sampling. NPP (arXiv 2412.15321, section 3).
 """

@@ -1,8 +1,5 @@
 """Schedules of what a step of training reads by: a layout, and for each sample an order of its tokens.
 
-    schedule = AnnealedOrders(model.layout, seed=0, start=125_000, end=187_500)
-    layout, orders = schedule(step, epoch, positions, global_batch)      # int64 (positions, N), or None for layout.order
-
 A schedule is asked once a micro-batch. Its draws are functions of the seed, the step and a sample's position in the global
 batch: the same for every number of processes, and after a run was resumed.
 """

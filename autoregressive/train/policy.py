@@ -1,8 +1,5 @@
 """Group relative policy optimisation (GRPO): the loss of images that the model drew, by their rewards in groups of one condition.
 
-    advantages = group_advantages(rewards, group_size=8)                       # (B,)
-    loss, figures = PolicyLoss(model, reference, settings)(codes, cond, advantages)
-
 Of an image drawn with an advantage above 0 every token becomes likelier, of the others less likely; the distance from a frozen
 reference is a penalty. DeepSeekMath (arXiv 2402.03300, section 4.1); of image tokens: AR-GRPO (2508.06924).
 """

@@ -1,7 +1,4 @@
-"""Starting point of a GPT's training: a state to resume, or with --finetune weights for other data.
-
-initial, note = starting_point(args, dist, model, config)
-"""
+"""Starting point of a GPT's training: a state to resume, or with --finetune weights for other data."""
 
 import argparse
 from collections.abc import Sequence

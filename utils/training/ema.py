@@ -1,9 +1,4 @@
-"""An exponential moving average of a model's weights, sharded as the weights are.
-
-ema = EMA(model, decay=0.9999); ema.update()
-with ema.applied():
-    model(x)                    # with the averaged weights
-"""
+"""An exponential moving average of a model's weights, sharded as the weights are."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

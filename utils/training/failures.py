@@ -1,8 +1,4 @@
-"""Failures that end a run early, raised by every process in the same words: what happened, and what it can resume from.
-
-watch = FiniteWatch(); watch.add(step, [("loss", part, loss), …]); watch.first(wait=False)
-failures.require_finite(); failures.require_data(batches.failure)
-"""
+"""Failures that end a run early, raised by every process in the same words: what happened, and what it can resume from."""
 
 from collections import deque
 from dataclasses import dataclass

@@ -1,7 +1,4 @@
-"""Parts of a training: what is trained, by which losses and optimizers, on which data.
-
-job = Job("GPT-B", models={"model": model}, phases=[Phase("optimizer", wrapped, adam, loss)], dataset=dataset)
-"""
+"""Parts of a training: what is trained, by which losses and optimizers, on which data."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,10 +1,4 @@
-"""Cost of a window of steps: rates, waiting for data, memory, and which process was slowest.
-
-meter = Meter(dist, samples=256, tokens=576, flops=1.9e12, peak=989e12)
-with meter.timing("waiting"): batch = next(loader)
-with meter.timing("working"): loss = model(batch)
-meter.count_step(); meter.close_window() -> {"steps_per_second": …}
-"""
+"""Cost of a window of steps: rates, waiting for data, memory, and which process was slowest."""
 
 import resource
 import sys

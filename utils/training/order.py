@@ -1,9 +1,5 @@
 """Order of samples: each batch is a function of (seed, epoch, batch number), whatever the number of processes.
 
-    order = BatchOrder(len(dataset), global_batch=256, micro_batch=32, rank=0, world_size=8, seed=0)
-    order.start_at(epoch=3, batch=17)
-    loader = DataLoader(dataset, batch_sampler=order)
-
 A run that stopped resumes at the very next batch, on any number of processes, with the samples it would have seen.
 """
 

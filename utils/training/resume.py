@@ -1,9 +1,4 @@
-"""Beginning of a run: its folder, and the state it resumes from.
-
-run, resumed = open_run_together(args, "GPT-B", dist, sharded=False)
-resumed = resumed and resume(state, run, args, dist, log)
-whole = not resumed and start_from(checkpoint, state, args, log)
-"""
+"""Beginning of a run: its folder, and the state it resumes from."""
 
 from argparse import Namespace
 from typing import cast

@@ -1,7 +1,4 @@
-"""Folder of a run that is written: made or found again, where its checkpoints go, and which of them stay.
-
-run, resumed = open_run(args, "GPT-B"); prune_checkpoints(run.stores[0], keep=3)
-"""
+"""Folder of a run that is written: made or found again, where its checkpoints go, and which of them stay."""
 
 import json
 import os

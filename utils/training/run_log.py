@@ -1,8 +1,4 @@
-"""Log of a run: lines on the terminal and in log.txt, scalars and pictures for tensorboard, and metrics.jsonl.
-
-log = RunLogger(folder, main=dist.is_main)
-log.info("…"); log.scalars(step, {"loss": 2.3}); log.image(step, "reconstructions", grid)
-"""
+"""Log of a run: lines on the terminal and in log.txt, scalars and pictures for tensorboard, and metrics.jsonl."""
 
 import json
 import logging

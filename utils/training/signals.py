@@ -1,9 +1,5 @@
 """Early ends of a run: a signal, or another process that stops.
 
-    with StopSignals() as signals:
-        ...
-        if signals.asked: save and leave
-
 The processes of a run have to stop at the same step. `Agreement` tells each of them, one step later, what any of them had
 to say; it costs a message of a few numbers beside the step and never waits for an accelerator.
 """

@@ -1,7 +1,4 @@
-"""Locality-aware orders: each group near what is drawn already, its tokens far from each other (LPD, arXiv 2507.01957, section 3.3).
-
-order = locality_order(16, group_sizes(256, 20), repulsion=2, seed=0)        # raster index by sequence position
-"""
+"""Locality-aware orders: each group near what is drawn already, its tokens far from each other (LPD, arXiv 2507.01957, section 3.3)."""
 
 import random
 from collections.abc import Sequence
