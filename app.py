@@ -364,11 +364,8 @@ async def respond(
 ) -> AsyncIterator[tuple[list, str, int]]:
     """Yield what the page shows from a click on: files with captions, a line of HTML, the seed. Raises nothing.
 
-    Args:
-        folder: where a folder is made for the files. An unfinished picture's file goes with the drawing.
-        fresh: takes a new seed.
-        settings: fields of the server's requests.
-        pictures: by name in PICTURES, data addresses as the canvas gives them.
+    folder: where a folder is made for the files. An unfinished picture's file goes with the drawing. fresh: takes a new seed.
+    settings: fields of the server's requests. pictures: by name in PICTURES, data addresses as the canvas gives them.
     """
     from autoregressive.demo import error_html
 

@@ -26,17 +26,9 @@ def imagenet_names() -> tuple[str, ...]:
 def class_names(num_classes: int, file: str | Path | None = None, recorded: Sequence[str] | None = None) -> list[str]:
     """Return the names of a model's classes, by label.
 
-    Args:
-        num_classes: that the model has.
-        file: whose lines are the names, instead of all others.
-        recorded: names that the model's checkpoint records; rows beyond them are called by their number.
-
-    Returns:
-        These; ImageNet's where there are a thousand without names or with WordNet's numbers (n01440764); else numbers.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file has another number of lines.
+    They are the lines of `file`; else those that the model's checkpoint has `recorded`, and behind them numbers; ImageNet's
+    where there are a thousand without names or with WordNet's numbers (n01440764).
+    Raises FileNotFoundError, and ValueError for a file with another number of lines.
     """
     if file is not None:
         names = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -83,15 +83,10 @@ class Painter:
     ) -> AsyncIterator[View]:
         """Draw `count` images of a class or a prompt, with the seeds `seed`, `seed + 1`, …; the last view is complete.
 
-        Args:
-            asked: a class, as find_class reads it, or a prompt.
-            pictures: files by name, `control_image` of a model that draws by one; `image`, whose transparent pixels are to
-                be filled in place of a whole image.
-            settings: fields of the server's requests (SamplingConfig).
-
-        Raises:
-            ValueError: for what the model cannot take.
-            ConnectionError: where the server does not answer.
+        pictures: files by name, `control_image` of a model that draws by one; `image`, whose transparent pixels are to be
+            filled in place of a whole image.
+        settings: fields of the server's requests (SamplingConfig).
+        Raises ValueError for what the model cannot take, ConnectionError where the server does not answer.
         """
         if not 1 <= count <= MOST_IMAGES:
             raise ValueError(f"the number of images is 1 to {MOST_IMAGES}, got {count}")

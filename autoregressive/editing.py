@@ -40,16 +40,12 @@ ROUNDS = 2
 
 @dataclass(frozen=True)
 class Hole:
-    """A picture with a hole, as a model sees it.
+    """A picture with a hole, as a model sees it."""
 
-    pixels: uint8 (S, S, 3), continued smoothly in the hole. hole: bool (S, S), the pixels to fill. tokens: bool (N,) in
-    raster order, the tokens to draw. feather: pixels within which drawn ones fade into the picture's own.
-    """
-
-    pixels: np.ndarray
-    hole: np.ndarray
-    tokens: Tensor
-    feather: int
+    pixels: np.ndarray  # uint8 (S, S, 3), continued smoothly in the hole
+    hole: np.ndarray  # bool (S, S), the pixels to fill
+    tokens: Tensor  # bool (N,) in raster order, the tokens to draw
+    feather: int  # pixels within which drawn ones fade into the picture's own
 
     def filled(self, drawn: np.ndarray) -> np.ndarray:
         """Return the picture with its hole from a drawn one, uint8 (S, S, 3)."""
@@ -60,15 +56,12 @@ class Hole:
 
 @dataclass(frozen=True)
 class Edited:
-    """A filled picture, uint8 (S, S, 3), its codes int64 (N,) in raster order, and how well it fits.
+    """A filled picture, and how well it fits."""
 
-    log_evidence: the estimated log-probability of what is kept. effective: the effective sample size, of `particles`.
-    """
-
-    pixels: np.ndarray
-    tokens: Tensor
-    log_evidence: float
-    effective: float
+    pixels: np.ndarray  # uint8 (S, S, 3)
+    tokens: Tensor  # its codes, int64 (N,) in raster order
+    log_evidence: float  # the estimated log-probability of what is kept
+    effective: float  # the effective sample size, of `particles`
     particles: int
 
     @property

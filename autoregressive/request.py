@@ -23,21 +23,16 @@ class Request:
 
     conditions: values by the names of the model's conditions: a label; a prompt, a caption's features (length, dim) or the
         path of their .npy file; whatever a condition of one's own reads.
-    negative: values that guidance leads away from, by name, in place of "no class" or "no caption".
-    seed, index: of the image's noise (utils/rng.py:image_noise): index is its number in a run of the seed.
-    known: int64 (N,) in raster order, tokens that are given, -1 for those to draw.
-    order: int64 (N,), the raster index of the token at each sequence position, where the image has one of its own.
-    particles: drawn for the image, of which one is taken by how likely it makes known tokens (models/particles.py).
     """
 
     conditions: Mapping[str, Any]
-    negative: Mapping[str, Any] = field(default_factory=dict)
+    negative: Mapping[str, Any] = field(default_factory=dict)  # what guidance leads away from, in place of "no class"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    seed: int = 0
-    index: int = 0
-    known: "Tensor | None" = None
-    order: "Tensor | None" = None
-    particles: int = 1
+    seed: int = 0  # of the noise (utils/rng.py:image_noise)
+    index: int = 0  # number in a run of the seed
+    known: "Tensor | None" = None  # int64 (N,) in raster order, tokens that are given, -1 for those to draw
+    order: "Tensor | None" = None  # int64 (N,), raster indices by sequence position, where the image has its own
+    particles: int = 1  # drawn for the image; one is taken by how likely it makes known tokens (models/particles.py)
 
     def read(self, conditions: "Mapping[str, Condition]", encoded: "Mapping[str, Tensor] | None" = None) -> "Request":
         """Return the request with its values as the model's conditions read them. Raises ValueError, FileNotFoundError.

@@ -28,13 +28,9 @@ class TextEncoder(Protocol):
 
 
 def with_encoder(gpt: Path, text: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how prompts are encoded, with the T5 that a GPT's file records where none is named.
+    """Return settings of the T5 as ImagePipeline takes them, with the T5 that a GPT's file records where none is named.
 
-    Args:
-        gpt: file of the GPT; features of the released T5's width may be of that one, which need not be near
-        text: settings of the T5, as ImagePipeline takes them
-
-    Raises FileNotFoundError where the recorded T5 is not near the file.
+    Raises FileNotFoundError where that T5 is not near the file, unless its width is the released one's, which need not be.
     """
     checkpoint = read_checkpoint(gpt)
     identity = checkpoint.config.get("text_encoder")

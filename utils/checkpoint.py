@@ -51,24 +51,20 @@ class _StandIn:
 class Checkpoint:
     """One file's content, whatever its layout.
 
-    `model` and `ema` are state dicts with the wrappers' prefixes and a stray `freqs_cis` removed. `args` are the flags
-    of the run that wrote the file, `steps` its optimizer steps; both None where the file does not say. `format` is the
-    layout: 'ddp', 'deepspeed', 'lightning', 'fsdp' (a bare state dict), 'tokenizer' ({"model"[, "ema"]}) or
-    'safetensors'. `config` is the file's record of what its weights belong to (`tokenizer`, `classes`, …, with a
-    `version`); empty in published files. `extra` has the file's other entries as they are.
-    `files` are the files read: one, or all shards.
+    `model` and `ema` are state dicts with the wrappers' prefixes and a stray `freqs_cis` removed. `format` is the layout:
+    'ddp', 'deepspeed', 'lightning', 'fsdp' (a bare state dict), 'tokenizer' ({"model"[, "ema"]}) or 'safetensors'.
     """
 
     path: Path
     model: State
     ema: State | None
     optimizer: dict | None
-    args: dict[str, Any] | None
+    args: dict[str, Any] | None  # flags of the run that wrote the file; None, as its steps, where the file does not say
     steps: int | None
     format: str
-    extra: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    files: list[Path] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)  # other entries as they are
+    config: dict[str, Any] = field(default_factory=dict)  # what the weights belong to; empty in published files
+    files: list[Path] = field(default_factory=list)  # that were read: one, or all shards
 
     def require_averages(self) -> None:
         """Raise ValueError where the file has no averaged weights."""

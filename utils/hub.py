@@ -31,19 +31,15 @@ _MAGVIT, _IBQ = "TencentARC/Open-MAGVIT2-Tokenizer", "TencentARC/IBQ-Tokenizer"
 
 @dataclass(frozen=True)
 class Release:
-    """A published file, or with an empty `filename` a whole repository, which becomes a folder.
-
-    `flags` are the script flags that fit it, `home` its place inside pretrained_models/. `files` are the patterns of what
-    is fetched of a repository. `bare`: whether the file name alone means this file.
-    """
+    """A published file, or with an empty `filename` a whole repository, which becomes a folder."""
 
     repo_id: str
     filename: str
-    home: str
-    flags: Mapping[str, str] = field(default_factory=dict)
-    # The T5 repository also has the weights in three other formats, 34 GB more.
+    home: str  # place inside pretrained_models/
+    flags: Mapping[str, str] = field(default_factory=dict)  # the script flags that fit it
+    # What is fetched of a repository: that of the T5 also has the weights in three other formats, 34 GB more.
     files: tuple[str, ...] = ("*.json", "*.model", "*.safetensors", "*.txt")
-    bare: bool = True
+    bare: bool = True  # the file name alone means this file
 
     @property
     def name(self) -> str:

@@ -15,16 +15,12 @@ _RUN = re.compile(r"(\d{3,})-(.+)$")
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, and where its checkpoints go.
-
-    earlier: of a new run, the newest checkpoint of the run of this name before it. former: where its checkpoints went before
-    it was resumed with other flags.
-    """
+    """A run's folder, and where its checkpoints go."""
 
     folder: Path
     stores: tuple[Path, ...]
-    earlier: Path | None = None
-    former: tuple[Path, ...] = ()
+    earlier: Path | None = None  # of a new run, the newest checkpoint of the run of this name before it
+    former: tuple[Path, ...] = ()  # where its checkpoints went before it was resumed with other flags
 
     def checkpoints(self) -> list[Path]:
         """Return its checkpoints, newest first: files `{step:07d}.pt`, and folders `{step:07d}` of sharded runs."""

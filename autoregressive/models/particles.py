@@ -47,19 +47,15 @@ UNDRAWN = SamplingConfig(temperature=0)
 
 @dataclass(frozen=True)
 class Filled:
-    """Images whose holes are filled.
+    """Images whose holes are filled."""
 
-    tokens: int64 (B, N) in raster order. scores: float32 (B, N) in raster order, the log-probability of each token in the
-    unfiltered distribution. log_evidence: of each image, the estimated log-probability of its known tokens. effective: of
-    each image, the effective sample size after the last known token; below 2 the fill is one particle's luck. particles:
-    how many were drawn; 1 where no known token comes after the hole, which is exact.
-    """
-
-    tokens: Tensor
-    scores: Tensor
-    log_evidence: list[float]
-    effective: list[float]
-    particles: int
+    tokens: Tensor  # int64 (B, N) in raster order
+    scores: Tensor  # float32 (B, N) in raster order, each token's log-probability in the unfiltered distribution
+    log_evidence: list[float]  # of each image, the estimated log-probability of its known tokens
+    effective: list[
+        float
+    ]  # of each image, the sample size after the last known token; below 2 it is one particle's luck
+    particles: int  # that were drawn; 1 where no known token comes after the hole, which is exact
 
 
 @torch.inference_mode()

@@ -25,15 +25,13 @@ _without_windows: WeakSet[Trunk] = WeakSet()  # models of which a line said so
 
 @dataclass(frozen=True)
 class Window:
-    """Shape of a window of a layout.
+    """Shape of a window of a layout."""
 
-    rows: computed in a pass. outputs: tokens picked in it. limits: for each step, counted from 1 after the prefill, the step
-    at which a pass that begins there ends at most.
-    """
-
-    rows: int
-    outputs: int
-    limits: tuple[int, ...]
+    rows: int  # computed in a pass
+    outputs: int  # tokens picked in it
+    limits: tuple[
+        int, ...
+    ]  # by step, from 1 after the prefill: the step at which a pass that begins there ends at most
 
 
 @cache
@@ -59,54 +57,33 @@ def window_of(layout: Layout, size: int, end: int) -> Window:
 
 @dataclass(frozen=True)
 class PassKind:
-    """Kind of a pass: all that fixes its work, and so its kernels and the shapes they see.
+    """Kind of a pass: all that fixes its work, and so its kernels and the shapes they see."""
 
-    Args:
-        rows: computed.
-        outputs: tokens drawn.
-        length: rows attended to.
-        masked: whether not all of those rows may be seen.
-        streams: 2 where the unconditional rows are computed too.
-        guided: whether these are mixed in; None where a token's own step tells.
-        window: whether tokens after the first step are drafts.
-        static: whether no number may be read off the device.
-    """
-
-    rows: int
-    outputs: int
-    length: int
-    masked: bool
-    streams: int
-    guided: bool | None
-    window: bool
-    static: bool
+    rows: int  # computed
+    outputs: int  # tokens drawn
+    length: int  # rows attended to
+    masked: bool  # not all of those rows may be seen
+    streams: int  # 2 where the unconditional rows are computed too
+    guided: bool | None  # these are mixed in; None where a token's own step tells
+    window: bool  # tokens after the first step are drafts
+    static: bool  # no number may be read off the device
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Plan of the passes of a call.
-
-    Args:
-        end: the step before which the passes end.
-        stride: passes read the cache up to multiples of so many rows, `least_read` to `longest`.
-        side_by_side: whether the rows that are read have no gaps (StaticCache.lay_out).
-        padded: whether some condition rows are padding.
-        static: as in PassKind.
-        compiled: whether each number of rows is compiled for itself.
-        window: None for one step a pass.
-    """
+    """Plan of the passes of a call."""
 
     layout: Layout
     config: SamplingConfig
-    end: int
-    stride: int
-    side_by_side: bool
+    end: int  # the step before which the passes end
+    stride: int  # passes read the cache up to multiples of so many rows, from `least_read` to `longest`
+    side_by_side: bool  # the rows that are read have no gaps (StaticCache.lay_out)
     least_read: int
     longest: int
-    padded: bool
-    static: bool
-    compiled: bool
-    window: Window | None = None
+    padded: bool  # some condition rows are padding
+    static: bool  # as in PassKind
+    compiled: bool  # each number of rows is compiled for itself
+    window: Window | None = None  # None for one step a pass
 
     @cached_property
     def sizes(self) -> dict[int, tuple[int, int]]:

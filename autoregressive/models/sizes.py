@@ -6,18 +6,14 @@ SPARE_PLACES = 1024  # rows that the published tables of RAR's places have to sp
 
 
 class Size(NamedTuple):
-    """Shapes of a model.
-
-    trunk: its registered name. ffn_width: of the feed-forward layers, where no rule of dim gives it. vocab_size: codes of
-    the tokenizer that it is published with.
-    """
+    """Shapes of a model."""
 
     n_layer: int
     n_head: int
     dim: int
-    trunk: str = "llama"
-    ffn_width: int | None = None
-    vocab_size: int = 16384
+    trunk: str = "llama"  # registered name
+    ffn_width: int | None = None  # of the feed-forward layers, where no rule of dim gives it
+    vocab_size: int = 16384  # codes of the tokenizer that it is published with
 
     @property
     def fields(self) -> dict[str, Any]:

@@ -39,25 +39,17 @@ register_trunk = TRUNKS.register
 
 @dataclass(frozen=True)
 class Rows:
-    """Places of a pass's rows.
+    """Places of a pass's rows."""
 
-    Args:
-        cache: keys and values of earlier rows; None in training, where the rows are the whole sequence.
-        positions: int64 (s,) or (B, s), the places of the rows in the cache.
-        length: rows of the cache to attend to.
-        layout: the layout of the call; None for the model's own.
-        orders: int64 (B, N), the raster index at each sequence position of each sample; None for the layout's order.
-        context: (B, dim), what Trunk.context made of the conditions.
-        added: (B, s, dim) by block, what conditions add to the rows before it.
-    """
-
-    cache: StaticCache | None
-    positions: Tensor
-    length: int
-    layout: Layout | None = None
-    orders: Tensor | None = None
-    context: Tensor | None = None
-    added: Mapping[int, Tensor] | None = None
+    cache: (
+        StaticCache | None
+    )  # keys and values of earlier rows; None in training, where the rows are the whole sequence
+    positions: Tensor  # int64 (s,) or (B, s), the places of the rows in the cache
+    length: int  # rows of the cache to attend to
+    layout: Layout | None = None  # of the call; None for the model's own
+    orders: Tensor | None = None  # int64 (B, N), raster indices by sequence position; None for the layout's order
+    context: Tensor | None = None  # (B, dim), what Trunk.context made of the conditions
+    added: Mapping[int, Tensor] | None = None  # (B, s, dim) by block, what conditions add to the rows before it
 
 
 def attend(
@@ -70,13 +62,10 @@ def attend(
     rows: Rows | None,
     dropout: float = 0,
 ) -> Tensor:
-    """Attention of the rows of a pass, in training or over a layer's cache.
+    """Attention of the rows of a pass, in training or over a layer's cache, (B, s, H * D).
 
-    Args:
-        q, k, v: (B, H, s, D), (B, KV, s, D) twice; of earlier rows the cache has the others.
-        dropout: probability with which a weight is left out.
-
-    Returns (B, s, H * D).
+    q, k, v: (B, H, s, D), (B, KV, s, D) twice; of earlier rows the cache has the others.
+    dropout: probability with which a weight is left out.
     """
     head_dim, grouped, on_cpu = q.shape[-1], q.shape[1] != k.shape[1], False
     if rows is not None and rows.cache is not None:
@@ -102,11 +91,7 @@ class Trunk(nn.Module):
 
     `layout` says in which order tokens are read and which of them one step predicts. Decoding always goes by it;
     training may read by another one. `file_config` is the record of what the weights belong to (utils/origin.py), where
-    the file that they were read from has one.
-
-    Args:
-        args: the model's shapes.
-        first: the first condition, where it is not the registered one of its name.
+    the file that they were read from has one. first: the first condition, where it is not the registered one of its name.
     """
 
     settings: ClassVar[tuple[str, ...]] = ()

@@ -13,13 +13,9 @@ EPS = 1e-6
 
 
 class Attention(nn.Module):
-    """Attention with one fused projection with biases.
+    """Attention with one fused projection with biases, and resid_dropout_p behind it.
 
-    Args:
-        args: the model's shapes; resid_dropout_p is the dropout behind the projection.
-        layer: number of the block.
-        qk_norm: whether queries and keys are normalised, over each head's channels.
-        dropout: of attention weights.
+    qk_norm: whether queries and keys are normalised, over each head's channels. dropout: of attention weights.
     """
 
     def __init__(self, args: ModelArgs, layer: int, qk_norm: bool = False, dropout: float = 0.0):

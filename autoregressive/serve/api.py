@@ -102,11 +102,8 @@ def create_app(
 ) -> FastAPI:
     """Return the application. It closes the service when it ends.
 
-    Args:
-        service: draws.
-        api_keys: one of them is asked of every request to /v1.
-        root_path: the path under which a proxy has the application.
-        cors_origins: of web pages whose scripts may ask it.
+    api_keys: one of them is asked of every request to /v1. root_path: the path under which a proxy has the application.
+    cors_origins: of web pages whose scripts may ask it.
     """
 
     @asynccontextmanager

@@ -39,21 +39,16 @@ PUBLISHED = {"c2i": {"cfg_scale": 4.0, "top_k": 2000}, "t2i": {"cfg_scale": 7.5,
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of what a server accepts.
+    """Limits of what a server accepts."""
 
-    max_queue: images accepted and not yet drawn. max_n: images of a request. max_prompt: its characters.
-    max_body: bytes; max_upload: bytes of a body with pictures, max_pixels: of each. timeout: seconds from accepting a request to its pictures. stall: seconds without a token after which
-    an engine that draws counts as hanging.
-    """
-
-    max_queue: int = 64
-    max_n: int = 8
-    max_prompt: int = 4000
-    max_body: int = 64 * 1024
-    max_upload: int = 16 * 2**20
-    max_pixels: int = 4096 * 4096
-    timeout: float = 600.0
-    stall: float = 120.0
+    max_queue: int = 64  # images accepted and not yet drawn
+    max_n: int = 8  # images of a request
+    max_prompt: int = 4000  # characters
+    max_body: int = 64 * 1024  # bytes
+    max_upload: int = 16 * 2**20  # bytes of a body with pictures
+    max_pixels: int = 4096 * 4096  # of a picture
+    timeout: float = 600.0  # seconds from accepting a request to its pictures
+    stall: float = 120.0  # seconds without a token after which an engine that draws counts as hanging
 
 
 Ignored = Annotated[str | None, Field(description="Accepted for OpenAI's clients, and without effect.")]
@@ -161,25 +156,20 @@ class Edit:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request as the server carries it out.
+    """A request as the server carries it out."""
 
-    what: a label, or a prompt. negative: what guidance leads away from. seeds: one an image. size: pixels a side.
-    format, quality: of the files. raw: the answer is the file itself. partial: rows of tokens after which partial images come.
-    edit: the picture to edit, where there is one. control: the picture to draw by, where the model takes one.
-    """
-
-    what: int | str
-    negative: int | str | None
-    seeds: list[int]
+    what: int | str  # a label, or a prompt
+    negative: int | str | None  # what guidance leads away from
+    seeds: list[int]  # one an image
     sampling: SamplingConfig
-    size: int
+    size: int  # pixels a side
     format: Kind = "png"
-    quality: int | None = None
-    raw: bool = False
+    quality: int | None = None  # of the file
+    raw: bool = False  # the answer is the file itself
     stream: bool = False
-    partial: tuple[int, ...] = ()
-    edit: Edit | None = None
-    control: ControlImage | None = None
+    partial: tuple[int, ...] = ()  # rows of tokens after which partial images come
+    edit: Edit | None = None  # the picture to edit
+    control: ControlImage | None = None  # the picture to draw by, where the model takes one
 
 
 def ask(body: ImageBody, info: ModelInfo, limits: Limits, *, models: Sequence[str] = (), accept: str = "") -> Asked:

@@ -32,10 +32,7 @@ class DrainingServer(uvicorn.Server):
 
     It closes connections whose clients ask for nothing, or do not take what they asked for.
 
-    Args:
-        app: the application.
-        service: what is drained; None for an application with nothing to wait for.
-        told: fields of the log line that says where it runs.
+    service: what is drained; None for an application with nothing to wait for. told: fields of the log line of its start.
     """
 
     def __init__(self, app: ASGIApp, service: Service | None = None, told: dict | None = None):

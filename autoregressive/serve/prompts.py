@@ -9,13 +9,9 @@ from torch import Tensor
 
 
 class PromptEncoder:
-    """Encodes prompts.
+    """Encodes prompts by `encode`, that of a pipeline, in a thread, by default one of its own.
 
-    Args:
-        encode: as ImagePipeline.encode.
-        rows: text tokens of a prompt that are read.
-        thread: in which it encodes (default: one of its own).
-        keep: prompts whose features stay.
+    rows: text tokens of a prompt that are read. keep: prompts whose features stay.
     """
 
     def __init__(

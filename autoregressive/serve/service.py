@@ -77,12 +77,7 @@ class _Drawing:
 class Service:
     """An engine, what stands before and behind it, and the requests it has accepted. Of one event loop.
 
-    Args:
-        engine: draws the tokens.
-        decoder: makes pictures of them.
-        encoder: of prompts, with a text-conditional model.
-        limits: what the server takes on.
-        aliases: further names of the model.
+    encoder: of prompts, with a text-conditional model. aliases: further names of the model.
     """
 
     def __init__(

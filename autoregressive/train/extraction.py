@@ -42,11 +42,8 @@ PAIRS_RECORD = "extraction.json"  # of published codes of pairs, which have no i
 class PackedTarget:
     """Folder of packed shards that the codes of some items of a data set go to.
 
-    Args:
-        folder: where the shards lie.
-        settings: of the codes.
-        start: number of its first item in the data set.
-        record: called with a shard's items and those that have codes, before these are written.
+    start: number of its first item in the data set.
+    record: called with a shard's items and those that have codes, before these are written.
     """
 
     def __init__(
@@ -199,14 +196,9 @@ def encode_views(
 ) -> Tensor:
     """Return the codes of every view of every image: (n, views, 3, H, W) in [-1, 1] -> int64 (n, views, N), raster order.
 
-    Args:
-        tokenizer: on the device of the pixels.
-        pixels: the views.
-        mixed_precision: autocast of the encoder (none, fp16 or bf16); the search in the codebook is float32 always.
-        pixels_at_once: as many views go through at a time as have so many pixels.
-
-    Raises:
-        ValueError: where latents are not finite.
+    mixed_precision: autocast of the encoder (none, fp16 or bf16); the search in the codebook is float32 always.
+    pixels_at_once: as many views go through at a time as have so many pixels.
+    Raises ValueError where latents are not finite.
     """
     flat = pixels.flatten(0, 1)  # (n*views, 3, H, W)
     views = max(1, pixels_at_once // flat[0, 0].numel())

@@ -27,22 +27,18 @@ class Stage:
 class PatchSchedule:
     """The stages of a run, from the coarsest patches to single tokens.
 
-    patch_level: how many stages there are; each halves the patch side, the last one's is 1.
-    epoch_rate: the share of a stage's end at which the one before it ends; the last one ends at `epochs`.
-    warmup_epochs, decay_ratio, lr, end_lr: the learning rate with --scheduler, see `learning_rate`.
-    max_steps: where the run ends before `epochs`, of steps_per_epoch steps: the stages are then shares of these steps.
     A stage whose epochs round to none is left out. Raises ValueError for a level that there is not, and where no epoch is
     left for single tokens; the flags have the ranges of the others.
     """
 
     epochs: int
-    patch_level: int = 1
-    epoch_rate: float = 0.5
-    warmup_epochs: float = 1
+    patch_level: int = 1  # stages; each halves the patch side, the last one's is 1
+    epoch_rate: float = 0.5  # share of a stage's end at which the one before it ends; the last one ends at `epochs`
+    warmup_epochs: float = 1  # this and the next three: the learning rate with --scheduler, see `learning_rate`
     decay_ratio: float = 0.2
     lr: float = 1e-4
     end_lr: float = 1e-5
-    max_steps: int | None = None
+    max_steps: int | None = None  # where the run ends before `epochs`: the stages are then shares of these steps
     steps_per_epoch: int = 1
 
     @classmethod

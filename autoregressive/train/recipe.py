@@ -49,20 +49,15 @@ from utils.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Inputs:
-    """A micro-batch as the model takes it.
+    """A micro-batch as the model takes it."""
 
-    Args:
-        codes: int64 (B, N) in raster order.
-        cond, prefix_mask: as Trunk.forward takes them.
-        valid: (B,), samples marked 0 do not count.
-        share: factor that makes the mean of micro-batches that of all valid samples, see `share_of_valid`.
-    """
-
-    codes: Tensor
+    codes: Tensor  # int64 (B, N) in raster order
     cond: Conditions
-    prefix_mask: Tensor | None = None
-    valid: Tensor | None = None
-    share: Tensor | None = None
+    prefix_mask: Tensor | None = None  # as Trunk.forward takes it
+    valid: Tensor | None = None  # (B,), samples marked 0 do not count
+    share: Tensor | None = (
+        None  # factor that makes the mean of micro-batches that of all valid samples (share_of_valid)
+    )
 
 
 def further_conditions(args: argparse.Namespace) -> list[str]:
@@ -174,11 +169,8 @@ def fit(
 ) -> None:
     """Train a model from the meta device.
 
-    Args:
-        data: a ClassData, a TextData, or an object with their attributes: what is read, and how a batch becomes Inputs.
-        orders: what each step reads by (default: the model's layout, or --random-orders).
-        rate: the learning rate as Job has it.
-        notes: lines for the log.
+    data: a ClassData, a TextData, or an object with their attributes: what is read, and how a batch becomes Inputs.
+    orders: what each step reads by (default: the model's layout, or --random-orders). rate: as Job has it. notes: for the log.
     """
     dist = plan.dist
     orders = orders or training_orders(args, model.layout, len(data.train))

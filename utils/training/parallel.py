@@ -42,22 +42,16 @@ _DRAWN_AT_ONCE = 2**18
 
 @dataclass(frozen=True)
 class Parallel:
-    """A strategy, its precision and what is done to each block.
-
-    precision: of the forward and backward pass: none or fp32, tf32, fp16, bf16. Weights are kept in float32.
-    grad_precision: in which gradients are summed over processes (None: under DDP float32, else `precision`).
-    shard_size: processes that share one copy under hsdp (None: those of one machine).
-    sync_every_micro_batch: sum gradients after each part of a batch, not only after the last.
-    """
+    """A strategy, its precision and what is done to each block."""
 
     dist: Distributed
     strategy: str = "ddp"
-    precision: str = "none"
-    grad_precision: str | None = None
+    precision: str = "none"  # of the forward and backward pass: none or fp32, tf32, fp16, bf16; weights stay float32
+    grad_precision: str | None = None  # in which gradients are summed (None: under DDP float32, else `precision`)
     compile: bool = False
     activation_checkpointing: bool = False
-    shard_size: int | None = None
-    sync_every_micro_batch: bool = False
+    shard_size: int | None = None  # processes that share one copy under hsdp (None: those of one machine)
+    sync_every_micro_batch: bool = False  # sum gradients after each part of a batch, not only after the last
 
     @classmethod
     def from_args(cls, args: Namespace, dist: Distributed, compile: bool) -> "Parallel":

@@ -92,14 +92,10 @@ class Condition(nn.Module):
 
 @dataclass(frozen=True)
 class ControlImage:
-    """A picture to draw by.
+    """A picture to draw by."""
 
-    picture: a PIL image of any size; or an image of the model's size, uint8 (3, H, W) or (1, H, W), or features.
-    kind: of the control that is made of it, where that is not the model's.
-    """
-
-    picture: Any
-    kind: str | None = None
+    picture: Any  # a PIL image of any size; or an image of the model's size, uint8 (3, H, W) or (1, H, W), or features
+    kind: str | None = None  # of the control that is made of it, where that is not the model's
 
 
 def drop_samples(value: Tensor, null: Tensor, drop: Tensor) -> Tensor:

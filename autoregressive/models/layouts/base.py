@@ -53,26 +53,17 @@ class Reader(NamedTuple):
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """One decode step: the rows that it computes and the tokens that it draws, as sequence positions.
+    """One decode step: the rows that it computes and the tokens that it draws, as sequence positions."""
 
-    Args:
-        rows: places of the computed rows in the cache.
-        inputs: tokens fed, of which come first the rows of tokens.
-        special: rows of special vectors after them.
-        queries: rows of queries after them.
-        outputs: tokens drawn.
-        number: compared with `cfg_interval`.
-        reads: for each output its readers, rows counted from the first one computed; None where output i is read from row i.
-        sees: for each computed row which of the computed rows it sees; None where it sees all of them.
-    """
-
-    rows: range
-    inputs: slice
-    special: int
-    queries: int
-    outputs: slice
-    number: int
+    rows: range  # places of the computed rows in the cache
+    inputs: slice  # tokens fed; their rows come first
+    special: int  # rows of special vectors after them
+    queries: int  # rows of queries after those
+    outputs: slice  # tokens drawn
+    number: int  # compared with `cfg_interval`
+    # For each output its readers, rows counted from the first one computed; None where output i is read from row i.
     reads: tuple[tuple[Reader, ...], ...] | None = None
+    # For each computed row which of the computed rows it sees; None where it sees all of them.
     sees: tuple[tuple[bool, ...], ...] | None = None
 
 
@@ -82,15 +73,10 @@ LAYOUTS: Registry["type[Layout]"] = Registry("layout", {name: f"{__package__}.{n
 
 @dataclass(frozen=True)
 class Layout:
-    """Order, groups, rows and mask of an image's tokens; as it stands here, single tokens, each read from the row before.
+    """Order, groups, rows and mask of an image's tokens; as it stands here, single tokens, each read from the row before."""
 
-    Args:
-        grid_size: tokens a side.
-        prefix: condition rows.
-    """
-
-    grid_size: int
-    prefix: int = 1
+    grid_size: int  # tokens a side
+    prefix: int = 1  # condition rows
     name: ClassVar[str]
     own_orders: ClassVar[bool] = False
     """Tell whether each image is drawn in an order of its own, of `draw_order`."""
@@ -225,9 +211,8 @@ class Layout:
         """The raster index of the token at each sequence position, int64 (N,) on the CPU."""
         with torch.device("cpu"):
             order = torch.as_tensor(self.places(), dtype=torch.long)
-            assert order.sort().values.equal(torch.arange(self.tokens)), (
-                f"{self.name}: places is no order of the tokens"
-            )
+            every = order.sort().values.equal(torch.arange(self.tokens))
+            assert every, f"{self.name}: places is no order of the tokens"
         return order
 
     @cached_property
@@ -332,9 +317,7 @@ class Layout:
         kinds = [self.content[row].holds for row in computed]
         tokens = [self.content[row].number for row in computed if self.content[row].holds is Holds.TOKEN]
         at = {row: i for i, row in enumerate(computed)}
-        most = max(
-            map(len, self.readers[outputs])
-        )  # a single reader beside pairs counts twice, which averages to itself
+        most = max(map(len, self.readers[outputs]))  # a single reader beside pairs counts twice: it averages to itself
         reads = tuple(
             tuple(Reader(at[row], head) for row, head in (readers * most)[:most]) for readers in self.readers[outputs]
         )

@@ -13,14 +13,10 @@ NEAR = 1.0
 def locality_order(
     grid_size: int, groups: Sequence[int], repulsion: int, seed: int, first: Sequence[int] = ()
 ) -> list[int]:
-    """Draw an order of the cells of a square grid, (N,), with Python's generator of the seed, as published.
+    """Draw an order of the cells of a square grid, (N,), with Python's generator of the seed (0 to 2**32 - 1), as published.
 
-    Args:
-        grid_size: cells a side.
-        groups: sizes of the groups.
-        repulsion: cells of a group are more than so many rows or columns apart, as far as they are chosen for nearness.
-        seed: 0 to 2**32 - 1.
-        first: cells that stand first, which are known.
+    repulsion: cells of a group are more than so many rows or columns apart, as far as they are chosen for nearness.
+    first: cells that stand first, which are known.
     """
     shuffler = random.Random(seed)
     y, x = np.divmod(np.arange(grid_size**2), grid_size)

@@ -15,15 +15,9 @@ from autoregressive.models.layouts.base import Holds, Layout, Row, register_layo
 
 @register_layout("parallel")
 class ParallelLayout(Layout):
-    """Groups of tokens at one offset in each of group_size regions.
+    """Groups of tokens at one offset in each of group_size regions. Raises ValueError where these do not fit the grid."""
 
-    Args:
-        group_size: tokens a decode step draws, a square number.
-
-    Raises ValueError where the regions do not fit the grid.
-    """
-
-    group_size: int = 4
+    group_size: int = 4  # tokens a decode step draws, a square number
 
     def __post_init__(self) -> None:
         side = isqrt(max(self.group_size, 0)) if isinstance(self.group_size, int) else 0

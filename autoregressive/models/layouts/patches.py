@@ -13,13 +13,10 @@ from autoregressive.models.layouts.base import Layout, register_layout
 class PatchLayout(Layout):
     """Blocks of patch_side x patch_side tokens in raster order, the tokens of a block side by side.
 
-    Args:
-        side: tokens a side of a patch.
-
     Raises ValueError where the patches do not fit the grid.
     """
 
-    side: int = 1
+    side: int = 1  # tokens a side of a patch
 
     def __post_init__(self) -> None:
         if not isinstance(self.side, int) or self.side < 1 or self.grid_size % self.side:

@@ -23,16 +23,12 @@ PUBLISHED_PASSES = {16: 20, 32: 48}
 class QueriedLayout(Layout):
     """Tokens in any order, drawn in groups of any sizes; the rows are the tokens but for the last group, then N queries.
 
-    Args:
-        group_sizes: tokens of each group, sum N, or how many groups, 0 for as many as published.
-        repulsion: of the order that an image is drawn in, see locality_order; -1 for that of the published figures.
-
     Raises ValueError for sizes that do not sum to N.
     """
 
     own_orders = True
-    group_sizes: Sequence[int] | int = 0
-    repulsion: int = -1
+    group_sizes: Sequence[int] | int = 0  # tokens of each group, sum N, or how many groups, 0 for as many as published
+    repulsion: int = -1  # of an image's order, see locality_order; -1 for that of the published figures
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,12 +19,8 @@ def weighted_cross_entropy(
 
     The gradient is derived by hand: one pass over the logits in place, where autograd keeps several copies of them.
 
-    Args:
-        logits: (C, V), overwritten.
-        targets: int64 (C, P).
-        weights: (C, 1), of the rows.
-        wide: dtype of the sums; the gradient has the logits' own.
-        want_gradient: False returns None for the gradient.
+    logits: (C, V), overwritten. targets: int64 (C, P). weights: (C, 1), of the rows. wide: dtype of the sums; the gradient
+    has the logits' own.
     """
     dtype = logits.dtype
     logits = logits.to(wide)
