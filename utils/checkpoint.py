@@ -31,8 +31,11 @@ AVERAGED_ENTRIES = ("ema", "ema_model", "model_ema", "ema_state_dict")
 WEIGHTS_ENTRIES = ("model", "module", "state_dict", "model_state_dict", *AVERAGED_ENTRIES)
 # Where a folder keeps weights: this project's and FSDP's, transformers', diffusers'; an index lists the shards beside it.
 _NAMES = (
-    "model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
-)  # fmt: skip
+    "model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+)
 _SHARD = re.compile(r"(.+-)(\d{5})-of-(\d{5})(\.\w+)")
 CONSOLIDATED_FILE, AVERAGED_FILE, RECORD_FILE = "consolidated.pth", "consolidated_ema.pth", "training.json"
 _LISTED = 20

@@ -24,13 +24,7 @@ class ModelArgs:
     """Shapes and regularisation of a model.
 
     model_type, num_classes, caption_dim, cls_token_num, spe_token_num and ar_token_num are the published way to say the
-    first condition and the layout. trunk: registered name of the model's class. layout: config of any other registered
-    layout, {"name": …, and its settings}. extra_conditions: settings of further conditions by their registered names.
-    target_positions: whether a llama has an embedding of the place of the token that a row predicts, for orders that differ
-    from sample to sample. ffn_width: hidden width of the feed-forward layer, in place of the rule of multiple_of and ffn_dim_multiplier.
-    rope_grid: tokens a side of the grid whose rotary table a llama reads by the number of a token, where that is another one
-    than the image's (ControlAR's models of several resolutions). exit_blocks: blocks behind the first head that lead to a
-    layout's second one, by default 1.
+    first condition and the layout.
     """
 
     dim: int = 4096
@@ -60,13 +54,16 @@ class ModelArgs:
     spe_token_num: int = 0
     ar_token_num: int = 1
 
-    trunk: str = "llama"
-    target_positions: bool = False
-    ffn_width: int | None = None
+    trunk: str = "llama"  # registered name of the model's class
+    target_positions: bool = False  # a llama embeds the place of the token that a row predicts, for samples' own orders
+    ffn_width: int | None = (
+        None  # of the feed-forward layer, in place of the rule of multiple_of and ffn_dim_multiplier
+    )
+    # Tokens a side of the grid whose rotary table a llama reads by a token's number, where that is not the image's (ControlAR).
     rope_grid: int | None = None
-    exit_blocks: int | None = None
-    layout: Mapping[str, Any] | None = None
-    extra_conditions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    exit_blocks: int | None = None  # behind the first head, that lead to a layout's second one, by default 1
+    layout: Mapping[str, Any] | None = None  # config of any other registered layout, {"name": …, and its settings}
+    extra_conditions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # settings of further ones by name
 
     @property
     def layout_config(self) -> Mapping[str, Any]:
@@ -129,17 +126,8 @@ class ModelArgs:
     @property
     def identity(self) -> dict[str, Any]:
         """Entries `model`, `layout` and `conditions` of a file's config: all that from_identity builds the model from."""
-        names = (
-            "trunk",
-            "dim",
-            "n_layer",
-            "n_head",
-            "n_kv_head",
-            "ffn_dim",
-            "vocab_size",
-            *TRUNKS[self.trunk].settings,
-        )
-        numbers = {name: getattr(self, name) for name in names}
+        shapes = ("trunk", "dim", "n_layer", "n_head", "n_kv_head", "ffn_dim", "vocab_size")
+        numbers = {name: getattr(self, name) for name in (*shapes, *TRUNKS[self.trunk].settings)}
         return {
             "model": {name: value for name, value in numbers.items() if value is not False and value is not None},
             "layout": {**self.layout_config, "grid_size": isqrt(self.block_size)},

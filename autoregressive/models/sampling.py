@@ -74,9 +74,8 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float | Tensor | None =
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
     if isinstance(top_p, Tensor) or (top_p is not None and top_p < 1):
         ordered, places = logits.sort(dim=-1, descending=True, stable=True)
-        reached = (
-            running_sum(ordered.softmax(dim=-1, dtype=torch.float32))[..., :-1] > top_p
-        )  # the mass before each token but the first
+        # The mass before each token but the first.
+        reached = running_sum(ordered.softmax(dim=-1, dtype=torch.float32))[..., :-1] > top_p
         left_out = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, places[..., 1:], reached)
         logits = logits.masked_fill(left_out, float("-inf"))
     return logits

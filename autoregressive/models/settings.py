@@ -11,14 +11,11 @@ from utils.errors import require_whole
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
-    """Declare a setting.
+    """Declare a setting: the value that changes nothing, and a line for flags and the server's schema.
 
-    Args:
-        default: value that changes nothing.
-        help: one line for flags and the server's schema.
-        metadata: `least`, the smallest value that a flag takes; `served`, the range of a server's requests; `page`, the range
-            and step on the page (a number box where there is no end, a list for a name); `switch`, the flag that turns a setting off that is on by default;
-            `choices`, the values of a setting that is a name.
+    metadata: `least`, the smallest value that a flag takes; `served`, the range of a server's requests; `page`, the range and
+        step on the page (a number box where there is no end, a list for a name); `switch`, the flag that turns a setting off
+        that is on by default; `choices`, the values of a setting that is a name.
     """
     return field(default=default, metadata={"help": help, "least": -inf, **metadata})
 

@@ -48,12 +48,10 @@ def control_files(args: argparse.Namespace) -> list[Path]:
     """Return the files of --control-image. Raises FileNotFoundError for a folder without pictures."""
     files = []
     for place in map(Path, args.control_image or ()):
-        inside = (
-            sorted(file for file in place.glob("*") if file.suffix.lower() in PICTURES) if place.is_dir() else [place]
-        )
-        if not inside:
+        inside = sorted(file for file in place.glob("*") if file.suffix.lower() in PICTURES)
+        if place.is_dir() and not inside:
             raise FileNotFoundError(f"--control-image {place} is a folder without pictures")
-        files += inside
+        files += inside if place.is_dir() else [place]
     return files
 
 
@@ -95,17 +93,15 @@ def requests_of(
     args: argparse.Namespace, name: str, values: Sequence, negative: dict, numbers: Sequence[int], seed: int
 ) -> list[Request]:
     """Return the requests that the flags make of values of the first condition, for the images with these numbers."""
-    config, others, orders = sampling_config(args), extra_conditions(args, numbers), orders_of(args, numbers)
+    config, columns, orders = (
+        sampling_config(args),
+        {name: values, **extra_conditions(args, numbers)},
+        orders_of(args, numbers),
+    )
+    own = [None] * len(numbers) if orders is None else orders
     return [
-        Request(
-            {name: value, **{other: rows[i] for other, rows in others.items()}},
-            negative,
-            config,
-            seed,
-            number,
-            order=None if orders is None else orders[i],
-        )
-        for i, (value, number) in enumerate(zip(values, numbers, strict=True))
+        Request({each: column[i] for each, column in columns.items()}, negative, config, seed, number, order=own[i])
+        for i, number in enumerate(numbers)
     ]
 
 

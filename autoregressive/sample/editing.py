@@ -24,14 +24,9 @@ def picture_to_edit(args: argparse.Namespace) -> "tuple[Image.Image, np.ndarray 
     sampling_config(args)  # refuses settings before files are read
     image, margins = open_picture(args.image), [side for side in MARGINS if getattr(args, side)]
     if margins:
-        of_holes = {
-            "--mask": args.mask,
-            "--box": args.box,
-            "--ring": args.ring,
-            "--no-keep-pixels": not args.keep_pixels,
-        }
+        of_holes = {"mask": args.mask, "box": args.box, "ring": args.ring, "no-keep-pixels": not args.keep_pixels}
         if given := [flag for flag, value in of_holes.items() if value]:
-            raise ValueError(f"{given[0]} is of a hole, and --{margins[0]} extends the picture: give one of them")
+            raise ValueError(f"--{given[0]} is of a hole, and --{margins[0]} extends the picture: give one of them")
         return image, None
     hole = hole_in(image, None if args.mask is None else open_picture(args.mask), args.box)
     if not hole.any():
@@ -53,16 +48,9 @@ def write_edits(
     from utils.images import make_grid, save_png
 
     numbers = range(args.num_images)
-    settings = {
-        **vars(sampling_config(args)),
-        **asked,
-        "n": args.num_images,
-        "particles": args.particles,
-        "rounds": args.rounds,
-        "seed": args.seed,
-        "extra_conditions": extra_conditions(args, numbers) or None,
-        "orders": orders_of(args, numbers),
-    }
+    settings = {**vars(sampling_config(args)), **asked, "n": args.num_images, "orders": orders_of(args, numbers)}
+    settings |= {name: getattr(args, name) for name in ("particles", "rounds", "seed")}
+    settings["extra_conditions"] = extra_conditions(args, numbers) or None
     before = []
     if hole is None:
         results = pipeline.extend(image, **{side: getattr(args, side) for side in MARGINS}, **settings)

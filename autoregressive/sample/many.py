@@ -54,9 +54,7 @@ def run_settings(
         settings["cfg_power"] = None  # not used
     if args.cfg_schedule == "constant":
         settings["cfg_schedule"] = None  # as in folders drawn before there was a choice
-    if (
-        args.window and pick_device(args.device).type != "cpu"
-    ):  # where rounding goes by the number of rows; 0 is the default
+    if args.window and pick_device(args.device).type != "cpu":  # where rounding goes by the number of rows
         more["window"] = args.window
     files = {name: file_identity(file) for name, file in condition_files(args).items()}
     if args.order_file:
@@ -83,10 +81,8 @@ def draw_missing(
 ) -> None:
     """Draw those of `count` images whose files are not there whole.
 
-    Args:
-        png: file of an image, by its number.
-        requests: makes the requests of the images with some numbers.
-        size: pixels a side, where other than the model's.
+    png: file of an image, by its number. requests: makes the requests of the images with some numbers.
+    size: pixels a side, where other than the model's.
     """
     if args.per_proc_batch_size == "auto":
         fitting_batch_size(pipeline, dist, -(-count // dist.world_size), sampling_config(args))

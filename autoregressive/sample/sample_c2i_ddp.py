@@ -9,10 +9,14 @@ number of processes.
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from autoregressive.sample.flags import many_flags, sampling_config
 from utils.cli import run_script
 from utils.sample_folder import folder_name
+
+if TYPE_CHECKING:
+    from autoregressive.request import Request
 
 
 def main(args: argparse.Namespace) -> None:
@@ -41,17 +45,12 @@ def main(args: argparse.Namespace) -> None:
     def png(index: int) -> Path:
         return folder / f"{index:06d}.png"
 
+    def requests(mine: list[int]) -> "list[Request]":
+        return class_requests(args, pipeline.gpt, [labels[i] for i in mine], mine, args.global_seed)
+
     count = args.num_fid_samples
     labels = [image_class(args, i) for i in range(count)]
-    draw_missing(
-        args,
-        pipeline,
-        dist,
-        png,
-        count,
-        lambda mine: class_requests(args, pipeline.gpt, [labels[i] for i in mine], mine, args.global_seed),
-        args.image_size_eval,
-    )
+    draw_missing(args, pipeline, dist, png, count, requests, args.image_size_eval)
     if dist.is_main and args.npz:
         target = folder.with_name(folder.name + ".npz")
         shape = (count, args.image_size_eval, args.image_size_eval, 3)

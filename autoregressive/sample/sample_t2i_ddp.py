@@ -56,11 +56,9 @@ def main(args: argparse.Namespace) -> None:
         pipeline, gpt_path, vq_path = build_pipeline(args, dist.device, batch, count, text_settings(args))
     folder = Path(args.sample_dir) / folder_name(args, gpt_path, vq_path, prompts=Path(args.prompt_csv).name)
     if dist.is_main:
-        text = (
-            {"t5": None, "t5_features": file_identity(stored.folder)}
-            if stored
-            else {"t5": file_identity(pipeline.t5_path)}
-        )
+        text = {"t5": None if stored else file_identity(pipeline.t5_path)}
+        if stored:
+            text["t5_features"] = file_identity(stored.folder)
         text |= {"prompts": text_identity(prompts), "t5_precision": args.t5_precision or args.precision}
         decisive = run_settings(args, gpt_path, vq_path, IMMATERIAL, **text)
         rename_earlier(folder.with_name(folder_name(args, gpt_path, vq_path)), folder, decisive, unrecorded(args))
@@ -93,11 +91,8 @@ def main(args: argparse.Namespace) -> None:
 def flags() -> argparse.ArgumentParser:
     """The script's flags."""
     parser = many_flags(__doc__, "prompt", folder="samples_parti", images=30000, npz=False)
-    parser.add_argument(
-        "--prompt-csv",
-        default="evaluations/t2i/PartiPrompts.tsv",
-        help="a table with tabs between its columns, one of which is named Prompt",
-    )
+    help = "a table with tabs between its columns, one of which is named Prompt"
+    parser.add_argument("--prompt-csv", default="evaluations/t2i/PartiPrompts.tsv", help=help)
     return parser
 
 

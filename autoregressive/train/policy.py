@@ -24,20 +24,16 @@ KL_CAP = 10.0
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """Settings of the loss.
+    """Settings of the loss."""
 
-    beta: weight of the distance from the reference. temperature: of the draws. scales: guidance scale of each token in the
-    layout's order, where the policy's probabilities are the guided ones; None where they are the conditional ones.
-    epsilon_low, epsilon_high: how far a token's probability may move from that of the draw; with one update a draw, as in
-    training here, it has not moved. delta: upper bound of the ratio for images of negative advantage.
-    """
-
-    beta: float = 0.1
-    temperature: float = 1.0
-    scales: Sequence[float] | None = None
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.2
-    delta: float | None = None
+    beta: float = 0.1  # weight of the distance from the reference
+    temperature: float = 1.0  # of the draws
+    scales: Sequence[float] | None = None  # guidance of each token in the layout's order, where it is in the policy
+    epsilon_low: float = (
+        0.2  # how far a token's probability may fall from that of the draw, and rise: with one update a
+    )
+    epsilon_high: float = 0.2  # draw, as in training here, it has not moved
+    delta: float | None = None  # upper bound of the ratio for images of negative advantage
 
 
 def group_advantages(rewards: Tensor, group_size: int, scale: bool = True) -> Tensor:
@@ -169,10 +165,9 @@ class PolicyLoss(nn.Module):
                 known, _ = drawn_log_probs(self.model if self.own else self.reference, *given)
         log_probs, entropy = drawn_log_probs(self.model, *given)
         loss, figures = policy_loss(log_probs, log_probs.detach(), known, advantages, self.settings)
-        kept = {
-            name: value for name, value in figures.items() if not name.startswith("clipped")
-        }  # 0 with one update a draw
-        kept["entropy"] = entropy.mean()
+        for name in ("clipped_low", "clipped_high"):  # 0 with one update a draw
+            del figures[name]
+        figures["entropy"] = entropy.mean()
         if drawn is not None:
-            kept["draw_gap"] = (log_probs.detach() - drawn).abs().mean()
-        return loss, kept
+            figures["draw_gap"] = (log_probs.detach() - drawn).abs().mean()
+        return loss, figures

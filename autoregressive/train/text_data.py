@@ -2,6 +2,7 @@
 
 import argparse
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from dataset.arrays import collate
 from dataset.build import TEXT, TEXT_CODES, build_dataset
 from dataset.t2i import TextImages, require_same_encoder
 from language.features import left_padded, prefix_mask
-from tokenizer.base import Tokenizer
 from utils.cli import given
 from utils.distributed import Distributed
 from utils.errors import AgreedError
@@ -107,7 +107,8 @@ class TextData:
             batch = {**batch, "control": edges_of(batch["image"])}
         if sides:
             batch = {**batch, **{name: resized(batch[name], sides) for name in ("image", "control")}}
-        return {**batch, "codes": encode(self.tokenizer, batch["image"], precision)}
+        # A copy, since what inference mode made cannot be kept for a backward pass.
+        return {**batch, "codes": encode_views(self.tokenizer, batch["image"][:, None], precision)[:, 0].clone()}
 
     def _require_same_kind(self, fingerprint: str | None) -> None:
         """Raise ValueError where held-out pairs are of another text encoder, or their codes of another tokenizer."""
@@ -160,20 +161,10 @@ class FirstPairs:
             raise AgreedError(self.dist.broadcast(self.dataset.none_usable(what) if self.dist.is_main else None))
 
 
-def encode(tokenizer: Tokenizer, pixels: Tensor, mixed_precision: str = "none") -> Tensor:
-    """Return the codes of a batch of images: (B, 3, H, W) in [-1, 1] -> int64 (B, N), raster order, without gradients."""
-    # A copy, since what inference mode made cannot be kept for a backward pass.
-    return encode_views(tokenizer, pixels[:, None], mixed_precision)[:, 0].clone()
-
-
 def first_captions(data: TextImages) -> list[Tensor]:
     """Return the features (length, dim) of the first few pairs that have some, to draw pictures of."""
-    shown: list[Any] = []
-    for index in range(min(CAPTION_TRIES, len(data))):
-        features = data.features.get(*data.pairs.identity(index))
-        if features is not None and len(shown) < SHOWN_CAPTIONS:
-            shown.append(features)
-    return shown
+    each = (data.features.get(*data.pairs.identity(index)) for index in range(min(CAPTION_TRIES, len(data))))
+    return list(islice((features for features in each if features is not None), SHOWN_CAPTIONS))
 
 
 def held_out_flags(args: argparse.Namespace) -> argparse.Namespace:
