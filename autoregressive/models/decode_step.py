@@ -85,50 +85,39 @@ step_tables = lru_cache(maxsize=16)(StepTables)
 
 
 class DecodeState:
-    """State of a batch of images, which its passes read and write. Tokens are in the layout's order, with one to spare.
-
-    cursor: int64 (B,), the step that each image is at. limits: int64 (steps + 1,), as in Window.
-    tokens: int64 (B, N + 1); those from the cursor's step on are drafts. known: int64 (B, N + 1), tokens that are given, -1
-        for those to draw.
-    orders: int64 (B, N), the raster index at each sequence position of each image; `ordered` where these are not the layout's.
-    noise: (B, N + 1), by draw. numbers: float32 (B, 2), config.numbers of each image. groups: settings, and the images whose
-        operations on logits they fix.
-    guided: bool (B, N + 1). scales: float32 (B, N + 1), those of guidance.
-    spread: float32 (B, N + 1), that of the logits each token was drawn from. likelihood: float32 (B, N + 1), the
-        log-probability of each token in the unfiltered distribution, where the state `weighs`.
-    seen: bool (samples of the cache, rows), false where a condition row is padding.
-    added: (samples of the cache, N + 1, Trunk.added_width), what is added to the row that predicts each token, or None.
-    context: (samples of the cache, dim), what Trunk.context made of the conditions, or None.
-    draw: draw_race, or what the compiler made of it. drafter: of the tokens that enter a window.
-    """
+    """State of a batch of images, which its passes read and write. Tokens are in the layout's order, with one to spare."""
 
     OF_IMAGES = ("cursor", "tokens", "numbers", "spread", "guided", "scales", "known", "orders")
 
     def __init__(self, model: Trunk, layout: Layout, cache: StaticCache, batch: int):
         self.layout, device = layout, cache.keys[0].device
         self.order = layout.order.to(device)
+        # Raster indices by sequence position, int64 (B, N), and whether these are not the layout's.
         self.orders, self.ordered = self.order.repeat(batch, 1), False
         self.cache, self.batch = cache, batch
         self.steps = step_tables(layout, cache.rows, device)
-        self.cursor = torch.zeros(batch, dtype=torch.long, device=device)
-        self.limits = torch.zeros(len(self.steps.first), dtype=torch.long, device=device)
+        self.cursor = torch.zeros(batch, dtype=torch.long, device=device)  # the step that each image is at
+        self.limits = torch.zeros(len(self.steps.first), dtype=torch.long, device=device)  # as in Window
+        # From the cursor's step on they are drafts.
         self.tokens = torch.zeros(batch, layout.tokens + 1, dtype=torch.long, device=device)
         self.noise = {draw: torch.zeros_like(self.tokens, dtype=dtype) for draw, dtype in NOISE.items()}
+        # Of the samples of the cache, false where a condition row is padding.
         self.seen = torch.ones(len(cache.keys[0]), cache.rows, dtype=torch.bool, device=device)
-        self.numbers = torch.zeros(batch, 2, device=device)
-        self.groups: Sequence[tuple[SamplingConfig, slice | Tensor]] = ()
-        self.draw: Callable[[Tensor, Tensor], Tensor] = draw_race
-        self.spread = torch.zeros_like(self.tokens, dtype=torch.float32)
+        self.numbers = torch.zeros(batch, 2, device=device)  # config.numbers of each image
+        self.groups: Sequence[tuple[SamplingConfig, slice | Tensor]] = ()  # settings, and the images they are of
+        self.draw: Callable[[Tensor, Tensor], Tensor] = draw_race  # or what the compiler made of it
+        self.spread = torch.zeros_like(self.tokens, dtype=torch.float32)  # of the logits each token was drawn from
         self.guided = torch.zeros_like(self.tokens, dtype=torch.bool)
-        self.scales = torch.ones_like(self.spread)
-        self.known = torch.full_like(self.tokens, -1)
+        self.scales = torch.ones_like(self.spread)  # of guidance
+        self.known = torch.full_like(self.tokens, -1)  # tokens that are given, -1 for those to draw
+        # Log-probabilities of the tokens in the unfiltered distribution, where the state weighs.
         self.likelihood, self.weighs = torch.zeros_like(self.spread), False
-        self.added: Tensor | None = None
+        self.added: Tensor | None = None  # what is added to the row that predicts each token
         if any(not condition.rows for condition in model.conditions.values()):
             assert self.steps.readers is None, "a condition per token needs a row for each token drawn"
             shape = len(self.seen), layout.tokens + 1, model.added_width
             self.added = torch.zeros(shape, dtype=cache.keys[0].dtype, device=device)
-        self.context: Tensor | None = None
+        self.context: Tensor | None = None  # what Trunk.context made of the conditions
         if model.has_context:
             self.context = model.tok_embeddings.weight.new_zeros(len(self.seen), model.args.dim)
         self.count = torch.arange(cache.rows, device=device)

@@ -41,9 +41,7 @@ register_trunk = TRUNKS.register
 class Rows:
     """Places of a pass's rows."""
 
-    cache: (
-        StaticCache | None
-    )  # keys and values of earlier rows; None in training, where the rows are the whole sequence
+    cache: StaticCache | None  # of earlier rows; None in training, where the rows are the whole sequence
     positions: Tensor  # int64 (s,) or (B, s), the places of the rows in the cache
     length: int  # rows of the cache to attend to
     layout: Layout | None = None  # of the call; None for the model's own

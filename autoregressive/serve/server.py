@@ -187,8 +187,7 @@ async def load_service(args: argparse.Namespace) -> "Service":
 def around(engine: Any, pipeline: "ImagePipeline", limits: Any = None, aliases: list[str] | None = None) -> "Service":
     """Return what serves an engine: pixels and prompts are the pipeline's."""
     from autoregressive.serve.decoder import Decoder
-    from autoregressive.serve.prompts import PromptEncoder
-    from autoregressive.serve.service import Service
+    from autoregressive.serve.service import PromptEncoder, Service
 
     decoder = Decoder(pipeline.tokenizer, pipeline.gpt.layout.grid_size, pipeline.batch_size)
     thread = getattr(engine, "thread", None)  # the native engine's: both want all cores

@@ -11,11 +11,15 @@ drawn once its file is made: whoever does not take the answer holds no place.
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 from typing import NoReturn
+
+from torch import Tensor
 
 from autoregressive.editing import Edited
 from autoregressive.request import Request
@@ -24,29 +28,23 @@ from autoregressive.serve.decoder import Decoder
 from autoregressive.serve.engine import NOT_DRAWN, Engine
 from autoregressive.serve.errors import RequestError
 from autoregressive.serve.metrics import Metrics
-from autoregressive.serve.prompts import PromptEncoder
 from utils.errors import NotFiniteError
 
 log = logging.getLogger(__name__)
 
 
 class Job:
-    """An accepted request, and how far it is. It holds its place in the queue until it is closed.
-
-    tokens: of each image, those so far as the engine yields them; drawn: how many. files: of each image, or None. news: set
-    when one of these changes.
-    text_tokens: of its condition. warnings: what the client should know of its request.
-    """
+    """An accepted request, and how far it is. It holds its place in the queue until it is closed."""
 
     def __init__(self, service: "Service", asked: Asked):
         count = len(asked.seeds)
         self.asked = asked
         self.accepted_at = time.monotonic()
-        self.tokens: list[list[int]] = [[] for _ in range(count)]
-        self.drawn = [0] * count
+        self.tokens: list[list[int]] = [[] for _ in range(count)]  # of each image, as the engine yields them
+        self.drawn = [0] * count  # how many of each are drawn
         self.files: list[bytes | None] = [None] * count
-        self.news = asyncio.Event()
-        self.text_tokens, self.warnings = 1, []
+        self.news = asyncio.Event()  # set when one of these changes
+        self.text_tokens, self.warnings = 1, []  # of its condition; what the client should know
         self.waiting = count  # images that are not begun
         self._service = service
         service._jobs.add(self)
@@ -72,6 +70,28 @@ class _Drawing:
 
     since: float | None = None
     begun: bool = False
+
+
+class PromptEncoder:
+    """Encodes prompts by `encode`, that of a pipeline, in a thread, by default one of its own.
+
+    rows: text tokens of a prompt that are read. keep: prompts whose features stay.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[Sequence[str]], list[Tensor]],
+        rows: int,
+        thread: ThreadPoolExecutor | None = None,
+        keep: int = 64,
+    ):
+        self.rows = rows
+        self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="prompts")
+        self._find = lru_cache(keep)(lambda prompt: encode([prompt])[0])
+
+    async def __call__(self, prompt: str) -> Tensor:
+        """Return the prompt's features, (length, caption_dim). Raises ValueError for one that cannot be read."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._find, prompt)
 
 
 class Service:

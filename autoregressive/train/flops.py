@@ -27,9 +27,7 @@ def training_flops_per_image(model: Trunk, layout: Layout | None = None) -> floa
     layout, idle = layout or model.layout, idle_modules(model)
     rows = layout.fed(layout.tokens - layout.step_tokens)  # the last group, or patch, is predicted and never read
     apart: set[nn.Module] = {output for _, output in model.exits}
-    flops = (
-        sum(cost(output, idle) for _, output in model.exits) * layout.units
-    )  # no logits of condition rows but the last
+    flops = sum(cost(output, idle) for _, output in model.exits) * layout.units  # condition rows: the last one's logits
     for condition in model.conditions.values():
         apart |= {*condition.modules()}
         flops += matrices(condition, idle) * (condition.rows or layout.tokens)

@@ -27,8 +27,7 @@ from autoregressive.serve.errors import REFUSED as REFUSED_ON_PURPOSE
 from autoregressive.serve.errors import RequestError
 from autoregressive.serve.metrics import JsonLines
 from autoregressive.serve.native import NativeEngine
-from autoregressive.serve.prompts import PromptEncoder
-from autoregressive.serve.service import Service
+from autoregressive.serve.service import PromptEncoder, Service
 from tests.serve.servers import ScriptedEngine, listening, opened, picture, pixels, post, with_client
 from tests.serve.small import WORDS, text_pipeline
 from tokenizer.load import load_tokenizer
