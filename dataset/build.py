@@ -15,7 +15,7 @@ from dataset.image_build import image_dataset, required
 from dataset.pixels import Reading
 from dataset.sources import open_pairs
 from dataset.t2i import TextCodes, TextImages
-from dataset.text_features import open_features
+from dataset.text_features import Features
 from utils.cli import grid_size
 
 logger = logging.getLogger(__name__)
@@ -49,8 +49,8 @@ def _text_images(args: Namespace, image_size: int, **kwargs: Any) -> TextImages:
     further = condition_folders(getattr(args, "condition_path", None))
     width, short = getattr(args, "t5_feature_dim", None), getattr(args, "short_t5_feat_path", None)
     pairs = open_pairs(required(args, "data_path"), getattr(args, "index_path", None))
-    features = open_features(required(args, "t5_feat_path"), dim=width)
-    kwargs["short_features"] = open_features(short, dim=features.dim) if short else None
+    features = Features(required(args, "t5_feat_path"), dim=width)
+    kwargs["short_features"] = Features(short, dim=features.dim) if short else None
     stems = [stem for stem, _ in pairs.files]
     kwargs["arrays"] = {name: PairArrays(folder, name, stems) for name, folder in further.items()}
     if args.dataset == TEXT:

@@ -1,7 +1,7 @@
 """Image-text pairs as training items: an image or its codes, the features of its caption, and whether the item counts.
 
     pairs = open_pairs("laion_coco")                                  # a folder of *.jsonl, or of WebDataset *.tar
-    data = TextImages(pairs, open_features("t5_features"), image_size=256, seed=0)
+    data = TextImages(pairs, Features("t5_features"), image_size=256, seed=0)
     data[0]      # {"image": (3, 256, 256) in [-1, 1], "caption": (length, 2048), "valid": bool}
     loader = DataLoader(data, collate_fn=partial(collate, rows={"caption": 120}, pad=left_padded))
 

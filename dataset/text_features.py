@@ -3,12 +3,12 @@
     writer = FeatureWriter("t5_features", dim=2048, max_length=120, dtype="bfloat16", settings={"model": "flan-t5-xl"})
     for k in writer.missing_shards("part-00000", lines=50_000):
         writer.write_shard("part-00000", k, features, lines=50_000)      # a tensor (length, D) or None for every line
-    store = open_features("t5_features", dim=2048)
+    store = Features("t5_features", dim=2048)
     features = store.get("part-00000", 17)                               # (length, D), None where there is none
 
 A caption is known by its jsonl file's stem and its line there, from 0. Packed (dataset/store.py): a folder of shards for each
 stem, `{stem}/shard-{k:06d}.npy` (sum of lengths, D) and `.ends.npy` uint32 (lines,), where each line's rows end; `index.json`
-above them holds the settings, `lines-*.npz` what captions they are of (dataset/lines.py). `open_features` reads the published
+above them holds the settings, `lines-*.npz` what captions they are of (dataset/lines.py). `Features` reads the published
 layout too, `{stem}/{line}.npy` float32 (1, length, D).
 """
 
@@ -108,12 +108,14 @@ class Features(Stems):
     """Features of captions by (stem, line), packed or in the published layout.
 
     `dim` is the width of a row, `encoder` the fingerprint of the model that made them, where it is recorded. Features stay on
-    disk; of packed ones 4 bytes a line are in memory, of published ones nothing.
-    Raises ValueError where the folder has no features, a stem lacks shards, or a file is damaged.
+    disk; of packed ones 4 bytes a line are in memory, of published ones nothing. dim: the width they must have.
+    Raises FileNotFoundError, and ValueError where the folder has no features, a stem lacks shards, or a file is damaged.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, dim: int | None = None):
         folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"the folder of text features {folder} does not exist; {EXTRACTION} makes one")
         there = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
         self.packed, stems = (folder / INDEX_FILE).exists(), {}
         if self.packed:
@@ -137,6 +139,9 @@ class Features(Stems):
         self.encoder = recorded_maker(folder, stems)
         if self.packed and not len(self):
             raise ValueError(f"{folder} has no features yet: run {EXTRACTION} to its end")
+        if dim not in (None, self.dim):
+            held = f"{folder} holds text features of width {self.dim}, but {dim} are needed"
+            raise ValueError(f"{held}: features of another T5 than the model is trained for")
 
     def get(self, stem: str, line: int) -> Tensor | None:
         """Return the caller's own features (length, D) of a line (from 0) of a file; None where there are none."""
@@ -151,20 +156,6 @@ class Features(Stems):
 
     def __len__(self) -> int:
         return sum(int(self.present(stem).sum()) for stem in self.stems)
-
-
-def open_features(path: str | Path, *, dim: int | None = None) -> Features:
-    """Open a folder of text features, packed or in the published layout.
-
-    dim: the width they must have. Raises FileNotFoundError where the folder is missing, and as Features does.
-    """
-    if not Path(path).is_dir():
-        raise FileNotFoundError(f"the folder of text features {path} does not exist; {EXTRACTION} makes one")
-    features = Features(path)
-    if dim is not None and features.dim != dim:
-        held = f"{path} holds text features of width {features.dim}, but {dim} are needed"
-        raise ValueError(f"{held}: features of another T5 than the model is trained for")
-    return features
 
 
 def _read_index(folder: Path) -> tuple:

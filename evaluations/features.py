@@ -34,15 +34,17 @@ def read_features(
     *,
     batch_size: int,
     keep: bool,
+    name: str,
     recorded: list[Statistics] | None = None,
-    name: str = "images",
 ) -> Features | None:
     """Pass all images through `extract`: uint8 (n, H, W, 3) to one array of features (n, D) for each kind.
 
-    keep: whether the rows of the first kind are needed. recorded: statistics that take the place of the images'.
-    Returns None on all processes but the first. Raises ValueError for damaged images, and with the images' numbers for
-    features that are not finite.
+    keep: whether the rows of the first kind are needed. recorded: statistics that take the place of the images', which are
+    not read where nothing else is needed of them. Returns None on all processes but the first.
+    Raises ValueError for damaged images, and with the images' numbers for features that are not finite.
     """
+    if recorded and (images.features is not None or not (keep and images.count)):
+        return Features(recorded, images.features) if dist.is_main else None
     start, stop = (images.count * rank // dist.world_size for rank in (dist.rank, dist.rank + 1))
     running: list[RunningStatistics] = []
     rows, inspection, place = [], Inspection(), start

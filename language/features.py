@@ -18,18 +18,9 @@ def left_padded(features: Sequence[Tensor], tokens: int) -> tuple[Tensor, Tensor
 
     features: (length_i, D) each, a length of 0 for no caption. Longer ones are cut to their first `tokens` rows.
     Returns (B, tokens, D), features last and padding rows zero, and the lengths, int64 (B,), both on the features' device.
-    Raises ValueError where there is no caption, `tokens` is not positive, or widths differ.
     """
-    if not len(features):
-        raise ValueError("no features to pad: the batch is empty")
-    if tokens < 1:
-        raise ValueError(f"features are padded to {tokens} rows; there is at least 1")
-    shapes = {tuple(caption.shape[1:]) for caption in features}
-    if len(shapes) > 1 or len(next(iter(shapes))) != 1:
-        raise ValueError(f"features of a batch are (length, D) with one D, got rows of shapes {sorted(shapes)}")
-    (width,) = shapes.pop()
     dtype = reduce(torch.promote_types, [caption.dtype for caption in features])
-    padded = torch.zeros(len(features), tokens, width, dtype=dtype, device=features[0].device)
+    padded = features[0].new_zeros(len(features), tokens, features[0].shape[1], dtype=dtype)
     lengths = [min(len(caption), tokens) for caption in features]
     for row, caption, length in zip(padded, features, lengths, strict=True):
         row[tokens - length :] = caption[:length]

@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dataset.lines import CaptionLines, compare_folder, digest_all
-from dataset.text_features import EXTRACTION, open_features
+from dataset.text_features import EXTRACTION, Features
 
 # A longer cell is a quotation mark that is closed far below, not a prompt.
 csv.field_size_limit(1 << 20)
@@ -135,7 +135,7 @@ class PromptFeatures:
     """
 
     def __init__(self, folder: str | Path, path: str | Path, prompts: Sequence[str], dim: int | None = None):
-        self.stem, self.store = Path(path).stem, open_features(folder, dim=dim)
+        self.stem, self.store = Path(path).stem, Features(folder, dim=dim)
         self.folder = self.store.folder / self.stem
         there = self.store.present(self.stem)
         again = f"extract them anew by {EXTRACTION} --data-path {path}"

@@ -78,7 +78,9 @@ def find_encoder(gpt: Path, identity: str, features: str | None = None) -> Path:
     for folder in (*list(gpt.absolute().parents)[:5], *beside, *weights_folders()):
         for config in sorted({*folder.glob("*/config.json"), *folder.glob("*/*/config.json")}):
             with suppress(ValueError, OSError, KeyError):
-                if json.loads(config.read_bytes())["model_type"] == "t5" and _identity_of(config.parent) == identity:
+                if json.loads(config.read_bytes())["model_type"] != "t5":
+                    continue
+                if _identity(load_tokenizer(config.parent), read_checkpoint(config.parent).model) == identity:
                     return config.parent
     raise FileNotFoundError(
         f"no text encoder {identity} lies near {gpt}, which was trained with that one: give --t5-path"
@@ -217,11 +219,6 @@ def fingerprint(embedder: T5Embedder) -> str:
 def encoder_identity(embedder: T5Embedder) -> str:
     """Return sixteen digits that are equal for one encoder in any precision: of its vocabulary and its weights' signs."""
     return _identity(embedder.tokenizer, embedder.model.state_dict())
-
-
-def _identity_of(folder: Path) -> str:
-    """Return the encoder_identity of a T5's folder, of whose weights two are read."""
-    return _identity(load_tokenizer(folder), read_checkpoint(folder).model)
 
 
 def _identity(tokenizer: "PreTrainedTokenizerBase", state: Mapping[str, Tensor]) -> str:

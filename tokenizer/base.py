@@ -131,7 +131,7 @@ def build_quantizer(config: Mapping[str, Any], **training: Any) -> Quantizer:
 
 
 class Tokenizer(nn.Module):
-    """A network around a quantiser. A kind of network sets `encoder` and `quantize` and implements `latents` and `render`.
+    """A network around a quantiser. A kind of network sets `encoder`, `quantize` and `decoder`, or has its own `latents` and `render`.
 
     name: of the network. Config: dataclass that it is built from, with the quantiser's config among its fields. family: name for messages, folders of samples and model cards. downsample: pixels a side of a code.
     decoding: names of the modules that decoding alone needs; the rest decides the codes.
@@ -143,6 +143,7 @@ class Tokenizer(nn.Module):
     family: str
     downsample: int
     encoder: nn.Module
+    decoder: nn.Module
     quantize: Quantizer
     decoding: tuple[str, ...] = ("decoder",)
 
@@ -159,21 +160,18 @@ class Tokenizer(nn.Module):
         return {"name": self.name, **options}
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Encode pixels: (B, 3, H, W) -> (B, width, h, w)."""
-        raise NotImplementedError
-
-    def render(self, latents: Tensor) -> Tensor:
-        """Decode latents: (B, width, h, w) -> (B, 3, H, W)."""
-        raise NotImplementedError
-
-    def require_fitting(self, pixels: Tensor) -> None:
-        """Raise ValueError for images whose sides the downsampling does not divide."""
+        """Encode pixels: (B, 3, H, W) -> (B, width, h, w). Raises ValueError for sides that the downsampling does not divide."""
         height, width = pixels.shape[-2:]
         if height % self.downsample or width % self.downsample:
             raise ValueError(
                 f"images are {height} high and {width} wide; both must be multiples of {self.downsample}, the "
                 "downsampling of this tokenizer: resize or crop them"
             )
+        return self.encoder(pixels)
+
+    def render(self, latents: Tensor) -> Tensor:
+        """Decode latents: (B, width, h, w) -> (B, 3, H, W)."""
+        return self.decoder(latents.to(next(self.decoder.parameters()).dtype))
 
     def to_pixels_in_strips(self, codes: Tensor) -> Tensor:
         """Return the images of codes as `to_pixels` does, on the CPU, with little of the device's memory.
@@ -203,17 +201,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def to_codes(self, pixels: Tensor) -> Tensor:
-        """Return the codes of images.
-
-        Args:
-            pixels: (B, 3, H, W) in [-1, 1]
-
-        Returns:
-            int64 (B, h, w), -1 where the latents are not finite
-
-        Raises:
-            ValueError: the downsampling does not divide H or W
-        """
+        """Return the codes of images: (B, 3, H, W) in [-1, 1] -> int64 (B, h, w), -1 where the latents are not finite."""
         with self.exact():
             latents = self._alike(self.latents, pixels)
             with torch.autocast(latents.device.type, enabled=False):

@@ -156,10 +156,3 @@ class ConvolutionalTokenizer(Tokenizer):
         self.quantize = build_quantizer(config.quantizer, **training)
         self.encoder, self.decoder = (part(config, self.quantize.width) for part in self.parts)
         self.downsample = 2 ** (len(config.ch_mult) - 1)
-
-    def latents(self, pixels: Tensor) -> Tensor:
-        self.require_fitting(pixels)
-        return self.encoder(pixels)
-
-    def render(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents.to(self.decoder.conv_in.weight.dtype))

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from tokenizer import convolutional
 from tokenizer.base import register_network
 from tokenizer.pointwise import GroupNorm
-from tokenizer.tokenizer_image.blocks import NORM_GROUPS, swish
+from tokenizer.tokenizer_image.blocks import NORM_GROUPS
 from tokenizer.tokenizer_image.sizes import magvit_name
-from tokenizer.tokenizer_image.strips import STRIP, Strips
-from utils.precision import full_float32
+from tokenizer.tokenizer_image.strips import Strips, decode_in_strips
 
 
 class AdaptiveNorm(nn.Module):
@@ -48,6 +47,10 @@ class AdaptiveNorm(nn.Module):
         normed = (norm or self.norm)(x)
         scale, shift = self.affine(latents)
         return scale.to(normed.dtype) * normed + shift.to(normed.dtype)
+
+    def in_strips(self, run: Strips, x: Tensor, latents: Tensor) -> Tensor:
+        """Normalise a map on the CPU (tokenizer/tokenizer_image/strips.py)."""
+        return run(partial(self, latents=latents, norm=run.norm(self.norm, x)), x)
 
 
 class DepthToSpace(nn.Module):
@@ -90,19 +93,6 @@ class Decoder(convolutional.Decoder):
     def step(self, module: nn.Module, h: Tensor, latents: Tensor) -> Tensor:
         return module(h, latents) if isinstance(module, AdaptiveNorm) else module(h)
 
-    @full_float32()
-    @torch.inference_mode()
-    def in_strips(self, latents: Tensor, numbers: int = STRIP) -> Tensor:
-        """Decode as `forward`, on the CPU. numbers: of a feature map, at once on the latents' device."""
-        run, h = Strips(latents.device, numbers), latents
-        for module in self.path():
-            if isinstance(module, AdaptiveNorm):
-                h = run(partial(module, latents=latents, norm=run.norm(module.norm, h)), h)
-            else:
-                h = run.through(module, h)
-        norm = run.norm(self.norm_out, h)
-        return run(lambda x: self.conv_out(swish(norm(x))), h)
-
 
 @register_network("open-magvit2")
 class OpenMagvit2(convolutional.ConvolutionalTokenizer):
@@ -126,7 +116,8 @@ class OpenMagvit2(convolutional.ConvolutionalTokenizer):
 
     def to_pixels_in_strips(self, codes: Tensor) -> Tensor:
         with self.exact():
-            return self.decoder.in_strips(self._decodable(self.quantize.lookup(codes.to(self.device))))
+            latents = self._decodable(self.quantize.lookup(codes.to(self.device)))
+            return decode_in_strips(nn.Identity(), self.decoder, latents)
 
     def _decodable(self, latents: Tensor) -> Tensor:
         if latents.shape[2:].numel() < 2:

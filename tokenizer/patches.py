@@ -88,10 +88,3 @@ class PatchTokenizer(Tokenizer):
             nn.Upsample(scale_factor=2), nn.Conv2d(2 * ch, ch, 3, padding=1), *_blocks(ch, depth),
             GroupNorm(_NORM_GROUPS, ch), SiLU(), nn.Conv2d(ch, 3 * patch**2, 3, padding=1), nn.PixelShuffle(patch),
         )  # fmt: skip
-
-    def latents(self, pixels: Tensor) -> Tensor:
-        self.require_fitting(pixels)
-        return self.encoder(pixels)
-
-    def render(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents.to(self.decoder[0].weight.dtype))

@@ -11,6 +11,7 @@ from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from tokenizer.vqgan.sizes import VQGAN_FROM_TAMING
 from utils.cli import (
     SEED,
+    add_flag,
     add_image_size_flags,
     add_reading_flags,
     add_switch,
@@ -37,18 +38,13 @@ def folder_script(kind: str, description: str | None) -> Script:
             description, added=["--precision"] if kind == "vq" else ["--precision", "--image-size-eval"]
         )
         parser.add_argument("--data-path", required=True, help="folder of images")
-        help = "kind of data: imagenet, coco, pexels, openimage, t2i_image"
-        parser.add_argument("--dataset", default="imagenet", help=help)
+        add_flag(parser, "--dataset", None, "imagenet", "kind of data: imagenet, coco, pexels, openimage, t2i_image")
         add_reading_flags(parser)
         add_image_size_flags(parser, 256, downsample=False)
-        help = "where the folder of images and the rest go"
-        parser.add_argument("--sample-dir", default="reconstructions", help=help)
-        help = "images at once on each process"
-        parser.add_argument("--per-proc-batch-size", type=positive_int, default=32, help=help)
-        help = "of what a model draws; most draw nothing"
-        parser.add_argument("--global-seed", type=SEED, default=0, help=help)
-        help = "loader processes (at most the processor's cores)"
-        parser.add_argument("--num-workers", type=nonnegative_int, default=4, help=help)
+        add_flag(parser, "--sample-dir", None, "reconstructions", "where the folder of images and the rest go")
+        add_flag(parser, "--per-proc-batch-size", positive_int, 32, "images at once on each process")
+        add_flag(parser, "--global-seed", SEED, 0, "of what a model draws; most draw nothing")
+        add_flag(parser, "--num-workers", nonnegative_int, 4, "loader processes (at most the processor's cores)")
         add_switch(parser, "--npz", True, "gather the images into one .npz")
         parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
         if kind == "reference":
@@ -81,9 +77,7 @@ def image_script(kind: str, description: str | None) -> Script:
         parser.add_argument("--image-path", default="assets/example.jpg", help="the image")
         add_reading_flags(parser)
         parser.add_argument("--output-dir", default="output_vq_demo", help="where the reconstruction goes")
-        parser.add_argument(
-            "--suffix", default=suffix, help="end of its name" + " (default: the model's)" * (not suffix)
-        )
+        add_flag(parser, "--suffix", None, suffix, "end of its name" + " (default: the model's)" * (not suffix))
         add_image_size_flags(parser, 512, downsample=False)
         parser.add_argument("--seed", type=SEED, default=0, help="of what the model draws; most draw nothing")
         parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
@@ -103,10 +97,8 @@ def add_codec_flags(parser: argparse.ArgumentParser, kind: str, vqgan: str) -> N
         parser.add_argument("--vqgan-ckpt", default=None, help="its file (default: looked for in pretrained_models/)")
     elif kind == "vae":
         parser.add_argument("--vae", choices=["sdxl-vae", "sd-vae-ft-mse"], default="sd-vae-ft-mse", help="which VAE")
-        help = "its diffusers folder (default: pretrained_models/, or the hub)"
-        parser.add_argument("--vae-path", default=None, help=help)
+        add_flag(parser, "--vae-path", None, None, "its diffusers folder (default: pretrained_models/, or the hub)")
         help = "decode the posterior's mean, or a draw from it"
         parser.add_argument("--posterior", choices=["mode", "sample"], default="mode", help=help)
     else:
-        help = "its diffusers folder (default: pretrained_models/, or the hub)"
-        parser.add_argument("--cd-path", default=None, help=help)
+        add_flag(parser, "--cd-path", None, None, "its diffusers folder (default: pretrained_models/, or the hub)")

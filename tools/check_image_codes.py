@@ -29,8 +29,6 @@ from utils.cli import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from tokenizer.base import Tokenizer
-
 # Pixels that go through the decoder at once, 8 views of 256x256.
 DECODED_PIXELS = 8 * 256 * 256
 
@@ -40,11 +38,12 @@ def main(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     import numpy as np
+    import torch
 
     from dataset.codes import open_codes
     from tokenizer.load import find_tokenizer, load_tokenizer
     from utils.distributed import start
-    from utils.images import make_grid, save_png
+    from utils.images import make_grid, save_png, to_uint8
     from utils.runs import find_checkpoint
 
     asked = given(args.image_size)
@@ -91,7 +90,10 @@ def main(args: argparse.Namespace) -> None:
         f"codes from {codes.min()} to {codes.max()}; {used} of {codebook_size} are used "
         f"({100 * used / codebook_size:.1f}%) by the {codes.size} drawn"
     )
-    save_png(make_grid(decode(tokenizer, codes, side), columns=views), args.output)
+    at_once = max(1, DECODED_PIXELS // (side * tokenizer.downsample) ** 2)
+    parts = torch.from_numpy(codes).view(-1, side, side).split(at_once)
+    pictures = np.concatenate([to_uint8(tokenizer.to_pixels(part.to(tokenizer.device))) for part in parts])
+    save_png(make_grid(pictures, columns=views), args.output)
     print(f"wrote {args.output}")
 
 
@@ -111,19 +113,6 @@ def choose(numbers: "np.ndarray", asked: list[int] | None, count: int, seed: int
             f"{numbers[0]} to {numbers[-1]}, less the images that could not be read"
         )
     return np.searchsorted(numbers, asked)
-
-
-def decode(tokenizer: "Tokenizer", codes: "np.ndarray", side: int) -> "np.ndarray":
-    """Return codes (n, side*side) to pictures, uint8 (n, H, W, 3), a bounded number at a time."""
-    import numpy as np
-    import torch
-
-    from utils.images import to_uint8
-
-    at_once = max(1, DECODED_PIXELS // (side * tokenizer.downsample) ** 2)
-    with torch.inference_mode():
-        parts = torch.from_numpy(codes).view(-1, side, side).split(at_once)
-        return np.concatenate([to_uint8(tokenizer.to_pixels(part.to(tokenizer.device))) for part in parts])
 
 
 def flags() -> argparse.ArgumentParser:

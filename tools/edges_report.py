@@ -14,7 +14,7 @@ import argparse
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from autoregressive.sample.flags import add_sampling_flags, sampling_config
 from dataset.pairs import CAPTION_KEYS, caption_of
@@ -30,6 +30,7 @@ def main(args: argparse.Namespace) -> None:
 
     from autoregressive.models.canny import canny
     from autoregressive.pipeline import ImagePipeline
+    from dataset.augmentation import code_views
     from dataset.folders import class_folders
     from dataset.pixels import load_rgb
     from dataset.sources import open_pairs
@@ -47,7 +48,9 @@ def main(args: argparse.Namespace) -> None:
         total, file, words = len(images), images.paths.__getitem__, images.label
     count = min(args.images, total)
     chosen = np.linspace(0, total - 1, count).astype(int).tolist()
-    views = [picture_view(load_rgb(file(i)), pipeline.image_size, i, args) for i in chosen]
+    crops = (pipeline.image_size, args.ten_crop, args.crop_range, args.flip)
+    views = [code_views(load_rgb(file(i)), *crops) for i in chosen]
+    views = [each[i % len(each) if args.ten_crop else 0] for i, each in zip(chosen, views)]  # in turn, or the centre
     pictures = ((torch.stack(views) + 1) * 127.5).round().to(torch.uint8)  # (n, 3, H, W)
     edges, asked = canny(pictures), [words(i) for i in chosen]
     ways = {
@@ -75,16 +78,6 @@ def main(args: argparse.Namespace) -> None:
     print(json.dumps(report, indent=2))
 
 
-def picture_view(picture: Any, size: int, number: int, args: argparse.Namespace) -> "Tensor":
-    """Return the centre of a picture, or with --ten-crop one of its crops, in turn by its number."""
-    from dataset.augmentation import center_view, code_views
-
-    if not args.ten_crop:
-        return center_view(picture, size)
-    views = code_views(picture, size, True, args.crop_range, args.flip)
-    return views[number % len(views)]
-
-
 def edge_f1(drawn: "Tensor", asked: "Tensor", reach: int = 1) -> float:
     """Return the mean F1 of edges, uint8 (n, 1, H, W) twice, that may be `reach` pixels off; 1 where neither has any."""
     import torch.nn.functional as F
@@ -100,9 +93,8 @@ def edge_f1(drawn: "Tensor", asked: "Tensor", reach: int = 1) -> float:
 
 def flags() -> argparse.ArgumentParser:
     parser = flag_parser(__doc__)
-    parser.add_argument(
-        "--data-path", required=True, help="held out: class folders of pictures, or a folder of pairs of a text model"
-    )
+    help = "held out: class folders of pictures, or a folder of pairs of a text model"
+    add_flag(parser, "--data-path", None, None, help, required=True)
     add_flag(parser, "--caption-key", None, "blip", "which of a pair's three captions", choices=CAPTION_KEYS)
     parser.add_argument("--gpt-ckpt", required=True, help="a model of control images: its file or run")
     parser.add_argument("--vq-ckpt", required=True, help="its tokenizer")

@@ -10,7 +10,7 @@ equation 1). A weight of 0 is BASE, of -1 TUNED, between them their mean. The fi
 
 import argparse
 
-from utils.cli import Number, add_store_true, flag_parser, run_script
+from utils.cli import Number, add_flag, add_store_true, flag_parser, run_script
 
 
 def main(args: argparse.Namespace) -> None:
@@ -38,9 +38,8 @@ def flags() -> argparse.ArgumentParser:
     parser = flag_parser(__doc__)
     parser.add_argument("base", help="the model to improve: a file, a run, a released name")
     parser.add_argument("tuned", help="that model, fine-tuned on its own samples")
-    parser.add_argument(
-        "--weight", type=Number(float, least=-1), required=True, help="how far to go, in ways from TUNED to BASE"
-    )
+    help = "how far to go, in ways from TUNED to BASE"
+    add_flag(parser, "--weight", Number(float, least=-1), None, help, required=True)
     parser.add_argument("--output", required=True, help="the file to write")
     add_store_true(parser, "--use-ema", "the averaged weights of both")
     return parser

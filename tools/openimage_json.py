@@ -11,25 +11,14 @@ from pathlib import Path
 from utils.cli import flag_parser, run_script
 
 
-def list_images(data_path: str | Path) -> list[str]:
-    """Relative paths of the images at any depth below a folder, in natural order, with '/'.
-
-    Raises FileNotFoundError where the folder is missing, ValueError where it holds no images.
-    """
-    from dataset.folders import natural_key, nested_folder
-
-    paths = nested_folder(data_path).paths
-    return sorted(map(paths.relative, range(len(paths))), key=natural_key)
-
-
 def main(args: argparse.Namespace) -> None:
-    """Writes the list into the folder. Raises as `list_images` does."""
-    from dataset.folders import IMAGE_PATHS_FILE
+    from dataset.folders import IMAGE_PATHS_FILE, natural_key, nested_folder
     from utils.files import write_json
     from utils.logger import console_logger
 
     console_logger("dataset")
-    paths = list_images(args.data_path)
+    found = nested_folder(args.data_path).paths
+    paths = sorted(map(found.relative, range(len(found))), key=natural_key)
     file = Path(args.data_path) / IMAGE_PATHS_FILE
     write_json(file, paths)
     print(f"{len(paths)} images listed in {file}")

@@ -19,6 +19,7 @@ from typing import Any
 
 from evaluations.published import BYTES, FIGURES, GRAPH, REFERENCE_IMAGES, ROWS, URLS, Row, find_file, find_row, on_disk
 from tools import steps
+from tools.stages import newest_file
 from utils.cli import flag_parser, nonnegative_int, positive_int, run_script
 from utils.hub import RELEASED, WEIGHTS
 
@@ -48,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
     reference = find_file(row.reference, args.reference) if row.gpt else None
     for script, words, _ in commands:
         steps.run(script, words, processes)
-    samples, *cropped = (steps.newest(folder) for *_, folder in commands)
+    samples, *cropped = (newest_file(folder, "*.npz") for *_, folder in commands)
     report = steps.evaluate(
         reference or cropped[0], samples, processes, graph=graph, task=row.task, device=given.get("--device")
     )

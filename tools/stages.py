@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tokenizer.base import Tokenizer
 
 
-def newest_file(folder: str, pattern: str) -> Path:
+def newest_file(folder: str | Path, pattern: str) -> Path:
     """Return the newest file of a pattern. Raises FileNotFoundError where there are no finished samples."""
     found = sorted(Path(folder).glob(pattern), key=lambda path: path.stat().st_mtime)
     if not found:

@@ -1,7 +1,7 @@
 """Steps of a published figure, for reproduce.py and sweep_guidance.py: run a script, find its samples, evaluate them.
 
     run(SAMPLER, ["--gpt-model", "GPT-L", ...], processes=8)
-    report = evaluate(reference, newest(Path("samples")), processes=8, graph=graph)
+    report = evaluate(reference, newest_file("samples", "*.npz"), processes=8, graph=graph)
 
 Every step is a script that does only what is missing. The evaluator, which does everything again, is not started where its
 report is of these very files.
@@ -86,11 +86,6 @@ def given_flags(words: Sequence[str]) -> dict[str, str]:
     if "--no-npz" in found:
         raise ValueError("--no-npz leaves nothing to evaluate: leave it out")
     return {flag: " ".join(values) for flag, values in found.items()}
-
-
-def newest(folder: Path) -> Path:
-    """Return the .npz of a folder that was written last."""
-    return max(folder.glob("*.npz"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def evaluation_words(reference: Path, samples: Path, graph: Path, task: str, device: str | None) -> list[str]:

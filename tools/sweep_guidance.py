@@ -10,11 +10,11 @@ with more scales or powers to add those. A folder beside the samples, its name w
 import argparse
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from evaluations.published import FIGURES, GRAPH, LOWER_IS_BETTER, REFERENCE, find_file
 from tools import steps
+from tools.stages import newest_file
 from utils.cli import flag_parser, positive_float, run_script
 
 SCHEDULE = ("--cfg-schedule", "--cfg-power")
@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> None:
     for power, scale in product(powers, scales):
         schedule = [] if power is None else [SCHEDULE[0], "power-cosine", SCHEDULE[1], str(power)]
         steps.run(steps.SAMPLER, [*args.flags, *weights, "--cfg-scale", str(scale), *schedule], processes)
-        samples = steps.newest(Path(given.get("--sample-dir", "samples")))
+        samples = newest_file(given.get("--sample-dir", "samples"), "*.npz")
         if f"-cfg-{scale}-" not in samples.name:
             raise ValueError(f"{samples} is another run's: give a --sample-dir that no other run writes to meanwhile")
         report = steps.evaluate(reference, samples, processes, graph=graph, device=given.get("--device"))

@@ -43,8 +43,10 @@ def evaluate(args: argparse.Namespace) -> None:
         graph = f"graph: {backend.path} by {backend.name} on {backend.device}, SHA-256 {backend.sha256}"
         report.print_inputs([f"reference: {reference.line()}", f"samples: {samples.line()}", graph])
 
-    seen = features_of(reference, backend, args, dist, rows=args.precision_recall or args.kid, name="reference")
-    sampled = features_of(samples, backend, args, dist, rows=True, name="samples")
+    asked = {"dist": dist, "batch_size": args.batch_size}
+    rows = args.precision_recall or args.kid
+    seen = read_features(reference, backend, **asked, keep=rows, name="reference", recorded=reference.statistics)
+    sampled = read_features(samples, backend, **asked, keep=True, name="samples", recorded=samples.statistics)
     dino = dinov2_distance(reference, samples, args, dist) if args.fd_dinov2 else None
     late = []
     if dist.is_main:
@@ -74,16 +76,6 @@ def require_enough(reference: ImageSet, samples: ImageSet, args: argparse.Namesp
     for flag, wanted, rows in (("--kid", args.kid, reference.features), ("--fd-dinov2", args.fd_dinov2, None)):
         if wanted and not reference.count and rows is None:
             raise ValueError(f"{flag} compares images, and {reference.path} has statistics only")
-
-
-def features_of(
-    images: ImageSet, backend: Inception, args: argparse.Namespace, dist: Distributed, *, rows: bool, name: str
-) -> Features | None:
-    """Return features of a set on the first process, None on the others. What the file has recorded is not computed again."""
-    recorded = images.statistics
-    if recorded is not None and (images.features is not None or not (rows and images.count)):
-        return Features(recorded, images.features) if dist.is_main else None
-    return read_features(images, backend, dist, batch_size=args.batch_size, keep=rows, recorded=recorded, name=name)
 
 
 def compare(reference: Features, samples: Features, backend: Inception, args: argparse.Namespace) -> dict:

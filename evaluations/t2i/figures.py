@@ -64,7 +64,10 @@ def evaluate(args: argparse.Namespace) -> None:
 
     drawn = read_features(fakes, extract, dist, batch_size=args.batch_size, keep=args.clip, name="generated images")
     texts, cut = embed(captions, clip, args.batch_size, dist) if args.clip else (None, 0)
-    seen = reference_features(reference, inception, args, dist) if args.fid else None
+    seen = None
+    if args.fid:
+        known = {"recorded": reference.statistics, "batch_size": args.batch_size, "keep": False}
+        seen = read_features(reference, lambda batch: (inception(batch),), dist, **known, name="reference")
     late = []
     if dist.is_main:
         if args.save_statistics:
@@ -247,19 +250,6 @@ def inception_features(backend: Inception, resize: str) -> Callable[[np.ndarray]
         return backend.features(large.clip(0, 255))[0].reshape(len(images), -1)
 
     return extract
-
-
-def reference_features(
-    reference: ImageSet, inception: Callable[[np.ndarray], np.ndarray], args: argparse.Namespace, dist: Distributed
-) -> Features | None:
-    """Return the reference's statistics, and what its pixels showed, on the first process; None on the others."""
-    if reference.statistics:
-        return Features(reference.statistics) if dist.is_main else None
-
-    def extract(batch: np.ndarray) -> tuple[np.ndarray]:
-        return (inception(batch),)
-
-    return read_features(reference, extract, dist, batch_size=args.batch_size, keep=False, name="reference")
 
 
 def settings_of(args: argparse.Namespace, reference: ImageSet, backend: Inception) -> dict:

@@ -12,7 +12,7 @@ import pytest
 from dataset.lines import CaptionLines, ImageLines, compare_before_writing, record_lines, recorded_maker
 from dataset.sources import open_pairs
 from dataset.t2i import TextCodes, TextImages
-from dataset.text_features import open_features
+from dataset.text_features import Features
 from language.prompts import PromptFeatures, PromptList
 from tests.dataset.test_t2i import COUNTS, GRID, SIZE, make_codes
 from tests.text_training import make_features, make_pairs, make_shards
@@ -54,7 +54,7 @@ def edit(data, change, stem="part-a"):
 
 def opened(data, features="features", codes=True, **more):
     kinds = {"codes": TextCodes(data / "codes", list(COUNTS), GRID**2, 50)} if codes else {"image_size": SIZE}
-    return TextImages(open_pairs(data / "data"), open_features(data / features), **kinds, **more)
+    return TextImages(open_pairs(data / "data"), Features(data / features), **kinds, **more)
 
 
 SLIPS = {
@@ -96,11 +96,11 @@ def test_files_that_changed_names_are_refused(data):
 def test_short_features_of_other_lines_are_refused(data):
     pairs = open_pairs(data / "data")
     record(make_features(data / "short", COUNTS), CaptionLines(pairs, "blip truncated"))
-    opened(data, short_features=open_features(data / "short"))
+    opened(data, short_features=Features(data / "short"))
     edit(data, SLIPS["swapped"])
     record(data / "features", CaptionLines(open_pairs(data / "data"), "blip"))
     with pytest.raises(ValueError, match=r"short/part-a was made of other lines"):
-        opened(data, codes=False, short_features=open_features(data / "short"))
+        opened(data, codes=False, short_features=Features(data / "short"))
 
 
 @pytest.mark.parametrize("data", ["pairs"], indirect=True)
@@ -120,7 +120,7 @@ def test_edits_of_what_was_not_read_are_accepted(data):
         text = (data / "data" / f"{stem}.jsonl").read_text()
         (nested / f"{stem}.jsonl").write_text(text.replace('"images/', '"./../images/'))
     TextImages(
-        open_pairs(nested), open_features(data / "features"), codes=TextCodes(data / "codes", list(COUNTS), GRID**2, 50)
+        open_pairs(nested), Features(data / "features"), codes=TextCodes(data / "codes", list(COUNTS), GRID**2, 50)
     )
     edit(data, lambda lines: lines[:-2])
     opened(data)

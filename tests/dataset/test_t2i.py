@@ -19,7 +19,7 @@ from dataset.pair_views import PairViews
 from dataset.sources import chosen_files, open_pairs
 from dataset.store import Loose
 from dataset.t2i import TextCodes, TextImages
-from dataset.text_features import open_features
+from dataset.text_features import Features
 from language.features import left_padded
 from tests.text_training import DIM, TOKENS, caption_features, make_features, make_pairs, make_shards, picture, png
 from utils.rng import item_seed
@@ -45,7 +45,7 @@ def batched(read):
 
 def items(data, pairs="pairs", **more):
     features = more.pop("features", data / "features")
-    return TextImages(open_pairs(data / pairs), open_features(features), image_size=SIZE, **more)
+    return TextImages(open_pairs(data / pairs), Features(features), image_size=SIZE, **more)
 
 
 # What is read
@@ -111,7 +111,7 @@ def test_pairs_that_do_not_count_have_the_shape_of_others(data, tmp_path, caplog
     lines[5], lines[6] = '{"image_path": "ima', json.dumps({"text": ["no image_path"]})
     (folder / "part-a.jsonl").write_text("\n".join(lines))
     make_features(tmp_path / "features", COUNTS, missing=(7,))
-    text_images = TextImages(open_pairs(folder), open_features(tmp_path / "features"), image_size=SIZE)
+    text_images = TextImages(open_pairs(folder), Features(tmp_path / "features"), image_size=SIZE)
     found = [text_images[i] for i in range(14)]
     assert [i for i, item in enumerate(found) if not item["valid"]] == [1, 2, 3, 4, 5, 6, 7]
     for item in found:
@@ -144,7 +144,7 @@ def test_nothing_that_counts_is_an_error(data, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_that_counts_is_an_error_in_loader_processes(data, workers):
-    text_images = TextImages(open_pairs(data / "pairs"), open_features(data / "features"), image_size=64)
+    text_images = TextImages(open_pairs(data / "pairs"), Features(data / "features"), image_size=64)
     loader = DataLoader(text_images, batch_size=2, num_workers=workers, collate_fn=list)
     with pytest.raises(ValueError, match=r"none of 14 pairs in a row could be used(.|\n)*smaller than --image-size 64"):
         list(loader)
@@ -165,7 +165,7 @@ def test_views_for_extraction(data, tmp_path):
 
 
 def test_short_captions_are_a_function_of_seed_epoch_and_index(data):
-    text_images = items(data, short_features=open_features(data / "short"))
+    text_images = items(data, short_features=Features(data / "short"))
     taken = []
     for epoch in range(20):
         text_images.set_epoch(epoch)
@@ -191,7 +191,7 @@ def test_random_crops_repeat(data):
 
 @pytest.mark.parametrize("pairs", ["pairs", "shards"])
 def test_workers_read_the_same(data, pairs):
-    text_images = items(data, pairs, short_features=open_features(data / "short"), random_crop=True)
+    text_images = items(data, pairs, short_features=Features(data / "short"), random_crop=True)
     text_images.set_epoch(1)
     batches = [list(DataLoader(text_images, batch_size=5, num_workers=n, collate_fn=batched)) for n in (0, 2)]
     for one, other in zip(*batches, strict=True):
@@ -248,7 +248,7 @@ def make_codes(folder, published=False, without=(4,), **more):
 def test_codes_by_stem_and_line(data, tmp_path, published):
     make_codes(tmp_path / "codes", published)
     codes = TextCodes(tmp_path / "codes", list(COUNTS), GRID**2, 50)
-    text_images = TextImages(open_pairs(data / "pairs"), open_features(data / "features"), codes=codes)
+    text_images = TextImages(open_pairs(data / "pairs"), Features(data / "features"), codes=codes)
     for index in range(14):
         found, features, valid = (text_images[index][name] for name in ("codes", "caption", "valid"))
         assert found.dtype == torch.int64 and found.shape == (GRID**2,)
@@ -264,7 +264,7 @@ def test_codes_of_some_files_only(data, tmp_path, caplog):
     shutil.rmtree(tmp_path / "codes" / "part-a")
     codes = TextCodes(tmp_path / "codes", list(COUNTS), GRID**2, 50)
     assert codes.get("part-a", 0) is None and codes.get("part-b", 0).tolist() == codes_of(9).tolist()
-    TextImages(open_pairs(data / "pairs"), open_features(data / "features"), codes=codes)
+    TextImages(open_pairs(data / "pairs"), Features(data / "features"), codes=codes)
     assert f"{codes.folder} has a folder of 1 of 2 files" in caplog.text
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dataset.store import Loose
-from dataset.text_features import FeatureWriter, open_features
+from dataset.text_features import Features, FeatureWriter
 from tests.text_training import write_stem
 
 DIM = 6
@@ -60,7 +60,7 @@ def digests(folder):
 
 @pytest.mark.parametrize("make", [write, publish])
 def test_round_trip(tmp_path, make):
-    store = open_features(make(tmp_path / "features"), dim=DIM)
+    store = Features(make(tmp_path / "features"), dim=DIM)
     assert store.packed == (make is write)
     assert len(store) == 13 and store.dim == DIM
     for stem, count in LINES.items():
@@ -74,7 +74,7 @@ def test_round_trip(tmp_path, make):
 
 @pytest.mark.parametrize("make", [write, publish])
 def test_which_lines_have_features(tmp_path, make):
-    store = open_features(make(tmp_path / "features"))
+    store = Features(make(tmp_path / "features"))
     for stem in LINES:
         assert store.present(stem).tolist() == [rows is not None for rows in lines_of(stem)]
     assert store.present("part-9").shape == (0,) and store.present("part-9").dtype == bool
@@ -84,7 +84,7 @@ def test_which_lines_have_features(tmp_path, make):
 def test_dtypes(tmp_path, dtype):
     features = torch.randn(5, DIM, generator=torch.Generator().manual_seed(0))
     write_stem(make_writer(tmp_path, dtype=dtype), "a", [features])
-    found = open_features(tmp_path).get("a", 0)
+    found = Features(tmp_path).get("a", 0)
     assert found.dtype == getattr(torch, dtype) and torch.equal(found, features.to(found.dtype))
     bytes_each = (tmp_path / "a" / "shard-000000.npy").stat().st_size - 128
     assert bytes_each == 5 * DIM * (4 if dtype == "float32" else 2)
@@ -115,11 +115,11 @@ def test_files_say_what_they_are(tmp_path):
     ends = np.load(tmp_path / "part-0" / "shard-000000.ends.npy")
     lengths = [0 if features is None else len(features) for features in lines_of("part-0")[:4]]
     np.testing.assert_array_equal(ends, np.cumsum(lengths))
-    assert open_features(tmp_path).settings == {"model": "none"} and open_features(tmp_path).max_length == 8
+    assert Features(tmp_path).settings == {"model": "none"} and Features(tmp_path).max_length == 8
 
 
 def test_pickles_without_the_maps(tmp_path):
-    store = open_features(write(tmp_path))
+    store = Features(write(tmp_path))
     before = len(pickle.dumps(store))
     assert torch.equal(pickle.loads(pickle.dumps(store)).get("part-0", 9), rows("part-0", 9))
     store.get("part-0", 9)
@@ -135,12 +135,12 @@ def test_missing_shards(tmp_path):
     writer.write_shard("part-0", 1, lines_of("part-0")[4:8], 11)
     assert writer.missing_shards("part-0", 11) == [0, 2]
     with pytest.raises(ValueError, match=r"part-0 is incomplete: 1 of 3 shards(.|\n)*extract_t5_feature\.py"):
-        open_features(tmp_path)
+        Features(tmp_path)
     for shard in (0, 2):
         writer.write_shard("part-0", shard, lines_of("part-0")[4 * shard : 4 * shard + 4], 11)
     assert make_writer(tmp_path).missing_shards("part-0", 11) == []
     assert writer.skipped("part-0", 11) == 2
-    assert torch.equal(open_features(tmp_path).get("part-0", 10), rows("part-0", 10))
+    assert torch.equal(Features(tmp_path).get("part-0", 10), rows("part-0", 10))
 
 
 @pytest.mark.parametrize("left", ["shard-000001.npy", "shard-000001.ends.npy", ".shard-000001.npy.x1.tmp"])
@@ -156,7 +156,7 @@ def test_what_a_killed_run_left(tmp_path, left):
     writer = make_writer(tmp_path / "killed")
     assert writer.missing_shards("part-0", 11) == [1]
     with pytest.raises(ValueError, match="part-0 is incomplete: 2 of 3 shards"):
-        open_features(tmp_path / "killed")
+        Features(tmp_path / "killed")
     writer.write_shard("part-0", 1, lines_of("part-0")[4:8], 11)
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
 
@@ -202,18 +202,18 @@ def test_wrong_features(tmp_path, features, message):
 
 def test_folders_without_features(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; language/extract_t5_feature\.py makes one"):
-        open_features(tmp_path / "nowhere")
+        Features(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"no text features: neither index\.json .* nor STEM/LINE\.npy"):
-        open_features(tmp_path)
+        Features(tmp_path)
     make_writer(tmp_path)
     with pytest.raises(ValueError, match="has no features yet"):
-        open_features(tmp_path)
+        Features(tmp_path)
 
 
 @pytest.mark.parametrize("make", [write, publish])
 def test_another_width(tmp_path, make):
     with pytest.raises(ValueError, match="features of width 6, but 2048 are needed"):
-        open_features(make(tmp_path), dim=2048)
+        Features(make(tmp_path), dim=2048)
 
 
 def test_damaged_shards(tmp_path):
@@ -223,13 +223,13 @@ def test_damaged_shards(tmp_path):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[:-3])
         with pytest.raises(ValueError, match=rf"{name} is damaged(.|\n)*extract_t5_feature"):
-            open_features(tmp_path)
+            Features(tmp_path)
         assert make_writer(tmp_path).missing_shards("part-0", 11) == [0]  # the same command again mends it
         (folder / name).write_bytes(content)
     (folder / "shard-000000.json").write_text("{")
     with pytest.raises(ValueError, match=r"shard-000000\.json is damaged"):
-        open_features(tmp_path)
-    assert len(open_features(write(tmp_path))) == 13
+        Features(tmp_path)
+    assert len(Features(write(tmp_path))) == 13
 
 
 def test_a_damaged_index(tmp_path):
@@ -237,11 +237,11 @@ def test_a_damaged_index(tmp_path):
     for content in (b"", b"[]", b"{}", b'{"format": 1, "dim": 6}', b'{"format": 2}'):
         (tmp_path / "index.json").write_bytes(content)
         with pytest.raises(ValueError, match=r"index\.json"):
-            open_features(tmp_path)
+            Features(tmp_path)
 
 
 def test_damaged_published_files(tmp_path):
-    store = open_features(publish(tmp_path))
+    store = Features(publish(tmp_path))
     file = tmp_path / "part-0" / "5.npy"
     for content in (b"", file.read_bytes()[:-4]):
         file.write_bytes(content)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.text_features import open_features
+from dataset.text_features import Features
 from language import extract_t5_feature
 from language.captions import clean_caption
 from language.extraction import encode_captions
@@ -102,7 +102,7 @@ def extracted(lists, t5, tmp_path_factory):
 
 
 def test_every_caption(extracted, embedder):
-    store = open_features(extracted, dim=32)
+    store = Features(extracted, dim=32)
     expected = directly(embedder, texts)
     assert store.packed and len(store) == len(expected) == 30
     for (stem, line), features in expected.items():
@@ -112,13 +112,13 @@ def test_every_caption(extracted, embedder):
 
 
 def test_the_third_caption(lists, t5, embedder, tmp_path):
-    store = open_features(extract(lists, tmp_path / "third", t5, "--caption-key", "llava_first"))
+    store = Features(extract(lists, tmp_path / "third", t5, "--caption-key", "llava_first"))
     for (stem, line), features in directly(embedder, texts, 2).items():
         torch.testing.assert_close(store.get(stem, line), features, **CLOSE)
 
 
 def test_up_to_the_first_full_stop(lists, t5, embedder, tmp_path):
-    store = open_features(extract(lists, tmp_path / "short", t5, "--caption-key", "llava", "--trunc-caption"))
+    store = Features(extract(lists, tmp_path / "short", t5, "--caption-key", "llava", "--trunc-caption"))
     expected = directly(embedder, lambda number: [texts(number)[1].partition(".")[0]])
     for (stem, line), features in expected.items():
         torch.testing.assert_close(store.get(stem, line), features, **CLOSE)
@@ -138,7 +138,7 @@ def test_the_published_layout(lists, t5, extracted, tmp_path):
     folder = extract(lists, tmp_path / "published", t5, "--published-layout")
     expected = sorted(f"{line}.npy" for line in range(9) if line != 2)
     assert sorted(path.name for path in (folder / "part-01").glob("*.npy")) == expected
-    packed, published = open_features(extracted), open_features(folder, dim=32)
+    packed, published = Features(extracted), Features(folder, dim=32)
     for stem, count in CAPTIONS.items():
         for line in range(count):
             if (stem, line) in EMPTY:
@@ -152,14 +152,14 @@ def test_the_published_layout(lists, t5, extracted, tmp_path):
 
 
 def test_precisions(lists, t5, extracted, tmp_path):
-    exact = open_features(extracted)
+    exact = Features(extracted)
     for precision, dtype in [("bf16", torch.bfloat16), ("fp16", torch.float16)]:
-        store = open_features(extract(lists, tmp_path / precision, t5, "--precision", precision))
+        store = Features(extract(lists, tmp_path / precision, t5, "--precision", precision))
         found = store.get("part-00", 1)
         assert found.dtype == dtype
         torch.testing.assert_close(found.float(), exact.get("part-00", 1), rtol=0.1, atol=0.1)
-    store = open_features(extract(lists, tmp_path / "wide", t5, "--precision", "bf16", "--feature-dtype", "float32"))
-    narrow = open_features(tmp_path / "bf16")
+    store = Features(extract(lists, tmp_path / "wide", t5, "--precision", "bf16", "--feature-dtype", "float32"))
+    narrow = Features(tmp_path / "bf16")
     assert torch.equal(store.get("part-00", 1), narrow.get("part-00", 1).float())  # bfloat16 has lost nothing
 
 
@@ -244,7 +244,7 @@ def test_damaged_lines(damaged, t5, extracted, tmp_path, capsys, more):
     for line in DAMAGED:
         assert f"skipped: line {line} (from 0) of {damaged / 'part-00.jsonl'}" in output
     assert "features of 22 captions, 11 lines without a caption skipped" in output
-    store, whole = open_features(folder), open_features(extracted)
+    store, whole = Features(folder), Features(extracted)
     assert len(store) == 22
     for line in (13, 14):
         assert re.search(rf"skipped: line {line} \(from 0\) of .*part-00\.jsonl has an empty caption\n", output)
@@ -304,7 +304,7 @@ def test_prompts_of_a_file(t5, embedder, tmp_path, name, more):
     heading = ["Prompt"] if name.endswith("tsv") else [""]
     (tmp_path / name).write_text("\n".join([*heading, *prompts]) + "\n")
     folder = extract(tmp_path / name, tmp_path / "features", t5, *more)
-    assert open_features(folder).present("own.prompts").tolist() == [True] * 3
+    assert Features(folder).present("own.prompts").tolist() == [True] * 3
     features = PromptFeatures(folder, tmp_path / name, prompts, dim=32)
     for i, prompt in enumerate(prompts):
         expected, mask = embedder.get_text_embeddings([prompt])
@@ -435,16 +435,16 @@ def test_extraction_is_not_continued_with_another_list(lists, t5, tmp_path, more
         extract(changed, folder, t5, *more)
     (changed / "part-00.jsonl").write_text("\n".join(line.replace(".jpg", ".png") for line in text))
     extract(changed, folder, t5, *more)
-    assert len(open_features(folder)) == 30
+    assert len(Features(folder)) == 30
 
 
 def test_features_know_their_encoder_in_any_precision(lists, t5, extracted, tmp_path):
     """Another encoder's are not mixed in, in either layout."""
-    encoder = open_features(extracted).encoder
-    assert encoder == open_features(extract(lists, tmp_path / "half", t5, "--precision", "bf16")).encoder
+    encoder = Features(extracted).encoder
+    assert encoder == Features(extract(lists, tmp_path / "half", t5, "--precision", "bf16")).encoder
     other = make_small_t5(tmp_path / "other" / "flan-t5-xl", sentences=[*SENTENCES, "zebra"])
     folder = extract(lists, tmp_path / "published", t5, "--published-layout", "--data-end", 0)
-    assert open_features(folder).encoder == encoder != open_features(extract(lists, tmp_path / "b", other)).encoder
+    assert Features(folder).encoder == encoder != Features(extract(lists, tmp_path / "b", other)).encoder
     with pytest.raises(ValueError, match=rf"part-00 was made with '{encoder}', now it is '[0-9a-f]{{16}}'"):
         extract(lists, folder, other, "--published-layout")
     require_encoder({"text_encoder": encoder}, encoder, "features")

@@ -1,7 +1,6 @@
 """Captions of different lengths in one batch: features at the end, zeros before, and the mask that says so."""
 
 import numpy as np
-import pytest
 import torch
 
 from language.features import left_padded, prefix_mask
@@ -28,14 +27,3 @@ def test_dtypes():
     assert left_padded([half], 3)[0].dtype == torch.bfloat16
     assert left_padded([half, torch.ones(1, 4)], 3)[0].dtype == torch.float32
     assert left_padded([half, torch.ones(1, 4, dtype=torch.float16)], 3)[0].dtype == torch.float32
-
-
-def test_wrong_features():
-    with pytest.raises(ValueError, match="the batch is empty"):
-        left_padded([], 120)
-    with pytest.raises(ValueError, match=r"\[\(4,\), \(5,\)\]"):
-        left_padded([torch.ones(2, 4), torch.ones(2, 5)], 120)
-    with pytest.raises(ValueError, match=r"\(1, 2, 4\)|\(2, 4\)"):
-        left_padded([torch.ones(1, 2, 4)], 120)
-    with pytest.raises(ValueError, match="padded to 0 rows"):
-        left_padded([torch.ones(2, 4)], 0)

@@ -21,7 +21,7 @@ STRIP = 2**22
 
 
 class Decoder(Protocol):
-    """Decoder whose modules are known in their order."""
+    """Decoder whose modules are known in their order. One that reads the latents too has `in_strips(run, map, latents)`."""
 
     conv_in: nn.Conv2d
     norm_out: nn.GroupNorm
@@ -37,10 +37,10 @@ def decode_in_strips(first: nn.Module, decoder: Decoder, latents: Tensor, number
 
     numbers: of a feature map, at once on the model's device.
     """
-    run = Strips(decoder.conv_in.weight.device, numbers)
-    h = run.whole(first, latents.to(decoder.conv_in.weight.dtype))
+    run, latents = Strips(decoder.conv_in.weight.device, numbers), latents.to(decoder.conv_in.weight)
+    h = run.whole(first, latents)
     for module in decoder.path():
-        h = run.through(module, h)
+        h = module.in_strips(run, h, latents) if hasattr(module, "in_strips") else run.through(module, h)
     norm = run.norm(decoder.norm_out, h)
     return run(lambda x: decoder.conv_out(swish(norm(x))), h)
 

@@ -117,8 +117,7 @@ class VQModel(Tokenizer):
         return {"name": self.name, **{name: deepcopy(getattr(self.config, name)) for name in names}}
 
     def latents(self, pixels: Tensor) -> Tensor:
-        self.require_fitting(pixels)
-        return self.quant_conv(self.encoder(pixels))
+        return self.quant_conv(super().latents(pixels))
 
     def render(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype)))

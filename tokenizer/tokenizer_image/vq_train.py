@@ -13,8 +13,10 @@ from typing import Any
 from tokenizer.tokenizer_image.sizes import VQ_SIZES
 from utils.cli import (
     PROBABILITY,
+    add_flag,
     add_image_size_flags,
     add_reading_flags,
+    add_store_true,
     add_switch,
     add_tokenizer_flags,
     flag_parser,
@@ -99,31 +101,19 @@ def json_object(text: str) -> dict[str, Any]:
 def flags() -> argparse.ArgumentParser:
     parser = flag_parser(__doc__, added=["--no-wandb", "--wandb-project"])
     parser.add_argument("--data-path", required=True, help="folder of images, or of the lists that name them")
-    parser.add_argument(
-        "--data-face-path", default=None, help="a second folder of images, trained on together with the first"
-    )
-    parser.add_argument(
-        "--dataset", default="imagenet", help="kind of data: imagenet, pexels, coco, openimage, t2i_image"
-    )
+    add_flag(parser, "--data-face-path", None, None, "a second folder of images, trained on together with the first")
+    add_flag(parser, "--dataset", None, "imagenet", "kind of data: imagenet, pexels, coco, openimage, t2i_image")
     add_image_size_flags(parser, 256, downsample=False)
     add_reading_flags(parser)
     add_switch(parser, "--flip", True, "mirror half of the images")
     add_switch(parser, "--random-crop", True, "cut squares of 0.8 to 1 of the shorter side; otherwise the centre")
     parser.add_argument("--vq-width", type=positive_int, default=None, help="base channels (default: the model's own)")
     add_tokenizer_flags(parser, VQ_SIZES)
-    parser.add_argument(
-        "--quantizer-options", type=json_object, default=None, help='options of the quantiser, as JSON: {"name": value}'
-    )
-    help = "kind of network, one of --import too (default: that of --vq-model)"
-    parser.add_argument("--network", default=None, help=help)
-    parser.add_argument(
-        "--network-options", type=json_object, default=None, help='options of the network, as JSON: {"name": value}'
-    )
-    parser.add_argument(
-        "--finetune",
-        action="store_true",
-        help="begin at step 0 with the tokenizer of --vq-ckpt, and its discriminator and optimizers where it has them",
-    )
+    add_flag(parser, "--quantizer-options", json_object, None, 'options of the quantiser, as JSON: {"name": value}')
+    add_flag(parser, "--network", None, None, "kind of network, one of --import too (default: that of --vq-model)")
+    add_flag(parser, "--network-options", json_object, None, 'options of the network, as JSON: {"name": value}')
+    help = "begin at step 0 with the tokenizer of --vq-ckpt, and its discriminator and optimizers where it has them"
+    add_store_true(parser, "--finetune", help)
     add_switch(parser, "--keep-discriminator", True, "--finetune takes the file's discriminator and both optimizers")
     group = parser.add_argument_group("loss")
     add_switch(
@@ -145,26 +135,18 @@ def flags() -> argparse.ArgumentParser:
     ):
         group.add_argument(flag, type=nonnegative_float, default=default, help=help, action=StoreGiven)
     group.add_argument("--reconstruction-loss", choices=["l1", "l2"], default="l2", help="of the pixels")
-    help = "first step with the discriminator, as the log counts them"
-    group.add_argument("--disc-start", type=nonnegative_int, default=20000, help=help)
+    add_flag(group, "--disc-start", nonnegative_int, 20000, "first step with the discriminator, as the log counts them")
     help = "of the generator's adversarial loss (default: --disc-weight)"
     group.add_argument("--gen-weight", type=nonnegative_float, default=None, help=help)
     help = "of LeCam, the discriminator's regularisation towards running means of its logits"
     group.add_argument("--lecam-weight", type=nonnegative_float, default=0.0, help=help)
     add_switch(group, "--disc-first", False, "in each step move the discriminator before the tokenizer")
     kinds = ["patchgan", "stylegan", "blur"]
-    group.add_argument(
-        "--disc-type", choices=kinds, default="patchgan", help="discriminator; blur: Open-MAGVIT2's second"
-    )
-    group.add_argument(
-        "--disc-loss", choices=["hinge", "vanilla", "non-saturating"], default="hinge", help="discriminator's loss"
-    )
-    group.add_argument(
-        "--gen-loss",
-        choices=["hinge", "non-saturating", "non-saturating-mean"],
-        default="hinge",
-        help="generator's adversarial loss; -mean: of the mean of an image's logits",
-    )
+    add_flag(group, "--disc-type", None, "patchgan", "discriminator; blur: Open-MAGVIT2's second", choices=kinds)
+    help = "discriminator's loss"
+    add_flag(group, "--disc-loss", None, "hinge", help, choices=["hinge", "vanilla", "non-saturating"])
+    help = "generator's adversarial loss; -mean: of the mean of an image's logits"
+    add_flag(group, "--gen-loss", None, "hinge", help, choices=["hinge", "non-saturating", "non-saturating-mean"])
     parser.add_argument("--dropout-p", type=PROBABILITY, default=0.0, help="dropout in the tokenizer's residual blocks")
     help = "epochs after which the learning rate is a tenth, in place of --lr-schedule"
     parser.add_argument("--lr-drop-epochs", type=positive_int, nargs="*", default=[], help=help)
