@@ -81,12 +81,6 @@ def random_view(pil_image: Image.Image, image_size: int, flip: bool = True, crop
     return to_tensor(image)
 
 
-def flip_views(pil_image: Image.Image, image_size: int) -> list[torch.Tensor]:
-    """Return the centre crop and its mirror image: 2 tensors (3, image_size, image_size), in the order of FLIP_VIEWS."""
-    view = center_view(pil_image, image_size)
-    return [view, view.flip(-1)]
-
-
 def ten_crop_views(pil_image: Image.Image, image_size: int, crop_range: float) -> list[torch.Tensor]:
     """Cut the corners and centre of the centre crop of int(image_size * crop_range), then their mirror images.
 
@@ -121,7 +115,10 @@ def code_views(
 
     Images in which left and right matter (digits, text, scans) must not be mirrored.
     """
-    views = ten_crop_views(pil_image, image_size, crop_range) if ten_crop else flip_views(pil_image, image_size)
+    if ten_crop:
+        views = ten_crop_views(pil_image, image_size, crop_range)
+    else:
+        views = [view := center_view(pil_image, image_size), view.flip(-1)]
     return views if flip else views[: len(views) // 2]
 
 

@@ -11,7 +11,7 @@ import html
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from urllib.parse import unquote_plus
 
 from utils.extras import optional_imports
@@ -25,18 +25,9 @@ _DASHES = "-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\
 _MARKS = "#®•©™&@·º½¾¿¡§~()[]{}|\\/*"
 
 
-@dataclass(frozen=True)
-class Step:
-    """A named step of the cleaning."""
-
-    name: str
-    apply: Callable[[str], str]
-
-
-def _replace(name: str, pattern: str, replacement: str = "") -> Step:
+def _replace(pattern: str, replacement: str = "") -> Callable[[str], str]:
     """Return the step that replaces every match."""
-    compiled = re.compile(pattern)
-    return Step(name, lambda text: compiled.sub(replacement, text))
+    return partial(re.compile(pattern).sub, replacement)
 
 
 def _address(scheme: str) -> str:
@@ -77,55 +68,55 @@ def _mended(text: str) -> str:
         return text.strip()
 
 
-STEPS: tuple[Step, ...] = (
-    Step("percent signs and pluses of an address decoded", unquote_plus),
-    Step("lower case", lambda text: text.strip().lower()),
-    _replace("a blanked-out name is a person", "<person>", "person"),
-    _replace("web addresses", _address("https?")),
-    _replace("web addresses after www:", _address("www")),
-    Step("text between HTML tags", _without_markup),
-    _replace("@nicknames", r"@\w+\b"),
-    _replace("Chinese characters and signs of the blocks before them", "[\u31c0-\u9fff]+"),
-    _replace("every dash is a hyphen", f"[{_DASHES}]+", "-"),
-    _replace("every double quotation mark is straight", "[`´«»“”¨]", '"'),
-    _replace("every single one too", "[‘’]", "'"),
-    _replace("quotation marks left encoded", "&quot;?"),
-    _replace("ampersands left encoded", "&amp"),
-    _replace("IP addresses", r"\d{1,3}(?:\.\d{1,3}){3}", " "),
-    _replace("an article's number or time at the end", r"\d:\d\d\s+$"),
-    _replace("line ends written as backslash n", r"\\n", " "),
-    _replace("#123", r"#\d{1,3}\b"),
-    _replace("#12345 and longer", r"#\d{5,}\b"),
-    _replace("numbers of six digits or more", r"\b\d{6,}\b"),
+STEPS: dict[str, Callable[[str], str]] = {
+    "percent signs and pluses of an address decoded": unquote_plus,
+    "lower case": lambda text: text.strip().lower(),
+    "a blanked-out name is a person": _replace("<person>", "person"),
+    "web addresses": _replace(_address("https?")),
+    "web addresses after www:": _replace(_address("www")),
+    "text between HTML tags": _without_markup,
+    "@nicknames": _replace(r"@\w+\b"),
+    "Chinese characters and signs of the blocks before them": _replace("[\u31c0-\u9fff]+"),
+    "every dash is a hyphen": _replace(f"[{_DASHES}]+", "-"),
+    "every double quotation mark is straight": _replace("[`´«»“”¨]", '"'),
+    "every single one too": _replace("[‘’]", "'"),
+    "quotation marks left encoded": _replace("&quot;?"),
+    "ampersands left encoded": _replace("&amp"),
+    "IP addresses": _replace(r"\d{1,3}(?:\.\d{1,3}){3}", " "),
+    "an article's number or time at the end": _replace(r"\d:\d\d\s+$"),
+    "line ends written as backslash n": _replace(r"\\n", " "),
+    "#123": _replace(r"#\d{1,3}\b"),
+    "#12345 and longer": _replace(r"#\d{5,}\b"),
+    "numbers of six digits or more": _replace(r"\b\d{6,}\b"),
     # From the beginning of a word only: later ones of the same word cannot match where that does not.
-    _replace("file names, with all before them up to a space", rf"(?<!\S)\S+\.(?:{_FILES})"),
-    _replace("quotation marks in a row", "[\"']{2,}", '"'),
-    _replace("full stops in a row", r"\.{2,}", " "),
-    _replace("signs that are no punctuation", f"[{re.escape(_MARKS)}]+", " "),
-    _replace("a full stop on its own", r"(?<!\s)\s+\.\s+", " "),
-    Step("words of a name in one piece", _spaces_for_many_hyphens),
-    Step("broken encodings", _mended),
-    _replace("article numbers as jc6640", r"\b[a-zA-Z]{1,3}\d{3,15}\b"),
-    _replace("article numbers as jc6640vc", r"\b[a-zA-Z]+\d+[a-zA-Z]+\b"),
-    _replace("article numbers as 6640vc231", r"\b\d+[a-zA-Z]+\d+\b"),
-    _replace("free shipping", r"(?:worldwide\s+)?(?:free\s+)?shipping"),
-    _replace("free download", r"(?:free\s)?download(?:\sfree)?"),
-    _replace("click for more", r"\bclick\b\s(?:for|on)\s\w+"),
-    _replace("kinds of files", rf"\b(?:{_FILES})(?:\simages?)?"),
-    _replace("page numbers", r"\bpage\s+\d+\b"),
-    _replace("article numbers as j2d1a2a", r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),
+    "file names, with all before them up to a space": _replace(rf"(?<!\S)\S+\.(?:{_FILES})"),
+    "quotation marks in a row": _replace("[\"']{2,}", '"'),
+    "full stops in a row": _replace(r"\.{2,}", " "),
+    "signs that are no punctuation": _replace(f"[{re.escape(_MARKS)}]+", " "),
+    "a full stop on its own": _replace(r"(?<!\s)\s+\.\s+", " "),
+    "words of a name in one piece": _spaces_for_many_hyphens,
+    "broken encodings": _mended,
+    "article numbers as jc6640": _replace(r"\b[a-zA-Z]{1,3}\d{3,15}\b"),
+    "article numbers as jc6640vc": _replace(r"\b[a-zA-Z]+\d+[a-zA-Z]+\b"),
+    "article numbers as 6640vc231": _replace(r"\b\d+[a-zA-Z]+\d+\b"),
+    "free shipping": _replace(r"(?:worldwide\s+)?(?:free\s+)?shipping"),
+    "free download": _replace(r"(?:free\s)?download(?:\sfree)?"),
+    "click for more": _replace(r"\bclick\b\s(?:for|on)\s\w+"),
+    "kinds of files": _replace(rf"\b(?:{_FILES})(?:\simages?)?"),
+    "page numbers": _replace(r"\bpage\s+\d+\b"),
+    "article numbers as j2d1a2a": _replace(r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),
     # The sign between may be Latin, Cyrillic or the one of multiplication.
-    _replace("sizes as 1920x1080", r"\b\d+(?:\.\d*)?[xх×]\d+(?:\.\d*)?\b"),
-    _replace("no space before a colon", r"\b\s+:\s+", ": "),
-    _replace("a space after a comma, full stop or slash", r"(\D[,./])\b", r"\1 "),
-    _replace("one space between words", r"\s+", " "),
-    _replace("quotation marks around all", r"^[\"']([\w\W]+)[\"']$", r"\1"),
-    _replace("a sign before the first word", r"^['_,\-:;]"),
-    _replace("a sign after the last", r"['_,\-:+]$"),
-    _replace("nothing but a full stop and a word", r"^\.\S+$"),
-    Step("no space around", str.strip),
-)
-"""The steps of one pass, in their order."""
+    "sizes as 1920x1080": _replace(r"\b\d+(?:\.\d*)?[xх×]\d+(?:\.\d*)?\b"),
+    "no space before a colon": _replace(r"\b\s+:\s+", ": "),
+    "a space after a comma, full stop or slash": _replace(r"(\D[,./])\b", r"\1 "),
+    "one space between words": _replace(r"\s+", " "),
+    "quotation marks around all": _replace(r"^[\"']([\w\W]+)[\"']$", r"\1"),
+    "a sign before the first word": _replace(r"^['_,\-:;]"),
+    "a sign after the last": _replace(r"['_,\-:+]$"),
+    "nothing but a full stop and a word": _replace(r"^\.\S+$"),
+    "no space around": str.strip,
+}
+"""The steps of one pass by name, in their order."""
 
 
 def clean_caption(text: str) -> str:
@@ -136,6 +127,6 @@ def clean_caption(text: str) -> str:
     if not isinstance(text, str):
         raise ValueError(f"a caption is a string, got {text!r}")
     for _ in range(TIMES):
-        for step in STEPS:
-            text = step.apply(text)
+        for step in STEPS.values():
+            text = step(text)
     return text
