@@ -14,6 +14,7 @@ number of threads, on an accelerator for one batch size.
 import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from itertools import groupby
 from math import isqrt
@@ -338,19 +339,17 @@ class ImagePipeline:
         It was trained to read its tokens by their number, whatever the sides: its control tells where they are.
         Other arguments as `requests` takes them. Raises ValueError for other models and for sides that do not fit.
         """
+        pictures = {"control_images": control_images, "control_type": control_type}
+        requests = [self.rectangle(each, height, width) for each in self.requests(asked, **pictures, **settings)]
+        drawn = self.batches(requests, sides=(height, width))
+        return [Image.fromarray(image) for _, batch in drawn for image in batch]
+
+    def rectangle(self, request: Request, height: int, width: int) -> Request:
+        """Return a request with its control image read for an image of these sides; `batches` draws it. Raises as `rectangles`."""
         if not (self.gpt.args.rope_grid and "control" in self.gpt.conditions):
             raise ValueError("height and width are for ControlAR's models of several resolutions: leave them out")
-        count = len(as_list(asked if asked is not None else settings.get("features")))
-        pictures = control_column(control_images, control_type, count)["control"]
-        features = [self.gpt.conditions["control"].read_rectangle(each, height, width) for each in pictures]
-        requests = self.read(self.requests(asked, extra_conditions={"control": features}, **settings))
-        columns = width // self.tokenizer.downsample
-        tokens = height // self.tokenizer.downsample * columns
-        images = []
-        for part in self.micro_batches(requests):
-            codes = self.draw(part, tokens=tokens)[:, :tokens]
-            images.extend(decode_codes(self.tokenizer, codes, width=columns, batch_size=self.batch_size))
-        return [Image.fromarray(image) for image in images]
+        control = self.gpt.conditions["control"].read_rectangle(request.conditions["control"], height, width)
+        return replace(request, conditions={**request.conditions, "control": control})
 
     def requests(
         self,
@@ -433,6 +432,7 @@ class ImagePipeline:
         *,
         progress: bool = False,
         size: int | None = None,
+        sides: tuple[int, int] | None = None,
         ahead: bool = False,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Draw one micro-batch at a time: yield the images' numbers, and uint8 (n, size, size, 3).
@@ -440,6 +440,7 @@ class ImagePipeline:
         Args:
             requests: images to draw; a micro-batch has equal sampling settings.
             size: pixels a side, where other than the model's.
+            sides: height and width of requests that `rectangle` returned.
             ahead: on CUDA draw a micro-batch's tokens while a thread decodes the one before, which is given out after that.
                 For the most images in a given time; the images are the same. Elsewhere it changes nothing.
 
@@ -447,12 +448,14 @@ class ImagePipeline:
             ValueError: for a value that the model cannot take, and for logits or pixels that are not finite.
             FileNotFoundError: for features or a T5 that are not there.
         """
-        drawn = self._drawn(self.read(requests, progress=progress), progress)
-        if ahead and self.device.type == "cuda":
+        rows, columns = (side // self.tokenizer.downsample for side in sides or (self.image_size, self.image_size))
+        drawn = self._drawn(self.read(requests, progress=progress), progress, rows * columns)
+        if ahead and self.device.type == "cuda" and not sides:
             yield from self._decoded_beside(drawn, size)
             return
         for numbers, codes in drawn:
-            yield numbers, self.decode(codes, size)
+            own = {"width": columns, "batch_size": self.batch_size}
+            yield numbers, decode_codes(self.tokenizer, codes, **own) if sides else self.decode(codes, size)
 
     def read(self, requests: Sequence[Request], *, progress: bool = False) -> list[Request]:
         """Encode the requests' prompts and check every value. Raises as `batches` does."""
@@ -473,9 +476,9 @@ class ImagePipeline:
             import_module("autoregressive.text").warn_of_long_features(lengths, condition.rows)
         return found
 
-    def _drawn(self, requests: Sequence[Request], progress: bool) -> Iterator[tuple[list[int], Tensor]]:
-        """One micro-batch at a time: the images' numbers, and their codes (n, N) in raster order."""
-        total = len(requests) * self.gpt.layout.tokens
+    def _drawn(self, requests: Sequence[Request], progress: bool, tokens: int) -> Iterator[tuple[list[int], Tensor]]:
+        """One micro-batch at a time: the images' numbers, and their codes (n, tokens) in raster order."""
+        total = len(requests) * tokens
         parts = self.micro_batches(requests)
         with tqdm(total=total, unit="tok", disable=not progress, desc=f"{len(requests)} images") as bar:
             for part in parts:
@@ -483,7 +486,7 @@ class ImagePipeline:
                 def advance(done: int, _: Tensor, count: int = len(part), begun_at: int = bar.n) -> None:
                     bar.update(begun_at + done * count - bar.n)
 
-                yield [request.index for request in part], self.draw(part, on_step=advance)
+                yield [request.index for request in part], self.draw(part, on_step=advance, tokens=tokens)
 
     def _decoded_beside(
         self, drawn: Iterator[tuple[list[int], Tensor]], size: int | None

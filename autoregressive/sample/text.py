@@ -66,10 +66,17 @@ def prompt_requests(
     seed: int,
     *,
     progress: bool = True,
+    sides: tuple[int, int] | None = None,
 ) -> list[Request]:
-    """Return the requests that the flags make of prompts or their features, encoded; the text encoder's memory is given back."""
+    """Return the requests that the flags make of prompts or their features, encoded; the text encoder's memory is given back.
+
+    sides: height and width, where they are given.
+    """
     negative = {"caption": args.negative_prompt} if (args.negative_prompt or "").strip() else {}
-    requests = pipeline.read(requests_of(args, "caption", prompts, negative, numbers, seed), progress=progress)
+    requests = requests_of(args, "caption", prompts, negative, numbers, seed)
+    if sides:
+        requests = [pipeline.rectangle(request, *sides) for request in requests]
+    requests = pipeline.read(requests, progress=progress)
     pipeline.release_text_encoder()
     return requests
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from autoregressive.models.build import build_gpt
 from autoregressive.models.gpt import GPT_models
 from autoregressive.pipeline import ImagePipeline
 from autoregressive.sample import sample_t2i, sample_t2i_ddp
@@ -135,6 +136,54 @@ def test_grid(text_files, tmp_path, capsys):
         assert np.array_equal(grid[y : y + 16, x : x + 16], by_pipeline(text_files, [prompt], seed=5, indices=[i])[0])
     shown = capsys.readouterr().out
     assert "4 images of 16x16" in shown and "1: a red lantern" in shown and "3: a map of sushi" in shown
+
+
+def test_rectangles_by_a_control_image_are_those_of_the_pipeline(text_files, tmp_path):
+    control = {"encoder": "vit", "width": 16, "layers": 1, "heads": 2, "positions": 4, "patch": 4, "pixels": 4}
+    shape = {"vocab_size": 64, "block_size": 16, "cls_token_num": ROWS, "caption_dim": WIDTH, "model_type": "t2i"}
+    picture = tmp_path / "map.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(picture)
+    words = [
+        "--prompt",
+        "fog",
+        "--prompt",
+        "a red lantern",
+        "--seed",
+        5,
+        "--output",
+        tmp_path / "grid.png",
+        "--no-names",
+    ]
+    words += ["--height", 8, "--width", 24]
+    for name, places in (("several.pt", 4), ("one.pt", None)):
+        model = build_gpt("GPT-XS", **shape, rope_grid=places, extra_conditions={"control": control})
+        config = {"version": 2, **model.args.identity}
+        state = randomize(model, seed=4).state_dict()
+        torch.save({"model": state, "optimizer": {}, "steps": 7, "args": None, "config": config}, tmp_path / name)
+    several, one = (line(text_files, "--gpt-ckpt", tmp_path / name, *words) for name in ("several.pt", "one.pt"))
+    run_here(sample_t2i, *several, "--control-image", picture)
+    pipeline = ImagePipeline.from_pretrained(
+        tmp_path,
+        gpt="several.pt",
+        vq=text_files.folder / "vq.pt",
+        device="cpu",
+        t5_path=text_files.t5,
+        t5_model_type="small",
+    )
+    asked = {"control_images": picture, "cfg_scale": 7.5, "top_k": 50, "seed": 5}
+    drawn = pipeline.rectangles(["fog", "a red lantern"], height=8, width=24, **asked)
+    grid = pixels(tmp_path / "grid.png")
+    assert grid.shape == (8 + 4, 4 * 26 + 2, 3)
+    assert np.array_equal(grid[2:10, 2:26], drawn[0]) and np.array_equal(grid[2:10, 28:52], drawn[1])
+    for flags, message in (
+        ([*one, "--control-image", picture], "height and width are for ControlAR's models of several resolutions"),
+        (line(text_files, *words, "--control-image", picture), "height and width are for ControlAR's"),
+        (several, "--height and --width go together, and with --control-image"),
+        (line(text_files, *words[:-2], "--control-image", picture), "--height and --width go together"),
+        ([*several, "--control-image", picture, "--width", 22], "give sides that are multiples of 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_here(sample_t2i, *flags)
 
 
 def test_negative_prompt_reaches_the_images_of_both_scripts(text_files, tmp_path):
