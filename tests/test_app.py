@@ -425,7 +425,7 @@ def page(small_files, tmp_path_factory):
 def visitor(page: Page, **settings):
     from gradio_client import Client
 
-    return Client(page.address, verbose=False, download_files=False, **settings)
+    return Client(page.address, verbose=False, download_files=False, httpx_kwargs={"timeout": PATIENCE}, **settings)
 
 
 def asked(asked="3", count=1, seed=0, fresh=False) -> list:

@@ -125,6 +125,8 @@ def test_what_the_engine_is_asked_past_the_check(running, small_files):
 
 
 def test_closing_a_request_gives_its_place_up(running, small_files):
+    unfinished = running.engine._engine.output_processor.get_num_unfinished_requests
+
     async def hang_up(request: Request) -> None:
         stream = running.engine.generate(request)
         async for tokens in stream:
@@ -134,13 +136,15 @@ def test_closing_a_request_gives_its_place_up(running, small_files):
 
     async def cancelled() -> None:
         task = asyncio.ensure_future(hang_up(GREEDY[0]))
-        await asyncio.sleep(0.01)
+        while not (task.done() or unfinished()):
+            await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         await asyncio.gather(*map(hang_up, GREEDY))
-        await asyncio.sleep(0.2)
-        assert running.engine._engine.output_processor.get_num_unfinished_requests() == 0
+        async with asyncio.timeout(120):
+            while unfinished():
+                await asyncio.sleep(0.01)
 
     running.runner.run(cancelled())
     assert running.draw(GREEDY[:5]) == running.expected(small_files.vq, GREEDY[:5])
@@ -187,5 +191,5 @@ def test_images_of_several_processes_are_the_pipelines_and_none_outlives_the_eng
         begun = [each for each in children if "resource_tracker" not in " ".join(each.cmdline())]
     finally:
         engine.close()
-    _, alive = psutil.wait_procs(begun, timeout=20)
+    _, alive = psutil.wait_procs(begun, timeout=120)
     assert begun and not [each for each in alive if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_prompts(files, small_files, monkeypatch):
                 return await asyncio.gather(*(ask(client, i) for i in range(16)))
 
         images = asyncio.run(everything())
-        refused = httpx.post(server.url + IMAGES, json={"class_label": 3})
+        refused = httpx.post(server.url + IMAGES, json={"class_label": 3}, timeout=120)
         assert refused.status_code == 400 and "prompt" in refused.json()["error"]["message"]
         assert server.end() == 0
         told, others = server.events(), [line for line in server.lines if not line.startswith("{")]
@@ -96,12 +97,19 @@ def descendants(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
+def words_of(process: psutil.Process) -> str:
+    """The command line of a process, nothing of one that has ended meanwhile."""
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
+
+
 def wait_for_engine(server: subprocess.Popen, seconds: float = 400) -> None:
     """Returns once the engine's process exists."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         assert server.poll() is None
-        if any("multiprocessing.spawn" in " ".join(child.cmdline()) for child in descendants(server.pid)):
+        if any("multiprocessing.spawn" in words_of(child) for child in descendants(server.pid)):
             return
         time.sleep(0.05)
     raise TimeoutError("no engine")
@@ -121,7 +129,7 @@ def test_server_that_ends_while_its_engine_starts_leaves_no_process(small_files,
             server.wait(120)
         finally:
             server.kill()
-    _, alive = psutil.wait_procs(left, timeout=60)
+    _, alive = psutil.wait_procs(left, timeout=120)
     assert not alive
 
 
@@ -132,5 +140,5 @@ def test_killed_server_leaves_no_engine_even_a_stopped_one(small_files):
         assert left
         left[-1].suspend()
         server.process.kill()
-        _, alive = psutil.wait_procs(left, timeout=60)
+        _, alive = psutil.wait_procs(left, timeout=120)
         assert not alive
