@@ -7,13 +7,11 @@ import pytest
 from PIL import Image
 
 from dataset.folders import class_folders, find_images, flat_folder, nested_folder
-from tools import openimage_json
 
 READERS = {
     "class": class_folders,
     "nested": nested_folder,
     "evaluation": find_images,
-    "list": openimage_json.list_images,
 }
 
 
