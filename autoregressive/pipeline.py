@@ -626,19 +626,12 @@ class ImagePipeline:
                 if chosen_masks is not None:
                     negative_masks[name] = masks[name].clone()
                     negative_masks[name][given] = chosen_masks
-        known = None
-        if any(each.known is not None for each in requests):
-            whole = torch.full((self.gpt.layout.tokens,), -1)
-            known = torch.stack([whole if each.known is None else torch.as_tensor(each.known) for each in requests])
-        orders = [self.order(each) for each in requests]
-        ordered = any(order is not None for order in orders)
+        known = [None if each.known is None else torch.as_tensor(each.known) for each in requests]
         return {
             "cond": values,
             "emb_masks": _prefix_mask(values, masks, self.gpt.conditions),
-            "known": known,
-            "orders": torch.stack([self.gpt.layout.order if order is None else order for order in orders])
-            if ordered
-            else None,
+            "known": _stacked(known, torch.full((self.gpt.layout.tokens,), -1)),
+            "orders": _stacked([self.order(each) for each in requests], self.gpt.layout.order),
             "negative": negatives or None,
             "negative_masks": _prefix_mask(values, negative_masks, self.gpt.conditions) if negatives else None,
         }
@@ -773,6 +766,12 @@ def _each(given: Any, count: int) -> list:
     is_one = isinstance(given, int | float | str | Path | Tensor | np.ndarray)
     values = [given] * count if is_one else list(given)
     return [None if isinstance(value, str) and not value.strip() else value for value in values]
+
+
+def _stacked(rows: Sequence[Tensor | None], default: Tensor) -> Tensor | None:
+    """Stack rows, the default in place of those that are not given; None where none is."""
+    given = any(row is not None for row in rows)
+    return torch.stack([default if row is None else row for row in rows]) if given else None
 
 
 def _feature_file(features: Features | None) -> Tensor | np.ndarray | Path | None:

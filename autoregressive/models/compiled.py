@@ -56,18 +56,8 @@ def compiled_decode_rows() -> Decode:
 
 
 def decode_rows_up_to(
-    model: Trunk,
-    tokens: Tensor,
-    rows: Rows,
-    up_to: Tensor,
-    mask: Tensor | None,
-    *more: Any,
+    model: Trunk, tokens: Tensor, rows: Rows, up_to: Tensor, mask: Tensor | None, *more: Any
 ) -> Tensor:
     """Compute decode_rows with as many rows to attend to as `up_to` has."""
-    return decode_rows(
-        model,
-        tokens,
-        Rows(rows.cache, rows.positions, up_to.shape[0], rows.layout, rows.orders, rows.context),
-        mask,
-        *more,
-    )
+    places = Rows(rows.cache, rows.positions, up_to.shape[0], rows.layout, rows.orders, rows.context)
+    return decode_rows(model, tokens, places, mask, *more)

@@ -13,14 +13,7 @@ import torch
 from autoregressive.class_names import class_choice, class_names, find_class
 from autoregressive.models.compiled import can_compile
 from autoregressive.models.trunk import Trunk
-from autoregressive.pipeline import (
-    PRECISIONS,
-    ImagePipeline,
-    control_column,
-    load_gpt,
-    load_tokenizer_of,
-    tokenizer_of,
-)
+from autoregressive.pipeline import PRECISIONS, ImagePipeline, control_column, load_gpt, load_tokenizer_of, tokenizer_of
 from autoregressive.quantization import quantize, require_torchao
 from autoregressive.released import flags_of
 from autoregressive.request import Request
@@ -252,25 +245,16 @@ def build_pipeline(
         )
     if quantized:
         quantize(gpt)
-    compile = args.compile and compiles(device, images)
-    draft = None
+    settings = {**(text or {}), "compile": args.compile and compiles(device, images), "batch_size": batch_size}
     if getattr(args, "draft_gpt", None):
-        draft = load_gpt(
+        settings["draft_gpt"] = load_gpt(
             find_checkpoint(args.draft_gpt),
             device=device,
             dtype=weights_dtype(args.precision, device),
             untold_image_size=gpt.layout.grid_size * tokenizer.downsample,
             downsample_size=tokenizer.downsample,
         )
-    pipeline = ImagePipeline(
-        gpt,
-        tokenizer,
-        batch_size=batch_size,
-        compile=compile,
-        window=getattr(args, "window", None),
-        draft_gpt=draft,
-        **(text or {}),
-    )
+    pipeline = ImagePipeline(gpt, tokenizer, window=getattr(args, "window", None), **settings)
     told = {**tokenizer.flags, **flags_of(gpt.args.identity), "image_size": pipeline.image_size}
     if told["ar_token_num"] == 1:
         del told["ar_token_num"], told["spe_token_num"]  # folders of raster images record that they were not given

@@ -27,7 +27,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
     parser = editing_flags(__doc__, "edit_c2i.png", "class")
     parser.add_argument("--label", required=True, help="class of the picture, by name or number")
     return parser

@@ -30,7 +30,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
     parser = editing_flags(__doc__, "edit_t2i.png", "prompt")
     add_flag(parser, "--prompt", None, None, "what the picture shows")
     add_flag(parser, "--prompt-file", None, None, "a text file with the prompt on its one line, in its place")

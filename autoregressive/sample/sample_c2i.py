@@ -26,7 +26,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
     parser = grid_flags(__doc__, "sample_c2i.png", "class")
     add_batch_size_flag(parser)
     return parser

@@ -26,6 +26,7 @@ def main(args: argparse.Namespace) -> None:
     from autoregressive.sample.many import draw_missing, run_settings, unrecorded
     from utils.distributed import start
     from utils.images import write_image_npz
+    from utils.rng import image_label
     from utils.sample_folder import claim_folder, read_images
 
     if args.gpt_type != "c2i":
@@ -49,7 +50,8 @@ def main(args: argparse.Namespace) -> None:
         return class_requests(args, pipeline.gpt, [labels[i] for i in mine], mine, args.global_seed)
 
     count = args.num_fid_samples
-    labels = [image_class(args, i) for i in range(count)]
+    classes = args.num_classes
+    labels = [i % classes if args.balanced else image_label(args.global_seed, i, classes) for i in range(count)]
     draw_missing(args, pipeline, dist, png, count, requests, args.image_size_eval)
     if dist.is_main and args.npz:
         target = folder.with_name(folder.name + ".npz")
@@ -74,15 +76,7 @@ def is_gathered(target: Path, folder: Path, labels: list[int]) -> bool:
         return archive["arr_1"].tolist() == labels
 
 
-def image_class(args: argparse.Namespace, index: int) -> int:
-    """The class of image `index`: drawn from the seed, or with --balanced each in turn."""
-    from utils.rng import image_label
-
-    return index % args.num_classes if args.balanced else image_label(args.global_seed, index, args.num_classes)
-
-
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
     parser = many_flags(__doc__, "class", folder="samples", images=50000, npz=True)
     parser.add_argument("--balanced", action="store_true", help="classes in turn instead of at random")
     return parser

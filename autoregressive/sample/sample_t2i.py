@@ -31,7 +31,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
     parser = grid_flags(__doc__, "sample_t2i.png", "prompt")
     for side in ("height", "width"):
         help = f"pixels: the {side} of images by control images, of models of several resolutions (default: that of the model's square)"

@@ -89,7 +89,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
     parser = many_flags(__doc__, "prompt", folder="samples_parti", images=30000, npz=False)
     help = "a table with tabs between its columns, one of which is named Prompt"
     parser.add_argument("--prompt-csv", default="evaluations/t2i/PartiPrompts.tsv", help=help)

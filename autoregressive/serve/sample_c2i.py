@@ -23,7 +23,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
     parser = grid_flags(__doc__, "sample_c2i_vllm.png", "class", files_required=True)
     add_vllm_flags(parser)
     return parser

@@ -26,7 +26,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    """The script's flags."""
     parser = grid_flags(__doc__, "sample_t2i_vllm.png", "prompt", files_required=True)
     add_vllm_flags(parser)
     return parser

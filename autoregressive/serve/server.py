@@ -325,7 +325,6 @@ async def start_vllm(args: argparse.Namespace) -> tuple:
 
 
 def flags() -> argparse.ArgumentParser:
-    """Return the server's flags."""
     parser = flag_parser(__doc__)
     add_gpt_file_flags(parser)
     help = "tokenizer weights: a file, a run's folder, or a released file's name (default: the GPT's, found near it)"

@@ -150,12 +150,7 @@ def _require_shape(args: argparse.Namespace, weights: Checkpoint, path: Any) -> 
 
 
 def _class_rows(
-    rows: str,
-    saved: Tensor,
-    model: Trunk,
-    before: Sequence[str] | None,
-    now: Sequence[str] | None,
-    path: Any,
+    rows: str, saved: Tensor, model: Trunk, before: Sequence[str] | None, now: Sequence[str] | None, path: Any
 ) -> tuple[Tensor, str]:
     """Return the class table that a run begins with, float32 (classes + 1, dim), and a line about it.
 

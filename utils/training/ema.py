@@ -30,9 +30,8 @@ class EMA:
         self.averages = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [local(t) for t in self.averages.values()], [
-            local(p.detach()) for p in self.model.parameters() if p.requires_grad
-        ]
+        weights = [local(p.detach()) for p in self.model.parameters() if p.requires_grad]
+        return [local(t) for t in self.averages.values()], weights
 
     @torch.no_grad()
     def update(self, decay: float | None = None) -> None:

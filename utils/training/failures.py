@@ -55,12 +55,9 @@ class FiniteWatch:
             if event:
                 event.synchronize()
             self._pending.popleft()
-            bad = [
-                NotFinite(step, part, name, value)
-                for (name, part), value in zip(names, numbers.tolist(), strict=True)
-                if not isfinite(value)
-            ]
-            self._found = bad[0] if bad else None
+            found = zip(names, numbers.tolist(), strict=True)
+            bad = (NotFinite(step, part, name, value) for (name, part), value in found if not isfinite(value))
+            self._found = next(bad, None)
         return self._found
 
 

@@ -124,24 +124,20 @@ def _peak_memory(device: torch.device) -> float:
 def format_means(values: dict[str, float]) -> tuple[str, str]:
     """Return the loss for a log line, and the other means that follow it. A loss that is switched off is 0 throughout."""
     loss = next(name for name in ("loss", "generator_loss", *values) if name in values)
-    rest = (
-        f"{name}: {value:.4f}, "
-        for name, value in values.items()
-        if name != loss and (value or not name.endswith(("_loss", "adversarial_weight")))
-    )
-    return f"{values[loss]:.4f}", "".join(rest)
+    shown = {k: v for k, v in values.items() if k != loss and (v or not k.endswith(("_loss", "adversarial_weight")))}
+    return f"{values[loss]:.4f}", "".join(f"{name}: {value:.4f}, " for name, value in shown.items())
 
 
 def format_window(values: dict[str, float]) -> str:
     """Format the figures of a window for a log line, after its steps per second."""
-    parts = [f"images/sec: {values['images_per_second']:,.0f}"]
-    if "tokens_per_second" in values:
-        parts.append(f"tokens/sec: {values['tokens_per_second']:,.0f}")
-    if "mfu" in values:
-        parts.append(f"mfu: {values['mfu']:.1%}")
-    parts.append(f"data wait: {values['data_wait']:.0%}")
-    parts.append(f"memory: {values['peak_memory_gib']:.2f} GiB")
-    return ", ".join(parts)
+    forms = {
+        "images_per_second": "images/sec: {:,.0f}",
+        "tokens_per_second": "tokens/sec: {:,.0f}",
+        "mfu": "mfu: {:.1%}",
+        "data_wait": "data wait: {:.0%}",
+        "peak_memory_gib": "memory: {:.2f} GiB",
+    }
+    return ", ".join(form.format(values[name]) for name, form in forms.items() if name in values)
 
 
 def format_seconds(seconds: float) -> str:

@@ -56,16 +56,9 @@ class Parallel:
     @classmethod
     def from_args(cls, args: Namespace, dist: Distributed, compile: bool) -> "Parallel":
         """Return the plan that --data-parallel and the flags beside it ask for. Raises ValueError for a group that does not fit."""
-        return cls(
-            dist,
-            args.data_parallel,
-            args.mixed_precision,
-            args.grad_precision,
-            compile,
-            args.activation_checkpointing,
-            args.shard_size,
-            args.sync_every_micro_batch,
-        )
+        names = ("grad_precision", "activation_checkpointing", "shard_size", "sync_every_micro_batch")
+        given = {name: getattr(args, name) for name in names}
+        return cls(dist, args.data_parallel, args.mixed_precision, compile=compile, **given)
 
     def __post_init__(self) -> None:
         if self.strategy == "hsdp" and self.dist.world_size % self.group_size:

@@ -47,10 +47,8 @@ def resume(state: TrainingState, run: Run, args: Namespace, dist: Distributed, l
         changed = ", ".join(run.changed_flags(args))
         flags = f"the flags it began with (other now: {changed or 'none'})"
         _require_same(saved, state, (*_ORIGIN, "codes"), args, "give the run's own data, or leave out --resume", log)
-        remedy = f"give {flags}, or leave out --resume"
-        _require_same(
-            saved, state, ("layout", "conditions", "objective", "reference", "lora", "base"), None, remedy, log
-        )
+        made_by = ("layout", "conditions", "objective", "reference", "lora", "base")
+        _require_same(saved, state, made_by, None, f"give {flags}, or leave out --resume", log)
         try:
             _take(saved, state, args, log)
         except ValueError as error:

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,12 +92,10 @@ def _new_folder(results: Path, name: str) -> Path:
     number = max((int(run.folder.name.partition("-")[0]) for run in runs_in(results)), default=-1) + 1
     while True:
         folder = results / f"{number:03d}-{name}"
-        try:
+        with suppress(FileExistsError):
             folder.mkdir()
-        except FileExistsError:
-            number += 1
-        else:
             return folder
+        number += 1
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:

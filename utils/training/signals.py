@@ -90,11 +90,8 @@ class Agreement:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0][:200]
         time.sleep(ALONE_FOR)
-        print(
-            f"error: process {self.dist.rank} lost the others ({reason}); rerun with --resume",
-            file=sys.stderr,
-            flush=True,
-        )
+        what = f"error: process {self.dist.rank} lost the others ({reason})"
+        print(f"{what}; rerun with --resume", file=sys.stderr, flush=True)
         os._exit(1)
 
     def exchange(self, *flags: bool) -> tuple[bool, ...]:

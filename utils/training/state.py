@@ -193,9 +193,8 @@ class Saver:
         if self.state.sharded:
             self._job = self._save_folder(f"{self.state.step:07d}")
         elif self.dist.is_main:
-            content = self.state.file_content(self.args)
-            write = lambda path: save_checkpoint(path, content)  # noqa: E731
-            self._job = self._thread.submit(self._into_stores, f"{self.state.step:07d}.pt", write)
+            content, name = self.state.file_content(self.args), f"{self.state.step:07d}.pt"
+            self._job = self._thread.submit(self._into_stores, name, lambda path: save_checkpoint(path, content))
 
     def poll(self) -> None:
         """Tell of a checkpoint that has been written meanwhile, or could not be."""

@@ -213,7 +213,8 @@ class Trainer:
             self.means.add(logs)
         self.scaler.unscale_(phase.optimizer)
         parameters = parameters_of([phase.optimizer])
-        norm = _gradient_norm(parameters)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # over all shards
         if self.args.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
         if self.scaler.is_enabled():  # which skips steps that float16 cannot hold: they have no norm to speak of
@@ -359,9 +360,3 @@ class Trainer:
         asked = next((name for name in self.dist.gather(signals.asked and signals.asked.name) if name), "a signal")
         self.log.info(f"stopped by {asked} after step {self.step} of {self.total_steps}; --resume continues from there")
         return True
-
-
-def _gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
-    """Return the norm of all gradients together, over all shards."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

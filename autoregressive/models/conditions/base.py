@@ -81,7 +81,10 @@ class Condition(nn.Module):
 
     def dropped(self, value: Tensor, drop: Tensor | None) -> Tensor:
         """Return the value with the null in place of the samples that `drop`, bool (B,), marks."""
-        return value if drop is None else drop_samples(value, self.null(value), drop)
+        if drop is None:
+            return value
+        null, marked = self.null(value), drop.to(value.device, torch.bool).view(-1, *[1] * (value.dim() - 1))
+        return null.where(marked, value.to(null.dtype))
 
     def reset(self, normal: Callable[[Tensor, float], None], std: float) -> None:
         """Give parameters and buffers that are neither of a linear nor of an embedding layer their initial values."""
@@ -96,11 +99,6 @@ class ControlImage:
 
     picture: Any  # a PIL image of any size; or an image of the model's size, uint8 (3, H, W) or (1, H, W), or features
     kind: str | None = None  # of the control that is made of it, where that is not the model's
-
-
-def drop_samples(value: Tensor, null: Tensor, drop: Tensor) -> Tensor:
-    """Return `value` with `null` where `drop`, bool (B,), is set."""
-    return null.where(drop.to(value.device, torch.bool).view(-1, *[1] * (value.dim() - 1)), value.to(null.dtype))
 
 
 register_condition = CONDITIONS.register
