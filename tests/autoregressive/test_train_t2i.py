@@ -383,13 +383,15 @@ def store_controls(data, folder):
 def test_several_resolutions_are_trained_resumed_to_the_bit_and_drawn(data, tmp_path, monkeypatch):
     control = ["--control-type", "canny", "--control-encoder", "vit,width=16,layers=1,heads=2,positions=4"]
     flags = [*control, "--random-sides", 8, 24, *held_out(data)[:4]]
-    seen, encode = [], text_data.encode
-    monkeypatch.setattr(text_data, "encode", lambda vq, x, *a: seen.append((x.shape, encode(vq, x, *a))) or seen[-1][1])
+    seen, encode = [], text_data.encode_views
+    monkeypatch.setattr(
+        text_data, "encode_views", lambda vq, x, *a: seen.append((x[:, 0].shape, encode(vq, x, *a))) or seen[-1][1]
+    )
     whole = train(data, tmp_path / "whole", *flags, "--max-steps", 6, kind="images")
     squares, trained = seen[:1], [(tuple(shape[2:]), codes) for shape, codes in seen[1:7]]
     sides = RandomSides(8, 24, 4, 16, seed=0)
     assert [shape for shape, _ in trained] == [sides(step) for step in range(6)] and len({*map(sides, range(6))}) > 2
-    assert all(codes.shape == (16, h * w // 16) for (h, w), codes in trained)
+    assert all(codes.shape == (16, 1, h * w // 16) for (h, w), codes in trained)
     assert {tuple(shape[2:]) for shape, _ in squares + seen[7:]} == {(16, 16)}, "those shown and held out"
     parts = train(data, tmp_path / "parts", *flags, "--max-steps", 3, kind="images")
     train(data, parts, *control, *held_out(data)[:4], "--max-steps", 6, "--resume", kind="images")
