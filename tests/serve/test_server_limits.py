@@ -455,7 +455,7 @@ def test_server_without_descriptors_says_so_once(caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(1000):
             handle(None, {"message": "socket.accept() out of system resource", "exception": OSError(24, "too many")})
-    assert len(caplog.records) == 1
+    assert [record.name for record in caplog.records].count(draining.log.name) == 1
 
 
 SIGNALLED = """
