@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dataset.arrays import PairArrays
-from dataset.augmentation import center_crop_arr, random_crop_arr, to_tensor
+from dataset.augmentation import center_view, random_view
 from dataset.code_files import TEXT_EXTRACTION, ShardFolder
 from dataset.images import Unusable
 from dataset.lines import CaptionLines, ImageLines, compare_folder, digest_all, recorded_digest, recorded_maker
@@ -197,17 +197,11 @@ class TextImages(PairItems):
         for name, value in item.items():
             if value is None:
                 raise Unusable(f"no {'caption features' if name == 'caption' else name}")
-        return item if self.codes is not None else item | {"image": self._crop(index)}
-
-    def _crop(self, index: int) -> Tensor:
-        """Return the crop (3, H, W) of a pair's image. Raises Unusable."""
-        crop = random_crop_arr if self.random_crop else center_crop_arr
-        return self.pixels(
-            lambda: self.pairs.image_file(index),
-            index,
-            lambda image: to_tensor(crop(image, self.image_size)),
-            self.image_size,
-        )
+        if self.codes is None:
+            crop = partial(random_view, flip=False) if self.random_crop else center_view
+            crop = partial(crop, image_size=self.image_size)
+            item["image"] = self.pixels(lambda: self.pairs.image_file(index), index, crop, self.image_size)
+        return item
 
     def _caption(self, index: int, stem: str, line: int) -> Tensor | None:
         found = None

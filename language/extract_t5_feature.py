@@ -13,6 +13,7 @@ the sampling scripts.
 """
 
 import argparse
+import os
 
 from dataset.flags import add_extraction_flags, add_pairs_flags
 from dataset.pairs import CAPTION_KEYS
@@ -24,16 +25,18 @@ def main(args: argparse.Namespace) -> None:
 
     from dataset.sources import chosen_files, open_pairs
     from language.extraction import DTYPES, MAX_LENGTH, extract
-    from language.prompts import open_prompts
-    from language.t5 import T5Embedder, find_t5, without_fork_warnings
+    from language.prompts import PromptList, read_prompts
+    from language.t5 import T5Embedder, find_t5
     from utils.distributed import start
     from utils.logger import console_logger
 
-    without_fork_warnings()
+    # Loader processes are forked from this one, which has used the tokenizer's threads, and each has its own.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     dist = start(args.device)
     log = console_logger("dataset", dist.is_main)
     with dist.main_first():
-        pairs = open_prompts(args.data_path) or open_pairs(args.data_path, args.index_path)
+        path = args.data_path
+        pairs = PromptList(path, read_prompts(path)) if os.path.isfile(path) else open_pairs(path, args.index_path)
         folder = find_t5(args.t5_model_path, args.t5_model_type)
     chosen = chosen_files(pairs, args.data_start, args.data_end)
     dtype = getattr(torch, DTYPES[args.precision])

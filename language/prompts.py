@@ -121,11 +121,6 @@ class PromptList:
         return f"prompt {index} (from 0) of {self.path}"
 
 
-def open_prompts(path: str | Path) -> PromptList | None:
-    """Return the prompts of a file, a table or a line each; None where the path is no file. Raises as the readers do."""
-    return PromptList(path, read_prompts(path)) if Path(path).is_file() else None
-
-
 class PromptFeatures:
     """The features of every prompt of a file, packed or in the published layout, by the prompt's number.
 

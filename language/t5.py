@@ -8,7 +8,6 @@ Features are right-padded, as the tokenizer pads; what stands in the padding is 
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -234,8 +233,3 @@ def _digest(tokenizer: "PreTrainedTokenizerBase", values: Sequence[Tensor]) -> s
     for value in values:
         digest.update(value.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def without_fork_warnings() -> None:
-    """Keep the tokenizer's threads off: loader processes are forked from one that has used it, and each has its own."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

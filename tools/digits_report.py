@@ -33,24 +33,20 @@ def of_classes(args: argparse.Namespace) -> dict:
     """Return the figures of a tokenizer and of samples by class; draws reconstructions.png and samples.png."""
     import numpy as np
 
-    from autoregressive.pipeline import load_gpt
     from autoregressive.train.evaluation import mean_loss
     from dataset.codes import open_codes
-    from tokenizer.load import load_tokenizer
     from tools.digits import Judge
-    from tools.stages import newest_file, reconstruct
+    from tools.stages import models_of, newest_file, reconstruct
     from utils.distributed import start
-    from utils.images import make_grid, peak_signal_to_noise_ratio, save_png
-    from utils.runs import find_checkpoint
+    from utils.images import make_grid, save_png
 
     for flag in ("codes", "gpt_ckpt", "vq_ckpt"):
         if getattr(args, flag) is None:
             raise ValueError(f"--{flag.replace('_', '-')} is needed, or --prompts for digits asked for in words")
     output, dist, judge = Path(args.output), start("cpu"), Judge(args.digits)
-    gpt = load_gpt(find_checkpoint(args.gpt_ckpt))
-    tokenizer = load_tokenizer(find_checkpoint(args.vq_ckpt), fingerprint=gpt.file_config.get("tokenizer"))
+    gpt, tokenizer = models_of(args)
     originals = judge.held_images
-    recons, codes = reconstruct(tokenizer, originals)
+    recons, codes, psnr = reconstruct(tokenizer, originals)
     shown = np.random.default_rng(0).permutation(len(originals))[:16]
     save_png(make_grid(np.concatenate([originals[shown], recons[shown]]), columns=16), output / "reconstructions.png")
 
@@ -58,9 +54,8 @@ def of_classes(args: argparse.Namespace) -> dict:
         samples, asked = archive["arr_0"], archive["arr_1"]
     rows = [np.flatnonzero(asked == digit)[:10] for digit in range(10)]
     save_png(make_grid(samples[np.concatenate(rows)], columns=10), output / "samples.png")
-    ratios = [peak_signal_to_noise_ratio(a, b) for a, b in zip(originals, recons, strict=True)]
     return {
-        "psnr_held_out_db": float(np.mean(ratios)),
+        "psnr_held_out_db": psnr,
         "codebook_usage_held_out": len(np.unique(codes)) / tokenizer.codebook_size,
         "nll_held_out_nats_per_token": mean_loss(gpt, open_codes(args.codes, random_view=False), 64, dist),
         **judge.figures(samples, asked),

@@ -22,10 +22,13 @@ def main(args: argparse.Namespace) -> None:
     from matplotlib.figure import Figure
 
     from utils.files import atomic_write
+    from utils.runs import runs_in
 
-    folders = [folder_of(name) for name in args.runs]
+    # A results folder stands for its newest run.
+    folders = [found[0].folder if (found := runs_in(name)) else Path(name) for name in args.runs]
     curves = {folder: read_curves(folder / "metrics.jsonl") for folder in folders}
-    panels = {name: [folder for folder in curves if is_drawn(curves[folder].get(name))] for name in args.metrics}
+    # A loss that is switched off is 0 throughout.
+    panels = {name: [one for one in curves if any(v for _, v in curves[one].get(name, ()))] for name in args.metrics}
     panels = {name: runs for name, runs in panels.items() if runs}
     if not panels:
         there = ", ".join(sorted(set().union(*curves.values()))) or "nothing yet"
@@ -43,19 +46,6 @@ def main(args: argparse.Namespace) -> None:
     with atomic_write(args.output) as f:
         figure.savefig(f, format="png", dpi=100)
     print(f"wrote {args.output}")
-
-
-def folder_of(name: str) -> Path:
-    """Return a run's folder; a results folder stands for its newest run."""
-    from utils.runs import runs_in
-
-    newest = runs_in(name)
-    return newest[0].folder if newest else Path(name)
-
-
-def is_drawn(points: list[tuple[int, float]] | None) -> bool:
-    """Tell whether there is a curve: a loss that is switched off is 0 throughout."""
-    return any(value for _, value in points or ())
 
 
 def labels(folders: list[Path]) -> list[str]:

@@ -27,13 +27,19 @@ COCO_MEMBER = "annotations/captions_val2014.json"
 def main(args: argparse.Namespace) -> None:
     from language.prompts import read_prompt_table
     from utils.download import download
+    from utils.files import atomic_write
 
     output = Path(args.output or TABLES[args.table])
     if args.table == "parti":
         download(PARTI_URL, output, "PartiPrompts")
     else:
         source = args.annotations or download(COCO_URL, FOLDER / "annotations_trainval2014.zip", "COCO's annotations")
-        write_table(output, captions_of_images(read_annotations(Path(source)), args.count, args.seed))
+        captions = captions_of_images(read_annotations(Path(source)), args.count, args.seed)
+        text = io.StringIO()
+        rows = csv.writer(text, delimiter="\t", lineterminator="\n")
+        rows.writerows([("Prompt", "image_id"), *((caption, image) for image, caption in captions)])
+        with atomic_write(output) as f:
+            f.write(text.getvalue().encode())
     print(f"{output}: {len(read_prompt_table(output))} prompts")
 
 
@@ -67,17 +73,6 @@ def captions_of_images(annotations: list[dict], count: int, seed: int) -> list[t
         chosen = sorted(random.Random(seed).sample(list(first), count))
         first = {image: first[image] for image in chosen}
     return list(first.items())
-
-
-def write_table(path: Path, captions: list[tuple[int, str]]) -> None:
-    """Writes a table with tabs between the columns Prompt and image_id."""
-    from utils.files import atomic_write
-
-    text = io.StringIO()
-    rows = csv.writer(text, delimiter="\t", lineterminator="\n")
-    rows.writerows([("Prompt", "image_id"), *((caption, image) for image, caption in captions)])
-    with atomic_write(path) as f:
-        f.write(text.getvalue().encode())
 
 
 def flags() -> argparse.ArgumentParser:

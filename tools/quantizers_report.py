@@ -21,20 +21,18 @@ def main(args: argparse.Namespace) -> None:
     from tokenizer.load import load_tokenizer
     from tools.stages import last_held_out_loss, reconstruct
     from utils.files import atomic_write
-    from utils.images import peak_signal_to_noise_ratio
     from utils.runs import find_checkpoint
 
     images = np.stack([np.asarray(load_rgb(path)) for path in sorted(Path(args.images).rglob("*.png"))])
     lines = ["| quantiser | codes | in use | PSNR, dB | nats a code | nats an image |", "|---|---|---|---|---|---|"]
     for run in map(Path, args.runs):
         tokenizer = load_tokenizer(find_checkpoint(run / "tokenizer"))
-        recons, codes = reconstruct(tokenizer, images)
-        ratio = np.mean([peak_signal_to_noise_ratio(a, b) for a, b in zip(images, recons, strict=True)])
+        _, codes, psnr = reconstruct(tokenizer, images)
         used = np.unique(np.concatenate([part.ravel() for part, *_ in ShardFolder(run / "codes_train").parts()]))
         nats = last_held_out_loss(str(run / "gpt"))
         lines.append(
             f"| {tokenizer.identity['quantizer']['name']} | {tokenizer.codebook_size:,} | {len(used) / tokenizer.codebook_size:.0%} "
-            f"| {ratio:.2f} | {nats:.2f} | {nats * codes[0].size:.0f} |"
+            f"| {psnr:.2f} | {nats:.2f} | {nats * codes[0].size:.0f} |"
         )
     print(text := "\n".join(lines))
     with atomic_write(Path(args.output) / "table.md") as f:

@@ -21,6 +21,7 @@ from evaluations.published import BYTES, FIGURES, GRAPH, REFERENCE_IMAGES, ROWS,
 from tools import steps
 from tools.stages import newest_file
 from utils.cli import flag_parser, nonnegative_int, positive_int, run_script
+from utils.files import atomic_write, write_json
 from utils.hub import RELEASED, WEIGHTS
 
 # Flags of the scripts that do not change what is measured: another seed draws other images of the same kind.
@@ -53,7 +54,12 @@ def main(args: argparse.Namespace) -> None:
     report = steps.evaluate(
         reference or cropped[0], samples, processes, graph=graph, task=row.task, device=given.get("--device")
     )
-    write_result(Path(args.output) / row.name, row, result_of(row, departures(row, args, given), report))
+    folder, result = Path(args.output) / row.name, result_of(row, departures(row, args, given), report)
+    text = "\n".join(result_lines(row, result)) + "\n"
+    write_json(folder / "result.json", result)
+    with atomic_write(folder / "result.md") as f:
+        f.write(text.encode())
+    print(f"\n{text}\nwrote {folder / 'result.md'} and {folder / 'result.json'}")
 
 
 def check_flags(row: Row, args: argparse.Namespace, given: dict[str, str]) -> None:
@@ -141,17 +147,6 @@ def result_of(row: Row, reasons: list[str], report: dict[str, Any]) -> dict[str,
         "evaluation": report["path"],
         "protocol": protocol,
     }
-
-
-def write_result(folder: Path, row: Row, result: dict[str, Any]) -> None:
-    """Print the table and write it to result.md, and everything to result.json."""
-    from utils.files import atomic_write, write_json
-
-    text = "\n".join(result_lines(row, result)) + "\n"
-    write_json(folder / "result.json", result)
-    with atomic_write(folder / "result.md") as f:
-        f.write(text.encode())
-    print(f"\n{text}\nwrote {folder / 'result.md'} and {folder / 'result.json'}")
 
 
 def result_lines(row: Row, result: dict[str, Any]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Leftovers of the stages of scripts/quickstart.sh, for the reports: the samples, losses, and the seconds of each stage."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from utils.files import atomic_write
 if TYPE_CHECKING:
     import numpy as np
 
+    from autoregressive.models.trunk import Trunk
     from tokenizer.base import Tokenizer
 
 
@@ -50,17 +52,28 @@ def stage_seconds(path: Path) -> dict[str, float]:
     return {**seconds, "total": sum(seconds.values())}
 
 
-def reconstruct(tokenizer: "Tokenizer", images: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
-    """Return what a tokenizer makes of images, uint8 (n, H, W, 3), and their codes (n, h, w)."""
+def models_of(args: Namespace) -> "tuple[Trunk, Tokenizer]":
+    """Load the GPT of --gpt-ckpt, and its tokenizer of --vq-ckpt."""
+    from autoregressive.pipeline import load_gpt
+    from tokenizer.load import load_tokenizer
+    from utils.runs import find_checkpoint
+
+    gpt = load_gpt(find_checkpoint(args.gpt_ckpt))
+    return gpt, load_tokenizer(find_checkpoint(args.vq_ckpt), fingerprint=gpt.file_config.get("tokenizer"))
+
+
+def reconstruct(tokenizer: "Tokenizer", images: "np.ndarray") -> "tuple[np.ndarray, np.ndarray, float]":
+    """Return what a tokenizer makes of images, uint8 (n, H, W, 3), their codes (n, h, w), and the mean PSNR in dB."""
     import numpy as np
     import torch
 
-    from utils.images import to_uint8
+    from utils.images import peak_signal_to_noise_ratio, to_uint8
 
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     codes = torch.cat([tokenizer.to_codes(part) for part in pixels.split(64)])
     recons = np.concatenate([to_uint8(tokenizer.to_pixels(part)) for part in codes.split(64)])
-    return recons, codes.numpy()
+    ratios = [peak_signal_to_noise_ratio(a, b) for a, b in zip(images, recons, strict=True)]
+    return recons, codes.numpy(), float(np.mean(ratios))
 
 
 def last_held_out_loss(results: str) -> float:

@@ -203,22 +203,12 @@ def _elementwise(function: Callable[..., Tensor]) -> Callable[..., Compute]:
     return make
 
 
-def _mean(node: NodeDef, held: Held, device: torch.device) -> Compute:
-    axes, keep = held[1].flatten().tolist(), node.attr["keep_dims"].b
-    return lambda x: x.mean(axes, keepdim=keep)
-
-
-def _concat(node: NodeDef, held: Held, device: torch.device) -> Compute:
-    axis = int(held[0])
-    return lambda *values: torch.cat(values, axis)
-
-
 OPERATIONS: dict[str, Callable[[NodeDef, Held, torch.device], Compute]] = {
     "AvgPool": _pool,
-    "Concat": _concat,
+    "Concat": lambda node, held, device: lambda *values: torch.cat(values, int(held[0])),
     "Conv2D": lambda node, held, device: _convolution(node, held[1], None, device),
     "MaxPool": _pool,
-    "Mean": _mean,
+    "Mean": lambda node, held, device: lambda x: x.mean(held[1].flatten().tolist(), node.attr["keep_dims"].b),
     "Mul": _elementwise(torch.mul),
     "Relu": _elementwise(torch.relu),
     "ResizeBilinear": _resize,

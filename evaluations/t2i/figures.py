@@ -31,7 +31,10 @@ def evaluate(args: argparse.Namespace) -> None:
     folder = fake_folder(args)
     report = Report((args.output or f"{folder}/score").removesuffix(".txt"), args.strict)
     console_logger("dataset", os.environ.get("RANK", "0") == "0")
-    fakes = drawn_images(folder / "images", args)
+    # In natural order: 2.png before 10.png.
+    names = sorted((name for name in find_images(folder / "images") if "/" not in name), key=natural_key)
+    reading = Reading.of(args)
+    fakes = ImageFolder(folder / "images", names[: args.how_many], reading, args.eval_res, total=len(names))
     captions = read_captions(folder, fakes) if args.clip else []
     reference = open_reference(args) if args.fid else None
     for images in filter(None, (fakes, reference)):
@@ -97,12 +100,6 @@ def fake_folder(args: argparse.Namespace) -> Path:
             hint = f"give {folder.absolute().parent}, the folder that holds it"
         raise FileNotFoundError(f"--fake_dir {folder} has no folder images/: {hint}")
     return folder
-
-
-def drawn_images(folder: Path, args: argparse.Namespace) -> ImageFolder:
-    """Return the first --how_many images directly in a folder, in natural order: 2.png before 10.png."""
-    names = sorted((name for name in find_images(folder) if "/" not in name), key=natural_key)
-    return ImageFolder(folder, names[: args.how_many], Reading.of(args), args.eval_res, total=len(names))
 
 
 def reference_folder(args: argparse.Namespace) -> Path:

@@ -35,14 +35,7 @@ def main(args: argparse.Namespace) -> None:
 
     from dataset.augmentation import random_view
     from dataset.image_build import image_dataset
-    from tokenizer.tokenizer_image.recipe import (
-        Adversaries,
-        Comparison,
-        begin_anew,
-        dropping_rate,
-        new_losses,
-        new_tokenizer,
-    )
+    from tokenizer.tokenizer_image import recipe
     from utils.checkpoint import read_checkpoint
     from utils.distributed import start
     from utils.logger import console_logger
@@ -58,25 +51,25 @@ def main(args: argparse.Namespace) -> None:
     console_logger("dataset", dist.is_main)
     torch.manual_seed(args.global_seed)
     initial = read_checkpoint(find_checkpoint(args.vq_ckpt), mmap=False) if args.vq_ckpt else None
-    tokenizer = new_tokenizer(args, initial).to(dist.device)
+    tokenizer = recipe.new_tokenizer(args, initial).to(dist.device)
     with dist.main_first():  # which downloads VGG16
-        losses = new_losses(args).to(dist.device)
+        losses = recipe.new_losses(args).to(dist.device)
     discriminator = losses.discriminator
     dataset = image_dataset(
         args, transform=partial(random_view, image_size=args.image_size, flip=args.flip, crop=args.random_crop)
     )
     if args.finetune:
-        begin_anew(initial, discriminator, args)
+        recipe.begin_anew(initial, discriminator, args)
     plan = Parallel(dist, precision=args.mixed_precision, compile=args.compile)
     job = Job(
         args.vq_model,
         models={"model": tokenizer, "discriminator": discriminator, **losses.averages},
-        phases=Adversaries(args, plan, tokenizer, losses).phases,
+        phases=recipe.Adversaries(args, plan, tokenizer, losses).phases,
         dataset=dataset,
         initial=initial,
-        sample=Comparison(dataset, args.image_size, dist.device),
+        sample=recipe.Comparison(dataset, args.image_size, dist.device),
         config=origin(**tokenizer.identity),
-        rate=partial(dropping_rate, args) if args.lr_drop_epochs else None,
+        rate=partial(recipe.dropping_rate, args) if args.lr_drop_epochs else None,
     )
     trainer = Trainer(args, plan, job)
     if args.codebook_l2_norm is False:
