@@ -143,12 +143,9 @@ def extend(
 
     The model knows one size: windows of that size, of which a part is drawn already, are filled one after another.
 
-    Args:
-        left, right, up, down: pixels to add, whole tokens.
-        asked, features, n, particles, rounds, settings: as `edit` takes them. seed: of the first window.
-
-    Raises:
-        ValueError: for margins that are no whole tokens or none, and as `edit` does.
+    left, right, up, down: pixels to add, whole tokens.
+    asked, features, n, particles, rounds, settings: as `edit` takes them. seed: of the first window.
+    Raises ValueError for margins that are no whole tokens or none, and as `edit` does.
     """
     side, unit = pipeline.image_size, pipeline.tokenizer.downsample
     margins = {"left": left, "right": right, "up": up, "down": down}

@@ -294,14 +294,11 @@ class ImagePipeline:
     ) -> list[Image.Image] | np.ndarray | Tensor:
         """Draw an image for each label, or for each prompt. Other arguments as `requests` and `batches` take them.
 
-        Args:
-            output_type: pil, or for values in [0, 1] as float32 np (B, H, W, 3) or pt (B, 3, H, W).
-            num_images_per_prompt: images in a row of each label or prompt.
-            generator: gives the seed, its next number, in place of `seed`.
-            guidance_scale: another name of cfg_scale.
-
-        Raises:
-            ValueError: for two names of one setting, and as `requests` and `batches` do.
+        output_type: pil, or for values in [0, 1] as float32 np (B, H, W, 3) or pt (B, 3, H, W).
+        num_images_per_prompt: images in a row of each label or prompt.
+        generator: gives the seed, its next number, in place of `seed`.
+        guidance_scale: another name of cfg_scale.
+        Raises ValueError for two names of one setting, and as `requests` and `batches` do.
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type is {output_type!r}: give 'pil', 'np' or 'pt'")
@@ -437,16 +434,13 @@ class ImagePipeline:
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Draw one micro-batch at a time: yield the images' numbers, and uint8 (n, size, size, 3).
 
-        Args:
-            requests: images to draw; a micro-batch has equal sampling settings.
-            size: pixels a side, where other than the model's.
-            sides: height and width of requests that `rectangle` returned.
-            ahead: on CUDA draw a micro-batch's tokens while a thread decodes the one before, which is given out after that.
-                For the most images in a given time; the images are the same. Elsewhere it changes nothing.
-
-        Raises:
-            ValueError: for a value that the model cannot take, and for logits or pixels that are not finite.
-            FileNotFoundError: for features or a T5 that are not there.
+        requests: images to draw; a micro-batch has equal sampling settings.
+        size: pixels a side, where other than the model's.
+        sides: height and width of requests that `rectangle` returned.
+        ahead: on CUDA draw a micro-batch's tokens while a thread decodes the one before, which is given out after that. For
+        the most images in a given time; the images are the same. Elsewhere it changes nothing.
+        Raises ValueError for a value that the model cannot take, and for logits or pixels that are not finite,
+        FileNotFoundError for features or a T5 that are not there.
         """
         rows, columns = (side // self.tokenizer.downsample for side in sides or (self.image_size, self.image_size))
         drawn = self._drawn(self.read(requests, progress=progress), progress, rows * columns)

@@ -119,13 +119,10 @@ def gpt_identity(
 ) -> dict[str, Any]:
     """Return the whole identity of a file's GPT.
 
-    Args:
-        checkpoint: the file.
-        image_size, downsample_size: pixels a side of the image and of a token, as the caller believes; None for no belief.
-        n_head: heads of the attention, for a file of a size in no table that does not tell them.
-        untold_image_size: taken, with a warning, where neither the caller nor the file tells the image size.
-        flags: other beliefs, as check_flags compares them.
-
+    image_size, downsample_size: pixels a side of the image and of a token, as the caller believes; None for no belief.
+    n_head: heads of the attention, for a file of a size in no table that does not tell them.
+    untold_image_size: taken, with a warning, where neither the caller nor the file tells the image size.
+    flags: other beliefs, as check_flags compares them.
     Raises ValueError where the file disagrees with a belief, is of no GPT, or does not say the image size or the heads.
     """
     identity, path, recorded = find_identity(checkpoint, n_head), checkpoint.path, checkpoint.args or {}

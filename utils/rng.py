@@ -33,10 +33,8 @@ def image_noise(seed: int, indices: Sequence[int], tokens: int, draw: str = "rac
     """Return the noise that draws the tokens of images `indices` of a run, (len(indices), tokens), in the layout's order.
 
     Row i is a function of (seed, indices[i]) alone, whatever the batch, the process or the device.
-
-    Args:
-        draw: SamplingConfig.draw. "race1": int64 keys, item_seed(seed, image, position, 2); image_label and order_seed
-            hash a 1 and a 3 in place of the 2 and no position. "cdf": float32 in [0, 1).
+    draw: SamplingConfig.draw. "race1": int64 keys, item_seed(seed, image, position, 2); image_label and order_seed hash a 1
+    and a 3 in place of the 2 and no position. "cdf": float32 in [0, 1).
     """
     if draw == "race1":
         images = np.array([index & _MASK for index in indices], np.uint64)[:, None]

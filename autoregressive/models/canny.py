@@ -9,16 +9,10 @@ TAN_22 = 13573  # the tangent of 22.5 degrees in units of 2^-15, as OpenCV round
 
 
 def canny(images: Tensor) -> Tensor:
-    """Draw the edges of images.
+    """Draw the edges of images: uint8 (B, channels, H, W) -> uint8 (B, 1, H, W), 255 for edges and 0 elsewhere.
 
     An edge pixel's gradient is the largest across the edge and above WEAK, and such pixels lead to one above STRONG. The
     gradient is Sobel's, |dx| + |dy|, of the channel where it is largest.
-
-    Args:
-        images: uint8 (B, channels, H, W).
-
-    Returns:
-        uint8 (B, 1, H, W), 255 for edges and 0 elsewhere.
     """
     height, width = images.shape[-2:]
     x = F.pad(images.float(), (1, 1, 1, 1), mode="replicate").int()

@@ -79,18 +79,12 @@ def fill(
     Image b is a function of its seed and number, the particles, its known tokens and its conditions; the hole is the same in
     all images of a call. With one particle it is that of `generate` with these known tokens and its noise.
 
-    Args:
-        known: int64 (B, N) in raster order, tokens that are kept, -1 in the hole.
-        images: seed and number of each image.
-        particles: K, drawn for each image.
-        cond, emb_masks, negative, negative_masks, orders, window, settings: as `generate` takes them.
-        on_step: called after each pass with the number of tokens done and the first particles' tokens, (B, N) in the
-            layout's order.
-
-    Raises:
-        ValueError: for particles below 1, particles without the draw race1, known tokens that do not fit, or settings out
-            of range.
-        NotFiniteLogits: where images were drawn from logits that are not finite.
+    known: int64 (B, N) in raster order, tokens that are kept, -1 in the hole.
+    images: seed and number of each image. particles: K, drawn for each image.
+    cond, emb_masks, negative, negative_masks, orders, window, settings: as `generate` takes them.
+    on_step: called after each pass with the number of tokens done and the first particles' tokens, (B, N) in the layout's order.
+    Raises ValueError for particles below 1, particles without the draw race1, known tokens that do not fit, or settings out
+    of range, and NotFiniteLogits where images were drawn from logits that are not finite.
     """
     config, weight = SamplingConfig(**settings), model.tok_embeddings.weight
     config.check_particles(particles)

@@ -157,14 +157,12 @@ def choose(
     numbers: Tensor | None = None,
     draw: Callable[[Tensor, Tensor], Tensor] = draw_race,
 ) -> Tensor:
-    """Picks a token a row. Returns int64 (…).
+    """Pick a token a row: logits (…, V) -> int64 (…).
 
-    Args:
-        logits: (…, V).
-        noise: (…), int64 keys for the draw "race1", uniform numbers in [0, 1) for "cdf".
-        numbers: float32 (2,) or (…, 2) on the logits' device, read in place of config.numbers: a recorded step follows what
-            it holds, and each row may have its own.
-        draw: draw_race, or what the compiler made of `race`.
+    noise: (…), int64 keys for the draw "race1", uniform numbers in [0, 1) for "cdf".
+    numbers: float32 (2,) or (…, 2) on the logits' device, read in place of config.numbers: a recorded step follows what it
+    holds, and each row may have its own.
+    draw: draw_race, or what the compiler made of `race`.
     """
     if config.greedy:
         return logits.argmax(dim=-1)

@@ -446,18 +446,15 @@ class Trunk(nn.Module):
     ) -> Tensor:
         """Return the logits of every next token, for training and scoring.
 
-        Args:
-            idx: int64 (B, L), tokens in the layout's order, without the last group or patch (L = N - step_tokens), or fewer
-                whole groups or patches, or some of the first tokens.
-            cond_idx: values of the conditions by name, or of the first one: int64 (B,) labels, (B, T, caption_dim) features.
-            layout: the order that the tokens are in, of the model's grid and prefix (its own where not given).
-            orders: int64 (B, N), the raster index at each sequence position of each sample, where these are not the layout's.
-            drop: bool (B,), whose conditions are dropped (drawn by the model in training where not given).
-            prefix_mask: (B, T), which condition rows are real.
-
-        Returns:
-            float32 (B, tokens, vocab_size); output i predicts token i of the layout's order. With patches there is one
-            output a patch, which predicts each of its tokens (NPP, arXiv 2412.15321, section 3).
+        idx: int64 (B, L), tokens in the layout's order, without the last group or patch (L = N - step_tokens), or fewer whole
+        groups or patches, or some of the first tokens.
+        cond_idx: values of the conditions by name, or of the first one: int64 (B,) labels, (B, T, caption_dim) features.
+        layout: the order that the tokens are in, of the model's grid and prefix (its own where not given).
+        orders: int64 (B, N), the raster index at each sequence position of each sample, where these are not the layout's.
+        drop: bool (B,), whose conditions are dropped (drawn by the model in training where not given).
+        prefix_mask: (B, T), which condition rows are real.
+        Returns float32 (B, tokens, vocab_size); output i predicts token i of the layout's order. With patches there is one
+        output a patch, which predicts each of its tokens (NPP, arXiv 2412.15321, section 3).
         """
         hidden = self.hidden(idx, cond_idx, layout=layout, orders=orders, drop=drop, prefix_mask=prefix_mask)
         return F.linear(hidden, *self.projection()).float()

@@ -74,16 +74,11 @@ class ContrastLoss(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, a float32 scalar, and figures to log.
 
-        Args:
-            codes: int64 (B, N) in raster order.
-            cond: values of the images' own conditions.
-            negatives: values of other images' conditions; where they are the image's own, they count as its own.
-            drop: bool (B,), images that lose both. They count as their own too.
-            layout, orders: as TokenLoss takes them.
-
-        Returns:
-            The loss, and `cca_gap` and `cca_margin` (nats an image: log-ratio of the own condition to the reference's, and
-            its distance from the other's) and `cca_preferred` (share of images that the own condition makes likelier).
+        codes: int64 (B, N) in raster order. layout, orders: as TokenLoss takes them.
+        cond, negatives: values of the images' own conditions, and of other images'; where these are the image's own, they
+        count as its own. drop: bool (B,), images that lose both. They count as their own too.
+        Figures: `cca_gap` and `cca_margin` (nats an image: log-ratio of the own condition to the reference's, and its
+        distance from the other's) and `cca_preferred` (share of images that the own condition makes likelier).
         """
         own, others = self.model.as_conditions(cond), self.model.as_conditions(negatives)
         same = torch.stack([(own[name] == others[name]).reshape(len(codes), -1).all(1) for name in own]).all(0) | drop

@@ -44,13 +44,9 @@ class TokenLoss(nn.Module):
     ) -> Tensor:
         """Return the mean over all tokens, a float32 scalar.
 
-        Args:
-            codes: int64 (B, N) in raster order; fewer for pictures of other sides, where the model is of several resolutions.
-            cond, drop, prefix_mask: as Trunk.forward takes them.
-            valid: (B,), samples marked 0 are left out of the mean.
-            layout: what the samples are read by, where it is not the model's layout.
-            orders: int64 (B, N), the raster index at each sequence position of each sample, where it is not the layout's.
-
+        codes: int64 (B, N) in raster order; fewer for pictures of other sides, where the model is of several resolutions.
+        cond, layout, orders, drop, prefix_mask: as Trunk.forward takes them.
+        valid: (B,), samples marked 0 are left out of the mean.
         Raises ValueError for codes of another image size.
         """
         args, number = self.model.args, codes.shape[1]

@@ -52,15 +52,10 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return GRPO's loss, and what is logged of it.
 
-    Args:
-        log_probs: (B, N), of the tokens under the policy.
-        old: (B, N), under the policy that drew them.
-        reference: (B, N), under the reference; None for no penalty.
-        advantages: (B,).
-
-    Returns:
-        The mean over all tokens, and `kl` (nats a token, of the policy from the reference) with `kl_max`, how many nats likelier
-        the reference finds a token at most; `clipped_low`, `clipped_high`: shares of tokens whose ratio is out of bounds.
+    log_probs, old, reference: (B, N), of the tokens under the policy, the one that drew them, and the reference (None for no
+    penalty). advantages: (B,).
+    Returns the mean over all tokens, and `kl` (nats a token, of the policy from the reference) with `kl_max`, how many nats
+    likelier the reference finds a token at most; `clipped_low`, `clipped_high`: shares of tokens whose ratio is out of bounds.
     """
     ratio, advantages = (log_probs - old.detach()).exp(), advantages[:, None]
     low, high = 1 - settings.epsilon_low, 1 + settings.epsilon_high
@@ -151,12 +146,10 @@ class PolicyLoss(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and figures to log: those of `policy_loss`, `entropy` (nats a token), and with `drawn` `draw_gap`.
 
-        Args:
-            codes: int64 (B, N) in raster order, drawn with the model's present weights.
-            cond, prefix_mask, orders: as Trunk.forward takes them.
-            advantages: (B,).
-            drawn: (B, N), log-probabilities of the tokens as they were drawn, in the order of drawing. `draw_gap` is their
-                mean distance from the policy's.
+        codes: int64 (B, N) in raster order, drawn with the model's present weights. advantages: (B,).
+        cond, prefix_mask, orders: as Trunk.forward takes them.
+        drawn: (B, N), log-probabilities of the tokens as they were drawn, in the order of drawing. `draw_gap` is their mean
+        distance from the policy's.
         """
         given = codes, cond, self.settings, prefix_mask, orders
         known = None

@@ -39,17 +39,11 @@ def chunked_loss(
     Products are taken in the autocast dtype if autocast is on, else in that of the tensors; logits and sums are float32
     (float64 for float64).
 
-    Args:
-        hidden: (R, D).
-        weight: (V, D).
-        targets: int64 (R, P).
-        row_weights: (R,) weights of the mean, equal by default; their sum counts as at least 1.
-        bias: (V,), none by default.
-        objective: a function of logits (rows, V) and targets (rows, P), which returns (rows, P).
-        chunk_rows: rows whose logits exist at a time.
-
-    Returns:
-        A scalar, float32 (or float64), differentiable once by hidden, weight and bias.
+    hidden: (R, D). weight: (V, D). targets: int64 (R, P). bias: (V,), none by default.
+    row_weights: (R,) weights of the mean, equal by default; their sum counts as at least 1.
+    objective: a function of logits (rows, V) and targets (rows, P), which returns (rows, P).
+    chunk_rows: rows whose logits exist at a time.
+    Returns a scalar, float32 (or float64), differentiable once by hidden, weight and bias.
     """
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
         return _ChunkedLoss.apply(hidden, weight, bias, targets, row_weights, objective, chunk_rows)
