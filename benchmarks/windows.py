@@ -35,11 +35,10 @@ def main(args: argparse.Namespace) -> None:
         f"{args.gpt_ckpt or args.gpt_model}, {tokens} tokens, {args.precision}, {torch.get_num_threads()} threads, {device}"
     )
     print("| images | window | passes | ms a pass, median | s | of window 0 |\n|---|---|---|---|---|---|")
+    settings = {"cfg_scale": 2.0, "top_k": 2000, "compile": args.compile, "draft_model": draft}
     for images in args.images:
-        labels, noise = (
-            torch.arange(images, device=device) % model.args.num_classes,
-            image_noise(0, range(images), tokens),
-        )
+        labels = torch.arange(images, device=device) % model.args.num_classes
+        noise = image_noise(0, range(images), tokens)
         sequential = None
         generate(model, labels, model.layout.passes[1].outputs.stop, noise=noise, cfg_scale=2.0)  # weights are packed
         for window in args.windows:
@@ -47,14 +46,7 @@ def main(args: argparse.Namespace) -> None:
             for _ in range(args.repeats):
                 times: list[float] = [time.perf_counter()]
                 step = lambda done, _, times=times: times.append(time.perf_counter())  # noqa: E731
-                settings = {
-                    "cfg_scale": 2.0,
-                    "top_k": 2000,
-                    "compile": args.compile,
-                    "on_step": step,
-                    "draft_model": draft,
-                }
-                drawn = generate(model, labels, noise=noise, window=window, **settings)
+                drawn = generate(model, labels, noise=noise, window=window, on_step=step, **settings)
                 times.append(time.perf_counter() + 0 * int(drawn[0, 0]))
                 best = min(best or times, times, key=lambda each: each[-1] - each[0])
             passes = sorted(b - a for a, b in pairwise(best[1:-1]))

@@ -24,9 +24,8 @@ from dataset.augmentation import center_view, random_view
 from dataset.code_files import TEXT_EXTRACTION, ShardFolder
 from dataset.images import Unusable
 from dataset.lines import CaptionLines, ImageLines, compare_folder, digest_all, recorded_digest, recorded_maker
-from dataset.pair_views import PairItems
 from dataset.pixels import DEFAULT, Reading
-from dataset.sources import Pairs
+from dataset.sources import PairItems, Pairs
 from dataset.store import INDEX_FILE, Loose, Stems
 from dataset.text_features import Features
 from utils.origin import require_same, same_tokenizer

@@ -8,6 +8,7 @@ size. `Float64` has them as exact as float64 is; `Float16` has the arithmetic of
 
 import math
 from collections.abc import Iterator
+from functools import reduce
 
 import numpy as np
 import torch
@@ -120,15 +121,7 @@ def _sums(x: Tensor) -> Tensor:
     packets = dim // _LANES
     lanes = x[:, : packets * _LANES].unflatten(1, (packets, _LANES)).unbind(1)
     in_turn = packets // _PACKETS * _PACKETS
-    totals = [x.new_zeros(len(x), _LANES)]
-    if in_turn:
-        totals = list(lanes[:_PACKETS])
-        for start in range(_PACKETS, in_turn, _PACKETS):
-            totals = [total + lane for total, lane in zip(totals, lanes[start : start + _PACKETS], strict=True)]
-    total = totals[0]
-    for other in (*totals[1:], *lanes[in_turn:]):
-        total = total + other
-    rest = x.new_zeros(len(x))
-    for column in x[:, packets * _LANES :].unbind(1):
-        rest = rest + column
+    totals = [reduce(torch.add, lanes[first:in_turn:_PACKETS]) for first in range(min(in_turn, _PACKETS))]
+    total = reduce(torch.add, [*totals, *lanes[in_turn:]], x.new_zeros(len(x), _LANES))
+    rest = reduce(torch.add, x[:, packets * _LANES :].unbind(1), x.new_zeros(len(x)))
     return rest + total.float().sum(dim=1).half()

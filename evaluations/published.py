@@ -113,10 +113,8 @@ def _rows() -> Iterator[Row]:
         ("NPP", _NPP, "XL", 256, 1.70, 2.65),
         ("NPP", _NPP, "XXL", 256, 1.65, 2.55),
     ):
-        name, file = (
-            f"{'npp' if system == 'NPP' else 'c2i'}_{size}_{image_size}",
-            f"{repository}/c2i_{size}_{image_size}.pt",
-        )
+        name = f"{'npp' if system == 'NPP' else 'c2i'}_{size}_{image_size}"
+        file = f"{repository}/c2i_{size}_{image_size}.pt"
         yield Row(name, system, fid, _PARAMETERS[size], file, _VQ16, image_size, cfg_scale)
     for size, width, group, cfg_scale, fid in (
         ("XL", 1280, 4, 1.5, 2.61),
@@ -124,10 +122,8 @@ def _rows() -> Iterator[Row]:
         ("3B", 3200, 4, 1.345, 2.29),
         ("3B", 3200, 16, 1.5, 2.88),
     ):
-        parameters = _PARAMETERS[size] + (group - 1) * width  # its special tokens
-        yield Row(
-            f"PAR-{size}-{group}x", "PAR", fid, parameters, f"{_PAR}/PAR-{size}-{group}x.pt", _VQ16, 384, cfg_scale
-        )
+        name, parameters = f"PAR-{size}-{group}x", _PARAMETERS[size] + (group - 1) * width  # its special tokens
+        yield Row(name, "PAR", fid, parameters, f"{_PAR}/{name}.pt", _VQ16, 384, cfg_scale)
     for size, fid in (("B", 7.04), ("L", 3.43), ("XL", 3.10), ("XXL", 3.12), ("3B", 2.69)):
         file = f"{_CCA}/c2i_{size}_384_CCA_0005000.pt"
         yield Row(f"CCA-{size}", "CCA", fid, _PARAMETERS[size], file, _VQ16, 384, 1.0)
@@ -159,12 +155,10 @@ def _rows() -> Iterator[Row]:
         ("L", 512, 337_943_552, 48, 7.3, 2.54),
         ("XL", 512, 752_930_560, 48, 6.0, 2.10),
     ):
-        file = f"lpd_{size.lower()}_{image_size}"
+        name, file = f"LPD-{size}-{image_size}-{steps}", f"lpd_{size.lower()}_{image_size}"
+        file, sizes = f"mit-han-lab/{file}/{file}.pth", (image_size, cfg_scale, image_size)
         drawing = {"--steps": str(steps), "--cfg-schedule": "linear", "--balanced": ""}
-        yield Row(
-            f"LPD-{size}-{image_size}-{steps}", "LPD", fid, parameters, f"mit-han-lab/{file}/{file}.pth", _VQ16, image_size,
-            cfg_scale, image_size, drawing=drawing,
-        )  # fmt: skip
+        yield Row(name, "LPD", fid, parameters, file, _VQ16, *sizes, drawing=drawing)
     for name, file, parameters, image_size, fid in (
         ("vq_ds16_c2i", _VQ16, 71_883_403, 256, 2.19),
         ("vq_ds16_c2i_384", _VQ16, 71_883_403, 384, 0.94),
@@ -181,9 +175,7 @@ def _rows() -> Iterator[Row]:
         ("ibq_262144_pretrain", "IBQ-Tokenizer-262144-Pretrain/IBQ_pretrain_262144.ckpt", 173_896_579, 1.53),
     ):
         yield Row(name, "IBQ", fid, parameters, None, f"TencentARC/{file}", 256)
-    yield Row(
-        "maskgit_vqgan", "MaskGIT", 2.28, 54_515_587, None, "fun-research/TiTok/maskgit-vqgan-imagenet-f16-256.bin", 256
-    )
+    yield Row("maskgit_vqgan", "MaskGIT", 2.28, 54_515_587, None, _MASKGIT, 256)
     for name, kind, file, parameters, fid in (
         ("open_magvit2_256", "256-resolution", "imagenet_256_L.ckpt", 115_127_829, 1.17),
         ("open_magvit2_128", "128-resolution", "imagenet_128_L.ckpt", 112_021_653, 0.34),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tokenizer.base import Tokenizer
 from tokenizer.load import load_tokenizer
-from tokenizer.vqgan.sizes import VQGAN_FROM_TAMING
+from tokenizer.tokenizer_image.sizes import VQGAN_FROM_TAMING
 from utils.checkpoint import read_checkpoint
 from utils.cli import tokenizer_beliefs
 from utils.distributed import Distributed

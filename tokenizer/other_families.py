@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenizer.released import Adapted, Shapes, vqgan_config
-from tokenizer.tokenizer_image.sizes import magvit_name
-from tokenizer.vqgan.sizes import VQGAN_FROM_TAMING
+from tokenizer.tokenizer_image.sizes import VQGAN_FROM_TAMING, magvit_name
 from utils.checkpoint import Checkpoint, State
 
 _JANUS = re.compile(r"gen_vision_model\.|(model\.)?vqmodel\.")

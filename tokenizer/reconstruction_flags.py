@@ -7,8 +7,7 @@ main, flags = image_script("vae", __doc__)      # one image
 import argparse
 from collections.abc import Callable
 
-from tokenizer.tokenizer_image.sizes import VQ_SIZES
-from tokenizer.vqgan.sizes import VQGAN_FROM_TAMING
+from tokenizer.tokenizer_image.sizes import VQ_SIZES, VQGAN_FROM_TAMING
 from utils.cli import (
     SEED,
     add_flag,

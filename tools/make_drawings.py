@@ -15,6 +15,7 @@ import argparse
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from utils.cli import flag_parser, positive_int, run_script
@@ -86,15 +87,11 @@ def drawings(kind: str = "people", roles: int | None = None) -> Iterator[tuple[D
     every = {(person, tone) for person in persons for tone in TONES}
     complete = sorted(role for role, variants in found.items() if variants.keys() == every)
     for number, role in enumerate(complete[:roles]):
-        for p, person in enumerate(persons):
-            for t, tone in enumerate(TONES):
-                turn = (number + number // 6) % len(TONES)
-                out = (
-                    [(number % 3, turn), ((number + 1) % 3, (turn + 3) % len(TONES))]
-                    if kind == "people"
-                    else [(0, turn)]
-                )
-                yield Drawing(role, person, tone, found[role][person, tone]), (p, t) in out
+        turn = (number + number // 6) % len(TONES)
+        out = [(PERSONS[number % 3], TONES[turn]), (PERSONS[(number + 1) % 3], TONES[(turn + 3) % len(TONES)])]
+        out = out if kind == "people" else [(PERSONS[0], TONES[turn])]
+        for person, tone in product(persons, TONES):
+            yield Drawing(role, person, tone, found[role][person, tone]), (person, tone) in out
 
 
 def named_svgs() -> Iterator[tuple[Path, str]]:

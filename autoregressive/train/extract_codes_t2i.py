@@ -41,9 +41,8 @@ def main(args: argparse.Namespace) -> None:
     )
     from dataset.code_files import TEXT_EXTRACTION
     from dataset.lines import ImageLines, compare_before_writing, record_lines
-    from dataset.pair_views import PairViews
     from dataset.pixels import Reading
-    from dataset.sources import chosen_files, open_pairs
+    from dataset.sources import PairViews, chosen_files, open_pairs
     from tokenizer.load import load_tokenizer
     from utils.distributed import start
     from utils.logger import console_logger

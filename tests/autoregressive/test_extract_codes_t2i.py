@@ -18,7 +18,7 @@ from autoregressive.pipeline import load_tokenizer
 from autoregressive.train import extract_codes_t2i
 from dataset.augmentation import center_view
 from dataset.code_files import ShardFolder
-from dataset.pair_views import PairViews
+from dataset.sources import PairViews
 from dataset.t2i import TextCodes
 from tests.text_training import make_pairs, make_shards, picture
 from tests.training import check_published_flags, live, quiet_loggers, run_here

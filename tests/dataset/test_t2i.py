@@ -15,8 +15,7 @@ from dataset.augmentation import center_view, random_crop_arr, to_tensor
 from dataset.build import build_dataset
 from dataset.code_files import TEXT_EXTRACTION, CodeSettings, CodeWriter
 from dataset.images import drawing_from
-from dataset.pair_views import PairViews
-from dataset.sources import chosen_files, open_pairs
+from dataset.sources import PairViews, chosen_files, open_pairs
 from dataset.store import Loose
 from dataset.t2i import TextCodes, TextImages
 from dataset.text_features import Features

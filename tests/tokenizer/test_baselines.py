@@ -15,9 +15,9 @@ from tests.training import check_published_flags, make_images, run_here
 from tokenizer.codecs import Codec, find_vqgan, load_autoencoder, load_consistency_decoder, load_vae, vqgan
 from tokenizer.consistencydecoder import cd_demo, reconstruction_cd_ddp
 from tokenizer.other_families import from_taming
+from tokenizer.tokenizer_image.sizes import VQGAN_FROM_TAMING
 from tokenizer.vae import reconstruction_vae_ddp, sd_vae_demo
 from tokenizer.vqgan import reconstruction_vqgan_ddp, taming_vqgan_demo
-from tokenizer.vqgan.sizes import VQGAN_FROM_TAMING
 from utils import hub
 from utils.distributed import Distributed
 

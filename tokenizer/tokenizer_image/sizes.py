@@ -1,7 +1,7 @@
 """The tokenizers by name, apart from the model so that `--help` need not load torch."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def _levels(*multipliers: int) -> dict[str, list[int]]:
@@ -55,3 +55,22 @@ def size_name(network: Mapping[str, Any]) -> str | None:
 def magvit_name(levels: int) -> str:
     """Return the name of Open-MAGVIT2's network of so many levels."""
     return "Open-MAGVIT2" if levels == 5 else f"Open-MAGVIT2-{2 ** (levels - 1)}"
+
+
+class TamingVQGAN(NamedTuple):
+    """A VQGAN that taming or latent diffusion released: codes, numbers of a code, channel multipliers; its address for a browser."""
+
+    shape: tuple[int, int, tuple[int, ...]]
+    address: str
+
+
+_F16, _F8 = (1, 1, 2, 2, 4), (1, 2, 2, 4)
+_TAMING, _LATENT_DIFFUSION = "https://heibox.uni-heidelberg.de/d", "https://ommer-lab.com/files/latent-diffusion"
+
+# The first two were published with VQGAN (arXiv 2012.09841), the others with latent diffusion (2112.10752, table 8).
+VQGAN_FROM_TAMING: dict[str, TamingVQGAN] = {
+    "vqgan_imagenet_f16_1024": TamingVQGAN((1024, 256, _F16), f"{_TAMING}/8088892a516d4e3baf92/"),
+    "vqgan_imagenet_f16_16384": TamingVQGAN((16384, 256, _F16), f"{_TAMING}/a7530b09fed84f80a887/"),
+    "vqgan_openimage_f8_256": TamingVQGAN((256, 4, _F8), f"{_LATENT_DIFFUSION}/vq-f8-n256.zip"),
+    "vqgan_openimage_f8_16384": TamingVQGAN((16384, 4, _F8), f"{_LATENT_DIFFUSION}/vq-f8.zip"),
+}

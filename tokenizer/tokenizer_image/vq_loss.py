@@ -98,21 +98,16 @@ class VQLoss(nn.Module):
         else:
             kind, channels = {"patchgan": (PatchGANDiscriminator, 64), "blur": (BlurDiscriminator, 128)}[disc_type]
             self.discriminator = kind(ndf=disc_dim or channels)
-        self.disc_start = disc_start
-        self.disc_weight = disc_weight
+        self.disc_start, self.disc_weight, self.lecam_weight = disc_start, disc_weight, lecam_weight
         self.gen_weight = disc_weight if gen_weight is None else gen_weight
-        self.lecam_weight = lecam_weight
         self.lecam = LeCam() if lecam_weight else None
         self.disc_criterion = DISC_LOSSES[disc_loss]
         self.gen_criterion = GEN_LOSSES[gen_adv_loss]
 
         self.reconstruction_criterion = RECONSTRUCTION_LOSSES[reconstruction_loss]
-        self.reconstruction_weight = reconstruction_weight
-        self.codebook_weight = codebook_weight
+        self.reconstruction_weight, self.codebook_weight = reconstruction_weight, codebook_weight
         self.perceptual_weight = perceptual_weight
-        self.perceptual_loss = None
-        if perceptual_weight != 0:
-            self.perceptual_loss = lpips if lpips is not None else LPIPS()
+        self.perceptual_loss = (lpips or LPIPS()) if perceptual_weight else None
 
     @property
     def averages(self) -> dict[str, nn.Module]:
