@@ -109,7 +109,7 @@ def test_features_of_prompts(small_files, tmp_path):
     "words, message",
     [
         (["--gpt-type", "t2i"], "for captions there is sample_t2i.py"),
-        (["--ar-token-num", "4"], "vLLM decodes one token a step"),
+        (["--ar-token-num", "4"], "the layout .parallel. .*; vLLM decodes a llama one token a step in raster order"),
         (["--labels", "10"], "class 10 is out of range: the model has classes 0 to 9"),
         (["--labels", "1", "--kv-cache-gib", "1e-9"], "kv_cache_gib is 1e-09; keys and values of one image take"),
     ],
