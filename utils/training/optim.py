@@ -8,15 +8,12 @@ import torch
 import torch.nn as nn
 
 
-def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Tell whether a parameter has two or more dimensions."""
-    return parameter.dim() >= 2
-
-
 def adamw(
-    model: nn.Module, args: Namespace, decays: Callable[[str, nn.Parameter], bool] = is_matrix
+    model: nn.Module,
+    args: Namespace,
+    decays: Callable[[str, nn.Parameter], bool] = lambda name, parameter: parameter.dim() >= 2,
 ) -> torch.optim.AdamW:
-    """AdamW that decays the parameters which `decays` tells, by default tensors with two or more dimensions."""
+    """AdamW that decays the parameters which `decays` tells."""
     decayed, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -104,7 +104,7 @@ class Parallel:
         for block in blocks:
             forward = torch.compile(block.forward, dynamic=False) if compiled else block.forward
             if self.activation_checkpointing:
-                forward = partial(_recomputed, forward)
+                forward = partial(checkpoint, forward, use_reentrant=False)  # arXiv 1604.06174
             block.forward = forward  # in its place, so that no name in the state dict changes
         if self.sharded:
             return self._shard(module, blocks)
@@ -176,12 +176,6 @@ class Parallel:
                 part.reshard()
                 root = part is wrapped
                 part.set_reshard_after_forward(not root and self.strategy != "sdp", recurse=False)
-
-
-def _recomputed(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Keep a block's inputs only and compute it once more for its gradients (arXiv 1604.06174)."""
-    outputs: Any = checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    return outputs
 
 
 def rows_held(tensor: Tensor) -> slice:
