@@ -128,6 +128,13 @@ def test_what_cannot_be_packed():
         assert "forward" not in meta[0].__dict__
 
 
+def test_layers_stay_plain_where_the_processor_packs_no_bfloat16(monkeypatch):
+    """As with AVX2 alone, where laying such a weight out is an error."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+    assert rows_at_once.__wrapped__(64, 96, torch.bfloat16) == 0
+
+
 def test_layers_stay_plain_where_rows_do_not_agree(monkeypatch):
     model = small_gpt()
     labels, noise = torch.tensor([1, 2]), image_noise(0, range(2), 16)
