@@ -105,7 +105,9 @@ def test_ibq_quantiser_gradients_are_the_recorded_ones(tokenizer, record):
         assert_close(found[1], arrays[f"quantizer/{name}_grad_codebook"])
 
 
-def test_ibq_adversarial_losses_are_the_recorded_ones(record):
+def test_ibq_adversarial_losses_are_the_recorded_ones(record, monkeypatch):
+    """By PyTorch's own convolutions: with AVX2 those of oneDNN give a gradient that is 0.6 % of its norm away."""
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     arrays, meta = record
     config = meta["config"]
     loss = VQLoss(
