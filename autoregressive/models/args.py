@@ -56,9 +56,8 @@ class ModelArgs:
 
     trunk: str = "llama"  # registered name of the model's class
     target_positions: bool = False  # a llama embeds the place of the token that a row predicts, for samples' own orders
-    ffn_width: int | None = (
-        None  # of the feed-forward layer, in place of the rule of multiple_of and ffn_dim_multiplier
-    )
+    # Of the feed-forward layer, in place of the rule of multiple_of and ffn_dim_multiplier.
+    ffn_width: int | None = None
     # Tokens a side of the grid whose rotary table a llama reads by a token's number, where that is not the image's (ControlAR).
     rope_grid: int | None = None
     exit_blocks: int | None = None  # behind the first head, that lead to a layout's second one, by default 1

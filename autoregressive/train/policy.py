@@ -29,10 +29,10 @@ class PolicySettings:
     beta: float = 0.1  # weight of the distance from the reference
     temperature: float = 1.0  # of the draws
     scales: Sequence[float] | None = None  # guidance of each token in the layout's order, where it is in the policy
-    epsilon_low: float = (
-        0.2  # how far a token's probability may fall from that of the draw, and rise: with one update a
-    )
-    epsilon_high: float = 0.2  # draw, as in training here, it has not moved
+    # How far a token's probability may fall from that of the draw, and rise: with one update a draw, as in training here, it
+    # has not moved.
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
     delta: float | None = None  # upper bound of the ratio for images of negative advantage
 
 

@@ -55,9 +55,8 @@ class Inputs:
     cond: Conditions
     prefix_mask: Tensor | None = None  # as Trunk.forward takes it
     valid: Tensor | None = None  # (B,), samples marked 0 do not count
-    share: Tensor | None = (
-        None  # factor that makes the mean of micro-batches that of all valid samples (share_of_valid)
-    )
+    # Factor that makes the mean of micro-batches that of all valid samples (share_of_valid).
+    share: Tensor | None = None
 
 
 def further_conditions(args: argparse.Namespace) -> list[str]:
