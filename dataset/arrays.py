@@ -11,7 +11,7 @@ import hashlib
 import logging
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,23 +201,37 @@ def codes_of(args: Namespace, **kwargs: Any) -> CodeDataset:
     return codes
 
 
-def collate(
-    items: Sequence[Mapping[str, Any]],
-    rows: Mapping[str, int],
-    pad: Callable[[list[Tensor], int], tuple[Tensor, Tensor]],
-) -> dict[str, Tensor]:
-    """Batch items by name: every entry stacked, those of `rows` by `pad`, which is language/features.py:left_padded.
+def collate(items: Sequence[Mapping[str, Any]], rows: Mapping[str, int]) -> dict[str, Tensor]:
+    """Batch items by name: every entry stacked, those of `rows` by `left_padded`.
 
     rows: entries whose items have as many rows as each needs, and how many a batch has: (B, rows, dim), and `{name}_length`
-    int64 (B,). There is no mask: the device makes it from the lengths.
+    int64 (B,). There is no mask: the device makes it from the lengths (`prefix_mask`).
     """
     batch = {}
     for name in items[0]:
         values = [item[name] for item in items]
         if name in rows:
-            # Items without rows have some of the first dtype at hand.
-            dtype = next((value.dtype for value in values if len(value)), values[0].dtype)
-            batch[name], batch[f"{name}_length"] = pad([value.to(dtype) for value in values], rows[name])
+            batch[name], batch[f"{name}_length"] = left_padded(values, rows[name])
         else:
             batch[name] = default_collate(values)
     return batch
+
+
+def left_padded(features: Sequence[Tensor], tokens: int) -> tuple[Tensor, Tensor]:
+    """Batch captions of different lengths, in the order the Transformer reads them.
+
+    features: (length_i, D) each, a length of 0 for no caption. Longer ones are cut to their first `tokens` rows.
+    Returns (B, tokens, D), features last and padding rows zero, and the lengths, int64 (B,), both on the features' device.
+    """
+    # That of the first with rows: one without has some dtype at hand.
+    dtype = next((caption.dtype for caption in features if len(caption)), features[0].dtype)
+    padded = features[0].new_zeros(len(features), tokens, features[0].shape[1], dtype=dtype)
+    lengths = [min(len(caption), tokens) for caption in features]
+    for row, caption, length in zip(padded, features, lengths, strict=True):
+        row[tokens - length :] = caption[:length]
+    return padded, torch.tensor(lengths, dtype=torch.int64, device=padded.device)
+
+
+def prefix_mask(lengths: Tensor, tokens: int) -> Tensor:
+    """Tell which of the `tokens` rows hold a caption: lengths (B,) -> bool (B, tokens), on the lengths' device."""
+    return torch.arange(tokens, device=lengths.device) >= tokens - lengths[:, None]

@@ -3,7 +3,7 @@
     pairs = open_pairs("laion_coco")                                  # a folder of *.jsonl, or of WebDataset *.tar
     data = TextImages(pairs, Features("t5_features"), image_size=256, seed=0)
     data[0]      # {"image": (3, 256, 256) in [-1, 1], "caption": (length, 2048), "valid": bool}
-    loader = DataLoader(data, collate_fn=partial(collate, rows={"caption": 120}, pad=left_padded))
+    loader = DataLoader(data, collate_fn=partial(collate, rows={"caption": 120}))
 
 A pair is known by (file stem, line or sample number): its features and codes lie under that name. What makes a pair
 unusable (an image that cannot be read or is smaller than the target, no features) makes an item that has the shape of

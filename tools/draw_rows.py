@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
         shown[:, height * row // side :] = 235
         grid = make_grid(shown, columns=args.columns)
         frames.append(grid.repeat(args.scale, axis=0).repeat(args.scale, axis=1))
-    save_animation(frames, args.output, args.milliseconds, 12 * args.milliseconds)
+    save_animation(frames, args.output, args.milliseconds)
     print(f"wrote {args.output}: {len(images)} images in {len(frames)} frames")
 
 

@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
             images.append(partly_drawn(whole, drafts, gpt.layout, done, window))
             texts.append(f"{name}, window {window}: {done} of {len(tokens)}")
         frames.append(labelled_grid(np.stack(images), texts, len(labels), side=args.side))
-    save_animation(frames, args.output, args.milliseconds, 12 * args.milliseconds, exact=False)
+    save_animation(frames, args.output, args.milliseconds, exact=False)
     print(f"wrote {args.output}: {len(frames)} passes")
     for window, passes in zip(args.windows, zip(*[iter(drawn)] * len(labels), strict=True), strict=True):
         print(

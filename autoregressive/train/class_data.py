@@ -24,7 +24,6 @@ from autoregressive.train.recipe import (
 )
 from dataset.arrays import codes_of, collate
 from dataset.codes import CODES, CodeDataset
-from language.features import left_padded
 from utils.cli import grid_size, layout_numbers
 from utils.distributed import Distributed
 from utils.logger import console_logger
@@ -93,7 +92,7 @@ class ClassData:
         settings = self.codes.settings
         args.num_classes, args.vocab_size = model_sizes(args, self.codes.sizes())
         self.codes.limit(args.num_classes, args.vocab_size)
-        self.collate = partial(collate, rows=self.codes.rows(), pad=left_padded)
+        self.collate = partial(collate, rows=self.codes.rows())
         self._log_classes()
         told = {"tokenizer": settings.tokenizer, "classes": settings.classes} if settings else {}
         self.config = origin(**told, codes=self.codes.identity())

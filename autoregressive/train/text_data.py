@@ -13,10 +13,9 @@ from autoregressive.train.control import RandomSides, edges_of, resized
 from autoregressive.train.extraction import encode_views
 from autoregressive.train.loss import share_of_valid
 from autoregressive.train.recipe import Inputs, agreed_tokenizer, further_conditions, model_sizes
-from dataset.arrays import collate
+from dataset.arrays import collate, left_padded, prefix_mask
 from dataset.build import TEXT, TEXT_CODES, build_dataset
 from dataset.t2i import TextImages, require_same_encoder
-from language.features import left_padded, prefix_mask
 from utils.cli import given
 from utils.distributed import Distributed
 from utils.errors import AgreedError
@@ -45,7 +44,7 @@ class TextData:
             self.train = build_dataset(args, random_crop=args.random_crop)
             args.t5_feature_dim = self.train.features.dim
             self.held_out = build_dataset(held_out_flags(args)) if args.val_data_path else None
-        self.collate = partial(collate, rows=self.train.rows(self.tokens), pad=left_padded)
+        self.collate = partial(collate, rows=self.train.rows(self.tokens))
         self.notes = fit_batch(args, len(self.train), dist.world_size, resumed)
         self.first = FirstPairs(self.train, args, dist)
         codes, self.on_the_fly = self.train.codes, args.dataset == TEXT

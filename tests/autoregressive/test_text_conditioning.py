@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
 from autoregressive.train.loss import TokenLoss, share_of_valid
-from language.features import left_padded, prefix_mask
+from dataset.arrays import left_padded, prefix_mask
 from tests.helpers import load_golden, randomize
 from utils.distributed import Distributed
 from utils.rng import image_noise

@@ -17,9 +17,8 @@ from autoregressive.pipeline import ImagePipeline
 from autoregressive.train import extract_codes_t2i, text_data, train_t2i
 from autoregressive.train.control import RandomSides
 from autoregressive.train.loss import TokenLoss, dropped_conditions
-from dataset.arrays import PairArrays, write_arrays
+from dataset.arrays import PairArrays, left_padded, prefix_mask, write_arrays
 from dataset.augmentation import center_view
-from language.features import left_padded, prefix_mask
 from tests.helpers import ROOT
 from tests.text_training import COLOURS, DIM, TOKENS, caption_features, make_features, make_pairs, make_shards, picture
 from tests.training import check_published_flags, live, load, metrics, quiet_loggers, run_folder, run_here, same

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dataset.arrays import ANY_VIEW, ArrayFolder, collate, condition_folders, write_arrays
+from dataset.arrays import ANY_VIEW, ArrayFolder, collate, condition_folders, left_padded, prefix_mask, write_arrays
 from dataset.build import build_dataset
 from dataset.codes import open_codes
-from language.features import left_padded
 from tests.dataset.test_codes import SETTINGS, drawn_view, publish, write
 from tests.dataset.test_t2i import COUNTS, TOKENS, make_codes
 from tests.text_training import DIM, make_features, make_pairs
@@ -76,7 +75,7 @@ def test_arrays_of_any_view_and_of_different_lengths(codes, tmp_path):
     for item, box in zip(data, boxes, strict=True):
         np.testing.assert_array_equal(item["boxes"], box)
     assert data.rows() == {"boxes": 3}
-    batch = next(iter(DataLoader(data, batch_size=5, collate_fn=partial(collate, rows=data.rows(), pad=left_padded))))
+    batch = next(iter(DataLoader(data, batch_size=5, collate_fn=partial(collate, rows=data.rows()))))
     assert batch["boxes"].shape == (5, 3, 4) and batch["boxes_length"].tolist() == [i % 3 + 1 for i in PRESENT[:5]]
 
 
@@ -170,9 +169,31 @@ def test_pairs_have_the_array_of_their_line(tmp_path):
         item = data[index]
         assert item["valid"] == (index != 4)
         np.testing.assert_array_equal(item["depth"], map_of(index if index != 4 else 0))
-    batch = collate([data[i] for i in range(14)], data.rows(TOKENS), left_padded)
+    batch = collate([data[i] for i in range(14)], data.rows(TOKENS))
     assert batch["depth"].shape == (14, 2, 2) and batch["caption"].shape == (14, TOKENS, DIM)
     assert len(data.identity()) == 2
     with pytest.raises(FileNotFoundError, match=r"has no depth of these pairs"):
         args.condition_path = [f"depth={tmp_path / 'depth' / 'part-a'}"]
         build_dataset(args)
+
+
+def test_left_padded_equals_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(length, 4, generator=generator) for length in (3, 0, 6, 9, 1)]
+    padded, lengths = left_padded(features, 6)
+    expected = np.zeros((5, 6, 4), np.float32)
+    for i, caption in enumerate(features):
+        kept = min(len(caption), 6)
+        for row in range(kept):
+            expected[i, 6 - kept + row] = caption[row]
+    np.testing.assert_array_equal(padded, expected)
+    assert lengths.tolist() == [3, 0, 6, 6, 1] and lengths.dtype == torch.int64
+    mask = prefix_mask(lengths, 6)
+    assert mask.dtype == torch.bool
+    np.testing.assert_array_equal(mask, (expected != 0).any(-1))
+
+
+def test_left_padded_takes_the_dtype_of_the_first_with_rows():
+    half, none = torch.ones(2, 4, dtype=torch.bfloat16), torch.zeros(0, 4)
+    assert left_padded([none, half], 3)[0].dtype == left_padded([half, none], 3)[0].dtype == torch.bfloat16
+    assert left_padded([none], 3)[0].dtype == torch.float32

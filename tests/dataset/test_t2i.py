@@ -19,7 +19,6 @@ from dataset.sources import PairViews, chosen_files, open_pairs
 from dataset.store import Loose
 from dataset.t2i import TextCodes, TextImages
 from dataset.text_features import Features
-from language.features import left_padded
 from tests.text_training import DIM, TOKENS, caption_features, make_features, make_pairs, make_shards, picture, png
 from utils.rng import item_seed
 
@@ -39,7 +38,7 @@ def data(tmp_path_factory):
 
 
 def batched(read):
-    return collate(read, {"caption": TOKENS}, left_padded)
+    return collate(read, {"caption": TOKENS})
 
 
 def items(data, pairs="pairs", **more):
