@@ -1,5 +1,6 @@
 """Small checkpoints in the published formats, made once and shared by the tests that read files."""
 
+import os
 import signal
 from argparse import Namespace
 from dataclasses import dataclass
@@ -12,6 +13,10 @@ from autoregressive.models.gpt import GPT_models
 from tests.helpers import randomize
 from tests.training import quiet_loggers
 from tokenizer.tokenizer_image.vq_model import VQ_models
+
+# Without AVX-512 only this has MKL round a row alike whatever rows are beside it, which windows need (docs/sampling.md).
+if torch.backends.cpu.get_cpu_capability() != "AVX512":
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 @dataclass(frozen=True)

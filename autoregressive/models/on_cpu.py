@@ -174,8 +174,8 @@ def _(x: Tensor, number: int, width: int) -> Tensor:
 
 # Rows of a step whose attention is, compiled for a CPU, faster as one loop over keys and values than as matrix products.
 FEW_ROWS = 4
-# A product that sums up more numbers than that may do so in parts, which are others for each length.
-SUMMED_AT_ONCE = 384
+# A product that sums up more numbers than that may do so in parts, which are others for each length (with AVX2 sooner than with AVX-512).
+SUMMED_AT_ONCE = 256
 # Rows of the cache that a pass reads at least: keys of fewer take other kernels.
 LEAST_READ = 16
 # A product of matrices with fewer multiplications may be computed otherwise.

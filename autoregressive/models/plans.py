@@ -186,7 +186,7 @@ def with_window(plan: Plan, size: int | str, model: Trunk, samples: int) -> Plan
     if here.rows_agree(model, plan.compiled, plan.longest, plan.stride):
         return replace(plan, window=window)
     if model not in _without_windows:
-        compiled = ", compiled" * plan.compiled
-        log.warning(f"windows are off: here a row of a pass is rounded by the rows beside it{compiled}")
+        why = ", compiled" if plan.compiled else "; in float32 MKL_CBWR=AUTO,STRICT in the environment may mend that"
+        log.warning(f"windows are off: here a row of a pass is rounded by the rows beside it{why}")
     _without_windows.add(model)
     return plan
