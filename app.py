@@ -104,7 +104,8 @@ SECONDS_KEPT = 3600  # of a picture's file
 
 
 def main(args: argparse.Namespace) -> None:
-    own = "quickstart gpt_ckpt vq_ckpt text_gpt_ckpt text_vq_ckpt class_names use_ema compile window".split()  # noqa: SIM905
+    models = ("quickstart", "gpt_ckpt", "vq_ckpt", "text_gpt_ckpt", "text_vq_ckpt")
+    own = (*models, "class_names", "use_ema", "compile", "window")
     if args.server and (given := [name for name in own if getattr(args, name)]):
         flag = "--" + given[0].replace("_", "-")
         raise ValueError(f"{flag} is of models that are loaded here, and --server draws elsewhere: give one of the two")

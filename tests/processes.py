@@ -99,7 +99,7 @@ def watch_samples(file: str) -> None:
 
 
 def due(pattern: str) -> bool:
-    """Whether a life's moment has come."""
+    """Tell whether a life's moment has come."""
     return any(os.path.isdir(path) or os.path.getsize(path) for path in glob.glob(pattern))
 
 
