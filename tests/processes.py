@@ -100,7 +100,11 @@ def watch_samples(file: str) -> None:
 
 def due(pattern: str) -> bool:
     """Tell whether a life's moment has come."""
-    return any(os.path.isdir(path) or os.path.getsize(path) for path in glob.glob(pattern))
+    for path in glob.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # renamed since
+            if os.path.isdir(path) or os.path.getsize(path):
+                return True
+    return False
 
 
 def halt(event: str, pattern: str) -> None:
