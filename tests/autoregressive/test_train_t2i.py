@@ -211,7 +211,7 @@ def test_it_learns_what_captions_say(data, tmp_path):
     """Pictures of a colour are likelier under their own caption than under another's."""
     train(data, tmp_path, "--epochs", 40, "--lr", 4e-3, features="features")
     losses = metrics(tmp_path, "loss")
-    assert losses[1] == pytest.approx(math.log(VOCAB), rel=1e-3) and losses[120] < 0.5 * losses[1]
+    assert losses[1] == pytest.approx(math.log(VOCAB), rel=1e-3) and losses[120] < 0.55 * losses[1]
     args = read_checkpoint(last(tmp_path))
     model = GPT_models["GPT-XS"](
         model_type="t2i", cls_token_num=TOKENS, caption_dim=DIM, vocab_size=VOCAB, block_size=N
